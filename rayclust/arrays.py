@@ -1,0 +1,36 @@
+"""Axis letters and array aliases, used by every docstring.
+
+N images or rows   B batch   D embedding width   K clusters   M neighbours   H heads   V nouns   C true classes
+
+`Float[B D]` reads: floating dtype, axes B and D. `Float[]` is a scalar. Embeddings are stored float16, computed float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayclust.errors import ShapeError
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+
+
+def require_matrix(x: Any, name: str, width: int | None = None) -> None:
+    """Refuses anything but a matrix of the wanted width.
+
+    Args:
+        x: an array or tensor with `shape`.
+        name: what to call it in the message.
+        width: wanted size of the second axis; None allows any.
+
+    Raises:
+        ShapeError: `x` does not have two axes, or its second axis is not `width`.
+    """
+    shape = tuple(x.shape)
+    if len(shape) != 2:
+        raise ShapeError(f"{name} has shape {shape}: two axes are needed")
+    if width is not None and shape[1] != width:
+        raise ShapeError(f"{name} has width {shape[1]}: {width} is needed")

@@ -1,0 +1,1 @@
+"""Partitions of rows, without a network."""

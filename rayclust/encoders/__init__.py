@@ -1,0 +1,1 @@
+"""Bytes and words to rows."""

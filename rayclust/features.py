@@ -1,0 +1,83 @@
+"""What methods see of the embeddings: centred, standardised, unit rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayclust.arrays import FloatArray, require_matrix
+
+
+@dataclass(frozen=True)
+class FeatureTransform:
+    """x ↦ unit((x − mean) / scale), each part optional.
+
+    The statistics are those of the rows that were fitted, so that new rows go through the same map.
+    """
+
+    mean: FloatArray | None = None
+    """Float[D], subtracted first; None leaves rows where they are."""
+    scale: FloatArray | None = None
+    """Float[D], standard deviations to divide by; None does not."""
+    normalize: bool = True
+    """Whether rows end with length 1. A zero row stays zero."""
+
+    @classmethod
+    def from_moments(
+        cls,
+        count: int,
+        total: FloatArray,
+        total_squares: FloatArray,
+        *,
+        center: bool,
+        standardize: bool,
+        normalize: bool,
+    ) -> FeatureTransform:
+        """The transform whose statistics are given as sums.
+
+        Args:
+            count: number of rows summed; above 0.
+            total: Float[D], sum of the rows, float64.
+            total_squares: Float[D], sum of their squares, float64.
+            center: subtract the mean.
+            standardize: z-score each dimension (TEMI's `embed_norm`); implies the mean. A constant dimension is divided by 1.
+            normalize: end with unit rows.
+        """
+        mean = total / count
+        if not standardize:
+            return cls(mean.astype(np.float32) if center else None, None, normalize)
+        deviation = np.sqrt(np.maximum(total_squares / count - mean**2, 0.0))
+        scale = np.where(deviation > 1e-8, deviation, 1.0)
+        return cls(mean.astype(np.float32), scale.astype(np.float32), normalize)
+
+    @classmethod
+    def fitted(cls, x: FloatArray, *, center: bool, standardize: bool, normalize: bool) -> FeatureTransform:
+        """The transform whose statistics are those of `x`, Float[N D]."""
+        require_matrix(x, "x")
+        x = x.astype(np.float64)
+        moments = (x.sum(0), (x**2).sum(0))
+        return cls.from_moments(len(x), *moments, center=center, standardize=standardize, normalize=normalize)
+
+    def __call__(self, x: FloatArray) -> FloatArray:
+        """Applies the map.
+
+        Args:
+            x: Float[B D].
+
+        Returns:
+            Float32[B D], a new array.
+
+        Raises:
+            ShapeError: `x` is not a matrix, or not as wide as the statistics.
+        """
+        require_matrix(x, "x", None if self.mean is None else len(self.mean))
+        rows = x.astype(np.float32)
+        if self.mean is not None:
+            rows -= self.mean
+        if self.scale is not None:
+            rows /= self.scale
+        if self.normalize:
+            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows /= np.where(lengths > 0, lengths, 1.0)
+        return rows

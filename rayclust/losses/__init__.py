@@ -1,0 +1,1 @@
+"""Differentiable quantities shared by methods."""

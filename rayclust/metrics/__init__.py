@@ -1,0 +1,1 @@
+"""Measures of a partition, with and without labels."""

@@ -1,0 +1,1 @@
+"""One stage a file; the only folder that imports Ray."""

@@ -1,0 +1,1 @@
+"""Where everything is read from and written to."""

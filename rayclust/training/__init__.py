@@ -1,0 +1,1 @@
+"""From rows to batches, and epochs over any method."""
