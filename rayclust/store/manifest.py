@@ -1,0 +1,101 @@
+"""Manifests: what a stage read, wrote and counted. Written last, so that its presence means the stage is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from rayclust.errors import ArtefactError
+from rayclust.options import Config
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+
+log = logging.getLogger(__name__)
+
+_RECORDED = ("rayclust", "ray", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "pyarrow", "faiss-cpu")
+
+
+class Output(Config):
+    """One file that a stage wrote."""
+
+    digest: str
+    """SHA-256 of its bytes, hexadecimal."""
+    size: int = Field(ge=0)
+    """Bytes."""
+
+
+class Manifest(Config):
+    """The seal of a stage, or of one input shard within it."""
+
+    stage: str
+    """Name of the stage."""
+    digest: str
+    """Digest of the settings and inputs; work with the same digest need not be done again."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Digest of each input by name."""
+    counts: dict[str, int] = Field(default_factory=dict)
+    """Rows, rejects and whatever else the stage counts."""
+    outputs: dict[str, Output] = Field(default_factory=dict)
+    """Files written, by path relative to the run."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Versions of what did the work."""
+    seconds: float = Field(0.0, ge=0)
+    """Wall time."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """What only this stage has to say."""
+
+
+def digest_of(value: Any) -> str:
+    """The first 32 hexadecimal digits of the SHA-256 of a JSON-able value's canonical text."""
+    text = json.dumps(json.loads(filesystem.canonical_json(value)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that decide about results."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def seal(run: Run, manifest: Manifest, shard: int | None = None) -> None:
+    """Writes the manifest of a stage, or of input shard `shard` of it; call it after everything else is written.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    filesystem.write_json(_uri(run, manifest.stage, shard), manifest.model_dump(mode="json"))
+
+
+def read_manifest(run: Run, stage: str, shard: int | None = None) -> Manifest | None:
+    """The manifest of a stage, or of one shard of it.
+
+    Returns:
+        None where there is none, or none that can be read: the work counts as not done.
+
+    Raises:
+        DataError: the storage cannot be read.
+    """
+    uri = _uri(run, stage, shard)
+    try:
+        return Manifest.model_validate(filesystem.read_json(uri))
+    except filesystem.MissingError:
+        return None
+    except (ArtefactError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        log.warning("%s: is not a manifest (%s); the work that it sealed counts as not done", uri, reason)
+        return None
+
+
+def _uri(run: Run, stage: str, shard: int | None) -> str:
+    return run.manifest(stage) if shard is None else run.shard_manifest(shard, stage)
