@@ -1,0 +1,206 @@
+"""What a clustering method is to the rest of the house.
+
+A method is a module with `losses`, `assign`, `after_step` and `fit`. Whoever trains it knows only these; nothing
+anywhere asks which method it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from rayclust.options import Config
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This worker's share of a batch."""
+
+    views: Tensor
+    """Float[V B D]. View 0 is the rows themselves, view 1 one neighbour of each; V is 1 for a method without pairs."""
+    rows: Tensor
+    """Int[B], the rows' numbers."""
+    step: int
+    """Optimiser steps done before this one."""
+    epoch: int
+    """From 0."""
+    share: float = 1.0
+    """Workers × this worker's part of the batch's rows; a mean over workers weighted by it is one over rows."""
+
+
+class Rows(Protocol):
+    """The rows of a run in feature space, as a worker sees them."""
+
+    @property
+    def count(self) -> int:
+        """N, of all workers together."""
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+
+    def tensor(self) -> Tensor:
+        """Float[N D]: all rows."""
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Float[B D]s: this worker's share of the rows, each row with exactly one worker."""
+
+    def neighbors(self) -> Tensor:
+        """Int[N M]: each row's nearest other rows, nearest first; −1 where there are fewer than M."""
+
+
+class Trainer(Protocol):
+    """Who fits a method by gradient, and to whom a method that fits itself reports."""
+
+    seed: int
+
+    def fit(self, method: Method, rows: Rows) -> None:
+        """Runs all steps of the method's plan."""
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Takes one row of metrics."""
+
+
+class BaseMethodConfig(Config):
+    """Settings that every method has."""
+
+    name: str
+    """What the method is called in RUN.yaml."""
+    clusters: int = Field(ge=2)
+    """K, the number of clusters."""
+
+
+class TrainedConfig(BaseMethodConfig):
+    """Settings that every method trained by gradient has."""
+
+    epochs: int = Field(100, ge=1)
+    """Passes over the rows; not used when `steps` is set."""
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps; None counts `epochs` instead."""
+    batch_size: int = Field(512, ge=2)
+    """Rows per step over all workers; a smaller set is taken whole."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
+    min_learning_rate: float = Field(1e-4, ge=0)
+    """Learning rate at the end of the cosine, per 256 rows of batch as well."""
+    warmup_epochs: int = Field(20, ge=0)
+    """Epochs in which the learning rate rises linearly from 0; not used when `warmup_steps` is set."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps in which the learning rate rises linearly from 0; None counts `warmup_epochs`."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """adamw (0.9, 0.999), sgd and lars with momentum 0.9."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Decay of matrices at the start; biases and norms have none."""
+    final_weight_decay: float = Field(1e-4, ge=0)
+    """Decay at the end of a cosine."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Longest gradient, all parameters together; None does not cut."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps of what size a training takes."""
+
+    batch_size: int
+    """Rows per step over all workers."""
+    steps_per_epoch: int
+    """Whole batches that the rows give."""
+    steps: int
+    """Steps of the whole training; the last epoch may be cut short."""
+    warmup_steps: int
+    """Steps in which the learning rate rises."""
+
+    @classmethod
+    def of(cls, config: TrainedConfig, count: int) -> Plan:
+        """The plan for `count` rows. The rest of an epoch that does not fill a batch is left out, as published."""
+        batch = min(config.batch_size, count)
+        per_epoch = max(1, count // batch)
+        steps = config.steps or config.epochs * per_epoch
+        warmup = config.warmup_epochs * per_epoch if config.warmup_steps is None else config.warmup_steps
+        return cls(batch, per_epoch, steps, min(warmup, steps))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun."""
+        return -(-self.steps // self.steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What views of a row a method wants."""
+
+    columns: int = 0
+    """Nearest neighbours from which one is drawn each time; 0 asks for the rows alone."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on each value."""
+    repeats: int = 1
+    """Views drawn of the row and of its neighbour, each with its own noise."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A fitted method as data: what `methods.load` turns back into a method that assigns."""
+
+    settings: dict[str, Any]
+    """JSON: the config, and what else `build` needs."""
+    tensors: dict[str, Tensor]
+    """The state, without pickles."""
+
+
+class Method(nn.Module):
+    """A clustering method. `plan` is set by those that are trained by gradient."""
+
+    config: BaseMethodConfig
+    plan: Plan
+    pairing: Pairing = Pairing()
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of this worker's share and what else to watch.
+
+        Returns:
+            "loss": Float[], minimised, a mean over the share's rows; every other entry is a metric of any shape.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`losses`, under the name by which data-parallel wrappers call it."""
+        return self.losses(batch)
+
+    def assign(self, x: Tensor) -> Tensor:
+        """Probabilities of the clusters: Float[B D] to Float[B K], rows sum to 1."""
+        raise NotImplementedError
+
+    def fit(self, rows: Rows, trainer: Trainer) -> None:
+        """Fits the method to the rows; by gradient unless a method knows better."""
+        trainer.fit(self, rows)
+
+    def frozen(self, batch: Batch) -> list[nn.Parameter]:
+        """Parameters that this step's optimiser passes over."""
+        return []
+
+    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay acts on a parameter: on those with two axes or more."""
+        return parameter.dim() > 1
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser's step number `step`, from 0."""
+
+    def after_epoch(self, means: dict[str, Tensor]) -> dict[str, Any]:
+        """Called after each epoch with the means of what `losses` gave, over all rows and workers.
+
+        Returns:
+            More for the epoch's row of metrics: numbers or lists of numbers.
+        """
+        return {}
+
+    def export(self) -> Export:
+        """The fitted method as data."""
+        raise NotImplementedError
+
+    def load_exported(self, tensors: dict[str, Tensor]) -> None:
+        """Takes the tensors of an `Export` made by a method of the same config."""
+        self.load_state_dict(tensors)

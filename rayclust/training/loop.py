@@ -1,0 +1,187 @@
+"""Epochs over any method, on one worker or many, that can be killed and continued."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rayclust import collectives
+from rayclust.errors import ConfigError, RayclustError
+from rayclust.methods.base import Batch, Method, Rows, TrainedConfig
+from rayclust.training import checkpoints
+from rayclust.training.checkpoints import CheckpointStore, Every
+from rayclust.training.optimizer import build_optimizer, set_rates
+from rayclust.training.pairs import STEPS, PairBatches, mix
+from rayclust.training.schedules import learning_rate, weight_decay
+
+logger = logging.getLogger(__name__)
+
+CLOCK_STEPS = 20
+"""Steps between two looks at the clock for a checkpoint."""
+
+MetricsRow = dict[str, Any]
+
+
+class Trainer:
+    """Fits a method to rows by gradient.
+
+    Args:
+        seed: of order, partners and all other chance.
+        device: where the method and its batches live.
+        on_row: takes each epoch's row of metrics, on every worker.
+        store: keeps checkpoints; None keeps none.
+        every: when checkpoints are due.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device | str = "cpu",
+        on_row: Callable[[MetricsRow], None] | None = None,
+        store: CheckpointStore | None = None,
+        every: Every | None = None,
+    ) -> None:
+        self.seed, self.device = seed, torch.device(device)
+        self.store, self.every = store, every or Every()
+        self.history: list[MetricsRow] = []
+        """Every row reported so far, those before a resume included."""
+        self._on_row = on_row
+
+    def report(self, row: MetricsRow) -> None:
+        """Takes one row of metrics: numbers, and lists of numbers."""
+        self.history.append(row)
+        if self._on_row is not None:
+            self._on_row(row)
+
+    def fit(self, method: Method, rows: Rows) -> None:
+        """Runs the steps of the method's plan, from the latest checkpoint if there is one.
+
+        Raises:
+            ArtefactError: the checkpoint is of another method.
+            ConfigError: the method has no plan, or there are more workers than rows in a batch.
+            RayclustError: the loss is no longer a finite number.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            _Training(self, method.to(self.device), rows).run()
+
+
+class _Training:
+    """One training from its first or a later step to its last."""
+
+    def __init__(self, trainer: Trainer, method: Method, rows: Rows) -> None:
+        if not isinstance(method.config, TrainedConfig):
+            raise ConfigError(f"method = {type(method).__name__}: is not trained by gradient")
+        self.trainer, self.method, self.config, self.plan = trainer, method, method.config, method.plan
+        self.batches = PairBatches(rows, self.plan, method.pairing, trainer.seed, trainer.device)
+        self.optimizer = build_optimizer(method, self.config)
+        self.step, self.seconds, self.sums = 0, 0.0, dict[str, Tensor]()
+        self._restore()
+        self.module = self._parallel()
+        self.started = self.saved = time.monotonic()
+
+    def _parallel(self) -> nn.Module:
+        if collectives.world_size() == 1:
+            return self.method
+        devices = [self.trainer.device] if self.trainer.device.type == "cuda" else None
+        return DistributedDataParallel(self.method, device_ids=devices, broadcast_buffers=False)
+
+    def run(self) -> None:
+        logger.info("training: %d steps of %d rows from step %d", self.plan.steps, self.plan.batch_size, self.step)
+        self.method.train()
+        per_epoch = self.plan.steps_per_epoch
+        while self.step < self.plan.steps:
+            epoch = self.step // per_epoch
+            for batch in self.batches.epoch(epoch, skipped=self.step % per_epoch):
+                self._take_step(batch)
+                if self.step % per_epoch and self.step < self.plan.steps and self._clock_is_due():
+                    self._save()
+            self._end_epoch(epoch)
+        self.method.eval()
+
+    def _take_step(self, batch: Batch) -> None:
+        torch.manual_seed(mix(self.trainer.seed, STEPS, batch.step, collectives.rank()))
+        set_rates(
+            self.optimizer,
+            learning_rate(self.config, self.plan, batch.step),
+            weight_decay(self.config, self.plan, batch.step),
+        )
+        losses = self.module(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        (losses["loss"] * batch.share).backward()
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_norm)
+        for parameter in self.method.frozen(batch):
+            parameter.grad = None
+        self.optimizer.step()
+        self.method.after_step(batch.step)
+        self.step = batch.step + 1
+        self._watch(losses, batch.share)
+
+    def _watch(self, losses: dict[str, Tensor], share: float) -> None:
+        for name, value in losses.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
+            self.sums[name].add_(value.detach(), alpha=share)
+
+    def _end_epoch(self, epoch: int) -> None:
+        steps = self.step - epoch * self.plan.steps_per_epoch
+        divisor = steps * collectives.world_size()
+        means = {name: collectives.all_sum(self.sums[name]) / divisor for name in sorted(self.sums)}
+        self.sums = {}
+        seconds = self._elapsed()
+        row = {"epoch": epoch, "step": self.step, "loss": float(means["loss"])}
+        row["learning_rate"] = learning_rate(self.config, self.plan, self.step - 1)
+        row.update(self.method.after_epoch(means))
+        row["rows_per_second"] = steps * self.plan.batch_size / max(seconds - self._seconds_before(), 1e-9)
+        row["seconds"] = seconds
+        self.trainer.report(row)
+        if not all(bool(mean.isfinite().all()) for mean in means.values()):
+            raise RayclustError(
+                f"training loss = {row['loss']} in epoch {epoch}: lower learning_rate or use precision: fp32"
+            )
+        if self._epoch_is_due(epoch):
+            self._save()
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def _seconds_before(self) -> float:
+        return float(self.trainer.history[-1]["seconds"]) if self.trainer.history else 0.0
+
+    def _epoch_is_due(self, epoch: int) -> bool:
+        every = self.trainer.every.epochs
+        return self.step == self.plan.steps or (every is not None and (epoch + 1) % every == 0) or self._clock_is_due()
+
+    def _clock_is_due(self) -> bool:
+        """Whether worker 0 finds that the seconds between two checkpoints are over."""
+        seconds = self.trainer.every.seconds
+        if seconds is None or self.trainer.store is None or self.step % CLOCK_STEPS:
+            return False
+        due = collectives.rank() == 0 and time.monotonic() - self.saved >= seconds
+        return bool(collectives.all_sum(torch.tensor(int(due), device=self.trainer.device)))
+
+    def _save(self) -> None:
+        if self.trainer.store is None:
+            return
+        sums = {name: collectives.all_sum(self.sums[name]) for name in sorted(self.sums)}
+        state = {"step": self.step, "seconds": self._elapsed(), "history": self.trainer.history}
+        self.trainer.store.save(self.step, checkpoints.pack(self.method, self.optimizer, sums), state)
+        self.saved = time.monotonic()
+
+    def _restore(self) -> None:
+        found = self.trainer.store.latest() if self.trainer.store is not None else None
+        if found is None:
+            return
+        tensors, state = found
+        sums = checkpoints.unpack(tensors, self.method, self.optimizer)
+        if collectives.rank() == 0:
+            self.sums = {name: total.to(self.trainer.device) for name, total in sums.items()}
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.trainer.history[:] = state["history"]
