@@ -1,0 +1,254 @@
+"""The command line: one command a stage, and the few that run or show a whole run.
+
+Exit codes: 0 done; 2 the user's mistake, with one line that says what to do; 1 anything else. `-v` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from rayclust.errors import ConfigError, RayclustError
+
+STAGE_NAMES = ("encode", "neighbors", "train", "assign", "label", "index", "evaluate", "report")
+LATER_STAGES = ("counterparts", "select-k")
+"""Stages of the contract that this version does not have."""
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs one command and gives its exit code."""
+    verbose = bool({"-v", "--verbose"} & set(arguments))
+    try:
+        result = commands.main(list(arguments), standalone_mode=False)
+    except click.exceptions.Abort:
+        return _fail("interrupted: run the same line again to go on", 1)
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2)
+    except RayclustError as error:
+        return _fail(str(error), error.exit_code, verbose)
+    except KeyboardInterrupt:
+        return _fail("interrupted: run the same line again to go on", 1)
+    except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left becomes one line and exit code 1
+        return _fail(f"unexpected {type(error).__name__}: {_first_line(error)} (-v shows the traceback)", 1, verbose)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int, verbose: bool = False) -> int:
+    if verbose:
+        logging.getLogger(__name__).exception("rayclust failed")
+    click.echo(f"rayclust: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else "no message"
+
+
+def _configure_logging(verbose: bool) -> None:
+    # Loud libraries say nothing that a user of rayclust can act on.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
+
+        from rayclust.stages.progress import console
+
+        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None)
+        handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    package = logging.getLogger("rayclust")
+    package.handlers = [handler]
+    package.propagate = False
+    package.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="rayclust")
+@click.option("-v", "--verbose", is_flag=True, help="Show debug lines, and the traceback of an error.")
+def commands(verbose: bool) -> None:
+    """From a bucket of unlabelled images to named, measured clusters."""
+    _configure_logging(verbose)
+
+
+_FORCE = click.option("--force", is_flag=True, help="Run again even what is sealed.")
+_VERBOSE = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, is_eager=True, help="Show the traceback of an error."
+)
+
+
+@commands.command()
+@click.argument("images")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@click.option("--out", required=True, help="Folder or s3:// URI of the run.")
+@click.option("--clusters", default="10", show_default=True, help="Number of clusters.")
+@click.option("--method", default="temi", show_default=True, help="kmeans or temi.")
+@click.option("--encoder", default=None, help="open_clip/ARCH, timm/ARCH or pixels.  [default: open_clip/ViT-B-32]")
+@_VERBOSE
+def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, method: str, encoder: str | None) -> None:
+    """Everything in one line: encode IMAGES, cluster, name, measure, and write a report below --out."""
+    from rayclust.stages.quick import quick as run_quick
+
+    _show_result(run_quick(images, out, clusters=clusters, method=method, encoder=encoder, overrides=overrides))
+
+
+@commands.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@_FORCE
+@_VERBOSE
+def run(config: str, overrides: tuple[str, ...], force: bool) -> None:
+    """All stages of the run in CONFIG (RUN.yaml) that are not done yet."""
+    from rayclust.stages.pipeline import run_all
+
+    settings = _load(config, overrides)
+    run_all(settings, force=force)
+    _show_result(settings.run)
+
+
+def _stage_command(name: str) -> click.Command:
+    @click.argument("config")
+    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+    @_FORCE
+    @_VERBOSE
+    def command(config: str, overrides: tuple[str, ...], force: bool) -> None:
+        from rayclust.stages.pipeline import run_stage
+
+        run_stage(name, _load(config, overrides), force=force)
+
+    return click.command(name, help=f"The stage {name} of the run in CONFIG (RUN.yaml).")(command)
+
+
+def _later_command(name: str) -> click.Command:
+    @click.argument("arguments", nargs=-1)
+    def command(arguments: tuple[str, ...]) -> None:
+        raise ConfigError(f"{name}: this stage is not in this version")
+
+    return click.command(name, hidden=True)(command)
+
+
+for _name in STAGE_NAMES:
+    commands.add_command(_stage_command(_name))
+for _name in LATER_STAGES:
+    commands.add_command(_later_command(_name))
+
+
+@commands.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@_VERBOSE
+def check(config: str, overrides: tuple[str, ...]) -> int:
+    """Refuse a bad run before it costs money: config, access, encoder, a sample of inputs, estimates."""
+    from rayclust.stages.check import check as run_check
+
+    findings = run_check(_load(config, overrides))
+    for finding in findings:
+        click.echo(f"{'ok  ' if finding.good else 'FAIL'}  {finding.subject:<12} {finding.text}")
+    return 0 if all(finding.good for finding in findings) else 2
+
+
+@commands.command()
+@click.argument("run_uri", metavar="RUN")
+@_VERBOSE
+def status(run_uri: str) -> None:
+    """What of RUN is sealed, what is missing, rates and rejects, health of the clusters."""
+    from rayclust.stages.status import lines
+
+    for line in lines(run_uri):
+        click.echo(line)
+
+
+@commands.command()
+@click.argument("run_uri", metavar="RUN")
+@click.option("--image", default=None, help="An image file or URI to search with.")
+@click.option("--text", default=None, help="Words to search with, for encoders that read text.")
+@click.option("--top", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Images to show.")
+@click.option("--space", default="encoder", show_default=True, type=click.Choice(["z", "encoder"]))
+@_VERBOSE
+def search(run_uri: str, image: str | None, text: str | None, top: int, space: str) -> None:
+    """The images of RUN nearest to an image or to words."""
+    from rayclust.stages.search import search as run_search
+
+    hits = run_search(_load_run(run_uri), image=image, text=text, top=top, space=space)
+    click.echo(f"{'similarity':>10}  {'cluster':>7}  {'name':<24}  uri")
+    for hit in hits:
+        cluster = "" if hit.cluster is None else str(hit.cluster)
+        click.echo(f"{hit.similarity:>10.4f}  {cluster:>7}  {hit.name or '':<24}  {hit.uri}")
+
+
+@commands.command()
+@click.argument("run_uri", metavar="RUN")
+@click.argument("images")
+@click.option("--out", required=True, help="Table to write: .parquet or .csv, a path or URI.")
+@_VERBOSE
+def predict(run_uri: str, images: str, out: str) -> None:
+    """Clusters of new IMAGES by the frozen RUN."""
+    from rayclust.stages.predict import predict as run_predict
+
+    counts = run_predict(_load_run(run_uri), images, out)
+    click.echo(f"{counts['rows']:,} images and {counts['rejects']:,} rejects in {out}")
+
+
+@commands.command()
+@click.option("--out", default="demo", show_default=True, help="Folder or s3:// URI for images, run and report.")
+@_VERBOSE
+def demo(out: str) -> None:
+    """The whole path on images that need no download: scanned digits, k-means and TEMI side by side."""
+    from rayclust.stages.demo import demo as run_demo
+    from rayclust.stages.demo import table
+    from rayclust.store.layout import Run
+
+    uri, scores = run_demo(out)
+    click.echo(f"Scanned digits, {len(next(iter(scores.values())))} seeds, percent:\n{table(scores)}")
+    click.echo(f"report: {Run(uri).report}")
+
+
+@commands.command()
+@click.option("--method", default=None, help="Only the settings of this method.")
+def schema(method: str | None) -> None:
+    """JSON schema of RUN.yaml, for editors."""
+    from rayclust.config import RunConfig
+    from rayclust.methods import CONFIGS
+
+    if method is not None and method not in CONFIGS:
+        raise ConfigError(f"--method {method}: must be one of {', '.join(CONFIGS)}")
+    model = RunConfig if method is None else CONFIGS[method]
+    click.echo(json.dumps(model.model_json_schema(), indent=2))
+
+
+def _load(config: str, overrides: Sequence[str]) -> Any:
+    from rayclust.stages.quick import load_config
+
+    return load_config(config, overrides)
+
+
+def _load_run(run_uri: str) -> Any:
+    from rayclust.stages.quick import load_run
+
+    return load_run(run_uri)
+
+
+def _show_result(run_uri: str) -> None:
+    from rayclust.store import filesystem
+    from rayclust.store.layout import Run
+
+    run = Run(run_uri)
+    metrics = filesystem.read_json(run.metrics)
+    names = ("accuracy", "nmi", "ari", "ami", "purity", "knn_accuracy", "silhouette")
+    shown = [f"{name} {metrics[name]:.3f}" for name in names if metrics.get(name) is not None]
+    click.echo(f"{metrics['rows']:,} images in {metrics['clusters']} clusters: {', '.join(shown)}")
+    click.echo(f"report: {run.report}")

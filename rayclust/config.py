@@ -1,0 +1,318 @@
+"""RUN.yaml as a frozen tree: what a whole run is asked to do.
+
+A method's own settings live in the method's file; the encoder's in `encoders/options.py`. `parse` is the one reader. It
+refuses what it does not know by full key, with the value, the bound and the nearest known key, in one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rayclust.encoders.options import EncoderConfig
+from rayclust.errors import ConfigError
+from rayclust.methods import CONFIGS, AnyMethodConfig
+from rayclust.options import Config
+
+MEBIBYTE = 1 << 20
+
+
+class ImagesConfig(Config):
+    """Where the images come from and what is refused."""
+
+    uri: str = Field(min_length=1)
+    """A folder tree, *.tar shards, *.parquet, a table of embeddings (local or s3://), or `dataset:NAME`."""
+    format: Literal["auto", "folder", "webdataset", "parquet", "embeddings"] = "auto"
+    """How the images are stored; `auto` looks at the names."""
+    labels: str = "auto"
+    """auto | none | folder | a column or tar suffix. Used for evaluation only, never to fit."""
+    classes: tuple[str, ...] | str | None = None
+    """Keep only these classes: a list of class names (ImageNet: wnids), or a text file with one a line. None keeps all."""
+    shard_size: int = Field(512, ge=1, le=1_000_000)
+    """Images per unit of work where the input has no shards of its own (folders, large parquet files)."""
+    max_reject_share: float = Field(0.1, ge=0, le=1)
+    """Above this share of rejected images the encode stage fails."""
+    max_bytes: int = Field(64 * MEBIBYTE, ge=1)
+    """Bytes of one encoded image above which it is rejected."""
+    max_pixels: int = Field(128_000_000, ge=1)
+    """Pixels of one image above which it is rejected before it is decoded (decompression bombs)."""
+
+
+class FeaturesConfig(Config):
+    """What methods see of the embeddings."""
+
+    center: bool = False
+    """Subtract the mean embedding of the run."""
+    normalize: bool = True
+    """End with unit rows."""
+    standardize: bool = False
+    """Z-score each dimension by the mean and deviation of the run (TEMI's `embed_norm`)."""
+
+
+class NeighborsConfig(Config):
+    """Nearest neighbours in feature space by cosine."""
+
+    k: int = Field(50, ge=1, le=4096)
+    """Neighbours kept per row, the row itself excluded; at most N − 1 are written."""
+    method: Literal["auto", "exact", "ivf"] = "auto"
+    """exact: all pairs by blocks. ivf: an inverted file with measured recall. auto: ivf above `exact_rows` rows."""
+    exact_rows: int = Field(2_000_000, ge=1)
+    """Rows up to which `auto` is exact."""
+    min_recall: float = Field(0.95, gt=0, le=1)
+    """Recall@k that the ivf route must reach on a sample of rows, else the stage fails."""
+
+
+class LabelConfig(Config):
+    """Names for clusters."""
+
+    vocabulary: str = "auto"
+    """auto | none | imagenet | wordnet | a text file or URI, one name a line | a parquet of words with embeddings.
+
+    `auto` is ImageNet's names when the encoder reads text, else none.
+    """
+    templates: tuple[str, ...] = ("a photo of a {}",)
+    """Prompts around each name; their embeddings are averaged."""
+    exemplars: int = Field(12, ge=0, le=200)
+    """Most typical images kept per cluster."""
+    outliers: int = Field(6, ge=0, le=200)
+    """Least typical images kept per cluster."""
+
+
+class IndexConfig(Config):
+    """The search index over unit embeddings."""
+
+    kind: Literal["auto", "flat", "ivf"] = "auto"
+    """flat: exact. ivf: approximate with measured recall. auto: ivf above `flat_rows` rows."""
+    flat_rows: int = Field(1_000_000, ge=1)
+    """Rows up to which `auto` is flat."""
+
+
+class EvaluateConfig(Config):
+    """Measures of the partition."""
+
+    silhouette_rows: int = Field(5000, ge=0)
+    """Rows of the seeded sample on which the silhouette is taken; 0 leaves it out."""
+    probe_neighbors: int = Field(20, ge=1)
+    """Neighbours that vote in the k-NN probe, where labels exist."""
+
+
+class ReportConfig(Config):
+    """The page."""
+
+    thumbnail: int = Field(112, ge=16, le=512)
+    """Longer side of a thumbnail, pixels."""
+    max_clusters: int = Field(200, ge=1)
+    """Clusters shown with thumbnails, largest first; the others are listed in a table."""
+
+
+class ResourcesConfig(Config):
+    """What a run may use of the machine or cluster."""
+
+    workers: int | Literal["auto"] = "auto"
+    """Workers of encode and train. auto: one per GPU; without GPUs, encode takes every CPU and train one worker."""
+    gpus_per_worker: float = Field(0, ge=0, le=16)
+    """GPUs of each worker; 0 computes on the CPU."""
+    decode_workers: int | Literal["auto"] = "auto"
+    """CPU actors that decode images."""
+    max_failures: int = Field(3, ge=0)
+    """Times a lost training worker is replaced before the stage fails."""
+    checkpoint_seconds: float = Field(30, gt=0)
+    """Seconds between two checkpoints of a training."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> ResourcesConfig:
+        for key in ("workers", "decode_workers"):
+            value = getattr(self, key)
+            if value != "auto" and value < 1:
+                raise ValueError(f"{key} = {value}: must be at least 1, or auto")
+        return self
+
+
+class RunConfig(Config):
+    """RUN.yaml."""
+
+    run: str = Field(min_length=1)
+    """A folder or an s3:// URI; every artefact of the run lies below it."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of everything random."""
+    images: ImagesConfig
+    encoder: EncoderConfig = EncoderConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    neighbors: NeighborsConfig = NeighborsConfig()
+    method: AnyMethodConfig
+    label: LabelConfig = LabelConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+
+def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") -> RunConfig:
+    """Reads a run's config.
+
+    Args:
+        text: YAML.
+        overrides: `KEY=VALUE` items; KEY is dotted, VALUE is YAML. They win over `text`.
+        source: what to call `text` in messages.
+
+    Raises:
+        ConfigError: the text is not a YAML mapping, or a key or value is refused; one line.
+    """
+    tree = _read_yaml(text, source)
+    for override in overrides:
+        _override(tree, override)
+    return validate(tree)
+
+
+def validate(tree: dict[str, Any]) -> RunConfig:
+    """The config in a plain tree of dicts, lists and scalars.
+
+    Raises:
+        ConfigError: a key or value is refused; one line.
+    """
+    _refuse_open_clusters(tree)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key given twice: the second would silently win."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    mapping: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not text")
+        if key in mapping:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key} is given twice")
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _read_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(f"{source}{where}: {problem}") from None
+    except (ConfigError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{source}: {str(error) or 'nested too deeply'}") from None
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(f"{source}: {found} where a mapping of keys is needed, such as `run: …`")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: write KEY=VALUE, for example method.clusters=20")
+    try:
+        parsed = yaml.load(value, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ConfigError, ValueError):
+        raise ConfigError(f"override {key}: {value!r} is not a YAML value") from None
+    node = tree
+    for part in parts[:-1]:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = {}
+        node[part] = child
+        node = child
+    node[parts[-1]] = parsed
+
+
+def _refuse_open_clusters(tree: dict[str, Any]) -> None:
+    method = tree.get("method")
+    clusters = method.get("clusters") if isinstance(method, dict) else None
+    if clusters == "auto" or isinstance(clusters, list):
+        raise ConfigError(f"method.clusters = {clusters}: the choice of k (select-k) is not in this version: give a number")
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    first = (unknown or problems)[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{_describe(first)}{more}"
+
+
+def _describe(problem: Any) -> str:
+    path = _key_path(problem["loc"])
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(path)}"
+    if problem["type"] == "missing":
+        return f"{key}: this key is required"
+    if problem["type"].startswith("union_tag"):
+        known = ", ".join(sorted(CONFIGS))
+        given = problem["input"].get("name") if isinstance(problem["input"], dict) else problem["input"]
+        return f"{key}.name = {given!r}: must be one of {known}{_closest(str(given), list(CONFIGS))}"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key} = {_shown(problem['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _key_path(location: tuple[Any, ...]) -> list[str]:
+    """The dotted key without pydantic's names for branches of unions."""
+    path: list[str] = []
+    for part in location:
+        is_tag = bool(path) and path == ["method"] and part in CONFIGS
+        is_branch = isinstance(part, str) and ("[" in part or part in {"int", "str", "float", "bool", "constrained-str"})
+        if not is_tag and not is_branch:
+            path.append(str(part))
+    return path
+
+
+def _nearest(path: list[str]) -> str:
+    fields = _fields_at(path[:-1])
+    near = _closest(path[-1], fields)
+    if near:
+        return near
+    elsewhere = [key for key in known_keys() if key.split(".")[-1] == path[-1]]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(fields)}"
+
+
+def _closest(word: str, words: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    prefix = "".join(part + "." for part in path)
+    below = {key.removeprefix(prefix).split(".")[0] for key in known_keys() if key.startswith(prefix)}
+    return sorted(below)
+
+
+def known_keys() -> list[str]:
+    """All dotted keys of RUN.yaml, those of every method among them."""
+    keys: list[str] = []
+
+    def visit(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            keys.append(prefix + name)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                visit(field.annotation, f"{prefix}{name}.")
+
+    visit(RunConfig, "")
+    for model in CONFIGS.values():
+        visit(model, "method.")
+    return list(dict.fromkeys(keys))

@@ -1,0 +1,112 @@
+"""The Ray cluster a run uses: the one it is submitted to, else one of its own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rayclust.config import RunConfig
+from rayclust.errors import ConfigError, RayclustError
+
+logger = logging.getLogger(__name__)
+
+
+def connect() -> None:
+    """Joins the cluster named by RAY_ADDRESS (a job has it set), else starts one on this machine; once a process.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # A laptop's cluster serves this process only: no dashboard, nothing left behind.
+            ray.init(address="local", include_dashboard=False, **quiet)
+    except ConnectionError as error:
+        raise ConfigError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
+    logger.info("ray: %s", describe())
+
+
+def describe() -> str:
+    """The cluster in a line: nodes, CPUs, GPUs."""
+    import ray
+
+    total = ray.cluster_resources()
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"{nodes} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+
+
+def cpus() -> int:
+    """Number of CPUs of the cluster; at least 1."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def encode_workers(config: RunConfig) -> int:
+    """Number of encoder actors that `resources` asks for."""
+    import ray
+
+    resources = config.resources
+    if resources.workers != "auto":
+        return resources.workers
+    if resources.gpus_per_worker:
+        return max(1, int(ray.cluster_resources().get("GPU", 1) / resources.gpus_per_worker))
+    return cpus()
+
+
+def train_workers(config: RunConfig) -> int:
+    """Number of training workers that `resources` asks for; without GPUs `auto` is one, which takes every core."""
+    if config.resources.workers == "auto" and not config.resources.gpus_per_worker:
+        return 1
+    return encode_workers(config)
+
+
+def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0) -> Any:
+    """The result of one call in a Ray worker: whatever takes memory with N does not run in the driver."""
+    import ray
+
+    connect()
+    with plain_errors():
+        return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5)(function).remote(*arguments))
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Lets the error that a remote worker raised on purpose through, without Ray's wrapping."""
+    try:
+        yield
+    except RayclustError:
+        raise
+    except Exception as error:
+        inner = _raised_on_purpose(error)
+        if inner is None:
+            raise
+        raise inner from error
+
+
+def _raised_on_purpose(error: BaseException | None) -> RayclustError | None:
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        current = queue.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, RayclustError):
+            # Ray's wrapper is a subclass of the cause's class as well: the cause itself has the clean message.
+            cause = getattr(current, "cause", None)
+            return cause if isinstance(cause, RayclustError) else current
+        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+        queue += list(getattr(current, "worker_failures", {}).values())
+    return None

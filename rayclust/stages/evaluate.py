@@ -1,0 +1,104 @@
+"""evaluate: how good the partition is, against labels where there are any and by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rayclust.config import RunConfig
+from rayclust.features import FeatureTransform
+from rayclust.metrics import external, internal
+from rayclust.stages.cluster import run_remotely
+from rayclust.stages.outputs import put_json
+from rayclust.stages.pipeline import StageContext, StageResult
+from rayclust.stages.rows import row_starts, transform_of
+from rayclust.store import tables
+from rayclust.store.layout import Run
+
+
+def run(context: StageContext) -> StageResult:
+    """Scores the run in one worker: two whole numbers a row are all it holds of N."""
+    encode = context.inputs["encode"]
+    starts = row_starts(encode)
+    transform = transform_of(encode, context.config.features)
+    sizes = context.inputs["assign"].extra["sizes"]
+    metrics: dict[str, Any] = run_remotely(_score, context.run, starts, transform, context.config)
+    metrics["sizes"] = sizes
+    outputs = put_json(context.run, context.run.metrics, metrics)
+    shown = [f"{name} {metrics[name]:.4f}" for name in ("accuracy", "nmi", "ari", "silhouette") if name in metrics]
+    return StageResult(outputs, {"rows": starts[-1], "labelled": encode.counts["labelled"]}, {}, ", ".join(shown))
+
+
+def _score(run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig) -> dict[str, Any]:
+    clusters, codes, classes = _columns(run, starts)
+    metrics: dict[str, Any] = {"rows": len(clusters), "clusters": config.method.clusters}
+    labelled = codes >= 0
+    if labelled.any() and len(classes) > 1:
+        metrics |= _against_labels(codes[labelled], clusters[labelled])
+        metrics |= {"classes": len(classes), "labelled": int(labelled.sum())}
+        if labelled.all():
+            metrics["knn_accuracy"] = _probe(run, starts, codes, config.evaluate.probe_neighbors)
+    sample = _sample(len(clusters), config)
+    if len(sample) and len(np.unique(clusters[sample])) > 1:
+        features = _features_of(run, starts, transform, sample)
+        metrics["silhouette"] = internal.silhouette(features, clusters[sample])
+        metrics["silhouette_rows"] = len(sample)
+    return metrics
+
+
+def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    return {
+        "accuracy": external.accuracy(codes, clusters),
+        "nmi": external.nmi(codes, clusters),
+        "ari": external.ari(codes, clusters),
+        "ami": external.ami(codes, clusters),
+        "purity": external.purity(codes, clusters),
+    }
+
+
+def _columns(run: Run, starts: list[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Int32[N] clusters, Int32[N] label codes (−1 without a label), and the labels in order of their codes."""
+    clusters = np.empty(starts[-1], np.int32)
+    codes = np.full(starts[-1], -1, np.int32)
+    known: dict[str, int] = {}
+    for part, start in enumerate(starts[:-1]):
+        stop = starts[part + 1]
+        if stop == start:
+            continue
+        clusters[start:stop] = tables.read_table(run.assignments(part), ["cluster"])["cluster"].to_numpy()
+        labels = tables.read_table(run.embeddings(part), ["label"])["label"].combine_chunks().dictionary_encode()
+        names = labels.dictionary.to_pylist()
+        # The last place stands for null, whose index is filled with −1.
+        own = np.array([known.setdefault(name, len(known)) for name in names] + [-1], np.int32)
+        codes[start:stop] = own[labels.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    return clusters, codes, list(known)
+
+
+def _probe(run: Run, starts: list[int], codes: np.ndarray, neighbors: int) -> float:
+    """Leave-one-out accuracy of the k-NN vote over all rows, part by part."""
+    right = 0.0
+    for part, start in enumerate(starts[:-1]):
+        stop = starts[part + 1]
+        if stop == start:
+            continue
+        table = tables.read_table(run.neighbors(part), ["neighbors", "similarity"])
+        ids, similarity = tables.matrix(table["neighbors"]), tables.matrix(table["similarity"])
+        right += (stop - start) * external.knn_accuracy(ids, similarity, codes, codes[start:stop], k=neighbors)
+    return right / starts[-1]
+
+
+def _sample(count: int, config: RunConfig) -> np.ndarray:
+    wanted = min(config.evaluate.silhouette_rows, count)
+    return np.sort(np.random.default_rng(config.seed).choice(count, wanted, replace=False))
+
+
+def _features_of(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
+    """Float32[n D]: the features of some rows, in order."""
+    gathered = []
+    for part, start in enumerate(starts[:-1]):
+        own = rows[(rows >= start) & (rows < starts[part + 1])] - start
+        if len(own):
+            embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
+            gathered.append(transform(embeddings[own]))
+    return np.concatenate(gathered)

@@ -1,0 +1,201 @@
+"""Which stages there are, what each depends on, and how one is run, skipped or run again."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayclust.config import RunConfig
+from rayclust.errors import ArtefactError
+from rayclust.stages.outputs import Outputs
+from rayclust.stages.progress import duration
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, seal, versions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what of the config it depends on and which stages it reads."""
+
+    name: str
+    needs: tuple[str, ...]
+    settings: Callable[[RunConfig], dict[str, Any]]
+    """The part of the config that its results depend on."""
+    revision: int = 1
+    """Raised when the stage's results change for the same config."""
+
+    @property
+    def module(self) -> Any:
+        """The stage's file, imported when it is first needed: it brings torch and Ray."""
+        return importlib.import_module(f"rayclust.stages.{self.name}")
+
+
+@dataclass
+class StageContext:
+    """What a stage's `run` is given."""
+
+    config: RunConfig
+    run: Run
+    digest: str
+    """Of the config and all inputs; units of work carry it in their markers."""
+    inputs: dict[str, Manifest]
+    """The manifests of the stages that it reads."""
+    plan: Any = None
+    """The encode stage's plan of input shards."""
+
+
+@dataclass
+class StageResult:
+    """What a stage hands back to be sealed."""
+
+    outputs: Outputs
+    counts: dict[str, int]
+    extra: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+    """One line for the log."""
+
+
+def _part(config: Any, *keys: str) -> dict[str, Any]:
+    dumped: dict[str, Any] = config.model_dump(mode="json")
+    return {key: dumped[key] for key in keys} if keys else dumped
+
+
+def _method(config: RunConfig) -> dict[str, Any]:
+    # What was set by hand matters besides the values: a preset fills only what was left open.
+    return {"all": _part(config.method), "set": sorted(config.method.model_fields_set)}
+
+
+_IMAGES = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("encode", (), lambda c: {"images": _part(c.images, *_IMAGES), "encoder": _part(c.encoder)}),
+        Stage("neighbors", ("encode",), lambda c: {"neighbors": _part(c.neighbors), "features": _part(c.features)}),
+        Stage(
+            "train",
+            ("encode", "neighbors"),
+            lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed},
+        ),
+        Stage("assign", ("encode", "train"), lambda c: {}),
+        Stage("label", ("encode", "assign"), lambda c: {"label": _part(c.label), "encoder": _part(c.encoder)}),
+        Stage("index", ("encode",), lambda c: {"index": _part(c.index), "seed": c.seed}),
+        Stage(
+            "evaluate",
+            ("encode", "neighbors", "assign"),
+            lambda c: {"evaluate": _part(c.evaluate), "features": _part(c.features), "seed": c.seed},
+        ),
+        Stage("report", ("encode", "train", "assign", "label", "evaluate"), lambda c: {"report": _part(c.report)}),
+    )
+}
+
+
+def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
+    """Runs one stage, unless it is sealed for the same config and inputs.
+
+    Raises:
+        ArtefactError: a stage that it reads is not sealed.
+        RayclustError: whatever the stage raises.
+    """
+    stage, run = STAGES[name], Run(config.run)
+    save_config(config)
+    inputs = {need: _sealed_input(run, name, need) for need in stage.needs}
+    plan = stage.module.plan(config) if name == "encode" else None
+    digest = stage_digest(stage, config, inputs, plan)
+    manifest = read_manifest(run, name)
+    if manifest and manifest.digest == digest and not force and outputs_present(run, manifest):
+        logger.info("%s: done before, skipped", name)
+        return manifest
+    filesystem.remove(run.manifest(name))
+    logger.info("%s: started", name)
+    started = time.monotonic()
+    result: StageResult = stage.module.run(StageContext(config, run, digest, inputs, plan))
+    seconds = time.monotonic() - started
+    manifest = Manifest(
+        stage=name,
+        digest=digest,
+        inputs={need: content_digest(sealed) for need, sealed in inputs.items()},
+        counts=result.counts,
+        outputs={path: Output(**written) for path, written in result.outputs.items()},
+        versions=versions(),
+        seconds=round(seconds, 3),
+        extra=result.extra,
+    )
+    seal(run, manifest)
+    logger.info("%s: done in %s%s", name, duration(seconds), f", {result.summary}" if result.summary else "")
+    return manifest
+
+
+def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
+    """Runs every stage that is not done, in order, up to and with `stop_after`."""
+    sealed = {}
+    for name in STAGES:
+        sealed[name] = run_stage(name, config, force=force)
+        if name == stop_after:
+            break
+    return sealed
+
+
+def save_config(config: RunConfig) -> None:
+    """Keeps the config with the run, so that `status`, `search` and `predict` need the run alone."""
+    run, content = Run(config.run), config.model_dump(mode="json", exclude_unset=True)
+    try:
+        if filesystem.read_json(run.config) == content:
+            return
+    except (filesystem.MissingError, ArtefactError):
+        pass
+    filesystem.write_json(run.config, content)
+
+
+def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], plan: Any = None) -> str:
+    """The digest that a sealed manifest must carry to be good for this config and these inputs."""
+    return digest_of(
+        {
+            "stage": stage.name,
+            "revision": stage.revision,
+            "settings": stage.settings(config),
+            "inputs": {need: content_digest(manifest) for need, manifest in inputs.items()},
+            "plan": plan.digest if plan else None,
+        }
+    )
+
+
+def content_digest(manifest: Manifest) -> str:
+    """Digest of what a stage wrote, so that equal bytes from another config make nothing run again."""
+    return digest_of(manifest.model_dump(mode="json", include={"outputs", "extra"}))
+
+
+def outputs_present(run: Run, manifest: Manifest) -> bool:
+    """Whether every file that the manifest lists is there with its size; one listing per folder."""
+    folders = {path.partition("/")[0] for path in manifest.outputs if "/" in path}
+    sizes: dict[str, int] = {}
+    for folder in sorted(folders):
+        location = filesystem.join(run.uri, folder)
+        if filesystem.exists(location):
+            sizes |= {f"{folder}/{found.key}": found.size for found in filesystem.walk(location)}
+    for path, written in manifest.outputs.items():
+        if "/" not in path:
+            if not filesystem.exists(filesystem.join(run.uri, path)):
+                return _missing(manifest.stage, path)
+        elif sizes.get(path) != written.size:
+            return _missing(manifest.stage, path)
+    return True
+
+
+def _missing(stage: str, path: str) -> bool:
+    logger.warning("%s: %s is missing or has another size than was sealed: running the stage again", stage, path)
+    return False
+
+
+def _sealed_input(run: Run, name: str, need: str) -> Manifest:
+    manifest = read_manifest(run, need)
+    if manifest is None:
+        raise ArtefactError(f"{name}: the stage {need} of {run.uri} is not finished: run `rayclust {need} RUN.yaml` first")
+    return manifest

@@ -1,0 +1,149 @@
+"""The rows of a run as its workers hold them: features and neighbours, mapped from a file on the worker's node."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayclust.config import FeaturesConfig
+from rayclust.features import FeatureTransform
+from rayclust.stages.shards import Moments
+from rayclust.store import tables
+from rayclust.store.layout import Run
+from rayclust.store.manifest import Manifest
+
+BLOCK = 8192
+"""Rows handed to a method at once."""
+
+
+def transform_of(encode: Manifest, features: FeaturesConfig) -> FeatureTransform:
+    """Embeddings to features, by the moments that the encode stage sealed."""
+    moments = Moments.from_json(encode.extra["moments"])
+    return FeatureTransform.from_moments(
+        moments.count,
+        moments.total,
+        moments.squares,
+        center=features.center,
+        standardize=features.standardize,
+        normalize=features.normalize,
+    )
+
+
+def row_starts(encode: Manifest) -> list[int]:
+    """The row at which each part begins, and N at the end."""
+    return [0, *np.cumsum(encode.extra["parts"]).tolist()]
+
+
+def part_features(run: Run, index: int, transform: FeatureTransform) -> np.ndarray:
+    """Float32[B D]: the features of the rows of one part."""
+    table = tables.read_table(run.embeddings(index), ["embedding"])
+    return transform(tables.matrix(table["embedding"]))
+
+
+class StoredRows:
+    """A run's rows for the methods (`methods.base.Rows`).
+
+    The first worker on a node copies the rows into a file there, once; all workers of the node map it, so that rows
+    beyond memory stream from disk and the page cache is shared.
+
+    Args:
+        run: the run.
+        encode: manifest of its embeddings.
+        features: what to make of them.
+        cache: folder for this training's files on this node.
+        worker: this worker's number.
+        workers: number of workers.
+    """
+
+    def __init__(
+        self, run: Run, encode: Manifest, features: FeaturesConfig, cache: Path, worker: int = 0, workers: int = 1
+    ) -> None:
+        self._run, self._cache = run, cache
+        self._transform = transform_of(encode, features)
+        self._starts = row_starts(encode)
+        self._dimension = int(encode.extra["dimension"])
+        self._worker, self._workers = worker, workers
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self._starts[-1]
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self._dimension
+
+    def tensor(self) -> Tensor:
+        """Float32[N D], mapped."""
+        return torch.from_numpy(self._features())
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Float32[B D]s of this worker's contiguous share of the rows."""
+        features = self._features()
+        first = self.count * self._worker // self._workers
+        end = self.count * (self._worker + 1) // self._workers
+        for start in range(first, end, BLOCK):
+            yield torch.from_numpy(features[start : min(start + BLOCK, end)])
+
+    def neighbors(self) -> Tensor:
+        """Int64[N M], mapped."""
+        width = tables.read_table(self._run.neighbors(0), ["neighbors"]).schema.field("neighbors").type.list_size
+
+        def fill(array: np.ndarray) -> None:
+            for index, start in enumerate(self._starts[:-1]):
+                ids = tables.matrix(tables.read_table(self._run.neighbors(index), ["neighbors"])["neighbors"])
+                array[start : start + len(ids)] = ids
+
+        return torch.from_numpy(mapped(self._cache / "neighbors.npy", (self.count, width), np.int64, fill))
+
+    def _features(self) -> np.ndarray:
+        def fill(array: np.ndarray) -> None:
+            for index, start in enumerate(self._starts[:-1]):
+                rows = part_features(self._run, index, self._transform)
+                array[start : start + len(rows)] = rows
+
+        return mapped(self._cache / "features.npy", (self.count, self.dimension), np.float32, fill)
+
+
+def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.ndarray], None]) -> np.ndarray:
+    """An array mapped from a file that is filled by whoever comes first; the others wait.
+
+    Args:
+        path: the file; there only once it is whole.
+        shape: of the array.
+        dtype: of the array.
+        fill: writes the array's content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            array = np.lib.format.open_memmap(unfinished, "w+", dtype, shape)
+            fill(array)
+            array.flush()
+            del array
+            unfinished.replace(path)
+    # Copy-on-write: torch wants writable memory, and nothing written there reaches the file.
+    return np.load(path, mmap_mode="c")
+
+
+def cache_folder(digest: str) -> Path:
+    """This user's folder on this node for the files of one training."""
+    root = os.environ.get("RAYCLUST_CACHE")
+    base = Path(root) if root else Path(tempfile.gettempdir()) / f"rayclust-{os.getuid()}"
+    return base / "rows" / digest
+
+
+def drop_cache(digest: str) -> None:
+    """Removes the files of one training from this node."""
+    shutil.rmtree(cache_folder(digest), ignore_errors=True)

@@ -1,0 +1,110 @@
+"""search: the images of a run that are nearest to an image or to words."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from rayclust.arrays import require_matrix
+from rayclust.config import RunConfig
+from rayclust.encoders.base import Encoder
+from rayclust.encoders.decode import Undecodable, decode
+from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.search.index import load_index
+from rayclust.stages.index import ENCODER_INDEX
+from rayclust.stages.models import load_run_encoder, run_preprocess
+from rayclust.stages.rows import row_starts
+from rayclust.stages.words import cluster_names
+from rayclust.store import filesystem, tables
+from rayclust.store.layout import Run
+from rayclust.store.manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One image found."""
+
+    row: int
+    similarity: float
+    """Cosine."""
+    key: str
+    uri: str
+    cluster: int | None
+    """None where the run has no assignments yet."""
+    name: str | None
+    """The cluster's name."""
+
+
+def search(config: RunConfig, *, image: str | None, text: str | None, top: int, space: str) -> list[Hit]:
+    """The `top` nearest images, nearest first.
+
+    Args:
+        config: the run's.
+        image: a path or URI of an image; or
+        text: words, for encoders that read text.
+        top: how many.
+        space: `encoder`, or `z` for methods that learn a space of their own.
+
+    Raises:
+        ArtefactError: the run is not indexed.
+        ConfigError: the query does not suit the run.
+        DataError: the image cannot be read.
+    """
+    run = Run(config.run)
+    encode, index = read_manifest(run, "encode"), read_manifest(run, "index")
+    if encode is None or index is None:
+        raise ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
+    if space == "z":
+        raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")
+    query = _query(config, image, text)
+    require_matrix(query, "the query", int(encode.extra["dimension"]))
+    found = load_index(filesystem.read_bytes(filesystem.join(run.index_folder, ENCODER_INDEX)))
+    rows, similarity = found.search(query, min(top, encode.counts["rows"]))
+    names = cluster_names(run)
+    return [_hit(run, encode, int(row), float(s), names) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0]
+
+
+def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray:
+    if (image is None) == (text is None):
+        raise ConfigError("search: give either --image FILE or --text WORDS")
+    data = filesystem.read_bytes(image) if image is not None else b""
+    encoder = load_run_encoder(config)
+    if text is not None:
+        if not encoder.has_text:
+            raise ConfigError(f"--text: the encoder {config.encoder.name} has no text tower; search by --image")
+        return _unit(encoder.encode_texts([text]))
+    return _encoded(config, encoder, str(image), data)
+
+
+def _encoded(config: RunConfig, encoder: Encoder, uri: str, data: bytes) -> np.ndarray:
+    try:
+        pixels = decode(data, run_preprocess(config))
+    except Undecodable as error:
+        raise DataError(f"--image {uri}: {error.reason}: {error.detail}") from None
+    return _unit(encoder.encode_images(pixels[None]))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _hit(run: Run, encode: Manifest, row: int, similarity: float, names: dict[int, str]) -> Hit:
+    found = row_of(run, encode, row, ["row", "key", "uri"])
+    cluster = None
+    if read_manifest(run, "assign") is not None:
+        part = bisect_right(row_starts(encode), row) - 1
+        table = tables.read_table(run.assignments(part), ["row", "cluster"])
+        cluster = int(table.filter(pc.equal(table["row"], row))["cluster"][0].as_py())
+    return Hit(row, similarity, found["key"], found["uri"], cluster, names.get(cluster) if cluster is not None else None)
+
+
+def row_of(run: Run, encode: Manifest, row: int, columns: list[str]) -> dict[str, Any]:
+    """Some columns of one row of the embeddings."""
+    part = bisect_right(row_starts(encode), row) - 1
+    table = tables.read_table(run.embeddings(part), columns)
+    found: dict[str, Any] = table.filter(pc.equal(table["row"], row)).to_pylist()[0]
+    return found

@@ -1,0 +1,211 @@
+"""train: fits the method to the run's rows with Ray Train, one process per worker.
+
+Checkpoints are ours: safetensors and JSON below the run, written by worker 0. A lost worker, a lost driver or a lost
+cluster all go on from the newest whole one. Ray Train only places, watches and replaces the workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rayclust import collectives
+from rayclust.config import RunConfig
+from rayclust.errors import ArtefactError
+from rayclust.methods import build
+from rayclust.stages.cluster import connect, cpus, plain_errors, train_workers
+from rayclust.stages.models import save_method
+from rayclust.stages.outputs import Outputs, put_table
+from rayclust.stages.pipeline import StageContext, StageResult
+from rayclust.stages.progress import Progress
+from rayclust.stages.rows import StoredRows, cache_folder, drop_cache
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+from rayclust.store.manifest import Manifest
+from rayclust.training.checkpoints import Every
+from rayclust.training.loop import Trainer
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2
+"""Checkpoints kept: the newest, and the one before it while the newest is being written."""
+
+
+def run(context: StageContext) -> StageResult:
+    """Trains on the cluster and seals the model."""
+    connect()
+    config, encode = context.config, context.inputs["encode"]
+    job = Job(config, context.digest, encode)
+    with plain_errors(), _Watch(config) as board:
+        result = _fit(job, board)
+    filesystem.remove_tree(context.run.checkpoints(context.digest))
+    summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
+    if result["loss"] is not None:
+        summary += f", loss {result['loss']:.4f}"
+    return StageResult(result["outputs"], {"rows": encode.counts["rows"], "steps": result["steps"]}, {}, summary)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told."""
+
+    config: RunConfig
+    digest: str
+    encode: Manifest
+
+
+def _fit(job: Job, board: Any) -> dict[str, Any]:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources, workers = job.config.resources, train_workers(job.config)
+    cores = max(1, cpus() // workers) if not resources.gpus_per_worker else 1
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "board": board, "threads": cores},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=bool(resources.gpus_per_worker),
+            resources_per_worker={"CPU": cores} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+        ),
+        run_config=RunConfig(
+            # A name of its own each time: what is resumed is our checkpoint, never Ray's idea of a finished run.
+            name=f"rayclust-{job.digest[:12]}-{time.time_ns()}",
+            storage_path=tempfile.mkdtemp(prefix="rayclust-train-"),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    result: dict[str, Any] = trainer.fit().return_value
+    return result
+
+
+def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """One worker: its rows, the method, the fit; worker 0 writes the model."""
+    job: Job = settings["job"]
+    board = settings["board"]
+    torch.set_num_threads(settings["threads"])
+    config, run = job.config, Run(job.config.run)
+    rank = collectives.rank()
+    rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), rank, collectives.world_size())
+    method = build(config.method, rows.dimension, rows.count, config.seed)
+    store = StoredCheckpoints(run, job.digest)
+    device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else "cpu"
+    on_row = (lambda row: board.post.remote(row)) if rank == 0 else None
+    every = Every(epochs=None, seconds=config.resources.checkpoint_seconds)
+    trainer = Trainer(config.seed, device, on_row, store, every)
+    method.fit(rows, trainer)
+    collectives.barrier()
+    drop_cache(job.digest)
+    if rank:
+        return None
+    outputs = save_method(run, method.export()) | _write_metrics(run, trainer.history)
+    last = trainer.history[-1] if trainer.history else {}
+    return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
+
+
+def _write_metrics(run: Run, history: list[dict[str, Any]]) -> Outputs:
+    # Seconds and rates differ from run to run; they stay out so that the same training gives the same bytes.
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
+    table = pa.Table.from_pylist(rows) if rows else pa.table({"epoch": pa.array([], pa.int64())})
+    return put_table(run, filesystem.join(run.model_folder, "metrics.parquet"), table)
+
+
+class StoredCheckpoints:
+    """Checkpoints below the run (`training.checkpoints.CheckpointStore`).
+
+    The tensors are written first and the state last, with their digest: a state without its tensors does not count.
+    """
+
+    def __init__(self, run: Run, digest: str) -> None:
+        self._folder = run.checkpoints(digest)
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Worker 0 writes; the others go on."""
+        if collectives.rank():
+            return
+        data = safetensors.torch.save(tensors)
+        filesystem.write_bytes(self._at(step, "tensors.safetensors"), data)
+        filesystem.write_json(self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state})
+        for old in self._steps()[:-KEPT]:
+            filesystem.remove_tree(filesystem.join(self._folder, f"step-{old:09d}"))
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint whose tensors match its state."""
+        for step in reversed(self._steps()):
+            try:
+                content = filesystem.read_json(self._at(step, "state.json"))
+                data = filesystem.read_bytes(self._at(step, "tensors.safetensors"))
+            except (filesystem.MissingError, ArtefactError):
+                continue
+            if content["digest"] == hashlib.sha256(data).hexdigest():
+                logger.info("train: resuming at step %d", step)
+                return safetensors.torch.load(data), content["state"]
+        return None
+
+    def _at(self, step: int, name: str) -> str:
+        return filesystem.join(self._folder, f"step-{step:09d}", name)
+
+    def _steps(self) -> list[int]:
+        """Steps with a state, in order."""
+        found = filesystem.walk(self._folder, suffixes=("state.json",), missing_ok=True)
+        return sorted(int(file.key[5:14]) for file in found)
+
+
+class Board:
+    """Where worker 0 posts its newest row of metrics; a Ray actor."""
+
+    def __init__(self) -> None:
+        self._row: dict[str, Any] | None = None
+
+    def post(self, row: dict[str, Any]) -> None:
+        """Takes a row."""
+        self._row = row
+
+    def read(self) -> dict[str, Any] | None:
+        """The newest row."""
+        return self._row
+
+
+class _Watch:
+    """Shows what the board says, from a thread, while the driver waits for the workers."""
+
+    def __init__(self, config: RunConfig) -> None:
+        import ray
+
+        self._board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
+        self._progress = Progress("train", "steps")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Any:
+        self._progress.__enter__()
+        self._thread.start()
+        return self._board
+
+    def __exit__(self, *error: Any) -> None:
+        self._over.set()
+        self._thread.join(timeout=5)
+        self._progress.__exit__(None, None, None)
+
+    def _follow(self) -> None:
+        import ray
+
+        while not self._over.wait(1.0):
+            try:
+                row = ray.get(self._board.read.remote(), timeout=5)
+            except ray.exceptions.RayError:
+                continue
+            if row:
+                loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
+                self._progress.at(int(row.get("step", 0)), row.get("steps"), loss)

@@ -1,0 +1,135 @@
+"""A stage's work in units that finish one by one: each leaves a marker last, and a marked unit is not done again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from rayclust.stages.cluster import connect, cpus, plain_errors
+from rayclust.errors import ArtefactError
+from rayclust.stages.outputs import Outputs
+from rayclust.stages.progress import Progress
+from rayclust.store import filesystem
+from rayclust.store.filesystem import MissingError
+
+logger = logging.getLogger(__name__)
+
+STORAGE_THREADS = 16
+"""Requests under way at once when many small objects are read or written."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of a stage's work."""
+
+    index: int
+    digest: str
+    """Of everything that its result depends on."""
+    payload: Any = None
+    size: int = 1
+    """Rows or images in it, for the progress."""
+
+
+@dataclass
+class UnitResult:
+    """What a unit wrote and counted."""
+
+    outputs: Outputs = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_marker(uri: str) -> tuple[str, UnitResult] | None:
+    """The digest and result in a marker; None where there is none or it is damaged."""
+    try:
+        marker = filesystem.read_json(uri)
+        return marker["digest"], UnitResult(marker["outputs"], marker["counts"], marker["extra"])
+    except (MissingError, ArtefactError, KeyError, TypeError):
+        return None
+
+
+def write_marker(uri: str, unit: Unit, result: UnitResult) -> None:
+    """Writes a unit's marker, after everything that it vouches for."""
+    content = {"digest": unit.digest, "outputs": result.outputs, "counts": result.counts, "extra": result.extra}
+    filesystem.write_json(uri, content)
+
+
+def finished(markers: Callable[[int], str], units: Sequence[Unit]) -> dict[int, UnitResult]:
+    """Results of the units whose markers match, by index."""
+
+    def read(unit: Unit) -> UnitResult | None:
+        marker = read_marker(markers(unit.index))
+        return marker[1] if marker and marker[0] == unit.digest else None
+
+    with ThreadPoolExecutor(STORAGE_THREADS) as threads:
+        results = threads.map(read, units)
+        return {unit.index: result for unit, result in zip(units, results, strict=True) if result is not None}
+
+
+def run_units(
+    stage: str,
+    units: Sequence[Unit],
+    markers: Callable[[int], str],
+    function: Callable[[Unit], UnitResult],
+    unit_name: str = "rows",
+) -> list[UnitResult]:
+    """Runs the units that are not marked, over the cluster, and marks each as it ends.
+
+    Args:
+        stage: name, for the progress.
+        units: the whole work, in order of index.
+        markers: URI of the marker of a unit.
+        function: does one unit; runs in a Ray worker with one CPU.
+        unit_name: what `Unit.size` counts.
+
+    Returns:
+        All results, those of earlier runs among them, in the order of `units`.
+    """
+    results = finished(markers, units)
+    todo = [unit for unit in units if unit.index not in results]
+    report_resume(stage, len(units), len(results))
+    if todo:
+        connect()
+        done = sum(unit.size for unit in units if unit.index in results)
+        with Progress(stage, unit_name, sum(unit.size for unit in units), done) as progress:
+            for unit, result in _submit(todo, markers, function):
+                results[unit.index] = result
+                progress.advance(unit.size)
+    return [results[unit.index] for unit in units]
+
+
+def report_resume(stage: str, total: int, done: int) -> None:
+    """Says in the log what an earlier run has left to do."""
+    if done:
+        logger.info("%s: %d of %d parts were finished before, %d left", stage, done, total, total - done)
+
+
+def _submit(
+    units: Iterable[Unit], markers: Callable[[int], str], function: Callable[[Unit], UnitResult]
+) -> Iterator[tuple[Unit, UnitResult]]:
+    import ray
+
+    @ray.remote(num_cpus=1, max_retries=5)
+    def work(unit: Unit, marker: str) -> UnitResult:
+        result = function(unit)
+        write_marker(marker, unit, result)
+        return result
+
+    waiting = iter(units)
+    running: dict[Any, Unit] = {}
+    with plain_errors():
+        while True:
+            # A few more than there are CPUs, so that none waits for the driver; never all, so that the driver stays small.
+            for unit in islice(waiting, 2 * cpus() - len(running)):
+                running[work.remote(unit, markers(unit.index))] = unit
+            if not running:
+                return
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=60)
+            for reference in ready:
+                yield running.pop(reference), ray.get(reference)
+
+
