@@ -1,0 +1,28 @@
+"""Functions run on two processes that form a gloo group."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_two_workers(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(rank, 2, *arguments)` returns on each of two workers; a failure of either is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_work, args=(2, folder, function, arguments), nprocs=2)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _work(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    try:
+        torch.save(function(rank, world, *arguments), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
