@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 
 def lloyd(x: np.ndarray, centers: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray, float]:
@@ -45,3 +46,22 @@ def temi_losses(
                 joint = (student[h, s, i] * teacher[h, t, i]) ** beta / shares[h]
                 losses[h] -= weights[h, i] * np.log(joint.sum()) / (len(pairs) * rows)
     return losses
+
+
+def clustering_head(state: dict[str, torch.Tensor], head: int, x: torch.Tensor) -> torch.Tensor:
+    """The logits Float[R K] of one head of two layers, built from torch's own layers out of stacked parameters."""
+    first, second = (
+        torch.nn.utils.skip_init(torch.nn.Linear, *state[f"weights.{i}"].shape[:0:-1], dtype=x.dtype) for i in (0, 1)
+    )
+    for i, layer in enumerate((first, second)):
+        layer.load_state_dict({"weight": state[f"weights.{i}"][head], "bias": state[f"biases.{i}"][head]})
+    last = torch.nn.utils.skip_init(torch.nn.Linear, *state["direction"].shape[:0:-1], bias=False, dtype=x.dtype)
+    last = torch.nn.utils.parametrizations.weight_norm(last)
+    last.load_state_dict(
+        {
+            "parametrizations.weight.original0": state["scale"][head][:, None],
+            "parametrizations.weight.original1": state["direction"][head],
+        }
+    )
+    hidden = torch.nn.functional.gelu(first(x))
+    return last(torch.nn.functional.normalize(second(hidden), dim=-1))
