@@ -1,0 +1,112 @@
+"""Numbers and strings as the page writes them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def clean(text: str) -> str:
+    """Text that UTF-8 and HTML can hold: control characters and lone surrogates become U+FFFD.
+
+    Keys come from file names, which may hold any byte.
+    """
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def shorten(text: str, limit: int = 120) -> str:
+    """At most `limit` characters, with an ellipsis in the middle, so that the end of a path stays readable."""
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) // 2
+    return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def abbreviate(text: str, limit: int = 24) -> str:
+    """At most `limit` characters, with an ellipsis at the end: for names, which tell most by their beginning."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def last_part(path: str) -> str:
+    """What follows the last slash, or the whole where nothing does."""
+    return path.rstrip("/").rpartition("/")[2] or path
+
+
+def count(value: float) -> str:
+    """12345 as `12,345`."""
+    return f"{value:,.0f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] as `94.3%`; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.1f}%"
+
+
+def short_percent(value: float | None) -> str:
+    """A share as `94%`, never rounded up to 100% nor down to 0%."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    rounded = round(100 * value)
+    if rounded == 100 and value < 1:
+        return "99%"
+    return "<1%" if rounded == 0 and value > 0 else f"{rounded}%"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number to `digits` significant digits, without trailing zeros; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == round(value) and abs(value) < 1e15:
+        return count(value)
+    magnitude = math.floor(math.log10(abs(value)))
+    if -4 <= magnitude < digits + 3:
+        text = f"{value:,.{max(0, digits - 1 - magnitude)}f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{value:.{digits - 1}e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `0.4 s`, `12 s`, `3 min 05 s` or `2 h 07 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def rate(done: int | None, seconds: float, unit: str) -> str:
+    """`done` per second as `1,234 images/s`; empty where nothing was counted."""
+    if done is None or seconds <= 0:
+        return ""
+    return f"{number(done / seconds, 3)} {unit}/s"
+
+
+def setting(value: Any) -> str:
+    """One setting's value as YAML would write it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(setting(item) for item in value) + "]"
+    return str(value)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (dotted key, value) pairs, in their own order."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, setting(value) if not isinstance(value, Mapping) else "{}"

@@ -1,0 +1,117 @@
+"""Small pictures for the page, with Pillow alone: whatever a file holds, a thumbnail comes out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+MAX_PIXELS = 200_000_000
+"""Larger images get the placeholder: they are bombs or maps, and a page is no place to find out."""
+MAX_ASPECT = 1.5
+"""A thumbnail is at most so many times longer than wide; the rest is cropped at both ends."""
+QUALITY = 76
+
+_MEDIA_TYPES = {"WEBP": "image/webp", "JPEG": "image/jpeg", "PNG": "image/png"}
+# Pillow's decoders raise any of these on damaged files; SyntaxError is its word for a broken PNG
+_DECODING = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, ArithmeticError, EOFError)
+_REFUSED = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
+
+
+def thumbnail(data: bytes, size: int = 128) -> bytes:
+    """An image in small: upright, RGB, on white where it was transparent, and never enlarged.
+
+    Args:
+        data: an encoded image of any kind that Pillow reads; of an animation the first frame is taken.
+        size: pixels on the shorter side, at least 1; the longer side has at most 1.5 × as many.
+
+    Returns:
+        An encoded webp, the same bytes for the same image; a neutral placeholder where `data` is not a readable image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                return _encode(_shrink(image, size))
+    except (*_DECODING, *_REFUSED):
+        return placeholder(size)
+
+
+def _shrink(image: Image.Image, size: int) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
+    image.draft("RGB", (4 * size, 4 * size))  # JPEG decodes at a fraction of its size
+    upright = _rgb(ImageOps.exif_transpose(image))
+    short, long = sorted(upright.size)
+    scale = min(1.0, size / short)
+    width, height = (max(1, round(min(side, MAX_ASPECT * short) * scale)) for side in upright.size)
+    if long <= MAX_ASPECT * short:
+        return upright.resize((width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return _stretched(image)
+    if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def _stretched(image: Image.Image) -> Image.Image:
+    """Deep greys over the range that they fill: a 16-bit scan that uses 12 bits is not shown black."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    low, high = values.min(), values.max()
+    grey = np.zeros_like(values) if high == low else (values - low) / (high - low)
+    return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
+
+
+def _encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    tiny = min(image.size) < 48  # too few pixels to lose any
+    image.save(buffer, "WEBP", quality=QUALITY, method=4, lossless=tiny)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=8)
+def placeholder(size: int = 128) -> bytes:
+    """The picture of a missing picture: a grey frame with hills and a sun, as webp with a clear ground.
+
+    Args:
+        size: pixels on each side, at least 1.
+    """
+    scale = 4 * max(16, size)
+    image = Image.new("RGBA", (scale, scale), (128, 134, 142, 40))
+    pen = ImageDraw.Draw(image)
+    ink, line = (128, 134, 142, 190), max(1, scale // 40)
+    box = [scale * 0.28, scale * 0.32, scale * 0.72, scale * 0.68]
+    pen.rounded_rectangle(box, radius=scale // 24, outline=ink, width=line)
+    pen.ellipse([scale * 0.36, scale * 0.39, scale * 0.43, scale * 0.46], fill=ink)
+    pen.line([(scale * x, scale * y) for x, y in _HILLS], fill=ink, width=line, joint="curve")
+    buffer = io.BytesIO()
+    image.resize((size, size), Image.Resampling.LANCZOS).save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+_HILLS = [(0.31, 0.63), (0.42, 0.52), (0.50, 0.60), (0.59, 0.48), (0.69, 0.61)]
+
+
+def describe(data: bytes) -> tuple[str, int, int] | None:
+    """A thumbnail's media type, width and height in pixels, from its header; None unless it is webp, jpeg or png."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=tuple(_MEDIA_TYPES)) as image:
+                return _MEDIA_TYPES[image.format or ""], image.width, image.height
+    except (*_DECODING, *_REFUSED):
+        return None
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    """The bytes as a `data:` URI, which loads nothing from anywhere."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"

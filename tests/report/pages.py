@@ -1,0 +1,143 @@
+"""Reports and a reader of pages for the tests of this folder."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rayclust.report import contents, thumbnails
+
+VOID = {"meta", "link", "img", "input", "br", "hr", "rect", "line", "polyline"}
+
+
+@dataclass
+class Node:
+    tag: str
+    attributes: dict[str, str]
+    text: list[str] = field(default_factory=list)
+    children: list[Node] = field(default_factory=list)
+
+    def find(self, tag: str, **attributes: str) -> list[Node]:
+        """All nodes below with that tag ("" for any) and those attributes; `class_` asks for one of the classes."""
+        return [node for node in self.walk() if node._fits(tag, attributes)]
+
+    def walk(self) -> Iterator[Node]:
+        for child in self.children:
+            yield child
+            yield from child.walk()
+
+    def words(self) -> str:
+        return " ".join(" ".join(part) for part in ([*self.text], *[node.text for node in self.walk()]) if part)
+
+    def _fits(self, tag: str, attributes: dict[str, str]) -> bool:
+        if tag and self.tag != tag:
+            return False
+        for name, value in attributes.items():
+            given = self.attributes.get(name.rstrip("_"), "")
+            if value not in (given.split() if name == "class_" else [given]):
+                return False
+        return True
+
+
+class _Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.root = Node("document", {})
+        self.open = [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        node = Node(tag, {name: value or "" for name, value in attrs})
+        assert len(node.attributes) == len(attrs), f"{tag} has an attribute twice"
+        self.open[-1].children.append(node)
+        if tag not in VOID or self.open[-1].tag in ("svg", "g"):
+            self.open.append(node)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Node(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.open[-1].text.append(data.strip())
+
+
+def read(html: str) -> Node:
+    """The tree of a page; fails when an element is not closed or an id is given twice."""
+    reader = _Reader()
+    reader.feed(html)
+    reader.close()
+    assert len(reader.open) == 1, f"<{reader.open[-1].tag}> is never closed"
+    ids = [node.attributes["id"] for node in reader.root.walk() if "id" in node.attributes]
+    assert len(ids) == len(set(ids))
+    return reader.root
+
+
+def photo(seed: int, size: tuple[int, int] = (64, 48), form: str = "JPEG") -> bytes:
+    """A picture of smooth noise."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize(size).save(buffer, form)
+    return buffer.getvalue()
+
+
+def picture(number: int, **changes: Any) -> contents.Picture:
+    given: dict[str, Any] = {
+        "key": f"folder/{number:05d}.jpg",
+        "thumbnail": thumbnails.thumbnail(photo(number), 32),
+        "confidence": 0.9,
+    }
+    return contents.Picture(**given | changes)
+
+
+def cluster(number: int, size: int, **changes: Any) -> contents.Cluster:
+    given: dict[str, Any] = {
+        "exemplars": tuple(picture(10 * number + i) for i in range(2)),
+        "outliers": (picture(10 * number + 5),),
+    }
+    return contents.Cluster(id=number, size=size, **given | changes)
+
+
+def report(**changes: Any) -> contents.ReportData:
+    """Three named clusters with labels, two methods, curves and rejects; `changes` replace parts of it."""
+    named = {"score": 0.31, "runners_up": (("boat", 0.2),), "confidence": 0.75}
+    given: dict[str, Any] = {
+        "run": "s3://bucket/runs/photos",
+        "images": 60,
+        "encoder": "open_clip/ViT-L-14",
+        "dimension": 768,
+        "classes": 3,
+        "methods": (
+            contents.MethodResult(
+                name="temi", settings={"clusters": 3, "heads": {"count": 16}}, metrics={"accuracy": 0.9, "nmi": 0.5}
+            ),
+            contents.MethodResult(name="kmeans", metrics={"accuracy": 0.8, "nmi": 0.6}, spread={"accuracy": 0.01}),
+        ),
+        "clusters": (
+            cluster(0, 10, name="ship", majority="ship", purity=0.95, **named),
+            cluster(1, 30, name="cat", majority="dog", purity=0.55, **named),
+            cluster(2, 20, name="truck", majority="truck", purity=0.2, **named),
+        ),
+        "stages": (contents.StageTime(name="encode", seconds=30.0, count=60),),
+        "versions": {"rayclust": "0.1.0"},
+        "config": "seed: 0\nrun: photos\n",
+        "curves": (contents.Curve(title="Loss", series={"loss": [3.0, 2.0, 1.5]}),),
+        "confidence": (0, 5, 55),
+        "contingency": contents.Contingency(
+            counts=np.array([[9, 1, 0], [1, 29, 16], [0, 0, 4]]), classes=("ship", "dog", "truck"), clusters=(0, 1, 2)
+        ),
+        "rejects": (
+            contents.RejectGroup(
+                reason="truncated", count=12, examples=(contents.Reject(key="a.jpg", uri="s3://b/a.jpg", detail="cut"),)
+            ),
+        ),
+    }
+    return contents.ReportData(**given | changes)

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayclust.report import page
+from rayclust.report.budget import PageLimits
+from rayclust.report.contents import Cluster, Contingency, Curve, MethodResult, Picture, Reject, RejectGroup, StageTime
+from tests.report.pages import Node, cluster, picture, read, report
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror='alert(1)'>",
+    "javascript:alert(1)",
+    "</style></svg></title><!-- -->",
+    "{{ 7 * 7 }}{% raw %}",
+    "שלום ‮gpj.exe",
+    "👩‍👩‍👧 Ω ﷽",
+    "\x00\x1b[31m\ud800",
+    "https://evil.example/x.png",
+    "x" * 100_000,
+)
+LOADING = ("src", "href", "srcset", "poster", "data", "action", "formaction", "xlink:href", "background", "ping")
+
+
+def hostile(text: str) -> Any:
+    """A report that says `text` wherever it can say anything."""
+    shown = Picture(key=text, thumbnail=picture(1).thumbnail, uri=text, label=text)
+    damaged = dataclasses.replace(shown, thumbnail=text.encode("utf-8", "replace"))
+    one = Cluster(
+        id=0, size=1, name=text, majority="m" + text, purity=0.5, runners_up=((text, 1.0),),
+        exemplars=(shown,), outliers=(damaged,),
+    )  # fmt: skip
+    return report(
+        run=text, title=text, encoder=text, clusters=(one,), notes=(text,), config=text, versions={text: text},
+        methods=(MethodResult(name=text, settings={text: {text: [text]}}, metrics={text: 1.0}),),
+        stages=(StageTime(name=text, seconds=1.0, count=2, unit=text),),
+        curves=(Curve(title=text, series={text: [1.0, 2.0], "b": [1.0]}, x_label=text),),
+        contingency=Contingency(counts=np.array([[1]]), classes=(text,), clusters=(0,)),
+        rejects=(RejectGroup(reason=text, count=1, examples=(Reject(key=text, uri=text, detail=text),)),),
+    )  # fmt: skip
+
+
+def assert_self_contained(root: Node) -> None:
+    for node in root.walk():
+        for name, value in node.attributes.items():
+            assert not name.startswith("on"), f"{node.tag} has {name}"
+            assert name != "style"
+            if name in LOADING:
+                assert value.startswith(("#", "data:image/")), f"{node.tag} loads {value[:60]}"
+    assert {"iframe", "object", "embed", "base", "audio", "video", "foreignobject"}.isdisjoint(
+        n.tag for n in root.walk()
+    )
+    assert len(root.find("script")) == len(root.find("style")) == 1
+    sources = root.find("style")[0].text + root.find("script")[0].text
+    assert not re.search(r"url\(|@import|https?:|fetch\(|import\(|XMLHttp|innerHTML|eval\(", " ".join(sources))
+
+
+def test_the_first_screen_has_title_headline_numbers_and_named_groups() -> None:
+    root = read(page.render(report()))
+    assert root.find("title")[0].words() == "photos · rayclust"
+    assert [h.words() for h in root.find("h1")] == ["photos"]
+    tiles = {
+        tile.find("dt")[0].words(): tile.find("dd")[0].words() for tile in root.find("dl", class_="tiles")[0].children
+    }
+    assert tiles == {"Images": "60", "Clusters": "3", "ACC": "90.0%", "NMI": "50.0%", "Rejected": "12", "Time": "30 s"}
+    cards = root.find("article")
+    assert [card.find("h3")[0].words() for card in cards] == ["cat", "truck", "ship"]
+    assert [card.find("p", class_="size")[0].words() for card in cards] == ["30 images", "20 images", "10 images"]
+    assert [len(card.find("img")) for card in cards] == [3, 3, 3]
+
+
+def test_the_page_is_well_formed_and_loads_nothing() -> None:
+    html = page.render(report())
+    assert html.startswith("<!DOCTYPE html>")
+    root = read(html)
+    assert_self_contained(root)
+    targets = {node.attributes["href"][1:] for node in root.find("a")}
+    assert targets <= {node.attributes["id"] for node in root.walk() if "id" in node.attributes}
+
+
+def test_the_policy_allows_its_own_style_and_script_alone() -> None:
+    html = page.render(report())
+    policy = read(html).find("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+    for tag, rule in (("style", "style-src"), ("script", "script-src")):
+        body = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        assert len(body) == 1
+        digest = base64.b64encode(hashlib.sha256(body[0].encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_strings_stay_text(text: str) -> None:
+    html = page.render(hostile(text))
+    root = read(html)
+    html.encode()
+    assert_self_contained(root)
+    plain = page.render(hostile("plain"))
+    assert [node.tag for node in root.walk()] == [node.tag for node in read(plain).walk()]
+    assert len(html) < len(plain) + 100_000 + 60_000  # one config, and no name at full length
+
+
+def test_names_are_isolated_from_the_direction_of_the_page() -> None:
+    root = read(page.render(report(clusters=(cluster(0, 1, name="שלום"),), contingency=None)))
+    assert root.find("h3")[0].find("bdi")[0].words() == "שלום"
+
+
+def test_the_same_report_gives_the_same_page() -> None:
+    first = page.render(report())
+    page._environment.cache_clear()
+    assert page.render(report()) == first
+
+
+def test_scores_stand_side_by_side_and_the_best_is_marked() -> None:
+    rows = read(page.render(report())).find("table", class_="scores")[0].find("tbody")[0].children
+    assert [row.find("td")[0].words() for row in rows] == ["90.0% (best)", "80.0 ± 1.0%"]
+    assert [row.find("td")[1].words() for row in rows] == ["50.0%", "60.0% (best)"]
+
+
+def test_labels_show_what_a_picture_really_is_only_where_it_differs() -> None:
+    shown = (picture(1, label="dog"), picture(2, label="cat"))
+    data = report(clusters=(cluster(0, 2, majority="dog", purity=0.5, exemplars=shown, outliers=()),), contingency=None)
+    captions = [node.words() for node in read(page.render(data)).find("article")[0].find("figcaption")]
+    assert captions == ["00001.jpg 90% sure", "00002.jpg 90% sure labelled cat"]
+
+
+def test_pictures_say_their_key_and_their_size() -> None:
+    images = read(page.render(report())).find("img")
+    assert images[0].attributes["alt"] == "folder/00010.jpg"
+    assert (images[0].attributes["width"], images[0].attributes["height"]) == ("43", "32")
+    assert all(image.attributes["src"].startswith("data:image/webp;base64,") for image in images)
+
+
+def test_a_run_without_labels_names_or_rejects() -> None:
+    data = report(
+        classes=None, contingency=None, rejects=(), curves=(), confidence=(), stages=(), versions={}, config="",
+        methods=(MethodResult(name="kmeans", metrics={"silhouette": 0.25}),),
+        clusters=(Cluster(id=0, size=40), Cluster(id=1, size=0)),
+    )  # fmt: skip
+    root = read(page.render(data))
+    assert root.find("article")[0].find("h3")[0].words() == "Cluster 0"
+    assert "This run has no labels" in root.find("section", id="scores")[0].words()
+    assert "Every input could be used." in root.find("section", id="rejects")[0].words()
+    assert "1 of 2 clusters is empty." in root.words()
+    assert not root.find("section", id="training")
+    assert "Purity" not in root.find("table", id="rows")[0].words()
+
+
+def test_a_run_with_nothing_at_all() -> None:
+    data = report(images=0, clusters=(), methods=(MethodResult(name="kmeans"),), classes=None, contingency=None,
+                  rejects=(), curves=(), confidence=(), run="/")  # fmt: skip
+    words = read(page.render(data)).words()
+    assert "This run has no clusters." in words
+    assert "No scores were measured." in words
+
+
+def test_rejects_are_counted_and_cut_short() -> None:
+    words = read(page.render(report())).find("section", id="rejects")[0].words()
+    assert "12 inputs were set aside" in words
+    assert "1 of 12 are shown" in words
+    assert "s3://b/a.jpg" in words
+
+
+def test_the_drawing_of_classes_has_its_limits() -> None:
+    wide = Contingency(counts=np.ones((61, 3), dtype=int), classes=tuple(map(str, range(61))), clusters=(0, 1, 2))
+    section = read(page.render(report(contingency=wide))).find("section", id="scores")[0]
+    assert not section.find("svg")
+    assert "With 61 classes and 3 clusters" in section.words()
+    assert read(page.render(report())).find("section", id="scores")[0].find("svg")
+
+
+def test_huge_runs_keep_to_their_limits() -> None:
+    pictures = tuple(picture(i) for i in range(6))
+    clusters = tuple(
+        Cluster(id=k, size=25_000 - k, name=f"name {k}", exemplars=pictures if k < 300 else ()) for k in range(25_000)
+    )
+    data = report(clusters=clusters, contingency=None, images=300_000_000)
+    html = page.render(data, PageLimits(bytes=6_000_000))
+    assert len(html.encode()) <= 6_000_000
+    root = read(html)
+    assert len(root.find("article")) == 200
+    assert len(root.find("table", id="rows")[0].find("tr")) == 1 + 6_000_000 // 2 // 400
+    assert "The 200 largest of 25,000 clusters are shown with pictures." in root.words()
+    assert "The 7,500 largest of 25,000 clusters are listed;" in root.words()
+
+
+def test_the_budget_drops_pictures_and_says_so() -> None:
+    rng = np.random.default_rng(0)
+    noise = [picture(i, thumbnail=_noise(rng)) for i in range(60)]
+    clusters = tuple(cluster(k, 9, exemplars=tuple(noise[5 * k : 5 * k + 5]), outliers=()) for k in range(12))
+    data = report(clusters=clusters, contingency=None)
+    full, small = page.render(data), page.render(data, PageLimits(bytes=200_000))
+    assert len(full.encode()) > 300_000
+    assert 150_000 < len(small.encode()) <= 200_000
+    root = read(small)
+    left_out = 60 - len(root.find("img"))
+    assert left_out > 0
+    assert f"{left_out} pictures are left out" in root.words()
+    assert all(card.find("img") for card in root.find("article"))
+
+
+def _noise(rng: np.random.Generator) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_search_text_holds_names_and_numbers() -> None:
+    cards = read(page.render(report())).find("article")
+    assert cards[0].attributes["data-text"] == "cat #1 dog boat"
+    assert cards[0].attributes["data-purity"] == "0.55"
+
+
+def test_rendering_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import rayclust.report.page, rayclust.report.contact_sheet, sys;"
+        "print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
