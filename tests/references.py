@@ -48,20 +48,68 @@ def temi_losses(
     return losses
 
 
-def clustering_head(state: dict[str, torch.Tensor], head: int, x: torch.Tensor) -> torch.Tensor:
-    """The logits Float[R K] of one head of two layers, built from torch's own layers out of stacked parameters."""
-    first, second = (
-        torch.nn.utils.skip_init(torch.nn.Linear, *state[f"weights.{i}"].shape[:0:-1], dtype=x.dtype) for i in (0, 1)
-    )
-    for i, layer in enumerate((first, second)):
-        layer.load_state_dict({"weight": state[f"weights.{i}"][head], "bias": state[f"biases.{i}"][head]})
-    last = torch.nn.utils.skip_init(torch.nn.Linear, *state["direction"].shape[:0:-1], bias=False, dtype=x.dtype)
-    last = torch.nn.utils.parametrizations.weight_norm(last)
-    last.load_state_dict(
-        {
-            "parametrizations.weight.original0": state["scale"][head][:, None],
-            "parametrizations.weight.original1": state["direction"][head],
-        }
-    )
-    hidden = torch.nn.functional.gelu(first(x))
-    return last(torch.nn.functional.normalize(second(hidden), dim=-1))
+class ClusteringHead(torch.nn.Module):
+    """One head of two layers, made of torch's own layers with the numbers of one of the stacked heads."""
+
+    def __init__(self, state: dict[str, torch.Tensor], head: int) -> None:
+        super().__init__()
+        hidden, dimension = state["weights.0"].shape[1:]
+        clusters, bottleneck = state["direction"].shape[1:]
+        self.first = torch.nn.Linear(dimension, hidden)
+        self.second = torch.nn.Linear(hidden, bottleneck)
+        self.last = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(bottleneck, clusters, bias=False))
+        parts = {"first.weight": "weights.0", "first.bias": "biases.0", "second.weight": "weights.1"}
+        parts |= {"second.bias": "biases.1", "last.parametrizations.weight.original1": "direction"}
+        own = {name: state[stacked][head] for name, stacked in parts.items()}
+        own["last.parametrizations.weight.original0"] = state["scale"][head][:, None]
+        self.to(state["direction"].dtype).load_state_dict(own)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.gelu(self.first(x))
+        return self.last(torch.nn.functional.normalize(self.second(hidden), dim=-1))
+
+
+def nearest_rows(
+    queries: np.ndarray, database: np.ndarray, k: int, query_ids: list[int], ids: list[int]
+) -> list[list[tuple[float, int]]]:
+    """(similarity, id) of each query's k nearest other rows, all pairs in float64, by similarity and then by id."""
+    found = []
+    for query, own in zip(queries, query_ids, strict=True):
+        pairs = [(float(query @ row), i) for row, i in zip(database, ids, strict=True) if i != own]
+        found.append(sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:k])
+    return found
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased bicubic resize (a = -1/2) of H W C in float64: one output pixel at a time along each axis."""
+
+    def kernel(x: float) -> float:
+        x = abs(x)
+        if x < 1:
+            return 1.5 * x**3 - 2.5 * x**2 + 1
+        return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+    def along_rows(image: np.ndarray, size: int) -> np.ndarray:
+        scale = len(image) / size
+        stretch = max(scale, 1.0)
+        rows = []
+        for i in range(size):
+            center = (i + 0.5) * scale
+            weights = np.array([kernel((j + 0.5 - center) / stretch) for j in range(len(image))])
+            rows.append(np.tensordot(weights / weights.sum(), image, 1))
+        return np.array(rows)
+
+    # Decoders round to bytes between the two passes, columns first.
+    columns = np.clip(np.rint(along_rows(pixels.astype(float).swapaxes(0, 1), width)), 0, 255).swapaxes(0, 1)
+    return np.clip(np.rint(along_rows(columns, height)), 0, 255)
+
+
+def center_cropped(pixels: np.ndarray, size: int, short: int) -> np.ndarray:
+    """The shorter side scaled to `short`, then the middle `size` by `size`."""
+    height, width = pixels.shape[:2]
+    if height <= width:
+        image = resized(pixels, short, int(short * width / height))
+    else:
+        image = resized(pixels, int(short * height / width), short)
+    top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
+    return image[top : top + size, left : left + size]
