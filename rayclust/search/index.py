@@ -1,0 +1,244 @@
+"""Indexes of unit rows for search by inner product: flat, or an inverted file with a measured recall. Ids are rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rayclust.arrays import FloatArray, IntArray, require_matrix
+from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.search.knn import RunningTopK
+
+logger = logging.getLogger(__name__)
+
+Stream = Callable[[], Iterator[tuple[FloatArray, IntArray]]]
+"""Gives all rows in blocks, Float[B D] and their ids Int64[B], in the same order at every call."""
+
+_ROWS_PER_LIST = 39
+"""Fewest rows per inverted list; faiss asks for as many to train a list's centre."""
+_TRAINING_ROWS_PER_LIST = 64
+_RECALL_QUERIES = 1000
+
+
+@dataclass
+class VectorIndex:
+    """A faiss index whose ids are rows."""
+
+    faiss_index: Any
+    """IndexIDMap2 over IndexFlatIP, or an inverted file with float16 codes."""
+    recall: float = float("nan")
+    """Measured recall@k when it was built; 1 for flat, NaN after loading."""
+
+    @property
+    def count(self) -> int:
+        """Rows in the index."""
+        return int(self.faiss_index.ntotal)
+
+    @property
+    def nlist(self) -> int:
+        """Inverted lists; 0 for flat."""
+        return int(getattr(self.faiss_index, "nlist", 0))
+
+    @property
+    def nprobe(self) -> int:
+        """Lists looked into for one query; 0 for flat."""
+        return int(getattr(self.faiss_index, "nprobe", 0))
+
+    def search(self, vectors: FloatArray, top: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The rows with the greatest inner product with each vector.
+
+        Args:
+            vectors: Float[B D].
+            top: how many, above 0.
+
+        Returns:
+            Int64[B top] rows and Float32[B top] similarities, nearest first; −1 and −inf where too few were found.
+
+        Raises:
+            ConfigError: `top` is below 1.
+            ShapeError: the vectors are not as wide as the rows.
+        """
+        require_matrix(vectors, "vectors", int(self.faiss_index.d))
+        if top < 1:
+            raise ConfigError(f"top = {top}: must be at least 1")
+        similarity, ids = self.faiss_index.search(np.ascontiguousarray(vectors, dtype=np.float32), top)
+        return ids, np.where(ids < 0, np.float32(-np.inf), similarity)
+
+    def to_bytes(self) -> bytes:
+        """The index as the bytes of a faiss file."""
+        return bytes(faiss.serialize_index(self.faiss_index).tobytes())
+
+    def on_gpus(self) -> VectorIndex:
+        """A copy on all GPUs; the index itself where there is none or faiss was built without them."""
+        if _gpus() == 0:
+            return self
+        return VectorIndex(faiss.index_cpu_to_all_gpus(self.faiss_index), self.recall)
+
+
+def load_index(data: bytes) -> VectorIndex:
+    """An index from the bytes of a faiss file.
+
+    Raises:
+        ArtefactError: the bytes are not an index.
+    """
+    try:
+        return VectorIndex(faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8)))
+    except RuntimeError:
+        raise ArtefactError(f"index of {len(data)} bytes: is not a whole faiss file; build it again") from None
+
+
+def build_index(
+    stream: Stream,
+    *,
+    count: int,
+    kind: Literal["flat", "ivf"],
+    seed: int = 0,
+    k: int = 10,
+    min_recall: float = 0.95,
+) -> VectorIndex:
+    """Builds an index over all rows of a stream.
+
+    An inverted file is built with 4·√N lists and opens as few of them per query as the wanted recall takes, measured on
+    up to 1000 of the rows against exact search. Rows are kept there as float16.
+
+    Args:
+        stream: all rows; read once for flat, three times for ivf.
+        count: N.
+        kind: flat is exact and compares with all rows; ivf looks into a few lists.
+        seed: of the samples and of the lists' centres.
+        k: neighbours on which the recall is measured.
+        min_recall: wanted recall@k, from 0 to 1. Where it is out of reach all lists are opened; see `recall`.
+
+    Raises:
+        DataError: the stream does not hold `count` rows, or holds none.
+    """
+    if kind == "flat":
+        first = next(iter(stream()), None)
+        if first is None:
+            raise DataError("index: there are no rows")
+        flat = VectorIndex(faiss.IndexIDMap2(faiss.IndexFlatIP(first[0].shape[1])), recall=1.0)
+        return _filled(flat, stream, count)
+    rng = np.random.default_rng(seed)
+    nlist = max(1, min(int(4 * count**0.5), count // _ROWS_PER_LIST))
+    training, _ = _rows_at(stream, _sample(rng, count, _TRAINING_ROWS_PER_LIST * nlist))
+    index = _filled(VectorIndex(_trained(training, nlist, seed)), stream, count)
+    _tune(index, stream, _sample(rng, count, _RECALL_QUERIES), min(k, count - 1), min_recall)
+    return index
+
+
+def recall_at_k(
+    found: IntArray,
+    found_similarity: FloatArray,
+    truth: IntArray,
+    truth_similarity: FloatArray,
+    tolerance: float = 1e-6,
+) -> float:
+    """Share of the true k nearest rows that a search found; a row that ties with the last of them is as good.
+
+    Range 0 to 1, larger is better; k/N by chance. Not symmetric.
+
+    Args:
+        found: Int64[B k], −1 where nothing was found.
+        found_similarity: Float[B k].
+        truth: Int64[B k] of an exact search, −1 where there are fewer rows.
+        truth_similarity: Float[B k].
+        tolerance: similarities as near as this tie.
+    """
+    wanted = (truth >= 0).sum(axis=1)
+    last = np.where(truth >= 0, truth_similarity, np.inf).min(axis=1, keepdims=True)
+    hits = (found[:, :, None] == truth[:, None, :]).any(axis=2) | (found_similarity >= last - tolerance)
+    counted = np.minimum((hits & (found >= 0)).sum(axis=1), wanted)
+    return float(counted.sum() / max(wanted.sum(), 1))
+
+
+def without_self(ids: IntArray, similarity: FloatArray, own: IntArray) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What is found beside the query itself.
+
+    Args:
+        ids: Int64[B k+1] found.
+        similarity: Float[B k+1].
+        own: Int64[B], the queries' ids.
+
+    Returns:
+        Int64[B k], Float32[B k]: without the own id, or without the last where the own id was not found.
+    """
+    drop = ids == own[:, None]
+    drop[~drop.any(axis=1), -1] = True
+    shape = (len(ids), ids.shape[1] - 1)
+    return ids[~drop].reshape(shape).astype(np.int64), similarity[~drop].reshape(shape).astype(np.float32)
+
+
+def _gpus() -> int:
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "index_cpu_to_all_gpus") else 0
+
+
+def _sample(rng: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
+    """Int64[S], sorted positions."""
+    if size >= count:
+        return np.arange(count)
+    return np.sort(rng.choice(count, size, replace=False))
+
+
+def _rows_at(stream: Stream, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Rows and their ids at sorted positions of the stream."""
+    rows, ids, start = [], [], 0
+    for block, own in stream():
+        low, high = np.searchsorted(positions, [start, start + len(block)])
+        some = positions[low:high] - start
+        rows.append(np.asarray(block[some], dtype=np.float32))
+        ids.append(np.asarray(own[some], dtype=np.int64))
+        start += len(block)
+    if start <= int(positions.max(initial=-1)) or not rows:
+        raise DataError(f"index: {start} rows came where more than {int(positions.max(initial=0))} were expected")
+    return np.concatenate(rows), np.concatenate(ids)
+
+
+def _trained(training: NDArray[np.float32], nlist: int, seed: int) -> Any:
+    width = training.shape[1]
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(width), width, nlist, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    )
+    index.by_residual = False
+    index.cp.seed, index.cp.spherical, index.cp.min_points_per_centroid = seed, True, 1
+    if _gpus():
+        index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(width))
+    index.train(training)
+    index.clustering_index = None
+    return index
+
+
+def _filled(index: VectorIndex, stream: Stream, count: int) -> VectorIndex:
+    for block, ids in stream():
+        rows = np.ascontiguousarray(block, dtype=np.float32)
+        index.faiss_index.add_with_ids(rows, np.ascontiguousarray(ids, dtype=np.int64))
+    if index.count != count:
+        raise DataError(f"index: {index.count} rows came where {count} were expected")
+    return index
+
+
+def _tune(index: VectorIndex, stream: Stream, positions: NDArray[np.int64], k: int, min_recall: float) -> None:
+    """Sets the smallest power of two, or then all, of lists that reaches the recall."""
+    if k < 1:
+        index.recall = 1.0
+        return
+    queries, own = _rows_at(stream, positions)
+    exact = RunningTopK(torch.from_numpy(queries), torch.from_numpy(own), k)
+    for block, ids in stream():
+        exact.update(torch.from_numpy(np.asarray(block, np.float32)), torch.from_numpy(np.asarray(ids, np.int64)))
+    truth, truth_similarity = (part.numpy() for part in exact.result())
+    nprobe = 1
+    while True:
+        index.faiss_index.nprobe = min(nprobe, index.nlist)
+        found = without_self(*index.search(queries, k + 1), own)
+        index.recall = recall_at_k(*found, truth, truth_similarity)
+        logger.debug("nprobe %d of %d: recall@%d %.4f", index.nprobe, index.nlist, k, index.recall)
+        if index.recall >= min_recall or nprobe >= index.nlist:
+            return
+        nprobe *= 2
