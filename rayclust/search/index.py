@@ -202,7 +202,7 @@ def _rows_at(stream: Stream, positions: NDArray[np.int64]) -> tuple[NDArray[np.f
 
 def _trained(training: NDArray[np.float32], nlist: int, seed: int) -> Any:
     width = training.shape[1]
-    index = faiss.IndexIVFScalarQuantizer(
+    index: Any = faiss.IndexIVFScalarQuantizer(
         faiss.IndexFlatIP(width), width, nlist, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
     )
     index.by_residual = False
@@ -210,7 +210,6 @@ def _trained(training: NDArray[np.float32], nlist: int, seed: int) -> Any:
     if _gpus():
         index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(width))
     index.train(training)
-    index.clustering_index = None
     return index
 
 

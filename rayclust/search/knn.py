@@ -60,7 +60,7 @@ class RunningTopK:
                 self._take(rows.to(device).float(), own.to(device))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Int64[B k] ids and Float32[B k] similarities, nearest first; −1 and −inf where fewer than k rows were seen."""
+        """Int64[B k] ids and Float32[B k] similarities, nearest first; −1 and −inf after the last row seen."""
         missing = self._k - self._ids.shape[1]
         similarity = torch.nn.functional.pad(self._similarity, (0, missing), value=-torch.inf)
         ids = torch.nn.functional.pad(self._ids, (0, missing), value=_NONE)
