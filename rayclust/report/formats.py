@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def clean(text: str) -> str:
     """Text that UTF-8 and HTML can hold: control characters and lone surrogates become U+FFFD.
 
-    Keys come from file names, which may hold any byte.
+    Keys come from file names, which may hold any byte. Controls of the writing direction go too: they show `exe.jpg`
+    for a file that ends with `gpj.exe`.
     """
     return _UNPRINTABLE.sub("\ufffd", text)
 

@@ -78,6 +78,7 @@ def test_last_part() -> None:
 
 def test_clean_leaves_text_that_can_be_encoded() -> None:
     assert formats.clean("a\x00b\x1b\ud800c\x85") == "a�b��c�"
+    assert formats.clean("\u202egpj.exe\u2066") == "\ufffdgpj.exe\ufffd"
     assert formats.clean("Grüße 👩‍👩‍👧 שלום\n\t") == "Grüße 👩‍👩‍👧 שלום\n\t"
 
 

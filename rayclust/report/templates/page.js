@@ -6,28 +6,34 @@
   const sort = document.getElementById("sort");
   const found = document.getElementById("found");
   const grid = document.getElementById("cards");
+  const more = document.getElementById("more");
   const cards = [...grid.children].map((node, place) => ({
     node, place, text: node.dataset.text, name: node.dataset.name,
     size: +node.dataset.size, purity: +(node.dataset.purity ?? NaN), confidence: +(node.dataset.confidence ?? NaN),
   }));
   const body = document.querySelector("#rows tbody");
+  const FEW = 500; // a browser lays out so many rows at once without a pause
+  let most = FEW;
   let rows = null; // read when first needed: there may be many
   const readRows = () => rows ??= [...body.rows].map((node) => ({ node, text: node.textContent.toLowerCase() }));
 
   const matches = (text, words) => words.every((word) => text.includes(word));
-  const show = (items, words) => {
-    let shown = 0;
+  const show = (items, words, limit) => {
+    let hits = 0;
     for (const item of items) {
       const hit = matches(item.text, words);
-      if (item.node.hidden === hit) item.node.hidden = !hit;
-      shown += hit;
+      hits += hit;
+      const hidden = !hit || hits > limit;
+      if (item.node.hidden !== hidden) item.node.hidden = hidden;
     }
-    return shown;
+    return hits;
   };
   const filter = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const inCards = show(cards, words);
-    const inRows = words.length || rows ? show(readRows(), words) : 0;
+    const inCards = show(cards, words, Infinity);
+    const inRows = show(readRows(), words, most);
+    more.hidden = inRows <= most;
+    more.textContent = `Show all ${inRows.toLocaleString("en")} rows`;
     found.textContent = words.length
       ? `${inCards} of ${cards.length} clusters with pictures, ${inRows} of ${rows.length} in the table` : "";
   };
@@ -43,6 +49,7 @@
   let waiting = 0;
   search.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(filter, 80); });
   sort.addEventListener("change", order);
+  more.addEventListener("click", () => { most = Infinity; filter(); });
   tools.addEventListener("submit", (event) => { event.preventDefault(); filter(); });
   document.addEventListener("keydown", (event) => {
     const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement?.tagName ?? "");
@@ -52,6 +59,6 @@
   });
   tools.hidden = false;
   // a reloaded page keeps what was typed and chosen
-  if (search.value) filter();
+  if (search.value || body.rows.length > FEW) filter();
   if (sort.value !== "size") order();
 })();
