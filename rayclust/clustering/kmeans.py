@@ -181,6 +181,26 @@ def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(labels), torch.cat(distances)
 
 
+def squared_distances(x: Tensor, centers: Tensor) -> Tensor:
+    """Squared distances of rows to all centres.
+
+    Args:
+        x: Float[B D].
+        centers: Float[K D].
+
+    Returns:
+        Float[B K], not below 0.
+
+    Raises:
+        ShapeError: the widths differ.
+    """
+    require_matrix(x, "x", centers.shape[1])
+    origin = centers.mean(0)  # products far from zero lose digits
+    rows, seen = x - origin, centers - origin
+    lengths = rows.square().sum(1, keepdim=True) + seen.square().sum(1)
+    return torch.addmm(lengths, rows, seen.T, alpha=-2.0).clamp_(min=0)
+
+
 def _step(population: Population, options: KMeansOptions, partitions: Partitions, old: Tensor) -> tuple[Tensor, Tensor]:
     """New centres Float[R K D], seen from the origin, and the inertia Float64[R] of the old ones."""
     own = partitions.assign_and_sum(population.blocks, old, population.origin)
