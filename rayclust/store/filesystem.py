@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 
 from rayclust.errors import ArtefactError, DataError
 from rayclust.store import local, s3
-from rayclust.store.storage import FileStat, MissingError, Storage
+from rayclust.store.storage import FileStat, MissingError, Storage, UnreadableError
 
-__all__ = ["FileStat", "MissingError"]
+__all__ = ["FileStat", "MissingError", "UnreadableError"]
 
 
 def is_remote(uri: str) -> bool:
@@ -60,6 +60,16 @@ def read_bytes(uri: str, limit: int | None = None) -> bytes:
         DataError: it cannot be read.
     """
     return _storage(uri).read(uri, 0, limit)
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Bytes `start` up to `end` of a file, fewer where it ends before.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: it cannot be read.
+    """
+    return _storage(uri).read(uri, start, end)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -111,6 +121,14 @@ def read_json(uri: str) -> Any:
 def open_input(uri: str) -> BinaryIO:
     """A seekable binary file; the caller closes it. Remote ones read ranges."""
     return _storage(uri).open(uri)
+
+
+def open_whole(uri: str) -> BinaryIO:
+    """A seekable file on this machine: a remote one is fetched first, and leaves nothing behind when closed."""
+    if not is_remote(uri):
+        return open_input(uri)
+    with local_copy(uri) as path:
+        return path.open("rb")
 
 
 def walk(uri: str, *, suffixes: Collection[str] | None = None, missing_ok: bool = False) -> Iterator[FileStat]:

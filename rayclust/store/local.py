@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rayclust.errors import DataError
-from rayclust.store.storage import FileStat, MissingError, is_hidden
+from rayclust.store.storage import FileStat, MissingError, UnreadableError, is_hidden
 
 SCHEME = "file://"
 _STALE_SECONDS = 3600.0
@@ -255,12 +255,13 @@ def translate(error: OSError | ValueError, uri: str, action: str) -> DataError:
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{uri}: no such file or folder; check the path")
     if isinstance(error, IsADirectoryError):
-        return DataError(f"{uri}: is a folder where a file is needed")
+        return UnreadableError(f"{uri}: is a folder where a file is needed")
     if isinstance(error, NotADirectoryError | FileExistsError):
         return DataError(f"{uri}: a part of the path is a file where a folder is needed")
     if isinstance(error, PermissionError):
-        return DataError(f"{uri}: permission denied to {action}; check the owner and mode of the file and its folder")
+        advice = "check the owner and mode of the file and its folder"
+        return UnreadableError(f"{uri}: permission denied to {action}; {advice}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return DataError(f"{uri}: no space left on the device; free some, or choose another folder")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return DataError(f"{uri}: cannot {action}: {reason}")
+    return UnreadableError(f"{uri}: cannot {action}: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import socket
 import tempfile
@@ -18,10 +19,11 @@ from botocore import exceptions as aws
 from s3fs import S3FileSystem
 
 from rayclust.errors import DataError
-from rayclust.store.storage import FileStat, MissingError, is_hidden
+from rayclust.store.storage import FileStat, MissingError, UnreadableError, is_hidden
 
 SCHEME = "s3://"
 _BLOCK = 8 << 20
+_READ_AHEAD = 1 << 20
 _SETTINGS: dict[str, Any] = {
     "connect_timeout": 10,
     "read_timeout": 60,
@@ -124,9 +126,11 @@ class S3Storage:
             client().pipe_file(uri, data)
 
     def open(self, uri: str) -> BinaryIO:
-        """A file that reads ranges ahead."""
-        with _translated(uri, "read"):
-            return cast(BinaryIO, client().open(uri, "rb"))
+        """A buffered file over ranged requests; long reads are one request each."""
+        found = self.stat(uri)
+        if found is None:
+            raise MissingError(f"{uri}: no such object; check the bucket and path")
+        return cast(BinaryIO, io.BufferedReader(_RangeFile(uri, found.size, self), _READ_AHEAD))
 
     def walk(self, uri: str) -> Iterator[FileStat]:
         """One page of the listing in memory; S3 lists in order of keys."""
@@ -197,6 +201,34 @@ class S3Storage:
             client().put_file(str(path), uri)
 
 
+class _RangeFile(io.RawIOBase):
+    """An object as a file whose errors are translated, whoever reads it."""
+
+    def __init__(self, uri: str, size: int, storage: S3Storage) -> None:
+        super().__init__()
+        self._uri, self._size, self._storage, self._position = uri, size, storage, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence])
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        data = self._storage.read(self._uri, self._position, end)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
 def _folder(uri: str) -> str:
     key = split(uri)[1].rstrip("/")
     return f"{key}/" if key else ""
@@ -242,7 +274,9 @@ def translate(error: Exception, uri: str, action: str) -> DataError:
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{uri}: no such object or bucket; check the path, the region and that {bucket} exists")
     if isinstance(error, PermissionError):
-        return DataError(f"{uri}: access denied to {action}: {_line(error)}; check the credentials and bucket policy")
+        return UnreadableError(
+            f"{uri}: access denied to {action}: {_line(error)}; check the credentials and bucket policy"
+        )
     if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError | aws.CredentialRetrievalError):
         return DataError(f"{uri}: no AWS credentials found; {credentials} (AWS_NO_SIGN_REQUEST=1 reads public buckets)")
     if isinstance(error, aws.ProfileNotFound):

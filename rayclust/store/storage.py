@@ -14,7 +14,11 @@ IGNORED_NAMES = frozenset({"__MACOSX", "Thumbs.db"})
 """What operating systems leave behind in folders and archives."""
 
 
-class MissingError(DataError):
+class UnreadableError(DataError):
+    """One file cannot be read, while others beside it may be: listings of images go on without it."""
+
+
+class MissingError(UnreadableError):
     """A file, object, folder or bucket is not there."""
 
 
@@ -74,4 +78,5 @@ class Storage(Protocol):
 
 def is_hidden(key: str) -> bool:
     """Whether listings leave `key` out: some part starts with a dot or is what operating systems leave behind."""
-    return any(part.startswith(".") or part in IGNORED_NAMES for part in key.split("/"))
+    parts = (part for part in key.split("/") if part not in {".", ".."})
+    return any(part.startswith(".") or part in IGNORED_NAMES for part in parts)
