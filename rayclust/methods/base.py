@@ -6,7 +6,7 @@ anywhere asks which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -58,8 +58,8 @@ class Trainer(Protocol):
 
     seed: int
 
-    def fit(self, method: Method, rows: Rows) -> None:
-        """Runs all steps of the method's plan."""
+    def fit(self, method: Method, rows: Rows, start: Callable[[], None] | None = None) -> None:
+        """Runs all steps of the method's plan; `start` is called before the first one, and not on a resume."""
 
     def report(self, row: dict[str, Any]) -> None:
         """Takes one row of metrics."""

@@ -108,11 +108,11 @@ class StackedNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(heads, width))
         self.register_buffer("running_var", torch.ones(heads, width))
 
-    def forward(self, x: Tensor, training: bool) -> Tensor:
-        """Float[H R F] to Float[H R F]."""
-        mean, var = self._batch_moments(x) if training else (self.running_mean, self.running_var)
-        scale = self.gains * torch.rsqrt(var + self.epsilon)
-        return x * scale[:, None] + (self.biases - mean * scale)[:, None]
+    def forward(self, x: Tensor, training: bool, some: slice = slice(None)) -> Tensor:
+        """Float[H R F] to Float[H R F], of the heads that `some` picks; training is for all of them."""
+        mean, var = self._batch_moments(x) if training else (self.running_mean[some], self.running_var[some])
+        scale = self.gains[some] * torch.rsqrt(var + self.epsilon)
+        return x * scale[:, None] + (self.biases[some] - mean * scale)[:, None]
 
     def _batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = all_sum(torch.tensor(float(x.shape[1]), dtype=x.dtype, device=x.device))
@@ -183,15 +183,15 @@ class Heads(nn.Module):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = stacked_affine(x, weight[some], bias[some], dtype)
             if i < last:
-                x = self._activate(x, i, training)
+                x = self._activate(x, i, training, some)
         if self.shape.final_gelu:
             x = functional.gelu(x)
         return functional.normalize(x if dtype == torch.float64 else x.float(), dim=-1)
 
-    def _activate(self, x: Tensor, layer: int, training: bool) -> Tensor:
+    def _activate(self, x: Tensor, layer: int, training: bool, some: slice) -> Tensor:
         if self.shape.batch_norm:
             wide = x if x.dtype == torch.float64 else x.float()
-            x = self.norms[layer](wide, training).to(x.dtype)
+            x = self.norms[layer](wide, training, some).to(x.dtype)
         x = functional.gelu(x)
         return functional.dropout(x, self.shape.dropout, training) if self.shape.dropout else x
 

@@ -141,11 +141,13 @@ class Temi(Method):
 
     def fit(self, rows: Rows, trainer: Trainer) -> None:
         """Warm start, where asked for, and then the plan's steps."""
+        trainer.fit(self, rows, start=lambda: self._warm_start(rows))
+
+    def _warm_start(self, rows: Rows) -> None:
         if self.config.warm_start == "kmeans":
             options = kmeans.KMeansOptions(clusters=self.config.clusters)
             start_from_centers(self.student, rows, kmeans.fit(rows.blocks, options, seed=self.seed).centers)
             self.teacher.load_state_dict(self.student.state_dict())
-        trainer.fit(self, rows)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The mean of the heads' losses, and each head's, Float[H]."""

@@ -59,8 +59,13 @@ class Trainer:
         if self._on_row is not None:
             self._on_row(row)
 
-    def fit(self, method: Method, rows: Rows) -> None:
+    def fit(self, method: Method, rows: Rows, start: Callable[[], None] | None = None) -> None:
         """Runs the steps of the method's plan, from the latest checkpoint if there is one.
+
+        Args:
+            method: moved to the trainer's device.
+            rows: read once.
+            start: called before the first step of a training that is not resumed.
 
         Raises:
             ArtefactError: the checkpoint is of another method.
@@ -69,20 +74,21 @@ class Trainer:
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            _Training(self, method.to(self.device), rows).run()
+            _Training(self, method.to(self.device), rows, start).run()
 
 
 class _Training:
     """One training from its first or a later step to its last."""
 
-    def __init__(self, trainer: Trainer, method: Method, rows: Rows) -> None:
+    def __init__(self, trainer: Trainer, method: Method, rows: Rows, start: Callable[[], None] | None) -> None:
         if not isinstance(method.config, TrainedConfig):
             raise ConfigError(f"method = {type(method).__name__}: is not trained by gradient")
         self.trainer, self.method, self.config, self.plan = trainer, method, method.config, method.plan
-        self.batches = PairBatches(rows, self.plan, method.pairing, trainer.seed, trainer.device)
+        self.batches = PairBatches(rows, self.plan, method.pairing, trainer.seed, next(method.parameters()))
         self.optimizer = build_optimizer(method, self.config)
         self.step, self.seconds, self.sums = 0, 0.0, dict[str, Tensor]()
-        self._restore()
+        if not self._restore() and start is not None:
+            start()
         self.module = self._parallel()
         self.started = self.saved = time.monotonic()
 
@@ -175,13 +181,15 @@ class _Training:
         self.trainer.store.save(self.step, checkpoints.pack(self.method, self.optimizer, sums), state)
         self.saved = time.monotonic()
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Whether there was a checkpoint to go on from."""
         found = self.trainer.store.latest() if self.trainer.store is not None else None
         if found is None:
-            return
+            return False
         tensors, state = found
         sums = checkpoints.unpack(tensors, self.method, self.optimizer)
         if collectives.rank() == 0:
             self.sums = {name: total.to(self.trainer.device) for name, total in sums.items()}
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self.trainer.history[:] = state["history"]
+        return True

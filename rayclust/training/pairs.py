@@ -157,20 +157,21 @@ class PairBatches:
         plan: batch size and steps.
         pairing: what views to make.
         seed: of order, partners and noise.
-        device: where batches go.
+        like: a tensor of the device and dtype that batches go to.
 
     Raises:
         ConfigError: there are more workers than rows in a batch.
     """
 
-    def __init__(self, rows: Rows, plan: Plan, pairing: Pairing, seed: int, device: torch.device) -> None:
+    def __init__(self, rows: Rows, plan: Plan, pairing: Pairing, seed: int, like: Tensor) -> None:
         if plan.batch_size < collectives.world_size():
             raise ConfigError(
                 f"workers = {collectives.world_size()}: a batch has only {plan.batch_size} rows, use no more workers"
             )
-        self.plan, self.pairing, self.seed, self.device = plan, pairing, seed, device
+        self.plan, self.pairing, self.seed = plan, pairing, seed
+        self.device, self.dtype = like.device, like.dtype
         self.count = rows.count
-        self._x = _held(rows.tensor(), device)
+        self._x = _held(rows.tensor(), like.device)
         self._neighbors = None
         if pairing.columns:
             self._neighbors = _held(rows.neighbors()[:, : pairing.columns].contiguous(), self._x.device)
@@ -194,8 +195,8 @@ class PairBatches:
         if self._neighbors is not None:
             views.append(draw_partners(self._neighbors, rows, self.seed, epoch))
         chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
-        x = self._x.index_select(0, chosen).to(self.device, non_blocking=True)
-        x = (x if x.dtype == torch.float64 else x.float()).view(-1, len(rows), x.shape[1])
+        x = self._x.index_select(0, chosen).to(self.device, non_blocking=True).to(self.dtype)
+        x = x.view(-1, len(rows), x.shape[1])
         if self.pairing.noise:
             x = x + self._noise(x, len(batch), step)[:, number::workers]
         return Batch(x, rows, step, epoch, share=workers * len(rows) / len(batch))

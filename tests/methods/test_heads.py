@@ -30,7 +30,7 @@ def test_stacked_heads_equal_heads_built_from_torch_layers():
     logits = heads(x)
     assert logits.shape == (3, 9, 4)
     for head in range(3):
-        expected = references.clustering_head(heads.state_dict(), head, x)
+        expected = references.ClusteringHead(heads.state_dict(), head)(x)
         assert logits[head].allclose(expected, rtol=0, atol=1e-12)
         assert heads(x, head=head)[0].allclose(expected, rtol=0, atol=1e-12)
 
