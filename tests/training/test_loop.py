@@ -52,6 +52,7 @@ def _method(**settings: Any) -> Temi:
         "warmup_epochs": 1,
         "neighbors": 5,
         "weight_decay": 0.05,
+        "final_weight_decay": 0.05,
     }
     method = build(TemiConfig.model_validate(written | settings), D, N, seed=0).double()
     assert isinstance(method, Temi)
