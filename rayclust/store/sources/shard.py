@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,11 @@ class Shard:
 
     def wants(self, key: str, label: str | None) -> bool:
         """Whether an image is of the classes asked for."""
-        return self.classes is None or label in self.classes or not set(self.classes).isdisjoint(key.split("/")[:-1])
+        return self.classes is None or label in self._class_set or not self._class_set.isdisjoint(key.split("/")[:-1])
+
+    @cached_property
+    def _class_set(self) -> frozenset[str | None]:
+        return frozenset(self.classes or ())
 
     def rejects(self, reason: str, detail: str) -> Iterator[Record]:
         """The one reject that stands for the whole file."""

@@ -1,0 +1,224 @@
+"""Named data sets, `dataset:cifar10` and the like: fetched once, kept in a cache as Parquet with images and labels.
+
+The archives are the authors' binary versions, plain records of pixels: the Python versions are pickles, and nothing
+that is read from storage is unpickled here.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from rayclust.errors import DataError
+from rayclust.store import filesystem, tables
+from rayclust.store.layout import PART
+
+logger = logging.getLogger(__name__)
+
+SCHEME = "dataset:"
+PART_IMAGES = 1000
+"""Images per Parquet file, each of which becomes one shard."""
+_FORMAT = 1
+"""Goes up when an export's content changes, so that older ones are made again."""
+
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_TORONTO = "https://www.cs.toronto.edu/~kriz"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Where a data set is published, and the MD5 that its authors state."""
+
+    url: str
+    md5: str
+
+    @property
+    def name(self) -> str:
+        """File name."""
+        return self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """How to read one data set from its archive."""
+
+    archive: Archive
+    splits: dict[str, tuple[str, ...]]
+    """By split, the members of the archive that hold it."""
+    read: Callable[[tarfile.TarFile, str], Iterator[tuple[np.ndarray, np.ndarray]]]
+    """Blocks of UInt8[n H W 3] pixels and Int[n] labels from one member."""
+    names: str | tuple[str, ...]
+    """The classes, or the member that lists them, one a line."""
+
+
+def _records(archive: tarfile.TarFile, member: str, head: int, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of records of `head` label bytes and three planes of side × side bytes."""
+    size = head + 3 * side * side
+    stream = _stream(archive, member)
+    while data := stream.read(PART_IMAGES * size):
+        if len(data) % size:
+            raise DataError(f"{member}: ends within a record; fetch the archive again")
+        block = np.frombuffer(data, np.uint8).reshape(-1, size)
+        yield block[:, head:].reshape(-1, 3, side, side), block[:, :head]
+
+
+def _cifar(head: int, label: int) -> Callable[[tarfile.TarFile, str], Iterator[tuple[np.ndarray, np.ndarray]]]:
+    def read(archive: tarfile.TarFile, member: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for planes, heads in _records(archive, member, head, 32):
+            yield planes.transpose(0, 2, 3, 1), heads[:, label].astype(np.int64)
+
+    return read
+
+
+def _stl10(archive: tarfile.TarFile, member: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pixels lie column by column, and labels, which count from 1, in a file of their own."""
+    labels = np.frombuffer(_stream(archive, member.replace("_X", "_y")).read(), np.uint8).astype(np.int64) - 1
+    start = 0
+    for planes, _ in _records(archive, member, 0, 96):
+        yield planes.transpose(0, 3, 2, 1), labels[start : start + len(planes)]
+        start += len(planes)
+
+
+def _stream(archive: tarfile.TarFile, member: str) -> IO[bytes]:
+    stream = archive.extractfile(member)
+    if stream is None:
+        raise KeyError(member)
+    return stream
+
+
+_CIFAR100_ARCHIVE = Archive(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8")
+_CIFAR100_SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("cifar-100-binary/train.bin",),
+    "test": ("cifar-100-binary/test.bin",),
+}
+
+DATASETS = {
+    "cifar10": Dataset(
+        Archive(f"{_TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+        {
+            "train": tuple(f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)),
+            "test": ("cifar-10-batches-bin/test_batch.bin",),
+        },
+        _cifar(head=1, label=0),
+        _CIFAR10,
+    ),
+    "cifar20": Dataset(
+        _CIFAR100_ARCHIVE, _CIFAR100_SPLITS, _cifar(head=2, label=0), "cifar-100-binary/coarse_label_names.txt"
+    ),
+    "cifar100": Dataset(
+        _CIFAR100_ARCHIVE, _CIFAR100_SPLITS, _cifar(head=2, label=1), "cifar-100-binary/fine_label_names.txt"
+    ),
+    "stl10": Dataset(
+        Archive("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb"),
+        {"train": ("stl10_binary/train_X.bin",), "test": ("stl10_binary/test_X.bin",)},
+        _stl10,
+        "stl10_binary/class_names.txt",
+    ),
+}
+
+
+def local_folder(uri: str) -> str:
+    """Where the images of an input lie: those of a named data set in the cache, any other where they are.
+
+    Args:
+        uri: an input; `dataset:NAME` holds all labelled images, `dataset:NAME/train` and `dataset:NAME/test` one split.
+
+    Raises:
+        DataError: there is no such data set, or it can be neither found nor fetched.
+    """
+    if not uri.startswith(SCHEME):
+        return uri
+    name, _, split = uri.removeprefix(SCHEME).partition("/")
+    if name not in DATASETS or split not in ("", *DATASETS[name].splits):
+        known = ", ".join(f"{SCHEME}{known}" for known in DATASETS)
+        raise DataError(f"images.uri = {uri}: no such data set; known are {known}, each also with /train or /test")
+    folder = export(name)
+    return filesystem.join(folder, split) if split else folder
+
+
+def cache_root() -> str:
+    """The folder of the cache: RAYCLUST_CACHE, else `~/.cache/rayclust`. On a cluster every node must see it."""
+    return filesystem.absolute(os.environ.get("RAYCLUST_CACHE") or "~/.cache/rayclust")
+
+
+def export(name: str, cache: str | None = None) -> str:
+    """Writes a data set as Parquet with key, image (PNG) and label, unless the cache holds it already.
+
+    Args:
+        name: a key of `DATASETS`.
+        cache: folder or URI; None is `cache_root()`.
+
+    Returns:
+        The folder, with one folder per split below it. Every export writes the same bytes.
+
+    Raises:
+        DataError: the archive is not there and cannot be fetched, or does not hold what it should.
+    """
+    dataset, folder = DATASETS[name], filesystem.join(cache or cache_root(), name)
+    marker = filesystem.join(folder, "dataset.json")
+    if filesystem.exists(marker) and filesystem.read_json(marker).get("format") == _FORMAT:
+        return folder
+    path = _fetch(name, dataset.archive, cache or cache_root())
+    logger.info("%s%s: writing its images to %s", SCHEME, name, folder)
+    try:
+        with tarfile.open(path) as archive:
+            counts = {split: _write_split(dataset, archive, folder, split) for split in dataset.splits}
+    except (KeyError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: does not hold {name} as published ({error}); remove it and run again") from error
+    filesystem.write_json(marker, {"format": _FORMAT, "name": name, "images": counts})
+    return folder
+
+
+def _fetch(name: str, archive: Archive, cache: str) -> Path:
+    """The archive on this machine, checked against its MD5."""
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    local = cache if not filesystem.is_remote(cache) else filesystem.absolute("~/.cache/rayclust")
+    path = Path(local) / "archives" / archive.name
+    if check_integrity(str(path), archive.md5):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download_url(archive.url, str(path.parent), archive.name, archive.md5)
+    except (OSError, RuntimeError) as error:
+        advice = f"put {archive.name} (MD5 {archive.md5}) into {path.parent} and run again"
+        raise DataError(f"{SCHEME}{name}: cannot fetch {archive.url} ({error}); {advice}") from error
+    return path
+
+
+def _write_split(dataset: Dataset, archive: tarfile.TarFile, folder: str, split: str) -> int:
+    names = _class_names(dataset, archive)
+    blocks = (block for member in dataset.splits[split] for block in dataset.read(archive, member))
+    written = 0
+    for part, (pixels, labels) in enumerate(blocks):
+        columns = {
+            "key": [f"{split}/{written + i:06d}" for i in range(len(pixels))],
+            "image": pa.array([_png(image) for image in pixels], pa.binary()),
+            "label": [names[label] for label in labels],
+        }
+        tables.write_table(filesystem.join(folder, split, PART.format(part)), pa.table(columns))
+        written += len(pixels)
+    return written
+
+
+def _class_names(dataset: Dataset, archive: tarfile.TarFile) -> tuple[str, ...]:
+    if not isinstance(dataset.names, str):
+        return dataset.names
+    return tuple(_stream(archive, dataset.names).read().decode().split())
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    return buffer.getvalue()
