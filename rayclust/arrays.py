@@ -2,7 +2,8 @@
 
 N images or rows   B batch   D embedding width   K clusters   M neighbours   H heads   V nouns   C true classes
 
-`Float[B D]` reads: floating dtype, axes B and D. `Float[]` is a scalar. Embeddings are stored float16, computed float32.
+`Float[B D]` reads: floating dtype, axes B and D. `Float[]` is a scalar. Embeddings are stored float16
+and computed float32.
 """
 
 from __future__ import annotations

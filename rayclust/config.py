@@ -6,17 +6,18 @@ refuses what it does not know by full key, with the value, the bound and the nea
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from rayclust.encoders.decode import PIXEL_CEILING
 from rayclust.encoders.options import EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.methods import CONFIGS, AnyMethodConfig
 from rayclust.options import Config
+from rayclust.refusals import one_line
 
 MEBIBYTE = 1 << 20
 
@@ -31,14 +32,14 @@ class ImagesConfig(Config):
     labels: str = "auto"
     """auto | none | folder | a column or tar suffix. Used for evaluation only, never to fit."""
     classes: tuple[str, ...] | str | None = None
-    """Keep only these classes: a list of class names (ImageNet: wnids), or a text file with one a line. None keeps all."""
+    """Keep only these classes: a list of names (ImageNet: wnids), or a text file with one a line. None keeps all."""
     shard_size: int = Field(512, ge=1, le=1_000_000)
     """Images per unit of work where the input has no shards of its own (folders, large parquet files)."""
     max_reject_share: float = Field(0.1, ge=0, le=1)
     """Above this share of rejected images the encode stage fails."""
     max_bytes: int = Field(64 * MEBIBYTE, ge=1)
     """Bytes of one encoded image above which it is rejected."""
-    max_pixels: int = Field(128_000_000, ge=1)
+    max_pixels: int = Field(128_000_000, ge=1, le=PIXEL_CEILING)
     """Pixels of one image above which it is rejected before it is decoded (decompression bombs)."""
 
 
@@ -178,7 +179,7 @@ def validate(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(one_line(error, known_keys(), tuple(CONFIGS))) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -240,66 +241,9 @@ def _refuse_open_clusters(tree: dict[str, Any]) -> None:
     method = tree.get("method")
     clusters = method.get("clusters") if isinstance(method, dict) else None
     if clusters == "auto" or isinstance(clusters, list):
-        raise ConfigError(f"method.clusters = {clusters}: the choice of k (select-k) is not in this version: give a number")
-
-
-def _one_line(error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{_describe(first)}{more}"
-
-
-def _describe(problem: Any) -> str:
-    path = _key_path(problem["loc"])
-    key = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(path)}"
-    if problem["type"] == "missing":
-        return f"{key}: this key is required"
-    if problem["type"].startswith("union_tag"):
-        known = ", ".join(sorted(CONFIGS))
-        given = problem["input"].get("name") if isinstance(problem["input"], dict) else problem["input"]
-        return f"{key}.name = {given!r}: must be one of {known}{_closest(str(given), list(CONFIGS))}"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{key} = {_shown(problem['input'])}: {message}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _key_path(location: tuple[Any, ...]) -> list[str]:
-    """The dotted key without pydantic's names for branches of unions."""
-    path: list[str] = []
-    for part in location:
-        is_tag = bool(path) and path == ["method"] and part in CONFIGS
-        is_branch = isinstance(part, str) and ("[" in part or part in {"int", "str", "float", "bool", "constrained-str"})
-        if not is_tag and not is_branch:
-            path.append(str(part))
-    return path
-
-
-def _nearest(path: list[str]) -> str:
-    fields = _fields_at(path[:-1])
-    near = _closest(path[-1], fields)
-    if near:
-        return near
-    elsewhere = [key for key in known_keys() if key.split(".")[-1] == path[-1]]
-    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(fields)}"
-
-
-def _closest(word: str, words: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def _fields_at(path: list[str]) -> list[str]:
-    prefix = "".join(part + "." for part in path)
-    below = {key.removeprefix(prefix).split(".")[0] for key in known_keys() if key.startswith(prefix)}
-    return sorted(below)
+        raise ConfigError(
+            f"method.clusters = {clusters}: the choice of k (select-k) is not in this version: give a number"
+        )
 
 
 def known_keys() -> list[str]:

@@ -41,7 +41,7 @@ class FeatureTransform:
             total: Float[D], sum of the rows, float64.
             total_squares: Float[D], sum of their squares, float64.
             center: subtract the mean.
-            standardize: z-score each dimension (TEMI's `embed_norm`); implies the mean. A constant dimension is divided by 1.
+            standardize: z-score each dimension (TEMI's `embed_norm`), mean included; a constant dimension is left.
             normalize: end with unit rows.
         """
         mean = total / count

@@ -47,9 +47,7 @@ class _Assignment:
         features = self._transform(tables.matrix(table["embedding"]))
         clusters, confidence = assign(method, features)
         columns = [table["row"], table["key"], pa.array(clusters), pa.array(confidence)]
-        written = put_table(
-            self._run, self._run.assignments(unit.index), pa.table(columns, schema=tables.ASSIGNMENTS)
-        )
+        written = put_table(self._run, self._run.assignments(unit.index), pa.table(columns, schema=tables.ASSIGNMENTS))
         sizes = np.bincount(clusters, minlength=method.config.clusters)
         return UnitResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
 

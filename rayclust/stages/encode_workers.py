@@ -35,7 +35,7 @@ CHUNK = pa.schema(
         ("last", pa.bool_()),
         ("records", pa.list_(RECORD)),
         ("rejects", pa.list_(REJECT)),
-        ("pixels", pa.large_binary()),  # uint8[B H W 3], C order
+        ("pixels", pa.large_binary()),  # uint8[B H W C], C order
     ]
 )
 
@@ -45,14 +45,16 @@ class ReadAndDecode:
 
     def __init__(self, config: RunConfig, preprocess: Preprocess) -> None:
         self._rows = config.encoder.batch_size
+        self._max_bytes = config.images.max_bytes
         self._preprocess = preprocess
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Chunks of each shard named in `batch`, in order."""
         for unit, shard in zip(batch["unit"].to_pylist(), batch["shard"].to_pylist(), strict=True):
             yield from self._chunks(unit, Shard.from_json(filesystem.read_json(shard)))
 
     def _chunks(self, unit: str, shard: Shard) -> Iterator[pa.Table]:
-        records = iter(read_records(shard))
+        records = iter(read_records(shard, self._max_bytes))
         group = list(islice(records, self._rows))
         number = 0
         while True:
@@ -98,6 +100,7 @@ class EncodeChunks:
         self._writers = writers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """Encodes each chunk and hands it on; counts of images and rejects."""
         import ray
 
         images, rejected = 0, 0
@@ -116,9 +119,9 @@ class EncodeChunks:
     def _embeddings(self, pixels: pa.Scalar, count: int) -> np.ndarray:
         if not count:
             return np.zeros((0, self._encoder.dimension), np.float16)
-        height, width = self._encoder.preprocess.shape
-        array = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(count, height, width, 3)
-        return self._encoder.encode_images(array).astype(np.float16)
+        array = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(count, *self._encoder.preprocess.shape)
+        with np.errstate(over="ignore"):  # what overflows becomes a reject
+            return self._encoder.encode_images(array).astype(np.float16)
 
 
 class ShardWriter:
@@ -166,4 +169,3 @@ class ShardWriter:
     def ping(self) -> bool:
         """Answers once the actor is up."""
         return True
-

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.metrics import external, internal
 from rayclust.stages.cluster import run_remotely
-from rayclust.stages.outputs import put_json
+from rayclust.stages.outputs import put_json, put_table
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.rows import row_starts, transform_of
 from rayclust.store import tables
@@ -24,19 +25,29 @@ def run(context: StageContext) -> StageResult:
     transform = transform_of(encode, context.config.features)
     sizes = context.inputs["assign"].extra["sizes"]
     metrics: dict[str, Any] = run_remotely(_score, context.run, starts, transform, context.config)
+    counts = metrics.pop("contingency")
     metrics["sizes"] = sizes
     outputs = put_json(context.run, context.run.metrics, metrics)
+    if counts is not None:
+        outputs |= put_table(context.run, contingency_uri(context.run), counts)
     shown = [f"{name} {metrics[name]:.4f}" for name in ("accuracy", "nmi", "ari", "silhouette") if name in metrics]
     return StageResult(outputs, {"rows": starts[-1], "labelled": encode.counts["labelled"]}, {}, ", ".join(shown))
+
+
+def contingency_uri(run: Run) -> str:
+    """The table of how many images of which class are in which cluster; only where labels exist."""
+    return run.at("evaluation", "contingency.parquet")
 
 
 def _score(run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig) -> dict[str, Any]:
     clusters, codes, classes = _columns(run, starts)
     metrics: dict[str, Any] = {"rows": len(clusters), "clusters": config.method.clusters}
     labelled = codes >= 0
+    metrics["contingency"] = None
     if labelled.any() and len(classes) > 1:
         metrics |= _against_labels(codes[labelled], clusters[labelled])
         metrics |= {"classes": len(classes), "labelled": int(labelled.sum())}
+        metrics["contingency"] = _contingency(codes[labelled], clusters[labelled], classes)
         if labelled.all():
             metrics["knn_accuracy"] = _probe(run, starts, codes, config.evaluate.probe_neighbors)
     sample = _sample(len(clusters), config)
@@ -55,6 +66,12 @@ def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]
         "ami": external.ami(codes, clusters),
         "purity": external.purity(codes, clusters),
     }
+
+
+def _contingency(codes: np.ndarray, clusters: np.ndarray, classes: list[str]) -> pa.Table:
+    """The cells that are not empty, by class and cluster."""
+    pairs, counts = np.unique(np.stack([codes, clusters]), axis=1, return_counts=True)
+    return pa.table({"label": [classes[code] for code in pairs[0]], "cluster": pairs[1], "count": counts})
 
 
 def _columns(run: Run, starts: list[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -51,7 +51,9 @@ def weights_stamp(config: RunConfig) -> str:
         return str(config.encoder.pretrained)
     found = filesystem.stat(str(config.encoder.pretrained))
     if found is None:
-        raise ConfigError(f"encoder.pretrained = {config.encoder.pretrained}: no such file; give a tag, a path or a URI")
+        raise ConfigError(
+            f"encoder.pretrained = {config.encoder.pretrained}: no such file; give a tag, a path or a URI"
+        )
     return found.stamp
 
 

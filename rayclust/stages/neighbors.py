@@ -14,7 +14,7 @@ import torch
 from rayclust.config import RunConfig
 from rayclust.errors import DataError
 from rayclust.features import FeatureTransform
-from rayclust.search.index import build_index, load_index
+from rayclust.search.index import build_index, load_index, without_self
 from rayclust.search.knn import RunningTopK
 from rayclust.stages.cluster import run_remotely
 from rayclust.stages.outputs import Outputs, drop_stale_parts, put_bytes, put_table
@@ -109,7 +109,8 @@ class _Search:
     def _inverted(self, queries: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         index = _load(filesystem.join(self._run.neighbors_folder, "ivf.faiss"))
         ids, similarity = index.search(unit_rows(queries).numpy(), self._k + 1)
-        return _without_self(ids, similarity, rows.numpy(), self._k)
+        found, nearness = without_self(ids, similarity, rows.numpy())
+        return torch.from_numpy(found), torch.from_numpy(nearness)
 
     def _write(self, part: int, rows: torch.Tensor, neighbors: torch.Tensor, similarity: torch.Tensor) -> Outputs:
         columns = [
@@ -139,16 +140,6 @@ def _load(uri: str) -> Any:
     return load_index(filesystem.read_bytes(uri))
 
 
-def _without_self(
-    ids: np.ndarray, similarity: np.ndarray, rows: np.ndarray, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first k found that are not the row itself."""
-    own = ids == rows[:, None]
-    own[~own.any(axis=1), -1] = True  # the row did not find itself: drop its last instead
-    keep = ~own
-    return torch.from_numpy(ids[keep].reshape(len(rows), k)), torch.from_numpy(similarity[keep].reshape(len(rows), k))
-
-
 def _build_inverted_file(
     run: Run, starts: list[int], transform: FeatureTransform, k: int, config: RunConfig
 ) -> tuple[dict[str, Any], Outputs]:
@@ -158,7 +149,9 @@ def _build_inverted_file(
         for block, ids in blocks(run, starts, transform):
             yield block.numpy(), ids.numpy()
 
-    index = build_index(stream, count=starts[-1], kind="ivf", seed=config.seed, k=k, min_recall=config.neighbors.min_recall)
+    index = build_index(
+        stream, count=starts[-1], kind="ivf", seed=config.seed, k=k, min_recall=config.neighbors.min_recall
+    )
     if index.recall < config.neighbors.min_recall:
         raise DataError(
             f"neighbors.min_recall = {config.neighbors.min_recall}: the inverted file reaches {index.recall:.3f}; "
@@ -167,4 +160,3 @@ def _build_inverted_file(
     uri = filesystem.join(run.neighbors_folder, "ivf.faiss")
     outputs = put_bytes(run, uri, index.to_bytes())
     return {"recall": index.recall, "nlist": index.nlist, "nprobe": index.nprobe}, outputs
-

@@ -13,8 +13,8 @@ from rayclust.errors import ArtefactError, ConfigError
 from rayclust.stages.assign import assign
 from rayclust.stages.models import load_method
 from rayclust.stages.pipeline import content_digest, run_stage
-from rayclust.stages.words import cluster_names
 from rayclust.stages.rows import transform_of
+from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run, parts
 from rayclust.store.manifest import Manifest, digest_of, read_manifest
@@ -72,7 +72,9 @@ def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: s
     for _, uri in parts(scratch.embeddings_folder):
         table = tables.read_table(uri, ["key", "uri", "embedding"])
         clusters, confidence = assign(method, transform(tables.matrix(table["embedding"])))
-        found = zip(table["key"].to_pylist(), table["uri"].to_pylist(), clusters.tolist(), confidence.tolist(), strict=True)
+        found = zip(
+            table["key"].to_pylist(), table["uri"].to_pylist(), clusters.tolist(), confidence.tolist(), strict=True
+        )
         rows += [{"key": k, "uri": u, "cluster": c, "name": names.get(c), "confidence": p} for k, u, c, p in found]
     for _, uri in parts(scratch.rejects_folder):
         rows += tables.read_table(uri, ["key", "uri", "reason"]).to_pylist()

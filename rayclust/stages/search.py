@@ -65,7 +65,9 @@ def search(config: RunConfig, *, image: str | None, text: str | None, top: int, 
     found = load_index(filesystem.read_bytes(filesystem.join(run.index_folder, ENCODER_INDEX)))
     rows, similarity = found.search(query, min(top, encode.counts["rows"]))
     names = cluster_names(run)
-    return [_hit(run, encode, int(row), float(s), names) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0]
+    return [
+        _hit(run, encode, int(row), float(s), names) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0
+    ]
 
 
 def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray:
@@ -99,7 +101,9 @@ def _hit(run: Run, encode: Manifest, row: int, similarity: float, names: dict[in
         part = bisect_right(row_starts(encode), row) - 1
         table = tables.read_table(run.assignments(part), ["row", "cluster"])
         cluster = int(table.filter(pc.equal(table["row"], row))["cluster"][0].as_py())
-    return Hit(row, similarity, found["key"], found["uri"], cluster, names.get(cluster) if cluster is not None else None)
+    return Hit(
+        row, similarity, found["key"], found["uri"], cluster, names.get(cluster) if cluster is not None else None
+    )
 
 
 def row_of(run: Run, encode: Manifest, row: int, columns: list[str]) -> dict[str, Any]:

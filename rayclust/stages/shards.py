@@ -123,4 +123,3 @@ def _not_finite(record: dict[str, Any]) -> dict[str, Any]:
 def _tally(rejects: Sequence[dict[str, Any]]) -> dict[str, int]:
     reasons = sorted({reject["reason"] for reject in rejects})
     return {reason: sum(reject["reason"] == reason for reject in rejects) for reason in reasons}
-

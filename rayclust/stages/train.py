@@ -76,7 +76,8 @@ def _fit(job: Job, board: Any) -> dict[str, Any]:
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=bool(resources.gpus_per_worker),
-            resources_per_worker={"CPU": cores} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            resources_per_worker={"CPU": cores}
+            | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
         ),
         run_config=RunConfig(
             # A name of its own each time: what is resumed is our checkpoint, never Ray's idea of a finished run.
@@ -136,7 +137,9 @@ class StoredCheckpoints:
             return
         data = safetensors.torch.save(tensors)
         filesystem.write_bytes(self._at(step, "tensors.safetensors"), data)
-        filesystem.write_json(self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state})
+        filesystem.write_json(
+            self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state}
+        )
         for old in self._steps()[:-KEPT]:
             filesystem.remove_tree(filesystem.join(self._folder, f"step-{old:09d}"))
 

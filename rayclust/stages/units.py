@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from rayclust.stages.cluster import connect, cpus, plain_errors
 from rayclust.errors import ArtefactError
+from rayclust.stages.cluster import connect, cpus, plain_errors
 from rayclust.stages.outputs import Outputs
 from rayclust.stages.progress import Progress
 from rayclust.store import filesystem
@@ -123,7 +123,7 @@ def _submit(
     running: dict[Any, Unit] = {}
     with plain_errors():
         while True:
-            # A few more than there are CPUs, so that none waits for the driver; never all, so that the driver stays small.
+            # A few more than there are CPUs, so that none waits for the driver; never all, so that it stays small.
             for unit in islice(waiting, 2 * cpus() - len(running)):
                 running[work.remote(unit, markers(unit.index))] = unit
             if not running:
@@ -131,5 +131,3 @@ def _submit(
             ready, _ = ray.wait(list(running), num_returns=1, timeout=60)
             for reference in ready:
                 yield running.pop(reference), ray.get(reference)
-
-

@@ -1,0 +1,5 @@
+"""`python -m rayclust` is the command line."""
+
+from rayclust.cli import main
+
+main()

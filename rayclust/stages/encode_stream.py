@@ -1,0 +1,93 @@
+"""The Ray Data pipeline of encode: chunks of raw bytes → decoders on CPUs → encoders on GPUs or CPUs → writers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+from rayclust.stages.cluster import cpus, encode_workers
+from rayclust.stages.inputs import input_shards
+from rayclust.stages.pipeline import StageContext
+from rayclust.stages.units import STORAGE_THREADS, Unit
+from rayclust.store import filesystem
+from rayclust.store.sources import Shard
+
+
+def stream(context: StageContext, todo: Sequence[Unit]) -> Iterator[tuple[int, int]]:
+    """Encodes the unfinished shards.
+
+    Args:
+        context: of the encode stage.
+        todo: shards without a marker.
+
+    Yields:
+        (images, rejects) of chunks that have been handed to their shard's writer.
+    """
+    import ray
+    import ray.data
+
+    from rayclust.stages.encode_workers import EncodeChunks, ReadAndDecode, ShardWriter
+    from rayclust.stages.models import run_preprocess
+
+    config = context.config
+    encoders = encode_workers(config)
+    decoders = config.resources.decode_workers
+    decoders = max(1, cpus() // 2) if decoders == "auto" else decoders
+    preprocess = run_preprocess(config)
+    Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardWriter)
+    writers = [Writer.remote(config.run) for _ in range(max(1, encoders // 4))]
+    _configure_ray_data(preprocess.shape, config.encoder.batch_size)
+    gpus = config.resources.gpus_per_worker
+    # Logical CPUs only place actors. Small shares let one laptop core hold a decoder and an encoder at once.
+    share = min(1.0, cpus() / (encoders + decoders))
+    chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
+        ReadAndDecode,
+        fn_constructor_kwargs={"config": config, "preprocess": preprocess},
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=decoders),
+        num_cpus=share if not gpus else 1,
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    counts = chunks.map_batches(
+        EncodeChunks,
+        fn_constructor_kwargs={"config": config, "writers": writers},
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=encoders),
+        **({"num_gpus": gpus} if gpus else {"num_cpus": share}),
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    for batch in counts.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        yield int(batch["images"].sum()), int(batch["rejected"].sum())
+
+
+def _configure_ray_data(shape: tuple[int, int, int], batch: int) -> None:
+    import ray.data
+
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars = False
+    # A block holds about one chunk of pixels, so that chunks spread over encoders and flow early.
+    settings.target_max_block_size = max(1 << 20, shape[0] * shape[1] * shape[2] * batch)
+    # Waiting for an autoscaled GPU is no failure.
+    settings.wait_for_min_actors_s = -1
+
+
+def _items(context: StageContext, todo: Sequence[Unit]) -> list[dict[str, str]]:
+    """One row per unfinished shard; the shard itself is written beside the markers, so that the driver stays small."""
+    wanted = {unit.index: unit for unit in todo}
+    shards = (shard for shard in input_shards(context.config) if shard.index in wanted)
+
+    def item(shard: Shard) -> dict[str, str]:
+        unit, uri = wanted[shard.index], context.run.at("manifests", "encode", f"input-{shard.index:05d}.json")
+        filesystem.write_json(uri, shard.to_json())
+        return {
+            "unit": json.dumps({"index": unit.index, "digest": unit.digest, "row_start": shard.first}),
+            "shard": uri,
+        }
+
+    with ThreadPoolExecutor(STORAGE_THREADS) as threads:
+        items: list[dict[str, str]] = []
+        while group := list(islice(shards, 4 * STORAGE_THREADS)):
+            items += threads.map(item, group)
+        return items

@@ -1,0 +1,50 @@
+"""What a run reads: the shards of its input and their identities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rayclust.config import RunConfig
+from rayclust.stages import datasets
+from rayclust.stages.models import weights_stamp
+from rayclust.stages.pipeline import STAGES
+from rayclust.store.manifest import digest_of
+from rayclust.store.sources import Shard, plan_shards
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The input shards as listed: identities in order, without the names of their images."""
+
+    digest: str
+    shards: tuple[Shard, ...]
+    digests: tuple[str, ...]
+
+
+def plan(config: RunConfig) -> Plan:
+    """Lists the input. The listing streams: what stays in memory is one small record per shard.
+
+    Raises:
+        DataError: the input is missing, unreadable or empty.
+    """
+    shards, digests = [], []
+    settings = STAGES["encode"].settings(config) | {"weights": weights_stamp(config)}
+    for shard in input_shards(config):
+        digests.append(digest_of({"shard": _identity(shard), "settings": settings}))
+        shards.append(replace(shard, members=()))
+    return Plan(digest_of(digests), tuple(shards), tuple(digests))
+
+
+def _identity(shard: Shard) -> dict[str, Any]:
+    """What its embeddings depend on; not its place among the others, so that a grown input keeps what was done."""
+    content = replace(shard, members=()).to_json()
+    return {key: value for key, value in content.items() if key not in ("index", "first")}
+
+
+def input_shards(config: RunConfig) -> Iterator[Shard]:
+    """The shards of the run's input, in order, streamed."""
+    images = config.images
+    uri = datasets.local_folder(images.uri)
+    return plan_shards(uri, images.format, images.labels, shard_size=images.shard_size, classes=images.classes)
