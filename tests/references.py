@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -113,3 +115,14 @@ def center_cropped(pixels: np.ndarray, size: int, short: int) -> np.ndarray:
         image = resized(pixels, int(short * height / width), short)
     top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
     return image[top : top + size, left : left + size]
+
+
+def best_matching(labels_true: list[int], labels_pred: list[int]) -> float:
+    """Clustering accuracy by trying every way to match clusters with different classes."""
+    classes, clusters = sorted(set(labels_true)), sorted(set(labels_pred))
+    classes += [None] * max(0, len(clusters) - len(classes))  # type: ignore[list-item]
+    best = 0
+    for chosen in itertools.permutations(classes, len(clusters)):
+        name = dict(zip(clusters, chosen, strict=True))
+        best = max(best, sum(name[p] == t for t, p in zip(labels_true, labels_pred, strict=True)))
+    return best / len(labels_true)
