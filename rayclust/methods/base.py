@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -53,10 +54,39 @@ class Rows(Protocol):
         """Int[N M]: each row's nearest other rows, nearest first; −1 where there are fewer than M."""
 
 
+class CheckpointStore(Protocol):
+    """Keeps checkpoints of one training."""
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keeps a checkpoint; called by every worker at the same step with equal content, so that one may write.
+
+        Args:
+            step: steps done.
+            tensors: on the CPU, contiguous, sharing no memory with the training.
+            state: JSON.
+        """
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest whole checkpoint, the same on every worker, or None."""
+
+
+@dataclass(frozen=True)
+class Every:
+    """When checkpoints are due: whichever comes first. The end of a training is always kept."""
+
+    epochs: int | None = 1
+    """Epochs between two; None does not count them."""
+    seconds: float | None = None
+    """Seconds between two, looked at every few steps; None has no clock."""
+
+
 class Trainer(Protocol):
     """Who fits a method by gradient, and to whom a method that fits itself reports."""
 
     seed: int
+    device: torch.device
+    store: CheckpointStore | None
+    every: Every
 
     def fit(self, method: Method, rows: Rows, start: Callable[[], None] | None = None) -> None:
         """Runs all steps of the method's plan; `start` is called before the first one, and not on a resume."""
@@ -151,6 +181,23 @@ class Export:
     """The state, without pickles."""
 
 
+class Steps(Protocol):
+    """Takes optimiser steps on one method."""
+
+    def take(self, batch: Batch, learning_rate: float, weight_decay: float) -> dict[str, Tensor]:
+        """One whole step: losses, gradients over all workers, optimiser, and the method's `after_step`.
+
+        Returns:
+            What `Method.losses` gives, detached.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimiser's state under flat names, enough to go on with the same bits."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state` gave."""
+
+
 class Method(nn.Module):
     """A clustering method. `plan` is set by those that are trained by gradient."""
 
@@ -177,6 +224,10 @@ class Method(nn.Module):
     def fit(self, rows: Rows, trainer: Trainer) -> None:
         """Fits the method to the rows; by gradient unless a method knows better."""
         trainer.fit(self, rows)
+
+    def own_steps(self) -> Steps | None:
+        """A faster way to take this method's steps than autograd, where there is one on the parameters' device."""
+        return None
 
     def frozen(self, batch: Batch) -> list[nn.Parameter]:
         """Parameters that this step's optimiser passes over."""

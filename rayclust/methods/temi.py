@@ -136,6 +136,7 @@ class Temi(Method):
         self.student = Heads(config.head_shape(dimension), seed, config.precision)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.marginal = Marginal(config.heads, config.clusters, config.marginal_momentum)
+        self._momentum = config.teacher_momentum
         self.register_buffer("best_head", torch.tensor(0))
         self.register_buffer("head_losses", torch.zeros(config.heads, dtype=torch.float64))
 
@@ -186,7 +187,8 @@ class Temi(Method):
 
     def after_step(self, step: int) -> None:
         """The teacher follows the student."""
-        ema.follow(self.teacher, self.student, self.teacher_momentum(step))
+        self._momentum = self.teacher_momentum(step)
+        ema.follow(self.teacher, self.student, self._momentum)
 
     def after_epoch(self, means: dict[str, Tensor]) -> dict[str, Any]:
         """Keeps the head with the lowest mean loss of this epoch; labels play no part."""
@@ -194,6 +196,7 @@ class Temi(Method):
         self.best_head.copy_(self.head_losses.argmin())
         best = int(self.best_head)
         return {
+            "teacher_momentum": self._momentum,
             "head_losses": self.head_losses.tolist(),
             "best_head": best,
             "marginal_entropy": float(self.marginal.entropy()[best]),

@@ -8,17 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from rayclust import collectives
 from rayclust.errors import ConfigError, RayclustError
-from rayclust.methods.base import Batch, Method, Rows, TrainedConfig
+from rayclust.methods.base import Batch, CheckpointStore, Every, Method, Rows, TrainedConfig
 from rayclust.training import checkpoints
-from rayclust.training.checkpoints import CheckpointStore, Every
-from rayclust.training.optimizer import build_optimizer, set_rates
 from rayclust.training.pairs import STEPS, PairBatches, mix
 from rayclust.training.schedules import learning_rate, weight_decay
+from rayclust.training.steps import GradientSteps
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +83,11 @@ class _Training:
             raise ConfigError(f"method = {type(method).__name__}: is not trained by gradient")
         self.trainer, self.method, self.config, self.plan = trainer, method, method.config, method.plan
         self.batches = PairBatches(rows, self.plan, method.pairing, trainer.seed, next(method.parameters()))
-        self.optimizer = build_optimizer(method, self.config)
+        self.steps = method.own_steps() or GradientSteps(method, self.config)
         self.step, self.seconds, self.sums = 0, 0.0, dict[str, Tensor]()
         if not self._restore() and start is not None:
             start()
-        self.module = self._parallel()
         self.started = self.saved = time.monotonic()
-
-    def _parallel(self) -> nn.Module:
-        if collectives.world_size() == 1:
-            return self.method
-        devices = [self.trainer.device] if self.trainer.device.type == "cuda" else None
-        return DistributedDataParallel(self.method, device_ids=devices, broadcast_buffers=False)
 
     def run(self) -> None:
         logger.info("training: %d steps of %d rows from step %d", self.plan.steps, self.plan.batch_size, self.step)
@@ -113,20 +104,8 @@ class _Training:
 
     def _take_step(self, batch: Batch) -> None:
         torch.manual_seed(mix(self.trainer.seed, STEPS, batch.step, collectives.rank()))
-        set_rates(
-            self.optimizer,
-            learning_rate(self.config, self.plan, batch.step),
-            weight_decay(self.config, self.plan, batch.step),
-        )
-        losses = self.module(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        (losses["loss"] * batch.share).backward()
-        if self.config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_norm)
-        for parameter in self.method.frozen(batch):
-            parameter.grad = None
-        self.optimizer.step()
-        self.method.after_step(batch.step)
+        rate = learning_rate(self.config, self.plan, batch.step)
+        losses = self.steps.take(batch, rate, weight_decay(self.config, self.plan, batch.step))
         self.step = batch.step + 1
         self._watch(losses, batch.share)
 
@@ -134,7 +113,7 @@ class _Training:
         for name, value in losses.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
-            self.sums[name].add_(value.detach(), alpha=share)
+            self.sums[name].add_(value, alpha=share)
 
     def _end_epoch(self, epoch: int) -> None:
         steps = self.step - epoch * self.plan.steps_per_epoch
@@ -178,7 +157,7 @@ class _Training:
             return
         sums = {name: collectives.all_sum(self.sums[name]) for name in sorted(self.sums)}
         state = {"step": self.step, "seconds": self._elapsed(), "history": self.trainer.history}
-        self.trainer.store.save(self.step, checkpoints.pack(self.method, self.optimizer, sums), state)
+        self.trainer.store.save(self.step, checkpoints.pack(self.method, self.steps, sums), state)
         self.saved = time.monotonic()
 
     def _restore(self) -> bool:
@@ -187,7 +166,7 @@ class _Training:
         if found is None:
             return False
         tensors, state = found
-        sums = checkpoints.unpack(tensors, self.method, self.optimizer)
+        sums = checkpoints.unpack(tensors, self.method, self.steps)
         if collectives.rank() == 0:
             self.sums = {name: total.to(self.trainer.device) for name, total in sums.items()}
         self.step, self.seconds = int(state["step"]), float(state["seconds"])

@@ -5,45 +5,43 @@ import torch
 
 from rayclust.errors import ArtefactError
 from rayclust.methods import TemiConfig, build
-from rayclust.methods.base import Method
+from rayclust.methods.base import Batch, Method
 from rayclust.training.checkpoints import pack, unpack
-from rayclust.training.optimizer import build_optimizer, set_rates
+from rayclust.training.steps import GradientSteps
 
 
-def _stepped(optimizer_name: str, steps: int, clusters: int = 3) -> tuple[Method, torch.optim.Optimizer]:
+def _stepped(optimizer_name: str, steps: int, clusters: int = 3) -> tuple[Method, GradientSteps]:
     config = TemiConfig.model_validate(
         {"clusters": clusters, "preset": "none", "heads": 2, "hidden": 4, "optimizer": optimizer_name}
     )
     method = build(config, 5, 20, seed=0)
-    optimizer = build_optimizer(method, config)
-    set_rates(optimizer, 1e-2, 1e-2)
-    for _ in range(steps):
-        _step(method, optimizer)
-    return method, optimizer
+    taken = GradientSteps(method, config)
+    for step in range(steps):
+        taken.take(_batch(step), 1e-2, 1e-2)
+    return method, taken
 
 
-def _step(method: Method, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    torch.stack([p.square().sum() + p.sum() for p in method.parameters() if p.requires_grad]).sum().backward()
-    optimizer.step()
+def _batch(step: int) -> Batch:
+    x = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(step))
+    return Batch(x, torch.arange(7), step, epoch=1)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_a_packed_training_goes_on_with_the_same_bits(name: str):
-    method, optimizer = _stepped(name, 3)
-    packed = pack(method, optimizer, {"loss": torch.tensor(1.5, dtype=torch.float64)})
-    other, its_optimizer = _stepped(name, 0)
-    sums = unpack(packed, other, its_optimizer)
+    method, steps = _stepped(name, 3)
+    packed = pack(method, steps, {"loss": torch.tensor(1.5, dtype=torch.float64)})
+    other, its_steps = _stepped(name, 0)
+    sums = unpack(packed, other, its_steps)
     assert sums["loss"].item() == 1.5
-    _step(method, optimizer)
-    _step(other, its_optimizer)
+    for taken in (steps, its_steps):
+        taken.take(_batch(3), 1e-2, 1e-2)
     for mine, theirs in zip(method.state_dict().values(), other.state_dict().values(), strict=True):
         assert mine.equal(theirs)
 
 
 def test_packed_tensors_are_own_contiguous_copies_on_the_cpu():
-    method, optimizer = _stepped("adamw", 1)
-    packed = pack(method, optimizer, {})
+    method, steps = _stepped("adamw", 1)
+    packed = pack(method, steps, {})
     before = packed["method.student.weights.0"].clone()
     with torch.no_grad():
         for parameter in method.parameters():

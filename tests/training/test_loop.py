@@ -109,9 +109,20 @@ def _step_head(head: torch.nn.Module, optimizer: torch.optim.AdamW, rate: float,
     optimizer.step()
 
 
-def _trained(rank: int, world: int, loss: str, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    method = _method(loss=loss, steps=steps, batch_norm=True, noise=0.05)
-    losses: list[float] = []
+def _trained(rank: int, world: int) -> dict[str, tuple[list[float], list[float], dict[str, Tensor]]]:
+    """Of two losses: five steps' losses, the epochs' mean losses, and the state they end in."""
+    found = {}
+    for loss in ("temi", "scan"):
+        method = _method(loss=loss, steps=5, batch_norm=True, noise=0.05)
+        losses: list[float] = []
+        _watch(method, losses, world)
+        trainer = Trainer(7)
+        trainer.fit(method, _rows())
+        found[loss] = (losses, [row["loss"] for row in trainer.history], method.state_dict())
+    return found
+
+
+def _watch(method: Temi, losses: list[float], world: int) -> None:
     compute = method.losses
 
     def watched(batch: Batch) -> dict[str, Tensor]:
@@ -120,21 +131,19 @@ def _trained(rank: int, world: int, loss: str, steps: int) -> tuple[list[float],
         return found
 
     method.losses = watched  # type: ignore[method-assign]
-    trainer = Trainer(7)
-    trainer.fit(method, _rows())
-    return losses, [row["loss"] for row in trainer.history], method.state_dict()
 
 
-@pytest.mark.parametrize("loss", ["temi", "scan"])
-def test_two_workers_train_as_one_does(loss: str):
-    losses, epochs, state = _trained(0, 1, loss, 5)
-    assert len(losses) == 5
-    assert np.ptp(losses) > 1e-3
-    for worker_losses, worker_epochs, worker_state in on_two_workers(_trained, loss, 5):
-        assert worker_losses == pytest.approx(losses, rel=0, abs=1e-10)
-        assert worker_epochs == pytest.approx(epochs, rel=0, abs=1e-10)
-        for name, value in state.items():
-            assert worker_state[name].allclose(value, rtol=0, atol=1e-8), name
+def test_two_workers_train_as_one_does():
+    alone, together = _trained(0, 1), on_two_workers(_trained)
+    for loss, (losses, epochs, state) in alone.items():
+        assert len(losses) == 5
+        assert np.ptp(losses) > 1e-3
+        for found in together:
+            worker_losses, worker_epochs, worker_state = found[loss]
+            assert worker_losses == pytest.approx(losses, rel=0, abs=1e-10)
+            assert worker_epochs == pytest.approx(epochs, rel=0, abs=1e-10)
+            for name, value in state.items():
+                assert worker_state[name].allclose(value, rtol=0, atol=1e-8), name
 
 
 CHANCY: dict[str, Any] = {"dropout": 0.3, "noise": 0.1, "batch_norm": True, "final_teacher_momentum": 1.0}
