@@ -1,4 +1,4 @@
-"""Pillow, and the TIFF library below it, without their warnings."""
+"""Pillow, the TIFF library below it, and open_clip, without their warnings."""
 
 from __future__ import annotations
 
@@ -67,3 +67,19 @@ def _libtiff_handlers() -> tuple[Any, ...]:
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
     return functions
+
+
+@contextmanager
+def quiet_root() -> Iterator[None]:
+    """Log lines of all kinds are silent inside, for libraries that log to the root logger.
+
+    Such a call would also configure logging, which only the command line may do, unless a handler is there.
+    """
+    root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(handler)
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(handler)

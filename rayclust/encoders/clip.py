@@ -1,0 +1,188 @@
+"""Encoders of the open_clip library: an image and a text tower in one space."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+from torch import Tensor, nn
+
+from rayclust.encoders.base import TEXT_BATCH, Colour, TorchEncoder, unknown_architecture
+from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.hub import HubFile
+from rayclust.encoders.options import EncoderConfig
+from rayclust.encoders.quiet import quiet_root
+from rayclust.encoders.weights import fit, load_state
+from rayclust.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
+
+
+class ClipEncoder(TorchEncoder):
+    """Both towers of an open_clip network."""
+
+    has_text = True
+
+    def _image_tower(self) -> Callable[[Tensor], Tensor]:
+        tower: Callable[[Tensor], Tensor] = self._network.encode_image
+        return tower
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Rows of phrases, in the space of the images' rows.
+
+        Args:
+            texts: phrases as the network was trained on, e.g. "a photo of a cat"; words past its context are cut off.
+
+        Returns:
+            Float32[V D]; unit rows unless `normalize` is off.
+
+        Raises:
+            ConfigError: the network's tokenizer is not on this machine.
+        """
+        rows = np.empty((len(texts), self.dimension), np.float32)
+        with self._computing(), self._autocast():
+            for start in range(0, len(texts), TEXT_BATCH):
+                tokens = self._tokenize(list(texts[start : start + TEXT_BATCH])).to(self._device)
+                encoded = self._finished(self._network.encode_text(tokens))
+                rows[start : start + len(tokens)] = encoded.cpu().numpy()
+        return rows
+
+    @cached_property
+    def _tokenize(self) -> Callable[[list[str]], Tensor]:
+        try:
+            tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(self._config.architecture)
+        except (OSError, ImportError, ValueError, RuntimeError) as error:
+            what = " ".join(str(error).split())[:160]
+            raise ConfigError(
+                f"encoder.name = {self.name}: its tokenizer cannot be loaded ({what}); fetch it into the hub's cache, "
+                f"or set label.vocabulary: none"
+            ) from error
+        return tokenizer
+
+
+def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder:
+    """An open_clip encoder with weights from a local file.
+
+    Size, colours and filter are those that the tag declares, or for a file without a tag those on which all tags of the
+    architecture agree, else OpenAI's. QuickGELU is on where the tag was trained with it, and for OpenAI's own archives;
+    for any other file the architecture's name decides (ViT-L-14-quickgelu).
+
+    Args:
+        config: `name` is open_clip/<architecture>.
+        weights: the file.
+        device: cpu, cuda …
+
+    Raises:
+        ConfigError: unknown architecture, impossible option or image size, or weights that do not fit.
+        DataError: the file cannot be read.
+    """
+    published = _published(config)
+    state = load_state(weights)
+    from_openai = state.keys() >= _OPENAI_EXTRAS
+    network = _network(config, quick_gelu=from_openai or bool(published.get("quick_gelu")))
+    state = {key: value for key, value in state.items() if key not in _OPENAI_EXTRAS}
+    try:
+        state = _adapted(network, state)
+    except (AssertionError, KeyError, RuntimeError) as error:
+        logger.info("open_clip could not adapt the names in %s: %s", weights, error)
+    fit(network, state, encoder=config.name, source=config.pretrained or str(weights))
+    preprocess = Preprocess(
+        config.image_size or network.visual.image_size,
+        resize=config.resize or ("squash" if published.get("resize_mode") == "squash" else "crop"),
+        interpolation="bilinear" if published.get("interpolation") == "bilinear" else "bicubic",
+        crop_fraction=config.crop_fraction or 1.0,
+        jpeg_draft=config.jpeg_draft,
+    )
+    colour: tuple[Colour, Colour] = (
+        config.mean or tuple(published.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        config.std or tuple(published.get("std") or open_clip.OPENAI_DATASET_STD),
+    )
+    return ClipEncoder(network, config, preprocess, colour, device)
+
+
+def clip_hub_file(config: EncoderConfig) -> HubFile:
+    """Where the weights that a tag names are published.
+
+    Raises:
+        ConfigError: unknown architecture or tag.
+    """
+    published, tag = _published(config), _tag(config)
+    repository, _, file = published["hf_hub"].rpartition("/")
+    names = (file.rpartition(".")[0] + ".safetensors", file) if file else _HUB_NAMES
+    return HubFile(repository, names, f"open_clip/{config.architecture}.{tag}")
+
+
+def _tag(config: EncoderConfig) -> str:
+    tags = open_clip.list_pretrained_tags_by_model(config.architecture)
+    if config.tag is not None:
+        tag = config.tag.lower().replace("-", "_")
+    elif "openai" in tags or len(tags) == 1:
+        tag = "openai" if "openai" in tags else tags[0]
+    else:
+        raise ConfigError(
+            f"encoder.pretrained: {config.name} needs a file or one of: {', '.join(tags) or 'no tags exist'}"
+        )
+    if tag not in tags:
+        raise ConfigError(
+            f"encoder.pretrained = {config.tag}: not a tag of {config.name}; it has: {', '.join(tags) or 'none'}"
+        )
+    return tag
+
+
+def _published(config: EncoderConfig) -> dict[str, Any]:
+    """What open_clip says about the weights: of the tag, or what all tags of the architecture agree on."""
+    architecture = config.architecture
+    if architecture not in open_clip.list_models():
+        raise unknown_architecture(config, open_clip.list_models())
+    if config.weights_uri is None or config.tag is not None:
+        return dict(open_clip.get_pretrained_cfg(architecture, _tag(config)))
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    shared = ("mean", "std", "interpolation", "resize_mode")
+    return {key: known[0][key] for key in shared if known and all(k.get(key) == known[0].get(key) for k in known)}
+
+
+def _network(config: EncoderConfig, *, quick_gelu: bool) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_root():
+            return open_clip.create_model(
+                config.architecture,
+                load_weights=False,
+                pretrained_text=False,
+                force_quick_gelu=quick_gelu,
+                force_image_size=config.image_size,
+                **config.options,
+            )
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, OSError, ImportError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ConfigError(f"encoder.options = {config.options}: {config.name} cannot be built so: {what}") from error
+
+
+def _adapted(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the network's own names and at its image size, as open_clip's own loader would."""
+    own = network.state_dict()
+    state = convert_state_dict(network, state)
+    if "positional_embedding" in state and "positional_embedding" not in own:
+        state = convert_to_custom_text_state_dict(state)
+    for key in ("logit_scale", "logit_bias"):
+        if key in own and key in state:
+            state[key] = state[key].reshape(own[key].shape)
+        elif key in own:
+            state[key] = own[key]
+    if "text.transformer.embeddings.position_ids" not in own:
+        state.pop("text.transformer.embeddings.position_ids", None)
+    resize_pos_embed(state, network)
+    resize_text_pos_embed(state, network)
+    return state
