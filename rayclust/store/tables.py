@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,11 @@ ROW_GROUP = 16_384
 """Rows; what a reader of few rows has to decode at least."""
 
 
+def _lists(element: pa.DataType, length: int = -1) -> pa.DataType:
+    """Lists as Parquet names their elements: with Arrow's own name, a table read and written again had other bytes."""
+    return pa.list_(pa.field("element", element), length)
+
+
 def EMBEDDINGS(dimension: int) -> pa.Schema:  # noqa: N802 - stands beside the constants below
     """Rows with embeddings of width `dimension`; row is dense over the run, in order of (shard, key)."""
     return pa.schema(
@@ -26,7 +32,7 @@ def EMBEDDINGS(dimension: int) -> pa.Schema:  # noqa: N802 - stands beside the c
             pa.field("key", pa.string(), nullable=False),
             pa.field("uri", pa.string(), nullable=False),
             pa.field("label", pa.string()),
-            pa.field("embedding", pa.list_(pa.float16(), dimension), nullable=False),
+            pa.field("embedding", _lists(pa.float16(), dimension), nullable=False),
         ],
         metadata={"dimension": str(dimension)},
     )
@@ -41,8 +47,8 @@ def NEIGHBORS(count: int) -> pa.Schema:  # noqa: N802 - stands beside the consta
     return pa.schema(
         [
             pa.field("row", pa.int64(), nullable=False),
-            pa.field("neighbors", pa.list_(pa.int64(), count), nullable=False),
-            pa.field("similarity", pa.list_(pa.float16(), count), nullable=False),
+            pa.field("neighbors", _lists(pa.int64(), count), nullable=False),
+            pa.field("similarity", _lists(pa.float16(), count), nullable=False),
         ],
         metadata={"neighbors": str(count)},
     )
@@ -64,9 +70,9 @@ CLUSTERS = pa.schema(
         pa.field("size", pa.int64(), nullable=False),
         pa.field("name", pa.string()),
         pa.field("score", pa.float32()),
-        pa.field("runners_up", pa.list_(pa.struct([("name", pa.string()), ("score", pa.float32())])), nullable=False),
-        pa.field("exemplars", pa.list_(pa.int64()), nullable=False),
-        pa.field("outliers", pa.list_(pa.int64()), nullable=False),
+        pa.field("runners_up", _lists(pa.struct([("name", pa.string()), ("score", pa.float32())])), nullable=False),
+        pa.field("exemplars", _lists(pa.int64()), nullable=False),
+        pa.field("outliers", _lists(pa.int64()), nullable=False),
     ]
 )
 """One line per cluster: its size, name, other names, typical rows and odd rows."""
@@ -89,6 +95,7 @@ def encode_table(table: pa.Table) -> bytes:
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in halves} or None,
         use_dictionary=[name for name in table.column_names if name == "label"],
         write_statistics=[name for name in table.column_names if name not in lists],
+        write_page_checksum=True,
         store_schema=True,
     ) as writer:
         writer.write_table(table, row_group_size=ROW_GROUP)
@@ -124,7 +131,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         ArtefactError: the file is missing or damaged, or lacks a column.
     """
     try:
-        with filesystem.open_input(uri) as source, pq.ParquetFile(source, pre_buffer=True) as file:
+        with filesystem.open_input(uri) as source, _checked_file(source) as file:
             missing = [name for name in columns or () if name not in file.schema_arrow.names]
             if missing:
                 have = ", ".join(file.schema_arrow.names)
@@ -135,6 +142,10 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{uri}: is damaged ({reason}); remove it and run its stage again") from error
+
+
+def _checked_file(source: BinaryIO) -> pq.ParquetFile:
+    return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
 
 
 def iter_tables(uris: Iterable[str], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -164,7 +175,8 @@ def fixed_list(array: NDArray[np.generic]) -> pa.FixedSizeListArray:
     require_matrix(array, "array")
     if array.shape[1] == 0:
         raise ShapeError(f"array has shape {array.shape}: at least one column is needed")
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array).reshape(-1)), array.shape[1])
+    values = pa.array(np.ascontiguousarray(array).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, type=_lists(values.type, array.shape[1]))
 
 
 def matrix(column: pa.Array | pa.ChunkedArray) -> NDArray[np.generic]:

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rayclust.errors import ArtefactError, ShapeError
+from rayclust.store import filesystem, tables
+
+
+def embeddings(count: int = 5, width: int = 3, first: int = 0) -> pa.Table:
+    values = np.random.default_rng(first).standard_normal((count, width)).astype(np.float16)
+    keys = [f"k{first + i}" for i in range(count)]
+    labels = [None if i % 2 else "cat" for i in range(count)]
+    columns = [pa.array(range(first, first + count)), keys, keys, labels, tables.fixed_list(values)]
+    return pa.table([pa.array(c) if isinstance(c, list) else c for c in columns], schema=tables.EMBEDDINGS(width))
+
+
+@pytest.fixture
+def uri(place: str) -> str:
+    return filesystem.join(place, "part-00000.parquet")
+
+
+def test_what_is_written_is_read(uri: str) -> None:
+    table = embeddings()
+    digest = tables.write_table(uri, table)
+    assert digest == hashlib.sha256(filesystem.read_bytes(uri)).hexdigest()
+    read = tables.read_table(uri)
+    assert read.equals(table, check_metadata=True)
+    assert read.schema.metadata == {b"dimension": b"3"}
+    assert tables.row_count(uri) == 5
+    assert tables.read_table(uri, ["label", "row"]).column_names == ["label", "row"]
+
+
+def test_bytes_do_not_depend_on_how_rows_lie_in_memory() -> None:
+    table = embeddings(50)
+    pieces = pa.concat_tables([table.slice(0, 7), table.slice(7, 30), table.slice(37)])
+    assert tables.encode_table(pieces) == tables.encode_table(table)
+    assert tables.encode_table(embeddings(60).slice(10, 20)) == tables.encode_table(
+        pa.concat_tables([embeddings(60).slice(10, 20)]).take(list(range(20)))
+    )
+
+
+@pytest.mark.parametrize("schema", [tables.EMBEDDINGS(3), tables.CLUSTERS, tables.NEIGHBORS(2)], ids=["e", "c", "n"])
+def test_a_table_read_and_written_again_has_the_same_bytes(uri: str, schema: pa.Schema) -> None:
+    table = embeddings() if "embedding" in schema.names else schema.empty_table()
+    tables.write_table(uri, table)
+    assert tables.encode_table(tables.read_table(uri)) == filesystem.read_bytes(uri)
+
+
+def test_the_format_is_fixed() -> None:
+    rejects = pa.table({"key": ["a"], "uri": ["b"], "reason": ["c"], "detail": ["d"]}, schema=tables.REJECTS)
+    first, second = tables.encode_table(rejects), tables.encode_table(rejects)
+    assert first == second
+    written = pq.ParquetFile(pa.BufferReader(first)).metadata
+    assert written.format_version == "2.6"
+    assert written.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_row_groups_are_fixed_and_lists_keep_no_statistics() -> None:
+    count = tables.ROW_GROUP + 1
+    file = pq.ParquetFile(pa.BufferReader(tables.encode_table(embeddings(count))))
+    assert [file.metadata.row_group(i).num_rows for i in range(2)] == [tables.ROW_GROUP, 1]
+    by_name = {file.metadata.row_group(0).column(i).path_in_schema: i for i in range(5)}
+    assert file.metadata.row_group(0).column(by_name["row"]).is_stats_set
+    assert not file.metadata.row_group(0).column(by_name["embedding.list.element"]).is_stats_set
+    assert "BYTE_STREAM_SPLIT" in file.metadata.row_group(0).column(by_name["embedding.list.element"]).encodings
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [tables.EMBEDDINGS(4), tables.NEIGHBORS(3), tables.REJECTS, tables.ASSIGNMENTS, tables.CLUSTERS],
+    ids=["embeddings", "neighbors", "rejects", "assignments", "clusters"],
+)
+def test_every_kind_of_table_may_be_empty(uri: str, schema: pa.Schema) -> None:
+    tables.write_table(uri, schema.empty_table())
+    assert tables.read_table(uri).schema.equals(schema, check_metadata=True)
+
+
+def test_clusters_and_neighbors_come_back(uri: str) -> None:
+    cluster = {
+        "cluster": 0, "size": 2, "name": None, "score": None, "exemplars": [1], "outliers": [],
+        "runners_up": [{"name": "cat", "score": 0.5}],
+    }  # fmt: skip
+    tables.write_table(uri, pa.Table.from_pylist([cluster], schema=tables.CLUSTERS))
+    assert tables.read_table(uri).to_pylist() == [cluster]
+    neighbors = np.array([[1, 2], [0, 2], [1, 0]])
+    columns = [pa.array(range(3)), tables.fixed_list(neighbors), tables.fixed_list(np.ones((3, 2), np.float16))]
+    tables.write_table(uri, pa.table(columns, schema=tables.NEIGHBORS(2)))
+    assert np.array_equal(tables.matrix(tables.read_table(uri, ["neighbors"])["neighbors"]), neighbors)
+
+
+def test_a_damaged_table_names_the_file_and_what_to_do(uri: str) -> None:
+    data = tables.encode_table(embeddings(200, 8))
+    flipped = bytearray(data)
+    flipped[100:400] = bytes(300)
+    one_bit = bytearray(data)
+    one_bit[len(data) // 2] ^= 4
+    damaged = [
+        b"",
+        b"PAR1",
+        bytes(one_bit),
+        data[:-1],
+        data[: len(data) // 2],
+        b"x" * 500,
+        bytes(flipped),
+        data[:4] + data[8:],
+    ]
+    for content in damaged:
+        filesystem.write_bytes(uri, content)
+        with pytest.raises(ArtefactError, match="run its stage again") as caught:
+            tables.read_table(uri)
+        assert uri in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_tables_and_columns(uri: str) -> None:
+    with pytest.raises(ArtefactError, match="is missing"):
+        tables.read_table(uri)
+    tables.write_table(uri, embeddings())
+    with pytest.raises(ArtefactError, match="no column cluster"):
+        tables.read_table(uri, ["row", "cluster"])
+
+
+def test_tables_are_read_one_by_one(place: str) -> None:
+    uris = [filesystem.join(place, f"{i}.parquet") for i in range(3)]
+    for i, uri in enumerate(uris):
+        tables.write_table(uri, embeddings(first=5 * i))
+    assert [row for table in tables.iter_tables(uris, ["row"]) for row in table["row"].to_pylist()] == list(range(15))
+
+
+def test_matrix_is_a_view_and_joins_chunks() -> None:
+    values = np.arange(12, dtype=np.float16).reshape(4, 3)
+    column = tables.fixed_list(values)
+    assert np.shares_memory(tables.matrix(column), column.flatten().to_numpy())
+    assert np.array_equal(tables.matrix(column.slice(1, 2)), values[1:3])
+    assert np.array_equal(tables.matrix(pa.chunked_array([column.slice(0, 1), column.slice(1)])), values)
+    empty = tables.matrix(pa.chunked_array([], pa.list_(pa.float16(), 3)))
+    assert (empty.shape, empty.dtype) == ((0, 3), np.float16)
+
+
+def test_matrix_and_fixed_list_refuse_what_is_none() -> None:
+    for column in (pa.array([[1.0], [2.0]]), pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2)), pa.array([1])):
+        with pytest.raises(ShapeError):
+            tables.matrix(column)
+    for array in (np.zeros(3), np.zeros((2, 0)), np.zeros((1, 2, 3))):
+        with pytest.raises(ShapeError):
+            tables.fixed_list(array)
+    assert tables.fixed_list(np.asfortranarray(np.eye(2))).to_pylist() == [[1, 0], [0, 1]]
