@@ -1,3 +1,21 @@
 """rayclust: from a bucket of unlabelled images to named, measured clusters."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_LAZY = {"KMeans": "rayclust.estimators", "TEMI": "rayclust.estimators"}
+"""Names that are imported when first asked for, so that `import rayclust` stays free of torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
