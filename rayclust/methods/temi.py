@@ -215,8 +215,8 @@ class Temi(Method):
 
     def _teacher_probabilities(self, x: Tensor, head: int | None) -> Tensor:
         require_matrix(x, "x", self.dimension)
-        dtype = self.teacher.direction.dtype
-        logits = [self.teacher(block.to(dtype), head=head) for block in torch.split(x, ASSIGN_ROWS)]
+        like = self.teacher.direction
+        logits = [self.teacher(block.to(like), head=head) for block in torch.split(x, ASSIGN_ROWS)]
         return log_probabilities(torch.cat(logits, dim=1), self.config.teacher_temperature).exp()
 
     def export(self, all_heads: bool = False) -> Export:

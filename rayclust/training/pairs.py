@@ -6,6 +6,7 @@ number of workers, so the union of the workers' shares is the same batch whateve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,8 @@ from rayclust import collectives
 from rayclust.arrays import require_matrix
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.methods.base import Batch, Pairing, Plan, Rows
+
+logger = logging.getLogger(__name__)
 
 _MASK = (1 << 64) - 1
 _WEYL = 0x9E3779B97F4A7C15
@@ -85,6 +88,8 @@ def draw_partners(neighbors: Tensor, rows: Tensor, seed: int, epoch: int) -> Ten
     Returns:
         Int64[B]; a row without any neighbour is its own partner.
     """
+    if neighbors.shape[1] == 0:
+        return rows
     candidates = neighbors.index_select(0, rows)
     known = (candidates >= 0).sum(1)
     column = (hashed(mix(seed, PARTNERS, epoch), rows) * known) >> 31
@@ -174,7 +179,10 @@ class PairBatches:
         self._x = _held(rows.tensor(), like.device)
         self._neighbors = None
         if pairing.columns:
-            self._neighbors = _held(rows.neighbors()[:, : pairing.columns].contiguous(), self._x.device)
+            neighbors = rows.neighbors()
+            if neighbors.shape[1] < min(pairing.columns, rows.count - 1):
+                logger.warning("neighbors: %d per row at hand, %d wanted", neighbors.shape[1], pairing.columns)
+            self._neighbors = _held(neighbors[:, : pairing.columns].contiguous(), self._x.device)
 
     def epoch(self, epoch: int, skipped: int = 0) -> Iterator[Batch]:
         """The shares of one epoch's batches.

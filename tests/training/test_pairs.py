@@ -95,6 +95,14 @@ def test_rows_with_few_neighbours_draw_among_those_and_a_row_with_none_meets_its
     neighbors = torch.tensor([[1, -1, -1], [-1, -1, -1], [0, 1, -1]])
     drawn = {tuple(draw_partners(neighbors, torch.arange(3), 0, epoch).tolist()) for epoch in range(50)}
     assert drawn == {(1, 1, 0), (1, 1, 1)}
+    assert draw_partners(torch.empty(3, 0, dtype=torch.long), torch.arange(3), 0, 0).tolist() == [0, 1, 2]
+
+
+def test_fewer_columns_than_wanted_are_named_in_the_log(caplog: pytest.LogCaptureFixture):
+    _batches(11, Pairing(5))
+    assert not caplog.records
+    _batches(11, Pairing(9))
+    assert "neighbors: 5 per row at hand, 9 wanted" in caplog.text
 
 
 def test_hashes_are_those_of_plain_integers():
