@@ -208,7 +208,7 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
         raise ConfigError(f"{source}{where}: {problem}") from None
     except (ConfigError, RecursionError, ValueError) as error:
         raise ConfigError(f"{source}: {str(error) or 'nested too deeply'}") from None

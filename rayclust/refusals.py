@@ -36,6 +36,8 @@ def _describe(problem: Any, known: Sequence[str], methods: Sequence[str]) -> str
         given = problem["input"].get("name") if isinstance(problem["input"], dict) else problem["input"]
         return f"{key}.name = {given!r}: must be one of {names}{_closest(str(given), methods)}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return f"{key}.{message}" if key else message  # a group's own check names the key below it
     return f"{key} = {_shown(problem['input'])}: {message}"
 
 

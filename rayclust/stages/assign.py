@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 
 from rayclust.features import FeatureTransform
+from rayclust.methods.base import Method
 from rayclust.stages.models import load_method
 from rayclust.stages.outputs import drop_stale_parts, put_table
 from rayclust.stages.pipeline import StageContext, StageResult, content_digest
@@ -52,7 +53,7 @@ class _Assignment:
         return UnitResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
 
 
-def assign(method: torch.nn.Module, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The most probable cluster of each row and its probability.
 
     Args:

@@ -27,14 +27,33 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            # A laptop's cluster serves this process only: no dashboard, nothing left behind.
-            ray.init(address="local", include_dashboard=False, **quiet)
+        with _without_core_chatter():
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                # A laptop's cluster serves this process only: no dashboard, nothing left behind.
+                ray.init(address="local", include_dashboard=False, **quiet)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
     logger.info("ray: %s", describe())
+
+
+@contextmanager
+def _without_core_chatter() -> Iterator[None]:
+    """Starts Ray's C++ core without its lines about its own actors, which no user can act on; -v lets them through."""
+    if logger.isEnabledFor(logging.DEBUG) or "RAY_BACKEND_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # the core says on stderr that it was told to be quiet
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
+        del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
 def describe() -> str:

@@ -111,7 +111,7 @@ def demo_tree(images: str, run: str, method: str, seed: int) -> dict[str, Any]:
         "run": run,
         "seed": seed,
         "images": {"uri": images},
-        "encoder": {"name": "pixels", "image_size": 8, "options": {"grayscale": True}},
+        "encoder": {"name": "pixels", "image_size": 8, "grayscale": True},
         "features": {"center": True},
         "method": {"name": method, "clusters": 10},
         "label": {"vocabulary": "none"},

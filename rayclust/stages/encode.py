@@ -44,6 +44,7 @@ def run(context: StageContext) -> StageResult:
         drop_stale_parts(folder, len(units))
     work = _import_rows if listed.shards[0].has_embeddings else _encode_images
     results = work(context, units)
+    filesystem.remove_tree(context.run.at("manifests", "encode-inputs"))
     _check_rejects(config, results)
     results = _number_rows(context.run, results)
     return _sealed(results)

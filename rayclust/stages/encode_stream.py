@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -28,20 +29,21 @@ def stream(context: StageContext, todo: Sequence[Unit]) -> Iterator[tuple[int, i
     import ray
     import ray.data
 
-    from rayclust.stages.encode_workers import EncodeChunks, ReadAndDecode, ShardWriter
-    from rayclust.stages.models import run_preprocess
+    from rayclust.stages.encode_workers import EncodeChunks, ReadAndDecode, ShardWriter, chunk_rows
+    from rayclust.stages.models import encoder_shape
 
     config = context.config
     encoders = encode_workers(config)
-    decoders = config.resources.decode_workers
-    decoders = max(1, cpus() // 2) if decoders == "auto" else decoders
-    preprocess = run_preprocess(config)
+    wanted = config.resources.decode_workers
+    decoders = max(1, cpus() // 2) if wanted == "auto" else wanted
+    # Loaded here first: weights that are missing or do not fit are one line at once, not many workers' failures.
+    preprocess, dimension = encoder_shape(config)
     Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardWriter)
-    writers = [Writer.remote(config.run) for _ in range(max(1, encoders // 4))]
-    _configure_ray_data(preprocess.shape, config.encoder.batch_size)
+    writers = [Writer.remote(config.run, dimension) for _ in range(max(1, encoders // 4))]
+    _configure_ray_data(preprocess.shape, chunk_rows(config))
     gpus = config.resources.gpus_per_worker
     # Logical CPUs only place actors. Small shares let one laptop core hold a decoder and an encoder at once.
-    share = min(1.0, cpus() / (encoders + decoders))
+    share = min(1.0, int(100 * cpus() / (encoders + decoders)) / 100)
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
         ReadAndDecode,
         fn_constructor_kwargs={"config": config, "preprocess": preprocess},
@@ -65,6 +67,7 @@ def stream(context: StageContext, todo: Sequence[Unit]) -> Iterator[tuple[int, i
 def _configure_ray_data(shape: tuple[int, int, int], batch: int) -> None:
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     # A block holds about one chunk of pixels, so that chunks spread over encoders and flow early.
@@ -79,7 +82,7 @@ def _items(context: StageContext, todo: Sequence[Unit]) -> list[dict[str, str]]:
     shards = (shard for shard in input_shards(context.config) if shard.index in wanted)
 
     def item(shard: Shard) -> dict[str, str]:
-        unit, uri = wanted[shard.index], context.run.at("manifests", "encode", f"input-{shard.index:05d}.json")
+        unit, uri = wanted[shard.index], context.run.at("manifests", "encode-inputs", f"{shard.index:05d}.json")
         filesystem.write_json(uri, shard.to_json())
         return {
             "unit": json.dumps({"index": unit.index, "digest": unit.digest, "row_start": shard.first}),

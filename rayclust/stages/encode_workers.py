@@ -1,8 +1,7 @@
 """What runs inside Ray workers during encode: read and decode on CPUs, encode on GPUs or CPUs, one writer per shard.
 
-A row of the Ray data set is a *chunk*: up to `batch_size` records of one shard, in the order of their keys. Chunks are
-what the encoder sees at once, so the same image meets the same companions on every run, whatever the number of workers,
-and its embedding comes out with the same bytes.
+A row of the Ray data set is a *chunk*: consecutive records of one shard, in the order of their keys. An embedding
+depends on its image alone, to the bit: neither the cut nor the number of workers shows in the result.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayclust.config import RunConfig
+from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.stages.shards import write_shard
 from rayclust.stages.units import Unit, write_marker
@@ -25,6 +25,9 @@ from rayclust.store.layout import Run
 from rayclust.store.sources import Record, Shard, read_records
 
 logger = logging.getLogger(__name__)
+
+CPU_CHUNK = 32
+"""Images that travel together where encoders are CPUs."""
 
 RECORD = pa.struct([("key", pa.string()), ("uri", pa.string()), ("label", pa.string())])
 REJECT = pa.struct([("key", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -40,11 +43,16 @@ CHUNK = pa.schema(
 )
 
 
+def chunk_rows(config: RunConfig) -> int:
+    """Images of a chunk: a pass of a GPU's network, or a second's work of a CPU's."""
+    return config.encoder.batch_size or (GPU_BATCH if config.resources.gpus_per_worker else CPU_CHUNK)
+
+
 class ReadAndDecode:
     """Input shards to chunks of pixels. Images that cannot be decoded become rejects with a reason."""
 
     def __init__(self, config: RunConfig, preprocess: Preprocess) -> None:
-        self._rows = config.encoder.batch_size
+        self._rows = chunk_rows(config)
         self._max_bytes = config.images.max_bytes
         self._preprocess = preprocess
 
@@ -69,11 +77,15 @@ class ReadAndDecode:
         rejects: list[dict[str, Any]] = []
         pixels: list[np.ndarray] = []
         for record in group:
-            try:
-                pixels.append(self._decoded(record))
-                kept.append({"key": record.key, "uri": record.uri, "label": record.label})
-            except Undecodable as error:
-                rejects.append({"key": record.key, "uri": record.uri, "reason": error.reason, "detail": error.detail})
+            reason, detail = record.reason, record.detail
+            if reason is None:
+                try:
+                    pixels.append(decode(record.data or b"", self._preprocess))
+                    kept.append({"key": record.key, "uri": record.uri, "label": record.label})
+                except Undecodable as error:
+                    reason, detail = error.reason, error.detail
+            if reason is not None:
+                rejects.append({"key": record.key, "uri": record.uri, "reason": reason, "detail": detail})
         row = {
             "unit": unit,
             "chunk": number,
@@ -83,11 +95,6 @@ class ReadAndDecode:
             "pixels": np.stack(pixels).tobytes() if pixels else b"",
         }
         return pa.Table.from_pylist([row], schema=CHUNK)
-
-    def _decoded(self, record: Record) -> np.ndarray:
-        if record.reason is not None:
-            raise Undecodable(record.reason, record.detail)
-        return decode(record.data or b"", self._preprocess)
 
 
 class EncodeChunks:

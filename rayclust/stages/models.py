@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Preprocess
-from rayclust.encoders.load import is_hub_tag, load_encoder, preprocess_for
+from rayclust.encoders.load import load_encoder
 from rayclust.errors import ArtefactError, ConfigError
-from rayclust.methods import Export, Method, load
+from rayclust.methods import load
+from rayclust.methods.base import Export, Method
 from rayclust.stages.outputs import Outputs, put_bytes, put_json
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
@@ -25,48 +27,54 @@ from rayclust.store.layout import Run
 logger = logging.getLogger(__name__)
 
 
-def run_preprocess(config: RunConfig) -> Preprocess:
-    """How the run's encoder wants its images, with the run's limits; needs no weights."""
-    images = config.images
-    return preprocess_for(config.encoder, max_bytes=images.max_bytes, max_pixels=images.max_pixels)
+def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
+    """The run's encoder with the run's limits.
 
-
-def load_run_encoder(config: RunConfig) -> Encoder:
-    """The run's encoder, on a GPU where `resources` gives one, else on the CPU.
+    Args:
+        config: the run's.
+        device: None takes a GPU where `resources` gives one, else the CPU.
 
     Raises:
         ConfigError: its weights are not to be had; the line says what to fetch and where to put it.
     """
-    device = torch.device("cuda" if config.resources.gpus_per_worker and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        # As many threads everywhere: sums in another order would change last bits with the number of workers.
-        torch.set_num_threads(config.encoder.threads)
+    if device is None:
+        device = "cuda" if config.resources.gpus_per_worker and torch.cuda.is_available() else "cpu"
     with _weights(config) as path:
-        return load_encoder(config.encoder, weights=path, device=device)
+        encoder = load_encoder(config.encoder, weights=path, device=device)
+    images = config.images
+    encoder.preprocess = replace(encoder.preprocess, max_bytes=images.max_bytes, max_pixels=images.max_pixels)
+    return encoder
+
+
+def encoder_shape(config: RunConfig) -> tuple[Preprocess, int]:
+    """What the run's encoder takes and how wide its rows are, found on this machine's CPU."""
+    plain = config.encoder.model_copy(update={"precision": "fp32", "compile": False})
+    encoder = load_run_encoder(config.model_copy(update={"encoder": plain}), device="cpu")
+    return encoder.preprocess, encoder.dimension
 
 
 def weights_stamp(config: RunConfig) -> str:
-    """What changes when the encoder's weights do: a hub tag, or a file's size and time or ETag."""
-    if not _from_file(config):
+    """What changes when the encoder's weights do: a hub tag, or a file's size and time or ETag.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    uri = config.encoder.weights_uri
+    if uri is None:
         return str(config.encoder.pretrained)
-    found = filesystem.stat(str(config.encoder.pretrained))
+    found = filesystem.stat(uri)
     if found is None:
-        raise ConfigError(
-            f"encoder.pretrained = {config.encoder.pretrained}: no such file; give a tag, a path or a URI"
-        )
+        raise ConfigError(f"encoder.pretrained = {uri}: no such file; give a tag, a path or a URI")
     return found.stamp
-
-
-def _from_file(config: RunConfig) -> bool:
-    return config.encoder.pretrained is not None and not is_hub_tag(config.encoder)
 
 
 @contextmanager
 def _weights(config: RunConfig) -> Iterator[Path | None]:
-    if not _from_file(config):
+    uri = config.encoder.weights_uri
+    if uri is None:
         yield None
         return
-    with filesystem.local_copy(str(config.encoder.pretrained)) as path:
+    with filesystem.local_copy(uri) as path:
         yield path
 
 

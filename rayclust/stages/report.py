@@ -34,7 +34,6 @@ from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run, parts
 from rayclust.store.manifest import Manifest, read_manifest
 from rayclust.store.sources import fetch_many
-from rayclust.store.sources.fetch import image_uri
 
 EXAMPLES = 20
 """Rejects shown per reason."""
@@ -121,7 +120,7 @@ def _fetched(uris: Sequence[str]) -> dict[str, bytes | None]:
     """Images by URI; files side by side, what lies in one tar or table together."""
     together: dict[str, list[str]] = {}
     for uri in uris:
-        together.setdefault(image_uri(uri), []).append(uri)
+        together.setdefault(uri.partition("#")[0], []).append(uri)
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
         return {
             uri: data for group in threads.map(lambda g: list(fetch_many(g)), together.values()) for uri, data in group

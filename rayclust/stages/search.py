@@ -16,7 +16,7 @@ from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER_INDEX
-from rayclust.stages.models import load_run_encoder, run_preprocess
+from rayclust.stages.models import load_run_encoder
 from rayclust.stages.rows import row_starts
 from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
@@ -79,12 +79,12 @@ def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray
         if not encoder.has_text:
             raise ConfigError(f"--text: the encoder {config.encoder.name} has no text tower; search by --image")
         return _unit(encoder.encode_texts([text]))
-    return _encoded(config, encoder, str(image), data)
+    return _encoded(encoder, str(image), data)
 
 
-def _encoded(config: RunConfig, encoder: Encoder, uri: str, data: bytes) -> np.ndarray:
+def _encoded(encoder: Encoder, uri: str, data: bytes) -> np.ndarray:
     try:
-        pixels = decode(data, run_preprocess(config))
+        pixels = decode(data, encoder.preprocess)
     except Undecodable as error:
         raise DataError(f"--image {uri}: {error.reason}: {error.detail}") from None
     return _unit(encoder.encode_images(pixels[None]))

@@ -70,7 +70,7 @@ def write_shard(
         embeddings: Float16[n D], their embeddings. Rows that are not finite become rejects.
         rejects: key, uri, reason and detail of each image left out.
     """
-    finite = np.isfinite(embeddings.astype(np.float32)).all(axis=1)
+    finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float32)).all(axis=1))
     kept = [record for record, good in zip(records, finite, strict=True) if good]
     lost = [_not_finite(record) for record, good in zip(records, finite, strict=True) if not good]
     rejects = sorted([*rejects, *lost], key=lambda reject: reject["key"])

@@ -1,39 +1,62 @@
-"""status: what of a run is sealed, what is missing, how fast it went."""
+"""status: what of a run is sealed, what is missing, how fast it went, and how the clusters are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+
+import numpy as np
 
 from rayclust.stages.pipeline import STAGES
+from rayclust.stages.progress import duration
+from rayclust.stages.quick import load_run
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_manifest
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    """One stage of a run."""
+def lines(uri: str) -> Iterator[str]:
+    """The state of a run, a line a stage.
 
-    stage: str
-    manifest: Manifest | None
-    """None where the stage is not sealed."""
-    finished_parts: int
-    """Units of work that are done, in a stage that works unit by unit."""
-
-    @property
-    def rate(self) -> float | None:
-        """Rows per second of the run that sealed it; None when not sealed."""
-        if self.manifest is None or not self.manifest.seconds:
-            return None
-        return self.manifest.counts.get("rows", 0) / self.manifest.seconds
+    Raises:
+        ArtefactError: there is no run.
+    """
+    config = load_run(uri)
+    run = Run(config.run)
+    yield f"{run.uri}: {config.method.name}, {config.method.clusters} clusters, {config.encoder.name}"
+    for stage in STAGES:
+        manifest = read_manifest(run, stage)
+        yield f"  {stage:<10} {_sealed(manifest) if manifest else _unfinished(run, stage)}"
+    yield from _health(run)
 
 
-def status(run: Run) -> list[StageStatus]:
-    """Every stage in order."""
-    return [StageStatus(name, read_manifest(run, name), _finished_parts(run, name)) for name in STAGES]
+def _sealed(manifest: Manifest) -> str:
+    rows = manifest.counts.get("rows")
+    text = f"done in {duration(manifest.seconds)}"
+    if rows is not None and manifest.seconds:
+        text += f", {rows:,} rows, {rows / manifest.seconds:,.0f} a second"
+    if manifest.counts.get("rejects"):
+        reasons = sorted(manifest.extra["reasons"].items(), key=lambda item: -item[1])
+        text += (
+            f", {manifest.counts['rejects']:,} rejects (" + ", ".join(f"{n} {reason}" for reason, n in reasons) + ")"
+        )
+    return text
 
 
-def _finished_parts(run: Run, stage: str) -> int:
+def _unfinished(run: Run, stage: str) -> str:
     folder = run.at("manifests", stage)
-    markers = filesystem.walk(folder, suffixes=(".json",), missing_ok=True)
-    return sum(found.key.startswith("part-") for found in markers)
+    done = sum(found.key.startswith("part-") for found in filesystem.walk(folder, suffixes=(".json",), missing_ok=True))
+    return f"not finished, {done} parts done" if done else "not started"
+
+
+def _health(run: Run) -> Iterator[str]:
+    """Occupied clusters, the largest share and the entropy of the shares."""
+    assigned = read_manifest(run, "assign")
+    if assigned is None:
+        return
+    sizes = np.array(assigned.extra["sizes"], float)
+    shares = sizes[sizes > 0] / sizes.sum()
+    entropy = float(-(shares * np.log(shares)).sum())
+    yield (
+        f"  clusters   {len(shares)} of {len(sizes)} occupied, largest share {shares.max():.1%}, "
+        f"entropy {entropy:.2f} of {np.log(len(sizes)):.2f} nats"
+    )

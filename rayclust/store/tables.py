@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -179,7 +179,7 @@ def fixed_list(array: NDArray[np.generic]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(values, type=_lists(values.type, array.shape[1]))
 
 
-def matrix(column: pa.Array | pa.ChunkedArray) -> NDArray[np.generic]:
+def matrix(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """A column of equally long lists as a matrix, read-only and not copied when it is one chunk.
 
     Args:

@@ -22,12 +22,12 @@ from PIL import Image
 COLOURS = {"amber": (230, 160, 20), "blue": (30, 60, 220), "green": (20, 170, 60)}
 
 
-def picture(colour: tuple[int, int, int], seed: int, size: int = 24, format: str = "PNG") -> bytes:
+def picture(colour: tuple[int, int, int], seed: int, size: int = 24) -> bytes:
     """A noisy patch of one colour."""
     noise = np.random.default_rng(seed).normal(0, 25, (size, size, 3))
     pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format)
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 

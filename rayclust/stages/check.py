@@ -1,0 +1,148 @@
+"""check: refuse a bad run before it costs money."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+from rayclust.config import RunConfig
+from rayclust.encoders.base import Encoder
+from rayclust.encoders.decode import Undecodable, decode
+from rayclust.errors import DataError, RayclustError
+from rayclust.stages.inputs import input_shards
+from rayclust.stages.models import load_run_encoder
+from rayclust.stages.progress import duration
+from rayclust.store import filesystem
+from rayclust.store.sources import Shard, read_records, read_rows
+
+SAMPLE_IMAGES = 16
+"""Images decoded and encoded to see that they can be, and how long they take."""
+LISTED_SHARDS = 1000
+"""Shards that are listed to estimate the size of the run."""
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    subject: str
+    good: bool
+    text: str
+
+
+@dataclass
+class _Size:
+    """What is known of the run's size."""
+
+    images: int = 0
+    is_lower_bound: bool = False
+    dimension: int = 0
+    seconds_per_image: float | None = None
+
+
+def check(config: RunConfig) -> list[Finding]:
+    """Looks at everything that a run needs, without Ray and without writing any artefact.
+
+    Returns:
+        One finding per subject; all are looked at, also after one that is bad.
+    """
+    size = _Size()
+    findings = [Finding("config", True, f"method {config.method.name}, {config.method.clusters} clusters")]
+    steps: tuple[tuple[str, Callable[[RunConfig, _Size], str]], ...] = (
+        ("run", _writable),
+        ("images", _listing),
+        ("encoder", _encoder),
+        ("method", _method),
+        ("estimate", _estimate),
+    )
+    for subject, step in steps:
+        try:
+            findings.append(Finding(subject, True, step(config, size)))
+        except RayclustError as error:
+            findings.append(Finding(subject, False, str(error)))
+    return findings
+
+
+def _writable(config: RunConfig, size: _Size) -> str:
+    filesystem.check_writable(config.run)
+    return f"{config.run} can be written"
+
+
+def _listing(config: RunConfig, size: _Size) -> str:
+    shards = list(islice(input_shards(config), LISTED_SHARDS))
+    size.is_lower_bound = len(shards) == LISTED_SHARDS or any(shard.count is None for shard in shards)
+    size.images = sum(shard.count or 0 for shard in shards)
+    counted = f"{size.images:,} images" if size.images else "images"
+    more = " at least" if size.is_lower_bound and size.images else ""
+    return f"{shards[0].kind}: {counted}{more} in {len(shards):,} shards{'+' if len(shards) == LISTED_SHARDS else ''}"
+
+
+def _encoder(config: RunConfig, size: _Size) -> str:
+    shard = next(input_shards(config))
+    if shard.has_embeddings:
+        return _ready_rows(shard, size)
+    encoder = load_run_encoder(config)
+    size.dimension = encoder.dimension
+    good, reasons = _tried(config, encoder, shard, size)
+    if not good:
+        raise DataError(f"none of the first {len(reasons)} images can be decoded: {', '.join(sorted(set(reasons)))}")
+    rejected = f", {len(reasons)} of the first {good + len(reasons)} images rejected" if reasons else ""
+    return f"{encoder.name}, {encoder.dimension} values an image{rejected}"
+
+
+def _ready_rows(shard: Shard, size: _Size) -> str:
+    from rayclust.encoders.weights import load_tensors
+
+    rows = read_rows(shard, load_tensors=load_tensors)
+    if not rows.keys:
+        raise DataError(f"{shard.uri}: none of the first {len(rows.rejects)} embeddings can be used")
+    size.dimension = int(rows.embeddings.shape[1])
+    return f"ready embeddings of {size.dimension} values"
+
+
+def _tried(config: RunConfig, encoder: Encoder, shard: Shard, size: _Size) -> tuple[int, list[str]]:
+    """Images that went through and the reasons of those that did not; notes the time of one."""
+    good, reasons = 0, list[str]()
+    started = time.perf_counter()
+    for record in islice(read_records(shard, config.images.max_bytes), SAMPLE_IMAGES):
+        reason = record.reason or _encode(encoder, record.data or b"")
+        if reason is None:
+            good += 1
+        else:
+            reasons.append(reason)
+    if good:
+        size.seconds_per_image = (time.perf_counter() - started) / good
+    return good, reasons
+
+
+def _encode(encoder: Encoder, data: bytes) -> str | None:
+    """Encodes one image; the reason where it cannot be decoded."""
+    try:
+        encoder.encode_images(decode(data, encoder.preprocess)[None])
+    except Undecodable as error:
+        return error.reason
+    return None
+
+
+def _method(config: RunConfig, size: _Size) -> str:
+    if size.images and not size.is_lower_bound and size.images < config.method.clusters:
+        raise DataError(
+            f"method.clusters = {config.method.clusters}: must be at most the number of images, {size.images}"
+        )
+    return f"{config.method.name} on {size.dimension} values a row"
+
+
+def _estimate(config: RunConfig, size: _Size) -> str:
+    if not size.images:
+        return "the number of images is not known before they are read"
+    least = "at least " if size.is_lower_bound else ""
+    stored, held = size.images * size.dimension * 2 / GIGABYTE, size.images * size.dimension * 4 / GIGABYTE
+    text = f"{least}{stored:.2f} GB of embeddings in storage, {held:.2f} GB of rows per training node"
+    if size.seconds_per_image is not None:
+        spent = size.images * size.seconds_per_image
+        what = "GPU" if config.resources.gpus_per_worker else "CPU"
+        text += f", encode {duration(spent)} of {what} time at the speed of this machine"
+    return text
