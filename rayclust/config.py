@@ -77,10 +77,17 @@ class LabelConfig(Config):
     """
     templates: tuple[str, ...] = ("a photo of a {}",)
     """Prompts around each name; their embeddings are averaged."""
+    scale: float = Field(100, gt=0)
+    """What cosines between images and words are multiplied by before the softmax; CLIP's own is 100."""
+    space: Literal["auto", "encoder", "features"] = "auto"
+    """Where images meet words: the encoder's unit rows, or what `features` makes of them. auto: features for words that
+    come with embeddings, else encoder."""
+    unique: bool = False
+    """Whether no two clusters may get one name."""
     exemplars: int = Field(12, ge=0, le=200)
     """Most typical images kept per cluster."""
     outliers: int = Field(6, ge=0, le=200)
-    """Least typical images kept per cluster."""
+    """Least certain images kept per cluster."""
 
 
 class IndexConfig(Config):

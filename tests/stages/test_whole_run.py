@@ -53,15 +53,21 @@ def test_artefacts_have_the_promised_columns(finished: Path):
     assert page.count("data:image/webp") >= 12
 
 
-def test_exemplars_and_outliers_are_rows_of_their_cluster(finished: Path):
+def test_exemplars_are_nearest_to_the_mean_and_outliers_least_certain(finished: Path):
     assigned = pa.concat_tables(pq.read_table(p) for p in sorted((finished / "run" / "assignments").glob("*.parquet")))
     cluster_of = dict(zip(assigned["row"].to_pylist(), assigned["cluster"].to_pylist(), strict=True))
     confidence = dict(zip(assigned["row"].to_pylist(), assigned["confidence"].to_pylist(), strict=True))
+    x = np.stack(embeddings(finished / "run")["embedding"].to_numpy(zero_copy_only=False)).astype(np.float64)
+    features = x - x.mean(0)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
     for cluster in pq.read_table(finished / "run" / "clusters.parquet").to_pylist():
         own = [row for row, number in cluster_of.items() if number == cluster["cluster"]]
         assert {cluster_of[row] for row in cluster["exemplars"] + cluster["outliers"]} == {cluster["cluster"]}
-        assert confidence[cluster["exemplars"][0]] == max(confidence[row] for row in own)
-        assert confidence[cluster["outliers"][0]] == min(confidence[row] for row in own)
+        mean = features[own].mean(0)
+        assert cluster["exemplars"][0] == own[int((features[own] @ mean).argmax())]
+        assert confidence[cluster["outliers"][0]] == min(
+            confidence[row] for row in own if row not in cluster["exemplars"]
+        )
 
 
 def test_a_second_run_skips_every_stage(finished: Path, caplog: pytest.LogCaptureFixture):
