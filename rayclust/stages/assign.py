@@ -24,7 +24,7 @@ def run(context: StageContext) -> StageResult:
     transform = transform_of(encode, context.config.features)
     work = _Assignment(context.run, transform, content_digest(context.inputs["train"]))
     units = [Unit(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
-    results = run_units("assign", units, lambda i: context.run.shard_manifest(i, "assign"), work.assign)
+    results = run_units(context.run, "assign", units, work.assign)
     drop_stale_parts(context.run.assignments_folder, len(units))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     sizes = np.sum([result.extra["sizes"] for result in results], axis=0)

@@ -63,7 +63,7 @@ def _import_rows(context: StageContext, units: list[Unit]) -> list[UnitResult]:
         ]
         return write_shard(run, unit, unit.payload.first, records, rows.embeddings, rows.rejects)
 
-    return run_units("encode", units, run.shard_manifest, take_over)
+    return run_units(run, "encode", units, take_over)
 
 
 def _first_width(config: RunConfig) -> int:
@@ -79,12 +79,11 @@ def _first_width(config: RunConfig) -> int:
 
 def _encode_images(context: StageContext, units: list[Unit]) -> list[UnitResult]:
     """Sends unfinished shards through until none is left; a lost writer's shards go round again."""
-    markers, idle = context.run.shard_manifest, 0
-    done = finished(markers, units)
+    idle, done = 0, finished(context.run, "encode", units)
     report_resume("encode", len(units), len(done))
     while len(done) < len(units):
         _one_pass(context, units, done)
-        before, done = len(done), finished(markers, units)
+        before, done = len(done), finished(context.run, "encode", units)
         idle = 0 if len(done) > before else idle + 1
         if idle == ROUNDS:
             left = [unit.payload.name for unit in units if unit.index not in done]

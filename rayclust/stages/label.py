@@ -99,14 +99,13 @@ def _extremes(job: _Job) -> _Extremes:
 
 
 def _sums(job: _Job, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Float64[K D] sums of features, Float64[K] sums of confidence, Int64[K] sizes, Int64[BINS] images by confidence."""
+    """Float64[K D] sums of features, Float64[K] of confidence, Int64[K] sizes, Int64[BINS] images by confidence."""
     confidence, sizes, histogram = np.zeros(count), np.zeros(count, np.int64), np.zeros(BINS, np.int64)
     sums: Any = 0.0
     for index in range(len(job.starts) - 1):
         embeddings, clusters, certain = job.part(index)
-        members = sparse.csr_array(
-            (np.ones(len(clusters)), (clusters, np.arange(len(clusters)))), (count, len(clusters))
-        )
+        place = (clusters, np.arange(len(clusters)))
+        members = sparse.csr_array((np.ones(len(clusters)), place), shape=(count, len(clusters)))
         sums = sums + members @ job.transform(embeddings).astype(np.float64)
         confidence += np.bincount(clusters, certain, count)
         sizes += np.bincount(clusters, minlength=count)
@@ -131,7 +130,7 @@ def _names(context: StageContext, job: _Job) -> list[ClusterName]:
     run_remotely(votes.prepare)
     parts = context.inputs["encode"].extra["parts"]
     units = [Unit(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
-    run_units("label", units, lambda i: context.run.shard_manifest(i, "label"), votes.vote)
+    run_units(context.run, "label", units, votes.vote)
     sizes = np.array(context.inputs["assign"].extra["sizes"])
     names: list[ClusterName] = run_remotely(votes.count, len(units), sizes, words.words)
     filesystem.remove_tree(scratch)

@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageResult:
         extra, outputs = run_remotely(_build_inverted_file, context.run, starts, transform, k, config)
     job = _Search(context.run, starts, transform, k, method)
     units = _units(encode.extra["parts"], context.digest)
-    results = run_units("neighbors", units, lambda i: context.run.shard_manifest(i, "neighbors"), job.search)
+    results = run_units(context.run, "neighbors", units, job.search)
     drop_stale_parts(context.run.neighbors_folder, len(starts) - 1)
     for result in results:
         outputs |= result.outputs

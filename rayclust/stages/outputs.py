@@ -36,3 +36,22 @@ def drop_stale_parts(folder: str, count: int) -> None:
     for index, uri in parts(folder):
         if index >= count:
             filesystem.remove(uri)
+
+
+class Listing:
+    """Which files of a run are there, and how large; each folder is listed once, when it is first asked for."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._sizes: dict[str, dict[str, int]] = {}
+
+    def has(self, path: str, size: int) -> bool:
+        """Whether the file at `path` below the run has `size` bytes."""
+        folder, _, name = path.partition("/")
+        if not name:
+            found = filesystem.stat(self._run.at(path))
+            return found is not None and found.size == size
+        if folder not in self._sizes:
+            files = filesystem.walk(self._run.at(folder), missing_ok=True)
+            self._sizes[folder] = {file.key: file.size for file in files}
+        return self._sizes[folder].get(name) == size

@@ -11,7 +11,7 @@ from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
-from rayclust.stages.outputs import Outputs
+from rayclust.stages.outputs import Listing, Outputs
 from rayclust.stages.progress import duration
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
@@ -174,29 +174,17 @@ def content_digest(manifest: Manifest) -> str:
 
 def outputs_present(run: Run, manifest: Manifest) -> bool:
     """Whether every file that the manifest lists is there with its size; one listing per folder."""
-    folders = {path.partition("/")[0] for path in manifest.outputs if "/" in path}
-    sizes: dict[str, int] = {}
-    for folder in sorted(folders):
-        location = filesystem.join(run.uri, folder)
-        if filesystem.exists(location):
-            sizes |= {f"{folder}/{found.key}": found.size for found in filesystem.walk(location)}
+    listing = Listing(run)
     for path, written in manifest.outputs.items():
-        if "/" not in path:
-            if not filesystem.exists(filesystem.join(run.uri, path)):
-                return _missing(manifest.stage, path)
-        elif sizes.get(path) != written.size:
-            return _missing(manifest.stage, path)
+        if not listing.has(path, written.size):
+            logger.warning("%s: %s is missing or has another size than was sealed: made again", manifest.stage, path)
+            return False
     return True
 
 
 def _listed(config: RunConfig) -> Any:
     """The input as it is now; imported late, for what it brings."""
     return importlib.import_module("rayclust.stages.inputs").plan(config)
-
-
-def _missing(stage: str, path: str) -> bool:
-    logger.warning("%s: %s is missing or has another size than was sealed: running the stage again", stage, path)
-    return False
 
 
 def _sealed_input(run: Run, name: str, need: str) -> Manifest:

@@ -94,7 +94,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _hit(run: Run, encode: Manifest, row: int, similarity: float, names: dict[int, str]) -> Hit:
+def _hit(run: Run, encode: Manifest, row: int, similarity: float, names: dict[int, str | None]) -> Hit:
     found = row_of(run, encode, row, ["row", "key", "uri"])
     cluster = None
     if read_manifest(run, "assign") is not None:

@@ -11,10 +11,11 @@ from typing import Any
 
 from rayclust.errors import ArtefactError
 from rayclust.stages.cluster import connect, cpus, plain_errors
-from rayclust.stages.outputs import Outputs
+from rayclust.stages.outputs import Listing, Outputs
 from rayclust.stages.progress import Progress
 from rayclust.store import filesystem
 from rayclust.store.filesystem import MissingError
+from rayclust.store.layout import Run
 
 logger = logging.getLogger(__name__)
 
@@ -58,45 +59,46 @@ def write_marker(uri: str, unit: Unit, result: UnitResult) -> None:
     filesystem.write_json(uri, content)
 
 
-def finished(markers: Callable[[int], str], units: Sequence[Unit]) -> dict[int, UnitResult]:
-    """Results of the units whose markers match, by index."""
+def finished(run: Run, stage: str, units: Sequence[Unit]) -> dict[int, UnitResult]:
+    """Results, by index, of the units whose markers match and whose outputs are all there."""
 
     def read(unit: Unit) -> UnitResult | None:
-        marker = read_marker(markers(unit.index))
+        marker = read_marker(run.shard_manifest(unit.index, stage))
         return marker[1] if marker and marker[0] == unit.digest else None
 
+    listing = Listing(run)
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        results = threads.map(read, units)
-        return {unit.index: result for unit, result in zip(units, results, strict=True) if result is not None}
+        results = list(threads.map(read, units))
+    return {
+        unit.index: result
+        for unit, result in zip(units, results, strict=True)
+        if result is not None and all(listing.has(path, written["size"]) for path, written in result.outputs.items())
+    }
 
 
 def run_units(
-    stage: str,
-    units: Sequence[Unit],
-    markers: Callable[[int], str],
-    function: Callable[[Unit], UnitResult],
-    unit_name: str = "rows",
+    run: Run, stage: str, units: Sequence[Unit], function: Callable[[Unit], UnitResult], unit_name: str = "rows"
 ) -> list[UnitResult]:
     """Runs the units that are not marked, over the cluster, and marks each as it ends.
 
     Args:
-        stage: name, for the progress.
+        run: where markers and outputs lie.
+        stage: name, for the markers and the progress.
         units: the whole work, in order of index.
-        markers: URI of the marker of a unit.
         function: does one unit; runs in a Ray worker with one CPU.
         unit_name: what `Unit.size` counts.
 
     Returns:
         All results, those of earlier runs among them, in the order of `units`.
     """
-    results = finished(markers, units)
+    results = finished(run, stage, units)
     todo = [unit for unit in units if unit.index not in results]
     report_resume(stage, len(units), len(results))
     if todo:
         connect()
         done = sum(unit.size for unit in units if unit.index in results)
         with Progress(stage, unit_name, sum(unit.size for unit in units), done) as progress:
-            for unit, result in _submit(todo, markers, function):
+            for unit, result in _submit(run, stage, todo, function):
                 results[unit.index] = result
                 progress.advance(unit.size)
     return [results[unit.index] for unit in units]
@@ -109,7 +111,7 @@ def report_resume(stage: str, total: int, done: int) -> None:
 
 
 def _submit(
-    units: Iterable[Unit], markers: Callable[[int], str], function: Callable[[Unit], UnitResult]
+    run: Run, stage: str, units: Iterable[Unit], function: Callable[[Unit], UnitResult]
 ) -> Iterator[tuple[Unit, UnitResult]]:
     import ray
 
@@ -125,7 +127,7 @@ def _submit(
         while True:
             # A few more than there are CPUs, so that none waits for the driver; never all, so that it stays small.
             for unit in islice(waiting, 2 * cpus() - len(running)):
-                running[work.remote(unit, markers(unit.index))] = unit
+                running[work.remote(unit, run.shard_manifest(unit.index, stage))] = unit
             if not running:
                 return
             ready, _ = ray.wait(list(running), num_returns=1, timeout=60)
