@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from rayclust.errors import ArtefactError, DataError
 from rayclust.store import filesystem
 from rayclust.store.filesystem import MissingError

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rayclust.errors import DataError
 from rayclust.store import filesystem
 from rayclust.store.local import LocalStorage, translate

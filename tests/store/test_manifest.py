@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, seal, versions

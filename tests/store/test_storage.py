@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from rayclust.store.storage import is_hidden
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from rayclust.errors import ArtefactError, ShapeError
 from rayclust.store import filesystem, tables
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -14,6 +15,8 @@ from rayclust.store.sources.arrays import is_array_file
 from rayclust.store.sources.labels import read_classes
 from rayclust.store.sources.shard import Shard
 
+log = logging.getLogger(__name__)
+
 FORMATS = ("folder", "webdataset", "parquet", "embeddings")
 
 _SAMPLE = 2000
@@ -23,8 +26,8 @@ _SAMPLE = 2000
 def detect_format(uri: str) -> str:
     """What an input is, from the names of its first files and the columns of its first table.
 
-    Tar shards, Parquet with images, Parquet or arrays with embeddings, or image files; tables without images or
-    embeddings beside any of them are taken for metadata.
+    Tar shards, Parquet with images, Parquet or arrays with embeddings, or image files. Tables without images or
+    embeddings beside any of them are taken for metadata, and arrays beside images for what was computed from them.
 
     Args:
         uri: a folder or a file.
@@ -45,6 +48,9 @@ def detect_format(uri: str) -> str:
         elif kind is not None:
             first.setdefault(kind, file)
     first |= _table_kind(tables, is_alone=not first)
+    if len(first) == 2 and "embeddings" in first:
+        arrays_beside = first.pop("embeddings")
+        log.info("%s: takes the images; images.format: embeddings takes %s instead", root, arrays_beside.key)
     if len(first) > 1:
         found = " and ".join(f"{kind} ({file.key})" for kind, file in first.items())
         raise DataError(f"{root}: holds {found}; set images.format to one of {', '.join(FORMATS)}, or name one of them")

@@ -6,7 +6,6 @@ are only read where they lie; names, links and devices never touch the disk.
 
 from __future__ import annotations
 
-import gzip
 import tarfile
 import tempfile
 import zlib
@@ -63,6 +62,7 @@ class _Index:
     def __init__(self, archive: BinaryIO, size: int) -> None:
         self._archive, self._size = archive, size
         self._offset = 0
+        self._is_told = False  # that the archive ends in a damage
         self._extension: dict[str, str] = {}
 
     def scan(self) -> Iterator[TarMember | Damage]:
@@ -80,7 +80,7 @@ class _Index:
                 continue
             ended = False
             yield from self._member(info)
-        if not ended and self._offset <= self._size:
+        if not ended and not self._is_told:
             yield Damage("tar_truncated", "the archive ends without its end mark")
 
     def _member(self, info: tarfile.TarInfo) -> Iterator[TarMember | Damage]:
@@ -112,9 +112,10 @@ class _Index:
         """Goes on at the next header that is whole, or ends."""
         was_first, self._extension = self._offset == 0, {}
         found = _next_header(self._archive, start, self._size)
-        self._offset = self._size + 1 if found is None else found
+        self._offset = self._size if found is None else found
         if found is not None:
             return Damage("bad_header", detail)
+        self._is_told = True
         if was_first and _parse(self._read(0, BLOCK)) is None:
             return Damage("unreadable_file", "not a tar archive")
         return Damage("tar_truncated", detail)
@@ -178,14 +179,29 @@ def unpacked(archive: BinaryIO) -> tuple[BinaryIO, Damage | None]:
     limit = max(_UNPACK_FLOOR, _UNPACK_FACTOR * archive.seek(0, 2))
     archive.seek(0)
     plain = cast(BinaryIO, tempfile.TemporaryFile(prefix="rayclust-"))  # noqa: SIM115 - the caller closes it
-    damage = None
-    with gzip.GzipFile(fileobj=archive) as stream:
-        try:
-            while chunk := stream.read(_CHUNK):
-                plain.write(chunk)
-                if plain.tell() > limit:
-                    damage = Damage("too_large", f"the archive unpacks to more than {limit} bytes")
-                    break
-        except (EOFError, OSError, zlib.error) as error:
-            damage = Damage("tar_truncated", f"the compressed archive is damaged: {error}")
-    return plain, damage
+    return plain, _unpack(archive, plain, limit)
+
+
+def _unpack(archive: BinaryIO, plain: BinaryIO, limit: int) -> Damage | None:
+    """Writes what can be unpacked. The standard reader of gzip files drops up to a buffer before a damage."""
+    stream = _gunzip()
+    while chunk := archive.read(_CHUNK):
+        while chunk:
+            try:
+                plain.write(stream.decompress(chunk, _CHUNK))
+            except zlib.error as error:
+                return Damage("tar_truncated", f"the compressed archive is damaged: {error}")
+            if plain.tell() > limit:
+                return Damage("too_large", f"the archive unpacks to more than {limit} bytes")
+            chunk = stream.unconsumed_tail
+            if stream.eof:
+                chunk = stream.unused_data
+                if not chunk.startswith(_GZIP):  # padding
+                    return None
+                stream = _gunzip()
+    plain.write(stream.flush())
+    return None if stream.eof else Damage("tar_truncated", "the compressed archive ends early")
+
+
+def _gunzip() -> zlib._Decompress:
+    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
