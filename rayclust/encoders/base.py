@@ -39,7 +39,7 @@ class Encoder(Protocol):
     """Whether `encode_texts` works."""
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pixels, UInt8[B H W C], to Float32[B D]; a row depends on its image alone, to the bit."""
+        """Pixels, UInt8[B H W C], to Float32[B D]; the same images in the same order give the same bytes."""
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Phrases to Float32[V D].
@@ -54,7 +54,8 @@ class TorchEncoder(ABC):
 
     The network always sees chunks of one size, the last one filled up with black: library kernels choose their order of
     summation by shape, so that the same image in a smaller batch would differ in its last bits. On a CPU the chunk is
-    one image, which also is the fastest: activations stay in cache.
+    one image: then a row depends on its image alone, to the bit, and it also is the fastest, as activations stay in
+    cache. In larger chunks the place in the chunk may show in the last bit: cut them at the same places every time.
     """
 
     has_text = False
@@ -100,17 +101,14 @@ class TorchEncoder(ABC):
         try:
             with self._computing():
                 rows = self._forward(np.zeros((1, *self.preprocess.shape), np.uint8))
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            what = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"encoder.image_size = {self.preprocess.size}: {self.name} does not take it: {what}"
-            ) from error
+        except (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError) as error:
+            raise size_refusal(self.name, self.preprocess.size, error) from error
         if rows.ndim != 2:
             raise ConfigError(f"encoder.name = {self.name}: gives {tuple(rows.shape[1:])} per image, not one row")
         return rows.shape[1]
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Rows of images; a row depends on its image alone, to the bit, whatever the batch.
+        """Rows of images, chunk by chunk from the first.
 
         Args:
             images: UInt8[B H W 3], from `decode` with this encoder's `preprocess`.
@@ -171,6 +169,12 @@ class TorchEncoder(ABC):
 def unit_rows(rows: Tensor) -> Tensor:
     """Float[B D] divided by its rows' lengths; a zero row stays zero."""
     return torch.nn.functional.normalize(rows, dim=1, eps=torch.finfo(rows.dtype).tiny)
+
+
+def size_refusal(name: str, size: int | tuple[int, int], error: Exception) -> ConfigError:
+    """The error for an image size at which a network fails."""
+    what = " ".join(str(error).split())[:200]
+    return ConfigError(f"encoder.image_size = {size}: {name} does not take it: {what}")
 
 
 def unknown_architecture(config: EncoderConfig, known: Sequence[str]) -> ConfigError:

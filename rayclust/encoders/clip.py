@@ -92,7 +92,8 @@ def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder
     state = load_state(weights)
     from_openai = state.keys() >= _OPENAI_EXTRAS
     network = _network(config, quick_gelu=from_openai or bool(published.get("quick_gelu")))
-    state = {key: value for key, value in state.items() if key not in _OPENAI_EXTRAS}
+    extras = {*_OPENAI_EXTRAS, *(key for key in state if key.endswith("attn_mask"))}
+    state = {key: value for key, value in state.items() if key not in extras}
     try:
         state = _adapted(network, state)
     except (AssertionError, KeyError, RuntimeError) as error:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from rayclust.options import Config
 
-_WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".th"}
+_WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".torch"}
 
 
 class EncoderConfig(Config):
@@ -40,8 +40,8 @@ class EncoderConfig(Config):
     compile: bool = False
     """Compile the network with torch.compile: slow to start, faster afterwards; worth it from some 100,000 images."""
     batch_size: int | None = Field(None, ge=1)
-    """Images per pass through the network. Absent: 256 on a GPU, 1 on a CPU. A row's last bits depend on it, and on
-    nothing else about its neighbours: short passes are filled up."""
+    """Images per pass through the network. Absent: 256 on a GPU; 1 on a CPU, which is the fastest there. A row's last
+    bits may depend on it; short passes are filled up, so they do not depend on how many images there are."""
     threads: int = Field(1, ge=1)
     """CPU threads of one encoder. A row's last bits may depend on it."""
     grayscale: bool = False

@@ -14,7 +14,7 @@ from timm.data.config import resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from rayclust.encoders.base import TorchEncoder, unknown_architecture
+from rayclust.encoders.base import TorchEncoder, size_refusal, unknown_architecture
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.folding import folded
 from rayclust.encoders.hub import HubFile
@@ -53,11 +53,14 @@ def build_timm(config: EncoderConfig, weights: Path, device: str) -> TimmEncoder
     """
     network: Any = _network(config)
     _load(network, config, weights)
-    if config.image_size is not None and hasattr(network, "set_input_size"):
-        network.set_input_size(img_size=config.image_size)
     preprocess, colour = _data_config(network, config)
     height, width, _ = preprocess.shape
-    network = folded(network.eval(), torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width))
+    try:
+        if config.image_size is not None and hasattr(network, "set_input_size"):
+            network.set_input_size(img_size=config.image_size)
+        network = folded(network.eval(), torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width))
+    except (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError) as error:
+        raise size_refusal(config.name, preprocess.size, error) from error
     return TimmEncoder(network, config, preprocess, colour, device)
 
 

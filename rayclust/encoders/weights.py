@@ -89,7 +89,9 @@ def without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[
     prefixes = {""}
     for name in list(wanted)[:3]:
         prefixes |= {key[: -len(name)] for key in state if key.endswith("." + name)}
-    rank = {p: (sum(p + name in state for name in wanted), any(a in p for a in _AVERAGED), p) for p in prefixes}
+    rank = {
+        p: (sum(p + name in state for name in wanted), any(a in p for a in _AVERAGED), -len(p), p) for p in prefixes
+    }
     best = max(prefixes, key=lambda prefix: rank[prefix])
     return {key[len(best) :]: value for key, value in state.items() if key.startswith(best)}
 

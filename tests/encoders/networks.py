@@ -1,0 +1,48 @@
+"""Tiny networks with random weights, and files of their weights."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import open_clip
+import timm
+import torch
+
+from rayclust.encoders.quiet import quiet_root
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@cache
+def tiny_clip() -> Any:
+    """An open_clip network under the name tiny-clip; there is no file of weights for it."""
+    folder = Path(mkdtemp())
+    (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    with quiet_root():
+        return open_clip.create_model("tiny-clip").eval()
+
+
+def tiny_timm(name: str = "test_vit", **options: Any) -> Any:
+    torch.manual_seed(1)
+    return timm.create_model(name, num_classes=0, **options).eval()
+
+
+def noise(count: int, side: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+def seen(images: np.ndarray, mean: Any, std: Any) -> torch.Tensor:
+    """Images as a network takes them, the plain way."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rayclust.encoders import hub
+from rayclust.encoders.base import Encoder
+from rayclust.encoders.load import hub_file, load_encoder
+from rayclust.encoders.options import EncoderConfig
+from rayclust.errors import ConfigError, DataError
+from tests.encoders.networks import noise, tiny_clip, tiny_timm
+
+
+def test_every_family(tmp_path: Path) -> None:
+    torch.save(tiny_timm().state_dict(), tmp_path / "vit.pt")
+    torch.save(tiny_clip().state_dict(), tmp_path / "clip.pt")
+    for name, file in (("timm/test_vit", "vit.pt"), ("open_clip/tiny-clip", "clip.pt"), ("pixels", None)):
+        config = EncoderConfig(name=name, pretrained=file and str(tmp_path / file))
+        encoder = load_encoder(config)
+        assert isinstance(encoder, Encoder)
+        assert encoder.name == name
+        rows = encoder.encode_images(noise(2, encoder.preprocess.shape[0]))
+        assert rows.shape == (2, encoder.dimension)
+        assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+        assert hub_file(config) is None
+
+
+def test_a_local_copy_of_a_uri(tmp_path: Path) -> None:
+    torch.save(tiny_timm().state_dict(), tmp_path / "copy")
+    config = EncoderConfig(name="timm/test_vit", pretrained="s3://bucket/vit.pt")
+    assert load_encoder(config, weights=tmp_path / "copy").dimension == 64
+    with pytest.raises(ConfigError, match="pass a local copy"):
+        load_encoder(config)
+
+
+def test_files_that_are_not_there() -> None:
+    with pytest.raises(DataError, match=r"absent\.pt: cannot be read"):
+        load_encoder(EncoderConfig(name="timm/test_vit", pretrained="./absent.pt"))
+
+
+def test_published_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    for name, repository in (
+        ("timm/vit_base_patch16_224.dino", "timm/vit_base_patch16_224.dino"),
+        ("open_clip/ViT-B-32", "timm/vit_base_patch32_clip_224.openai"),
+    ):
+        with pytest.raises(ConfigError, match=f"from the Hugging Face repository {repository} on a machine"):
+            load_encoder(EncoderConfig(name=name))
+
+
+def test_published_weights_that_are_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.save(tiny_timm().state_dict(), tmp_path / "w.bin")
+    monkeypatch.setattr(hub.HubFile, "cached", lambda _: tmp_path / "w.bin")
+    assert load_encoder(EncoderConfig(name="timm/test_vit.r160_in1k")).dimension == 64
+
+
+def test_pixels_need_no_library_of_networks() -> None:
+    code = (
+        "import sys; from rayclust.encoders.load import load_encoder as load;"
+        "from rayclust.encoders.options import EncoderConfig;"
+        "load(EncoderConfig(name='pixels')); sys.exit('timm' in sys.modules or 'open_clip' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rayclust.errors import ConfigError, DataError, ShapeError
+from rayclust.language.vocabulary import LONGEST, from_rows, from_text, imagenet, kind_of, wordnet_refusal
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("auto", "auto"),
+        ("none", "none"),
+        ("imagenet", "imagenet"),
+        ("wordnet", "wordnet"),
+        ("s3://bucket/nouns.parquet", "embeddings"),
+        ("words.PQ", "embeddings"),
+        ("nouns.txt", "text"),
+        ("s3://bucket/nouns.tsv", "text"),
+        ("imagenet.txt", "text"),
+    ],
+)
+def test_kinds(value: str, kind: str) -> None:
+    assert kind_of(value) == kind
+
+
+def test_lines_are_cleaned_and_distinct() -> None:
+    text = "\ufeff# animals\ncat\n\n  great   white_shark \r\nCat\nnull\nnan\nñandú\n  # end\n"
+    assert from_text(text.encode(), "words.txt").words == ("cat", "great white shark", "null", "nan", "ñandú")
+
+
+def test_a_column_of_a_table() -> None:
+    table = 'word,definition\ncat,"a feline, small"\nsea_cow,x\nnull,nothing\n'
+    assert from_text(table.encode(), "nouns.csv").words == ("cat", "sea cow", "null")
+    assert from_text(b"synset\tLemma\n1\tcat\n2\tdog\n3\n", "s3://b/nouns.TSV").words == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("data", "source", "message"),
+    [
+        (b"caf\xe9\n", "w.txt", "label.vocabulary = w.txt: byte 3 is not UTF-8"),
+        (b"", "w.txt", "holds no name"),
+        (b"\n# only a remark\n", "w.txt", "holds no name"),
+        (b"a\0b\n", "w.txt", "holds zero bytes"),
+        (b"cat\n" + b"x" * (LONGEST + 1), "w.txt", f"name 2 has {LONGEST + 1} characters"),
+        (b"id,value\n1,2\n", "w.csv", "no column of names among id, value; call it `word`"),
+        (b"", "w.csv", "no column of names among nothing"),
+        (b"word\n", "w.csv", "holds no name"),
+    ],
+)
+def test_bad_lists_give_one_clear_line(data: bytes, source: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        from_text(data, source)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_imagenet_has_its_classes() -> None:
+    words = imagenet().words
+    assert {"tench", "golf ball", "parachute"} <= set(words)
+    assert 990 <= len(words) <= 1000
+
+
+def test_wordnet_says_what_to_fetch() -> None:
+    error = wordnet_refusal()
+    assert isinstance(error, ConfigError)
+    assert "one a line" in str(error)
+    assert "label.vocabulary" in str(error)
+
+
+def test_words_with_rows_keep_the_first_of_equal_ones() -> None:
+    rows = np.arange(10, dtype=np.float16).reshape(5, 2)
+    vocabulary = from_rows(["cat", "sea_cow", "Cat", None, " "], rows, "v.parquet")
+    assert vocabulary.words == ("cat", "sea cow")
+    assert vocabulary.embeddings is not None
+    assert vocabulary.embeddings.tolist() == [[0, 1], [2, 3]]
+    assert vocabulary.embeddings.dtype == np.float32
+
+
+def test_bad_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="2 words but 3 rows"):
+        from_rows(["a", "b"], np.zeros((3, 2)), "v.parquet")
+    with pytest.raises(DataError, match="the row of 'b' is not finite"):
+        from_rows(["a", "b"], np.array([[0.0], [np.inf]]), "v.parquet")
+    with pytest.raises(DataError, match="holds no name"):
+        from_rows([""], np.zeros((1, 2)), "v.parquet")
+    with pytest.raises(ShapeError):
+        from_rows(["a"], np.zeros(3), "v.parquet")
