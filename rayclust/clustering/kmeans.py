@@ -44,7 +44,7 @@ class KMeansState:
     """All restarts after some passes: enough to go on from."""
 
     centers: Tensor
-    """Float[R K D]; unit vectors for cosine."""
+    """Float[R K D], seen from the population's origin; unit vectors for cosine."""
     iterations: Tensor
     """Int64[R], passes made."""
     running: Tensor
@@ -110,7 +110,7 @@ def start(population: Population, options: KMeansOptions, seed: int, init: Tenso
     centers = torch.nn.functional.normalize(centers, dim=2) if options.metric == "cosine" else centers
     R, device = len(centers), population.origin.device
     return KMeansState(
-        centers=centers.to(device),
+        centers=(centers.to(device).double() - population.origin).to(centers.dtype),
         iterations=torch.zeros(R, dtype=torch.int64, device=device),
         running=torch.ones(R, dtype=torch.bool, device=device),
         inertia=torch.full((R,), torch.inf, dtype=torch.float64, device=device),
@@ -121,7 +121,7 @@ def advance(population: Population, options: KMeansOptions, state: KMeansState) 
     """Lloyd's passes from a state until all restarts have converged or run out of iterations; yields after each."""
     partitions: Partitions | None = None
     while bool((going := state.running & (state.iterations < options.max_iterations)).any()):
-        old = _seen_from(population, state.centers[going])
+        old = state.centers[going]
         if partitions is None:
             partitions, members = Partitions(old), going
         elif not torch.equal(members, going):
@@ -131,7 +131,7 @@ def advance(population: Population, options: KMeansOptions, state: KMeansState) 
         shift = (new - old).double().square().sum((1, 2))
         converged = shift <= options.tolerance * population.variance
         centers, running, inertias = state.centers.clone(), state.running.clone(), state.inertia.clone()
-        centers[going], inertias[going] = _absolute(population, new), inertia
+        centers[going], inertias[going] = new, inertia
         running[going] = ~converged
         state = replace(state, centers=centers, iterations=state.iterations + going, running=running, inertia=inertias)
         yield state
@@ -139,7 +139,7 @@ def advance(population: Population, options: KMeansOptions, state: KMeansState) 
 
 def finish(population: Population, state: KMeansState) -> KMeansResult:
     """The restart with the least inertia, measured at its last centres; ties go to the smaller number."""
-    centers = _seen_from(population, state.centers)
+    centers = state.centers
     bias = half_squares(centers, population.origin)
     total = bias.new_zeros(len(bias), dtype=torch.float64)
     for part in in_parts(population.blocks, bias.numel()):
@@ -147,7 +147,7 @@ def finish(population: Population, state: KMeansState) -> KMeansResult:
     inertias = _inertia(population, collectives.all_sum(total))
     best = int(inertias.argmin())
     return KMeansResult(
-        centers=state.centers[best],
+        centers=(centers[best].double() + population.origin).to(centers.dtype),
         inertia=float(inertias[best]),
         n_iter=int(state.iterations[best]),
         converged=not bool(state.running[best]),
@@ -202,7 +202,7 @@ def squared_distances(x: Tensor, centers: Tensor) -> Tensor:
 
 
 def _step(population: Population, options: KMeansOptions, partitions: Partitions, old: Tensor) -> tuple[Tensor, Tensor]:
-    """New centres Float[R K D], seen from the origin, and the inertia Float64[R] of the old ones."""
+    """New centres Float[R K D], the same to the last bit where no row moved; the inertia Float64[R] of the old ones."""
     own = partitions.assign_and_sum(population.blocks, old, population.origin)
     sums, counts, total = (collectives.all_sum(part) for part in own)
     if bool((counts == 0).any()):
@@ -218,14 +218,6 @@ def _step(population: Population, options: KMeansOptions, partitions: Partitions
 
 def _inertia(population: Population, scores: Tensor) -> Tensor:
     return (population.scatter - 2.0 * scores).clamp(min=0)
-
-
-def _seen_from(population: Population, centers: Tensor) -> Tensor:
-    return (centers.double() - population.origin).to(centers.dtype)
-
-
-def _absolute(population: Population, centers: Tensor) -> Tensor:
-    return (centers.double() + population.origin).to(centers.dtype)
 
 
 def _from_first_worker(x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ Blocks = Callable[[], Iterable[Tensor]]
 """Gives this worker's rows as Float[B D] blocks: the same blocks in the same order at every call."""
 
 _SCORES_ON_CPU, _SCORES_ON_GPU = 2**20, 2**26
-_MOVED_AT_ONCE = 2048
+_MOVED_AT_ONCE = 1024
+_MULTIPLIED_AT_ONCE = 512
 
 
 def in_parts(blocks: Blocks, columns: int) -> Iterator[Tensor]:
@@ -105,19 +106,38 @@ class Partitions:
 
     def _move(self, x: Tensor, labels: Tensor, old: Tensor | None) -> None:
         """Adds rows that are new in a cluster and takes them from the one they were in."""
-        R, K, D = self.sums.shape
-        sums, counts = self.sums.view(R * K, D), self.counts.view(R * K)
-        moved = torch.ones_like(labels, dtype=torch.bool) if old is None else labels != old
-        for chosen in torch.split(moved.nonzero(), _MOVED_AT_ONCE):
-            row, partition = chosen.unbind(1)
-            values, one = x[row].double(), torch.ones_like(row)
-            into = partition * K + labels[row, partition]
-            sums.index_add_(0, into, values)
-            counts.index_add_(0, into, one)
-            if old is not None:
-                out_of = partition * K + old[row, partition].long()
-                sums.index_add_(0, out_of, values, alpha=-1)
-                counts.index_add_(0, out_of, one, alpha=-1)
+        R, K, _ = self.sums.shape
+        moved = (torch.ones_like(labels, dtype=torch.bool) if old is None else labels != old).nonzero()
+        row, partition = moved.unbind(1)
+        into = partition * K + labels[row, partition]
+        out_of = None if old is None else partition * K + old[row, partition].long()
+        counts = self.counts.view(-1)
+        counts += torch.bincount(into, minlength=R * K)
+        if out_of is not None:
+            counts -= torch.bincount(out_of, minlength=R * K)
+        # Measured on AVX-512 cores: a row that moves costs as much as 100 columns of a float64 product for a row.
+        dense = not x.is_cuda and len(row) > len(x) * (0.4 + 0.01 * R * K)
+        (self._add_product if dense else self._add_rows)(x, row, into, out_of)
+
+    def _add_rows(self, x: Tensor, row: Tensor, into: Tensor, out_of: Tensor | None) -> None:
+        sums = self.sums.view(-1, x.shape[1])
+        for start in range(0, len(row), _MOVED_AT_ONCE):
+            some = slice(start, start + _MOVED_AT_ONCE)
+            values = x[row[some]].double()
+            sums.index_add_(0, into[some], values)
+            if out_of is not None:
+                sums.index_add_(0, out_of[some], values, alpha=-1)
+
+    def _add_product(self, x: Tensor, row: Tensor, into: Tensor, out_of: Tensor | None) -> None:
+        """The same as a product with +1 where a row came and −1 where it went: better when most rows move."""
+        sums = self.sums.view(-1, x.shape[1])
+        signs = sums.new_zeros((len(x), len(sums)))
+        signs[row, into] = 1.0
+        if out_of is not None:
+            signs[row, out_of] = -1.0
+        for start in range(0, len(x), _MULTIPLIED_AT_ONCE):
+            some = slice(start, start + _MULTIPLIED_AT_ONCE)
+            sums.addmm_(signs[some].T, x[some].double())
 
     def keep(self, chosen: Tensor) -> None:
         """Drops all partitions but the chosen ones, Bool[R]."""
