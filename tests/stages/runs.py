@@ -54,11 +54,11 @@ def write_tars(folder: Path, shards: int, per_shard: int) -> Path:
     return folder
 
 
-def tree(run: str, images: str, **groups: Any) -> dict[str, Any]:
+def tree(run: str, source: str, **groups: Any) -> dict[str, Any]:
     """A small RUN.yaml over pixels; `groups` replace or add groups of keys."""
     base: dict[str, Any] = {
         "run": run,
-        "images": {"uri": images, "shard_size": 16},
+        "images": {"uri": source, "shard_size": 16},
         "encoder": {"name": "pixels", "image_size": 8, "batch_size": 8},
         "features": {"center": True},
         "neighbors": {"k": 5},
