@@ -126,3 +126,28 @@ def best_matching(labels_true: list[int], labels_pred: list[int]) -> float:
         name = dict(zip(clusters, chosen, strict=True))
         best = max(best, sum(name[p] == t for t, p in zip(labels_true, labels_pred, strict=True)))
     return best / len(labels_true)
+
+
+def votes(x: np.ndarray, clusters: np.ndarray, nouns: np.ndarray, count: int, scale: float, top: int) -> np.ndarray:
+    """Each cluster's sum of its images' `top` largest word probabilities, one image at a time: K V."""
+    total = np.zeros((count, len(nouns)))
+    for row, cluster in zip(x, clusters, strict=True):
+        cosines = nouns @ row / np.linalg.norm(nouns, axis=1) / np.linalg.norm(row)
+        probabilities = np.exp(scale * cosines) / np.exp(scale * cosines).sum()
+        for word in sorted(range(len(nouns)), key=lambda v: -probabilities[v])[:top]:
+            total[cluster, word] += probabilities[word]
+    return total
+
+
+def greedy_seeds(x: np.ndarray, clusters: int, seed: int | tuple[int, ...]) -> list[int]:
+    """Greedy k-means++ seeds, one candidate at a time."""
+    trials = 2 + int(np.log(clusters))
+    uniform = np.random.default_rng(seed).random((clusters, trials))
+    chosen = [int(uniform[0, 0] * len(x))]
+    while len(chosen) < clusters:
+        closest = ((x[:, None] - x[chosen]) ** 2).sum(2).min(1)
+        shares = np.cumsum(closest) / closest.sum()
+        candidates = [int(np.argmax(shares > u)) for u in uniform[len(chosen)]]
+        left = [np.minimum(closest, ((x - x[c]) ** 2).sum(1)).sum() for c in candidates]
+        chosen.append(candidates[int(np.argmin(left))])
+    return chosen

@@ -136,5 +136,6 @@ def even_sample(count: int, size: int, seed: int) -> Tensor:
     """
     if size >= count:
         return torch.arange(count)
+    bounds = np.arange(size + 1) * count // size
     within = np.random.default_rng([seed, 0x5EED]).random(size)
-    return torch.from_numpy(((np.arange(size) + within) * (count / size)).astype(np.int64).clip(0, count - 1))
+    return torch.from_numpy(bounds[:-1] + (within * np.diff(bounds)).astype(np.int64))
