@@ -59,6 +59,11 @@ def tar_of(*members: tuple[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def cut_in_second() -> bytes:
+    data = tar_of(("a.png", good(0)), ("b.png", good(1)))
+    return data[: data.index(b"b.png") + 512 + 100]
+
+
 def broken_header() -> bytes:
     data = bytearray(tar_of(("a.png", good(0)), ("b.png", good(1))))
     second = data.index(b"b.png")
@@ -69,7 +74,7 @@ def broken_header() -> bytes:
 BAD_TARS: dict[str, tuple[bytes, int, set[str]]] = {
     "empty file": (b"", 0, {"unreadable_file", "tar_truncated", "empty"}),
     "text": (b"this is no tar file at all\n" * 40, 0, {"unreadable_file", "tar_truncated", "not_a_tar", "bad_tar"}),
-    "cut in a member": (tar_of(("a.png", good(0)), ("b.png", good(1) * 4))[:-6000], 1, {"tar_truncated"}),
+    "cut in a member": (cut_in_second(), 1, {"tar_truncated"}),
     "broken header": (broken_header(), 1, {"tar_truncated", "bad_tar", "tar_damaged"}),
     "image twice": (tar_of(("a.png", good(0)), ("a.png", good(1)), ("b.png", good(2))), 2, {"duplicate_key"}),
     "key not in one run": (tar_of(("a.png", good(0)), ("b.png", good(1)), ("a.cls", b"x")), 2, set()),
@@ -113,7 +118,7 @@ X = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda f: None, "holds no images"),
     "only text files": (lambda f: write(f / "notes.txt", b"hello"), "holds no images"),
-    "no image column": (lambda f: parquet(f / "a.parquet", text=["x"], number=[1]), "its columns are text"),
+    "no image column": (lambda f: parquet(f / "a.parquet", text=["x"], number=[1]), "text (string), number (int64)"),
     "truncated parquet": (lambda f: write(f / "a.parquet", b"PAR1" + bytes(40)), "cannot be read as Parquet"),
     "empty parquet file": (lambda f: write(f / "a.parquet", b""), "cannot be read as Parquet"),
     "tars beside images": (lambda f: (write(f / "a.png", good(0)), write(f / "b.tar", tar_of())), "images.format"),
@@ -127,7 +132,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "truncated npy": (
         lambda f: (np.save(f / "a.npy", X), write(f / "a.npy", (f / "a.npy").read_bytes()[:200])),
-        "a.npy",
+        "1 truncated",
     ),
     "all not finite": (lambda f: np.save(f / "a.npy", np.full((5, 4), np.nan, np.float32)), ""),
 }
