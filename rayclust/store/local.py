@@ -51,7 +51,10 @@ class LocalStorage:
         """Bytes from `start` up to `end`."""
         with _translated(uri, "read"), to_path(uri).open("rb") as file:
             file.seek(start)
-            return file.read() if end is None else file.read(end - start)
+            if end is None:
+                return file.read()
+            size = os.fstat(file.fileno()).st_size  # memory is taken for as much as is asked for
+            return file.read(max(0, min(end, size) - start))
 
     def write(self, uri: str, data: bytes) -> None:
         """Writes beside the target, then renames over it."""

@@ -19,8 +19,8 @@ from rayclust.store.sources.labels import label_text
 from rayclust.store.sources.rows import RawRows, Vectors, checked, reject, unreadable
 from rayclust.store.sources.shard import Rows, Shard
 
-LoadTensors = Callable[[Path], Mapping[str, NDArray[Any]]]
-"""Reads a `.pt` file without running code in it; a tensor that stands alone gets the name ''."""
+LoadTensors = Callable[[Path], Any]
+"""Reads a `.pt` file without running code in it: a tensor, or dicts and lists of tensors and plain values."""
 
 _EMBEDDING_KEYS = (*columns.EMBEDDING_NAMES, "feats", "x", "image_features")
 _LABEL_KEYS = ("labels", "label", "ys", "y", "targets", "target")
@@ -58,7 +58,7 @@ def look(file: FileStat) -> ArrayFile:
     metadata = match and filesystem.stat(f"{match['folder'] or ''}metadata/metadata_{match['number']}.parquet")
     beside = [found for found in (labels, metadata) if found is not None]
     stamp = "+".join([file.stamp, *(found.stamp for found in beside)])
-    return ArrayFile(stamp, tuple(found.uri for found in beside), _rows_of(file.uri))
+    return ArrayFile(stamp, tuple(found.uri for found in beside), _rows_of(file))
 
 
 def _label_places(uri: str) -> list[str]:
@@ -68,15 +68,16 @@ def _label_places(uri: str) -> list[str]:
     return [f"{place}.{end}" for place in places for end in dict.fromkeys(["npy", ending.lower()])]
 
 
-def _rows_of(uri: str) -> int | None:
-    if uri.lower().endswith(".pt"):
+def _rows_of(file: FileStat) -> int | None:
+    """Rows that are really there: a damaged header may claim any number."""
+    if file.key.lower().endswith(".pt"):
         return None
     try:
-        header = npy.read_header(uri)
+        header = npy.read_header(file.uri)
     except (npy.DamagedError, UnreadableError):
         return None
-    _check_shape(uri, header.shape, header.dtype)
-    return header.shape[0]
+    _check_shape(file.uri, header.shape, header.dtype)
+    return header.rows_within(file.size) or (None if header.shape[0] else 0)
 
 
 def _check_shape(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -102,14 +103,14 @@ def cut(file: FileStat, found: ArrayFile, template: Shard, shard_rows: int) -> I
 def read_npy(shard: Shard, width: int | None) -> Rows:
     """Rows of an array, with labels or metadata beside; see `read_rows`. Rows that a cut file lacks are one reject."""
     try:
-        total = npy.read_header(shard.uri).shape[0]
+        header, size = npy.read_header(shard.uri), getattr(filesystem.stat(shard.uri), "size", 0)
         values = npy.read_rows(shard.uri, shard.start, shard.count)
     except (npy.DamagedError, UnreadableError) as error:
         return unreadable(shard, str(error), width)
-    raw = _raw_rows(shard, values, total)
-    missing = (shard.count or 0) - len(values)
-    if missing > 0:
-        detail = f"the file ends early: {missing} rows from row {shard.start + len(values)} on are missing"
+    raw = _raw_rows(shard, values, header.shape[0])
+    there = header.rows_within(size)
+    if there < header.shape[0] and shard.start + len(values) == there:  # in the last shard, or the only one
+        detail = f"the file ends early: rows {there} to {header.shape[0] - 1} are missing"
         raw.rejects.append(reject(shard.name, shard.uri, "truncated", detail))
     return checked(shard, raw, width)
 
@@ -128,9 +129,36 @@ def read_pt(shard: Shard, width: int | None, load_tensors: LoadTensors | None) -
     return checked(shard, _raw_rows(shard, values, len(values), labels), width)
 
 
-def _load(uri: str, load_tensors: LoadTensors) -> Mapping[str, NDArray[Any]]:
+def _load(uri: str, load_tensors: LoadTensors) -> dict[str, NDArray[Any]]:
     with filesystem.local_copy(uri) as path:
-        return load_tensors(path)
+        try:
+            return dict(_named(load_tensors(path)))
+        except UnreadableError:
+            raise
+        except DataError as error:
+            raise DataError(f"{uri}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def _named(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
+    """Every array in a value by its innermost name; one that stands alone has none."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named(item, str(key))
+    elif hasattr(value, "shape"):
+        yield name, _as_array(value)
+    elif isinstance(value, list | tuple) and value:
+        if all(isinstance(item, int | float | str) for item in value):
+            yield name, np.asarray(value)
+        else:
+            for number, item in enumerate(value):
+                yield from _named(item, str(number))
+
+
+def _as_array(tensor: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(tensor)
+    except TypeError:  # bfloat16, which numpy does not have
+        return np.asarray(tensor.float())
 
 
 def _pick(uri: str, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any] | None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import tokenize
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,9 @@ from rayclust.errors import DataError
 from rayclust.store import filesystem
 
 _HEADER_BYTES = 1 << 16
+_MAX_WIDTH = 1 << 24
+_DAMAGE = (ValueError, EOFError, OSError, SyntaxError, TypeError, tokenize.TokenError, RecursionError)
+"""What parsing a damaged header raises: it is the text of a Python dict, read as literals only."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,13 @@ class NpyHeader:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, in C order."""
-        return int(self.dtype.itemsize * np.prod(self.shape[1:], dtype=np.int64))
+        return int(self.dtype.itemsize) * math.prod(self.shape[1:])
+
+    def rows_within(self, size: int) -> int:
+        """Whole rows that a file of `size` bytes can hold, at most those of the shape."""
+        if not self.row_bytes:
+            return self.shape[0]
+        return min(self.shape[0], max(0, size - self.offset) // self.row_bytes)
 
 
 class DamagedError(Exception):
@@ -48,12 +59,14 @@ def read_header(uri: str) -> NpyHeader:
         version = np.lib.format.read_magic(start)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(start)
-    except (ValueError, EOFError, OSError) as error:
+    except _DAMAGE as error:
         raise DamagedError(" ".join(str(error).split())) from error
     if dtype.hasobject:
         raise DataError(f"{uri}: holds Python objects, which are not read; save it as an array of numbers")
     if dtype.fields is not None:
         raise DataError(f"{uri}: holds records of {len(dtype.fields)} fields; save the numbers as an array of two axes")
+    if any(length < 0 for length in shape) or math.prod(shape[1:]) > _MAX_WIDTH:
+        raise DamagedError(f"its shape {shape} is impossible")
     return NpyHeader(tuple(shape), dtype, is_fortran, start.tell())
 
 
@@ -88,5 +101,5 @@ def _fortran(uri: str, header: NpyHeader) -> NDArray[Any]:
     data = filesystem.read_bytes(uri)[header.offset :]
     if len(data) < header.shape[0] * header.row_bytes:
         raise DamagedError("the file ends early")
-    values = np.frombuffer(data, header.dtype, int(np.prod(header.shape)))
+    values = np.frombuffer(data, header.dtype, math.prod(header.shape))
     return np.ascontiguousarray(values.reshape(header.shape, order="F"))

@@ -78,7 +78,8 @@ def _entries(shard: Shard, archive: BinaryIO, damage: Damage | None) -> list[_En
             key, suffix = _split(member.name)
             samples.setdefault(key, []).append((suffix, member))
     if damage is not None:
-        entries = [entry for entry in entries if entry.reason != "tar_truncated"]  # said once, with the better reason
+        # Said once, with the better reason.
+        entries = [entry for entry in entries if entry.reason not in ("tar_truncated", "empty")]
         entries.append(_Entry(shard.name, shard.uri, None, {}, damage.reason, damage.detail))
     for key, sample in samples.items():
         entries += _sample(shard, clean(f"{shard.name}/{key}"), sample)

@@ -99,6 +99,45 @@ def test_tensors_with_labels_inside(place: str, tensors: dict[str, np.ndarray]) 
     assert rows.labels == [str(i) for i in range(70)]
 
 
+class Halves:
+    """A tensor of a type that numpy does not have."""
+
+    shape = VALUES.shape
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+    def float(self) -> np.ndarray:
+        return VALUES
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (VALUES, np.arange(70)), [VALUES, list(range(70))], {"train": {"x": VALUES, "y": np.arange(70)}, "epoch": 3},
+        {"features": Halves(), "labels": [str(i) for i in range(70)], "note": "text", "nothing": None, "empty": []},
+    ],
+    ids=["tuple", "list", "nested", "mixed"],
+)  # fmt: skip
+def test_whatever_the_reader_of_tensors_finds(place: str, content: object) -> None:
+    write(place, {"x.pt": b""})
+    (shard,) = plan_shards(place)
+    rows = read_rows(shard, load_tensors=lambda _: content)
+    assert np.array_equal(rows.embeddings, HALVES)
+    assert rows.labels == [str(i) for i in range(70)]
+
+
+def test_what_the_reader_of_tensors_refuses_is_told_by_uri(place: str) -> None:
+    def refuse(path: Path) -> None:
+        raise DataError(f"{path}: holds objects that only code can build")
+
+    write(place, {"x.pt": b""})
+    (shard,) = plan_shards(place)
+    with pytest.raises(DataError, match=r"x\.pt: holds objects") as caught:
+        read_rows(shard, load_tensors=refuse)
+    assert str(caught.value).startswith(f"{place}/x.pt: ")
+
+
 @pytest.mark.parametrize(
     ("name", "data"), [("x_labels.npy", npy(np.arange(70))), ("labels.pt", npz(alone=np.arange(70)))]
 )
