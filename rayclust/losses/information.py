@@ -183,10 +183,18 @@ class Marginal(nn.Module):
         Returns:
             Float[H K], ln p̂, finite; the same bits on every worker.
         """
-        local = teacher.exp().sum((1, 2))
-        rows = local.new_full((1,), float(teacher.shape[1] * teacher.shape[2]))
-        total = all_sum(torch.cat([local.flatten(), rows]))
-        mean = (total[:-1] / total[-1]).view_as(local)
+        return self.take_in(teacher.exp().sum((1, 2)), teacher.shape[1] * teacher.shape[2])
+
+    @torch.no_grad()
+    def take_in(self, sums: Tensor, rows: int) -> Tensor:
+        """As `update`, from sums.
+
+        Args:
+            sums: Float[H K], the teacher's probabilities summed over this worker's rows and views.
+            rows: how many were summed.
+        """
+        total = all_sum(torch.cat([sums.flatten(), sums.new_full((1,), float(rows))]))
+        mean = (total[:-1] / total[-1]).view_as(sums)
         self.shares.lerp_(mean.to(self.shares.dtype), 1.0 - self.momentum)
         return self.log()
 

@@ -17,9 +17,10 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.losses.information import LOSSES, InformationOptions, Marginal, log_probabilities
 from rayclust.methods import ema
-from rayclust.methods.base import Batch, Export, Method, Pairing, Plan, Rows, TrainedConfig, Trainer
+from rayclust.methods.base import Batch, Export, Method, Pairing, Plan, Rows, Steps, TrainedConfig, Trainer
 from rayclust.methods.heads import Heads, HeadShape, Precision
 from rayclust.methods.temi_presets import preset_values
+from rayclust.methods.temi_steps import FusedSteps, fits
 from rayclust.methods.warm_start import start_from_centers
 
 ASSIGN_ROWS = 8192
@@ -175,6 +176,10 @@ class Temi(Method):
     def teacher_momentum(self, step: int) -> float:
         """The momentum m after step number `step`: a cosine over the whole training."""
         return ema.cosine(self.config.teacher_momentum, self.config.final_teacher_momentum, step, self.plan.steps)
+
+    def own_steps(self) -> Steps | None:
+        """Steps written out for the CPU, where the config is the usual one and the processor multiplies bf16 fast."""
+        return FusedSteps(self) if fits(self) else None
 
     def frozen(self, batch: Batch) -> list[nn.Parameter]:
         """The last layer, in the first epochs."""
