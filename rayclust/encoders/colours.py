@@ -15,7 +15,6 @@ from PIL import Image, ImageChops
 from rayclust.arrays import FloatArray
 from rayclust.encoders.undecodable import Undecodable
 
-_WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 _STORED_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
@@ -36,16 +35,16 @@ def flatten(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in {"I", "F"}:
         image = Image.fromarray(_stretched(np.asarray(image).astype(np.float64)))
-    elif image.mode == "CMYK" and image.format in {"JPEG", "MPO"} and "adobe" not in image.info:
+    elif image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         # Pillow reads every four-channel JPEG as Adobe's, whose inks are inverted; files of others are not.
         image = ImageChops.invert(image)
-    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
+    elif image.has_transparency_data:
         image = _on_white(image)
     return image if image.mode == mode else image.convert(mode)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    colours = image.convert("RGBA")
+    colours = image if image.mode == "RGBA" else image.convert("RGBA")
     ground = Image.new("RGB", image.size, (255, 255, 255))
     ground.paste(colours, mask=colours.getchannel("A"))
     return ground

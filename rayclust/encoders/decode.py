@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from rayclust.encoders.colours import flatten
-from rayclust.encoders.containers import recognise, require_whole
+from rayclust.encoders.containers import picture_only, recognise
 from rayclust.encoders.framing import kept_box, stored_box, turn_of
 from rayclust.encoders.quiet import quiet_pillow
 from rayclust.encoders.undecodable import Undecodable
@@ -114,10 +114,10 @@ def decode(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
     if len(data) > preprocess.max_bytes:
         raise Undecodable("too_large", f"{len(data)} bytes, more than the limit of {preprocess.max_bytes}")
     name = recognise(data)
-    require_whole(data, name)
+    picture = picture_only(data, name)
     with quiet_pillow():
         try:
-            return _decode(data, name, preprocess)
+            return _decode(picture, name, preprocess)
         except _FAILURES as error:
             if isinstance(error, Undecodable):
                 raise

@@ -154,11 +154,11 @@ def _bombs() -> Iterator[Case]:
     yield "bomb/declared.tif", _tiff_declared(60_000, 60_000), "too_many_pixels"
     yield "bomb/canvas.webp", _webp_declared(16_384, 16_384), "too_many_pixels"
     text = b"Comment\0\0" + zlib.compress(b"\0" * 50_000_000, 9)
-    yield "bomb/text.png", png([b"\0" * 8] * 8, depth=8, colour=0, extra=chunk(b"zTXt", text)), "bomb"
+    yield "bomb/text.png", png([b"\0" * 8] * 8, depth=8, colour=0, extra=chunk(b"zTXt", text)), BLACK
     text = b"Comment\0\1\0\0\0" + zlib.compress(b"\0" * 50_000_000, 9)
-    yield "bomb/long_text.png", png([b"\0" * 8] * 8, depth=8, colour=0, extra=chunk(b"iTXt", text)), "bomb"
+    yield "bomb/long_text.png", png([b"\0" * 8] * 8, depth=8, colour=0, extra=chunk(b"iTXt", text)), BLACK
     profile = b"p\0\0" + zlib.compress(b"\0" * 50_000_000, 9)
-    yield "bomb/profile.png", png([b"\0" * 8] * 8, depth=8, colour=0, extra=chunk(b"iCCP", profile)), "bomb"
+    yield "bomb/profile.png", png([b"\0" * 8] * 8, depth=8, colour=0, extra=chunk(b"iCCP", profile)), BLACK
     yield "bomb/rows.png", png([b"\0" * 8] * 3_000_000, depth=8, colour=0, size=(8, 8)), BLACK
     yield "bomb/scans.jpg", make.scan_bomb(5_000), "bomb"
 

@@ -75,6 +75,8 @@ def _jpegs() -> Iterator[Case]:
     yield "jpeg/exif_garbage.jpg", make.with_segment(jpeg(), 0xE1, b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage"), QUARTERS
     yield "jpeg/exif_thumbnail.jpg", make.with_segment(jpeg(), 0xE1, b"Exif\0\0" + jpeg()), QUARTERS
     yield "jpeg/comment.jpg", make.with_segment(jpeg(), 0xFE, b"\xff\xd9 not the end"), QUARTERS
+    remark = b"Photoshop 3.0\x008BIM\x03\xed\0\0\0\0\0\x10x"
+    yield "jpeg/bad_remark.jpg", make.with_segment(jpeg(), 0xED, remark), QUARTERS
     yield "jpeg/trailing_junk.jpg", jpeg() + b"junk" * 1000, QUARTERS
     yield "jpeg/named_png.png", jpeg(), QUARTERS
     yield (
@@ -121,6 +123,8 @@ def _pngs() -> Iterator[Case]:
         png(make.pixels().reshape(HEIGHT, -1), depth=8, colour=2, extra=chunk(b"tEXt", b"a\0b")),
         QUARTERS,
     )
+    remark = chunk(b"tEXt", b"a\0b")[:-1] + b"x"
+    yield "png/bad_remark.png", png(make.pixels().reshape(HEIGHT, -1), depth=8, colour=2, extra=remark), QUARTERS
     yield "png/one_pixel.png", saved(Image.new("RGB", (1, 1), (9, 99, 199)), "PNG"), ((9, 99, 199),) * 4
     yield "png/trailing_junk.png", saved(picture, "PNG") + b"junk" * 99, QUARTERS
     yield "png/long.png", saved(make.picture(6000, 2), "PNG"), QUARTERS

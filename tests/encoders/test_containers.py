@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayclust.encoders.containers import MAX_SCANS, recognise, require_whole
+from rayclust.encoders.containers import MAX_SCANS, picture_only, recognise
 from rayclust.encoders.undecodable import Undecodable
 from tests.encoders import picture_files as make
 from tests.encoders.odd_images import odd_images
@@ -12,7 +12,7 @@ WHOLE = {"JPEG": make.jpeg(), **{name: make.saved(make.picture(), name) for name
 
 def refusal(data: bytes, name: str) -> str:
     with pytest.raises(Undecodable) as caught:
-        require_whole(data, name)
+        picture_only(data, name)
     return caught.value.reason
 
 
@@ -23,7 +23,7 @@ def test_formats_are_known_by_content(name: str) -> None:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_files_pass(name: str) -> None:
-    require_whole(WHOLE[name], name)
+    picture_only(WHOLE[name], name)
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG"])
@@ -35,12 +35,12 @@ def test_no_beginning_of_a_file_is_whole(name: str) -> None:
 
 def test_an_end_marker_inside_a_thumbnail_is_not_the_end() -> None:
     data = make.with_segment(make.jpeg(), 0xE1, b"Exif\0\0" + make.jpeg())
-    require_whole(data, "JPEG")
+    picture_only(data, "JPEG")
     assert refusal(data[:-2], "JPEG") == "truncated"
 
 
 def test_scans_are_counted() -> None:
-    require_whole(make.scan_bomb(MAX_SCANS // 2), "JPEG")
+    picture_only(make.scan_bomb(MAX_SCANS // 2), "JPEG")
     assert refusal(make.scan_bomb(MAX_SCANS + 1), "JPEG") == "bomb"
 
 
@@ -52,16 +52,22 @@ def test_every_byte_of_the_pixels_of_a_png_is_checked() -> None:
         assert refusal(changed, "PNG") == "corrupt"
 
 
-def test_damage_in_remarks_does_not_matter() -> None:
+def test_remarks_are_left_out() -> None:
     remark = make.chunk(b"tEXt", b"a\0b")
-    data = make.png([b"\0" * 8] * 8, depth=8, colour=0, extra=remark[:-1] + bytes([remark[-1] ^ 1]))
-    require_whole(data, "PNG")
+    plain, remarked = (make.png([b"\0" * 8] * 8, depth=8, colour=0, extra=extra) for extra in (b"", remark[:-1] + b"x"))
+    assert picture_only(remarked, "PNG") == plain
+    assert picture_only(plain, "PNG") is plain
+    jpeg = make.jpeg()
+    for code in (0xE2, 0xED, 0xFE):
+        assert picture_only(make.with_segment(jpeg, code, b"Photoshop 3.0\0garbage"), "JPEG") == jpeg
+    exif = make.with_segment(jpeg, 0xE1, b"Exif\0\0")
+    assert picture_only(exif, "JPEG") is exif
 
 
 def test_a_gif_needs_only_its_first_frame() -> None:
     whole = make.frames("GIF", count=9)
     first = len(make.saved(make.picture(), "GIF"))
-    require_whole(whole[: first + 60], "GIF")
+    picture_only(whole[: first + 60], "GIF")
 
 
 def test_details_name_what_was_seen() -> None:
