@@ -158,7 +158,9 @@ class TorchEncoder(ABC):
         """Inference with fixed threads and repeatable kernels; the process's own settings come back afterwards."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self._config.threads)
-        kernels = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        kernels: AbstractContextManager[Any] = nullcontext()
+        if self._device.type == "cuda":
+            kernels = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         try:
             with torch.inference_mode(), kernels:
                 yield

@@ -66,8 +66,8 @@ class ClipEncoder(TorchEncoder):
         except (OSError, ImportError, ValueError, RuntimeError) as error:
             what = " ".join(str(error).split())[:160]
             raise ConfigError(
-                f"encoder.name = {self.name}: its tokenizer cannot be loaded ({what}); fetch it into the hub's cache, "
-                f"or set label.vocabulary: none"
+                f"encoder.name = {self.name}: its tokenizer cannot be loaded ({what}); install transformers and fetch "
+                f"it into the hub's cache, or set label.vocabulary: none"
             ) from error
         return tokenizer
 
