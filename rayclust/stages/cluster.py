@@ -96,8 +96,13 @@ def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1,
     import ray
 
     connect()
+
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5)
+    def call() -> Any:  # bound methods cannot be remote themselves
+        return function(*arguments)
+
     with plain_errors():
-        return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5)(function).remote(*arguments))
+        return ray.get(call.remote())
 
 
 @contextmanager

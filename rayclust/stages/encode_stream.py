@@ -67,7 +67,8 @@ def stream(context: StageContext, todo: Sequence[Unit]) -> Iterator[tuple[int, i
 def _configure_ray_data(shape: tuple[int, int, int], batch: int) -> None:
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Errors reach the user through the command line; Ray Data would print their tracebacks besides.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     # A block holds about one chunk of pixels, so that chunks spread over encoders and flow early.

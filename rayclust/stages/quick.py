@@ -9,6 +9,7 @@ import yaml
 
 from rayclust.config import RunConfig, parse, validate
 from rayclust.errors import ArtefactError
+from rayclust.language.vocabulary import kind_of
 from rayclust.stages.pipeline import run_all
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
@@ -34,14 +35,14 @@ def quick(
         The run's URI.
     """
     tree: dict[str, Any] = {
-        "run": filesystem.absolute(out),
-        "images": {"uri": images if images.startswith("dataset:") else filesystem.absolute(images)},
+        "run": out,
+        "images": {"uri": images},
         "encoder": dict(DEFAULT_ENCODER) if encoder is None else {"name": encoder},
         "features": {"center": True},
         "method": {"name": method, "clusters": yaml.safe_load(clusters)},
     }
     text = yaml.safe_dump(tree, sort_keys=False)
-    config = parse(text, overrides)
+    config = anchored(parse(text, overrides))
     filesystem.write_bytes(filesystem.join(config.run, "RUN.yaml"), as_yaml(config).encode())
     run_all(config)
     return config.run
@@ -60,7 +61,22 @@ def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: a key or value in it is refused.
     """
     text = filesystem.read_bytes(uri).decode("utf-8", "replace")
-    return parse(text, overrides, uri)
+    return anchored(parse(text, overrides, uri))
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """The config with every local path absolute: workers do not share the directory that the command was given in."""
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    tree["run"] = filesystem.absolute(config.run)
+    if not config.images.uri.startswith("dataset:"):
+        tree["images"]["uri"] = filesystem.absolute(config.images.uri)
+    if isinstance(config.images.classes, str):
+        tree["images"]["classes"] = filesystem.absolute(config.images.classes)
+    if config.encoder.weights_uri is not None:
+        tree["encoder"]["pretrained"] = filesystem.absolute(config.encoder.weights_uri)
+    if kind_of(config.label.vocabulary) in ("text", "embeddings"):
+        tree["label"]["vocabulary"] = filesystem.absolute(config.label.vocabulary)
+    return validate(tree)
 
 
 def load_run(uri: str) -> RunConfig:

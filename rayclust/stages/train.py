@@ -102,7 +102,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     method = build(config.method, rows.dimension, rows.count, config.seed)
     store = StoredCheckpoints(run, job.digest)
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else "cpu"
-    on_row = (lambda row: board.post.remote(row)) if rank == 0 else None
+    total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
+    on_row = (lambda row: board.post.remote(row | total)) if rank == 0 else None
     every = Every(epochs=None, seconds=config.resources.checkpoint_seconds)
     trainer = Trainer(config.seed, device, on_row, store, every)
     method.fit(rows, trainer)
