@@ -1,0 +1,203 @@
+"""Names of clusters: every image votes for the words nearest to it.
+
+Votes are sums over images, so shards vote apart and their votes are added. Source: arXiv 2306.05272, Algorithm 2
+(self-labelling), with the released code's softmax scale of 100 and its five words per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+from rayclust.arrays import FloatArray, IntArray, require_matrix
+from rayclust.errors import ConfigError, ShapeError
+from rayclust.features import FeatureTransform
+
+TEMPLATES = ("a photo of a {}",)
+"""The prompt of arXiv 2306.05272."""
+SCALE, TOP = 100.0, 5
+"""Of cosines before the softmax, and words per image that count."""
+_BLOCK = 1 << 24
+"""Similarities held at once."""
+_CANDIDATES = 256
+"""Words per cluster that unique naming considers."""
+
+
+@dataclass(frozen=True)
+class ClusterName:
+    """What a cluster's images call it."""
+
+    name: str | None
+    """None where no image voted."""
+    score: float | None
+    """Mean probability that a member gives the name, in [0, 1]; larger is better."""
+    runners_up: tuple[tuple[str, float], ...]
+    """The next names and their scores, best first."""
+
+
+def encode_words(
+    encode_texts: Callable[[list[str]], NDArray[np.float32]],
+    words: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+    *,
+    normalize_each: bool = True,
+) -> NDArray[np.float32]:
+    """Words to rows, the mean over prompts.
+
+    Args:
+        encode_texts: phrases to Float32[V D], an encoder's.
+        words: V names.
+        templates: prompts with one {} each.
+        normalize_each: unit rows before the mean, as CLIP's authors do; TAC's code averages raw ones.
+
+    Returns:
+        Float32[V D], unit rows.
+
+    Raises:
+        ConfigError: no template, or one without {}.
+    """
+    for template in templates or ("",):
+        if template.count("{}") != 1:
+            raise ConfigError(f"label.templates: {template!r} must hold {{}} once, where the name goes")
+    prompts = ([template.replace("{}", word) for word in words] for template in templates)
+    rows = [encode_texts(texts).astype(np.float64) for texts in prompts]
+    mean = sum((_unit(x) if normalize_each else x for x in rows), np.zeros_like(rows[0]))
+    return _unit(mean).astype(np.float32)
+
+
+def cluster_votes(
+    embeddings: FloatArray,
+    clusters: IntArray,
+    nouns: FloatArray,
+    count: int,
+    *,
+    transform: FeatureTransform | None = None,
+    scale: float = SCALE,
+    top: int = TOP,
+) -> sparse.csr_array:
+    """What some images vote for; add the results of all shards.
+
+    Each image spreads softmax(scale · cosine) over all words, and its `top` largest probabilities count. Equal words
+    share their probability; of equal probabilities the first words count.
+
+    Args:
+        embeddings: Float[B D].
+        clusters: Int[B], 0 to count − 1; images of −1 do not vote.
+        nouns: Float[V D].
+        count: K.
+        transform: what images go through first, e.g. centring at the data set's mean; None makes unit rows.
+        scale: of cosines; CLIP's own is 100.
+        top: words per image.
+
+    Returns:
+        Float64[K V], sparse, at most `top` entries per image.
+
+    Raises:
+        ShapeError: widths or lengths differ, or a cluster is out of range.
+    """
+    require_matrix(nouns, "nouns")
+    require_matrix(embeddings, "embeddings", nouns.shape[1])
+    if len(clusters) != len(embeddings):
+        raise ShapeError(f"clusters have length {len(clusters)}: {len(embeddings)} are needed, one per embedding")
+    if len(clusters) and not -1 <= int(np.min(clusters)) <= int(np.max(clusters)) < count:
+        raise ShapeError(
+            f"clusters run from {np.min(clusters)} to {np.max(clusters)}: from -1 to {count - 1} are possible"
+        )
+    words = _unit(nouns.astype(np.float32)).T
+    votes = sparse.csr_array((count, len(nouns)), dtype=np.float64)
+    block = max(1, _BLOCK // len(nouns))
+    member = np.flatnonzero(clusters >= 0)
+    for start in range(0, len(member), block):
+        rows = member[start : start + block]
+        x = embeddings[rows].astype(np.float32)
+        logits = scale * ((_unit(x) if transform is None else transform(x)) @ words)
+        image, word, mass = _largest(logits, min(top, len(nouns)))
+        cells = (clusters[rows][image], word)
+        votes = votes + sparse.csr_array((mass, cells), shape=votes.shape)
+    return votes
+
+
+def name_clusters(
+    votes: sparse.csr_array, sizes: IntArray, words: Sequence[str], *, unique: bool = False, runners_up: int = 5
+) -> list[ClusterName]:
+    """Names from votes.
+
+    By default two clusters may get one name: that is what a class split in two looks like. With `unique`, names are
+    given so that the sum of scores is largest and none comes twice.
+
+    Args:
+        votes: Float64[K V], the sum over all shards.
+        sizes: Int[K], members of each cluster.
+        words: V names.
+        unique: each name once. A cluster for which no word is left keeps its best with a number behind it.
+        runners_up: how many more names to list.
+
+    Returns:
+        K names, in the order of clusters.
+
+    Raises:
+        ShapeError: sizes differ.
+    """
+    if votes.shape != (len(sizes), len(words)):
+        raise ShapeError(f"votes have shape {votes.shape}: {(len(sizes), len(words))} are needed")
+    votes = sparse.csr_array(votes)
+    votes.sort_indices()
+    shares = [_ranked(votes, cluster, int(sizes[cluster])) for cluster in range(len(sizes))]
+    chosen = _matched(shares, len(words)) if unique else [ranked[0][0] if ranked else None for ranked in shares]
+    names, given = [], dict[str, int]()
+    for ranked, word in zip(shares, chosen, strict=True):
+        if not ranked:
+            names.append(ClusterName(None, None, ()))
+            continue
+        best = ranked[0][0] if word is None else word
+        name = words[best]
+        if word is None:
+            given[name] = given.get(name, 1) + 1
+            name = f"{name} ({given[name]})"
+        rest = tuple((words[other], score) for other, score in ranked if other != best)
+        names.append(ClusterName(name, dict(ranked)[best], rest[:runners_up]))
+    return names
+
+
+def _unit(rows: FloatArray) -> FloatArray:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1.0)
+
+
+def _largest(logits: FloatArray, top: int) -> tuple[IntArray, IntArray, FloatArray]:
+    """The `top` largest softmax probabilities of each row: its row, column and value. Of equal ones the first."""
+    least = np.partition(logits, -top, axis=1)[:, -top]
+    row, column = np.nonzero(logits >= least[:, None])
+    level = logits[row, column] == least[row]
+    # Where more words than room share the last place, the first of them get it.
+    room = top - np.bincount(row[~level], minlength=len(logits))
+    before = np.concatenate([[0], np.cumsum(level)])
+    place = before[:-1] - before[np.searchsorted(row, row)]
+    kept = ~level | (place < room[row])
+    row, column = row[kept], column[kept]
+    mass = np.exp(logits - logits.max(1, keepdims=True))
+    return row, column, mass[row, column].astype(np.float64) / mass.sum(1, dtype=np.float64)[row]
+
+
+def _ranked(votes: sparse.csr_array, cluster: int, size: int) -> list[tuple[int, float]]:
+    """Words of one cluster with their scores, best first, of equal ones the first word first."""
+    place = slice(votes.indptr[cluster], votes.indptr[cluster + 1])
+    words, masses = votes.indices[place], votes.data[place]
+    order = np.lexsort((words, -masses))[:_CANDIDATES]
+    return [(int(words[i]), float(masses[i] / max(size, 1))) for i in order]
+
+
+def _matched(shares: list[list[tuple[int, float]]], width: int) -> list[int | None]:
+    """One word per cluster, none twice, the sum of scores being largest; None where no word is left."""
+    cells = [(k, word, score) for k, ranked in enumerate(shares) for word, score in ranked if score > 0]
+    # A column of its own, worth next to nothing, lets a cluster go without a word.
+    cells += [(k, width + k, 1e-9) for k in range(len(shares))]
+    rows, columns, scores = zip(*cells, strict=True)
+    matrix = sparse.csr_array((np.array(scores), (rows, columns)), shape=(len(shares), width + len(shares)))
+    _, given = min_weight_full_bipartite_matching(matrix, maximize=True)
+    return [int(word) if word < width else None for word in given]

@@ -1,0 +1,142 @@
+"""The words that clusters can be named by."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rayclust.arrays import FloatArray, require_matrix
+from rayclust.errors import ConfigError, DataError
+
+Kind = Literal["auto", "none", "imagenet", "wordnet", "embeddings", "text"]
+
+LONGEST = 200
+"""Characters of one name; a longer line is not a list of names."""
+_HEADERS = ("word", "lemma", "name", "label", "noun")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Distinct words, and their rows where they come with them."""
+
+    words: tuple[str, ...]
+    """V names as they are shown: spaces for underscores, the first of those that differ in case only."""
+    embeddings: FloatArray | None = None
+    """Float32[V D] in the images' space; None: the encoder's text tower makes them."""
+
+
+def kind_of(value: str) -> Kind:
+    """What `label.vocabulary` asks for: one of its words, a parquet file of words with embeddings, or a text file."""
+    if value in ("auto", "none", "imagenet", "wordnet"):
+        return value  # type: ignore[return-value]
+    return "embeddings" if value.lower().endswith((".parquet", ".pq")) else "text"
+
+
+def from_text(data: bytes, source: str) -> Vocabulary:
+    """A list of names: one a line, or the column `word`, `lemma` or `name` of a .csv or .tsv file with a header.
+
+    Blank lines and lines that begin with # are skipped. `nan` and `null` are words like others.
+
+    Args:
+        data: the file, UTF-8.
+        source: its path or URI; its suffix tells tables from lists, and messages name it.
+
+    Raises:
+        DataError: not UTF-8, no column of names, a line too long to be a name, or no name at all.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"label.vocabulary = {source}: byte {error.start} is not UTF-8; save the list as UTF-8 text"
+        ) from error
+    if "\0" in text:
+        raise DataError(f"label.vocabulary = {source}: holds zero bytes, so it is no text; one name a line is expected")
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(source[-4:].lower())
+    lines = text.splitlines() if delimiter is None else _column(text, delimiter, source)
+    return Vocabulary(_distinct((line for line in lines if not line.lstrip().startswith("#")), source))
+
+
+def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) -> Vocabulary:
+    """Names that come with their rows, for encoders without a text tower.
+
+    Args:
+        words: V names; of equal ones the first counts.
+        embeddings: Float[V D], in the space in which images will be compared with them (centred, if they will be).
+        source: path or URI, for messages.
+
+    Raises:
+        DataError: lengths differ, or a value is not finite.
+        ShapeError: `embeddings` is no matrix.
+    """
+    require_matrix(embeddings, f"embeddings of {source}")
+    if len(words) != len(embeddings):
+        raise DataError(
+            f"label.vocabulary = {source}: {len(words)} words but {len(embeddings)} rows; one row a word is needed"
+        )
+    finite = np.isfinite(embeddings).all(axis=1)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise DataError(f"label.vocabulary = {source}: the row of {words[first]!r} is not finite; remove it")
+    shown = [_shown(word or "") for word in words]
+    kept: dict[str, int] = {}
+    for index, word in enumerate(shown):
+        if word:
+            kept.setdefault(word.casefold(), index)
+    if not kept:
+        raise DataError(f"label.vocabulary = {source}: holds no name")
+    indices = list(kept.values())
+    return Vocabulary(tuple(shown[i] for i in indices), embeddings[indices].astype(np.float32))
+
+
+def imagenet() -> Vocabulary:
+    """The names of ImageNet's 1,000 classes as open_clip words them; equal names count once."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return Vocabulary(_distinct(IMAGENET_CLASSNAMES, "imagenet"))
+
+
+def wordnet_refusal() -> ConfigError:
+    """The error for `wordnet`, whose nouns are not shipped: what to fetch and where to put it."""
+    return ConfigError(
+        "label.vocabulary = wordnet: its nouns are not shipped: fetch a list of them, one a line (the noun lemmas of "
+        "Open English WordNet 2022, CC BY 4.0, or TAC's WordNetNouns.csv), and set label.vocabulary to its path or URI"
+    )
+
+
+def _column(text: str, delimiter: str, source: str) -> list[str]:
+    rows = csv.reader(io.StringIO(text), delimiter=delimiter)
+    header = [cell.strip().lower() for cell in next(rows, [])]
+    place = next((header.index(name) for name in _HEADERS if name in header), None)
+    if place is None:
+        raise DataError(
+            f"label.vocabulary = {source}: no column of names among {', '.join(header) or 'nothing'}; call it `word`"
+        )
+    try:
+        return [row[place] for row in rows if len(row) > place]
+    except csv.Error as error:
+        raise DataError(f"label.vocabulary = {source}: line {rows.line_num} cannot be read ({error})") from error
+
+
+def _distinct(lines: Iterable[str], source: str) -> tuple[str, ...]:
+    words: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        word = _shown(line)
+        if len(word) > LONGEST:
+            raise DataError(
+                f"label.vocabulary = {source}: name {number} has {len(word)} characters; {LONGEST} at most, one a line"
+            )
+        if word:
+            words.setdefault(word.casefold(), word)
+    if not words:
+        raise DataError(f"label.vocabulary = {source}: holds no name; one name a line is expected")
+    return tuple(words.values())
+
+
+def _shown(word: str) -> str:
+    return " ".join(word.replace("_", " ").split())
