@@ -38,10 +38,12 @@ class Memory:
         return self.kept[-1] if self.kept else None
 
 
-def fitted(x: Tensor, store: Memory | None = None, **options: Any) -> tuple[KMeans, list[dict[str, Any]]]:
+def fitted(
+    x: Tensor, store: Memory | None = None, every: Every | None = None, **options: Any
+) -> tuple[KMeans, list[dict[str, Any]]]:
     config = KMeansConfig(**{"clusters": 8, "restarts": 3, "tolerance": 0.0} | options)
     method = build(config, x.shape[1], len(x), seed=4)
-    trainer = Trainer(4, store=store, every=Every(epochs=1))
+    trainer = Trainer(4, store=store, every=every or Every(epochs=1))
     method.fit(ArrayRows(x), trainer)
     assert isinstance(method, KMeans)
     return method, trainer.history
@@ -99,6 +101,17 @@ def test_killed_anywhere_it_goes_on_to_the_same_end():
         again, rows = fitted(x, memory)
         assert torch.allclose(again.centers, whole.centers, atol=1e-6)
         assert [row["inertia"] for row in rows] == pytest.approx([row["inertia"] for row in history])
+
+
+def test_keeps_checkpoints_by_the_clock_or_by_the_count():
+    kept = {}
+    for every in (Every(epochs=1), Every(epochs=2), Every(None, seconds=0.0), Every(None, seconds=1e9), Every(None)):
+        fitted(planted(), store := Memory(), every)
+        kept[every] = len(store.kept)
+    passes, halves, always, late, never = kept.values()
+    assert passes == always > 1
+    assert halves == passes // 2
+    assert late == never == 0
 
 
 def test_refuses_a_checkpoint_of_other_sizes():
