@@ -7,7 +7,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"KMeans": "rayclust.estimators", "TEMI": "rayclust.estimators"}
+_LAZY = {
+    "KMeans": "rayclust.estimators",
+    "TEMI": "rayclust.estimators",
+    "run": "rayclust.stages.python",
+    "load": "rayclust.stages.python",
+}
 """Names that are imported when first asked for, so that `import rayclust` stays free of torch."""
 
 
