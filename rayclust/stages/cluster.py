@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, RayclustError
+
+if TYPE_CHECKING:  # workers that only read and write do without what the config brings: torch
+    from rayclust.config import RunConfig
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,10 @@ def stream(context: StageContext, todo: Sequence[Unit]) -> Iterator[tuple[int, i
     import ray
     import ray.data
 
-    from rayclust.stages.encode_workers import EncodeChunks, ReadAndDecode, ShardWriter, chunk_rows
+    from rayclust.stages.decode_worker import ReadAndDecode
+    from rayclust.stages.encode_worker import EncodeChunks, chunk_rows
     from rayclust.stages.models import encoder_shape
+    from rayclust.stages.shard_writer import ShardWriter
 
     config = context.config
     encoders = encode_workers(config)
@@ -46,7 +48,7 @@ def stream(context: StageContext, todo: Sequence[Unit]) -> Iterator[tuple[int, i
     share = min(1.0, int(100 * cpus() / (encoders + decoders)) / 100)
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
         ReadAndDecode,
-        fn_constructor_kwargs={"config": config, "preprocess": preprocess},
+        fn_constructor_kwargs={"rows": chunk_rows(config), "preprocess": preprocess},
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=decoders),
         num_cpus=share if not gpus else 1,
         batch_size=1,

@@ -23,6 +23,7 @@ from rayclust import collectives
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
 from rayclust.methods import build
+from rayclust.stages.board import Board
 from rayclust.stages.cluster import connect, cpus, plain_errors, train_workers
 from rayclust.stages.models import save_method
 from rayclust.stages.outputs import Outputs, put_table
@@ -164,21 +165,6 @@ class StoredCheckpoints:
         """Steps with a state, in order."""
         found = filesystem.walk(self._folder, suffixes=("state.json",), missing_ok=True)
         return sorted(int(file.key[5:14]) for file in found)
-
-
-class Board:
-    """Where worker 0 posts its newest row of metrics; a Ray actor."""
-
-    def __init__(self) -> None:
-        self._row: dict[str, Any] | None = None
-
-    def post(self, row: dict[str, Any]) -> None:
-        """Takes a row."""
-        self._row = row
-
-    def read(self) -> dict[str, Any] | None:
-        """The newest row."""
-        return self._row
 
 
 class _Watch:

@@ -1,0 +1,59 @@
+"""The end of encode inside a Ray worker: gathers each shard's chunks and writes the shard when it is whole."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from rayclust.stages.shards import write_shard
+from rayclust.stages.units import Unit, write_marker
+from rayclust.store.layout import Run
+
+
+class ShardWriter:
+    """Gathers the chunks of each shard and writes it when it is whole; a Ray actor.
+
+    A chunk that comes twice (its worker died after sending) is taken once. If the writer itself dies, its unfinished
+    shards have no marker and the driver sends them through again.
+    """
+
+    def __init__(self, run: str, dimension: int) -> None:
+        self._run, self._dimension = Run(run), dimension
+        self._open: dict[str, dict[int, tuple[Any, ...]]] = {}
+        self._lengths: dict[str, int] = {}
+        self._written: set[str] = set()
+
+    def add(
+        self, unit: str, chunk: int, last: bool, records: list[Any], rejects: list[Any], embeddings: np.ndarray
+    ) -> None:
+        """Takes one chunk of the shard that `unit` names."""
+        if unit in self._written:
+            return
+        chunks = self._open.setdefault(unit, {})
+        chunks[chunk] = (records, rejects, np.array(embeddings))
+        if last:
+            self._lengths[unit] = chunk + 1
+        if len(chunks) == self._lengths.get(unit):
+            self._write(unit, [chunks[number] for number in range(len(chunks))])
+            self._written.add(unit)
+            del self._open[unit], self._lengths[unit]
+
+    def _write(self, unit: str, chunks: list[tuple[Any, ...]]) -> None:
+        named = json.loads(unit)
+        records = [record for kept, _, _ in chunks for record in kept]
+        shard = Unit(named["index"], named["digest"])
+        result = write_shard(
+            self._run,
+            shard,
+            named["row_start"],
+            records,
+            np.concatenate([embeddings for _, _, embeddings in chunks]),
+            [reject for _, rejects, _ in chunks for reject in rejects],
+        )
+        write_marker(self._run.shard_manifest(shard.index), shard, result)
+
+    def ping(self) -> bool:
+        """Answers once the actor is up."""
+        return True
