@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from rayclust.config import RunConfig
+from rayclust.encoders.decode import Preprocess
 from rayclust.errors import ArtefactError, DataError
 from rayclust.stages.cluster import connect, plain_errors
 from rayclust.stages.encode_stream import stream
 from rayclust.stages.inputs import input_shards
+from rayclust.stages.models import encoder_shape
 from rayclust.stages.outputs import drop_stale_parts
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.progress import Progress
@@ -81,8 +83,12 @@ def _encode_images(context: StageContext, units: list[Unit]) -> list[UnitResult]
     """Sends unfinished shards through until none is left; a lost writer's shards go round again."""
     idle, done = 0, finished(context.run, "encode", units)
     report_resume("encode", len(units), len(done))
+    if len(done) < len(units):
+        # Loaded here first: weights that are missing or do not fit are one line at once, not many workers' failures.
+        shape = encoder_shape(context.config)
+        connect()
     while len(done) < len(units):
-        _one_pass(context, units, done)
+        _one_pass(context, units, done, shape)
         before, done = len(done), finished(context.run, "encode", units)
         idle = 0 if len(done) > before else idle + 1
         if idle == ROUNDS:
@@ -93,14 +99,16 @@ def _encode_images(context: StageContext, units: list[Unit]) -> list[UnitResult]
     return [done[unit.index] for unit in units]
 
 
-def _one_pass(context: StageContext, units: Sequence[Unit], done: dict[int, UnitResult]) -> None:
-    connect()
+def _one_pass(
+    context: StageContext, units: Sequence[Unit], done: dict[int, UnitResult], shape: tuple[Preprocess, int]
+) -> None:
     total = sum(unit.size for unit in units) if all(unit.payload.count for unit in units) else None
     resumed = sum(result.counts["rows"] + result.counts["rejects"] for result in done.values())
     rejected = sum(result.counts["rejects"] for result in done.values())
+    todo = [unit for unit in units if unit.index not in done]
     with plain_errors(), Progress("encode", "images", total, resumed) as progress:
         progress.advance(note=f"{rejected} rejects")
-        for images, newly_rejected in stream(context, [unit for unit in units if unit.index not in done]):
+        for images, newly_rejected in stream(context, todo, *shape):
             rejected += newly_rejected
             progress.advance(images + newly_rejected, f"{rejected:,} rejects")
             _stop_early(context.config, rejected, total)

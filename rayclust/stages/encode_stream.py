@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
+from rayclust.encoders.decode import Preprocess
 from rayclust.stages.cluster import cpus, encode_workers
 from rayclust.stages.inputs import input_shards
 from rayclust.stages.pipeline import StageContext
@@ -16,12 +17,16 @@ from rayclust.store import filesystem
 from rayclust.store.sources import Shard
 
 
-def stream(context: StageContext, todo: Sequence[Unit]) -> Iterator[tuple[int, int]]:
+def stream(
+    context: StageContext, todo: Sequence[Unit], preprocess: Preprocess, dimension: int
+) -> Iterator[tuple[int, int]]:
     """Encodes the unfinished shards.
 
     Args:
         context: of the encode stage.
         todo: shards without a marker.
+        preprocess: what the encoder takes.
+        dimension: D.
 
     Yields:
         (images, rejects) of chunks that have been handed to their shard's writer.
@@ -31,15 +36,12 @@ def stream(context: StageContext, todo: Sequence[Unit]) -> Iterator[tuple[int, i
 
     from rayclust.stages.decode_worker import ReadAndDecode
     from rayclust.stages.encode_worker import EncodeChunks, chunk_rows
-    from rayclust.stages.models import encoder_shape
     from rayclust.stages.shard_writer import ShardWriter
 
     config = context.config
     encoders = encode_workers(config)
     wanted = config.resources.decode_workers
     decoders = max(1, cpus() // 2) if wanted == "auto" else wanted
-    # Loaded here first: weights that are missing or do not fit are one line at once, not many workers' failures.
-    preprocess, dimension = encoder_shape(config)
     Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardWriter)
     writers = [Writer.remote(config.run, dimension) for _ in range(max(1, encoders // 4))]
     _configure_ray_data(preprocess.shape, chunk_rows(config))

@@ -87,15 +87,13 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> bool:
-    """Waits for a condition; False if the process ended before it held."""
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
+    """Waits for a condition that must hold before the process ends."""
     deadline = time.monotonic() + seconds
     while not condition():
-        if process.poll() is not None:
-            return condition()
+        assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
         assert time.monotonic() < deadline, "the awaited state never came"
         time.sleep(0.02)
-    return True
 
 
 def descendants(pid: int) -> dict[int, str]:

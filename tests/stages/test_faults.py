@@ -99,14 +99,14 @@ def test_a_killed_driver_and_a_killed_session_go_on_where_they_were(inputs: Path
     line = ("run", config(inputs, run))
 
     first = start(*line)
-    assert wait_until(lambda: markers(run) >= 3, first)
+    wait_until(lambda: markers(run) >= 3, first)
     kill(first.pid)
     first.wait()
     done_before = markers(run)
     assert done_before < 3 * PER_CLASS // 16
 
     second = start(*line)
-    assert wait_until(lambda: checkpoints(run) >= 1, second)
+    wait_until(lambda: checkpoints(run) >= 1, second)
     everything = [second.pid, *descendants(second.pid)]
     kill(*everything)
     output = second.communicate()[0]
@@ -122,11 +122,11 @@ def test_a_killed_driver_and_a_killed_session_go_on_where_they_were(inputs: Path
 def test_killed_workers_are_replaced_within_the_same_command(inputs: Path, undisturbed: Path, tmp_path: Path):
     run = tmp_path / "run"
     process = start("run", config(inputs, run))
-    assert wait_until(lambda: markers(run) >= 2, process)
+    wait_until(lambda: markers(run) >= 2, process)
     encoders = workers(process, "EncodeChunks", "ReadAndDecode", "ShardWriter", "MapWorker")
     assert encoders
     kill(*encoders)
-    assert wait_until(lambda: checkpoints(run) >= 1, process)
+    wait_until(lambda: checkpoints(run) >= 1, process)
     trainers = workers(process, "RayTrainWorker")
     assert trainers
     kill(*trainers)
