@@ -31,13 +31,13 @@ class Slot:
     """A parameter and what follows it, all of one shape and contiguous."""
 
     value: Tensor
-    """Float32."""
+    """Float32 or Float64, as the next three."""
     mean: Tensor
-    """Float32, moving average of the gradient."""
+    """Moving average of the gradient."""
     square: Tensor
-    """Float32, moving average of its square."""
+    """Moving average of its square."""
     follower: Tensor
-    """Float32, moving average of the value."""
+    """Moving average of the value."""
     copies: tuple[Tensor, Tensor] | None = None
     """BFloat16 of value and follower, written; a multiple of 16 numbers, 32 bytes aligned."""
 
@@ -54,27 +54,32 @@ def adamw(slot: Slot, gradient: Tensor, options: AdamW) -> None:
 
     Args:
         slot: the parameter.
-        gradient: Float32 or, for a slot of a multiple of 16 numbers, BFloat16; of the parameter's size.
+        gradient: of the parameter's size and dtype or, for a slot of a multiple of 16 numbers, BFloat16.
         options: the step's numbers.
     """
+    if slot.value.dtype == torch.float32 and _compiled(slot, gradient, options):
+        return
+    o, wide = options, gradient.to(slot.value.dtype).view_as(slot.value)
+    torch._fused_adamw_(
+        [slot.value], [wide], [slot.mean], [slot.square], [], [torch.tensor(float(o.step))],
+        lr=o.learning_rate, beta1=o.momentum, beta2=o.square_momentum, weight_decay=o.weight_decay, eps=o.epsilon,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    slot.follower.lerp_(slot.value, o.follow)
+    for copy, source in zip(slot.copies or (), (slot.value, slot.follower), strict=False):
+        copy.copy_(source)
+
+
+def _compiled(slot: Slot, gradient: Tensor, options: AdamW) -> bool:
     o = options
     rate = o.learning_rate / (1.0 - o.momentum**o.step)
     correction = (1.0 - o.square_momentum**o.step) ** -0.5
     shrink = 1.0 - o.learning_rate * o.weight_decay
-    numbers = _Numbers(rate, correction, shrink, 1.0 - o.momentum, 1.0 - o.square_momentum, o.epsilon, o.follow)
+    fresh = 1.0 - o.momentum, 1.0 - o.square_momentum
+    numbers = _Numbers(rate, correction, shrink, *fresh, o.epsilon, o.follow)
     state = _pointers(slot.value, slot.mean, slot.square, slot.follower)
-    narrow = gradient.dtype == torch.bfloat16
-    gradients = (None, gradient) if narrow else (gradient, None)
-    if call("adamw", state, *gradients, _pointers(*(slot.copies or (None, None))), numbers, slot.value.numel()):
-        return
-    wide = gradient.view_as(slot.value).float()
-    slot.mean.lerp_(wide, 1.0 - o.momentum)
-    slot.square.mul_(o.square_momentum).addcmul_(wide, wide, value=1.0 - o.square_momentum)
-    length = slot.square.sqrt().mul_(correction).add_(o.epsilon)
-    slot.value.mul_(shrink).addcdiv_(slot.mean, length, value=-rate)
-    slot.follower.lerp_(slot.value, o.follow)
-    for copy, source in zip(slot.copies or (), (slot.value, slot.follower), strict=False):
-        copy.copy_(source)
+    gradients = (None, gradient) if gradient.dtype == torch.bfloat16 else (gradient, None)
+    return call("adamw", state, *gradients, _pointers(*(slot.copies or (None, None))), numbers, slot.value.numel())
 
 
 def _pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:

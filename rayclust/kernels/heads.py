@@ -1,90 +1,90 @@
 """Passes over the activations and weights of one clustering head, with one column per row of the batch.
 
-Every function writes into tensors that the caller holds, so that a step allocates nothing. Activations are bf16 of
-Float[F R] with R a multiple of 2·BLOCK, biases and their gradients float32. Sums are float32.
+Every function writes into tensors that the caller holds, so that a step allocates little. *Narrow* below is the dtype
+of matrix products, BFloat16, Float32 or Float64; *wide* is that of parameters and sums, Float32 or Float64. The
+compiled forms are for bf16 and want the number of columns to be a multiple of BLOCK, other widths one of LANES.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rayclust.kernels.native import call
 
 BLOCK = 64
-"""Columns that a compiled pass holds in the cache together; the batch is padded to a multiple."""
+"""Columns that a compiled pass holds in the cache together."""
 LANES = 16
-"""Widths of hidden layers must be a multiple, for aligned rows."""
+"""Numbers that it handles at once."""
 SHORTEST = 1e-12
 """Lengths are not divided by less."""
 
+_aten = torch.ops.aten
 
-def gelu(product: Tensor, bias: Tensor, hidden: Tensor, slope: Tensor | None) -> None:
-    """`hidden` ← GELU(product + bias), and its derivative into `slope`.
+
+def gelu(product: Tensor, bias: Tensor, hidden: Tensor, kept: Tensor | None) -> None:
+    """`hidden` ← GELU(product + bias).
 
     Args:
-        product: BFloat16[F R].
-        bias: Float32[F].
-        hidden: BFloat16[F R], written.
-        slope: BFloat16[F R], written, or None where no gradient follows.
+        product: Narrow[F R].
+        bias: Wide[F].
+        hidden: Narrow[F R], written.
+        kept: Narrow[F R], written: what `gelu_backward` wants to know; or None where no gradient follows.
     """
-    if call("gelu", product, bias, hidden, slope, *product.shape):
+    if _is_bf16(product) and call("gelu", product, bias, hidden, kept, *product.shape):
         return
-    x = product.float() + bias[:, None]
-    hidden.copy_(functional.gelu(x))
-    if slope is not None:
-        slope.copy_(torch.ops.aten.gelu_backward(torch.ones_like(x), x))
+    x = torch.add(product, bias.to(product.dtype)[:, None], out=product if kept is None else kept)
+    _aten.gelu.out(x, out=hidden)
 
 
-def gelu_backward(gradient: Tensor, slope: Tensor, bias_gradient: Tensor) -> None:
-    """`gradient` ← gradient · slope, and its sum over the rows of the batch into `bias_gradient`, Float32[F]."""
-    if call("gelu_backward", gradient, slope, bias_gradient, *gradient.shape):
+def gelu_backward(gradient: Tensor, kept: Tensor, bias_gradient: Tensor) -> None:
+    """`gradient` of `hidden` ← that of the product, and its sum over the batch into `bias_gradient`, Wide[F]."""
+    if _is_bf16(gradient) and call("gelu_backward", gradient, kept, bias_gradient, *gradient.shape):
         return
-    product = gradient.float() * slope.float()
-    gradient.copy_(product)
-    torch.sum(product, dim=1, out=bias_gradient)
+    _aten.gelu_backward.grad_input(gradient, kept, grad_input=gradient)
+    torch.sum(gradient, dim=1, dtype=bias_gradient.dtype, out=bias_gradient)
 
 
 def unit_columns(x: Tensor, bias: Tensor, inverse: Tensor) -> None:
-    """`x` ← (x + bias) / ‖x + bias‖ of each column, and the reciprocal lengths into `inverse`, Float32[R]."""
-    if call("unit_columns", x, bias, inverse, *x.shape):
+    """`x` ← (x + bias) / ‖x + bias‖ of each column, and the reciprocal lengths into `inverse`, Wide[R]."""
+    if _is_bf16(x) and call("unit_columns", x, bias, inverse, *x.shape):
         return
-    wide = x.float() + bias[:, None]
-    torch.reciprocal(torch.linalg.vector_norm(wide, dim=0).clamp(min=SHORTEST), out=inverse)
-    x.copy_(wide * inverse)
+    wide = x + bias[:, None]
+    torch.reciprocal(wide.square().sum(0).sqrt_().clamp_(min=SHORTEST), out=inverse)
+    torch.mul(wide, inverse, out=wide)
+    x.copy_(wide)
 
 
 def unit_columns_backward(gradient: Tensor, unit: Tensor, inverse: Tensor, bias_gradient: Tensor) -> None:
     """`gradient` of unit columns ← that of the columns before, and its sum over the batch into `bias_gradient`."""
-    if call("unit_columns_backward", gradient, unit, inverse, bias_gradient, *gradient.shape):
+    if _is_bf16(gradient) and call("unit_columns_backward", gradient, unit, inverse, bias_gradient, *gradient.shape):
         return
-    wide, direction = gradient.float(), unit.float()
-    wide = inverse * (wide - direction * (wide * direction).sum(0))
-    gradient.copy_(wide)
+    wide, direction = gradient.to(inverse.dtype), unit.to(inverse.dtype)
+    wide = (wide - direction * (wide * direction).sum(0)).mul_(inverse)
     torch.sum(wide, dim=1, out=bias_gradient)
+    gradient.copy_(wide)
 
 
 def transpose(x: Tensor, transposed: Tensor) -> None:
-    """`transposed` ← xᵀ, contiguous, for BFloat16[O I]."""
-    if not call("transpose", x, transposed, *x.shape):
+    """`transposed` ← xᵀ, contiguous, for Narrow[O I]."""
+    if not (_is_bf16(x) and call("transpose", x, transposed, *x.shape)):
         transposed.copy_(x.T)
 
 
 def scaled_rows(
-    direction: Tensor, scale: Tensor, factor: float, weights: Tensor, transposed: Tensor | None, inverse: Tensor
+    layer: tuple[Tensor, Tensor], factor: float, weights: Tensor, transposed: Tensor | None, inverse: Tensor
 ) -> None:
     """`weights` ← factor · scale · direction / ‖direction‖ of each row: a weight-normalised layer over a temperature.
 
     Args:
-        direction: Float32[K F].
-        scale: Float32[K], g.
+        layer: direction, Wide[K F], and scale g, Wide[K].
         factor: 1/τ.
-        weights: BFloat16[K F], written.
-        transposed: BFloat16[F K], written, or None.
-        inverse: Float32[K], reciprocal lengths, written.
+        weights: Narrow[K F], written.
+        transposed: Narrow[F K], written, or None.
+        inverse: Wide[K], reciprocal lengths, written.
     """
-    if call("scaled_rows", direction, scale, float(factor), weights, transposed, inverse, *direction.shape):
+    direction, scale = layer
+    if _is_bf16(weights) and call("scaled_rows", *layer, float(factor), weights, transposed, inverse, *weights.shape):
         return
     torch.reciprocal(torch.linalg.vector_norm(direction, dim=1).clamp(min=SHORTEST), out=inverse)
     weights.copy_(direction * (inverse * scale * factor)[:, None])
@@ -93,25 +93,26 @@ def scaled_rows(
 
 
 def scaled_rows_backward(
-    gradient: Tensor,
-    layer: tuple[Tensor, Tensor],
-    inverse: Tensor,
-    factor: float,
-    out: tuple[Tensor, Tensor],
+    gradient: Tensor, layer: tuple[Tensor, Tensor], inverse: Tensor, factor: float, out: tuple[Tensor, Tensor]
 ) -> None:
     """Gradients of direction and scale from that of `scaled_rows`' weights.
 
     Args:
-        gradient: BFloat16[K F].
-        layer: direction and scale as given to `scaled_rows`.
-        inverse: Float32[K], from `scaled_rows`.
+        gradient: Narrow[K F].
+        layer: as given to `scaled_rows`.
+        inverse: Wide[K], from `scaled_rows`.
         factor: 1/τ.
-        out: Float32[K F] and Float32[K], written.
+        out: Wide[K F] and Wide[K], written.
     """
-    direction, scale = layer
-    if call("scaled_rows_backward", gradient, direction, scale, inverse, float(factor), *out, *direction.shape):
+    sizes = gradient.shape
+    if _is_bf16(gradient) and call("scaled_rows_backward", gradient, *layer, inverse, float(factor), *out, *sizes):
         return
-    unit, wide = direction * inverse[:, None], gradient.float()
+    direction, scale = layer
+    unit, wide = direction * inverse[:, None], gradient.to(direction.dtype)
     cosine = (unit * wide).sum(1)
     torch.mul(cosine, factor, out=out[1])
-    torch.mul((wide - unit * cosine[:, None]), (scale * factor * inverse)[:, None], out=out[0])
+    torch.mul(wide - unit * cosine[:, None], (scale * factor * inverse)[:, None], out=out[0])
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16

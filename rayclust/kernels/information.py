@@ -1,4 +1,4 @@
-"""Softmax of one head's teacher, and loss and gradient of its student, from logits of Float[K R].
+"""Softmax of one head's teacher, and loss and gradient of its student, from logits of Narrow[K R].
 
 The two views of B rows stand side by side: row i in the columns i and R/2 + i, with padding behind the last row of
 each view. Losses and formulas are those of losses/information.py.
@@ -20,13 +20,13 @@ class Logits:
     """Logits of one head over its temperature."""
 
     values: Tensor
-    """BFloat16[K R]."""
+    """Narrow[K R]; see kernels/heads.py."""
     bound: float
     """What no logit exceeds in size."""
 
 
 def scratch(clusters: int) -> Tensor:
-    """Room that the functions below work in, one for each thread."""
+    """Room that the compiled functions below work in, one for each thread."""
     return torch.empty(2, clusters, BLOCK, dtype=torch.bfloat16)
 
 
@@ -37,16 +37,17 @@ def teacher_softmax(logits: Logits, room: Tensor, rows: int, out: tuple[Tensor, 
         logits: of the teacher.
         room: from `scratch`.
         rows: B, without padding.
-        out: written: log-sum-exp of each column, Float32[R]; Σ of the probabilities over rows and views, Float32[K];
-            the probability that a row's views fall into one cluster, Float32[R/2], of padding undefined.
+        out: written: log-sum-exp of each column, Wide[R]; Σ of the probabilities over rows and views, Wide[K];
+            the probability that a row's views fall into one cluster, Wide[R/2], of padding undefined.
     """
     normalizer, sums, agreement = out
     values = logits.values
-    if call("teacher_softmax", values, room, *out, float(logits.bound), rows, *values.shape):
+    narrow = values.dtype == torch.bfloat16
+    if narrow and call("teacher_softmax", values, room, *out, float(logits.bound), rows, *values.shape):
         return
-    wide = values.float()
+    wide = values.to(normalizer.dtype)
     torch.logsumexp(wide, dim=0, out=normalizer)
-    probabilities = (wide - normalizer).exp().view(len(wide), 2, -1)[..., :rows]
+    probabilities = (wide - normalizer).exp_().view(len(wide), 2, -1)[..., :rows]
     torch.sum(probabilities, dim=(1, 2), out=sums)
     torch.sum(probabilities.prod(1), dim=0, out=agreement[:rows])
 
@@ -60,13 +61,13 @@ def information(
     scale: float,
     loss: Tensor,
 ) -> None:
-    """−scale·Σ over columns of weight·PMI into `loss`, Float32[1], and its gradient in place of the student's logits.
+    """−scale·Σ over columns of weight·PMI into `loss`, Wide[1], and its gradient in place of the student's logits.
 
     Args:
         student: overwritten by the gradient.
         teacher: each student's column meets the teacher's column of the other view.
         room: from `scratch`.
-        known: the teacher's log-sum-exp, Float32[R]; ln p̂, Float32[K]; weights, Float32[R/2], 0 for padding.
+        known: the teacher's log-sum-exp, Wide[R]; ln p̂, Wide[K]; weights, Wide[R/2], 0 for padding.
         beta: the power on the product of probabilities.
         scale: 1/(2B) for a mean over rows and views.
         loss: written.
@@ -76,12 +77,15 @@ def information(
     values, other = student.values, teacher.values
     normalizer, log_marginal, weights = known
     bounds = float(student.bound), float(teacher.bound)
-    if call("information", values, other, room, *known, loss, float(scale), float(beta), *bounds, *values.shape):
+    numbers = (float(scale), float(beta), *bounds)
+    if values.dtype == torch.bfloat16 and call(
+        "information", values, other, room, *known, loss, *numbers, *values.shape
+    ):
         return
-    wide = values.float()
+    wide = values.to(normalizer.dtype)
     half = wide.shape[1] // 2
-    joint = beta * (wide + other.float().roll(half, 1)) - log_marginal[:, None]
+    joint = beta * (wide + other.to(wide.dtype).roll(half, 1)) - log_marginal[:, None]
     own, both = torch.logsumexp(wide, 0), torch.logsumexp(joint, 0)
     doubled = weights.repeat(2) * scale
     torch.sum(doubled * (beta * (own + normalizer.roll(half)) - both), dim=0, keepdim=True, out=loss)
-    values.copy_(doubled * beta * ((wide - own).exp() - (joint - both).exp()))
+    values.copy_(doubled * beta * ((wide - own).exp_() - (joint - both).exp_()))

@@ -1,7 +1,7 @@
-"""One clustering head forward and back on the CPU, in bf16, without autograd, in memory that is used again and again.
+"""One clustering head forward and back on the CPU, without autograd, in memory that is used again and again.
 
-Activations stand with one column per row of the batch; see kernels/heads.py. The head is that of heads.py with two
-layers before the last one.
+Activations stand with one column per row of the batch; see kernels/heads.py, also for what narrow and wide are. The
+head is that of heads.py with two layers before the last one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from rayclust.methods.heads import HeadShape
 
 @dataclass(frozen=True)
 class Net:
-    """One head's parameters; the matrices of the first two layers as bf16."""
+    """One head's parameters; the matrices of the first two layers as products take them."""
 
     first: Tensor
-    """BFloat16[hidden D]."""
+    """Narrow[hidden D]."""
     second: Tensor
-    """BFloat16[bottleneck hidden]."""
+    """Narrow[bottleneck hidden]."""
     biases: tuple[Tensor, Tensor]
-    """Float32[hidden] and Float32[bottleneck]."""
+    """Wide[hidden] and Wide[bottleneck]."""
     last: tuple[Tensor, Tensor]
-    """Direction, Float32[K bottleneck], and scale, Float32[K]."""
+    """Direction, Wide[K bottleneck], and scale, Wide[K]."""
 
 
 class Room:
@@ -37,30 +37,37 @@ class Room:
     Args:
         shape: of the heads.
         columns: R, the batch's rows in both views with padding.
+        narrow: dtype of products.
+        wide: dtype of parameters and sums.
     """
 
-    def __init__(self, shape: HeadShape, columns: int) -> None:
+    def __init__(self, shape: HeadShape, columns: int, narrow: torch.dtype, wide: torch.dtype) -> None:
         hidden, bottleneck, clusters = shape.hidden, shape.bottleneck, shape.clusters
+
+        def room(*sizes: int) -> Tensor:
+            return torch.empty(*sizes, dtype=narrow)
+
+        def sums(*sizes: int) -> Tensor:
+            return torch.empty(*sizes, dtype=wide)
+
         self.terms = pairs.scratch(clusters)
-        self._hidden, self._slope, self._hidden_gradient = _narrow(3, hidden, columns)
-        self._unit, self._unit_gradient = _narrow(2, bottleneck, columns)
-        self._inverse = torch.empty(columns)
-        self._second_transposed = _narrow(hidden, bottleneck)
-        self._second_gradient = _narrow(bottleneck, hidden)
-        self._last, self._last_gradient = _narrow(2, clusters, bottleneck)
-        self._last_transposed = _narrow(bottleneck, clusters)
-        self._last_inverse = torch.empty(clusters)
-        self._bias_gradients = torch.empty(hidden), torch.empty(bottleneck)
-        self._last_gradients = torch.empty(clusters, bottleneck), torch.empty(clusters)
+        self._hidden, self._kept, self._hidden_gradient = room(3, hidden, columns)
+        self._unit, self._unit_gradient = room(2, bottleneck, columns)
+        self._inverse = sums(columns)
+        self._second_transposed, self._second_gradient = room(hidden, bottleneck), room(bottleneck, hidden)
+        self._last, self._last_gradient = room(2, clusters, bottleneck)
+        self._last_transposed, self._last_inverse = room(bottleneck, clusters), sums(clusters)
+        self._bias_gradients = sums(hidden), sums(bottleneck)
+        self._last_gradients = sums(clusters, bottleneck), sums(clusters)
 
     def forward(self, net: Net, x: Shared, factor: float, logits: Tensor, learns: bool) -> None:
-        """Logits times `factor` into `logits`, BFloat16[K R]; `learns` keeps what `backward` needs."""
+        """Logits times `factor` into `logits`, Narrow[K R]; `learns` keeps what `backward` needs."""
         product = x.product(net.first)
-        passes.gelu(product, net.biases[0], self._hidden, self._slope if learns else None)
+        passes.gelu(product, net.biases[0], self._hidden, self._kept if learns else None)
         torch.mm(net.second, self._hidden, out=self._unit)
         passes.unit_columns(self._unit, net.biases[1], self._inverse)
         transposed = self._last_transposed if learns else None
-        passes.scaled_rows(*net.last, factor, self._last, transposed, self._last_inverse)
+        passes.scaled_rows(net.last, factor, self._last, transposed, self._last_inverse)
         torch.mm(self._last, self._unit, out=logits)
 
     def backward(self, net: Net, xt: Shared, factor: float, gradient: Tensor, last_learns: bool) -> dict[str, Tensor]:
@@ -70,7 +77,7 @@ class Room:
             net: as in `forward`.
             xt: the batch transposed.
             factor: as in `forward`.
-            gradient: BFloat16[K R], of what `forward` wrote.
+            gradient: Narrow[K R], of what `forward` wrote.
             last_learns: whether the last layer's gradients are wanted.
         """
         gradients: dict[str, Tensor] = {}
@@ -83,11 +90,7 @@ class Room:
         torch.mm(self._unit_gradient, self._hidden.T, out=self._second_gradient)
         passes.transpose(net.second, self._second_transposed)
         torch.mm(self._second_transposed, self._unit_gradient, out=self._hidden_gradient)
-        passes.gelu_backward(self._hidden_gradient, self._slope, self._bias_gradients[0])
+        passes.gelu_backward(self._hidden_gradient, self._kept, self._bias_gradients[0])
         first = xt.product(self._hidden_gradient)
         names = ("weights.0", "weights.1", "biases.0", "biases.1")
         return gradients | dict(zip(names, (first, self._second_gradient, *self._bias_gradients), strict=True))
-
-
-def _narrow(*sizes: int) -> Tensor:
-    return torch.empty(*sizes, dtype=torch.bfloat16)

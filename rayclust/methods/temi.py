@@ -20,7 +20,7 @@ from rayclust.methods import ema
 from rayclust.methods.base import Batch, Export, Method, Pairing, Plan, Rows, Steps, TrainedConfig, Trainer
 from rayclust.methods.heads import Heads, HeadShape, Precision
 from rayclust.methods.temi_presets import preset_values
-from rayclust.methods.temi_steps import FusedSteps, fits
+from rayclust.methods.temi_steps import FusedSteps, fits, pays
 from rayclust.methods.warm_start import start_from_centers
 
 ASSIGN_ROWS = 8192
@@ -178,8 +178,8 @@ class Temi(Method):
         return ema.cosine(self.config.teacher_momentum, self.config.final_teacher_momentum, step, self.plan.steps)
 
     def own_steps(self) -> Steps | None:
-        """Steps written out for the CPU, where the config is the usual one and the processor multiplies bf16 fast."""
-        return FusedSteps(self) if fits(self) else None
+        """Steps written out for the CPU, where the config is the usual one and heads are large enough."""
+        return FusedSteps(self) if fits(self) and pays(self) else None
 
     def frozen(self, batch: Batch) -> list[nn.Parameter]:
         """The last layer, in the first epochs."""

@@ -1,4 +1,4 @@
-"""TEMI's training step written out for the CPU: head by head, in bf16, each head's data used while it is in the cache.
+"""TEMI's training step written out for the CPU: head by head, each head's data used while it is in the cache.
 
 One step does what autograd, AdamW and the moving average do in training/steps.py, in this order: all teachers (their
 agreement weighs every head's pairs), p̂, and then for each head its student forward and back and at once its update.
@@ -28,17 +28,28 @@ if TYPE_CHECKING:
 
 SLACK = 1.01
 """Logits in bf16 exceed |g|/τ by less than this factor."""
+LEAST_WORK = 2e7
+"""Operations of a head's first layer below which one batched step of all heads is faster."""
 
 
 def fits(method: Temi) -> bool:
-    """Whether this method's steps can be taken here: two plain layers, TEMI's own loss, AdamW, and bf16 on the CPU."""
+    """Whether this method's steps can be taken here: on the CPU, two plain layers, TEMI's own loss, and AdamW."""
     config, weight = method.config, method.student.direction
     plain = config.layers == 2 and not (config.batch_norm or config.dropout or config.final_gelu)
     aligned = config.hidden % LANES == 0 and config.bottleneck % LANES == 0
     loss = config.loss == "temi" and not config.positive_pmi and config.repeats == 1
     descent = config.optimizer == "adamw" and config.clip_norm is None
-    wide = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return plain and aligned and loss and descent and wide and matmul_dtype(config.precision, weight) == torch.bfloat16
+    return plain and loss and descent and weight.device.type == "cpu" and (aligned or _narrow(method) == weight.dtype)
+
+
+def pays(method: Temi) -> bool:
+    """Whether a head of this method is enough work for a thread of its own."""
+    config = method.config
+    return 4 * config.batch_size * method.dimension * config.hidden >= LEAST_WORK
+
+
+def _narrow(method: Temi) -> torch.dtype:
+    return matmul_dtype(method.config.precision, method.student.direction)
 
 
 @dataclass
@@ -96,7 +107,8 @@ class FusedSteps:
 
     def __init__(self, method: Temi) -> None:
         self.method, self.shape = method, method.student.shape
-        self._ordered = _parameters(method)
+        self._narrow, self._wide = _narrow(method), method.student.direction.dtype
+        self._ordered = _parameters(method, self._narrow)
         self._parameters = {parameter.name: parameter for parameter in self._ordered}
         self._crew = Crew(min(torch.get_num_threads(), self.shape.heads))
         self._columns, self._stale = 0, True
@@ -143,14 +155,17 @@ class FusedSteps:
         if columns == self._columns:
             return
         heads, clusters = self.shape.heads, self.shape.clusters
+
+        def sums(*sizes: int) -> Tensor:
+            return torch.empty(*sizes, dtype=self._wide)
+
         self._columns = columns
-        self._x = torch.zeros(columns, self.shape.dimension, dtype=torch.bfloat16)
-        self._rooms = [Room(self.shape, columns) for _ in range(self._crew.size)]
-        self._students = [torch.empty(clusters, columns, dtype=torch.bfloat16) for _ in self._rooms]
-        self._teachers = torch.empty(heads, clusters, columns, dtype=torch.bfloat16)
-        self._normalizers = torch.empty(heads, columns)
-        self._sums, self._losses = torch.empty(heads, clusters), torch.empty(heads)
-        self._agreement = torch.empty(heads, columns // 2)
+        self._x = torch.zeros(columns, self.shape.dimension, dtype=self._narrow)
+        self._rooms = [Room(self.shape, columns, self._narrow, self._wide) for _ in range(self._crew.size)]
+        self._students = torch.empty(self._crew.size, clusters, columns, dtype=self._narrow)
+        self._teachers = torch.empty(heads, clusters, columns, dtype=self._narrow)
+        self._normalizers, self._agreement = sums(heads, columns), sums(heads, columns // 2)
+        self._sums, self._losses = sums(heads, clusters), sums(heads)
         self._gradients = {}
         if collectives.world_size() > 1:
             self._gradients = {name: torch.zeros_like(p.value.data) for name, p in self._parameters.items()}
@@ -179,14 +194,13 @@ class FusedSteps:
         return _Step(sides[False], sides[True], rows, factors, bounds, learns, scale)
 
     def _net(self, head: int, teacher: bool) -> Net:
-        def part(name: str) -> Tensor:
-            parameter = self._parameters[name]
-            return (parameter.follower if teacher else parameter.value).data[head]
-
-        copies = [self._parameters[f"weights.{i}"].copies for i in (0, 1)]
-        first, second = (pair[teacher][head] for pair in copies if pair is not None)
         heads = self.method.teacher if teacher else self.method.student
-        return Net(first, second, (part("biases.0"), part("biases.1")), (part("direction"), heads.scale.data[head]))
+        matrices = []
+        for i, weight in enumerate(heads.weights):
+            copies = self._parameters[f"weights.{i}"].copies
+            matrices.append(weight.data[head] if copies is None else copies[teacher][head])
+        first, second = (bias.data[head] for bias in heads.biases)
+        return Net(matrices[0], matrices[1], (first, second), (heads.direction.data[head], heads.scale.data[head]))
 
     def _teach(self, step: _Step, head: int, member: int) -> None:
         """One teacher's logits, and what the others need to know of them."""
@@ -229,14 +243,15 @@ class FusedSteps:
             adamw(self._parameters[name].slot(head), self._gradients[name][head], options)
 
 
-def _parameters(method: Temi) -> list[_Parameter]:
+def _parameters(method: Temi, narrow: torch.dtype) -> list[_Parameter]:
     """The student's trainable parameters in the optimiser's order: those that decay, then the others."""
     followers = dict(method.teacher.named_parameters())
     parameters = []
     for name, value in method.student.named_parameters():
         if value.requires_grad:
-            narrow = torch.empty(2, *value.shape, dtype=torch.bfloat16)
-            copies = (narrow[0], narrow[1]) if name.startswith("weights.") else None
+            copies = None
+            if name.startswith("weights.") and narrow != value.dtype:
+                copies = torch.empty_like(value.data, dtype=narrow), torch.empty_like(value.data, dtype=narrow)
             zeros = torch.zeros_like(value.data), torch.zeros_like(value.data)
             decays = method.student.is_decayed(name)
             parameters.append(_Parameter(name, value, followers[name], decays, *zeros, copies))
