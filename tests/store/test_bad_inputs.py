@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from rayclust.encoders.weights import load_tensors
 from rayclust.errors import ConfigError, DataError
 from rayclust.store.sources import Shard, plan_shards, read_records, read_rows
 from tests.store.bad_inputs import BadInput, all_cases
-from tests.store.inputs import write
+from tests.store.inputs import gz, image, npy, parquet, samples, tar, vectors, write
 
 CASES = all_cases()
 
@@ -50,6 +51,42 @@ def test_every_bad_input_gives_its_rows_and_rejects_or_one_clear_line(place: str
 
 def test_the_table_is_large_and_its_names_are_distinct() -> None:
     assert len({case.name for case in CASES}) == len(CASES) >= 80
+
+
+def damaged(data: bytes, number: int) -> bytes:
+    """`data` with a few bytes flipped, overwritten, dropped or added, the same for the same number."""
+    draw, result = random.Random(number), bytearray(data)
+    for _ in range(draw.choice([1, 1, 3, 20])):
+        at, length = draw.randrange(len(result)), draw.randrange(1, 64)
+        how = draw.randrange(3)
+        if how == 0:
+            result[at] ^= 1 << draw.randrange(8)
+        elif how == 1:
+            result[at : at + length] = draw.randbytes(length)
+        else:
+            result[at : at + draw.randrange(200)] = bytes(length)
+    return bytes(result)
+
+
+FUZZED = {
+    "x.tar": tar(samples(5)),
+    "y.tgz": gz(tar(samples(5))),
+    "i.parquet": parquet({"image": [image(i) for i in range(9)], "key": list("abcdefghi")}, groups=4),
+    "e.parquet": parquet({"embedding": vectors(20, 8).tolist(), "label": ["a"] * 20}, groups=9),
+    "n.npy": npy(vectors(9)),
+}
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_any_damage_gives_rows_and_rejects_or_one_clear_line(tmp_path: Path, name: str) -> None:
+    messages = []
+    for number in range(60):
+        write(str(tmp_path), {name: damaged(FUZZED[name], number)})
+        try:
+            outcome(f"{tmp_path}/{name}", BadInput(name, dict))
+        except DataError as error:
+            messages.append(str(error))
+    assert not any("\n" in message for message in messages)
 
 
 def test_a_good_file_beside_a_bad_one_is_never_lost_on_a_real_folder(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def _raw_rows(shard: Shard, file: pq.ParquetFile) -> RawRows:
     for batch in file.iter_batches(_BATCH_ROWS, groups, [vector], use_threads=False):
         vectors.add(*_by_width(batch.column(0)))
     rows = range(shard.start, shard.start + len(vectors.widths()))
+    parquet.same_length(table, len(rows))
     own = [parquet.row_uri(shard.uri, row) for row in rows]
     given = columns.texts(table[uri]) if uri else own
     return RawRows(

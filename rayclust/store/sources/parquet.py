@@ -20,7 +20,7 @@ from rayclust.store.sources import columns
 from rayclust.store.sources.shard import Record, Shard
 
 _BATCH_ROWS = 16
-_BUFFER = 8 << 20
+_BUFFER, _AT_ONCE = 8 << 20, 256 << 20
 _FOOTERS_AHEAD = 8
 _SPOOL_BYTES = 64 << 20
 DAMAGE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowError)
@@ -39,9 +39,14 @@ class Footer:
 @contextmanager
 def opened(uri: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file of which only what is asked for is fetched."""
-    # Buffered: a row group may hold more images than memory.
-    with filesystem.open_input(uri) as source, pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER) as file:
-        yield file
+    with filesystem.open_input(uri) as source:
+        metadata = pq.read_metadata(source)
+        sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+        # A row group may hold more images than memory. Others are read at once: fewer requests, and a damaged page that
+        # claims gigabytes is found out before they are taken.
+        buffer = _BUFFER if max(sizes, default=0) > _AT_ONCE else 0
+        with pq.ParquetFile(source, metadata=metadata, pre_buffer=False, buffer_size=buffer) as file:
+            yield file
 
 
 def footer(file: FileStat) -> Footer | None:
@@ -156,9 +161,16 @@ def _names(shard: Shard, file: pq.ParquetFile) -> list[_Name]:
     table = file.read_row_groups(groups_of(shard, file), columns=[name for name in (key, label) if name is not None])
     count = sum(file.metadata.row_group(group).num_rows for group in groups_of(shard, file))
     rows = range(shard.start, shard.start + count)
+    same_length(table, count)
     keys = columns.unique_keys(table, key, [row_key(shard.name, row) for row in rows])
     labels = columns.labels(table, label, shard.label_source) if label else [None] * count
     return [_Name(k, row_uri(shard.uri, row), text) for k, row, text in zip(keys, rows, labels, strict=True)]
+
+
+def same_length(table: pa.Table, count: int) -> None:
+    """Refuses columns that do not have the rows that the footer states, as a damaged file may."""
+    if table.num_columns and table.num_rows != count:
+        raise pa.ArrowInvalid(f"columns of {table.num_rows} rows where the footer states {count}")
 
 
 def _images(shard: Shard, file: pq.ParquetFile, max_bytes: int) -> Iterator[_Image]:
@@ -166,15 +178,16 @@ def _images(shard: Shard, file: pq.ParquetFile, max_bytes: int) -> Iterator[_Ima
     if column is None:
         raise DataError(f"{shard.uri}: no column holds images; it has {columns.described(file.schema_arrow)}")
     for group in groups_of(shard, file):
-        done = 0
+        done, rows, reason = 0, file.metadata.row_group(group).num_rows, "it ends early"
         try:
             for batch in file.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
-                for value in batch.column(0):
+                for value in batch.column(0).slice(0, rows - done):
                     yield _image(value, max_bytes)
                     done += 1
         except DAMAGE as error:
-            lost = _Image(None, "unreadable_file", f"the file is damaged here: {' '.join(str(error).split())}")
-            yield from itertools.repeat(lost, file.metadata.row_group(group).num_rows - done)
+            reason = " ".join(str(error).split())
+        lost = _Image(None, "unreadable_file", f"the file is damaged here: {reason}")
+        yield from itertools.repeat(lost, rows - done)
 
 
 def _image(value: Any, max_bytes: int) -> _Image:

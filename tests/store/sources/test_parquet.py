@@ -62,6 +62,13 @@ def test_large_shards_wait_on_disk(place: str, monkeypatch: pytest.MonkeyPatch) 
     assert [record.data for record in read(place)] == IMAGES[::-1]
 
 
+def test_row_groups_larger_than_memory_are_buffered(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_AT_ONCE", 10)
+    monkeypatch.setattr(parquet, "_BUFFER", 128)
+    write(place, {"x.parquet": make({"image": IMAGES, "label": range(6)}, groups=4)})
+    assert [(record.data, record.label) for record in read(place)] == [(IMAGES[i], str(i)) for i in range(6)]
+
+
 def test_a_damaged_page_costs_its_rows_and_no_others(place: str) -> None:
     big = [bytes([i]) * 70_000 for i in range(6)]
     table = pa.table({"image": big, "key": list("abcdef")})
