@@ -26,7 +26,7 @@ _BLOCK = 8 << 20
 _READ_AHEAD = 1 << 20
 _SETTINGS: dict[str, Any] = {
     "connect_timeout": 10,
-    "read_timeout": 60,
+    "read_timeout": 30,
     "max_pool_connections": 64,
     "retries": {"mode": "standard", "total_max_attempts": 10},
 }
@@ -62,6 +62,7 @@ def _connect(pid: int, settings: tuple[tuple[str, str], ...]) -> S3FileSystem:
         use_listings_cache=False,
         skip_instance_cache=True,
     )
+    connection.retries = 2  # on top of those above, for bodies that break off; its own five would make hours of a hang
     connection.connect()
     _reach(connection.s3.meta.endpoint_url)
     return connection
