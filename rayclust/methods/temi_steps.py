@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SLACK = 1.01
 """Logits in bf16 exceed |g|/τ by less than this factor."""
-LEAST_WORK = 2e7
-"""Operations of a head's first layer below which one batched step of all heads is faster."""
+LEAST_WORK = 1e7
+"""Operations of a head's forward pass below which one batched step of all heads is faster."""
 
 
 def fits(method: Temi) -> bool:
@@ -45,7 +45,8 @@ def fits(method: Temi) -> bool:
 def pays(method: Temi) -> bool:
     """Whether a head of this method is enough work for a thread of its own."""
     config = method.config
-    return 4 * config.batch_size * method.dimension * config.hidden >= LEAST_WORK
+    widths = method.dimension + config.bottleneck
+    return 4 * min(config.batch_size, method.count) * widths * config.hidden >= LEAST_WORK
 
 
 def _narrow(method: Temi) -> torch.dtype:
