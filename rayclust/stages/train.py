@@ -120,7 +120,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
 def _write_metrics(run: Run, history: list[dict[str, Any]]) -> Outputs:
     # Seconds and rates differ from run to run; they stay out so that the same training gives the same bytes.
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
-    table = pa.Table.from_pylist(rows) if rows else pa.table({"epoch": pa.array([], pa.int64())})
+    names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
+    table = pa.table({name: [row.get(name) for row in rows] for name in names or ["epoch"]})
     return put_table(run, filesystem.join(run.model_folder, "metrics.parquet"), table)
 
 
