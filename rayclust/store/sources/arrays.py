@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,19 @@ LoadTensors = Callable[[Path], Any]
 _EMBEDDING_KEYS = (*columns.EMBEDDING_NAMES, "feats", "x", "image_features")
 _LABEL_KEYS = ("labels", "label", "ys", "y", "targets", "target")
 _LABEL_FILE = re.compile(r"(.*[_-])?(labels|targets)\.(npy|pt)")
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    struct.error,
+    zipfile.BadZipFile,
+    UnpicklingError,
+)
+"""What readers of tensors let out when a file is damaged in a way that they did not think of."""
 _CLIP_RETRIEVAL = re.compile(r"(?P<folder>.*/)?img_emb/img_emb_(?P<number>\d+)\.npy")
 
 
@@ -137,6 +153,8 @@ def _load(uri: str, load_tensors: LoadTensors) -> dict[str, NDArray[Any]]:
             raise
         except DataError as error:
             raise DataError(f"{uri}: {str(error).removeprefix(f'{path}: ')}") from error
+        except _DAMAGE as error:
+            raise DataError(f"{uri}: is no readable file of tensors ({' '.join(str(error).split())})") from error
 
 
 def _named(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any]]]:

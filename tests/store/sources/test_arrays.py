@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,18 @@ def test_what_the_reader_of_tensors_refuses_is_told_by_uri(place: str) -> None:
     with pytest.raises(DataError, match=r"x\.pt: holds objects") as caught:
         read_rows(shard, load_tensors=refuse)
     assert str(caught.value).startswith(f"{place}/x.pt: ")
+
+
+@pytest.mark.parametrize("error", [zipfile.BadZipFile("bad\nmagic"), ValueError("x"), RuntimeError("x"), EOFError()])
+def test_whatever_damage_does_to_the_reader_of_tensors_is_one_line(place: str, error: Exception) -> None:
+    def fail(_: Path) -> None:
+        raise error
+
+    write(place, {"x.pt": b""})
+    (shard,) = plan_shards(place)
+    with pytest.raises(DataError, match=r"x\.pt: is no readable file of tensors") as caught:
+        read_rows(shard, load_tensors=fail)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
