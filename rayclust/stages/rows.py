@@ -139,7 +139,7 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.n
 
 def cache_folder(digest: str) -> Path:
     """This user's folder on this node for the files of one training."""
-    root = os.environ.get("RAYCLUST_CACHE")
+    root = os.environ.get("RAYCLUST_SCRATCH")
     base = Path(root) if root else Path(tempfile.gettempdir()) / f"rayclust-{os.getuid()}"
     return base / "rows" / digest
 

@@ -61,3 +61,13 @@ def test_damaged_archives_are_refused(tmp_path: Path, program: tuple[Path, nn.Mo
                 target.writestr(name, source.read(name))
     with pytest.raises(DataError, match="cannot be read as a TorchScript archive"):
         read_torchscript(path)
+
+
+def test_a_damaged_archive_is_no_torchscript(tmp_path: Path):
+    path = tmp_path / "weights.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/constants.pkl", b"x" * 100)
+    assert is_torchscript(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + b"\xff" * 60 + whole[100:-30])
+    assert not is_torchscript(path)
