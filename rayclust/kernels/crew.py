@@ -51,5 +51,7 @@ class Crew:
 
 
 def _stand_alone(barrier: threading.Barrier) -> None:
+    torch.get_num_threads()  # a thread takes the process's count when it first asks for one: get that over with
+    barrier.wait()
     torch.set_num_threads(1)
     barrier.wait()

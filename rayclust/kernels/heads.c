@@ -27,9 +27,8 @@ typedef __m512 lanes;
 static inline lanes all(float x) { return _mm512_set1_ps(x); }
 static inline lanes load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void store(float *p, lanes x) { _mm512_storeu_ps(p, x); }
-static inline lanes wide(const bf16 *p) {
-    return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
-}
+static inline lanes widened(__m256i x) { return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+static inline lanes wide(const bf16 *p) { return widened(_mm256_loadu_si256((const __m256i *)p)); }
 static inline __m256i narrow(lanes x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 static inline void put(bf16 *p, lanes x) { _mm256_storeu_si256((__m256i *)p, narrow(x)); }
 static inline float sum(lanes x) { return _mm512_reduce_add_ps(x); }

@@ -1,28 +1,36 @@
 /* Softmax of the teacher, and loss and gradient of the student, over one head's logits.
  *
  * A block of columns runs through all of its passes while it is in the cache. Exponentials are kept as bf16 between
- * the passes, their sums are float32. `far` stands for logits so large that only the columns' own maxima are safe.
+ * the passes and divided by the sum of what was kept, so that probabilities add up to 1 and a sure row has no gradient.
+ * FAR stands for logits so large that only the columns' own maxima are safe.
  */
 #include "heads.c"
 
 #define FAR 40.0f
 
 typedef struct {
-    lanes shift[VECTORS], total[VECTORS];
+    lanes shift[VECTORS], total[VECTORS], kept[VECTORS];
 } Columns;
 
 static void no_columns(Columns *x, float shift) {
-    FOR_VECTORS x->shift[j] = all(shift * LOG2E), x->total[j] = all(0);
+    FOR_VECTORS x->shift[j] = all(shift * LOG2E), x->total[j] = x->kept[j] = all(0);
 }
 
-/* shift becomes the log-sum-exp in nats, total its reciprocal. */
+static inline void keep(Columns *x, int j, lanes term, bf16 *place) {
+    __m256i rounded = narrow(term);
+    _mm256_storeu_si256((__m256i *)place, rounded);
+    x->total[j] += term;
+    x->kept[j] += widened(rounded);
+}
+
+/* shift becomes the log-sum-exp in nats, total what the kept terms are to be multiplied by. */
 static void take_logarithms(Columns *x) {
     FOR_VECTORS {
         float t[LANES];
         store(t, x->total[j]);
         for (int l = 0; l < LANES; l++) t[l] = logf(t[l]);
         x->shift[j] = x->shift[j] * LN2 + load(t);
-        x->total[j] = 1.0f / x->total[j];
+        x->total[j] = 1.0f / x->kept[j];
     }
 }
 
@@ -34,9 +42,8 @@ static void softmax_terms(const bf16 *logits, bf16 *terms, Columns *x, float bou
     for (long k = 0; k < clusters; k++) {
         foresee(logits + (k + 8) * columns);
         FOR_VECTORS {
-            lanes e = exp2_(wide(logits + k * columns + j * LANES) * LOG2E - x->shift[j]);
-            x->total[j] += e;
-            put(terms + k * BLOCK + j * LANES, e);
+            lanes term = exp2_(wide(logits + k * columns + j * LANES) * LOG2E - x->shift[j]);
+            keep(x, j, term, terms + k * BLOCK + j * LANES);
         }
     }
     take_logarithms(x);
@@ -110,12 +117,8 @@ static void pair_terms(const Pair *p, bf16 *logits, bf16 *scratch, Columns *own,
         FOR_VECTORS {
             long i = k * p->columns + j * LANES;
             lanes x = wide(logits + i);
-            lanes u = exp2_(joint(p, x, i, p->log_marginal[k]) - both->shift[j]);
-            x = exp2_(x * LOG2E - own->shift[j]);
-            own->total[j] += x;
-            both->total[j] += u;
-            put(logits + i, x);
-            put(scratch + k * BLOCK + j * LANES, u);
+            keep(both, j, exp2_(joint(p, x, i, p->log_marginal[k]) - both->shift[j]), scratch + k * BLOCK + j * LANES);
+            keep(own, j, exp2_(x * LOG2E - own->shift[j]), logits + i);
         }
     }
     take_logarithms(own);
