@@ -112,11 +112,9 @@ def plain_errors() -> Iterator[None]:
     """Lets the error that a remote worker raised on purpose through, without Ray's wrapping."""
     try:
         yield
-    except RayclustError:
-        raise
     except Exception as error:
         inner = _raised_on_purpose(error)
-        if inner is None:
+        if inner is None or inner is error:
             raise
         raise inner from error
 

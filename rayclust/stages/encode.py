@@ -8,7 +8,8 @@ marker matches is not done again. Rows are numbered once all counts are known.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 ROUNDS = 3
 """Passes over unfinished shards without any progress after which the stage gives up."""
+PARTS_AT_ONCE = 64
+"""Parts that are numbered at once, so that the driver stays small."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -148,20 +151,26 @@ def _listed(reasons: dict[str, int]) -> str:
 
 def _number_rows(run: Run, results: Sequence[UnitResult]) -> list[UnitResult]:
     """Gives every part the row it starts at; only parts that guessed wrong are written again."""
-    import ray
-
-    starts = np.cumsum([0, *[result.counts["rows"] for result in results]])
+    starts = np.cumsum([0, *[result.counts["rows"] for result in results]]).tolist()
     numbered = list(results)
     wrong = [i for i, result in enumerate(results) if result.extra["row_start"] != starts[i] and result.counts["rows"]]
     if wrong:
-        connect()
         logger.info("encode: numbering the rows of %d parts", len(wrong))
-        again = ray.remote(num_cpus=1, max_retries=5)(renumber)
-        for i in range(0, len(wrong), 64):
-            group = wrong[i : i + 64]
-            for part, result in zip(group, ray.get([again.remote(run, p, int(starts[p])) for p in group]), strict=True):
-                numbered[part] = result
+        for part, result in zip(wrong, _renumbered(run, {part: starts[part] for part in wrong}), strict=True):
+            numbered[part] = result
     return numbered
+
+
+def _renumbered(run: Run, starts: dict[int, int]) -> Iterator[UnitResult]:
+    """The results, in order, of the parts whose first rows are given."""
+    import ray
+
+    connect()
+    again = ray.remote(num_cpus=1, max_retries=5)(renumber)
+    waiting = iter(starts.items())
+    with plain_errors():
+        while group := [again.remote(run, part, row) for part, row in islice(waiting, PARTS_AT_ONCE)]:
+            yield from ray.get(group)
 
 
 def _sealed(results: Sequence[UnitResult]) -> StageResult:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rayclust.stages.shards import write_shard
-from rayclust.stages.units import Unit, write_marker
+from rayclust.stages.units import Unit, UnitResult, finish
 from rayclust.store.layout import Run
 
 
@@ -44,15 +44,13 @@ class ShardWriter:
         named = json.loads(unit)
         records = [record for kept, _, _ in chunks for record in kept]
         shard = Unit(named["index"], named["digest"])
-        result = write_shard(
-            self._run,
-            shard,
-            named["row_start"],
-            records,
-            np.concatenate([embeddings for _, _, embeddings in chunks]),
-            [reject for _, rejects, _ in chunks for reject in rejects],
-        )
-        write_marker(self._run.shard_manifest(shard.index), shard, result)
+        embeddings = np.concatenate([embeddings for _, _, embeddings in chunks])
+        rejects = [reject for _, rejects, _ in chunks for reject in rejects]
+
+        def write() -> UnitResult:
+            return write_shard(self._run, shard, named["row_start"], records, embeddings, rejects)
+
+        finish(self._run.shard_manifest(shard.index), shard, write)
 
     def ping(self) -> bool:
         """Answers once the actor is up."""

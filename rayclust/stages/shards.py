@@ -96,6 +96,9 @@ def renumber(run: Run, index: int, row_start: int) -> UnitResult:
     table = tables.read_table(run.embeddings(index))
     rows = pa.array(np.arange(row_start, row_start + table.num_rows, dtype=np.int64))
     table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
+    # Until the part is whole its marker names no row: after a kill half-way it could name one that the part has not.
+    result.extra["row_start"] = None
+    write_marker(run.shard_manifest(index), Unit(index, digest), result)
     result.outputs |= put_table(run, run.embeddings(index), table)
     result.extra["row_start"] = row_start
     write_marker(run.shard_manifest(index), Unit(index, digest), result)

@@ -59,6 +59,20 @@ def write_marker(uri: str, unit: Unit, result: UnitResult) -> None:
     filesystem.write_json(uri, content)
 
 
+def finish(uri: str, unit: Unit, work: Callable[[], UnitResult]) -> UnitResult:
+    """Does a unit's work and marks it at `uri`.
+
+    A marker of other work goes first: its part, overwritten by half of this work, would pass for whole if its settings
+    came back.
+    """
+    marker = read_marker(uri)
+    if marker is not None and marker[0] != unit.digest:
+        filesystem.remove(uri)
+    result = work()
+    write_marker(uri, unit, result)
+    return result
+
+
 def finished(run: Run, stage: str, units: Sequence[Unit]) -> dict[int, UnitResult]:
     """Results, by index, of the units whose markers match and whose outputs are all there."""
 
@@ -117,16 +131,14 @@ def _submit(
 
     @ray.remote(num_cpus=1, max_retries=5)
     def work(unit: Unit, marker: str) -> UnitResult:
-        result = function(unit)
-        write_marker(marker, unit, result)
-        return result
+        return finish(marker, unit, lambda: function(unit))
 
     waiting = iter(units)
     running: dict[Any, Unit] = {}
     with plain_errors():
         while True:
             # A few more than there are CPUs, so that none waits for the driver; never all, so that it stays small.
-            for unit in islice(waiting, 2 * cpus() - len(running)):
+            for unit in islice(waiting, max(0, 2 * cpus() - len(running))):  # a cluster may shrink
                 running[work.remote(unit, run.shard_manifest(unit.index, stage))] = unit
             if not running:
                 return

@@ -1,0 +1,64 @@
+"""A stand-in for the cluster: what stages send to workers is done here and now, one piece after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+
+from rayclust.stages import encode, encode_stream, encode_worker, evaluate, index, label, neighbors, train, units
+from rayclust.stages.decode_worker import ReadAndDecode
+from rayclust.stages.shard_writer import ShardWriter
+from rayclust.stages.units import Unit, UnitResult
+from rayclust.store.layout import Run
+
+
+class Board:
+    """Keeps the rows of metrics that a training posts."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.post = self
+
+    def remote(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+def without_ray(patch: pytest.MonkeyPatch) -> None:
+    """Makes every stage do its work in this process, for as long as the patch lasts."""
+    for module in (evaluate, index, label, neighbors):
+        patch.setattr(module, "run_remotely", lambda function, *arguments: function(*arguments))
+    for module in (units, encode, train):
+        patch.setattr(module, "connect", lambda: None)
+    patch.setattr(units, "_submit", _submit)
+    patch.setattr(encode, "stream", _stream)
+    patch.setattr(
+        encode, "_renumbered", lambda run, starts: [encode.renumber(run, i, row) for i, row in starts.items()]
+    )
+    patch.setattr(train, "_Watch", lambda config: nullcontext(Board()))
+    patch.setattr(train, "_fit", lambda job, board: train._work({"job": job, "board": board, "threads": 1}))
+
+
+def _submit(
+    run: Run, stage: str, todo: Sequence[Unit], function: Callable[[Unit], UnitResult]
+) -> Iterator[tuple[Unit, UnitResult]]:
+    for unit in todo:
+        yield unit, units.finish(run.shard_manifest(unit.index, stage), unit, lambda unit=unit: function(unit))
+
+
+def _stream(context: Any, todo: Sequence[Unit], preprocess: Any, dimension: int) -> Iterator[tuple[int, int]]:
+    import pyarrow as pa
+
+    writer = ShardWriter(context.config.run, dimension)
+    encoder = encode_worker.EncodeChunks(context.config, [])
+    decoder = ReadAndDecode(encode_worker.chunk_rows(context.config), preprocess)
+    for item in encode_stream._items(context, todo):
+        for chunk in decoder(pa.Table.from_pylist([item])):
+            row = chunk.to_pylist()[0]
+            embeddings = encoder._embeddings(chunk["pixels"][0], len(row["records"]))
+            assert json.loads(row["unit"])["index"] in {unit.index for unit in todo}
+            writer.add(row["unit"], row["chunk"], row["last"], row["records"], row["rejects"], embeddings)
+            yield len(row["records"]), len(row["rejects"])

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from rayclust.errors import ConfigError, DataError, RayclustError
+from rayclust.stages.cluster import connect, cpus, describe, encode_workers, plain_errors, run_remotely, train_workers
+from tests.stages.runs import tree
+
+
+def raised(error: Exception) -> Exception:
+    """What the block of `plain_errors` lets out."""
+    with pytest.raises(Exception) as caught, plain_errors():
+        raise error
+    return caught.value
+
+
+def wrapped(cause: Exception) -> Exception:
+    """As Ray raises a worker's error in the driver."""
+    return RayTaskError("work", f"Traceback (most recent call last):\n  ...\n{cause!r}", cause).as_instanceof_cause()
+
+
+def test_an_error_raised_on_purpose_in_a_worker_keeps_its_one_line():
+    error = wrapped(DataError("photos: no such bucket"))
+    assert isinstance(error, DataError)
+    assert str(error) != "photos: no such bucket"
+    assert str(raised(error)) == "photos: no such bucket"
+    assert type(raised(error)) is DataError
+
+
+def test_an_error_deep_in_causes_and_contexts_is_found():
+    try:
+        try:
+            raise wrapped(ConfigError("method.clusters = 9: too many"))
+        except Exception as inner:
+            raise RuntimeError("the job failed") from inner
+    except RuntimeError as outer:
+        error = outer
+    assert str(raised(error)) == "method.clusters = 9: too many"
+
+
+def test_failures_of_training_workers_are_looked_into():
+    error = RuntimeError("training failed on 2 workers")
+    error.worker_failures = {0: OSError("lost"), 1: wrapped(ConfigError("K above N"))}  # type: ignore[attr-defined]
+    assert str(raised(error)) == "K above N"
+
+
+def test_other_errors_pass_as_they_are():
+    error = ValueError("a bug")
+    assert raised(error) is error
+    own = DataError("from the driver itself")
+    assert raised(own) is own
+    looped = RuntimeError("its own cause")
+    looped.__cause__ = looped
+    assert raised(looped) is looped
+
+
+def test_an_interrupt_is_no_error():
+    with pytest.raises(KeyboardInterrupt), plain_errors():
+        raise KeyboardInterrupt
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_the_local_cluster_is_joined_described_and_used():
+    from rayclust.config import validate
+
+    connect()
+    assert cpus() == 2
+    assert describe() == "1 node(s), 2 CPUs, 0 GPUs"
+    auto = validate(tree("run", "images"))
+    assert (encode_workers(auto), train_workers(auto)) == (2, 1)
+    three = validate(tree("run", "images", resources={"workers": 3}))
+    assert (encode_workers(three), train_workers(three)) == (3, 3)
+
+    def fail(message: str) -> None:
+        raise DataError(message)
+
+    assert run_remotely(sum, [1, 2, 3]) == 6
+    with pytest.raises(RayclustError) as caught:
+        run_remotely(fail, "one line")
+    assert str(caught.value) == "one line"

@@ -1,0 +1,125 @@
+"""Units that are marked are not done again; whatever casts doubt on a marker has its unit done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayclust.errors import DataError
+from rayclust.stages.outputs import put_bytes
+from rayclust.stages.units import Unit, UnitResult, finish, finished, read_marker, run_units, write_marker
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(str(tmp_path / "run"))
+
+
+def work(run: Run, unit: Unit) -> UnitResult:
+    """Writes a file that holds the unit's digest."""
+    outputs = put_bytes(run, run.at("out", f"{unit.index}.bin"), unit.digest.encode())
+    return UnitResult(outputs, {"rows": unit.size}, {"payload": unit.payload})
+
+
+def marked(run: Run, *digests: str) -> list[Unit]:
+    units = [Unit(i, digest, payload=i, size=i + 1) for i, digest in enumerate(digests)]
+    for unit in units:
+        finish(run.shard_manifest(unit.index, "stage"), unit, lambda unit=unit: work(run, unit))
+    return units
+
+
+def test_a_marker_reads_back_as_written(run: Run):
+    result = UnitResult({"a/b": {"digest": "d", "size": 3}}, {"rows": 2}, {"note": [1, None]})
+    write_marker(run.at("m.json"), Unit(4, "digest"), result)
+    assert read_marker(run.at("m.json")) == ("digest", result)
+
+
+DAMAGED: dict[str, bytes] = {
+    "nothing": b"",
+    "no JSON": b"{half",
+    "another kind of JSON": b"[1, 2]",
+    "a number": b"7",
+    "a key missing": b'{"digest": "d", "outputs": {}, "counts": {}}',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_marker_counts_as_none(name: str, run: Run):
+    filesystem.write_bytes(run.at("m.json"), DAMAGED[name])
+    assert read_marker(run.at("m.json")) is None
+    assert read_marker(run.at("missing.json")) is None
+
+
+def test_finished_are_those_with_equal_digest_and_whole_outputs(run: Run):
+    units = marked(run, "one", "two", "three", "four", "five")
+    units[1] = Unit(1, "changed")
+    filesystem.remove(run.at("out", "2.bin"))
+    filesystem.write_bytes(run.at("out", "3.bin"), b"longer than it was")
+    filesystem.remove(run.shard_manifest(4, "stage"))
+    assert list(finished(run, "stage", units)) == [0]
+    assert finished(run, "another stage", units) == {}
+
+
+def test_a_marker_of_other_work_is_gone_before_its_output_is_touched(run: Run):
+    [unit] = marked(run, "digest-a")
+
+    def killed_half_way() -> UnitResult:
+        put_bytes(run, run.at("out", "0.bin"), b"digest-b")  # as long as what was there
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finish(run.shard_manifest(0, "stage"), Unit(0, "digest-b"), killed_half_way)
+    assert finished(run, "stage", [unit]) == {}
+
+
+def test_the_same_work_again_keeps_its_marker_while_it_goes_on(run: Run):
+    [unit] = marked(run, "digest-a")
+    marker = run.shard_manifest(0, "stage")
+
+    def look() -> UnitResult:
+        assert filesystem.exists(marker)
+        return work(run, unit)
+
+    finish(marker, unit, look)
+
+
+def test_results_come_in_order_of_the_units_and_only_the_rest_is_done(in_process: None, run: Run):
+    units = marked(run, "one", "two", "three")
+    filesystem.remove(run.shard_manifest(1, "stage"))
+    done = list[int]()
+
+    def note(unit: Unit) -> UnitResult:
+        done.append(unit.index)
+        return work(run, unit)
+
+    results = run_units(run, "stage", units, note)
+    assert done == [1]
+    assert [result.extra["payload"] for result in results] == [0, 1, 2]
+    assert run_units(run, "stage", units, note) == results
+    assert done == [1]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(run: Run):
+    def work_or_fail(unit: Unit) -> UnitResult:
+        if unit.payload == "bad":
+            raise DataError("the third part: cannot be used")
+        return put_and_count(unit)
+
+    def put_and_count(unit: Unit) -> UnitResult:
+        path = run.at("out", f"{unit.index}.bin")
+        assert not filesystem.exists(path)
+        return UnitResult(put_bytes(run, path, b"x"), {"rows": unit.size})
+
+    units: list[Any] = [Unit(i, f"digest {i}", "bad" if i == 9 else None, size=i) for i in range(10)]
+    with pytest.raises(DataError) as caught:
+        run_units(run, "stage", units, work_or_fail)
+    assert str(caught.value) == "the third part: cannot be used"
+    units[9] = Unit(9, "mended", size=9)
+    results = run_units(run, "stage", units, work_or_fail)
+    assert [result.counts["rows"] for result in results] == list(range(10))
