@@ -69,7 +69,7 @@ def build_optimizer(method: Method, config: TrainedConfig) -> torch.optim.Optimi
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     if config.optimizer == "lars":
         return Lars([{**group, "adapts": group["decays"]} for group in groups])
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)  # one pass over memory
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
