@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rayclust import collectives
 from rayclust.kernels.adamw import AdamW, Slot, adamw
 from rayclust.kernels.crew import Crew
-from rayclust.kernels.heads import BLOCK, LANES
+from rayclust.kernels.heads import BLOCK, LANES, transpose
 from rayclust.kernels.information import Logits, information, teacher_softmax
 from rayclust.kernels.products import Shared
 from rayclust.methods.base import Batch
@@ -162,6 +162,8 @@ class FusedSteps:
 
         self._columns = columns
         self._x = torch.zeros(columns, self.shape.dimension, dtype=self._narrow)
+        self._xt = torch.empty(self.shape.dimension, columns, dtype=self._narrow)
+        self._packed: dict[int, Shared] = {}
         self._rooms = [Room(self.shape, columns, self._narrow, self._wide) for _ in range(self._crew.size)]
         self._students = torch.empty(self._crew.size, clusters, columns, dtype=self._narrow)
         self._teachers = torch.empty(heads, clusters, columns, dtype=self._narrow)
@@ -174,12 +176,7 @@ class FusedSteps:
     def _plan(self, batch: Batch, learning_rate: float, weight_decay: float) -> _Step:
         config, rows = self.method.config, batch.views.shape[1]
         self._x.view(2, -1, self.shape.dimension)[:, :rows].copy_(batch.views)
-        sides: dict[bool, Shared] = {}
-
-        def pack(side: int, member: int) -> None:
-            sides[bool(side)] = Shared(self._x.T.contiguous() if side else self._x, self.shape.hidden)
-
-        self._crew.each(pack, 2)
+        self._crew.each(self._pack, 2)
         factors = 1.0 / config.student_temperature, 1.0 / self.method.teacher_temperature(batch.epoch)
         bounds = _bounds(self.method.student, factors[0]), _bounds(self.method.teacher, factors[1])
         frozen = {id(parameter) for parameter in self.method.frozen(batch)}
@@ -192,7 +189,13 @@ class FusedSteps:
                 decay = weight_decay if parameter.decays else 0.0
                 learns[parameter.name] = AdamW(learning_rate, decay, parameter.steps, follow)
         scale = batch.share / (collectives.world_size() * self.shape.heads * 2 * rows)
-        return _Step(sides[False], sides[True], rows, factors, bounds, learns, scale)
+        return _Step(self._packed[0], self._packed[1], rows, factors, bounds, learns, scale)
+
+    def _pack(self, side: int, member: int) -> None:
+        """Side 0: the batch; side 1: transposed."""
+        if side:
+            transpose(self._x, self._xt)
+        self._packed[side] = Shared(self._xt if side else self._x, self.shape.hidden)
 
     def _net(self, head: int, teacher: bool) -> Net:
         heads = self.method.teacher if teacher else self.method.student
