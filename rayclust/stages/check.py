@@ -14,6 +14,7 @@ from rayclust.errors import DataError, RayclustError
 from rayclust.stages.inputs import input_shards
 from rayclust.stages.models import load_run_encoder
 from rayclust.stages.progress import duration
+from rayclust.stages.words import read_vocabulary
 from rayclust.store import filesystem
 from rayclust.store.sources import Shard, read_records, read_rows
 
@@ -56,6 +57,7 @@ def check(config: RunConfig) -> list[Finding]:
         ("images", _listing),
         ("encoder", _encoder),
         ("method", _method),
+        ("label", _words),
         ("estimate", _estimate),
     )
     for subject, step in steps:
@@ -86,9 +88,10 @@ def _encoder(config: RunConfig, size: _Size) -> str:
         return _ready_rows(shard, size)
     encoder = load_run_encoder(config)
     size.dimension = encoder.dimension
-    good, reasons = _tried(config, encoder, shard, size)
+    good, reasons = _tried(config, encoder, size)
     if not good:
-        raise DataError(f"none of the first {len(reasons)} images can be decoded: {', '.join(sorted(set(reasons)))}")
+        why = f"none of the first {len(reasons)} images can be decoded: {', '.join(sorted(set(reasons)))}"
+        raise DataError(why if reasons else "the input holds no image")
     rejected = f", {len(reasons)} of the first {good + len(reasons)} images rejected" if reasons else ""
     return f"{encoder.name}, {encoder.dimension} values an image{rejected}"
 
@@ -103,11 +106,12 @@ def _ready_rows(shard: Shard, size: _Size) -> str:
     return f"ready embeddings of {size.dimension} values"
 
 
-def _tried(config: RunConfig, encoder: Encoder, shard: Shard, size: _Size) -> tuple[int, list[str]]:
+def _tried(config: RunConfig, encoder: Encoder, size: _Size) -> tuple[int, list[str]]:
     """Images that went through and the reasons of those that did not; notes the time of one."""
     good, reasons = 0, list[str]()
     started = time.perf_counter()
-    for record in islice(read_records(shard, config.images.max_bytes), SAMPLE_IMAGES):
+    first = (record for shard in input_shards(config) for record in read_records(shard, config.images.max_bytes))
+    for record in islice(first, SAMPLE_IMAGES):
         reason = record.reason or _encode(encoder, record.data or b"")
         if reason is None:
             good += 1
@@ -133,6 +137,11 @@ def _method(config: RunConfig, size: _Size) -> str:
             f"method.clusters = {config.method.clusters}: must be at most the number of images, {size.images}"
         )
     return f"{config.method.name} on {size.dimension} values a row"
+
+
+def _words(config: RunConfig, size: _Size) -> str:
+    words = read_vocabulary(config)
+    return "no vocabulary: clusters get no names" if words is None else f"{len(words.words):,} words"
 
 
 def _estimate(config: RunConfig, size: _Size) -> str:

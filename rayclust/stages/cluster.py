@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from rayclust.errors import ConfigError, RayclustError
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:  # workers that only read and write do without what the config
     from rayclust.config import RunConfig
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 10.0
+"""How long a cluster may take to answer at its address."""
 
 
 def connect() -> None:
@@ -27,6 +32,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    _refuse_silent(address)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         with _without_core_chatter():
@@ -38,6 +44,23 @@ def connect() -> None:
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
     logger.info("ray: %s", describe())
+
+
+def _refuse_silent(address: str | None) -> None:
+    """Ray itself goes on trying an address where nobody answers for longer than anybody waits."""
+    place = urlsplit("//" + (address or "").rpartition("://")[2])
+    try:
+        host, port = place.hostname, place.port
+    except ValueError:
+        raise ConfigError(f"RAY_ADDRESS = {address}: is no address; write HOST:PORT, ray://HOST:PORT or auto") from None
+    if host is None or port is None:  # auto, local
+        return
+    try:
+        socket.create_connection((host, port), PATIENCE_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error}); unset it to work on this machine"
+        ) from None
 
 
 @contextmanager

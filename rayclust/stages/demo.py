@@ -69,6 +69,7 @@ def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, di
     Returns:
         The run's URI, and the scores of each method, one dict per seed.
     """
+    out = filesystem.absolute(out)
     images, run = filesystem.join(out, "images"), Run(filesystem.join(out, "run"))
     write_digits(images)
     plan = [(method, seed) for method in methods for seed in SEEDS]

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from rayclust.encoders.decode import Preprocess
+from rayclust.errors import DataError
 from rayclust.stages.cluster import cpus, encode_workers
-from rayclust.stages.inputs import input_shards
+from rayclust.stages.inputs import listing
 from rayclust.stages.pipeline import StageContext
 from rayclust.stages.units import STORAGE_THREADS, Unit
 from rayclust.store import filesystem
@@ -84,10 +85,13 @@ def _configure_ray_data(shape: tuple[int, int, int], batch: int) -> None:
 def _items(context: StageContext, todo: Sequence[Unit]) -> list[dict[str, str]]:
     """One row per unfinished shard; the shard itself is written beside the markers, so that the driver stays small."""
     wanted = {unit.index: unit for unit in todo}
-    shards = (shard for shard in input_shards(context.config) if shard.index in wanted)
+    shards = (found for found in listing(context.config) if found[0].index in wanted)
 
-    def item(shard: Shard) -> dict[str, str]:
+    def item(found: tuple[Shard, str]) -> dict[str, str]:
+        shard, digest = found
         unit, uri = wanted[shard.index], context.run.at("manifests", "encode-inputs", f"{shard.index:05d}.json")
+        if digest != unit.digest:
+            raise DataError(f"{shard.uri}: the input has changed since it was listed; run again when it is at rest")
         filesystem.write_json(uri, shard.to_json())
         return {
             "unit": json.dumps({"index": unit.index, "digest": unit.digest, "row_start": shard.first}),
@@ -98,4 +102,6 @@ def _items(context: StageContext, todo: Sequence[Unit]) -> list[dict[str, str]]:
         items: list[dict[str, str]] = []
         while group := list(islice(shards, 4 * STORAGE_THREADS)):
             items += threads.map(item, group)
-        return items
+    if len(items) < len(todo):
+        raise DataError(f"{context.config.images.uri}: the input has changed since it was listed; run again")
+    return items

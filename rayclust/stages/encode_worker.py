@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from rayclust.config import RunConfig
 from rayclust.encoders.base import GPU_BATCH
-from rayclust.stages.models import load_run_encoder
+from rayclust.stages.models import load_run_encoder, worker_device
 
 CPU_CHUNK = 32
 """Images that travel together where encoders are CPUs."""
@@ -25,7 +25,7 @@ class EncodeChunks:
     """Chunks of pixels to embeddings, handed to the writer of their shard; only counts go on."""
 
     def __init__(self, config: RunConfig, writers: list[Any]) -> None:
-        self._encoder = load_run_encoder(config)
+        self._encoder = load_run_encoder(config, worker_device(config))
         self._writers = writers
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayclust.config import RunConfig
+from rayclust.errors import ConfigError
 from rayclust.stages import datasets
 from rayclust.stages.models import weights_stamp
 from rayclust.stages.pipeline import STAGES
@@ -30,11 +31,32 @@ def plan(config: RunConfig) -> Plan:
         DataError: the input is missing, unreadable or empty.
     """
     shards, digests = [], []
-    settings = STAGES["encode"].settings(config) | {"weights": weights_stamp(config)}
-    for shard in input_shards(config):
-        digests.append(digest_of({"shard": _identity(shard), "settings": settings}))
+    for shard, digest in listing(config):
+        digests.append(digest)
         shards.append(replace(shard, members=()))
     return Plan(digest_of(digests), tuple(shards), tuple(digests))
+
+
+def listing(config: RunConfig) -> Iterator[tuple[Shard, str]]:
+    """The shards of the run's input with the digests of all that their embeddings depend on.
+
+    Raises:
+        ConfigError: the run lies where its tables would be taken for input.
+        DataError: the input is missing, unreadable or empty.
+    """
+    settings = STAGES["encode"].settings(config) | {"weights": weights_stamp(config)}
+    for shard in input_shards(config):
+        if shard.index == 0 and shard.kind not in ("folder", "webdataset"):
+            _refuse_run_within(config)
+        yield shard, digest_of({"shard": _identity(shard), "settings": settings})
+
+
+def _refuse_run_within(config: RunConfig) -> None:
+    if config.run.startswith(config.images.uri.rstrip("/") + "/"):
+        raise ConfigError(
+            f"run = {config.run}: lies within images.uri = {config.images.uri}, so that its tables would be read as "
+            "input; choose a folder outside"
+        )
 
 
 def _identity(shard: Shard) -> dict[str, Any]:

@@ -133,8 +133,9 @@ def _names(context: StageContext, job: _Job) -> list[ClusterName]:
     run_units(context.run, "label", units, votes.vote)
     sizes = np.array(context.inputs["assign"].extra["sizes"])
     names: list[ClusterName] = run_remotely(votes.count, len(units), sizes, words.words)
-    filesystem.remove_tree(scratch)
+    # Markers first: without them the votes are cast again, without the votes they would stand for nothing.
     filesystem.remove_tree(context.run.at("manifests", "label"))
+    filesystem.remove_tree(context.run.at("label"))
     return names
 
 
@@ -162,8 +163,8 @@ class _Votes:
         transform = self._job.transform if self._in_features else None
         votes = cluster_votes(embeddings, clusters, nouns, count, transform=transform, scale=label.scale).tocoo()
         table = pa.table({"cluster": votes.coords[0], "word": votes.coords[1], "mass": votes.data})
-        tables.write_table(self._at(f"votes-{unit.index:05d}.parquet"), table)
-        return UnitResult(counts={"rows": len(clusters)})
+        outputs = put_table(self._job.run, self._at(f"votes-{unit.index:05d}.parquet"), table)
+        return UnitResult(outputs, {"rows": len(clusters)})
 
     def count(self, parts: int, sizes: np.ndarray, words: tuple[str, ...]) -> list[ClusterName]:
         """The names by all votes together."""

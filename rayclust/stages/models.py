@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,31 @@ def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
     """
     if device is None:
         device = "cuda" if config.resources.gpus_per_worker and torch.cuda.is_available() else "cpu"
+    settings = config.encoder
+    if device == "cpu" and settings.precision == "fp16" and config.resources.gpus_per_worker:
+        # The run's GPUs are elsewhere: one query, or the words, on a machine without.
+        settings = settings.model_copy(update={"precision": "fp32"})
     with _weights(config) as path:
-        encoder = load_encoder(config.encoder, weights=path, device=device)
+        encoder = load_encoder(settings, weights=path, device=device)
     images = config.images
     encoder.preprocess = replace(encoder.preprocess, max_bytes=images.max_bytes, max_pixels=images.max_pixels)
     return encoder
+
+
+def worker_device(config: RunConfig) -> str:
+    """Where a worker of encode computes.
+
+    Raises:
+        ConfigError: the worker was given a GPU that torch does not see; the CPU would take hours at a GPU's price.
+    """
+    if not config.resources.gpus_per_worker:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"resources.gpus_per_worker = {config.resources.gpus_per_worker:g}: torch {torch.__version__} sees no CUDA "
+            "device in this worker; install a CUDA build and driver on the node, or set it to 0"
+        )
+    return "cuda"
 
 
 def encoder_shape(config: RunConfig) -> tuple[Preprocess, int]:
@@ -85,7 +105,7 @@ def save_method(run: Run, export: Export) -> Outputs:
     return weights | put_json(run, filesystem.join(run.model_folder, "config.json"), export.settings)
 
 
-@cache
+@lru_cache(2)
 def load_method(uri: str, digest: str) -> Method:
     """The fitted method of the run at `uri`; `digest` is its train stage's, so that a new model is read anew.
 

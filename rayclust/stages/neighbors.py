@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 
 UNIT_ROWS = 2048
 """Rows of the smallest unit; large sets take N / 64, so that each unit's pass over all rows is worth its reading."""
-RECALL_QUERIES = 1000
-"""Rows on which the recall of the inverted file is measured."""
+INVERTED_FILE = "ivf.faiss"
 
 
 def run(context: StageContext) -> StageResult:
@@ -45,7 +44,8 @@ def run(context: StageContext) -> StageResult:
     method, extra, outputs = _method(config, count), {}, {}
     if method == "ivf":
         extra, outputs = run_remotely(_build_inverted_file, context.run, starts, transform, k, config)
-    job = _Search(context.run, starts, transform, k, method)
+    inverted_file = next((written["digest"] for written in outputs.values()), None)
+    job = _Search(context.run, starts, transform, k, inverted_file)
     units = _units(encode.extra["parts"], context.digest)
     results = run_units(context.run, "neighbors", units, job.search)
     drop_stale_parts(context.run.neighbors_folder, len(starts) - 1)
@@ -81,16 +81,21 @@ def _units(parts: list[int], digest: str) -> list[Unit]:
 class _Search:
     """What a unit's worker needs to know."""
 
-    def __init__(self, run: Run, starts: list[int], transform: FeatureTransform, k: int, method: str) -> None:
-        self._run, self._starts, self._transform, self._k, self._method = run, starts, transform, k, method
+    def __init__(
+        self, run: Run, starts: list[int], transform: FeatureTransform, k: int, inverted_file: str | None = None
+    ) -> None:
+        self._run, self._starts, self._transform, self._k = run, starts, transform, k
+        self._inverted_file = inverted_file
 
     def search(self, unit: Unit) -> UnitResult:
         """The neighbours of the rows of the unit's parts, written part by part."""
         torch.set_num_threads(1)
         queries = torch.from_numpy(np.concatenate([part_features(self._run, p, self._transform) for p in unit.payload]))
         rows = torch.cat([torch.arange(self._starts[p], self._starts[p + 1]) for p in unit.payload])
-        find = self._exact if self._method == "exact" else self._inverted
-        neighbors, similarity = find(queries, rows)
+        if self._inverted_file is None:
+            neighbors, similarity = self._exact(queries, rows)
+        else:
+            neighbors, similarity = self._inverted(queries, rows, self._inverted_file)
         outputs: Outputs = {}
         done = 0
         for part in unit.payload:
@@ -106,8 +111,8 @@ class _Search:
             best.update(block, ids)
         return best.result()
 
-    def _inverted(self, queries: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        index = _load(filesystem.join(self._run.neighbors_folder, "ivf.faiss"))
+    def _inverted(self, queries: torch.Tensor, rows: torch.Tensor, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
+        index = _load(filesystem.join(self._run.neighbors_folder, INVERTED_FILE), digest)
         ids, similarity = index.search(unit_rows(queries).numpy(), self._k + 1)
         found, nearness = without_self(ids, similarity, rows.numpy())
         return torch.from_numpy(found), torch.from_numpy(nearness)
@@ -135,8 +140,9 @@ def blocks(run: Run, starts: list[int], transform: FeatureTransform) -> Iterator
             yield unit_rows(features), torch.arange(starts[part], starts[part + 1])
 
 
-@cache
-def _load(uri: str) -> Any:
+@lru_cache(1)
+def _load(uri: str, digest: str) -> Any:
+    """The inverted file at `uri`; a worker that lives on reads one of another digest anew."""
     return load_index(filesystem.read_bytes(uri))
 
 
@@ -157,6 +163,6 @@ def _build_inverted_file(
             f"neighbors.min_recall = {config.neighbors.min_recall}: the inverted file reaches {index.recall:.3f}; "
             "lower the bound or set neighbors.method: exact"
         )
-    uri = filesystem.join(run.neighbors_folder, "ivf.faiss")
+    uri = filesystem.join(run.neighbors_folder, INVERTED_FILE)
     outputs = put_bytes(run, uri, index.to_bytes())
     return {"recall": index.recall, "nlist": index.nlist, "nprobe": index.nprobe}, outputs

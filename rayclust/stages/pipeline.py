@@ -11,6 +11,7 @@ from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
+from rayclust.language.vocabulary import kind_of
 from rayclust.stages.outputs import Listing, Outputs
 from rayclust.stages.progress import duration
 from rayclust.store import filesystem
@@ -72,6 +73,14 @@ def _method(config: RunConfig) -> dict[str, Any]:
     return {"all": _part(config.method), "set": sorted(config.method.model_fields_set)}
 
 
+def _words(config: RunConfig) -> dict[str, Any]:
+    content: dict[str, Any] = {"label": _part(config.label), "encoder": _part(config.encoder)}
+    if kind_of(config.label.vocabulary) in ("text", "embeddings"):
+        found = filesystem.stat(config.label.vocabulary)
+        content["words"] = found.stamp if found else None
+    return content
+
+
 _IMAGES = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
 
 STAGES: dict[str, Stage] = {
@@ -84,8 +93,8 @@ STAGES: dict[str, Stage] = {
             ("encode", "neighbors"),
             lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed},
         ),
-        Stage("assign", ("encode", "train"), lambda c: {}),
-        Stage("label", ("encode", "assign"), lambda c: {"label": _part(c.label), "encoder": _part(c.encoder)}),
+        Stage("assign", ("encode", "train"), lambda c: {"features": _part(c.features)}),
+        Stage("label", ("encode", "assign"), lambda c: _words(c) | {"features": _part(c.features)}),
         Stage("index", ("encode",), lambda c: {"index": _part(c.index), "seed": c.seed}),
         Stage(
             "evaluate",
@@ -105,15 +114,18 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
         RayclustError: whatever the stage raises.
     """
     stage, run = STAGES[name], Run(config.run)
-    save_config(config)
-    inputs = {need: _sealed_input(run, name, need) for need in stage.needs}
+    inputs = _sealed_inputs(config, stage)
     plan = _listed(config) if name == "encode" else None
     digest = stage_digest(stage, config, inputs, plan)
     manifest = read_manifest(run, name)
     if manifest and manifest.digest == digest and not force and outputs_present(run, manifest):
+        save_config(config)
         logger.info("%s: done before, skipped", name)
         return manifest
     filesystem.remove(run.manifest(name))
+    save_config(config)  # only now: what is still sealed was made with the config that was there
+    if force:
+        filesystem.remove_tree(run.at("manifests", name))
     logger.info("%s: started", name)
     started = time.monotonic()
     result: StageResult = stage.module.run(StageContext(config, run, digest, inputs, plan))
@@ -121,7 +133,7 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
     manifest = Manifest(
         stage=name,
         digest=digest,
-        inputs={need: content_digest(sealed) for need, sealed in inputs.items()},
+        inputs={need: content_digest(sealed) for need, sealed in inputs.items()} | _settings_digest(stage, config),
         counts=result.counts,
         outputs={path: Output(**written) for path, written in result.outputs.items()},
         versions=versions(),
@@ -187,10 +199,43 @@ def _listed(config: RunConfig) -> Any:
     return importlib.import_module("rayclust.stages.inputs").plan(config)
 
 
-def _sealed_input(run: Run, name: str, need: str) -> Manifest:
-    manifest = read_manifest(run, need)
-    if manifest is None:
-        raise ArtefactError(
-            f"{name}: the stage {need} of {run.uri} is not finished: run `rayclust {need} RUN.yaml` first"
-        )
-    return manifest
+class Seals:
+    """The manifests of a run that hold for a config and for what their own inputs hold now; each is read once."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._run = config, Run(config.run)
+        self._found: dict[str, Manifest | None] = {}
+
+    def of(self, name: str) -> Manifest | None:
+        """The stage's manifest; None where it is missing or was sealed for another config or other inputs.
+
+        Whether the images themselves have changed only their listing tells, which is not done here.
+        """
+        if name not in self._found:
+            manifest = read_manifest(self._run, name)
+            self._found[name] = manifest if manifest and self._holds(STAGES[name], manifest) else None
+        return self._found[name]
+
+    def _holds(self, stage: Stage, manifest: Manifest) -> bool:
+        if not stage.needs:
+            wanted = _settings_digest(stage, self._config)["settings"]
+            return manifest.inputs.get("settings", wanted) == wanted
+        inputs = {need: found for need in stage.needs if (found := self.of(need)) is not None}
+        return len(inputs) == len(stage.needs) and manifest.digest == stage_digest(stage, self._config, inputs)
+
+
+def _settings_digest(stage: Stage, config: RunConfig) -> dict[str, str]:
+    return {"settings": digest_of(stage.settings(config))}
+
+
+def _sealed_inputs(config: RunConfig, stage: Stage) -> dict[str, Manifest]:
+    seals, inputs = Seals(config), dict[str, Manifest]()
+    for need in stage.needs:
+        manifest = seals.of(need)
+        if manifest is None:
+            raise ArtefactError(
+                f"{stage.name}: the stage {need} of {config.run} is not finished for this config: "
+                f"run `rayclust {need} RUN.yaml` first"
+            )
+        inputs[need] = manifest
+    return inputs

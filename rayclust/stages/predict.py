@@ -9,15 +9,16 @@ import pyarrow as pa
 import pyarrow.csv
 
 from rayclust.config import RunConfig, validate
-from rayclust.errors import ArtefactError, ConfigError
+from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.stages.assign import assign
+from rayclust.stages.datasets import SCHEME
 from rayclust.stages.models import load_method
-from rayclust.stages.pipeline import content_digest, run_stage
+from rayclust.stages.pipeline import Seals, content_digest, run_stage
 from rayclust.stages.rows import transform_of
 from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run, parts
-from rayclust.store.manifest import Manifest, digest_of, read_manifest
+from rayclust.store.manifest import Manifest, digest_of
 
 SCHEMA = pa.schema(
     [
@@ -51,34 +52,54 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
     """
     if not out.endswith((".parquet", ".csv")):
         raise ConfigError(f"--out {out}: must end in .parquet or .csv")
-    run = Run(config.run)
-    encode, train = read_manifest(run, "encode"), read_manifest(run, "train")
+    run, seals = Run(config.run), Seals(config)
+    encode, train = seals.of("encode"), seals.of("train")
     if encode is None or train is None:
         raise ArtefactError(f"{run.uri}: is not trained: run `rayclust run RUN.yaml` first")
-    scratch = Run(run.at("predict", digest_of(images)))
-    tree = config.model_dump(mode="json", exclude_unset=True)
-    tree |= {"run": scratch.uri, "images": {"uri": images, "labels": "none", "max_reject_share": 1.0}}
-    sealed = run_stage("encode", validate(tree))
-    table = _table(run, scratch, config, encode, content_digest(train))
-    _write(out, table)
+    scratch, settings = _scratch(config, images)
+    sealed = run_stage("encode", settings)
+    given, wanted = int(sealed.extra["dimension"]), int(encode.extra["dimension"])
+    if given != wanted:
+        raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
+    _write(out, _table(run, scratch, config, encode, content_digest(train)))
     filesystem.remove_tree(scratch.uri)
     return {"rows": sealed.counts["rows"], "rejects": sealed.counts["rejects"]}
+
+
+def _scratch(config: RunConfig, images: str) -> tuple[Run, RunConfig]:
+    """Where new images are encoded, and as what: with the run's encoder and limits, without its labels and classes."""
+    uri = images if images.startswith(SCHEME) else filesystem.absolute(images)
+    scratch = Run(filesystem.join(config.run, "predict", digest_of(uri)))
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    limits = {key: tree["images"][key] for key in ("shard_size", "max_bytes", "max_pixels") if key in tree["images"]}
+    tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": "none", "max_reject_share": 1.0} | limits}
+    return scratch, validate(tree)
 
 
 def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: str) -> pa.Table:
     method, transform = load_method(run.uri, model), transform_of(encode, config.features)
     names = cluster_names(run)
-    rows: list[dict[str, Any]] = []
+    found: list[pa.Table] = []
     for _, uri in parts(scratch.embeddings_folder):
         table = tables.read_table(uri, ["key", "uri", "embedding"])
         clusters, confidence = assign(method, transform(tables.matrix(table["embedding"])))
-        found = zip(
-            table["key"].to_pylist(), table["uri"].to_pylist(), clusters.tolist(), confidence.tolist(), strict=True
-        )
-        rows += [{"key": k, "uri": u, "cluster": c, "name": names.get(c), "confidence": p} for k, u, c, p in found]
+        columns = {
+            "cluster": pa.array(clusters),
+            "name": pa.array([names.get(cluster) for cluster in clusters.tolist()], pa.string()),
+            "confidence": pa.array(confidence),
+        }
+        found.append(_filled({"key": table["key"], "uri": table["uri"], **columns}))
     for _, uri in parts(scratch.rejects_folder):
-        rows += tables.read_table(uri, ["key", "uri", "reason"]).to_pylist()
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+        table = tables.read_table(uri, ["key", "uri", "reason"])
+        found.append(_filled({name: table[name] for name in table.column_names}))
+    return pa.concat_tables(found)
+
+
+def _filled(columns: dict[str, Any]) -> pa.Table:
+    """A table of `SCHEMA` with nulls where no column is given."""
+    count = len(columns["key"])
+    arrays = [columns[field.name] if field.name in columns else pa.nulls(count, field.type) for field in SCHEMA]
+    return pa.table(arrays, schema=SCHEMA)
 
 
 def _write(out: str, table: pa.Table) -> None:

@@ -39,10 +39,10 @@ def quick(
         "images": {"uri": images},
         "encoder": dict(DEFAULT_ENCODER) if encoder is None else {"name": encoder},
         "features": {"center": True},
-        "method": {"name": method, "clusters": yaml.safe_load(clusters)},
+        "method": {"name": method},
     }
     text = yaml.safe_dump(tree, sort_keys=False)
-    config = anchored(parse(text, overrides))
+    config = anchored(parse(text, [f"method.clusters={clusters}", *overrides]))
     filesystem.write_bytes(filesystem.join(config.run, "RUN.yaml"), as_yaml(config).encode())
     run_all(config)
     return config.run
@@ -85,8 +85,9 @@ def load_run(uri: str) -> RunConfig:
     Raises:
         ArtefactError: there is no run.
     """
+    run = filesystem.absolute(uri)
     try:
-        tree = filesystem.read_json(Run(uri).config)
+        tree = filesystem.read_json(Run(run).config)
     except filesystem.MissingError:
         raise ArtefactError(f"{uri}: no run there: give the folder or URI that RUN.yaml names as `run`") from None
-    return validate(tree | {"run": uri.rstrip("/")})
+    return validate(tree | {"run": run})

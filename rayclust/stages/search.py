@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from rayclust.arrays import require_matrix
 from rayclust.config import RunConfig
@@ -17,11 +15,12 @@ from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER_INDEX
 from rayclust.stages.models import load_run_encoder
+from rayclust.stages.pipeline import Seals
 from rayclust.stages.rows import row_starts
 from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
-from rayclust.store.manifest import Manifest, read_manifest
+from rayclust.store.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ def search(config: RunConfig, *, image: str | None, text: str | None, top: int, 
         ConfigError: the query does not suit the run.
         DataError: the image cannot be read.
     """
-    run = Run(config.run)
-    encode, index = read_manifest(run, "encode"), read_manifest(run, "index")
-    if encode is None or index is None:
+    run, seals = Run(config.run), Seals(config)
+    encode = seals.of("encode")
+    if encode is None or seals.of("index") is None:
         raise ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
     if space == "z":
         raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")
@@ -64,10 +63,8 @@ def search(config: RunConfig, *, image: str | None, text: str | None, top: int, 
     require_matrix(query, "the query", int(encode.extra["dimension"]))
     found = load_index(filesystem.read_bytes(filesystem.join(run.index_folder, ENCODER_INDEX)))
     rows, similarity = found.search(query, min(top, encode.counts["rows"]))
-    names = cluster_names(run)
-    return [
-        _hit(run, encode, int(row), float(s), names) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0
-    ]
+    near = {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
+    return _hits(run, encode, near, is_assigned=seals.of("assign") is not None)
 
 
 def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray:
@@ -94,21 +91,19 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _hit(run: Run, encode: Manifest, row: int, similarity: float, names: dict[int, str | None]) -> Hit:
-    found = row_of(run, encode, row, ["row", "key", "uri"])
-    cluster = None
-    if read_manifest(run, "assign") is not None:
-        part = bisect_right(row_starts(encode), row) - 1
-        table = tables.read_table(run.assignments(part), ["row", "cluster"])
-        cluster = int(table.filter(pc.equal(table["row"], row))["cluster"][0].as_py())
-    return Hit(
-        row, similarity, found["key"], found["uri"], cluster, names.get(cluster) if cluster is not None else None
-    )
-
-
-def row_of(run: Run, encode: Manifest, row: int, columns: list[str]) -> dict[str, Any]:
-    """Some columns of one row of the embeddings."""
-    part = bisect_right(row_starts(encode), row) - 1
-    table = tables.read_table(run.embeddings(part), columns)
-    found: dict[str, Any] = table.filter(pc.equal(table["row"], row)).to_pylist()[0]
-    return found
+def _hits(run: Run, encode: Manifest, near: dict[int, float], *, is_assigned: bool) -> list[Hit]:
+    """The hits, nearest first; each part that holds one is read once."""
+    names, starts = cluster_names(run), row_starts(encode)
+    rows = np.array(sorted(near), np.int64)
+    found: dict[int, Hit] = {}
+    for part in np.unique(np.searchsorted(starts, rows, "right") - 1):
+        own = rows[(rows >= starts[part]) & (rows < starts[part + 1])]
+        places = pa.array(own - starts[part])
+        records = tables.read_table(run.embeddings(part), ["key", "uri"]).take(places).to_pylist()
+        clusters: list[int | None] = [None] * len(own)
+        if is_assigned:
+            clusters = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_pylist()
+        for row, record, cluster in zip(own.tolist(), records, clusters, strict=True):
+            name = None if cluster is None else names.get(cluster)
+            found[row] = Hit(row, near[row], record["key"], record["uri"], cluster, name)
+    return [found[row] for row in near]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rayclust.stages.pipeline import STAGES
+from rayclust.stages.pipeline import STAGES, Seals
 from rayclust.stages.progress import duration
 from rayclust.stages.quick import load_run
 from rayclust.store import filesystem
@@ -21,11 +21,13 @@ def lines(uri: str) -> Iterator[str]:
         ArtefactError: there is no run.
     """
     config = load_run(uri)
-    run = Run(config.run)
+    run, seals = Run(config.run), Seals(config)
     yield f"{run.uri}: {config.method.name}, {config.method.clusters} clusters, {config.encoder.name}"
     for stage in STAGES:
         manifest = read_manifest(run, stage)
-        yield f"  {stage:<10} {_sealed(manifest) if manifest else _unfinished(run, stage)}"
+        text = _sealed(manifest) if manifest else _unfinished(run, stage)
+        outdated = manifest is not None and seals.of(stage) is None
+        yield f"  {stage:<10} {text}{', for another config or other inputs: runs again' if outdated else ''}"
     yield from _health(run)
 
 

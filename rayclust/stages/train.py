@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rayclust import collectives
 from rayclust.config import RunConfig
-from rayclust.errors import ArtefactError
+from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import build
 from rayclust.stages.board import Board
 from rayclust.stages.cluster import connect, cpus, plain_errors, train_workers
@@ -44,11 +44,16 @@ KEPT = 2
 
 def run(context: StageContext) -> StageResult:
     """Trains on the cluster and seals the model."""
-    connect()
     config, encode = context.config, context.inputs["encode"]
+    if encode.counts["rows"] < config.method.clusters:  # said at once, not after every worker has tried
+        rows = encode.counts["rows"]
+        raise ConfigError(f"method.clusters = {config.method.clusters}: must be at most the number of rows, {rows}")
+    connect()
     job = Job(config, context.digest, encode)
-    with plain_errors(), _Watch(config) as board:
-        result = _fit(job, board)
+    # Ray Train wants a folder for checkpoints; it gets none, ours lie below the run.
+    folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
+    with folder as storage, plain_errors(), _Watch(config) as board:
+        result = _fit(job, board, storage)
     filesystem.remove_tree(context.run.checkpoints(context.digest))
     summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
     if result["loss"] is not None:
@@ -65,7 +70,7 @@ class Job:
     encode: Manifest
 
 
-def _fit(job: Job, board: Any) -> dict[str, Any]:
+def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -83,7 +88,7 @@ def _fit(job: Job, board: Any) -> dict[str, Any]:
         run_config=RunConfig(
             # A name of its own each time: what is resumed is our checkpoint, never Ray's idea of a finished run.
             name=f"rayclust-{job.digest[:12]}-{time.time_ns()}",
-            storage_path=tempfile.mkdtemp(prefix="rayclust-train-"),
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -152,11 +157,11 @@ class StoredCheckpoints:
             try:
                 content = filesystem.read_json(self._at(step, "state.json"))
                 data = filesystem.read_bytes(self._at(step, "tensors.safetensors"))
-            except (filesystem.MissingError, ArtefactError):
+                if content["digest"] == hashlib.sha256(data).hexdigest():
+                    logger.info("train: resuming at step %d", step)
+                    return safetensors.torch.load(data), content["state"]
+            except (filesystem.MissingError, ArtefactError, KeyError, TypeError):
                 continue
-            if content["digest"] == hashlib.sha256(data).hexdigest():
-                logger.info("train: resuming at step %d", step)
-                return safetensors.torch.load(data), content["state"]
         return None
 
     def _at(self, step: int, name: str) -> str:

@@ -14,6 +14,7 @@ from rayclust.language import vocabulary
 from rayclust.language.naming import encode_words
 from rayclust.language.vocabulary import Vocabulary
 from rayclust.stages.models import load_run_encoder
+from rayclust.stages.pipeline import content_digest
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import read_manifest
@@ -22,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def cluster_names(run: Run) -> dict[int, str | None]:
-    """Names by cluster; empty before the stage label."""
-    if read_manifest(run, "label") is None:
+    """Names by cluster; empty before the stage label, and after another assignment."""
+    label, assign = read_manifest(run, "label"), read_manifest(run, "assign")
+    if label is None or assign is None or label.inputs.get("assign") != content_digest(assign):
         return {}
     table = tables.read_table(run.clusters, ["cluster", "name"])
     return dict(zip(table["cluster"].to_pylist(), table["name"].to_pylist(), strict=True))

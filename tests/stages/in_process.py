@@ -39,7 +39,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
         encode, "_renumbered", lambda run, starts: [encode.renumber(run, i, row) for i, row in starts.items()]
     )
     patch.setattr(train, "_Watch", lambda config: nullcontext(Board()))
-    patch.setattr(train, "_fit", lambda job, board: train._work({"job": job, "board": board, "threads": 1}))
+    patch.setattr(train, "_fit", lambda job, board, storage: train._work({"job": job, "board": board, "threads": 1}))
 
 
 def _submit(

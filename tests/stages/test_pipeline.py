@@ -1,0 +1,199 @@
+"""What runs again and what does not, without a cluster."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayclust.config import RunConfig, validate
+from rayclust.errors import ArtefactError
+from rayclust.stages.pipeline import STAGES, Seals, content_digest, outputs_present, run_all, run_stage, stage_digest
+from rayclust.store import filesystem
+from rayclust.store.layout import STAGES as ORDER
+from rayclust.store.layout import Run
+from rayclust.store.manifest import Manifest, Output
+from tests.stages.conftest import Sealed
+from tests.stages.runs import tree, write_tars
+
+
+def config(**groups: Any) -> RunConfig:
+    return validate(tree("/runs/one", "/images", **groups))
+
+
+def digests(settings: RunConfig) -> dict[str, str]:
+    return {name: stage_digest(stage, settings, {}) for name, stage in STAGES.items()}
+
+
+def test_stages_come_after_what_they_read_and_in_the_promised_order():
+    names = list(STAGES)
+    assert names == [name for name in ORDER if name in STAGES]
+    for name, stage in STAGES.items():
+        assert all(names.index(need) < names.index(name) for need in stage.needs)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "nothing": ({}, set()),
+    "the encoder": ({"encoder": {"image_size": 9}}, {"encode", "label"}),
+    "precision": ({"encoder": {"precision": "bf16"}}, {"encode", "label"}),
+    "labels": ({"images": {"labels": "none"}}, {"encode"}),
+    "the size of shards": ({"images": {"shard_size": 17}}, {"encode"}),
+    "a limit of images": ({"images": {"max_pixels": 1000}}, {"encode"}),
+    "the share of rejects": ({"images": {"max_reject_share": 0.5}}, set()),
+    "centring": ({"features": {"center": False}}, {"neighbors", "train", "assign", "label", "evaluate"}),
+    "z-scores": ({"features": {"standardize": True}}, {"neighbors", "train", "assign", "label", "evaluate"}),
+    "neighbours": ({"neighbors": {"k": 6}}, {"neighbors"}),
+    "clusters": ({"method": {"clusters": 4}}, {"train"}),
+    "the temperature": ({"method": {"temperature": 0.2}}, {"train"}),
+    "the seed": ({"seed": 1}, {"train", "index", "evaluate"}),
+    "exemplars": ({"label": {"exemplars": 3}}, {"label"}),
+    "prompts": ({"label": {"templates": ["a {}"]}}, {"label"}),
+    "the index": ({"index": {"kind": "ivf"}}, {"index"}),
+    "the sample": ({"evaluate": {"silhouette_rows": 10}}, {"evaluate"}),
+    "thumbnails": ({"report": {"thumbnail": 64}}, {"report"}),
+    "workers": ({"resources": {"workers": 7}}, set()),
+    "checkpoints": ({"resources": {"checkpoint_seconds": 5}}, set()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_changes_the_digests_of_the_stages_that_depend_on_it_and_of_no_other(name: str):
+    groups, changed = CHANGES[name]
+    before, after = digests(config()), digests(config(**groups))
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == changed
+
+
+def test_a_value_set_by_hand_counts_even_if_it_is_the_default():
+    left_open = config(method={"name": "temi", "clusters": 3})
+    by_hand = config(method={"name": "temi", "clusters": 3, "beta": left_open.method.beta})  # type: ignore[union-attr]
+    assert left_open.method == by_hand.method
+    assert digests(left_open)["train"] != digests(by_hand)["train"]
+
+
+def test_where_the_run_lies_is_in_no_digest():
+    assert digests(validate(tree("/a", "/images"))) == digests(validate(tree("s3://b/c", "/other")))
+
+
+def test_another_list_of_words_under_the_same_name_names_again(tmp_path: Path):
+    words = tmp_path / "words.txt"
+    settings = config(label={"vocabulary": str(words)})
+    seen = set()
+    for text in (None, "dog\ncat\n", "dog\ncat\nbird\n"):
+        if text is not None:
+            words.write_text(text)
+        seen.add(digests(settings)["label"])
+    assert len(seen) == 3
+    assert digests(settings)["label"] in seen
+
+
+def manifest(**changes: Any) -> Manifest:
+    output = Output(digest="d", size=1)
+    return Manifest(**({"stage": "encode", "digest": "x", "outputs": {"a": output}, "seconds": 1.0} | changes))
+
+
+def test_what_was_written_decides_about_later_stages_not_when_or_from_what():
+    digest = content_digest(manifest())
+    assert content_digest(manifest(seconds=9.0, digest="y", versions={"torch": "9"}, inputs={"a": "b"})) == digest
+    assert content_digest(manifest(outputs={"a": Output(digest="e", size=1)})) != digest
+    assert content_digest(manifest(extra={"parts": [1]})) != digest
+    train, changed = STAGES["train"], manifest(extra={"parts": [1]})
+    assert stage_digest(train, config(), {"encode": manifest()}) != stage_digest(train, config(), {"encode": changed})
+
+
+def test_outputs_must_be_there_with_their_sizes(tmp_path: Path):
+    run = Run(str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.bin").write_bytes(b"abc")
+    (tmp_path / "b.bin").write_bytes(b"")
+    wanted = {"folder/a.bin": Output(digest="d", size=3), "b.bin": Output(digest="d", size=0)}
+    assert outputs_present(run, manifest(outputs=wanted))
+    for path, size in (("folder/a.bin", 4), ("b.bin", 1), ("folder/none.bin", 0), ("none.bin", 0), ("none/a.bin", 0)):
+        assert not outputs_present(run, manifest(outputs=wanted | {path: Output(digest="d", size=size)})), path
+
+
+@pytest.fixture
+def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> Sealed:
+    """A finished run that a test may change."""
+    shutil.copytree(pictures_run.folder, tmp_path / "run", copy_function=shutil.copy2)
+    return Sealed(pictures_run.config.model_copy(update={"run": str(tmp_path / "run")}))
+
+
+def stamps(sealed: Sealed) -> dict[str, int]:
+    return {name: Path(sealed.run.manifest(name)).stat().st_mtime_ns for name in STAGES}
+
+
+def changed(sealed: Sealed, **groups: Any) -> RunConfig:
+    return validate(tree(sealed.config.run, sealed.config.images.uri, **groups))
+
+
+def test_a_finished_run_is_left_as_it_is(copied: Sealed):
+    before = stamps(copied)
+    run_all(copied.config)
+    assert stamps(copied) == before
+
+
+def test_a_stage_by_itself_refuses_inputs_of_another_config(copied: Sealed):
+    for other in (
+        changed(copied, encoder={"image_size": 9}),
+        changed(copied, images={"labels": "none"}),
+        changed(copied, features={"center": False}),
+    ):
+        with pytest.raises(
+            ArtefactError, match=r"evaluate: the stage \w+ of .* is not finished for this"
+        ):
+            run_stage("evaluate", other)
+    assert filesystem.read_json(copied.run.config)["encoder"]["image_size"] == 8, "what is sealed lost its config"
+    assert run_stage("evaluate", changed(copied, evaluate={"silhouette_rows": 5})).counts["rows"] == 24
+
+
+def test_a_stage_by_itself_refuses_inputs_made_from_what_has_changed_since(copied: Sealed):
+    run_stage("neighbors", changed(copied, neighbors={"k": 3}))
+    with pytest.raises(ArtefactError, match="assign: the stage train of"):
+        run_stage("assign", changed(copied, neighbors={"k": 3}))
+    assert Seals(changed(copied, neighbors={"k": 3})).of("index") is not None
+
+
+def test_a_config_that_cannot_run_leaves_the_run_and_its_config_alone(copied: Sealed):
+    before = stamps(copied)
+    with pytest.raises(Exception, match="nowhere"):
+        run_all(changed(copied, encoder={"name": "timm/resnet18", "pretrained": "/nowhere/w.safetensors"}))
+    assert filesystem.read_json(copied.run.config)["encoder"]["name"] == "pixels"
+    assert stamps(copied) == before
+    assert all(Seals(copied.config).of(name) for name in STAGES)
+
+
+def test_force_does_again_what_is_sealed_unit_by_unit_and_gives_the_same_bytes(copied: Sealed):
+    part = Path(copied.run.assignments(0))
+    before, time = part.read_bytes(), part.stat().st_mtime_ns
+    run_stage("assign", copied.config)
+    assert part.stat().st_mtime_ns == time
+    run_stage("assign", copied.config, force=True)
+    assert part.stat().st_mtime_ns != time
+    assert part.read_bytes() == before
+
+
+def test_killed_before_the_seal_only_the_unmarked_parts_are_done_again(copied: Sealed):
+    Path(copied.run.manifest("assign")).unlink()
+    Path(copied.run.shard_manifest(2, "assign")).unlink()
+    times = [Path(copied.run.assignments(i)).stat().st_mtime_ns for i in (0, 2)]
+    run_all(copied.config)
+    assert Path(copied.run.assignments(0)).stat().st_mtime_ns == times[0]
+    assert Path(copied.run.assignments(2)).stat().st_mtime_ns != times[1]
+
+
+def test_a_shorter_input_leaves_no_part_of_the_longer_one(tmp_path: Path, in_process: None):
+    images = write_tars(tmp_path / "images", shards=3, per_shard=9)
+    settings = validate(tree(str(tmp_path / "run"), str(images)))
+    run_all(settings)
+    (images / "shard-001.tar").unlink()
+    sealed = run_all(settings)
+    assert sealed["encode"].extra["parts"] == [9, 9]
+    for folder in ("embeddings", "neighbors", "assignments"):
+        found = sorted(path.name for path in (tmp_path / "run" / folder).iterdir())
+        assert found == ["part-00000.parquet", "part-00001.parquet"], folder
+    write_again = tmp_path / "again"
+    run_all(validate(tree(str(write_again), str(images))))
+    for path in sorted((tmp_path / "run" / "embeddings").iterdir()):
+        assert path.read_bytes() == (write_again / "embeddings" / path.name).read_bytes()
