@@ -69,7 +69,7 @@ def pictures_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     """Tars of 12, 0 and 12 patches in three colours and a broken one, as pixels in three clusters; read only."""
     folder = tmp_path_factory.mktemp("pictures")
     write_tars(folder / "images", shards=2, per_shard=12)
-    tarfile.open(folder / "images" / "shard-000-none.tar", "w").close()
+    tarfile.open(folder / "images" / "shard-000a.tar", "w").close()
     with tarfile.open(folder / "images" / "shard-001.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("broken.png"), io.BytesIO())
     yield from _sealed(validate(tree(str(folder / "run"), str(folder / "images"))))

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from rayclust.stages import progress
+from rayclust.stages.progress import LOG_INTERVAL, Progress, duration
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("rayclust"), "propagate", True)
+    caplog.set_level(logging.INFO, "rayclust.stages.progress")
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0.0 s"), (3.24, "3.2 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (250, "4 min 10 s"), (3599, "59 min 59 s"),
+        (3600, "1 h 0 min"), (7512, "2 h 5 min"), (360_000, "100 h 0 min"),
+    ],
+)  # fmt: skip
+def test_durations_read_as_a_person_says_them(seconds: float, shown: str):
+    assert duration(seconds) == shown
+
+
+def test_the_rate_leaves_out_what_an_earlier_run_did(clock: Clock):
+    shown = Progress("encode", "images", total=1000, done=400)
+    clock.now += 20
+    shown.advance(100)
+    assert shown.rate() == 5
+    shown.at(600)
+    assert shown.rate() == 10
+
+
+def test_a_log_gets_one_line_every_interval_with_rate_note_and_time_left(clock: Clock, lines: pytest.LogCaptureFixture):
+    with Progress("encode", "images", total=10_000, done=4000) as shown:
+        for _ in range(int(LOG_INTERVAL) + 4):
+            clock.now += 1
+            shown.advance(100, "3 rejects")
+    assert lines.messages == ["encode: 7,000 of 10,000 images, 100 images/s, 3 rejects, 30.0 s left"]
+    clock.now += LOG_INTERVAL
+    shown.advance()
+    assert len(lines.messages) == 2
+
+
+def test_without_a_total_or_a_rate_no_time_left_is_made_up(clock: Clock, lines: pytest.LogCaptureFixture):
+    shown = Progress("train", "steps")
+    clock.now += LOG_INTERVAL
+    shown.at(60, note="loss 1.5")
+    clock.now += LOG_INTERVAL
+    shown.at(60, total=120)
+    resumed = Progress("assign", "rows", total=10, done=10)
+    clock.now += LOG_INTERVAL
+    resumed.advance(0)
+    assert lines.messages == [
+        "train: 60 steps, 2 steps/s, loss 1.5",
+        "train: 60 of 120 steps, 1 steps/s, loss 1.5, 1 min 0 s left",
+        "assign: 10 of 10 rows, 0 rows/s",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(clock: Clock, lines: pytest.LogCaptureFixture, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    with Progress("encode", "images", total=10) as shown:
+        assert shown._bar is not None
+        clock.now += 2 * LOG_INTERVAL
+        shown.advance(4, "1 reject")
+        [task] = shown._bar.tasks
+        assert (task.completed, task.total) == (4, 10)
+        assert "1 reject" in task.fields["note"]
+    assert lines.messages == []

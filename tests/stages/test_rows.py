@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rayclust.config import FeaturesConfig
+from rayclust.features import FeatureTransform
+from rayclust.stages.rows import (
+    StoredRows,
+    cache_folder,
+    drop_cache,
+    mapped,
+    part_features,
+    row_starts,
+    transform_of,
+)
+from rayclust.store import tables
+from tests.stages.conftest import VECTORS, Sealed
+
+
+def test_statistics_are_those_of_all_rows_of_the_run(vectors_run: Sealed):
+    features = FeaturesConfig(center=True, standardize=True, normalize=False)
+    transform = transform_of(vectors_run.manifest("encode"), features)
+    x = VECTORS.astype(np.float16).astype(np.float64)
+    np.testing.assert_allclose(transform.mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(transform.scale, x.std(0), rtol=1e-6)
+
+
+def test_parts_with_no_rows_start_where_the_next_one_does(pictures_run: Sealed):
+    assert row_starts(pictures_run.manifest("encode")) == [0, 12, 12, 24]
+    assert part_features(pictures_run.run, 1, FeatureTransform()).shape == (0, 192)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 40])
+def test_workers_share_the_rows_without_gap_or_overlap(pictures_run: Sealed, tmp_path: Path, workers: int):
+    encode, features = pictures_run.manifest("encode"), pictures_run.config.features
+    wanted = np.concatenate(
+        [part_features(pictures_run.run, part, transform_of(encode, features)) for part in range(3)]
+    )
+    blocks = []
+    for worker in range(workers):
+        rows = StoredRows(pictures_run.run, encode, features, tmp_path / "cache", worker, workers)
+        assert (rows.count, rows.dimension) == (24, 192)
+        blocks += list(rows.blocks())
+    np.testing.assert_array_equal(torch.cat(blocks).numpy(), wanted)
+    np.testing.assert_array_equal(rows.tensor().numpy(), wanted)
+
+
+def test_neighbors_come_in_the_order_of_the_rows(pictures_run: Sealed, tmp_path: Path):
+    encode, features = pictures_run.manifest("encode"), pictures_run.config.features
+    found = StoredRows(pictures_run.run, encode, features, tmp_path).neighbors()
+    assert found.shape == (24, 5)
+    last = tables.matrix(tables.read_table(pictures_run.run.neighbors(2), ["neighbors"])["neighbors"])
+    np.testing.assert_array_equal(found[12:].numpy(), last)
+
+
+def fill_with(value: float):
+    def fill(array: np.ndarray) -> None:
+        array[:] = value
+
+    return fill
+
+
+def test_a_mapped_file_is_filled_once_and_what_is_written_to_it_stays_here(tmp_path: Path):
+    path = tmp_path / "new" / "x.npy"
+    first = mapped(path, (2, 3), np.float32, fill_with(7))
+    first[:] = 0
+    again = mapped(path, (2, 3), np.float32, lambda array: pytest.fail("filled twice"))
+    assert again.tolist() == [[7, 7, 7], [7, 7, 7]]
+
+
+def test_a_fill_that_fails_leaves_nothing_that_would_be_taken_for_whole(tmp_path: Path):
+    def killed(array: np.ndarray) -> None:
+        array[0] = 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mapped(tmp_path / "x.npy", (2, 2), np.int64, killed)
+    assert mapped(tmp_path / "x.npy", (2, 2), np.int64, fill_with(3)).tolist() == [[3, 3], [3, 3]]
+
+
+def test_of_two_that_come_at_once_one_fills_and_the_other_waits(tmp_path: Path):
+    fills = list[int]()
+
+    def fill(array: np.ndarray) -> None:
+        fills.append(1)
+        time.sleep(0.1)
+        array[:] = 5
+
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(lambda _: mapped(tmp_path / "x.npy", (4,), np.float32, fill), range(2)))
+    assert [array.tolist() for array in both] == [[5, 5, 5, 5]] * 2
+    assert fills == [1]
+
+
+def test_each_training_has_a_folder_of_its_own_that_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAYCLUST_SCRATCH", str(tmp_path))
+    mapped(cache_folder("one") / "x.npy", (1,), np.float32, fill_with(0))
+    mapped(cache_folder("two") / "x.npy", (1,), np.float32, fill_with(0))
+    drop_cache("one")
+    drop_cache("never there")
+    assert not cache_folder("one").exists()
+    assert (cache_folder("two") / "x.npy").exists()
