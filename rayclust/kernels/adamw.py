@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rayclust.kernels.native import call
+
+
+class _Numbers(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_float)
+        for name in ("rate", "correction", "shrink", "fresh", "square_fresh", "epsilon", "follow")
+    )
 
 
 @dataclass(frozen=True)
@@ -25,10 +33,19 @@ class AdamW:
     square_momentum: float = 0.999
     epsilon: float = 1e-8
 
+    @cached_property
+    def compiled(self) -> _Numbers:
+        """As the compiled pass wants them."""
+        rate = self.learning_rate / (1.0 - self.momentum**self.step)
+        correction = (1.0 - self.square_momentum**self.step) ** -0.5
+        shrink = 1.0 - self.learning_rate * self.weight_decay
+        fresh = 1.0 - self.momentum, 1.0 - self.square_momentum
+        return _Numbers(rate, correction, shrink, *fresh, self.epsilon, self.follow)
+
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter and what follows it, all of one shape and contiguous."""
+    """A parameter and what follows it, all of one shape and contiguous, where they will stay."""
 
     value: Tensor
     """Float32 or Float64, as the next three."""
@@ -41,12 +58,11 @@ class Slot:
     copies: tuple[Tensor, Tensor] | None = None
     """BFloat16 of value and follower, written; a multiple of 16 numbers, 32 bytes aligned."""
 
-
-class _Numbers(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_float)
-        for name in ("rate", "correction", "shrink", "fresh", "square_fresh", "epsilon", "follow")
-    )
+    @cached_property
+    def addresses(self) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]:
+        """Of the first four, and of the copies."""
+        own = _pointers(self.value, self.mean, self.square, self.follower)
+        return own, _pointers(*(self.copies or (None, None)))
 
 
 def adamw(slot: Slot, gradient: Tensor, options: AdamW) -> None:
@@ -71,15 +87,9 @@ def adamw(slot: Slot, gradient: Tensor, options: AdamW) -> None:
 
 
 def _compiled(slot: Slot, gradient: Tensor, options: AdamW) -> bool:
-    o = options
-    rate = o.learning_rate / (1.0 - o.momentum**o.step)
-    correction = (1.0 - o.square_momentum**o.step) ** -0.5
-    shrink = 1.0 - o.learning_rate * o.weight_decay
-    fresh = 1.0 - o.momentum, 1.0 - o.square_momentum
-    numbers = _Numbers(rate, correction, shrink, *fresh, o.epsilon, o.follow)
-    state = _pointers(slot.value, slot.mean, slot.square, slot.follower)
     gradients = (None, gradient) if gradient.dtype == torch.bfloat16 else (gradient, None)
-    return call("adamw", state, *gradients, _pointers(*(slot.copies or (None, None))), numbers, slot.value.numel())
+    own, copies = slot.addresses
+    return call("adamw", own, *gradients, copies, options.compiled, slot.value.numel())
 
 
 def _pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:

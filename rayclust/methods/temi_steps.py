@@ -66,11 +66,14 @@ class _Parameter:
     copies: tuple[Tensor, Tensor] | None = None
     steps: int = 0
 
-    def slot(self, head: int) -> Slot:
-        """One head's part."""
-        copies = None if self.copies is None else (self.copies[0][head], self.copies[1][head])
-        values = (self.value.data[head], self.mean[head], self.square[head], self.follower.data[head])
-        return Slot(*values, copies)
+    def slots(self) -> list[Slot]:
+        """Each head's part."""
+        value, follower = self.value.data, self.follower.data
+        slots = []
+        for head in range(len(value)):
+            copies = None if self.copies is None else (self.copies[0][head], self.copies[1][head])
+            slots.append(Slot(value[head], self.mean[head], self.square[head], follower[head], copies))
+        return slots
 
     def refresh(self) -> None:
         """Brings the copies up to date with parameters that others have set."""
@@ -111,6 +114,8 @@ class FusedSteps:
         self._narrow, self._wide = _narrow(method), method.student.direction.dtype
         self._ordered = _parameters(method, self._narrow)
         self._parameters = {parameter.name: parameter for parameter in self._ordered}
+        self._slots = {parameter.name: parameter.slots() for parameter in self._ordered}
+        self._nets = [[self._net(head, teacher) for head in range(self.shape.heads)] for teacher in (False, True)]
         self._crew = Crew(min(torch.get_num_threads(), self.shape.heads))
         self._columns, self._stale = 0, True
 
@@ -209,7 +214,7 @@ class FusedSteps:
     def _teach(self, step: _Step, head: int, member: int) -> None:
         """One teacher's logits, and what the others need to know of them."""
         room, logits = self._rooms[member], Logits(self._teachers[head], step.bounds[1][head])
-        room.forward(self._net(head, teacher=True), step.x, step.factors[1], logits.values, learns=False)
+        room.forward(self._nets[1][head], step.x, step.factors[1], logits.values, learns=False)
         out = self._normalizers[head], self._sums[head], self._agreement[head]
         teacher_softmax(logits, room.terms, step.rows, out)
 
@@ -221,7 +226,7 @@ class FusedSteps:
 
     def _learn(self, step: _Step, head: int, member: int) -> None:
         """One student forward and back, and its update unless other workers have a say in it."""
-        room, net, factor = self._rooms[member], self._net(head, teacher=False), step.factors[0]
+        room, net, factor = self._rooms[member], self._nets[0][head], step.factors[0]
         student = Logits(self._students[member], step.bounds[0][head])
         teacher = Logits(self._teachers[head], step.bounds[1][head])
         room.forward(net, step.x, factor, student.values, learns=True)
@@ -233,7 +238,7 @@ class FusedSteps:
             if self._gradients:
                 self._gradients[name][head].copy_(gradients[name])
             else:
-                adamw(self._parameters[name].slot(head), gradients[name], options)
+                adamw(self._slots[name][head], gradients[name], options)
 
     def _gather(self, learns: dict[str, AdamW]) -> None:
         """The sum over workers of the gradients, in one exchange."""
@@ -244,7 +249,7 @@ class FusedSteps:
 
     def _update(self, learns: dict[str, AdamW], head: int) -> None:
         for name, options in learns.items():
-            adamw(self._parameters[name].slot(head), self._gradients[name][head], options)
+            adamw(self._slots[name][head], self._gradients[name][head], options)
 
 
 def _parameters(method: Temi, narrow: torch.dtype) -> list[_Parameter]:
