@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rayclust.config import validate
+from rayclust.errors import DataError
+from rayclust.stages.encode_stream import _items
+from rayclust.stages.inputs import plan
+from rayclust.stages.pipeline import StageContext
+from rayclust.stages.units import Unit
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+from rayclust.store.sources import Shard
+from tests.stages.runs import tree, write_tars
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_tars(tmp_path / "images", shards=3, per_shard=2)
+
+
+def planned(images: Path) -> tuple[StageContext, list[Unit]]:
+    config = validate(tree(str(images.parent / "run"), str(images)))
+    listed = plan(config)
+    units = [Unit(shard.index, digest, shard) for shard, digest in zip(listed.shards, listed.digests, strict=True)]
+    return StageContext(config, Run(config.run), "digest", {}, listed), units
+
+
+def test_an_item_names_unit_and_shard_of_what_is_left(images: Path):
+    context, units = planned(images)
+    items = _items(context, [units[0], units[2]])
+    assert [json.loads(item["unit"]) for item in items] == [
+        {"index": 0, "digest": units[0].digest, "row_start": 0},
+        {"index": 2, "digest": units[2].digest, "row_start": units[2].payload.first},
+    ]
+    shards = [Shard.from_json(filesystem.read_json(item["shard"])) for item in items]
+    assert [shard.name for shard in shards] == ["shard-000", "shard-002"]
+
+
+def test_an_input_that_changes_between_listing_and_reading_is_refused(images: Path):
+    context, units = planned(images)
+    (images / "shard-000b.tar").write_bytes((images / "shard-001.tar").read_bytes())
+    assert len(_items(context, units[:1])) == 1, "what has not moved may be read"
+    with pytest.raises(DataError, match=r"shard-000b\.tar: the input has changed since it was listed"):
+        _items(context, units)
+
+
+def test_an_input_that_shrinks_between_listing_and_reading_is_refused(images: Path):
+    context, units = planned(images)
+    (images / "shard-002.tar").unlink()
+    with pytest.raises(DataError, match="has changed since it was listed"):
+        _items(context, units)
