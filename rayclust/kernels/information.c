@@ -131,14 +131,15 @@ void information(bf16 *logits, const bf16 *teacher, bf16 *scratch, const float *
     long half = columns / 2;
     float rarest = 0, total = 0;
     for (long k = 0; k < clusters; k++) rarest = fminf(rarest, log_marginal[k]);
-    float reach = beta * (bound + teacher_bound) - rarest;
+    /* No joint logarithm is above spread − rarest, and the rarest cluster's is not below −spread − rarest. */
+    float spread = beta * (bound + teacher_bound);
     for (long c = 0; c < columns; c += BLOCK) {
         long other = c < half ? c + half : c - half, row = c % half;
         Pair pair = {teacher + other, log_marginal, beta, clusters, columns};
         Columns own, both;
         no_columns(&own, bound);
-        no_columns(&both, reach);
-        if (bound >= FAR || reach >= FAR) largest(&pair, logits + c, &own, &both);
+        no_columns(&both, spread - rarest);
+        if (bound >= FAR || spread >= FAR) largest(&pair, logits + c, &own, &both);
         pair_terms(&pair, logits + c, scratch, &own, &both);
         FOR_VECTORS {
             lanes w = load(weights + row + j * LANES), normal = own.shift[j] + load(normalizer + other + j * LANES);

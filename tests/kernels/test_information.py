@@ -21,6 +21,7 @@ def _passes(rows: int, size: float, dtype: torch.dtype = torch.bfloat16) -> list
     teacher_softmax(teacher, scratch(K), rows, (normalizer, sums, agreement))
     agreement[rows:] = 0.0
     log_marginal = torch.randn(K).to(wide).log_softmax(0)
+    log_marginal[3] = -87.0  # a dead cluster
     inputs = teacher.values.clone(), student.values.clone(), log_marginal
     known = normalizer, log_marginal, agreement
     information(student, teacher, scratch(K), known, 0.6, 1 / (2 * rows), loss)
