@@ -15,12 +15,12 @@ from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER_INDEX
 from rayclust.stages.models import load_run_encoder
-from rayclust.stages.pipeline import Seals
+from rayclust.stages.pipeline import Seals, content_digest
 from rayclust.stages.rows import row_starts
 from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
-from rayclust.store.manifest import Manifest
+from rayclust.store.manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ def search(config: RunConfig, *, image: str | None, text: str | None, top: int, 
         DataError: the image cannot be read.
     """
     run, seals = Run(config.run), Seals(config)
-    encode = seals.of("encode")
-    if encode is None or seals.of("index") is None:
+    encode, index = seals.of("encode"), read_manifest(run, "index")
+    # Settings of the index may have changed since; its rows may not.
+    if encode is None or index is None or index.inputs.get("encode") != content_digest(encode):
         raise ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
     if space == "z":
         raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")

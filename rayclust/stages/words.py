@@ -85,4 +85,6 @@ def _with_rows(uri: str) -> Vocabulary:
         rows = np.array(table["embedding"].to_pylist(), np.float32)
     except ValueError:
         raise DataError(f"label.vocabulary = {uri}: the embeddings are not numbers of one width") from None
+    if rows.ndim != 2:
+        raise DataError(f"label.vocabulary = {uri}: the column embedding must hold lists of numbers, at least one")
     return vocabulary.from_rows([str(word) for word in table["word"].to_pylist()], rows, uri)

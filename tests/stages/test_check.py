@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayclust.config import RunConfig, validate
+from rayclust.stages.check import check
+from tests.stages.runs import picture, tree, write_folder, write_tars
+
+
+def config(folder: Path, **groups: Any) -> RunConfig:
+    return validate(tree(str(folder / "run"), str(folder / "images"), **groups))
+
+
+def bad(settings: RunConfig) -> dict[str, str]:
+    """Subjects that failed, with what was said."""
+    return {finding.subject: finding.text for finding in check(settings) if not finding.good}
+
+
+def test_a_good_run_passes_and_nothing_is_written(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=10)
+    findings = {finding.subject: finding.text for finding in check(config(tmp_path))}
+    assert bad(config(tmp_path)) == {}
+    assert findings["images"] == "folder: 30 images in 2 shards"
+    assert findings["encoder"] == "pixels, 192 values an image"
+    assert "0.00 GB of embeddings" in findings["estimate"]
+    assert "of CPU time" in findings["estimate"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_tars_have_images_that_nobody_has_counted(tmp_path: Path):
+    write_tars(tmp_path / "images", shards=2, per_shard=4)
+    findings = {finding.subject: finding.text for finding in check(config(tmp_path))}
+    assert findings["images"] == "webdataset: images in 2 shards"
+    assert findings["estimate"] == "the number of images is not known before they are read"
+
+
+def test_an_empty_first_tar_is_no_reason_to_stop(tmp_path: Path):
+    write_tars(tmp_path / "images", shards=1, per_shard=4)
+    tarfile.open(tmp_path / "images" / "a.tar", "w").close()
+    assert bad(config(tmp_path)) == {}
+
+
+def test_a_missing_input_is_said_once_for_each_that_needs_it(tmp_path: Path):
+    found = bad(config(tmp_path))
+    assert set(found) == {"images", "encoder"}
+    assert str(tmp_path / "images") in found["images"]
+
+
+def test_a_run_that_cannot_be_written_is_found(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=1)
+    (tmp_path / "run").write_text("a file")
+    assert "is a file" in bad(config(tmp_path, method={"clusters": 2}))["run"]
+
+
+def test_images_of_which_none_can_be_decoded_are_found(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"" if number else b"none")
+    assert bad(config(tmp_path))["encoder"] == "none of the first 3 images can be decoded: empty, not_an_image"
+
+
+def test_some_bad_images_are_counted_not_refused(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.png").write_bytes(picture((9, 9, 9), number) if number else b"")
+    [finding] = [f for f in check(config(tmp_path)) if f.subject == "encoder"]
+    assert finding.good
+    assert "1 of the first 4 images rejected" in finding.text
+
+
+def test_an_encoder_without_weights_is_found(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=1)
+    encoder = {"name": "timm/resnet18", "pretrained": "/nowhere/w.safetensors"}
+    assert "/nowhere/w.safetensors" in bad(config(tmp_path, encoder=encoder, method={"clusters": 2}))["encoder"]
+
+
+def test_more_clusters_than_images_are_found(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=1)
+    found = bad(config(tmp_path, method={"clusters": 4}))
+    assert found == {"method": "method.clusters = 4: must be at most the number of images, 3"}
+
+
+def test_words_that_will_be_missing_at_the_end_are_found_at_the_start(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=1)
+    assert "wordnet" in bad(config(tmp_path, label={"vocabulary": "wordnet"}))["label"]
+    (tmp_path / "words.parquet").write_bytes(b"words")
+    words = {"vocabulary": str(tmp_path / "words.parquet")}
+    assert "is not a readable parquet file" in bad(config(tmp_path, label=words))["label"]
+
+
+def test_ready_embeddings_need_no_encoder(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images" / "a.npy", np.ones((30, 6), np.float32))
+    encoder = {"name": "timm/resnet18", "pretrained": "/nowhere/w.safetensors"}
+    findings = {finding.subject: finding for finding in check(config(tmp_path, encoder=encoder))}
+    assert findings["encoder"].text == "ready embeddings of 6 values"
+    assert all(finding.good for finding in findings.values())
+
+
+@pytest.mark.parametrize("x", [np.full((4, 3), np.nan, np.float32), np.zeros((4, 3), np.float32)], ids=["nan", "zero"])
+def test_embeddings_of_which_none_can_be_used_are_found(tmp_path: Path, x: np.ndarray):
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images" / "a.npy", x)
+    assert "none of the first 4 embeddings can be used" in bad(config(tmp_path))["encoder"]

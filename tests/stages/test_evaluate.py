@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rayclust.stages.evaluate import _columns, _contingency, _features_of, _sample, contingency_uri
+from rayclust.stages.pipeline import run_all, run_stage
+from rayclust.stages.rows import row_starts, transform_of
+from tests.stages.conftest import VECTORS, Sealed
+
+
+def metrics(sealed: Sealed) -> dict:
+    return json.loads((sealed.folder / "metrics.json").read_text())
+
+
+def test_labels_of_some_rows_score_those_rows(vectors_run: Sealed):
+    found = metrics(vectors_run)
+    assert (found["rows"], found["labelled"], found["classes"], found["clusters"]) == (7, 6, 2, 2)
+    assert found["accuracy"] == found["purity"] == 1
+    assert "knn_accuracy" not in found, "a vote among rows without labels says nothing"
+    assert sum(found["sizes"]) == 7
+
+
+def test_labels_of_all_rows_give_the_probe_too(pictures_run: Sealed):
+    found = metrics(pictures_run)
+    assert found["accuracy"] == found["knn_accuracy"] == 1
+    assert found["silhouette_rows"] == 24
+    counts = pq.read_table(contingency_uri(pictures_run.run)).to_pylist()
+    assert sorted((cell["label"], cell["count"]) for cell in counts) == [("amber", 8), ("blue", 8), ("green", 8)]
+    assert len({cell["cluster"] for cell in counts}) == 3
+
+
+def test_columns_join_the_parts_and_a_missing_label_is_minus_one(vectors_run: Sealed, pictures_run: Sealed):
+    clusters, codes, names = _columns(vectors_run.run, row_starts(vectors_run.manifest("encode")))
+    assert [None if code < 0 else names[code] for code in codes] == ["right", None, "up", "up", "up", "right", "right"]
+    assert (clusters == clusters[0]).tolist() == [True, True, False, False, False, True, True]
+    _, codes, names = _columns(pictures_run.run, row_starts(pictures_run.manifest("encode")))
+    assert [names[code] for code in codes] == ["amber", "blue", "green"] * 8
+
+
+def test_the_contingency_holds_the_cells_that_are_not_empty():
+    table = _contingency(np.array([0, 0, 1, 1]), np.array([2, 2, 0, 2]), ["a", "b"])
+    assert sorted(map(tuple, (row.values() for row in table.to_pylist()))) == [("a", 2, 2), ("b", 0, 1), ("b", 2, 1)]
+
+
+def test_the_sample_is_seeded_in_order_and_without_repeats(vectors_run: Sealed):
+    config = vectors_run.config
+    few = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"silhouette_rows": 100})})
+    rows = _sample(1000, few)
+    assert len(set(rows.tolist())) == 100
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, _sample(1000, few))
+    assert (_sample(1000, few.model_copy(update={"seed": 1})) != rows).any()
+    np.testing.assert_array_equal(_sample(5, few), np.arange(5))
+
+
+def test_features_of_rows_across_parts_come_in_order(vectors_run: Sealed):
+    encode = vectors_run.manifest("encode")
+    transform = transform_of(encode, vectors_run.config.features)
+    found = _features_of(vectors_run.run, row_starts(encode), transform, np.array([1, 2, 3, 6]))
+    x = VECTORS[[1, 2, 3, 6]]
+    np.testing.assert_allclose(found, x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-3)
+
+
+@pytest.mark.parametrize("clusters", [7, 2])
+def test_rows_each_alone_and_no_sample_are_no_errors(
+    vectors_run: Sealed, tmp_path: Path, in_process: None, clusters: int
+):
+    config = vectors_run.config.model_copy(update={"run": str(tmp_path / "run")})
+    config = config.model_copy(update={"method": config.method.model_copy(update={"clusters": clusters})})
+    run_all(config, stop_after="evaluate")
+    assert -1 <= json.loads((tmp_path / "run" / "metrics.json").read_text())["silhouette"] <= 1
+    without = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"silhouette_rows": 0})})
+    run_stage("evaluate", without)
+    assert "silhouette" not in json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -1,0 +1,128 @@
+"""How a config is read, and where its paths lead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayclust.config import parse, validate
+from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.stages.quick import anchored, as_yaml, load_config, load_run, quick
+from rayclust.store import filesystem
+from tests.stages.conftest import Sealed
+from tests.stages.runs import tree, write_folder
+
+
+def paths(**groups: Any) -> dict[str, Any]:
+    config = anchored(validate(tree("runs/one", "photos", **groups)))
+    return {"run": config.run, "images": config.images.uri, "classes": config.images.classes} | {
+        "weights": config.encoder.pretrained,
+        "words": config.label.vocabulary,
+    }
+
+
+def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path)
+    found = paths(
+        images={"classes": "classes.txt"},
+        encoder={"name": "timm/resnet18", "pretrained": "weights/w.safetensors"},
+        label={"vocabulary": "words.txt"},
+    )
+    assert found == {
+        "run": f"{here}/runs/one",
+        "images": f"{here}/photos",
+        "classes": f"{here}/classes.txt",
+        "weights": f"{here}/weights/w.safetensors",
+        "words": f"{here}/words.txt",
+    }
+
+
+ROOTS = {
+    "/data/x/": "/data/x",
+    "/data//x/./y/..": "/data/x",
+    "file:///data/x/": "/data/x",
+    "s3://bucket/a/": "s3://bucket/a",
+    "s3://bucket/a b/ü": "s3://bucket/a b/ü",
+    "~/runs": str(Path.home() / "runs"),
+}
+
+
+@pytest.mark.parametrize("given", ROOTS)
+def test_a_folder_is_written_one_way_only(given: str):
+    config = anchored(validate(tree(given, given)))
+    assert config.run == config.images.uri == ROOTS[given]
+    assert anchored(config) == config
+
+
+@pytest.mark.parametrize("uri", ["dataset:cifar10", "dataset:stl10/test"])
+def test_named_data_tags_and_kinds_of_words_are_no_paths(uri: str):
+    config = anchored(
+        validate(
+            tree("/run", uri, encoder={"name": "open_clip/ViT-B-32", "pretrained": "openai"})
+            | {"label": {"vocabulary": "imagenet"}}
+        )
+    )
+    assert (config.images.uri, config.encoder.pretrained, config.label.vocabulary) == (uri, "openai", "imagenet")
+
+
+def test_what_was_left_open_stays_open(tmp_path: Path):
+    config = validate(tree(str(tmp_path), "/images", method={"name": "temi", "clusters": 3}))
+    assert anchored(config).method.model_fields_set == config.method.model_fields_set
+    assert parse(as_yaml(config)) == config
+    assert "beta" not in yaml.safe_load(as_yaml(config))["method"]
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x"])
+def test_a_scheme_that_is_not_supported_is_one_line(uri: str):
+    with pytest.raises(DataError, match="is not supported"):
+        anchored(validate(tree(uri, "/images")))
+
+
+def test_a_file_is_read_with_its_overrides(tmp_path: Path):
+    path = tmp_path / "RUN.yaml"
+    path.write_bytes("run: /r\nimages: {uri: /ü}\nmethod: {name: kmeans, clusters: 2}\n".encode())
+    config = load_config(str(path), ["method.clusters=7", "images.labels=none"])
+    assert (config.method.clusters, config.images.uri, config.images.labels) == (7, "/ü", "none")
+    path.write_bytes(b"\xff\xfe\x00binary")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="is a folder"):
+        load_config(str(tmp_path))
+
+
+def test_a_run_is_found_by_its_folder_from_anywhere(pictures_run: Sealed, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(pictures_run.folder.parent)
+    for uri in ("run", "./run/", str(pictures_run.folder) + "/", f"file://{pictures_run.folder}"):
+        assert load_run(uri) == pictures_run.config
+    with pytest.raises(ArtefactError, match="no run there"):
+        load_run("runs")
+
+
+def test_a_run_that_was_moved_lies_where_it_lies_now(pictures_run: Sealed, tmp_path: Path):
+    filesystem.write_json(str(tmp_path / "config.json"), filesystem.read_json(pictures_run.run.config))
+    assert load_run(str(tmp_path)).run == str(tmp_path)
+
+
+def test_one_line_does_everything_and_leaves_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None
+):
+    write_folder(tmp_path / "photos", per_class=5)
+    monkeypatch.chdir(tmp_path)
+    uri = quick("photos", "out", clusters="3", method="kmeans", encoder="pixels", overrides=["neighbors.k=4"])
+    assert uri == str(tmp_path / "out")
+    assert (tmp_path / "out" / "report" / "index.html").exists()
+    written = load_config(f"{uri}/RUN.yaml")
+    assert (written.images.uri, written.method.clusters, written.neighbors.k) == (str(tmp_path / "photos"), 3, 4)
+    assert load_run(uri) == written
+
+
+@pytest.mark.parametrize("clusters", ["many", "[5", "1", "2.5", "", "{a: b}"])
+def test_clusters_that_are_no_number_are_one_line(tmp_path: Path, clusters: str):
+    with pytest.raises(ConfigError, match=r"method\.clusters"):
+        quick("photos", str(tmp_path / "out"), clusters=clusters, method="kmeans", encoder="pixels")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayclust.config import RunConfig, validate
+from rayclust.errors import ArtefactError, ConfigError, DataError, ShapeError
+from rayclust.stages.pipeline import run_stage
+from rayclust.stages.search import Hit, search
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+from rayclust.store.sources import fetch
+from tests.stages.conftest import Sealed
+from tests.stages.runs import tree
+
+
+@pytest.fixture
+def query(pictures_run: Sealed, tmp_path: Path) -> str:
+    """The image of row 15: the fourth of the last tar."""
+    path = tmp_path / "query.png"
+    path.write_bytes(fetch(f"{pictures_run.config.images.uri}/shard-001.tar#00003.png"))
+    return str(path)
+
+
+def find(config: RunConfig, **given: Any) -> list[Hit]:
+    return search(config, **({"image": None, "text": None, "top": 10, "space": "encoder"} | given))
+
+
+def test_the_image_itself_comes_first_then_its_like(pictures_run: Sealed, query: str):
+    hits = find(pictures_run.config, image=query, top=8)
+    assert (hits[0].row, hits[0].key) == (15, "shard-001/00003")
+    assert hits[0].similarity == pytest.approx(1, abs=1e-3)
+    similarities = [hit.similarity for hit in hits]
+    assert similarities == sorted(similarities, reverse=True)
+    assert {hit.row % 3 for hit in hits} == {0}, "images of another colour"
+    assert len({hit.cluster for hit in hits}) == 1
+    assert all(fetch(hit.uri) for hit in hits)
+
+
+def test_asking_for_more_than_there_are_gives_all(pictures_run: Sealed, query: str):
+    hits = find(pictures_run.config, image=query, top=10_000)
+    assert sorted(hit.row for hit in hits) == list(range(24))
+    assert [len(find(pictures_run.config, image=query, top=top)) for top in (1, 24)] == [1, 24]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "wanted"),
+    [
+        ({}, ConfigError, "either --image FILE or --text"),
+        ({"image": "a.png", "text": "a"}, ConfigError, "either --image FILE or --text"),
+        ({"text": "a dog"}, ConfigError, "no text tower"),
+        ({"image": "/nowhere/a.png"}, DataError, "/nowhere/a.png"),
+        ({"image": "/nowhere/a.png", "space": "z"}, ConfigError, "no space of its own"),
+    ],
+)
+def test_a_query_that_does_not_suit_is_one_line(
+    pictures_run: Sealed, given: dict[str, Any], error: type[Exception], wanted: str
+):
+    with pytest.raises(error, match=wanted):
+        find(pictures_run.config, **given)
+
+
+def test_a_query_that_is_no_image_is_one_line(pictures_run: Sealed, tmp_path: Path):
+    (tmp_path / "q.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"q\.png: not_an_image"):
+        find(pictures_run.config, image=str(tmp_path / "q.png"))
+
+
+@pytest.fixture
+def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> RunConfig:
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    return validate(tree(str(tmp_path / "run"), pictures_run.config.images.uri))
+
+
+def test_without_assignments_hits_have_no_cluster(copied: RunConfig, query: str):
+    filesystem.remove(Run(copied.run).manifest("assign"))
+    filesystem.remove_tree(Run(copied.run).assignments_folder)
+    assert {hit.cluster for hit in find(copied, image=query)} == {None}
+
+
+def test_assignments_of_another_model_are_not_shown(copied: RunConfig, query: str):
+    run_stage("train", copied.model_copy(update={"seed": 5}))
+    assert {hit.cluster for hit in find(copied.model_copy(update={"seed": 5}), image=query)} == {None}
+    run_stage("train", copied)
+    assert None not in {hit.cluster for hit in find(copied, image=query)}, "the same model fits its assignments"
+
+
+def test_an_index_over_other_rows_is_not_searched(copied: RunConfig, query: str):
+    manifest = filesystem.read_json(Run(copied.run).manifest("index"))
+    filesystem.write_json(Run(copied.run).manifest("index"), manifest | {"inputs": {"encode": "other rows"}})
+    with pytest.raises(ArtefactError, match="is not indexed"):
+        find(copied, image=query)
+    filesystem.remove(Run(copied.run).manifest("index"))
+    with pytest.raises(ArtefactError, match="is not indexed"):
+        find(copied, image=query)
+
+
+def test_ready_embeddings_of_another_encoder_are_refused(vectors_run: Sealed, query: str):
+    with pytest.raises((DataError, ShapeError), match="192"):
+        find(vectors_run.config, image=query)

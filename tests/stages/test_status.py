@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayclust.config import validate
+from rayclust.errors import ArtefactError
+from rayclust.stages.pipeline import STAGES, save_config
+from rayclust.stages.status import lines
+from rayclust.store.layout import Run
+from tests.stages.conftest import Sealed
+from tests.stages.runs import tree
+
+
+def test_every_stage_has_its_line_with_counts_rejects_and_clusters(pictures_run: Sealed):
+    shown = list(lines(pictures_run.config.run))
+    assert shown[0] == f"{pictures_run.config.run}: kmeans, 3 clusters, pixels"
+    assert [line.split()[0] for line in shown[1:-1]] == list(STAGES)
+    assert "24 rows" in shown[1]
+    assert "1 rejects (1 empty)" in shown[1]
+    assert all("done in" in line and "again" not in line for line in shown[1:-1])
+    assert shown[-1].split(maxsplit=1)[1] == (
+        f"3 of 3 occupied, largest share 33.3%, entropy {np.log(3):.2f} of {np.log(3):.2f} nats"
+    )
+
+
+def test_what_is_missing_half_done_or_outdated_is_said(pictures_run: Sealed, tmp_path: Path):
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    run = Run(str(tmp_path / "run"))
+    Path(run.manifest("neighbors")).unlink()
+    Path(run.manifest("label")).unlink()
+    shown = {line.split()[0]: line for line in lines(run.uri)}
+    assert "not finished, 1 parts done" in shown["neighbors"]
+    assert "not started" in shown["label"]
+    assert "runs again" in shown["train"]
+    assert "runs again" not in shown["index"]
+    save_config(validate(tree(run.uri, pictures_run.config.images.uri, encoder={"image_size": 9})))
+    assert all("runs again" in line for line in lines(run.uri) if "done in" in line)
+
+
+def test_a_run_that_has_only_begun_has_no_clusters_yet(tmp_path: Path):
+    save_config(validate(tree(str(tmp_path), "/images")))
+    shown = list(lines(str(tmp_path) + "/"))
+    assert len(shown) == 1 + len(STAGES)
+    assert all(line.endswith("not started") for line in shown[1:])
+
+
+def test_no_run_is_one_line(tmp_path: Path):
+    with pytest.raises(ArtefactError, match="no run there"):
+        list(lines(str(tmp_path)))
