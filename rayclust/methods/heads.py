@@ -178,6 +178,14 @@ class Heads(nn.Module):
         """The unit rows before the last layer: Float[R D] to Float[H R 256]."""
         return self._bottleneck(x, False, slice(None), x.dtype)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """What goes into the bottleneck's linear layer: Float[R D] to Float[H R 512]; for one layer the rows."""
+        if len(self.weights) == 1:
+            return x.expand(self.shape.heads, *x.shape)
+        for i, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1], strict=True)):
+            x = self._activate(stacked_affine(x, weight, bias, x.dtype), i, False, slice(None))
+        return x
+
     def _bottleneck(self, x: Tensor, training: bool, some: slice, dtype: torch.dtype) -> Tensor:
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):

@@ -27,7 +27,10 @@ SAMPLE_ROWS_PER_CLUSTER = 64
 """Rows that they look at for each cluster, at least."""
 RIDGE = 0.01
 """Ridge penalty, relative to the mean variance of a hidden unit."""
+ROUNDING = 1e-6
+"""Variance of hidden units, relative to their squared mean, that counts as none."""
 _BLOCK = 2048
+_ANCHORS = 16_384
 _ITERATIONS = 100
 
 
@@ -60,8 +63,8 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
     x, neighbors = _sampled(rows, options, seed, heads.direction)
     smoothed = smooth(x, neighbors, options.rounds)
     labels = _partitions(smoothed, options, seed)
-    terms = modularity_terms(labels, _neighbor_labels(labels, neighbors), options.clusters)
-    order = modularity(terms).sort(descending=True, stable=True).indices
+    terms = [modularity_terms(one[None], _labels_of(one, neighbors)[None], options.clusters) for one in labels]
+    order = modularity(torch.cat(terms)).sort(descending=True, stable=True).indices
     chosen = labels[order[torch.arange(heads.shape.heads, device=order.device) % len(order)]]
     _solve(heads, x, chosen)
 
@@ -83,19 +86,18 @@ def best_by_modularity(heads: Heads, rows: Rows, columns: int, seed: int) -> tup
     anchors = _own(even_sample(rows.count, _sample_size(rows.count, K), seed))
     x, neighbors = rows.tensor(), rows.neighbors()
     total = like.new_zeros((heads.shape.heads, K + 2), dtype=torch.float64)
-    for part in anchors.split(_BLOCK):
+    for part in torch.split(anchors, _ANCHORS):
         ids = neighbors[part.to(neighbors.device), :columns].long()
-        asked, where = torch.cat([part.to(ids.device)[:, None], ids.clamp(min=0)], dim=1).unique(return_inverse=True)
-        labels = torch.cat([_labels(heads, x[some.to(x.device)].to(like)) for some in asked.split(_BLOCK)], dim=1)
+        asked, where = torch.unique(
+            torch.cat([part.to(ids.device)[:, None], ids.clamp(min=0)], dim=1), return_inverse=True
+        )
+        labels = torch.cat(
+            [heads(x[some.to(x.device)].to(like)).argmax(-1) for some in torch.split(asked, _BLOCK)], dim=1
+        )
         found = labels[:, where.to(labels.device)]
         total += modularity_terms(found[:, :, 0], found[:, :, 1:].masked_fill((ids < 0).to(found.device), -1), K)
     values = modularity(all_sum(total))
     return int(values.argmax()), values
-
-
-def _labels(heads: Heads, x: Tensor) -> Tensor:
-    """Int64[H B]."""
-    return heads(x).argmax(-1)
 
 
 def _sample_size(count: int, clusters: int) -> int:
@@ -133,48 +135,60 @@ def _partitions(x: Tensor, options: StartOptions, seed: int) -> Tensor:
     return torch.stack([kmeans.assign(x, centers)[0] for centers in state.centers])
 
 
-def _neighbor_labels(labels: Tensor, neighbors: Tensor) -> Tensor:
-    return labels[:, neighbors.clamp(min=0)].masked_fill(neighbors < 0, -1)
+def _labels_of(labels: Tensor, ids: Tensor) -> Tensor:
+    return labels[ids.clamp(min=0)].masked_fill(ids < 0, -1)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Of each head's hidden units, and of them with the clusters; seen from the mean."""
+
+    gram: Tensor
+    """Float64[H I I]."""
+    cross: Tensor
+    """Float64[H I K]."""
+    mean: Tensor
+    """Float64[H I]."""
+
+
+def _moments(heads: Heads, x: Tensor, labels: Tensor) -> _Moments:
+    H, width, K = heads.shape.heads, heads.weights[-1].shape[2], heads.shape.clusters
+    gram, cross, mean = (x.new_zeros(shape) for shape in ((H, width, width), (H, width, K), (H, width)))
+    for ids in torch.split(_own(torch.arange(len(x))).to(x.device), _BLOCK):
+        units = heads.hidden(x[ids])
+        members = functional.one_hot(labels[:, ids], K).to(units)
+        gram.baddbmm_(units.mT, units)
+        cross.baddbmm_(units.mT, members)
+        mean += units.sum(1)
+    gram, cross, mean = (all_sum(part.double()) / len(x) for part in (gram, cross, mean))
+    shares = functional.one_hot(labels, K).double().mean(1)
+    return _Moments(gram - mean[:, :, None] * mean[:, None], cross - mean[:, :, None] * shares[:, None], mean)
 
 
 def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
-    """Ridge regression of each head's labels on what comes before its bottleneck.
+    """Ridge regression of each head's clusters on what comes before its bottleneck.
+
+    The bottleneck then is Σ_c (score of c) · ŵ_c, so that the last layer, left as it is, reads the scores off again.
 
     Args:
-        heads: whose last hidden layer is set, in place, with its length kept.
+        heads: whose last hidden layer is set, in place; its weights keep their length.
         x: Float[N D], the same on all workers.
         labels: Int64[H N], the same on all workers.
     """
-    K, last = heads.shape.clusters, heads.weights[-1]
-    own = _own(torch.arange(len(x)))
-    gram, cross, sums = torch.zeros(()), torch.zeros(()), torch.zeros(())
-    gram, cross, sums = (part.to(last) for part in (gram, cross, sums))
-    for ids in own.to(x.device).split(_BLOCK):
-        units = heads.hidden(x[ids])
-        members = functional.one_hot(labels[:, ids], K).to(units)
-        gram, cross, sums = gram + units.mT @ units, cross + units.mT @ members, sums + units.sum(1)
-    shape = (heads.shape.heads, last.shape[2])
-    gram = all_sum(gram.expand(*shape, shape[1]).double()) / len(x)
-    cross = all_sum(cross.expand(*shape, K).double()) / len(x)
-    mean = all_sum(sums.expand(shape).double()) / len(x)
-    shares = functional.one_hot(labels, K).double().mean(1)
-    gram = gram - mean[:, :, None] * mean[:, None]
-    cross = cross - mean[:, :, None] * shares[:, None]
-    scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-    penalty = RIDGE * scale[:, None, None] * torch.eye(shape[1], dtype=gram.dtype, device=gram.device)
-    solution = torch.linalg.solve(gram + penalty, cross)  # H × hidden × K
-    weight = functional.normalize(heads.direction.double(), dim=2).mT @ solution.mT  # H × bottleneck × hidden
+    moments, last = _moments(heads, x, labels), heads.weights[-1]
+    variance = moments.gram.diagonal(dim1=1, dim2=2).mean(1)
+    penalty = (RIDGE * variance).clamp(min=torch.finfo(last.dtype).tiny)[:, None].expand(-1, last.shape[2])
+    scores = torch.linalg.solve(moments.gram + torch.diag_embed(penalty), moments.cross)
+    weight = functional.normalize(heads.direction.double(), dim=2).mT @ scores.mT
     length = weight.flatten(1).norm(dim=1)
-    factor = last.double().flatten(1).norm(dim=1) / length.clamp(min=1e-30)
-    weight = weight * factor[:, None, None]
-    bias = -(weight @ mean[:, :, None])[:, :, 0]
-    usable = (length > 0) & weight.isfinite().all(2).all(1)
+    alike = variance <= ROUNDING * moments.mean.square().mean(1)  # such rows tell a head nothing
+    usable = (length > 0) & ~alike
+    weight = weight * (last.double().flatten(1).norm(dim=1) / length.where(usable, 1.0))[:, None, None]
     _set(last, weight, usable)
-    _set(heads.biases[-1], bias, usable)
+    _set(heads.biases[-1], -(weight @ moments.mean[:, :, None])[:, :, 0], usable)
 
 
 def _set(parameter: Tensor, value: Tensor, usable: Tensor) -> None:
     """Takes the first worker's values, for the heads whose values can be used."""
     value = torch.where(usable.view(-1, *[1] * (value.dim() - 1)), value, parameter.to(value))
-    value = all_sum(value if rank() == 0 else torch.zeros_like(value))
-    parameter.copy_(value)
+    parameter.copy_(all_sum(value if rank() == 0 else torch.zeros_like(value)))

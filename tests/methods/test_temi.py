@@ -176,7 +176,8 @@ def test_a_kmeans_start_turns_every_head_to_the_partition():
             pass
 
     method = Temi(TemiConfig(clusters=K, preset="none", heads=2, warm_start="kmeans"), D, 200, seed=0)
-    method.fit(ArrayRows(x), Stopped())
+    neighbors = torch.stack([torch.arange(200).roll(K * shift) for shift in range(1, 6)], dim=1)  # of the same cluster
+    method.fit(ArrayRows(x, neighbors), Stopped())
     for head in method.assign_all(x).argmax(-1):
         assert len({(int(a), int(b)) for a, b in zip(head, labels, strict=True)}) == K
 

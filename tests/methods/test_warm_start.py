@@ -1,30 +1,100 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
+from rayclust.clustering.neighborhood import modularity, modularity_terms
+from rayclust.methods import warm_start
 from rayclust.methods.heads import Heads, HeadShape
-from rayclust.methods.warm_start import start_from_centers
+from rayclust.methods.warm_start import StartOptions, best_by_modularity, start_from_kmeans
+from rayclust.search.knn import top_k
 from rayclust.training.pairs import ArrayRows
 from tests.workers import on_two_workers
 
-
-def _started(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
-    heads = Heads(HeadShape(heads=3, dimension=8, clusters=4), seed=0).double()
-    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    before = heads.direction.detach().clone()
-    centers = torch.cat([torch.eye(3, 8), torch.full((1, 8), -1e3)]).double()
-    x = x.abs()  # no row is nearest to the last centre
-    start_from_centers(heads, ArrayRows(x), centers)
-    return before, heads.direction.detach()
+K = 4
+OPTIONS = StartOptions(clusters=K, restarts=6, columns=5, rounds=2)
 
 
-def test_directions_become_unit_means_seen_from_the_middle_and_empty_clusters_stay():
-    before, after = _started(0, 1)
-    assert after[:, :3].norm(dim=-1).allclose(torch.ones(3, 3, dtype=torch.float64))
-    assert after[:, 3].equal(before[:, 3])
+def planted(count: int = 240, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ArrayRows]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % K
+    x = torch.eye(K, 8, dtype=dtype)[labels] + 0.2 * torch.randn(count, 8, generator=generator, dtype=dtype)
+    x = torch.nn.functional.normalize(x - x.mean(0), dim=1)
+    ids = torch.arange(count)
+    neighbors, _ = top_k(x, x, 5, query_ids=ids, database_ids=ids)
+    return labels, ArrayRows(x, neighbors)
 
 
-def test_two_workers_pool_their_rows():
-    _, alone = _started(0, 1)
-    for _, share in on_two_workers(_started):
-        assert share.allclose(alone, rtol=0, atol=1e-12)
+def new_heads(layers: int = 2, **parts: bool) -> Heads:
+    return Heads(HeadShape(3, 8, K, hidden=32, bottleneck=16, layers=layers, **parts), seed=0).double()
+
+
+def agreement(labels: Tensor, found: Tensor) -> float:
+    """Share of pairs of rows on which two partitions agree."""
+    same, alike = labels[:, None] == labels, found[:, None] == found
+    return float((same == alike).double().mean())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_every_head_says_what_k_means_says_and_keeps_its_last_layer_and_length(layers: int):
+    labels, rows = planted()
+    heads = new_heads(layers)
+    before = heads.direction.detach().clone(), heads.weights[-1].detach().norm(dim=(1, 2))
+    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    for found in heads(rows.tensor()).argmax(-1):
+        assert agreement(labels, found) > 0.97
+    assert heads.direction.equal(before[0])
+    assert heads.weights[-1].norm(dim=(1, 2)).allclose(before[1])
+
+
+@pytest.mark.parametrize("part", ["batch_norm", "final_gelu"])
+def test_heads_with_other_parts_start_too(part: str):
+    _, rows = planted()
+    heads = new_heads(**{part: True})
+    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    assert heads(rows.tensor()).isfinite().all()
+
+
+def test_large_sets_start_from_a_sample_with_its_own_neighbours(monkeypatch: pytest.MonkeyPatch):
+    labels, rows = planted(400)
+    monkeypatch.setattr(warm_start, "SAMPLE_ROWS", 100)
+    monkeypatch.setattr(warm_start, "SAMPLE_ROWS_PER_CLUSTER", 1)
+    heads = new_heads()
+    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    assert agreement(labels, heads(rows.tensor())[0].argmax(-1)) > 0.97
+    best, values = best_by_modularity(heads, rows, 5, seed=0)
+    assert values[best] == values.max() > 0.6
+
+
+def test_choice_is_the_modularity_of_all_rows_when_they_are_few():
+    _, rows = planted()
+    heads = new_heads()
+    found = heads(rows.tensor()).argmax(-1)
+    terms = modularity_terms(found, found[:, rows.neighbors()], K)
+    best, values = best_by_modularity(heads, rows, 5, seed=0)
+    assert values.allclose(modularity(terms))
+    assert best == int(values.argmax())
+
+
+def test_rows_that_are_all_alike_leave_heads_as_they_are():
+    x = torch.ones(20, 8, dtype=torch.float64)
+    rows = ArrayRows(x, torch.arange(20).roll(1)[:, None])
+    heads = new_heads()
+    before = {name: p.detach().clone() for name, p in heads.named_parameters()}
+    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    assert all(p.equal(before[name]) for name, p in heads.named_parameters())
+
+
+def _started(rank: int, world: int) -> list[Tensor]:
+    _, rows = planted()
+    heads = new_heads()
+    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    return [*(p.detach() for p in heads.parameters()), best_by_modularity(heads, rows, 5, seed=0)[1]]
+
+
+def test_two_workers_start_as_one():
+    alone = _started(0, 1)
+    for both in on_two_workers(_started):
+        for one, other in zip(alone, both, strict=True):
+            assert other.allclose(one, rtol=0, atol=1e-10)

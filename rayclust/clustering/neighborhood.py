@@ -1,0 +1,78 @@
+"""Rows and partitions seen through the neighbour graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rayclust.arrays import require_matrix
+
+_GATHERED = 2**24
+"""Values gathered at once."""
+
+
+def smooth(x: Tensor, neighbors: Tensor, rounds: int = 1) -> Tensor:
+    """Replaces each row's direction by that of the sum of its own and its neighbours', some times over.
+
+    A low-pass filter of the graph: what neighbours have in common stays, what is each row's own averages out, so that
+    clusters that are not round come closer to it.
+
+    Args:
+        x: Float[N D].
+        neighbors: Int[N M], −1 where a row has fewer than M.
+        rounds: how often; 0 gives the directions of `x`.
+
+    Returns:
+        Float[N D], unit rows; a zero row without neighbours stays zero.
+
+    Source: arXiv 1906.01210, eq. 6 (graph convolution before clustering), with equal weights.
+    """
+    require_matrix(x, "x")
+    require_matrix(neighbors, "neighbors")
+    x = functional.normalize(x, dim=1)
+    block = max(1, _GATHERED // max(1, neighbors.shape[1] * x.shape[1]))
+    for _ in range(rounds):
+        sums = [
+            rows + (x[ids.clamp(min=0)] * (ids >= 0).unsqueeze(2)).sum(1)
+            for rows, ids in zip(torch.split(x, block), torch.split(neighbors, block), strict=True)
+        ]
+        x = functional.normalize(torch.cat(sums), dim=1)
+    return x
+
+
+def modularity_terms(labels: Tensor, neighbor_labels: Tensor, clusters: int) -> Tensor:
+    """What modularity needs, as sums that add up over workers and over blocks of rows.
+
+    Args:
+        labels: Int64[R N], R partitions.
+        neighbor_labels: Int64[R N M], the labels of each row's neighbours; −1 where there is none.
+        clusters: K.
+
+    Returns:
+        Float64[R K+2]: rows in each cluster, pairs whose ends share a cluster, pairs.
+    """
+    sizes = labels.new_zeros((len(labels), clusters)).scatter_add_(1, labels, torch.ones_like(labels))
+    kept = (neighbor_labels == labels.unsqueeze(2)).sum((1, 2))
+    pairs = (neighbor_labels >= 0).sum((1, 2))
+    return torch.cat([sizes, kept[:, None], pairs[:, None]], dim=1).double()
+
+
+def modularity(terms: Tensor) -> Tensor:
+    """How many more of the neighbour pairs a partition keeps together than one of its sizes would by chance.
+
+    Larger is better: below 1, about 0 for a random partition, and 0 for a single cluster. Unlike the share of pairs
+    that is kept, it does not reward one cluster that takes all; unlike the information of the pairs, it asks little
+    for even sizes.
+
+    Args:
+        terms: Float64[R K+2], from `modularity_terms`.
+
+    Returns:
+        Float64[R]: share of pairs kept − Σ_c (share of rows)².
+
+    Source: Newman and Girvan 2004, eq. 5, for a graph in which every row has equally many neighbours.
+    """
+    sizes, kept, pairs = terms[:, :-2], terms[:, -2], terms[:, -1]
+    shares = sizes / sizes.sum(1, keepdim=True).clamp(min=1)
+    return kept / pairs.clamp(min=1) - shares.square().sum(1)
