@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayclust.config import RunConfig, validate
+from rayclust.stages import report
+from rayclust.stages.pipeline import run_stage
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+from tests.stages.conftest import Sealed
+from tests.stages.runs import tree
+
+
+def page(folder: Path) -> str:
+    return (folder / "report" / "index.html").read_text()
+
+
+def test_the_page_shows_the_clusters_with_their_images_and_fetches_nothing(pictures_run: Sealed):
+    shown = page(pictures_run.folder)
+    assert shown.count("data:image/webp;base64,") >= 24
+    assert all(name in shown for name in ("amber", "blue", "green", "shard-001/broken", "empty", "kmeans", "pixels"))
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", shown)
+
+
+def test_a_run_of_ready_embeddings_has_a_page_without_pictures(vectors_run: Sealed):
+    assert "data:image/webp" not in page(vectors_run.folder)
+    assert "up" in page(vectors_run.folder)
+
+
+@pytest.fixture
+def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> RunConfig:
+    """The run with its images, to be changed."""
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    return validate(tree(str(tmp_path / "run"), pictures_run.config.images.uri))
+
+
+def test_images_that_have_been_moved_away_leave_gaps(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    fetched = report.fetch_many
+    monkeypatch.setattr(
+        report, "fetch_many", lambda uris: fetched([uri.replace("shard-000.tar", "gone.tar") for uri in uris])
+    )
+    run_stage("report", copied, force=True)
+    assert 12 <= page(Path(copied.run)).count("data:image/webp;base64,") < 24
+
+
+def test_methods_run_beside_this_one_are_shown_with_mean_and_spread(copied: RunConfig):
+    beside = {"temi": [{"accuracy": 0.5, "nmi": 0.25}, {"accuracy": 0.7, "nmi": 0.25}], "kmeans": [{"accuracy": 0.1}]}
+    filesystem.write_json(Run(copied.run).at("beside.json"), beside)
+    [other] = report._others(Run(copied.run), "kmeans")
+    assert other.name == "temi"
+    assert other.metrics["accuracy"] == pytest.approx(0.6)
+    assert other.spread["accuracy"] == pytest.approx(0.1)
+    run_stage("report", copied, force=True)
+    assert "temi" in page(Path(copied.run))
+
+
+def test_the_same_artefacts_give_the_same_page(copied: RunConfig):
+    pages = set()
+    for _ in range(2):
+        run_stage("report", copied, force=True)
+        pages.add(page(Path(copied.run)))
+    assert len(pages) == 1
+
+
+COUNTS = pa.table({"label": ["a", "b", "a", "c"], "cluster": [0, 0, 1, 1], "count": [3, 1, 2, 2]})
+
+
+def test_the_majority_of_a_cluster_and_its_share():
+    assert report._majority(COUNTS, 0) == ("a", 0.75)
+    assert report._majority(COUNTS, 1) == ("a", 0.5)
+    assert report._majority(COUNTS, 2) == (None, None)
+    assert report._majority(None, 0) == (None, None)
+
+
+def test_the_table_of_counts_is_drawn_while_it_can_be_read():
+    drawn = report._drawn(COUNTS, 3)
+    assert drawn is not None
+    assert drawn.classes == ("a", "b", "c")
+    np.testing.assert_array_equal(drawn.counts, [[3, 2, 0], [1, 0, 0], [0, 2, 0]])
+    assert report._drawn(COUNTS, report.DRAWN_CLASSES + 1) is None
+    assert report._drawn(None, 3) is None
+
+
+def test_examples_of_rejects_are_few_and_their_counts_whole(pictures_run: Sealed):
+    [group] = report._rejects(pictures_run.run, pictures_run.manifest("encode"))
+    assert (group.reason, group.count, [reject.key for reject in group.examples]) == ("empty", 1, ["shard-001/broken"])

@@ -1,0 +1,61 @@
+"""Alone everything is the identity; two workers give what one would have on the union."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rayclust import collectives
+from tests.workers import on_two_workers
+
+X = torch.arange(12, dtype=torch.float64).reshape(4, 3) / 7
+
+
+def test_alone_nothing_changes():
+    x = torch.ones(2, requires_grad=True)
+    assert (collectives.rank(), collectives.world_size()) == (0, 1)
+    assert collectives.all_sum(x) is x
+    torch.testing.assert_close(collectives.all_mean(x.detach()), torch.ones(2))
+    assert collectives.differentiable_sum(x) is x
+    collectives.barrier()
+
+
+def loss_of(mean: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Depends on every row through the mean of all, and on each row by itself; a mean over rows."""
+    return ((rows - mean) ** 4).sum(1).mean() + (mean**3).sum()
+
+
+def _half(rank: int, world: int) -> dict[str, Any]:
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    rows = X[2 * rank : 2 * rank + 2] * weight
+    mean = collectives.differentiable_sum(rows.sum(0)) / 4
+    loss = loss_of(mean, rows)
+    loss.backward()
+    collectives.barrier()
+    own = torch.tensor([rank + 1.0])
+    return {
+        "place": (collectives.rank(), collectives.world_size()),
+        "sum": collectives.all_sum(own),
+        "own": own,
+        "mean": collectives.all_mean(own),
+        "requires_grad": collectives.all_sum(weight * own).requires_grad,
+        "loss": collectives.all_mean(loss.detach()),
+        "gradient": collectives.all_mean(weight.grad),
+    }
+
+
+def test_two_workers_have_the_value_and_the_averaged_gradient_of_one_on_the_union():
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    rows = X * weight
+    loss = loss_of(rows.mean(0), rows)
+    loss.backward()
+    both = on_two_workers(_half)
+    assert [found["place"] for found in both] == [(0, 2), (1, 2)]
+    for found in both:
+        assert found["sum"].item() == 3
+        assert found["mean"].item() == 1.5
+        assert not found["requires_grad"]
+        torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found["gradient"], weight.grad, rtol=1e-12, atol=0)
+    assert [found["own"].item() for found in both] == [1, 2], "a sum changed what it was given"
