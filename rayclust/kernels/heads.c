@@ -129,34 +129,43 @@ void unit_columns_backward(bf16 *gradient, const bf16 *unit, const float *invers
 
 /* ---- weights ---- */
 
-static void transpose_tile(const bf16 *from, bf16 *to, long rows, long columns) {
-    __m256i r[16];
-    for (int k = 0; k < 16; k++) r[k] = _mm256_loadu_si256((const __m256i *)(from + k * columns));
-    for (int half = 8; half; half /= 2) {
-        uint16_t low[16], high[16];
-        for (int l = 0; l < 16; l++) {
-            low[l] = l & half ? 16 + (l ^ half) : l;
-            high[l] = l & half ? 16 + l : l | half;
-        }
-        __m256i lows = _mm256_loadu_si256((void *)low), highs = _mm256_loadu_si256((void *)high);
-        for (int k = 0; k < 16; k++)
-            if (!(k & half)) {
-                __m256i x = r[k], y = r[k | half];
-                r[k] = _mm256_permutex2var_epi16(x, lows, y);
-                r[k | half] = _mm256_permutex2var_epi16(x, highs, y);
-            }
+static inline void interleave(const __m256i *from, __m256i *to) {
+    for (int i = 0; i < 8; i++) {
+        to[2 * i] = _mm256_unpacklo_epi16(from[i], from[i + 8]);
+        to[2 * i + 1] = _mm256_unpackhi_epi16(from[i], from[i + 8]);
     }
-    for (int k = 0; k < 16; k++) _mm256_storeu_si256((__m256i *)(to + k * rows), r[k]);
 }
 
+/* Each interleaving moves one bit of the row number behind those of the column; after four, rows are columns. */
+static inline void transpose_tile(const bf16 *from, bf16 *to, long rows, long columns) {
+    __m256i x[16], y[16];
+    for (int k = 0; k < 16; k++) x[k] = _mm256_loadu_si256((const __m256i *)(from + k * columns));
+    interleave(x, y);
+    interleave(y, x);
+    interleave(x, y);
+    interleave(y, x);
+    for (int k = 0; k < 8; k++) {
+        _mm256_storeu_si256((__m256i *)(to + k * rows), _mm256_permute2x128_si256(x[2 * k], x[2 * k + 1], 0x20));
+        _mm256_storeu_si256((__m256i *)(to + (k + 8) * rows), _mm256_permute2x128_si256(x[2 * k], x[2 * k + 1], 0x31));
+    }
+}
+
+static void transpose_corner(const bf16 *from, bf16 *to, long rows, long columns, long row, long column) {
+    for (long i = row; i < rows && i < row + 16; i++)
+        for (long k = column; k < columns && k < column + 16; k++) to[k * rows + i] = from[i * columns + k];
+}
+
+/* Four tiles at a time: whole cache lines are read and written before the next ones push them out. */
 void transpose(const bf16 *from, bf16 *to, long rows, long columns) {
-    for (long row = 0; row < rows; row += 16)
-        for (long c = 0; c < columns; c += 16)
-            if (row + 16 <= rows && c + 16 <= columns)
-                transpose_tile(from + row * columns + c, to + c * rows + row, rows, columns);
-            else
-                for (long i = row; i < rows && i < row + 16; i++)
-                    for (long k = c; k < columns && k < c + 16; k++) to[k * rows + i] = from[i * columns + k];
+    for (long block = 0; block < rows; block += 32)
+        for (long first = 0; first < columns; first += 32)
+            for (int tile = 0; tile < 4; tile++) {
+                long row = block + 16 * (tile / 2), column = first + 16 * (tile % 2);
+                if (row + 16 <= rows && column + 16 <= columns)
+                    transpose_tile(from + row * columns + column, to + column * rows + row, rows, columns);
+                else
+                    transpose_corner(from, to, rows, columns, row, column);
+            }
 }
 
 void scaled_rows(const float *direction, const float *scale, float factor, bf16 *weights, bf16 *transposed,
