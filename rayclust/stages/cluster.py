@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -95,6 +95,20 @@ def cpus() -> int:
     import ray
 
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def cores_per_worker(workers: int) -> int:
+    """The most CPUs that each of so many workers can have; one worker's lie on one node."""
+    import ray
+
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return widest(nodes, workers)
+
+
+def widest(nodes: Sequence[int], workers: int) -> int:
+    """The largest share of which `workers` fit on nodes with so many CPUs; 1 where even that does not fit yet."""
+    shares = range(max(nodes, default=1), 1, -1)
+    return next((share for share in shares if sum(cores // share for cores in nodes) >= workers), 1)
 
 
 def encode_workers(config: RunConfig) -> int:

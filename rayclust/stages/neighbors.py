@@ -114,8 +114,11 @@ class _Search:
     def _inverted(self, queries: torch.Tensor, rows: torch.Tensor, digest: str) -> tuple[torch.Tensor, torch.Tensor]:
         index = _load(filesystem.join(self._run.neighbors_folder, INVERTED_FILE), digest)
         ids, similarity = index.search(unit_rows(queries).numpy(), self._k + 1)
-        found, nearness = without_self(ids, similarity, rows.numpy())
-        return torch.from_numpy(found), torch.from_numpy(nearness)
+        found, nearness = map(torch.from_numpy, without_self(ids, similarity, rows.numpy()))
+        short = (found < 0).any(dim=1)
+        if short.any():  # the lists that were opened held too few: these rows are compared with all
+            found[short], nearness[short] = self._exact(queries[short], rows[short])
+        return found, nearness
 
     def _write(self, part: int, rows: torch.Tensor, neighbors: torch.Tensor, similarity: torch.Tensor) -> Outputs:
         columns = [

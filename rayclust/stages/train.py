@@ -24,7 +24,7 @@ from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import build
 from rayclust.stages.board import Board
-from rayclust.stages.cluster import connect, cpus, plain_errors, train_workers
+from rayclust.stages.cluster import connect, cores_per_worker, plain_errors, train_workers
 from rayclust.stages.models import save_method
 from rayclust.stages.outputs import Outputs, put_table
 from rayclust.stages.pipeline import StageContext, StageResult
@@ -75,7 +75,7 @@ def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
     from ray.train.torch import TorchTrainer
 
     resources, workers = job.config.resources, train_workers(job.config)
-    cores = max(1, cpus() // workers) if not resources.gpus_per_worker else 1
+    cores = 1 if resources.gpus_per_worker else cores_per_worker(workers)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job, "board": board, "threads": cores},

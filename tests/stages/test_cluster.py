@@ -1,10 +1,23 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
 from ray.exceptions import RayTaskError
 
 from rayclust.errors import ConfigError, DataError, RayclustError
-from rayclust.stages.cluster import connect, cpus, describe, encode_workers, plain_errors, run_remotely, train_workers
+from rayclust.stages.cluster import (
+    _refuse_silent,
+    connect,
+    cores_per_worker,
+    cpus,
+    describe,
+    encode_workers,
+    plain_errors,
+    run_remotely,
+    train_workers,
+    widest,
+)
 from tests.stages.runs import tree
 
 
@@ -60,6 +73,37 @@ def test_an_interrupt_is_no_error():
         raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cores"),
+    [
+        ([2], 1, 2), ([2], 2, 1), ([2], 5, 1), ([8, 8], 1, 8), ([8, 8], 2, 8), ([8, 8], 3, 4), ([8, 4], 2, 4),
+        ([0, 16, 16], 4, 8), ([0], 1, 1), ([], 1, 1), ([7, 5], 4, 2),
+    ],
+)  # fmt: skip
+def test_a_workers_cpus_lie_on_one_node(nodes: list[int], workers: int, cores: int):
+    assert widest(nodes, workers) == cores
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nobody_answers_is_one_line_at_once(scheme: str):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # bound, so nobody else's; not listening, so nobody answers
+        address = f"{scheme}127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS = {address}: no Ray cluster answers there"):
+            _refuse_silent(address)
+
+
+def test_an_address_that_is_none_is_refused_and_words_pass():
+    with pytest.raises(ConfigError, match="is no address"):
+        _refuse_silent("head:port")
+    for word in (None, "", "auto", "local"):
+        _refuse_silent(word)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        _refuse_silent(f"ray://127.0.0.1:{server.getsockname()[1]}")
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_the_local_cluster_is_joined_described_and_used():
@@ -69,7 +113,7 @@ def test_the_local_cluster_is_joined_described_and_used():
     assert cpus() == 2
     assert describe() == "1 node(s), 2 CPUs, 0 GPUs"
     auto = validate(tree("run", "images"))
-    assert (encode_workers(auto), train_workers(auto)) == (2, 1)
+    assert (encode_workers(auto), train_workers(auto), cores_per_worker(1)) == (2, 1, 2)
     three = validate(tree("run", "images", resources={"workers": 3}))
     assert (encode_workers(three), train_workers(three)) == (3, 3)
 

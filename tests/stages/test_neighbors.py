@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from rayclust.config import validate
 from rayclust.errors import DataError
 from rayclust.search.index import build_index
-from rayclust.stages.neighbors import UNIT_ROWS, _load, _units, unit_rows
+from rayclust.stages.neighbors import INVERTED_FILE, UNIT_ROWS, _load, _Search, _units, blocks, unit_rows
 from rayclust.stages.pipeline import run_all, run_stage
+from rayclust.stages.rows import row_starts, transform_of
+from rayclust.stages.units import Unit
 from rayclust.store import filesystem
+from rayclust.store.layout import Run
 from tests.references import nearest_rows
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
@@ -96,6 +100,33 @@ def test_the_inverted_file_finds_what_exact_search_finds(tmp_path: Path, in_proc
     assert shared >= 0.9
     assert all(row not in near for row, near in enumerate(ids[1]))
     run_stage("neighbors", by_file.model_copy(update={"neighbors": exact.neighbors}))
+
+
+def test_rows_for_which_the_inverted_file_finds_too_few_are_compared_with_all(tmp_path: Path, in_process: None):
+    rng = np.random.default_rng(0)
+    x = (np.eye(6)[np.arange(240) % 6] + 0.05 * rng.normal(size=(240, 6))).astype(np.float32)
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images" / "a.npy", x)
+    settings = validate(tree(str(tmp_path / "run"), str(tmp_path / "images")))
+    encode = run_stage("encode", settings)
+    run, starts, transform = Run(settings.run), row_starts(encode), transform_of(encode, settings.features)
+
+    def stream() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for block, ids in blocks(run, starts, transform):
+            yield block.numpy(), ids.numpy()
+
+    index = build_index(stream, count=240, kind="ivf", k=60)
+    index.faiss_index.nprobe = 1
+    filesystem.write_bytes(filesystem.join(run.neighbors_folder, INVERTED_FILE), index.to_bytes())
+    unit = Unit(0, "digest", (0,), 240)
+    tables = []
+    for inverted_file in ("digest of the file", None):
+        _Search(run, starts, transform, 60, inverted_file).search(unit)
+        tables.append(pq.read_table(run.neighbors(0)))
+    ids = np.array(tables[0]["neighbors"].to_pylist())
+    assert ids.min() >= 0
+    assert index.search(x, 61)[0].min() == -1, "nothing was short, so nothing was tested"
+    assert (ids == np.array(tables[1]["neighbors"].to_pylist())).mean() > 0.9
 
 
 def test_a_worker_that_lives_on_reads_a_new_inverted_file(tmp_path: Path):
