@@ -157,6 +157,8 @@ void information(bf16 *logits, const bf16 *teacher, bf16 *scratch, const float *
 
 /* ---- AdamW, the moving average of the result, and both as bf16, in one pass over memory ---- */
 
+#define AHEAD 256 /* numbers; four streams at once are more than the processor fetches early by itself */
+
 typedef struct {
     float rate, correction, shrink, fresh, square_fresh, epsilon, follow;
 } Adam;
@@ -167,6 +169,7 @@ static inline lanes step_length(const Adam *a, lanes m, lanes v) {
 }
 
 static inline void adamw_at(const Adam *a, float *const *x, lanes g, bf16 *const *copies, long i, __mmask16 here) {
+    for (int k = 0; k < 4; k++) __builtin_prefetch(x[k] + i + AHEAD);
     lanes m = _mm512_maskz_loadu_ps(here, x[1] + i), v = _mm512_maskz_loadu_ps(here, x[2] + i);
     m = m + (g - m) * a->fresh;
     v = v + (g * g - v) * a->square_fresh;
