@@ -40,7 +40,7 @@ def run_command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted: run the same line again to go on", 1)
     except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left becomes one line and exit code 1
-        return _fail(f"unexpected {type(error).__name__}: {_first_line(error)} (-v shows the traceback)", 1, verbose)
+        return _fail(f"unexpected {type(error).__name__}: {_last_line(error)} (-v shows the traceback)", 1, verbose)
     return result if isinstance(result, int) else 0
 
 
@@ -51,7 +51,7 @@ def _fail(message: str, code: int, verbose: bool = False) -> int:
     return code
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else "no message"
 

@@ -127,7 +127,9 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.n
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            unfinished = path.with_suffix(f".{os.getpid()}")
+            for left in path.parent.glob(f"{path.stem}.*.unfinished"):  # by whoever was killed with the lock
+                left.unlink(missing_ok=True)
+            unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
             array = np.lib.format.open_memmap(unfinished, "w+", dtype, shape)
             fill(array)
             array.flush()

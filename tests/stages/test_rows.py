@@ -84,6 +84,13 @@ def test_a_fill_that_fails_leaves_nothing_that_would_be_taken_for_whole(tmp_path
     assert mapped(tmp_path / "x.npy", (2, 2), np.int64, fill_with(3)).tolist() == [[3, 3], [3, 3]]
 
 
+def test_what_a_killed_process_left_half_filled_is_swept_away(tmp_path: Path):
+    (tmp_path / "x.12345.unfinished").write_bytes(bytes(100))
+    (tmp_path / "xy.12345.unfinished").write_bytes(b"of another array")
+    mapped(tmp_path / "x.npy", (2,), np.float32, fill_with(1))
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npy", "x.lock", "xy.12345.unfinished"}
+
+
 def test_of_two_that_come_at_once_one_fills_and_the_other_waits(tmp_path: Path):
     fills = list[int]()
 
