@@ -140,9 +140,7 @@ def test_a_stage_by_itself_refuses_inputs_of_another_config(copied: Sealed):
         changed(copied, images={"labels": "none"}),
         changed(copied, features={"center": False}),
     ):
-        with pytest.raises(
-            ArtefactError, match=r"evaluate: the stage \w+ of .* is not finished for this"
-        ):
+        with pytest.raises(ArtefactError, match=r"evaluate: the stage \w+ of .* is not finished for this"):
             run_stage("evaluate", other)
     assert filesystem.read_json(copied.run.config)["encoder"]["image_size"] == 8, "what is sealed lost its config"
     assert run_stage("evaluate", changed(copied, evaluate={"silhouette_rows": 5})).counts["rows"] == 24
