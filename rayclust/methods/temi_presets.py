@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rayclust.methods.base import Plan
 from rayclust.methods.temi_auto import auto_settings
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ IMAGENET_MIN_ROWS = 50_000
 """Rows above which a set can be ImageNet or a subset of it (IN50 has 64,000; CIFAR-100 50,000 at 500 a class)."""
 TINY_ROWS = 6_000
 """Rows up to which the paper's STL-10 settings hold (5,000 images, 800 epochs)."""
+
+SHORT_STEPS = 3_000
+"""Steps below which heads start from k-means: random ones do not settle in them. On the sets that were published on,
+all trainings are longer."""
 
 
 def preset_values(config: TemiConfig, count: int, dimension: int) -> dict[str, Any]:
@@ -33,10 +38,17 @@ def preset_values(config: TemiConfig, count: int, dimension: int) -> dict[str, A
     if config.preset == "auto":
         return auto_settings(count, dimension, config.clusters, config)
     if config.preset == "readme":
-        return _readme(count, config.clusters)
+        return _started(config, count, _readme(count, config.clusters))
     if config.preset == "paper":
-        return _paper(count, config.clusters)
+        return _started(config, count, _paper(count, config.clusters))
     return {}
+
+
+def _started(config: TemiConfig, count: int, values: dict[str, Any]) -> dict[str, Any]:
+    """With the start that the number of steps asks for; `warm_start: none` is the published one for every number."""
+    written = {key: getattr(config, key) for key in config.model_fields_set}
+    steps = Plan.of(type(config).model_validate({**values, **written, "preset": "none"}), count).steps
+    return values if steps >= SHORT_STEPS else {**values, "warm_start": "kmeans"}
 
 
 def _is_imagenet_like(count: int, clusters: int) -> bool:

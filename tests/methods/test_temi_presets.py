@@ -57,3 +57,10 @@ def test_what_is_written_wins_over_every_preset_and_settling_twice_changes_nothi
     assert (c.heads, c.beta, c.batch_size, c.preset) == (3, 0.77, 64, "none")
     assert c.settled(7, 7) == c
     assert TemiConfig.model_validate(c.model_dump(mode="json")) == c
+
+
+def test_short_trainings_start_warm_unless_told_otherwise():
+    assert _settled("readme", 10, 3_000, epochs=200, batch_size=512).warm_start == "kmeans"
+    assert _settled("readme", 10, 3_000, warm_start="none").warm_start == "none"
+    assert _settled("readme", 10, 3_000, steps=5_000).warm_start == "none"
+    assert {_settled(preset, 10, 50_000).warm_start for preset in ("readme", "paper")} == {"none"}
