@@ -178,7 +178,9 @@ def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
     moments, last = _moments(heads, x, labels), heads.weights[-1]
     variance = moments.gram.diagonal(dim1=1, dim2=2).mean(1)
     penalty = (RIDGE * variance).clamp(min=torch.finfo(last.dtype).tiny)[:, None].expand(-1, last.shape[2])
-    scores = torch.linalg.solve(moments.gram + torch.diag_embed(penalty), moments.cross)
+    # By Cholesky: the matrix is positive definite, and batched LU fails in some builds of MKL on two threads.
+    factor = torch.linalg.cholesky(moments.gram + torch.diag_embed(penalty))
+    scores = torch.cholesky_solve(moments.cross, factor)
     weight = functional.normalize(heads.direction.double(), dim=2).mT @ scores.mT
     length = weight.flatten(1).norm(dim=1)
     alike = variance <= ROUNDING * moments.mean.square().mean(1)  # such rows tell a head nothing
