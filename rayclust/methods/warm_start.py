@@ -179,12 +179,13 @@ def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
     variance = moments.gram.diagonal(dim1=1, dim2=2).mean(1)
     penalty = (RIDGE * variance).clamp(min=torch.finfo(last.dtype).tiny)[:, None].expand(-1, last.shape[2])
     # By Cholesky: the matrix is positive definite, and batched LU fails in some builds of MKL on two threads.
-    factor = torch.linalg.cholesky(moments.gram + torch.diag_embed(penalty))
+    factor, failed = torch.linalg.cholesky_ex(moments.gram + torch.diag_embed(penalty))
+    factor = torch.where(failed.view(-1, 1, 1) > 0, torch.eye(last.shape[2]).to(factor), factor)
     scores = torch.cholesky_solve(moments.cross, factor)
     weight = functional.normalize(heads.direction.double(), dim=2).mT @ scores.mT
     length = weight.flatten(1).norm(dim=1)
     alike = variance <= ROUNDING * moments.mean.square().mean(1)  # such rows tell a head nothing
-    usable = (length > 0) & ~alike
+    usable = (length > 0) & ~alike & (failed == 0)
     weight = weight * (last.double().flatten(1).norm(dim=1) / length.where(usable, 1.0))[:, None, None]
     _set(last, weight, usable)
     _set(heads.biases[-1], -(weight @ moments.mean[:, :, None])[:, :, 0], usable)
