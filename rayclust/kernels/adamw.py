@@ -9,13 +9,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rayclust.kernels.native import call
+from rayclust.kernels.native import call, library
 
 
 class _Numbers(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_float)
         for name in ("rate", "correction", "shrink", "fresh", "square_fresh", "epsilon", "follow")
+    )
+
+
+class _Addresses(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("value", "mean", "square", "follower", "left_value", "left_follower")),
+        ("rows", ctypes.c_long),
+        ("columns", ctypes.c_long),
     )
 
 
@@ -55,14 +63,15 @@ class Slot:
     """Moving average of its square."""
     follower: Tensor
     """Moving average of the value."""
-    copies: tuple[Tensor, Tensor] | None = None
-    """BFloat16 of value and follower, written; a multiple of 16 numbers, 32 bytes aligned."""
+    tiles: tuple[Tensor, Tensor] | None = None
+    """Of a Float32 matrix: value and follower as `tile_head.to_left` orders them, kept up by the compiled pass."""
 
     @cached_property
-    def addresses(self) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]:
-        """Of the first four, and of the copies."""
-        own = _pointers(self.value, self.mean, self.square, self.follower)
-        return own, _pointers(*(self.copies or (None, None)))
+    def compiled(self) -> _Addresses:
+        """As the compiled pass wants it."""
+        tensors = (self.value, self.mean, self.square, self.follower, *(self.tiles or (None, None)))
+        rows, columns = self.value.shape if self.tiles is not None else (1, self.value.numel())
+        return _Addresses(*(None if t is None else t.data_ptr() for t in tensors), rows, columns)
 
 
 def adamw(slot: Slot, gradient: Tensor, options: AdamW) -> None:
@@ -70,27 +79,16 @@ def adamw(slot: Slot, gradient: Tensor, options: AdamW) -> None:
 
     Args:
         slot: the parameter.
-        gradient: of the parameter's size and dtype or, for a slot of a multiple of 16 numbers, BFloat16.
+        gradient: of the parameter's size and dtype or, for a slot with tiles, BFloat16.
         options: the step's numbers.
     """
-    if slot.value.dtype == torch.float32 and _compiled(slot, gradient, options):
+    if slot.value.dtype == torch.float32 and library() is not None:
+        narrow = gradient.dtype == torch.bfloat16
+        call("adamw", options.compiled, slot.compiled, None if narrow else gradient, gradient if narrow else None)
         return
-    o, wide = options, gradient.to(slot.value.dtype).view_as(slot.value)
     torch._fused_adamw_(
-        [slot.value], [wide], [slot.mean], [slot.square], [], [torch.tensor(float(o.step))],
-        lr=o.learning_rate, beta1=o.momentum, beta2=o.square_momentum, weight_decay=o.weight_decay, eps=o.epsilon,
-        amsgrad=False, maximize=False,
+        [slot.value], [gradient], [slot.mean], [slot.square], [], [torch.tensor(float(options.step))],
+        lr=options.learning_rate, beta1=options.momentum, beta2=options.square_momentum,
+        weight_decay=options.weight_decay, eps=options.epsilon, amsgrad=False, maximize=False,
     )  # fmt: skip
-    slot.follower.lerp_(slot.value, o.follow)
-    for copy, source in zip(slot.copies or (), (slot.value, slot.follower), strict=False):
-        copy.copy_(source)
-
-
-def _compiled(slot: Slot, gradient: Tensor, options: AdamW) -> bool:
-    gradients = (None, gradient) if gradient.dtype == torch.bfloat16 else (gradient, None)
-    own, copies = slot.addresses
-    return call("adamw", own, *gradients, copies, options.compiled, slot.value.numel())
-
-
-def _pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    slot.follower.lerp_(slot.value, options.follow)

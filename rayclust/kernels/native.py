@@ -1,7 +1,7 @@
 """C sources beside this file, compiled once for this processor and kept in the user's cache.
 
-Where there is no compiler, or the processor lacks what a source needs, `library` is None and callers use their torch
-twins; the results differ by rounding only.
+Where there is no compiler, or the processor has no matrix tiles for bf16, `library` is None and callers use torch
+alone; the results differ by rounding only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("information.c", "heads.c")
+SOURCES = ("head.c", "adamw.h", "layers.h", "information.h", "products.h", "tiles.h")
 """The first is compiled; it includes the others."""
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-mprefer-vector-width=512", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 SWITCH = "RAYCLUST_NATIVE"
-"""Environment variable; 0 keeps to the torch twins."""
+"""Environment variable; 0 keeps to torch alone."""
 
-Argument = Tensor | ctypes.Structure | ctypes.Array[ctypes.c_void_p] | int | float | None
+Argument = Tensor | ctypes.Structure | int | float | None
 
 
 @lru_cache
@@ -39,23 +39,25 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0" or compiler is None or not torch.cpu._is_amx_tile_supported():
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("native kernels: not compiled, using torch alone: %s", error)
         return None
+    loaded.room_size.restype = ctypes.c_long
+    return loaded if loaded.allow_tiles() == 0 else None
 
 
-def call(name: str, *arguments: Argument) -> bool:
+def call(name: str, *arguments: Argument) -> int:
     """Calls a compiled function with tensors as pointers, ints as long, floats as float, None as null.
 
-    Returns:
-        Whether there was one; False asks the caller to take the twin's way.
+    Raises:
+        RuntimeError: there is no library; ask `library` first.
     """
     loaded = library()
     if loaded is None:
-        return False
-    getattr(loaded, name)(*map(_converted, arguments))
-    return True
+        raise RuntimeError(f"native kernels: {name} was called although they could not be compiled")
+    result: int = getattr(loaded, name)(*map(_converted, arguments))
+    return result
 
 
 def _converted(argument: Argument) -> object:
@@ -65,7 +67,7 @@ def _converted(argument: Argument) -> object:
         return ctypes.c_long(argument)
     if isinstance(argument, float):
         return ctypes.c_float(argument)
-    return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else argument
+    return None if argument is None else ctypes.byref(argument)
 
 
 def _compiled(compiler: str) -> Path:
@@ -92,9 +94,10 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
+    """A folder that this user can write to, kept where possible."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayclust" / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return Path(tempfile.mkdtemp(prefix="rayclust-native-"))
-    return folder
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="rayclust-native-"))

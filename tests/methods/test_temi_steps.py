@@ -19,11 +19,11 @@ from tests.workers import on_two_workers
 D, K, B, STEPS = 6, 4, 9, 6
 
 
-def _method(dtype: torch.dtype = torch.float64, **settings: Any) -> Temi:
+def _method(dtype: torch.dtype = torch.float64, width: int = D, **settings: Any) -> Temi:
     """A small TEMI whose student and teacher are far apart; its first two steps leave the last layer alone."""
     written = {"clusters": K, "preset": "none", "heads": 3, "hidden": 8, "bottleneck": 5, "batch_size": B, "epochs": 9}
     written |= {"teacher_momentum": 0.5, "final_teacher_momentum": 0.9, "warmup_teacher_temperature": 0.3, **settings}
-    method = build(TemiConfig.model_validate(written), D, 50, seed=0).to(dtype)
+    method = build(TemiConfig.model_validate(written), width, 50, seed=0).to(dtype)
     generator = torch.Generator().manual_seed(1)
     assert isinstance(method, Temi)
     with torch.no_grad():
@@ -35,9 +35,11 @@ def _method(dtype: torch.dtype = torch.float64, **settings: Any) -> Temi:
     return method
 
 
-def _batch(step: int, dtype: torch.dtype = torch.float64, rank: int = 0, world: int = 1, rows: int = B) -> Batch:
+def _batch(
+    step: int, dtype: torch.dtype = torch.float64, rank: int = 0, world: int = 1, rows: int = B, width: int = D
+) -> Batch:
     generator = torch.Generator().manual_seed(step)
-    x = torch.randn(2, rows, D, generator=generator, dtype=torch.float64)[:, rank::world].to(dtype)
+    x = torch.randn(2, rows, width, generator=generator, dtype=torch.float64)[:, rank::world].to(dtype)
     return Batch(x, torch.arange(rows)[rank::world], step, step // 2, share=world * x.shape[1] / rows)
 
 
@@ -67,18 +69,18 @@ def test_steps_are_those_of_autograd_adamw_and_a_moving_average(settings: dict[s
         torch.testing.assert_close(mine[name].double(), wanted[name].double(), rtol=1e-10, atol=1e-12)
 
 
-def test_float32_and_bf16_stay_close():
-    for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.3)):
-        settings = {"hidden": 32, "bottleneck": 16, "teacher_momentum": 0.9, "precision": precision}
-        fused, plain = _method(torch.float32, **settings), _method(torch.float64, **settings)
-        start = copy.deepcopy(plain)
-        ours, theirs = FusedSteps(fused), GradientSteps(plain, plain.config)
-        _run(ours, last=3, dtype=torch.float32)
-        _run(theirs, last=3)
-        for name, value in fused.named_parameters():
-            moved = plain.get_parameter(name).detach() - start.get_parameter(name).detach()
-            wrong = value.detach().double() - plain.get_parameter(name).detach()
-            assert float(wrong.norm()) <= tolerance * max(float(moved.norm()), 1e-6), (precision, name)
+@pytest.mark.parametrize(("precision", "width"), [("fp32", D), ("bf16", D), ("bf16", 32)])
+def test_float32_and_bf16_stay_close(precision: str, width: int):
+    settings = {"hidden": 32, "bottleneck": 32, "teacher_momentum": 0.9, "precision": precision}
+    fused, plain = _method(torch.float32, width, **settings), _method(torch.float64, width, **settings)
+    start = copy.deepcopy(plain)
+    _run(FusedSteps(fused), last=3, dtype=torch.float32, width=width)
+    _run(GradientSteps(plain, plain.config), last=3, width=width)
+    for name, value in fused.named_parameters():
+        moved = plain.get_parameter(name).detach() - start.get_parameter(name).detach()
+        wrong = value.detach().double() - plain.get_parameter(name).detach()
+        tolerance = 1e-4 if precision == "fp32" else 0.3
+        assert float(wrong.norm()) <= tolerance * max(float(moved.norm()), 1e-6), name
 
 
 def test_state_goes_on_with_either_kind_of_steps():
@@ -97,41 +99,49 @@ def _steps(kind: type[FusedSteps | GradientSteps], method: Temi) -> FusedSteps |
     return FusedSteps(method) if kind is FusedSteps else GradientSteps(method, method.config)
 
 
-def _on_worker(rank: int, world: int) -> dict[str, torch.Tensor]:
-    method = _method()
-    _run(FusedSteps(method), rank=rank, world=world)
+def _on_worker(rank: int, world: int, dtype: torch.dtype, width: int) -> dict[str, torch.Tensor]:
+    method = _method(dtype, width, hidden=32, bottleneck=32)
+    _run(FusedSteps(method), rank=rank, world=world, dtype=dtype, width=width)
     return method.state_dict()
 
 
+def _on_worker_both_ways(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    return [_on_worker(rank, world, torch.float64, D), _on_worker(rank, world, torch.float32, 32)]
+
+
 def test_two_workers_with_uneven_shares_are_one():
-    alone = _on_worker(0, 1)
-    for found in on_two_workers(_on_worker):
-        for name, value in alone.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+    """To the last digits in float64, and but for rounding on matrix tiles."""
+    alone = _on_worker_both_ways(0, 1)
+    for found in on_two_workers(_on_worker_both_ways):
+        for tolerance, one, other in zip((1e-10, 0.05), alone, found, strict=True):
+            for name, value in one.items():
+                wrong = float((other[name] - value).double().norm())
+                assert wrong <= tolerance * max(float(value.double().norm()), 1.0), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_threads_change_no_bit(dtype: torch.dtype):
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, D), (torch.float32, D), (torch.float32, 32)])
+def test_threads_change_no_bit(dtype: torch.dtype, width: int):
     found, before = [], torch.get_num_threads()
     for threads in (1, 3):
-        method = _method(dtype, hidden=32, bottleneck=16, precision="auto" if dtype == torch.float64 else "bf16")
+        method = _method(dtype, width, hidden=32, bottleneck=32)
         torch.set_num_threads(threads)
         try:
-            _run(FusedSteps(method), dtype=dtype)
+            _run(FusedSteps(method), dtype=dtype, width=width)
         finally:
             torch.set_num_threads(before)
         found.append(method)
     _assert_equal(found[0], found[1], tolerance=0.0)
 
 
-def test_batches_may_change_their_size_and_parameters_be_set_before_the_first_step():
+@pytest.mark.parametrize("width", [D, 32])
+def test_batches_may_change_their_size_and_parameters_be_set_before_the_first_step(width: int):
     losses = []
     for precision in ("bf16", "fp32"):
-        method = _method(torch.float32, hidden=32, bottleneck=16, precision=precision)
+        method = _method(torch.float32, width, hidden=32, bottleneck=32, precision=precision)
         steps = FusedSteps(method)
         with torch.no_grad():
             method.student.weights[0].mul_(0.5)
-        batches = [_batch(0, torch.float32, rows=rows) for rows in (200, 9, 130)]
+        batches = [_batch(0, torch.float32, rows=rows, width=width) for rows in (200, 9, 130)]
         losses.append(torch.stack([steps.take(batch, 0.0, 0.0)["head_loss"] for batch in batches]))
     torch.testing.assert_close(losses[0], losses[1], rtol=0.03, atol=0.03)
 
@@ -151,7 +161,7 @@ def test_batches_may_change_their_size_and_parameters_be_set_before_the_first_st
         ({"optimizer": "sgd"}, False),
         ({"clip_norm": 1.0}, False),
         ({"hidden": 30, "precision": "fp32"}, True),
-        ({"hidden": 30, "precision": "bf16"}, False),
+        ({"hidden": 30, "precision": "bf16"}, True),
     ],
 )
 def test_what_is_written_out(settings: dict[str, Any], expected: bool):
@@ -168,10 +178,10 @@ def test_small_heads_are_left_to_autograd():
 
 
 def _planted(seed: int) -> tuple[ArrayRows, np.ndarray]:
-    """Rows around eight points that overlap a little, and ten near neighbours of each."""
+    """480 rows around eight points, and ten near neighbours of each."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(8, size=480)
-    x = rng.normal(size=(8, 24))[labels] + 0.5 * rng.normal(size=(480, 24))
+    x = rng.normal(size=(8, 32))[labels] + 0.6 * rng.normal(size=(480, 32))
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     return ArrayRows(x, np.argsort(-x @ x.T, axis=1)[:, 1:11].copy()), labels
 
