@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,19 +179,27 @@ class Ours:
         self.steps.take(next(self.batches), 1e-4, 1e-4)
 
 
+@contextmanager
+def no_compiler() -> Iterator[None]:
+    """Torch alone, as on a machine without a compiler."""
+    native.library.cache_clear()
+    os.environ[native.SWITCH] = "0"
+    native.library()
+    try:
+        yield
+    finally:
+        del os.environ[native.SWITCH]
+        native.library.cache_clear()
+
+
 def without_compiler(make: Callable[[], Ours]) -> Callable[[], None]:
     """The steps of `make()` taken by torch alone."""
-    ours = make()
+    with no_compiler():
+        ours = make()
 
     def step() -> None:
-        native.library.cache_clear()
-        os.environ[native.SWITCH] = "0"
-        native.library()
-        try:
+        with no_compiler():
             ours.step()
-        finally:
-            del os.environ[native.SWITCH]
-            native.library.cache_clear()
 
     return step
 
