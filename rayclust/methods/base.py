@@ -204,6 +204,10 @@ class Method(nn.Module):
     config: BaseMethodConfig
     plan: Plan
     pairing: Pairing = Pairing()
+    refits_for_clusters: bool = True
+    """Whether another number of clusters needs another fit; where not, `repartition` serves."""
+    own_space: int | None = None
+    """Width of the rows that `represent` gives; None for a method without a space of its own."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of this worker's share and what else to watch.
@@ -219,6 +223,18 @@ class Method(nn.Module):
 
     def assign(self, x: Tensor) -> Tensor:
         """Probabilities of the clusters: Float[B D] to Float[B K], rows sum to 1."""
+        raise NotImplementedError
+
+    def represent(self, x: Tensor) -> Tensor:
+        """Rows in the method's own space: Float[B D] to unit rows Float[B d], d = `own_space`."""
+        raise NotImplementedError
+
+    def repartition(self, clusters: int) -> Method:
+        """This fitted method with another number of clusters, at most those it was fitted for, without another fit.
+
+        Raises:
+            ConfigError: it was fitted for fewer.
+        """
         raise NotImplementedError
 
     def fit(self, rows: Rows, trainer: Trainer) -> None:
