@@ -151,3 +151,15 @@ def greedy_seeds(x: np.ndarray, clusters: int, seed: int | tuple[int, ...]) -> l
         left = [np.minimum(closest, ((x - x[c]) ** 2).sum(1)).sum() for c in candidates]
         chosen.append(candidates[int(np.argmin(left))])
     return chosen
+
+
+def coding_length(z: np.ndarray, labels: np.ndarray, distortion: float) -> float:
+    """Lossy coding length in nats, one cluster at a time, by the d×d determinant."""
+    count, width = z.shape
+    total = 0.0
+    for k in np.unique(labels):
+        own = z[labels == k]
+        m = len(own)
+        total += (m + width) / 2 * np.linalg.slogdet(np.eye(width) + width / (distortion * m) * own.T @ own)[1]
+        total -= m * np.log(m / count)
+    return total

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from rayclust.errors import ConfigError, DataError
+from rayclust.metrics.selection import (
+    Candidate,
+    argmin_coding_length,
+    choose,
+    grid,
+    knee,
+    picks,
+    refine,
+    vote,
+)
+
+
+def table() -> list[Candidate]:
+    """Criteria that agree on about 8."""
+    rows = {
+        2: (9.0, 0.2, 100.0, 2.0, 0.4, 0.9),
+        4: (6.0, 0.4, 300.0, 1.5, 0.6, 0.95),
+        8: (4.0, 0.6, 200.0, 1.0, 0.8, 0.99),
+        16: (3.9, 0.5, 150.0, 1.2, 0.7, 0.6),
+        32: (5.0, 0.3, 120.0, 1.4, 0.6, 0.5),
+    }
+    names = ("coding_length", "silhouette", "calinski_harabasz", "davies_bouldin", "modularity", "stability")
+    return [Candidate(k, dict(zip(names, values, strict=True))) for k, values in rows.items()]
+
+
+def test_every_criterion_says_its_pick():
+    found = picks(list(reversed(table())))
+    assert found == {
+        "coding_length": 16, "silhouette": 8, "calinski_harabasz": 4, "davies_bouldin": 8, "modularity": 8,
+        "stability": 8, "knee": 8,
+    }  # fmt: skip
+
+
+def test_choices_and_their_reasons():
+    assert argmin_coding_length(table()) == 16
+    choice = choose(table())
+    assert (choice.k, choice.rule) == (8, "vote")
+    assert "silhouette 8" in choice.reason
+    assert "calinski_harabasz 4" in choice.reason
+    assert choose(table(), "knee").k == 8
+    assert "elbow" in choose(table(), "knee").reason
+    assert choose(table(), "calinski_harabasz").k == 4
+
+
+def test_a_tie_goes_to_fewer_clusters_and_gaps_are_left_out():
+    candidates = [Candidate(k, {"silhouette": value}) for k, value in [(3, 0.5), (2, 0.5), (4, math.nan)]]
+    assert picks([*candidates, Candidate(5, {})]) == {"silhouette": 2}
+    assert choose(candidates).k == 2
+
+
+def test_knee_by_hand():
+    # On a log axis 2, 4, 8, 16 are evenly spaced: 10, 2, 1, 0 lies farthest below its chord at 4.
+    assert knee([2, 4, 8, 16], [10.0, 2.0, 1.0, 0.0]) == 4
+    # The rise after the lowest point plays no part.
+    assert knee([2, 4, 8, 16, 32, 64], [10.0, 2.0, 1.0, 0.0, 50.0, 90.0]) == 4
+    # A straight line on a log axis has no knee there, but has one on a linear axis.
+    line = [3.0, 2.0, 1.0, 0.0]
+    assert knee([2, 4, 8, 16], line) == 16
+    assert knee([2, 4, 8, 16], line, log=False) == 8
+    assert knee([2, 4, 8], [1.0, 2.0, 3.0]) == 2
+    assert knee([7], [1.0]) == 7
+
+
+def test_the_vote_is_a_candidate_near_the_median():
+    found = {"silhouette": 2, "modularity": 9, "stability": 100, "knee": 3}
+    assert vote(found, [2, 8, 12, 100]) == 8
+
+
+def test_grids():
+    assert grid(2, 2) == (2,)
+    assert grid(2, 100)[0] == 2
+    assert grid(2, 100)[-1] == 100
+    ks = grid(2, 1000)
+    assert all(b / a <= 1.5 + 1 / a for a, b in itertools.pairwise(ks))
+    assert len(ks) < 18
+
+
+def test_refinement_lies_between_the_best_ones_neighbours():
+    assert refine([2, 4, 8, 16], 8) == (5, 7, 9, 12)
+    assert refine([2, 4, 8, 16], 2) == (3,)
+    assert refine([2, 4, 8, 16], 16, points=2) == (10, 13)
+    assert refine([2, 3, 4], 3) == ()
+    assert refine([100, 200, 400], 200, points=3) == (141, 201, 283)
+
+
+def test_refuse_what_cannot_be():
+    with pytest.raises(DataError, match="candidates = 0"):
+        choose([])
+    with pytest.raises(DataError, match="twice"):
+        choose([Candidate(2, {}), Candidate(2, {})])
+    with pytest.raises(DataError, match="no criterion was measured"):
+        choose([Candidate(2, {})])
+    with pytest.raises(DataError, match="no candidate has"):
+        choose([Candidate(2, {"silhouette": 1.0})], "knee")
+    with pytest.raises(ConfigError, match="rule = 'best': must be one of vote, coding_length, knee, silhouette"):
+        choose(table(), "best")
+    with pytest.raises(ConfigError, match="1 ≤ least ≤ most"):
+        grid(5, 4)
+    with pytest.raises(ConfigError, match="must be above 1"):
+        grid(2, 4, ratio=1)
+    with pytest.raises(ConfigError, match="best = 3"):
+        refine([2, 4], 3)
+    with pytest.raises(DataError, match="one for each"):
+        knee([2], [])
