@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayclust.errors import ConfigError, DataError
 
@@ -89,7 +90,8 @@ def picks(candidates: Sequence[Candidate]) -> dict[str, int]:
         if ks:
             found[name] = ks[int(np.argmax(values if criterion.larger_is_better else -values))]
     if "coding_length" in found:
-        found["knee"] = knee(*_curve(ordered, "coding_length"))
+        ks, values = _curve(ordered, "coding_length")
+        found["knee"] = knee(ks, values.tolist())
     return found
 
 
@@ -199,7 +201,7 @@ def _ordered(candidates: Sequence[Candidate]) -> list[Candidate]:
     return ordered
 
 
-def _curve(ordered: Sequence[Candidate], name: str) -> tuple[list[int], np.ndarray]:
+def _curve(ordered: Sequence[Candidate], name: str) -> tuple[list[int], NDArray[np.float64]]:
     """The candidates that have a finite value of a criterion, and the values."""
     having = [(c.k, c.criteria[name]) for c in ordered if math.isfinite(c.criteria.get(name, math.nan))]
     return [k for k, _ in having], np.array([value for _, value in having])
