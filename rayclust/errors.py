@@ -4,6 +4,7 @@ RayclustError                 base; `exit_code` is what the command line ends wi
 ├── ConfigError               a key of RUN.yaml or an argument is wrong: fix the config
 ├── DataError                 an input cannot be used as asked: missing, unreadable, too many rejects
 ├── ArtefactError             an artefact of a run is missing, unfinished or damaged
+├── HeldError                 another process works on the run: wait for it, or end it
 └── ShapeError                an array has the wrong axes or width: a caller's mistake
 
 A message holds the name, the value, the bound and what to do, in one line.
@@ -32,6 +33,12 @@ class DataError(RayclustError, ValueError):
 
 class ArtefactError(RayclustError):
     """An artefact of a run is missing, unfinished or damaged."""
+
+    exit_code = 2
+
+
+class HeldError(RayclustError):
+    """Another process works on the run."""
 
     exit_code = 2
 

@@ -5,11 +5,12 @@ import pickle
 import pytest
 
 from rayclust import errors
-from rayclust.errors import ArtefactError, ConfigError, DataError, RayclustError, ShapeError
+from rayclust.errors import ArtefactError, ConfigError, DataError, HeldError, RayclustError, ShapeError
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"), [(RayclustError, 1), (ConfigError, 2), (DataError, 2), (ArtefactError, 2), (ShapeError, 1)]
+    ("kind", "code"),
+    [(RayclustError, 1), (ConfigError, 2), (DataError, 2), (ArtefactError, 2), (HeldError, 2), (ShapeError, 1)],
 )
 def test_a_users_mistake_ends_with_2_and_a_callers_with_1(kind: type[RayclustError], code: int):
     assert issubclass(kind, RayclustError)
@@ -17,7 +18,7 @@ def test_a_users_mistake_ends_with_2_and_a_callers_with_1(kind: type[RayclustErr
 
 
 def test_errors_cross_process_borders_with_their_line():
-    for kind in (ConfigError, DataError, ArtefactError, ShapeError):
+    for kind in (ConfigError, DataError, ArtefactError, HeldError, ShapeError):
         again = pickle.loads(pickle.dumps(kind("photos: no such bucket")))  # noqa: S301 - as Ray sends it
         assert (type(again), str(again)) == (kind, "photos: no such bucket")
 

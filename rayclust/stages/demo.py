@@ -15,6 +15,7 @@ from rayclust.errors import ArtefactError
 from rayclust.stages.pipeline import run_all
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
+from rayclust.store.lease import held
 from rayclust.store.manifest import digest_of
 
 SHARDS = 6
@@ -71,7 +72,12 @@ def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, di
     """
     out = filesystem.absolute(out)
     images, run = filesystem.join(out, "images"), Run(filesystem.join(out, "run"))
-    write_digits(images)
+    with held(run):
+        write_digits(images)
+        return run.uri, _run_plan(images, run, methods)
+
+
+def _run_plan(images: str, run: Run, methods: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     plan = [(method, seed) for method in methods for seed in SEEDS]
     configs = [validate(demo_tree(images, run.uri, method, seed)) for method, seed in plan]
     digest = digest_of([config.model_dump(mode="json") for config in configs])
@@ -85,7 +91,7 @@ def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, di
         scores.append({name: metrics[name] for name in SCORES})
         filesystem.write_json(run.at("demo.json"), {"digest": digest, "scores": scores})
     run_all(configs[-1])
-    return run.uri, _by_method(plan, scores)
+    return _by_method(plan, scores)
 
 
 def _known(run: Run, digest: str) -> list[dict[str, float]]:

@@ -16,6 +16,7 @@ from rayclust.stages.outputs import Listing, Outputs
 from rayclust.stages.progress import duration
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
+from rayclust.store.lease import Lease, held
 from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, seal, versions
 
 logger = logging.getLogger(__name__)
@@ -111,8 +112,14 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
 
     Raises:
         ArtefactError: a stage that it reads is not sealed.
+        HeldError: another process works on the run.
         RayclustError: whatever the stage raises.
     """
+    with held(Run(config.run)) as lease:
+        return _run_held(name, config, lease, force)
+
+
+def _run_held(name: str, config: RunConfig, lease: Lease, force: bool) -> Manifest:
     stage, run = STAGES[name], Run(config.run)
     inputs = _sealed_inputs(config, stage)
     plan = _listed(config) if name == "encode" else None
@@ -140,6 +147,7 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
         seconds=round(seconds, 3),
         extra=result.extra,
     )
+    lease.check()
     seal(run, manifest)
     logger.info("%s: done in %s%s", name, duration(seconds), f", {result.summary}" if result.summary else "")
     return manifest
@@ -148,10 +156,11 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
 def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
     """Runs every stage that is not done, in order, up to and with `stop_after`."""
     sealed = {}
-    for name in STAGES:
-        sealed[name] = run_stage(name, config, force=force)
-        if name == stop_after:
-            break
+    with held(Run(config.run)):
+        for name in STAGES:
+            sealed[name] = run_stage(name, config, force=force)
+            if name == stop_after:
+                break
     return sealed
 
 

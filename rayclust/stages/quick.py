@@ -13,6 +13,7 @@ from rayclust.language.vocabulary import kind_of
 from rayclust.stages.pipeline import run_all
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
+from rayclust.store.lease import held
 
 DEFAULT_ENCODER = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
 """Small enough for a laptop's CPU."""
@@ -43,8 +44,9 @@ def quick(
     }
     text = yaml.safe_dump(tree, sort_keys=False)
     config = anchored(parse(text, [f"method.clusters={clusters}", *overrides]))
-    filesystem.write_bytes(filesystem.join(config.run, "RUN.yaml"), as_yaml(config).encode())
-    run_all(config)
+    with held(Run(config.run)):
+        filesystem.write_bytes(filesystem.join(config.run, "RUN.yaml"), as_yaml(config).encode())
+        run_all(config)
     return config.run
 
 

@@ -11,6 +11,7 @@ from rayclust.stages.progress import duration
 from rayclust.stages.quick import load_run
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
+from rayclust.store.lease import holder_of
 from rayclust.store.manifest import Manifest, read_manifest
 
 
@@ -29,6 +30,7 @@ def lines(uri: str) -> Iterator[str]:
         outdated = manifest is not None and seals.of(stage) is None
         yield f"  {stage:<10} {text}{', for another config or other inputs: runs again' if outdated else ''}"
     yield from _health(run)
+    yield from _driver(run)
 
 
 def _sealed(manifest: Manifest) -> str:
@@ -62,3 +64,10 @@ def _health(run: Run) -> Iterator[str]:
         f"  clusters   {len(shares)} of {len(sizes)} occupied, largest share {shares.max():.1%}, "
         f"entropy {entropy:.2f} of {np.log(len(sizes)):.2f} nats"
     )
+
+
+def _driver(run: Run) -> Iterator[str]:
+    """Who works on the run, or left it without a word."""
+    holder = holder_of(run)
+    if holder is not None:
+        yield f"  {'driver':<10} {holder}{', which has ended' if holder.has_ended() else ''}"

@@ -34,6 +34,11 @@ class Run:
         return self.at("config.json")
 
     @property
+    def lease(self) -> str:
+        """Who works on the run."""
+        return self.at("lease.json")
+
+    @property
     def embeddings_folder(self) -> str:
         """Folder of `tables.EMBEDDINGS`, one table per input shard."""
         return self.at("embeddings")

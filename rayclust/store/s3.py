@@ -94,7 +94,7 @@ class S3Storage:
         bucket, key = split(uri)
         if not key or key.endswith("/"):
             return None
-        with _translated(uri, "read"):
+        with translated(uri, "read"):
             try:
                 head = client().call_s3("head_object", Bucket=bucket, Key=key)
             except FileNotFoundError:
@@ -108,7 +108,7 @@ class S3Storage:
     def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes from `start` up to `end`, in one request."""
         split(uri)
-        with _translated(uri, "read"):
+        with translated(uri, "read"):
             if start == 0 and end is None:
                 # One GET, no HEAD before it: a folder of small images is bound by the number of requests.
                 return cast(bytes, client().cat_file(uri, max_concurrency=1))
@@ -123,7 +123,7 @@ class S3Storage:
 
     def write(self, uri: str, data: bytes) -> None:
         """One put, or a multipart upload that appears when complete."""
-        with _translated(uri, "write"):
+        with translated(uri, "write"):
             client().pipe_file(uri, data)
 
     def open(self, uri: str) -> BinaryIO:
@@ -151,7 +151,7 @@ class S3Storage:
     def remove(self, uri: str) -> None:
         """Deletes one object."""
         bucket, key = split(uri)
-        with _translated(uri, "remove"):
+        with translated(uri, "remove"):
             client().call_s3("delete_object", Bucket=bucket, Key=key)
 
     def remove_tree(self, uri: str) -> None:
@@ -171,7 +171,7 @@ class S3Storage:
     def _delete(self, uri: str, bucket: str, batch: list[dict[str, str]]) -> None:
         if not batch:
             return
-        with _translated(uri, "remove"):
+        with translated(uri, "remove"):
             answer = client().call_s3("delete_objects", Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
         for failed in answer.get("Errors", []):
             raise DataError(f"{SCHEME}{bucket}/{failed['Key']}: cannot remove: {failed.get('Message', failed['Code'])}")
@@ -193,12 +193,12 @@ class S3Storage:
     def download(self, uri: str, path: Path) -> None:
         """Streams the object to `path`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _translated(uri, "read"):
+        with translated(uri, "read"):
             client().get_file(uri, str(path))
 
     def upload(self, path: Path, uri: str) -> None:
         """Streams `path` in parts."""
-        with _translated(uri, "write"):
+        with translated(uri, "write"):
             client().put_file(str(path), uri)
 
 
@@ -239,7 +239,7 @@ def _objects(uri: str, prefix: str, page: int = 1000) -> Iterator[dict[str, Any]
     """What `list_objects_v2` says of every key that begins with `prefix`, page after page."""
     request = {"Bucket": split(uri)[0], "Prefix": prefix, "MaxKeys": page}
     while True:
-        with _translated(uri, "list"):
+        with translated(uri, "list"):
             answer = client().call_s3("list_objects_v2", **request)
         yield from answer.get("Contents", [])
         if not answer.get("IsTruncated"):
@@ -252,7 +252,8 @@ def _file_stat(key: str, uri: str, size: int, etag: str) -> FileStat:
 
 
 @contextmanager
-def _translated(uri: str, action: str) -> Iterator[None]:
+def translated(uri: str, action: str) -> Iterator[None]:
+    """Makes every error inside one of rayclust's; see `translate`."""
     try:
         yield
     except (DataError, GeneratorExit):

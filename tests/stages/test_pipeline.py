@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rayclust.cli import run_command
 from rayclust.config import RunConfig, validate
-from rayclust.errors import ArtefactError
+from rayclust.errors import ArtefactError, HeldError
 from rayclust.stages.pipeline import STAGES, Seals, content_digest, outputs_present, run_all, run_stage, stage_digest
 from rayclust.store import filesystem
+from rayclust.store.holder import Holder, birth, myself
 from rayclust.store.layout import STAGES as ORDER
 from rayclust.store.layout import Run
+from rayclust.store.lease import Lease
 from rayclust.store.manifest import Manifest, Output
 from tests.stages.conftest import Sealed
-from tests.stages.runs import tree, write_tars
+from tests.stages.runs import tree, write_tars, write_yaml
 
 
 def config(**groups: Any) -> RunConfig:
@@ -195,3 +201,45 @@ def test_a_shorter_input_leaves_no_part_of_the_longer_one(tmp_path: Path, in_pro
     run_all(validate(tree(str(write_again), str(images))))
     for path in sorted((tmp_path / "run" / "embeddings").iterdir()):
         assert path.read_bytes() == (write_again / "embeddings" / path.name).read_bytes()
+
+
+def other_process(run: Run) -> Iterator[Holder]:
+    """Somebody who is at work on the run, and will not let go."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        holder = myself().model_copy(update={"pid": process.pid, "born": birth(process.pid)})
+        filesystem.write_json(run.lease, holder.model_dump(mode="json"))
+        yield holder
+        process.kill()
+
+
+@pytest.mark.parametrize("command", ["run", "encode", "report"])
+def test_a_run_that_another_works_on_is_left_alone(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], in_process: None
+):
+    write_tars(tmp_path / "images", shards=1, per_shard=6)
+    path = write_yaml(tmp_path / "RUN.yaml", tree(str(tmp_path / "run"), str(tmp_path / "images")))
+    for holder in other_process(Run(str(tmp_path / "run"))):
+        assert run_command([command, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert (
+            error == f"rayclust: {tmp_path / 'run'}: is worked on by {holder}; wait for it to end, or stop it first\n"
+        )
+        assert [file.name for file in (tmp_path / "run").iterdir()] == ["lease.json"]
+    assert run_command(["encode", str(path)]) == 0  # its process is gone
+    assert not (tmp_path / "run" / "lease.json").exists()
+
+
+def test_a_driver_that_lost_the_run_meanwhile_does_not_seal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None
+):
+    write_tars(tmp_path / "images", shards=1, per_shard=6)
+    settings = validate(tree(str(tmp_path / "run"), str(tmp_path / "images")))
+    run = Run(settings.run)
+
+    def slept(self: Lease) -> None:
+        raise HeldError("taken over")
+
+    monkeypatch.setattr(Lease, "check", slept)
+    with pytest.raises(HeldError, match="taken over"):
+        run_stage("encode", settings)
+    assert not filesystem.exists(run.manifest("encode"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from rayclust.config import validate
 from rayclust.errors import ArtefactError
 from rayclust.stages.pipeline import STAGES, save_config
 from rayclust.stages.status import lines
+from rayclust.store import filesystem
 from rayclust.store.layout import Run
+from rayclust.store.lease import held
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
 
@@ -46,6 +49,18 @@ def test_a_run_that_has_only_begun_has_no_clusters_yet(tmp_path: Path):
     shown = list(lines(str(tmp_path) + "/"))
     assert len(shown) == 1 + len(STAGES)
     assert all(line.endswith("not started") for line in shown[1:])
+
+
+def test_who_works_on_the_run_is_said(tmp_path: Path):
+    save_config(validate(tree(str(tmp_path), "/images")))
+    run = Run(str(tmp_path))
+    with held(run):
+        last = list(lines(run.uri))[-1]
+        lease = filesystem.read_json(run.lease)
+    assert last.startswith(f"  driver     process {os.getpid()} on ")
+    assert "has ended" not in last
+    filesystem.write_json(run.lease, lease | {"born": "1"})
+    assert list(lines(run.uri))[-1].endswith(", which has ended")
 
 
 def test_no_run_is_one_line(tmp_path: Path):
