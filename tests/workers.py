@@ -1,4 +1,4 @@
-"""Functions run on two processes that form a gloo group."""
+"""Functions run on some processes that form a gloo group."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ import torch.multiprocessing as mp
 
 def on_two_workers(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(rank, 2, *arguments)` returns on each of two workers; a failure of either is raised here."""
+    return on_workers(2, function, *arguments)
+
+
+def on_workers(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """As `on_two_workers`, on `count` of them."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, args=(2, folder, function, arguments), nprocs=2)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+        mp.spawn(_work, args=(count, folder, function, arguments), nprocs=count)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
 def _work(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -30,6 +30,8 @@ class InformationOptions:
     """Whether a pair's information is cut off at 0 from below, so that disagreeing pairs cost nothing more."""
     entropy_weight: float = 0.0
     """α, what entropy is rewarded with. WMI: the mean entropy of the rows. SCAN: the entropy of the mean student."""
+    pool: Callable[[Tensor], Tensor] = lambda agreement: agreement.mean(0, keepdim=True)
+    """How TEMI makes one trust Float[1 B] of the heads' agreement Float[H B]; another where workers share heads."""
 
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -95,7 +97,13 @@ def _information_losses(student: Tensor, teacher: Tensor, log_marginal: Tensor, 
     return total / (student.shape[1] - 1)
 
 
-def temi(student: Tensor, teacher: Tensor, log_marginal: Tensor, options: InformationOptions) -> Tensor:
+def temi(
+    student: Tensor,
+    teacher: Tensor,
+    log_marginal: Tensor,
+    options: InformationOptions,
+    trust: Tensor | None = None,
+) -> Tensor:
     """TEMI: each row's loss weighted by how far all teachers together trust its pair.
 
     Args:
@@ -103,34 +111,54 @@ def temi(student: Tensor, teacher: Tensor, log_marginal: Tensor, options: Inform
         teacher: Float[H V B K], log-probabilities, without gradient.
         log_marginal: Float[H K], ln p̂ of each head.
         options: β and the cut-off at 0.
+        trust: Float[H B], the heads' `agreement` where it is known already.
 
     Returns:
         Float[H], nats: ½·mean over rows of w·(ℓ(b→a) + ℓ(a→b)); the mean is over rows, not divided by Σ w.
 
     Source: arXiv 2303.17896, eq. 8.
     """
-    weights = agreement(teacher).mean(0, keepdim=True)
+    weights = options.pool(agreement(teacher) if trust is None else trust)
     return (weights * _information_losses(student, teacher, log_marginal, options)).mean(1)
 
 
-def wmi(student: Tensor, teacher: Tensor, log_marginal: Tensor, options: InformationOptions) -> Tensor:
+def wmi(
+    student: Tensor,
+    teacher: Tensor,
+    log_marginal: Tensor,
+    options: InformationOptions,
+    trust: Tensor | None = None,
+) -> Tensor:
     """WMI: as `temi` with each head's own trust, and α·mean Σ q ln q of the student where α > 0.
 
     Source: arXiv 2303.17896, eq. 6.
     """
-    losses = (agreement(teacher) * _information_losses(student, teacher, log_marginal, options)).mean(1)
+    trust = agreement(teacher) if trust is None else trust
+    losses = (trust * _information_losses(student, teacher, log_marginal, options)).mean(1)
     if options.entropy_weight:
         negative_entropy = (student.exp() * student).sum(-1).mean((1, 2))
         losses = losses + options.entropy_weight * negative_entropy
     return losses
 
 
-def pmi(student: Tensor, teacher: Tensor, log_marginal: Tensor, options: InformationOptions) -> Tensor:
+def pmi(
+    student: Tensor,
+    teacher: Tensor,
+    log_marginal: Tensor,
+    options: InformationOptions,
+    trust: Tensor | None = None,
+) -> Tensor:
     """PMI: as `temi` with weight 1 for each pair. Source: arXiv 2303.17896, eq. 5."""
     return _information_losses(student, teacher, log_marginal, options).mean(1)
 
 
-def scan(student: Tensor, teacher: Tensor, log_marginal: Tensor, options: InformationOptions) -> Tensor:
+def scan(
+    student: Tensor,
+    teacher: Tensor,
+    log_marginal: Tensor,
+    options: InformationOptions,
+    trust: Tensor | None = None,
+) -> Tensor:
     """SCAN: agreement of neighbours, and an even spread of the mean student over the clusters.
 
     The mean student p̄ is that of the batch of all workers, and the gradient goes through it: a sum over each worker's
@@ -151,7 +179,7 @@ def scan(student: Tensor, teacher: Tensor, log_marginal: Tensor, options: Inform
     return losses + options.entropy_weight * (mean * mean.clamp(min=tiny).log()).sum(-1).mean(1)
 
 
-InformationLoss = Callable[[Tensor, Tensor, Tensor, InformationOptions], Tensor]
+InformationLoss = Callable[[Tensor, Tensor, Tensor, InformationOptions, Tensor | None], Tensor]
 
 LOSSES: dict[str, InformationLoss] = {"temi": temi, "pmi": pmi, "wmi": wmi, "scan": scan}
 """The losses by the name that a config gives them."""

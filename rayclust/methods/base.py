@@ -58,7 +58,7 @@ class CheckpointStore(Protocol):
     """Keeps checkpoints of one training."""
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Keeps a checkpoint; called by every worker at the same step with equal content, so that one may write.
+        """Keeps a checkpoint; called by every worker at the same step with equal content, so that the first may write.
 
         Args:
             step: steps done.
@@ -102,6 +102,10 @@ class BaseMethodConfig(Config):
     """What the method is called in RUN.yaml."""
     clusters: int = Field(ge=2)
     """K, the number of clusters."""
+
+    def outlook(self, count: int, dimension: int, workers: int) -> str:
+        """How N = `count` rows of width D = `dimension` will be fitted on `workers`, in a few words; may be empty."""
+        return ""
 
 
 class TrainedConfig(BaseMethodConfig):
@@ -206,6 +210,8 @@ class Method(nn.Module):
     pairing: Pairing = Pairing()
     refits_for_clusters: bool = True
     """Whether another number of clusters needs another fit; where not, `repartition` serves."""
+    finished_early: bool = False
+    """Whether training is to end with this epoch; looked at after each, and the same on every worker."""
     own_space: int | None = None
     """Width of the rows that `represent` gives; None for a method without a space of its own."""
 
@@ -257,12 +263,27 @@ class Method(nn.Module):
         """Called after the optimiser's step number `step`, from 0."""
 
     def after_epoch(self, means: dict[str, Tensor]) -> dict[str, Any]:
-        """Called after each epoch with the means of what `losses` gave, over all rows and workers.
+        """Called after each epoch with the means of what `losses` gave, over all rows and workers, made `whole`.
 
         Returns:
             More for the epoch's row of metrics: numbers or lists of numbers.
         """
         return {}
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named tensors of the whole method, where each worker holds a part; called by all of them together.
+
+        Args:
+            tensors: this worker's part of the state, of the optimiser's state, or of the metrics of an epoch.
+
+        Returns:
+            The same names; the tensors themselves for a method that every worker holds whole.
+        """
+        return tensors
+
+    def part(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This worker's part of what `whole` gave."""
+        return tensors
 
     def export(self) -> Export:
         """The fitted method as data."""

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.collectives import all_sum, differentiable_sum
+from rayclust.losses.chunked import LastLayer
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -47,6 +48,8 @@ class HeadShape:
     """Whether a GELU follows the bottleneck."""
     learn_scale: bool = True
     """Whether g is learnt; otherwise it stays 1."""
+    first: int = 0
+    """Number of the first head, where other workers hold those before it."""
 
     @property
     def widths(self) -> list[int]:
@@ -149,7 +152,7 @@ class Heads(nn.Module):
     def _reset(self, seed: int) -> None:
         bound = 1.0 / math.sqrt(self.shape.bottleneck)
         for head in range(self.shape.heads):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + head) % 2**63)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + self.shape.first + head) % 2**63)
             for weight in self.weights:
                 nn.init.trunc_normal_(weight[head], std=0.02, a=-2.0, b=2.0, generator=generator)
             nn.init.uniform_(self.direction[head], -bound, bound, generator=generator)
@@ -173,6 +176,14 @@ class Heads(nn.Module):
         dtype = matmul_dtype(self.precision, x) if training else x.dtype
         bottleneck = self._bottleneck(x, training, some, dtype)
         return stacked_affine(bottleneck, self._last_weights(some), None, dtype)
+
+    def last_layer(self, x: Tensor, temperature: float) -> LastLayer:
+        """What makes the logits of pairs in training, Float[2 B D], over a temperature, before they are made."""
+        stacked = x.flatten(0, 1)
+        require_matrix(stacked, "x", self.shape.dimension)
+        dtype = matmul_dtype(self.precision, stacked)
+        units = self._bottleneck(stacked, True, slice(None), dtype)
+        return LastLayer(units.view(len(units), 2, -1, units.shape[2]), self.direction, self.scale, temperature, dtype)
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """The unit rows before the last layer: Float[R D] to Float[H R 256]."""

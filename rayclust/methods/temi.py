@@ -8,121 +8,31 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from rayclust import collectives
 from rayclust.arrays import require_matrix
-from rayclust.losses.information import LOSSES, InformationOptions, Marginal, log_probabilities
-from rayclust.methods import ema
-from rayclust.methods.base import Batch, Export, Method, Pairing, Plan, Rows, Steps, TrainedConfig, Trainer
-from rayclust.methods.heads import Heads, HeadShape, Precision
-from rayclust.methods.temi_presets import preset_values
+from rayclust.losses.information import InformationOptions, Marginal, log_probabilities
+from rayclust.methods import ema, temi_losses
+from rayclust.methods.base import Batch, Export, Method, Pairing, Plan, Rows, Steps, Trainer
+from rayclust.methods.heads import Heads
+from rayclust.methods.temi_config import TemiConfig
+from rayclust.methods.temi_health import Health
 from rayclust.methods.temi_steps import FusedSteps, fits, pays
 from rayclust.methods.warm_start import StartOptions, best_by_modularity, start_from_kmeans
 
+__all__ = ["Temi", "TemiConfig"]
+
 logger = logging.getLogger(__name__)
 
+WHOLE = ("best_head", "head_losses")
+"""Tensors of the state that every worker holds whole, whatever heads it trains."""
 ASSIGN_ROWS = 8192
 """Rows whose hidden units are held at once when assigning."""
-
-
-class TemiConfig(TrainedConfig):
-    """TEMI (arXiv 2303.17896). A key that is written wins over the preset."""
-
-    name: Literal["temi"] = "temi"
-    """Teacher ensemble-weighted pointwise mutual information."""
-    preset: Literal["auto", "readme", "paper", "none"] = "auto"
-    """auto: chosen from N, D and K without labels. readme, paper: the published settings. none: the defaults below."""
-    heads: int = Field(16, ge=1)
-    """H, heads trained side by side; the one with the lowest training loss is kept."""
-    neighbors: int = Field(50, ge=1)
-    """Nearest neighbours of a row among which its partner is drawn."""
-    loss: Literal["temi", "pmi", "wmi", "scan"] = "temi"
-    """What is minimised; see losses/information.py."""
-    beta: float = Field(0.6, gt=0)
-    """β, above 0.5. Lower keeps clusters more even; 1 for many more clusters than classes."""
-    positive_pmi: bool = False
-    """Whether a pair's information is cut off at 0 from below."""
-    entropy_weight: float | None = None
-    """α of WMI's and SCAN's entropy. None: 5 for SCAN, 0 for WMI."""
-    student_temperature: float = Field(0.1, gt=0)
-    """Divides the student's logits."""
-    teacher_temperature: float = Field(0.1, gt=0)
-    """Divides the teacher's logits after its warm-up, and when assigning."""
-    warmup_teacher_temperature: float = Field(0.1, gt=0)
-    """The teacher's temperature in the first epoch."""
-    warmup_teacher_temperature_epochs: int = Field(30, ge=0)
-    """Epochs in which the teacher's temperature moves linearly; longer than the training is allowed."""
-    teacher_momentum: float = Field(0.996, ge=0, le=1)
-    """Momentum of the teacher at the first step."""
-    final_teacher_momentum: float = Field(0.996, ge=0, le=1)
-    """Momentum of the teacher at the end of a cosine."""
-    marginal_momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of the clusters' running shares p̂."""
-    freeze_last_layer: int = Field(1, ge=0)
-    """Epochs at the start in which the last layer is not trained."""
-    hidden: int = Field(512, ge=1)
-    """Width of the hidden layers of a head."""
-    bottleneck: int = Field(256, ge=1)
-    """Width of the unit rows before the last layer."""
-    layers: int = Field(2, ge=1)
-    """Linear layers of a head before the last one."""
-    batch_norm: bool = False
-    """Whether hidden layers are batch-normalised, over all workers."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of hidden units dropped in training."""
-    final_gelu: bool = False
-    """Whether a GELU follows the bottleneck."""
-    learn_scale: bool = True
-    """Whether the length of the last layer's rows is learnt; otherwise it stays 1."""
-    noise: float = Field(0.0, ge=0)
-    """Standard deviation of Gaussian noise added to each value of a view; the published option adds 0.1."""
-    repeats: int = Field(1, ge=1)
-    """Views drawn of a row and of its neighbour, each with its own noise."""
-    warm_start: Literal["none", "kmeans"] = "none"
-    """kmeans: heads start at the best of several k-means partitions of rows averaged with their neighbours."""
-    start_restarts: int = Field(16, ge=1)
-    """k-means partitions from which a warm start chooses by modularity."""
-    start_neighbors: int = Field(10, ge=1)
-    """Nearest neighbours that a warm start averages and that modularity counts."""
-    start_rounds: int = Field(2, ge=0)
-    """How often a warm start averages rows with their neighbours."""
-    selection: Literal["loss", "modularity"] = "loss"
-    """Head that is kept. loss: least training loss in the last epoch, as published. modularity: keeps most neighbours
-    together, by its clusters of all rows; less drawn to even sizes. Neither sees labels."""
-    precision: Precision = "auto"
-    """Matrix products in training. auto: bf16 where the processor multiplies it fast, else float32."""
-
-    def settled(self, count: int, dimension: int) -> TemiConfig:
-        """This config with its preset written out for N = `count`, D = `dimension`; `preset` is then `none`."""
-        chosen = preset_values(self, count, dimension)
-        written = {key: getattr(self, key) for key in self.model_fields_set}
-        return TemiConfig.model_validate({**chosen, **written, "preset": "none"})
-
-    def head_shape(self, dimension: int) -> HeadShape:
-        """The sizes and parts of the heads on rows of width `dimension`."""
-        return HeadShape(
-            heads=self.heads,
-            dimension=dimension,
-            clusters=self.clusters,
-            hidden=self.hidden,
-            bottleneck=self.bottleneck,
-            layers=self.layers,
-            batch_norm=self.batch_norm,
-            dropout=self.dropout,
-            final_gelu=self.final_gelu,
-            learn_scale=self.learn_scale,
-        )
-
-    def loss_options(self) -> InformationOptions:
-        """What the loss is told."""
-        alpha = self.entropy_weight
-        if alpha is None:
-            alpha = 5.0 if self.loss == "scan" else 0.0
-        return InformationOptions(self.beta, self.positive_pmi, alpha)
 
 
 class Temi(Method):
@@ -145,16 +55,54 @@ class Temi(Method):
         self.dimension, self.count, self.seed = dimension, count, seed
         self.plan = Plan.of(config, count)
         self.pairing = Pairing(config.neighbors, config.noise, config.repeats)
-        self.student = Heads(config.head_shape(dimension), seed, config.precision)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.marginal = Marginal(config.heads, config.clusters, config.marginal_momentum)
+        _, layout = config.layout(count, dimension, collectives.world_size())
+        self.grid = collectives.Grid.of(layout.head_parts)
+        self._hold(collectives.stretches(config.heads, self.grid.column.size)[self.grid.column.rank])
         self._momentum = config.teacher_momentum
         self.register_buffer("best_head", torch.tensor(0))
         self.register_buffer("head_losses", torch.zeros(config.heads, dtype=torch.float64))
 
+    def _hold(self, heads: slice) -> None:
+        """Makes the heads that this worker has a part in training."""
+        config = self.config
+        shape = replace(config.head_shape(self.dimension), heads=heads.stop - heads.start, first=heads.start)
+        self.student = Heads(shape, self.seed, config.precision)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.marginal = Marginal(shape.heads, config.clusters, config.marginal_momentum)
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the heads of other workers behind or before this one's; a loss is the sum of theirs."""
+        column, heads = self.grid.column, self.config.heads
+        if column.size == 1:
+            return tensors
+        return {
+            name: x if name in WHOLE else column.all_sum(x) if name == "loss" else column.joined(x, heads)
+            if x.dim() else x
+            for name, x in tensors.items()
+        }  # fmt: skip
+
+    def part(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This worker's heads."""
+        column, shape = self.grid.column, self.student.shape
+        if column.size == 1:
+            return tensors
+        own = slice(shape.first, shape.first + shape.heads)
+        found = {name: x[own] if x.dim() and name not in WHOLE else x for name, x in tensors.items()}
+        return found | ({"loss": torch.zeros_like(found["loss"])} if column.rank and "loss" in found else {})
+
+    def _join(self) -> None:
+        """Every worker takes in the heads of the others."""
+        if self.grid.column.size > 1:
+            state, like = self.whole(self.state_dict()), self.student.direction
+            self._hold(slice(0, self.config.heads))
+            self.grid = collectives.Grid(row=collectives.everyone())
+            self.to(like.device, like.dtype).load_state_dict(state)
+
     def fit(self, rows: Rows, trainer: Trainer) -> None:
         """Warm start, where asked for, the plan's steps, and the choice of a head."""
-        trainer.fit(self, rows, start=lambda: self._warm_start(rows))
+        with collectives.sharing_rows(self.grid.row):
+            trainer.fit(self, rows, start=lambda: self._warm_start(rows))
+        self._join()
         if self.config.selection == "modularity":
             best, values = best_by_modularity(self.teacher, rows, self.config.start_neighbors, self.seed)
             self.best_head.fill_(best)
@@ -168,20 +116,29 @@ class Temi(Method):
             self.teacher.load_state_dict(self.student.state_dict())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The mean of the heads' losses, and each head's, Float[H]."""
-        views = len(batch.views)
-        stacked = batch.views.flatten(0, 1)
-        with torch.no_grad():
-            teacher = self._log_probabilities(self.teacher, stacked, self.teacher_temperature(batch.epoch), views)
-            log_marginal = self.marginal.update(teacher)
-        student = self._log_probabilities(self.student, stacked, self.config.student_temperature, views)
-        losses = LOSSES[self.config.loss](student, teacher, log_marginal, self.config.loss_options())
-        return {"loss": losses.mean(), "head_loss": losses.detach()}
+        """The mean of all heads' losses, this worker's part of it; and of each head, Float[H], loss and agreement."""
+        many = temi_losses.goes_in_chunks(self, batch)
+        return self.told(*(temi_losses.in_chunks if many else temi_losses.whole)(self, batch))
 
-    def _log_probabilities(self, heads: Heads, x: Tensor, temperature: float, views: int) -> Tensor:
-        """Float[H V B K] of stacked views, Float[V·B D]."""
-        stacked = log_probabilities(heads(x, training=True), temperature)
-        return stacked.view(len(stacked), views, -1, stacked.shape[2])
+    def told(self, losses: Tensor, trust: Tensor) -> dict[str, Tensor]:
+        """What a step tells, from each head's loss, Float[H], and its trust in each pair, Float[H B]."""
+        return {
+            "loss": losses.sum() / self.config.heads,
+            "head_loss": losses.detach(),
+            "head_agreement": trust.detach().mean(1),
+        }
+
+    def loss_options(self) -> InformationOptions:
+        """What the loss is told."""
+        config = self.config
+        alpha = config.entropy_weight
+        if alpha is None:
+            alpha = 5.0 if config.loss == "scan" else 0.0
+        return InformationOptions(config.beta, config.positive_pmi, alpha, self.pool)
+
+    def pool(self, trust: Tensor) -> Tensor:
+        """The trust of all heads in each pair, Float[1 B], from that of this worker's, Float[H B]."""
+        return self.grid.column.all_sum(trust.sum(0, keepdim=True)) / self.config.heads
 
     def teacher_temperature(self, epoch: int) -> float:
         """τ_t: linear over the first epochs, then constant."""
@@ -215,13 +172,15 @@ class Temi(Method):
         """Keeps the head with the lowest mean loss of this epoch; labels play no part."""
         self.head_losses.copy_(means["head_loss"])
         self.best_head.copy_(self.head_losses.argmin())
-        best = int(self.best_head)
+        best, shares = int(self.best_head), self.marginal
+        told = {"entropy": shares.entropy(), "live": shares.live(), "largest": shares.shares.amax(1)}
+        health = Health(**self.whole(told), agreement=means["head_agreement"], clusters=self.config.clusters)
+        self.finished_early = health.watch(best, self.config) and self.config.stop_on_collapse
         return {
             "teacher_momentum": self._momentum,
             "head_losses": self.head_losses.tolist(),
             "best_head": best,
-            "marginal_entropy": float(self.marginal.entropy()[best]),
-            "live_clusters": int(self.marginal.live()[best]),
+            **health.row(best),
         }
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayclust.methods.temi import TemiConfig
+    from rayclust.methods.temi_config import TemiConfig
 
 STEPS_PER_CLUSTER = 30
 """Steps of a training that starts warm, for each cluster; twice as many change little."""

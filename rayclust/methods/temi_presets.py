@@ -8,7 +8,7 @@ from rayclust.methods.base import Plan
 from rayclust.methods.temi_auto import auto_settings
 
 if TYPE_CHECKING:
-    from rayclust.methods.temi import TemiConfig
+    from rayclust.methods.temi_config import TemiConfig
 
 OVERCLUSTERED_ROWS = 200
 """Rows per cluster below which a partition counts as much finer than the classes (ImageNet at 25,000 has 51)."""

@@ -76,7 +76,7 @@ class FusedSteps:
     """
 
     def __init__(self, method: Temi) -> None:
-        self.method, self.heads = method, method.config.heads
+        self.method, self.heads = method, method.student.shape.heads
         self._crew = Crew(min(torch.get_num_threads(), self.heads))
         self._engine = engine_for(method, self._crew)
         self._ordered = _parameters(method, self._engine)
@@ -100,8 +100,9 @@ class FusedSteps:
         if self._gradients:
             self._gather(learns)
             self._crew.each(lambda head, member: self._update(learns, head), self.heads)
-        losses = self._engine.exchange.losses / (2 * step.rows * step.scale)
-        return {"loss": losses.mean(), "head_loss": losses}
+        exchange = self._engine.exchange
+        losses, trust = exchange.losses / (2 * step.rows * step.scale), exchange.agreement[:, : step.rows]
+        return self.method.told(losses, trust)
 
     def state(self) -> dict[str, Tensor]:
         """What AdamW keeps of each parameter that it has moved, as "position.key"."""
@@ -139,14 +140,14 @@ class FusedSteps:
         method, rows = self.method, batch.views.shape[1]
         factors = 1.0 / method.config.student_temperature, 1.0 / method.teacher_temperature(batch.epoch)
         bounds = _bounds(method.student, factors[0]), _bounds(method.teacher, factors[1])
-        scale = batch.share / (collectives.world_size() * self.heads * 2 * rows)
+        scale = batch.share / (collectives.world_size() * method.config.heads * 2 * rows)
         return Step(rows, method.config.beta, scale, factors, bounds, last_learns)
 
     def _settle(self, rows: int) -> None:
         """p̂ and the pairs' weights, once all teachers have answered."""
         exchange = self._engine.exchange
         exchange.log_marginal.copy_(self.method.marginal.take_in(exchange.sums, 2 * rows))
-        exchange.weights[:rows] = exchange.agreement[:, :rows].mean(0).clamp(max=1.0)
+        exchange.weights[:rows] = self.method.pool(exchange.agreement[:, :rows])[0].clamp(max=1.0)
 
     def _learn(self, step: Step, learns: dict[str, AdamW], head: int, member: int) -> None:
         """One student forward and back, and its update unless other workers have a say in it."""

@@ -65,7 +65,8 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
     labels = _partitions(smoothed, options, seed)
     terms = [modularity_terms(one[None], _labels_of(one, neighbors)[None], options.clusters) for one in labels]
     order = modularity(torch.cat(terms)).sort(descending=True, stable=True).indices
-    chosen = labels[order[torch.arange(heads.shape.heads, device=order.device) % len(order)]]
+    places = heads.shape.first + torch.arange(heads.shape.heads, device=order.device)
+    chosen = labels[order[places % len(order)]]
     _solve(heads, x, chosen)
 
 

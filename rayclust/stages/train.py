@@ -141,7 +141,7 @@ class StoredCheckpoints:
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Worker 0 writes; the others go on."""
-        if collectives.rank():
+        if not collectives.is_first():
             return
         data = safetensors.torch.save(tensors)
         filesystem.write_bytes(self._at(step, "tensors.safetensors"), data)

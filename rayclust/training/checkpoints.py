@@ -23,12 +23,16 @@ def pack(method: Method, steps: Steps, sums: Mapping[str, Tensor]) -> dict[str, 
         sums: an unfinished epoch's metrics.
 
     Returns:
-        Copies on the CPU.
+        Copies on the CPU, of the whole method where workers hold parts of it: the same whatever those parts are.
     """
     tensors = {METHOD + name: value for name, value in method.state_dict().items()}
     tensors |= {OPTIMIZER + name: value for name, value in steps.state().items()}
     tensors |= {SUMS + name: value for name, value in sums.items()}
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    packed = {}
+    for name in sorted(tensors):  # one after another: the whole of all of them may not fit where the parts do
+        whole = method.whole({name.partition(".")[2]: tensors[name].detach()})
+        packed[name] = next(iter(whole.values())).to("cpu", copy=True).contiguous()
+    return packed
 
 
 def unpack(tensors: Mapping[str, Tensor], method: Method, steps: Steps) -> dict[str, Tensor]:
@@ -41,12 +45,12 @@ def unpack(tensors: Mapping[str, Tensor], method: Method, steps: Steps) -> dict[
         ArtefactError: the checkpoint is of another method or other sizes.
     """
     try:
-        method.load_state_dict(_below(tensors, METHOD))
+        method.load_state_dict(method.part(_below(tensors, METHOD)))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"checkpoint does not fit the method: {reason}; remove it or restore the config") from error
-    steps.load(_below(tensors, OPTIMIZER))
-    return _below(tensors, SUMS)
+    steps.load(method.part(_below(tensors, OPTIMIZER)))
+    return method.part(_below(tensors, SUMS))
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ class _Training:
         logger.info("training: %d steps of %d rows from step %d", self.plan.steps, self.plan.batch_size, self.step)
         self.method.train()
         per_epoch = self.plan.steps_per_epoch
-        while self.step < self.plan.steps:
+        while self.step < self.plan.steps and not self.method.finished_early:
             epoch = self.step // per_epoch
             for batch in self.batches.epoch(epoch, skipped=self.step % per_epoch):
                 self._take_step(batch)
@@ -118,7 +118,7 @@ class _Training:
     def _end_epoch(self, epoch: int) -> None:
         steps = self.step - epoch * self.plan.steps_per_epoch
         divisor = steps * collectives.world_size()
-        means = {name: collectives.all_sum(self.sums[name]) / divisor for name in sorted(self.sums)}
+        means = self.method.whole({n: collectives.all_sum(self.sums[n]) / divisor for n in sorted(self.sums)})
         self.sums = {}
         seconds = self._elapsed()
         row = {"epoch": epoch, "step": self.step, "loss": float(means["loss"])}
@@ -142,15 +142,16 @@ class _Training:
 
     def _epoch_is_due(self, epoch: int) -> bool:
         every = self.trainer.every.epochs
-        return self.step == self.plan.steps or (every is not None and (epoch + 1) % every == 0) or self._clock_is_due()
+        over = self.step == self.plan.steps or self.method.finished_early
+        return over or (every is not None and (epoch + 1) % every == 0) or self._clock_is_due()
 
     def _clock_is_due(self) -> bool:
-        """Whether worker 0 finds that the seconds between two checkpoints are over."""
+        """Whether the first worker finds that the seconds between two checkpoints are over."""
         seconds = self.trainer.every.seconds
         if seconds is None or self.trainer.store is None or self.step % CLOCK_STEPS:
             return False
-        due = collectives.rank() == 0 and time.monotonic() - self.saved >= seconds
-        return bool(collectives.all_sum(torch.tensor(int(due), device=self.trainer.device)))
+        due = collectives.is_first() and time.monotonic() - self.saved >= seconds
+        return bool(collectives.everyone().all_sum(torch.tensor(int(due), device=self.trainer.device)))
 
     def _save(self) -> None:
         if self.trainer.store is None:

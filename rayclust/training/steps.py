@@ -57,7 +57,10 @@ def _parallel(method: Method) -> nn.Module:
         return method
     device = next(method.parameters()).device
     return DistributedDataParallel(
-        method, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        method,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        process_group=collectives.team().group,
     )
 
 

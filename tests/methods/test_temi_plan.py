@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rayclust.errors import ConfigError
+from rayclust.methods import Temi, TemiConfig, build, temi_losses, temi_plan, temi_steps
+from rayclust.methods.base import Plan
+from rayclust.methods.heads import Heads, HeadShape
+from rayclust.methods.temi_plan import Layout, Load, choose, estimate, layouts
+from rayclust.training.checkpoints import Every
+from rayclust.training.loop import Trainer
+from rayclust.training.pairs import ArrayRows
+from tests.workers import on_workers
+
+D, K, B, H, STEPS = 6, 4, 9, 5, 5
+KINDS = ("autograd", "chunks", "written out")
+IMAGENET = Load(HeadShape(heads=16, dimension=768, clusters=25_000), Plan(1024, 1250, 1250, 0))
+
+
+class MemoryStore:
+    def __init__(self, first: tuple[dict[str, Tensor], dict[str, Any]] | None = None) -> None:
+        self.first, self.kept = first, list[tuple[dict[str, Tensor], dict[str, Any]]]()
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.kept.append((tensors, {**state, "history": list(state["history"])}))
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if self.first is None:
+            return None
+        # Spawned workers are given tensors in memory that they share.
+        return {name: tensor.clone() for name, tensor in self.first[0].items()}, self.first[1]
+
+
+def _train(kind: str, parallel: str, start: tuple[dict[str, Tensor], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Five epochs of one step each: what every step said, all checkpoints, and the fitted heads."""
+    temi_losses.LEAST_LOGITS = 0 if kind == "chunks" else 1 << 60
+    temi_steps.LEAST_WORK = 0.0 if kind == "written out" else float("inf")
+    written = {"clusters": K, "preset": "none", "heads": H, "hidden": 8, "bottleneck": 5, "batch_size": B}
+    written |= {"epochs": STEPS, "neighbors": 3, "learning_rate": 0.3, "warmup_epochs": 1, "weight_decay": 0.1}
+    config = TemiConfig.model_validate({**written, "teacher_momentum": 0.5, "parallel": parallel})
+    x = torch.randn(B, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    method, store = build(config, D, B, seed=0).double(), MemoryStore(start)
+    assert isinstance(method, Temi)
+    trainer = Trainer(3, store=store, every=Every(epochs=2))
+    method.fit(ArrayRows(x, (torch.arange(B)[:, None] + torch.arange(1, 4)) % B), trainer)
+    history = [{k: v for k, v in row.items() if "second" not in k} for row in trainer.history]
+    return {"history": history, "kept": store.kept, "export": method.export(all_heads=True).tensors}
+
+
+def _all(rank: int, world: int, starts: dict[str, Any], grids: tuple[str, ...]) -> dict[str, Any]:
+    found = {(kind, grid): _train(kind, grid) for kind in KINDS for grid in grids}
+    return found | {(kind, "resumed"): _train(kind, grids[-1], starts[kind]) for kind in KINDS}
+
+
+def _assert_close(found: Any, expected: Any, what: str) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(found).double(), torch.as_tensor(expected).double(), rtol=1e-10, atol=1e-10, msg=what
+    )
+
+
+def _assert_same(found: dict[str, Any], alone: dict[str, Any], what: str) -> None:
+    assert len(found["history"]) == STEPS
+    for row, wanted in zip(found["history"], alone["history"], strict=True):
+        assert row.keys() == wanted.keys()
+        for name, value in wanted.items():
+            _assert_close(row[name], value, f"{what}: {name}")
+    for name, tensor in alone["export"].items():
+        _assert_close(found["export"][name], tensor, f"{what}: {name}")
+    tensors, wanted = found["kept"][-1][0], alone["kept"][-1][0]
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        _assert_close(tensors[name], tensor, f"{what}: checkpoint: {name}")
+
+
+def test_four_workers_divide_rows_heads_or_both_and_train_as_one(monkeypatch: pytest.MonkeyPatch):
+    """Loss of each step, health, checkpoints and heads to 1e-10; heads and rows do not divide evenly."""
+    monkeypatch.setattr(temi_losses, "LEAST_LOGITS", 0)  # put back what `_train` sets
+    monkeypatch.setattr(temi_steps, "LEAST_WORK", 0.0)
+    alone = {kind: _train(kind, "auto") for kind in KINDS}
+    grids = ("data", "heads", "2x2")
+    starts = {kind: alone[kind]["kept"][0] for kind in KINDS}
+    for worker in on_workers(4, _all, starts, grids):
+        for (kind, grid), found in worker.items():
+            _assert_same(found, alone[kind], f"{kind}, {grid}")
+
+
+def test_parameters_and_operations_are_those_of_the_heads():
+    shape = HeadShape(heads=2, dimension=7, clusters=11, hidden=5, bottleneck=3)
+    load = Load(shape, Plan(4, 1, 1, 0))
+    assert 2 * load.head_parameters == sum(p.numel() for p in Heads(shape, seed=0).parameters())
+    # two views; forward twice and back twice, but no gradient of the rows that come in
+    assert load.pair_operations == 2 * 2 * (3 * 7 * 5 + 4 * 5 * 3 + 4 * 3 * 11)
+
+
+def test_the_published_overclustering_has_the_sizes_of_its_paper():
+    assert IMAGENET.head_parameters == pytest.approx(6.95e6, rel=0.001)
+    alone = estimate(IMAGENET, Layout(1, 1))
+    assert alone.state_bytes == pytest.approx(5 * 4 * 16 * 6.95e6, rel=0.001)
+    assert alone.sent_bytes == 0
+    assert alone.operations == pytest.approx(1.8e12, rel=0.02)
+    data, heads = estimate(IMAGENET, Layout(1, 8)), estimate(IMAGENET, Layout(8, 1))
+    assert data.sent_bytes == pytest.approx(2 * 7 / 8 * 4 * 16 * 6.95e6, rel=0.01)
+    assert heads.sent_bytes < 10_000
+    assert heads.state_bytes == alone.state_bytes / 8
+
+
+def test_large_heads_are_divided_and_small_ones_left_together():
+    assert choose(IMAGENET, 1) == Layout(1, 1)
+    assert choose(IMAGENET, 8) == Layout(8, 1)
+    assert choose(IMAGENET, 32) == Layout(16, 2)  # no more parts than heads
+    assert choose(Load(HeadShape(heads=2, dimension=6, clusters=4), Plan(9, 1, 1, 0)), 2) == Layout(1, 2)
+    few = Load(HeadShape(heads=5, dimension=768, clusters=25_000), Plan(1024, 1, 1, 0))
+    assert choose(few, 4) in layouts(few, 4)
+
+
+def test_a_layout_can_be_asked_for():
+    assert choose(IMAGENET, 4, "data") == Layout(1, 4)
+    assert choose(IMAGENET, 4, "heads") == Layout(4, 1)
+    assert choose(IMAGENET, 4, "2x2") == Layout(2, 2)
+    with pytest.raises(ConfigError, match=r"method\.parallel = 2x3: is for 6 workers, there are 4"):
+        choose(IMAGENET, 4, "2x3")
+    with pytest.raises(ConfigError, match="16 heads cannot be divided over 32 workers"):
+        choose(IMAGENET, 32, "heads")
+
+
+def test_every_layout_gives_each_worker_a_head_and_a_pair():
+    small = Load(HeadShape(heads=3, dimension=8, clusters=4), Plan(2, 1, 1, 0))
+    assert layouts(small, 6) == [Layout(3, 2)]
+    assert layouts(small, 2) == [Layout(1, 2), Layout(2, 1)]
+    assert layouts(small, 7) == []
+    assert choose(small, 7) == Layout(1, 7)  # refused later, where the batch is known to be too small
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout(1, 1), "one worker"),
+        (Layout(1, 4), "rows of a batch over 4 workers"),
+        (Layout(4, 1), "heads over 4 workers"),
+        (Layout(2, 3), "heads over 2 and rows of a batch over 3 workers"),
+    ],
+)
+def test_an_outlook_says_the_layout_and_its_load(layout: Layout, words: str):
+    text = temi_plan.outlook(IMAGENET, layout, "cuda")
+    assert text.startswith(words + ": ")
+    assert "GB of weights and optimiser" in text
