@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rayclust import collectives
-from tests.workers import on_two_workers
+from tests.workers import on_two_workers, on_workers
 
 X = torch.arange(12, dtype=torch.float64).reshape(4, 3) / 7
 
@@ -59,3 +59,33 @@ def test_two_workers_have_the_value_and_the_averaged_gradient_of_one_on_the_unio
         torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(found["gradient"], weight.grad, rtol=1e-12, atol=0)
     assert [found["own"].item() for found in both] == [1, 2], "a sum changed what it was given"
+
+
+def _in_a_grid(rank: int, world: int) -> dict[str, Any]:
+    grid = collectives.Grid.of(2)
+    own = torch.full((rank // 2 + 1, 2), float(rank))  # the first row holds one part in three, the second two
+    found: dict[str, Any] = {"all": collectives.all_sum(torch.tensor(rank))}
+    with collectives.sharing_rows(grid.row):
+        found["place"] = (collectives.rank(), collectives.world_size(), collectives.is_first())
+        found["row"] = collectives.all_sum(torch.tensor(rank))
+        found["everyone"] = collectives.everyone().all_sum(torch.tensor(rank))
+        collectives.barrier()
+    found["column"] = grid.column.all_sum(torch.tensor(rank))
+    found["joined"] = grid.column.joined(own, 3)
+    return found
+
+
+def test_four_workers_in_a_grid():
+    for rank, found in enumerate(on_workers(4, _in_a_grid)):
+        assert found["all"] == found["everyone"] == 6
+        assert found["place"] == (rank % 2, 2, rank == 0)
+        assert found["row"] == (1 if rank < 2 else 5)
+        assert found["column"] == (2 if rank % 2 == 0 else 4)
+        assert found["joined"][:, 0].tolist() == [rank % 2, rank % 2 + 2, rank % 2 + 2]
+
+
+def test_stretches_are_as_even_as_can_be():
+    assert collectives.stretches(5, 2) == [slice(0, 2), slice(2, 5)]
+    assert collectives.stretches(2, 3) == [slice(0, 0), slice(0, 1), slice(1, 2)]
+    alone = collectives.Grid.of(1)
+    assert (alone.row.size, alone.column.size) == (1, 1)

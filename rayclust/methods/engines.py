@@ -1,6 +1,7 @@
 """Two ways to take TEMI's heads forward and back on the CPU: in torch alone, and on the processor's matrix tiles.
 
-Both compute one head at a time, in whichever thread, from parameters that lie where they lie.
+Both compute one head at a time, in whichever thread, from parameters that lie where they lie. The teachers' logits of
+all heads are kept for the students where they fit, and else made a second time, by the same products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from rayclust.kernels.tile_head import SIDE, padded
 from rayclust.methods.heads import Heads
 
 STUDENT, TEACHER = 0, 1
+KEPT_BYTES = 1 << 31
+"""Size of all heads' logits up to which the teachers' are kept."""
 GRADIENTS = ("weights.0", "weights.1", "biases.0", "biases.1", "direction", "scale")
 
 
@@ -116,19 +119,24 @@ class PlainEngine:
         sizes = plain_head.Sizes(self.shape.hidden, self.shape.bottleneck, clusters, columns, self.narrow, self.wide)
         self._rows, self._packed = rows, dict[int, Shared]()
         self._rooms = [plain_head.Room(sizes) for _ in range(self.crew.size)]
-        self._logits = torch.empty(heads, clusters, columns, dtype=self.narrow)
+        one = clusters * columns * self.narrow.itemsize
+        self._keeps = heads * one <= KEPT_BYTES
+        self._logits = torch.empty(heads if self._keeps else self.crew.size, clusters, columns, dtype=self.narrow)
         self.exchange = Exchange(heads, clusters, rows, self.wide)
 
     def teach(self, step: Step, head: int, member: int) -> None:
         """See `Engine`."""
         e = self.exchange
-        out = self._logits[head], e.normalizers[head], e.sums[head], e.agreement[head]
+        place = head if self._keeps else member
+        out = self._logits[place], e.normalizers[head], e.sums[head], e.agreement[head]
         self._rooms[member].teach(self._nets[TEACHER][head], self._packed[0], step.factors[TEACHER], out)
 
     def learn(self, step: Step, head: int, member: int) -> dict[str, Tensor]:
         """See `Engine`."""
         e, x = self.exchange, self._packed
-        told = self._logits[head], e.normalizers[head], e.log_marginal[head], e.weights
+        if not self._keeps:
+            self.teach(step, head, member)
+        told = self._logits[head if self._keeps else member], e.normalizers[head], e.log_marginal[head], e.weights
         lesson = plain_head.Lesson(*told, step.beta, step.scale)
         net, factor = self._nets[STUDENT][head], step.factors[STUDENT]
         loss, gradients = self._rooms[member].learn(net, x[0], x[1], factor, lesson, step.last_learns)
@@ -188,7 +196,8 @@ class TileEngine:
         self._x = torch.zeros(columns, s.dimension, dtype=torch.bfloat16)
         self._ordered = torch.empty(2, self._x.numel(), dtype=torch.bfloat16)
         self._inputs = tile_head.Inputs.of(*self._ordered)
-        self._logits = torch.empty(s.heads, height * columns, dtype=torch.bfloat16)
+        self._keeps = s.heads * height * columns * torch.bfloat16.itemsize <= KEPT_BYTES
+        self._logits = torch.empty(s.heads if self._keeps else self.crew.size, height * columns, dtype=torch.bfloat16)
         self._rooms = [tile_head.room(self._layout) for _ in range(self.crew.size)]
         self._gradients = [self._gradient_room() for _ in range(self.crew.size)]
         self.exchange = Exchange(s.heads, s.clusters, half, torch.float32)
@@ -204,14 +213,17 @@ class TileEngine:
     def teach(self, step: Step, head: int, member: int) -> None:
         """See `Engine`."""
         e = self.exchange
-        out = tile_head.Taught(self._logits[head], e.normalizers[head], e.sums[head], e.agreement[head])
+        place = head if self._keeps else member
+        out = tile_head.Taught(self._logits[place], e.normalizers[head], e.sums[head], e.agreement[head])
         net, factor, bound = self._nets[TEACHER][head], step.factors[TEACHER], step.bounds[TEACHER][head]
         tile_head.teach(self._layout, net, self._inputs, self._rooms[member], out, factor, bound)
 
     def learn(self, step: Step, head: int, member: int) -> dict[str, Tensor]:
         """See `Engine`."""
         e = self.exchange
-        told = self._logits[head], e.normalizers[head], e.log_marginal[head], e.weights
+        if not self._keeps:
+            self.teach(step, head, member)
+        told = self._logits[head if self._keeps else member], e.normalizers[head], e.log_marginal[head], e.weights
         bounds = step.bounds[STUDENT][head], step.bounds[TEACHER][head]
         lesson = tile_head.Lesson.of(*told, step.beta, step.scale, *bounds)
         gradients, places = self._gradients[member]

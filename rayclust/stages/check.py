@@ -136,7 +136,14 @@ def _method(config: RunConfig, size: _Size) -> str:
         raise DataError(
             f"method.clusters = {config.method.clusters}: must be at most the number of images, {size.images}"
         )
-    return f"{config.method.name} on {size.dimension} values a row"
+    known = f"{config.method.name} on {size.dimension} values a row"
+    if size.images <= config.method.clusters or not size.dimension:
+        return known
+    workers, resources = config.resources.workers, config.resources
+    count = workers if isinstance(workers, int) else 1  # `auto` is the cluster's number of GPUs, not known here
+    device = "cuda" if resources.gpus_per_worker else "cpu"
+    plan = config.method.outlook(size.images, size.dimension, count, device)
+    return f"{known}, {plan}" if plan else known
 
 
 def _words(config: RunConfig, size: _Size) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayclust.methods import Temi, TemiConfig, build, temi_steps
+from rayclust.methods import Temi, TemiConfig, build, engines, temi_steps
 from rayclust.methods.base import Batch
 from rayclust.methods.temi_steps import FusedSteps, fits, pays
 from rayclust.metrics.external import accuracy
@@ -129,6 +129,17 @@ def test_threads_change_no_bit(dtype: torch.dtype, width: int):
             _run(FusedSteps(method), dtype=dtype, width=width)
         finally:
             torch.set_num_threads(before)
+        found.append(method)
+    _assert_equal(found[0], found[1], tolerance=0.0)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, D), (torch.float32, 32)])
+def test_logits_that_are_made_twice_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int):
+    found = []
+    for kept in (1 << 31, 0):
+        monkeypatch.setattr(engines, "KEPT_BYTES", kept)
+        method = _method(dtype, width, hidden=32, bottleneck=32)
+        _run(FusedSteps(method), dtype=dtype, width=width)
         found.append(method)
     _assert_equal(found[0], found[1], tolerance=0.0)
 

@@ -107,3 +107,13 @@ def test_embeddings_of_which_none_can_be_used_are_found(tmp_path: Path, x: np.nd
     (tmp_path / "images").mkdir()
     np.save(tmp_path / "images" / "a.npy", x)
     assert "none of the first 4 embeddings can be used" in bad(config(tmp_path))["encoder"]
+
+
+def test_the_plan_of_a_training_is_told_and_one_that_cannot_be_is_found(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=10)
+    method = {"name": "temi", "clusters": 3, "preset": "none", "heads": 4, "batch_size": 8}
+    resources = {"workers": 2}
+    [told] = [f for f in check(config(tmp_path, method=method, resources=resources)) if f.subject == "method"]
+    assert told.text.startswith("temi on 192 values a row, rows of a batch over 2 workers: ")
+    wrong = bad(config(tmp_path, method=method | {"parallel": "2x3"}, resources=resources))
+    assert "method.parallel = 2x3: is for 6 workers, there are 2" in wrong["method"]
