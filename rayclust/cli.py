@@ -17,6 +17,7 @@ import click
 from rayclust.errors import ConfigError, RayclustError
 
 STAGE_NAMES = ("encode", "neighbors", "train", "assign", "label", "index", "evaluate", "report")
+"""Stages whose command takes a RUN.yaml; figures has one of its own."""
 LATER_STAGES = ("counterparts", "select-k")
 """Stages of the contract that this version does not have."""
 
@@ -188,6 +189,19 @@ def search(run_uri: str, image: str | None, text: str | None, top: int, space: s
     for hit in hits:
         cluster = "" if hit.cluster is None else str(hit.cluster)
         click.echo(f"{hit.similarity:>10.4f}  {cluster:>7}  {hit.name or '':<24}  {hit.uri}")
+
+
+@commands.command()
+@click.argument("run_uri", metavar="RUN")
+@click.option("--out", default=None, help="Folder or URI to write to.  [default: RUN/figures]")
+@_VERBOSE
+def figures(run_uri: str, out: str | None) -> None:
+    """The figures of RUN (a run, or its RUN.yaml) as SVG files, with the numbers behind them."""
+    from rayclust.stages.drawings import export
+
+    is_file = run_uri.lower().endswith((".yaml", ".yml"))
+    for uri in export(_load(run_uri, ()) if is_file else _load_run(run_uri), out):
+        click.echo(uri)
 
 
 @commands.command()

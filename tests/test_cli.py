@@ -13,7 +13,7 @@ from rayclust.cli import commands, run_command
 
 CONTRACT = {
     "quick", "run", "encode", "neighbors", "counterparts", "train", "select-k", "assign", "label", "index", "evaluate",
-    "report", "check", "status", "search", "predict", "demo", "schema",
+    "figures", "report", "check", "status", "search", "predict", "demo", "schema",
 }  # fmt: skip
 
 

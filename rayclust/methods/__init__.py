@@ -21,6 +21,11 @@ AnyMethodConfig = Annotated[KMeansConfig | TemiConfig, Field(discriminator="name
 """Any method's config, told apart by `name`: the type of a config's field."""
 
 
+def has_own_space(name: str) -> bool:
+    """Whether the method of that name learns a space of its own, i.e. says what `represent` gives."""
+    return METHODS[name][1].represent is not Method.represent
+
+
 def build(config: BaseMethodConfig, dimension: int, count: int, seed: int) -> Method:
     """The method that a config asks for, not yet fitted.
 

@@ -181,6 +181,10 @@ class Method(nn.Module):
         """Rows in the method's own space: Float[B D] to unit rows Float[B d], d = `own_space`."""
         raise NotImplementedError
 
+    def membership(self, x: Tensor) -> Tensor | None:
+        """Which rows belong together: Float[B D] to Float[B B], doubly stochastic; None for methods without a Π."""
+        return None
+
     def repartition(self, clusters: int) -> Method:
         """This fitted method with another number of clusters, at most those it was fitted for, without another fit.
 

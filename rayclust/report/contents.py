@@ -120,6 +120,25 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A figure that was drawn before the page is.
+
+    Attributes:
+        key: what its file is called, without an ending; also begins the ids in it.
+        title: what it shows.
+        text: how to read it, in a sentence or two.
+        svg: by `svg.figure`, every string in it escaped.
+        is_wide: whether it needs the width of the page.
+    """
+
+    key: str
+    title: str
+    text: str
+    svg: str
+    is_wide: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contingency:
     """How the true classes fall into the clusters.
 
@@ -179,6 +198,7 @@ class ReportData:
         curves: training curves.
         confidence: images per equal bin of confidence over [0, 1]; empty draws nothing.
         contingency: classes against clusters; None draws nothing.
+        drawings: the method's own figures.
         rejects: grouped by reason.
         notes: sentences that the reader should see first, e.g. a health warning.
 
@@ -200,6 +220,7 @@ class ReportData:
     curves: tuple[Curve, ...] = ()
     confidence: tuple[int, ...] = ()
     contingency: Contingency | None = None
+    drawings: tuple[Drawing, ...] = ()
     rejects: tuple[RejectGroup, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -64,6 +64,7 @@ def _html(report: ReportData, shown: Selection) -> str:
         headline=_headline(report),
         columns=scores.columns(report.methods),
         charts=_charts(report),
+        drawings=[(drawing, _svg(drawing.svg)) for drawing in report.drawings],
         empty=sum(cluster.size == 0 for cluster in report.clusters),
         named=any(cluster.name for cluster in report.clusters),
         confident=any(cluster.confidence is not None for cluster in report.clusters),

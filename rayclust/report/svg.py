@@ -14,6 +14,9 @@ from rayclust.report.formats import clean, shorten
 
 PALETTE = ("#4f63d9", "#d9822b", "#1f9d83", "#c2449b", "#7a8a99")
 """Colours of the series, told apart by colour-blind readers too; the page has a brighter set for the dark theme."""
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc5fa0", "#56b4e9", "#e69f00", "#7b5fc4", "#8a7a5c")
+"""Colours of clusters: Okabe and Ito's for colour-blind readers, yellow and black, which one of two themes swallows,
+replaced. Classes `hue-0` … (areas) and `line-hue-0` … (strokes)."""
 GREY = "#7d8590"
 FONT = "ui-sans-serif, system-ui, sans-serif"
 
@@ -60,6 +63,21 @@ def figure(width: float, height: float, title: str, *children: str) -> Markup:
         font_family=FONT,
         font_size=12,
     )
+
+
+STANDALONE = """
+.fg{fill:#1b1d21}.muted{fill:#5d646d}.halo{stroke:#fff}
+@media (prefers-color-scheme:dark){.fg{fill:#ececea}.muted{fill:#a0a6ae}.halo{stroke:#1b1d21}.heat{fill:#b9c3ff}
+.heat-stop{stop-color:#b9c3ff}.ground{fill:#1b1d21}}
+"""
+"""What a figure in a file of its own knows of themes; on a page the page's style sheet says more."""
+
+
+def standalone(drawing: str) -> str:
+    """A drawing made by `figure`, as a file of its own: on a ground, in a light or a dark theme."""
+    head, _, rest = drawing.partition(">")
+    ground = '<rect class="ground" width="100%" height="100%" fill="#ffffff"/>'
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}><style>{STANDALONE}</style>{ground}{rest}\n'
 
 
 def text(x: float, y: float, content: str, *, anchor: str = "start", class_: str = "muted") -> Markup:

@@ -13,7 +13,7 @@ from rayclust.metrics import external, internal
 from rayclust.stages.cluster import run_remotely
 from rayclust.stages.outputs import put_json, put_table
 from rayclust.stages.pipeline import StageContext, StageResult
-from rayclust.stages.rows import row_starts, transform_of
+from rayclust.stages.rows import features_at, row_starts, transform_of
 from rayclust.store import tables
 from rayclust.store.layout import Run
 
@@ -52,7 +52,7 @@ def _score(run: Run, starts: list[int], transform: FeatureTransform, config: Run
             metrics["knn_accuracy"] = _probe(run, starts, codes, config.evaluate.probe_neighbors)
     sample = _sample(len(clusters), config)
     if len(sample) and len(np.unique(clusters[sample])) > 1:
-        features = _features_of(run, starts, transform, sample)
+        features = features_at(run, starts, transform, sample)
         metrics["silhouette"] = internal.silhouette(features, clusters[sample])
         metrics["silhouette_rows"] = len(sample)
     return metrics
@@ -108,14 +108,3 @@ def _probe(run: Run, starts: list[int], codes: np.ndarray, neighbors: int) -> fl
 def _sample(count: int, config: RunConfig) -> np.ndarray:
     wanted = min(config.evaluate.silhouette_rows, count)
     return np.sort(np.random.default_rng(config.seed).choice(count, wanted, replace=False))
-
-
-def _features_of(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
-    """Float32[n D]: the features of some rows, in order."""
-    gathered = []
-    for part, start in enumerate(starts[:-1]):
-        own = rows[(rows >= start) & (rows < starts[part + 1])] - start
-        if len(own):
-            embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
-            gathered.append(transform(embeddings[own]))
-    return np.concatenate(gathered)

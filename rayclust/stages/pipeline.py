@@ -12,6 +12,7 @@ from typing import Any
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
 from rayclust.language.vocabulary import kind_of
+from rayclust.methods import has_own_space
 from rayclust.stages.outputs import Listing, Outputs
 from rayclust.stages.progress import duration
 from rayclust.store import filesystem
@@ -32,6 +33,13 @@ class Stage:
     """The part of the config that its results depend on."""
     revision: int = 1
     """Raised when the stage's results change for the same config."""
+
+    for_own_space: tuple[str, ...] = ()
+    """Stages that it reads besides where the method has a space of its own."""
+
+    def inputs(self, config: RunConfig) -> tuple[str, ...]:
+        """The stages that it reads in a run of this config."""
+        return (*self.needs, *self.for_own_space) if has_own_space(config.method.name) else self.needs
 
     @property
     def module(self) -> Any:
@@ -82,6 +90,11 @@ def _words(config: RunConfig) -> dict[str, Any]:
     return content
 
 
+def _index(config: RunConfig) -> dict[str, Any]:
+    settings = {"index": _part(config.index), "seed": config.seed}
+    return settings | ({"features": _part(config.features)} if has_own_space(config.method.name) else {})
+
+
 _IMAGES = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
 
 STAGES: dict[str, Stage] = {
@@ -96,13 +109,19 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("assign", ("encode", "train"), lambda c: {"features": _part(c.features)}),
         Stage("label", ("encode", "assign"), lambda c: _words(c) | {"features": _part(c.features)}),
-        Stage("index", ("encode",), lambda c: {"index": _part(c.index), "seed": c.seed}),
+        Stage("index", ("encode",), _index, for_own_space=("train",)),
         Stage(
             "evaluate",
             ("encode", "neighbors", "assign"),
             lambda c: {"evaluate": _part(c.evaluate), "features": _part(c.features), "seed": c.seed},
         ),
-        Stage("report", ("encode", "train", "assign", "label", "evaluate"), lambda c: {"report": _part(c.report)}),
+        Stage("figures", ("encode", "train", "assign"), lambda c: {"features": _part(c.features), "seed": c.seed}),
+        Stage(
+            "report",
+            ("encode", "train", "assign", "label", "evaluate", "figures"),
+            lambda c: {"report": _part(c.report)},
+            for_own_space=("index",),
+        ),
     )
 }
 
@@ -226,11 +245,12 @@ class Seals:
         return self._found[name]
 
     def _holds(self, stage: Stage, manifest: Manifest) -> bool:
-        if not stage.needs:
+        needs = stage.inputs(self._config)
+        if not needs:
             wanted = _settings_digest(stage, self._config)["settings"]
             return manifest.inputs.get("settings", wanted) == wanted
-        inputs = {need: found for need in stage.needs if (found := self.of(need)) is not None}
-        return len(inputs) == len(stage.needs) and manifest.digest == stage_digest(stage, self._config, inputs)
+        inputs = {need: found for need in needs if (found := self.of(need)) is not None}
+        return len(inputs) == len(needs) and manifest.digest == stage_digest(stage, self._config, inputs)
 
 
 def _settings_digest(stage: Stage, config: RunConfig) -> dict[str, str]:
@@ -239,7 +259,7 @@ def _settings_digest(stage: Stage, config: RunConfig) -> dict[str, str]:
 
 def _sealed_inputs(config: RunConfig, stage: Stage) -> dict[str, Manifest]:
     seals, inputs = Seals(config), dict[str, Manifest]()
-    for need in stage.needs:
+    for need in stage.inputs(config):
         manifest = seals.of(need)
         if manifest is None:
             raise ArtefactError(

@@ -24,6 +24,7 @@ from rayclust.report.contents import (
 )
 from rayclust.report.page import render
 from rayclust.report.thumbnails import thumbnail
+from rayclust.stages.drawings import drawings
 from rayclust.stages.evaluate import contingency_uri
 from rayclust.stages.outputs import put_bytes
 from rayclust.stages.pipeline import STAGES, StageContext, StageResult
@@ -66,11 +67,17 @@ def run(context: StageContext) -> StageResult:
         curves=tuple(_curves(run)),
         confidence=tuple(context.inputs["label"].extra["confidence"]),
         contingency=_drawn(counts, len(clusters)),
+        drawings=tuple(drawings(run, _selection(context))),
         rejects=tuple(_rejects(run, context.inputs["encode"])),
     )
     page = render(data, limits).encode()
     outputs = put_bytes(run, run.report, page)
     return StageResult(outputs, {"clusters": len(clusters)}, {}, f"{len(page) / 1e6:.1f} MB, {run.report}")
+
+
+def _selection(context: StageContext) -> dict[str, Any] | None:
+    """How the number of clusters was chosen, where it was."""
+    return filesystem.read_json(context.run.selection) if "select-k" in context.inputs else None
 
 
 def _method(context: StageContext, metrics: dict[str, Any]) -> MethodResult:

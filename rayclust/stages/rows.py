@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -46,6 +47,31 @@ def part_features(run: Run, index: int, transform: FeatureTransform) -> np.ndarr
     """Float32[B D]: the features of the rows of one part."""
     table = tables.read_table(run.embeddings(index), ["embedding"])
     return transform(tables.matrix(table["embedding"]))
+
+
+def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
+    """Float32[n D]: the features of some rows, Int64[n] sorted; only the parts that hold them are read."""
+    gathered = []
+    for part, own in _by_part(starts, rows):
+        embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
+        gathered.append(transform(embeddings[own]))
+    return np.concatenate(gathered)
+
+
+def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]:
+    """The labels of some rows, Int64[n] sorted."""
+    found: list[str | None] = []
+    for part, own in _by_part(starts, rows):
+        found += tables.read_table(run.embeddings(part), ["label"])["label"].take(pa.array(own)).to_pylist()
+    return found
+
+
+def _by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each part that holds some of the rows, with their places in it."""
+    for part, start in enumerate(starts[:-1]):
+        own = rows[(rows >= start) & (rows < starts[part + 1])] - start
+        if len(own):
+            yield part, own
 
 
 class StoredRows:

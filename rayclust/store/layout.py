@@ -11,7 +11,7 @@ from rayclust.store import filesystem
 PART = "part-{:05d}.parquet"
 """Name of the table with index i in a folder of tables."""
 
-STAGES = ("encode", "neighbors", "select-k", "train", "assign", "label", "index", "evaluate", "report")
+STAGES = ("encode", "neighbors", "select-k", "train", "assign", "label", "index", "evaluate", "figures", "report")
 """In the order in which a run does them."""
 
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 
-from rayclust.stages import encode, encode_stream, encode_worker, evaluate, index, label, neighbors, train, units
+from rayclust.stages import (
+    encode,
+    encode_stream,
+    encode_worker,
+    evaluate,
+    figures,
+    index,
+    label,
+    neighbors,
+    train,
+    units,
+)
 from rayclust.stages.decode_worker import ReadAndDecode
 from rayclust.stages.shard_writer import ShardWriter
 from rayclust.stages.units import Unit, UnitResult
@@ -29,7 +40,7 @@ class Board:
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts."""
-    for module in (evaluate, index, label, neighbors):
+    for module in (evaluate, figures, index, label, neighbors):
         patch.setattr(module, "run_remotely", lambda function, *arguments: function(*arguments))
     for module in (units, encode, train):
         patch.setattr(module, "connect", lambda: None)

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rayclust.stages.evaluate import _columns, _contingency, _features_of, _sample, contingency_uri
+from rayclust.stages.evaluate import _columns, _contingency, _sample, contingency_uri
 from rayclust.stages.pipeline import run_all, run_stage
-from rayclust.stages.rows import row_starts, transform_of
-from tests.stages.conftest import VECTORS, Sealed
+from rayclust.stages.rows import row_starts
+from tests.stages.conftest import Sealed
 
 
 def metrics(sealed: Sealed) -> dict:
@@ -56,14 +56,6 @@ def test_the_sample_is_seeded_in_order_and_without_repeats(vectors_run: Sealed):
     np.testing.assert_array_equal(rows, _sample(1000, few))
     assert (_sample(1000, few.model_copy(update={"seed": 1})) != rows).any()
     np.testing.assert_array_equal(_sample(5, few), np.arange(5))
-
-
-def test_features_of_rows_across_parts_come_in_order(vectors_run: Sealed):
-    encode = vectors_run.manifest("encode")
-    transform = transform_of(encode, vectors_run.config.features)
-    found = _features_of(vectors_run.run, row_starts(encode), transform, np.array([1, 2, 3, 6]))
-    x = VECTORS[[1, 2, 3, 6]]
-    np.testing.assert_allclose(found, x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-3)
 
 
 @pytest.mark.parametrize("clusters", [7, 2])

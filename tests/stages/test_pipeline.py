@@ -37,7 +37,7 @@ def test_stages_come_after_what_they_read_and_in_the_promised_order():
     names = list(STAGES)
     assert names == [name for name in ORDER if name in STAGES]
     for name, stage in STAGES.items():
-        assert all(names.index(need) < names.index(name) for need in stage.needs)
+        assert all(names.index(need) < names.index(name) for need in stage.needs + stage.for_own_space)
 
 
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
@@ -48,12 +48,12 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "the size of shards": ({"images": {"shard_size": 17}}, {"encode"}),
     "a limit of images": ({"images": {"max_pixels": 1000}}, {"encode"}),
     "the share of rejects": ({"images": {"max_reject_share": 0.5}}, set()),
-    "centring": ({"features": {"center": False}}, {"neighbors", "train", "assign", "label", "evaluate"}),
-    "z-scores": ({"features": {"standardize": True}}, {"neighbors", "train", "assign", "label", "evaluate"}),
+    "centring": ({"features": {"center": False}}, {"neighbors", "train", "assign", "label", "evaluate", "figures"}),
+    "z-scores": ({"features": {"standardize": True}}, {"neighbors", "train", "assign", "label", "evaluate", "figures"}),
     "neighbours": ({"neighbors": {"k": 6}}, {"neighbors"}),
     "clusters": ({"method": {"clusters": 4}}, {"train"}),
     "the temperature": ({"method": {"temperature": 0.2}}, {"train"}),
-    "the seed": ({"seed": 1}, {"train", "index", "evaluate"}),
+    "the seed": ({"seed": 1}, {"train", "index", "evaluate", "figures"}),
     "exemplars": ({"label": {"exemplars": 3}}, {"label"}),
     "prompts": ({"label": {"templates": ["a {}"]}}, {"label"}),
     "the index": ({"index": {"kind": "ivf"}}, {"index"}),

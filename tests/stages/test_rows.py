@@ -14,13 +14,15 @@ from rayclust.stages.rows import (
     StoredRows,
     cache_folder,
     drop_cache,
+    features_at,
+    labels_at,
     mapped,
     part_features,
     row_starts,
     transform_of,
 )
 from rayclust.store import tables
-from tests.stages.conftest import VECTORS, Sealed
+from tests.stages.conftest import LABELS, VECTORS, Sealed
 
 
 def test_statistics_are_those_of_all_rows_of_the_run(vectors_run: Sealed):
@@ -34,6 +36,17 @@ def test_statistics_are_those_of_all_rows_of_the_run(vectors_run: Sealed):
 def test_parts_with_no_rows_start_where_the_next_one_does(pictures_run: Sealed):
     assert row_starts(pictures_run.manifest("encode")) == [0, 12, 12, 24]
     assert part_features(pictures_run.run, 1, FeatureTransform()).shape == (0, 192)
+
+
+def testfeatures_at_rows_across_parts_come_in_order(vectors_run: Sealed):
+    encode = vectors_run.manifest("encode")
+    transform = transform_of(encode, vectors_run.config.features)
+    found = features_at(vectors_run.run, row_starts(encode), transform, np.array([1, 2, 3, 6]))
+    x = VECTORS[[1, 2, 3, 6]]
+    np.testing.assert_allclose(found, x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-3)
+    np.testing.assert_array_equal(
+        labels_at(vectors_run.run, row_starts(encode), np.array([0, 1, 6])), LABELS[:2] + LABELS[6:]
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 40])

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+
+from rayclust.stages.drawings import _ceiling, _selection, drawings, export
+from tests.stages.conftest import Sealed
+
+SELECTION = {
+    "chosen": 3,
+    "reason": "least coding length <b>",
+    "candidates": [
+        {"k": 2, "coding_length": 9.0, "silhouette": 0.1, "sizes": [3, 4]},
+        {"k": 3, "coding_length": 5.0, "silhouette": 0.4, "sizes": [2, 2, 3]},
+    ],
+}
+
+
+def test_every_figure_of_a_run_is_drawn_and_says_what_it_shows(pictures_run: Sealed) -> None:
+    found = drawings(pictures_run.run, SELECTION)
+    assert [drawn.key for drawn in found] == ["gram", "membership", "singular-values", "map", "selection"]
+    for drawn in found:
+        root = ET.fromstring(drawn.svg)  # noqa: S314 - our own text
+        assert root.attrib["role"] == "img"
+        assert root[0].text == drawn.title
+        assert len(drawn.svg) < 200_000
+    texts = {drawn.key: drawn.text for drawn in found}
+    assert "no space of its own" in texts["gram"]
+    assert "for want of codes, by a softmax of cosine / 0.1" in texts["membership"]
+    assert "t-SNE of encoder features of 24 images" in texts["map"]
+    assert "3 clusters were chosen: least coding length" in texts["selection"]
+    assert "selection" not in {drawn.key for drawn in drawings(pictures_run.run)}
+
+
+def test_coding_length_is_the_first_criterion_and_lists_are_left_out() -> None:
+    titles = [node.text for node in ET.fromstring(_selection(SELECTION).svg) if node.tag.endswith("text")]  # noqa: S314
+    assert [title for title in titles if title in ("Coding length", "Silhouette", "sizes")] == [
+        "Coding length",
+        "Silhouette",
+    ]
+
+
+def test_the_ceiling_is_round_and_leaves_the_diagonal_out() -> None:
+    matrix = np.full((50, 50), 0.43)
+    np.fill_diagonal(matrix, 99.0)
+    assert _ceiling([matrix]) == pytest.approx(0.45)
+    assert _ceiling([np.ones((1, 1))]) > 0
+
+
+def test_files_are_written_with_their_numbers(pictures_run: Sealed, tmp_path: Path, in_process: None) -> None:
+    names = {uri.rpartition("/")[2] for uri in export(pictures_run.config, str(tmp_path / "out"))}
+    assert names == {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"gram.svg", "map.svg", "map.csv", "map.parquet", "heat.parquet", "spectra.parquet"} <= names
+    for path in (tmp_path / "out").glob("*.svg"):
+        root = ET.fromstring(path.read_bytes())  # noqa: S314 - our own text
+        assert "prefers-color-scheme:dark" in (root[0].text or "")
+    assert (tmp_path / "out" / "map.csv").read_text().splitlines()[0] == '"row","cluster","x","y"'
