@@ -67,6 +67,14 @@ class NeighborsConfig(Config):
     """Recall@k that the ivf route must reach on a sample of rows, else the stage fails."""
 
 
+class AssignConfig(Config):
+    """Clusters of rows, and levels above them."""
+
+    levels: tuple[int, ...] = ()
+    """Numbers of clusters of coarser levels, finest first: [1000, 50] puts each cluster into one of 1,000 and each of
+    those into one of 50, by their prototypes. K itself may stand at the start."""
+
+
 class LabelConfig(Config):
     """Names for clusters."""
 
@@ -106,6 +114,8 @@ class EvaluateConfig(Config):
     """Rows of the seeded sample on which the silhouette is taken; 0 leaves it out."""
     probe_neighbors: int = Field(20, ge=1)
     """Neighbours that vote in the k-NN probe, where labels exist."""
+    linear_probe_rows: int = Field(0, ge=0)
+    """Rows of the seeded sample on which a linear probe is trained and, the other half, scored; 0 leaves it out."""
 
 
 class ReportConfig(Config):
@@ -152,6 +162,7 @@ class RunConfig(Config):
     features: FeaturesConfig = FeaturesConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     method: AnyMethodConfig
+    assign: AssignConfig = AssignConfig()
     label: LabelConfig = LabelConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -185,6 +185,13 @@ class Method(nn.Module):
         """Which rows belong together: Float[B D] to Float[B B], doubly stochastic; None for methods without a Π."""
         return None
 
+    def prototypes(self) -> Tensor | None:
+        """A unit row for each cluster, near each other where clusters are alike: Float[K d], d the method's own.
+
+        None for a method without any.
+        """
+        return None
+
     def repartition(self, clusters: int) -> Method:
         """This fitted method with another number of clusters, at most those it was fitted for, without another fit.
 

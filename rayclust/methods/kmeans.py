@@ -67,6 +67,10 @@ class KMeans(Method):
         distances = kmeans.squared_distances(x, self.centers)
         return (distances / (-self.config.temperature * mean)).softmax(dim=1)
 
+    def prototypes(self) -> Tensor:
+        """The centres."""
+        return torch.nn.functional.normalize(self.centers, dim=1)
+
     def export(self) -> Export:
         """The centres."""
         settings = {"config": self.config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rayclust import collectives
 from rayclust.arrays import require_matrix
@@ -198,6 +199,10 @@ class Temi(Method):
         like = self.teacher.direction
         logits = [self.teacher(block.to(like), head=head) for block in torch.split(x, ASSIGN_ROWS)]
         return log_probabilities(torch.cat(logits, dim=1), self.config.teacher_temperature).exp()
+
+    def prototypes(self) -> Tensor:
+        """The teacher's best head: the directions of its last layer, with which unit rows are compared."""
+        return functional.normalize(self.teacher.direction[int(self.best_head)].detach(), dim=1)
 
     def export(self, all_heads: bool = False) -> Export:
         """The teacher's best head alone, or all heads with the best one marked.

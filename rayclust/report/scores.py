@@ -40,10 +40,24 @@ class Score:
 
 KNOWN = (
     Score("accuracy", "ACC", "Images in the right class when clusters are matched to classes one to one. 0 to 100%."),
+    Score(
+        "accuracy_held_out",
+        "ACC, map from other half",
+        "Images whose cluster's most common class is theirs; that class comes from the other half of the images.",
+    ),
+    Score(
+        "accuracy_in_sample",
+        "ACC, map from same images",
+        "As published for many clusters: the map is fitted on the images that it scores and rises with more.",
+        larger_is_better=None,
+    ),
     Score("nmi", "NMI", "Mutual information of clusters and classes over their mean entropy. 0 to 100%."),
     Score("ari", "ARI", "Agreement over all pairs of images, corrected for chance. 0% is chance, 100% perfect."),
     Score("ami", "AMI", "Mutual information corrected for chance. 0% is chance, 100% perfect."),
     Score("purity", "Purity", "Images that belong to their cluster's most common class. Rises with more clusters."),
+    Score(
+        "linear_probe", "Linear probe", "Images whose class a linear layer tells after seeing others with their labels."
+    ),
     Score("knn_accuracy", "kNN probe", "Images whose class their nearest neighbours tell: what the encoder sees."),
     Score(
         "silhouette",

@@ -6,8 +6,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from rayclust.clustering import hierarchy
+from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
 from rayclust.methods.base import Method
+from rayclust.stages.cluster import run_remotely
 from rayclust.stages.models import load_method
 from rayclust.stages.outputs import drop_stale_parts, put_table
 from rayclust.stages.pipeline import StageContext, StageResult, content_digest
@@ -22,7 +25,9 @@ def run(context: StageContext) -> StageResult:
     """Assigns part by part."""
     encode = context.inputs["encode"]
     transform = transform_of(encode, context.config.features)
-    work = _Assignment(context.run, transform, content_digest(context.inputs["train"]))
+    model = content_digest(context.inputs["train"])
+    levels = _levels(context, model)
+    work = _Assignment(context.run, transform, model, levels)
     units = [Unit(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
     results = run_units(context.run, "assign", units, work.assign)
     drop_stale_parts(context.run.assignments_folder, len(units))
@@ -31,14 +36,39 @@ def run(context: StageContext) -> StageResult:
     occupied = int((sizes > 0).sum())
     count = row_starts(encode)[-1]
     summary = f"{count:,} rows in {occupied} of {len(sizes)} clusters"
-    return StageResult(outputs, {"rows": count, "occupied": occupied}, {"sizes": sizes.tolist()}, summary)
+    extra = {"sizes": sizes.tolist()} | ({"levels": list(levels)} if levels else {})
+    return StageResult(outputs, {"rows": count, "occupied": occupied}, extra, summary)
+
+
+def _levels(context: StageContext, model: str) -> dict[int, np.ndarray]:
+    """Int32[K] by number of clusters: where each cluster lies in each coarser level."""
+    clusters = context.config.method.clusters
+    sizes = [size for place, size in enumerate(context.config.assign.levels) if place or size != clusters]
+    if not sizes:
+        return {}
+    found: dict[int, np.ndarray] = run_remotely(nested, context.run.uri, model, sizes, context.config.seed)
+    return found
+
+
+def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.ndarray]:
+    """Levels above the clusters of a fitted method; see `clustering.hierarchy.nest`.
+
+    Raises:
+        ConfigError: the sizes do not fall, or the method's clusters have no prototypes.
+    """
+    method = load_method(uri, model)
+    prototypes = method.prototypes()
+    if prototypes is None:
+        raise ConfigError(f"assign.levels = {sizes}: {method.config.name} has no prototypes, remove the levels")
+    levels = hierarchy.nest(prototypes, sizes, seed)
+    return {size: level.numpy().astype(np.int32) for size, level in zip(sizes, levels, strict=True)}
 
 
 class _Assignment:
     """What a unit's worker needs to know."""
 
-    def __init__(self, run: Run, transform: FeatureTransform, model: str) -> None:
-        self._run, self._transform, self._model = run, transform, model
+    def __init__(self, run: Run, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray]) -> None:
+        self._run, self._transform, self._model, self._levels = run, transform, model, levels
 
     def assign(self, unit: Unit) -> UnitResult:
         """Writes the assignments of one part."""
@@ -48,7 +78,9 @@ class _Assignment:
         features = self._transform(tables.matrix(table["embedding"]))
         clusters, confidence = assign(method, features)
         columns = [table["row"], table["key"], pa.array(clusters), pa.array(confidence)]
-        written = put_table(self._run, self._run.assignments(unit.index), pa.table(columns, schema=tables.ASSIGNMENTS))
+        columns += [pa.array(parents[clusters]) for parents in self._levels.values()]
+        content = pa.table(columns, schema=tables.assignments(list(self._levels)))
+        written = put_table(self._run, self._run.assignments(unit.index), content)
         sizes = np.bincount(clusters, minlength=method.config.clusters)
         return UnitResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.metrics import external, internal
+from rayclust.metrics import external, internal, overclustering
+from rayclust.metrics.linear_probe import linear_probe_accuracy
 from rayclust.stages.cluster import run_remotely
 from rayclust.stages.outputs import put_json, put_table
 from rayclust.stages.pipeline import StageContext, StageResult
@@ -24,7 +25,10 @@ def run(context: StageContext) -> StageResult:
     starts = row_starts(encode)
     transform = transform_of(encode, context.config.features)
     sizes = context.inputs["assign"].extra["sizes"]
+    levels = context.inputs["assign"].extra.get("levels", [])
     metrics: dict[str, Any] = run_remotely(_score, context.run, starts, transform, context.config)
+    if levels:
+        metrics["levels"] = run_remotely(_levels, context.run, starts, levels)
     counts = metrics.pop("contingency")
     metrics["sizes"] = sizes
     outputs = put_json(context.run, context.run.metrics, metrics)
@@ -48,6 +52,7 @@ def _score(run: Run, starts: list[int], transform: FeatureTransform, config: Run
         metrics |= _against_labels(codes[labelled], clusters[labelled])
         metrics |= {"classes": len(classes), "labelled": int(labelled.sum())}
         metrics["contingency"] = _contingency(codes[labelled], clusters[labelled], classes)
+        metrics |= _linear_probe(run, starts, transform, config, codes)
         if labelled.all():
             metrics["knn_accuracy"] = _probe(run, starts, codes, config.evaluate.probe_neighbors)
     sample = _sample(len(clusters), config)
@@ -58,8 +63,42 @@ def _score(run: Run, starts: list[int], transform: FeatureTransform, config: Run
     return metrics
 
 
-def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+def _levels(run: Run, starts: list[int], levels: list[int]) -> list[dict[str, Any]]:
+    """Scores of the coarser levels, finest first."""
+    found = []
+    for size in levels:
+        clusters, codes, classes = _columns(run, starts, tables.level_column(size))
+        level: dict[str, Any] = {"clusters": size, "occupied": len(np.unique(clusters))}
+        labelled = codes >= 0
+        if labelled.any() and len(classes) > 1:
+            level |= _against_labels(codes[labelled], clusters[labelled])
+        found.append(level)
+    return found
+
+
+def _linear_probe(
+    run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, codes: np.ndarray
+) -> dict[str, float]:
+    """Accuracy on the second half of a sample of the labelled rows, after training on the first; where asked for."""
+    known = np.flatnonzero(codes >= 0)
+    wanted = min(config.evaluate.linear_probe_rows, len(known))
+    if wanted < 2:
+        return {}
+    drawn = np.random.default_rng(config.seed).choice(known, wanted, replace=False)
+    rows = np.sort(drawn)
+    features, half = _features_of(run, starts, transform, rows), np.isin(rows, drawn[: wanted // 2])
     return {
+        "linear_probe": linear_probe_accuracy(features[half], codes[rows[half]], features[~half], codes[rows[~half]])
+    }
+
+
+def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    overclustered = len(np.unique(clusters)) > len(np.unique(codes))
+    mapped = {
+        "accuracy_held_out": overclustering.halves_accuracy(codes, clusters),
+        "accuracy_in_sample": overclustering.in_sample_accuracy(codes, clusters),
+    }
+    return (mapped if overclustered else {}) | {
         "accuracy": external.accuracy(codes, clusters),
         "nmi": external.nmi(codes, clusters),
         "ari": external.ari(codes, clusters),
@@ -74,7 +113,7 @@ def _contingency(codes: np.ndarray, clusters: np.ndarray, classes: list[str]) ->
     return pa.table({"label": [classes[code] for code in pairs[0]], "cluster": pairs[1], "count": counts})
 
 
-def _columns(run: Run, starts: list[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _columns(run: Run, starts: list[int], column: str = "cluster") -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Int32[N] clusters, Int32[N] label codes (−1 without a label), and the labels in order of their codes."""
     clusters = np.empty(starts[-1], np.int32)
     codes = np.full(starts[-1], -1, np.int32)
@@ -83,7 +122,7 @@ def _columns(run: Run, starts: list[int]) -> tuple[np.ndarray, np.ndarray, list[
         stop = starts[part + 1]
         if stop == start:
             continue
-        clusters[start:stop] = tables.read_table(run.assignments(part), ["cluster"])["cluster"].to_numpy()
+        clusters[start:stop] = tables.read_table(run.assignments(part), [column])[column].to_numpy()
         labels = tables.read_table(run.embeddings(part), ["label"])["label"].combine_chunks().dictionary_encode()
         names = labels.dictionary.to_pylist()
         # The last place stands for null, whose index is filled with −1.

@@ -95,6 +95,10 @@ def _index(config: RunConfig) -> dict[str, Any]:
     return settings | ({"features": _part(config.features)} if has_own_space(config.method.name) else {})
 
 
+def _levels(config: RunConfig) -> dict[str, Any]:
+    return {"levels": config.assign.levels, "seed": config.seed} if config.assign.levels else {}
+
+
 _IMAGES = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
 
 STAGES: dict[str, Stage] = {
@@ -107,7 +111,7 @@ STAGES: dict[str, Stage] = {
             ("encode", "neighbors"),
             lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed},
         ),
-        Stage("assign", ("encode", "train"), lambda c: {"features": _part(c.features)}),
+        Stage("assign", ("encode", "train"), lambda c: {"features": _part(c.features)} | _levels(c)),
         Stage("label", ("encode", "assign"), lambda c: _words(c) | {"features": _part(c.features)}),
         Stage("index", ("encode",), _index, for_own_space=("train",)),
         Stage(

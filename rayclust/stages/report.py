@@ -208,6 +208,7 @@ def _times(run: Run) -> list[StageTime]:
 def _curves(run: Run) -> list[Curve]:
     history = tables.read_table(filesystem.join(run.model_folder, "metrics.parquet"))
     titles = {"loss": "Loss", "inertia": "Inertia", "marginal_entropy": "Entropy of the clusters' shares, nats"}
+    titles |= {"live_clusters": "Live clusters of the best head", "agreement": "Agreement of the best head's teacher"}
     curves = []
     for name, title in titles.items():
         if name in history.column_names and history.num_rows > 1:

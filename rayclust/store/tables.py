@@ -64,6 +64,18 @@ ASSIGNMENTS = pa.schema(
 )
 """The cluster of each row, with the probability that the method gives it."""
 
+
+def level_column(clusters: int) -> str:
+    """The column of `ASSIGNMENTS` for a coarser level."""
+    return f"cluster_{clusters}"
+
+
+def assignments(levels: Sequence[int]) -> pa.Schema:
+    """`ASSIGNMENTS`, with an int32 column behind for each coarser level."""
+    fields = [pa.field(level_column(size), pa.int32(), nullable=False) for size in levels]
+    return pa.schema([*ASSIGNMENTS, *fields])
+
+
 CLUSTERS = pa.schema(
     [
         pa.field("cluster", pa.int32(), nullable=False),

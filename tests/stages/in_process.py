@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rayclust.stages import (
+    assign,
     encode,
     encode_stream,
     encode_worker,
@@ -40,7 +41,7 @@ class Board:
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts."""
-    for module in (evaluate, figures, index, label, neighbors):
+    for module in (assign, evaluate, figures, index, label, neighbors):
         patch.setattr(module, "run_remotely", lambda function, *arguments: function(*arguments))
     for module in (units, encode, train):
         patch.setattr(module, "connect", lambda: None)

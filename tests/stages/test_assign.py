@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 
+from rayclust.errors import ConfigError
 from rayclust.methods import KMeansConfig, build
 from rayclust.methods.kmeans import KMeans
 from rayclust.stages.assign import assign
+from rayclust.stages.pipeline import run_all
 from tests.stages.conftest import Sealed
 
 
@@ -46,3 +52,37 @@ def test_every_part_keeps_its_rows_and_keys_and_the_sizes_add_up(pictures_run: S
     manifest = pictures_run.manifest("assign")
     assert manifest.extra["sizes"] == sizes.tolist() == [8, 8, 8]
     assert manifest.counts == {"rows": 24, "occupied": 3}
+
+
+def _fine(sealed: Sealed, folder: Path, levels: tuple[int, ...]) -> Sealed:
+    """The same images in nine clusters, with levels above them."""
+    config = sealed.config.model_copy(update={"run": str(folder / "run")})
+    method = config.method.model_copy(update={"clusters": 9})
+    evaluate = config.evaluate.model_copy(update={"linear_probe_rows": 24})
+    assigned = config.assign.model_copy(update={"levels": levels})
+    return Sealed(config.model_copy(update={"method": method, "assign": assigned, "evaluate": evaluate}))
+
+
+def test_levels_lie_in_each_other_and_are_scored(pictures_run: Sealed, tmp_path: Path, in_process: None):
+    fine = _fine(pictures_run, tmp_path, (9, 5, 3))
+    run_all(fine.config)
+    tables = [pq.read_table(fine.run.assignments(part)) for part in (0, 2)]
+    columns = {
+        name: np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names[2:]
+    }
+    assert list(columns) == ["cluster", "confidence", "cluster_5", "cluster_3"]
+    for inner, outer in (("cluster", "cluster_5"), ("cluster_5", "cluster_3")):
+        for cluster in np.unique(columns[inner]):
+            assert len(np.unique(columns[outer][columns[inner] == cluster])) == 1
+    assert fine.manifest("assign").extra["levels"] == [5, 3]
+    metrics = json.loads((fine.folder / "metrics.json").read_text())
+    assert [(level["clusters"], level["purity"]) for level in metrics["levels"]] == [(5, 1.0), (3, 1.0)]
+    assert metrics["levels"][1]["accuracy"] == 1.0
+    assert metrics["accuracy_in_sample"] == 1.0
+    assert metrics["accuracy_held_out"] > 0.5
+    assert metrics["linear_probe"] > 0.8
+
+
+def test_levels_finer_than_the_clusters_are_refused(pictures_run: Sealed, tmp_path: Path, in_process: None):
+    with pytest.raises(ConfigError, match="finest level first"):
+        run_all(_fine(pictures_run, tmp_path, (20,)).config, stop_after="assign")
