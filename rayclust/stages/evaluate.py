@@ -86,7 +86,7 @@ def _linear_probe(
         return {}
     drawn = np.random.default_rng(config.seed).choice(known, wanted, replace=False)
     rows = np.sort(drawn)
-    features, half = _features_of(run, starts, transform, rows), np.isin(rows, drawn[: wanted // 2])
+    features, half = features_at(run, starts, transform, rows), np.isin(rows, drawn[: wanted // 2])
     return {
         "linear_probe": linear_probe_accuracy(features[half], codes[rows[half]], features[~half], codes[rows[~half]])
     }
