@@ -163,3 +163,25 @@ def coding_length(z: np.ndarray, labels: np.ndarray, distortion: float) -> float
         total += (m + width) / 2 * np.linalg.slogdet(np.eye(width) + width / (distortion * m) * own.T @ own)[1]
         total -= m * np.log(m / count)
     return total
+
+
+def membership(codes: np.ndarray, temperature: float, half_steps: int) -> np.ndarray:
+    """Doubly stochastic membership by alternating half-steps on the whole matrix, rows first and last."""
+    kernel = np.exp(np.abs(codes @ codes.T) / temperature)
+    rows = columns = np.ones(len(codes))
+    for step in range(half_steps):
+        if step % 2 == 0:
+            rows = 1 / (kernel @ columns)
+        else:
+            columns = 1 / (kernel.T @ rows)
+    return rows[:, None] * kernel * columns
+
+
+def spectral_embedding(codes: np.ndarray, temperature: float, clusters: int, half_steps: int) -> np.ndarray:
+    """Row-normalised leading eigenvectors of the normalised membership: diagonal dropped, column degrees."""
+    linked = membership(codes, temperature, half_steps)
+    np.fill_diagonal(linked, 0.0)
+    degrees = linked.sum(0)
+    similarity = 0.5 * (linked + linked.T) / np.sqrt(degrees[:, None] * degrees)
+    vectors = np.linalg.eigh(similarity)[1][:, ::-1][:, :clusters]
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
