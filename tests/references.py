@@ -185,3 +185,13 @@ def spectral_embedding(codes: np.ndarray, temperature: float, clusters: int, hal
     similarity = 0.5 * (linked + linked.T) / np.sqrt(degrees[:, None] * degrees)
     vectors = np.linalg.eigh(similarity)[1][:, ::-1][:, :clusters]
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def compression_rate(z: torch.Tensor, membership: torch.Tensor, distortion: float) -> torch.Tensor:
+    """R_c as published: every group's weighted rows, their d × d matrix, its log-determinant by LU."""
+    count, width = z.shape
+    sums = membership.sum(0) + 1e-8
+    weighted = membership.T[:, :, None] * z  # one copy of the rows for each group
+    moments = torch.einsum("jid,ie->jde", weighted, z)
+    matrices = torch.eye(width, dtype=z.dtype) + (width / (sums * distortion))[:, None, None] * moments
+    return (sums / (2 * count) * torch.logdet(matrices)).sum()
