@@ -178,17 +178,15 @@ def status(run_uri: str) -> None:
 @click.option("--image", default=None, help="An image file or URI to search with.")
 @click.option("--text", default=None, help="Words to search with, for encoders that read text.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Images to show.")
-@click.option("--space", default="encoder", show_default=True, type=click.Choice(["z", "encoder"]))
+@click.option("--space", default="encoder", show_default=True, type=click.Choice(["z", "encoder", "both"]))
 @_VERBOSE
 def search(run_uri: str, image: str | None, text: str | None, top: int, space: str) -> None:
-    """The images of RUN nearest to an image or to words."""
+    """The images of RUN nearest to an image or to words; z is the method's own space, for images alone."""
+    from rayclust.stages.search import as_lines
     from rayclust.stages.search import search as run_search
 
-    hits = run_search(_load_run(run_uri), image=image, text=text, top=top, space=space)
-    click.echo(f"{'similarity':>10}  {'cluster':>7}  {'name':<24}  uri")
-    for hit in hits:
-        cluster = "" if hit.cluster is None else str(hit.cluster)
-        click.echo(f"{hit.similarity:>10.4f}  {cluster:>7}  {hit.name or '':<24}  {hit.uri}")
+    for line in as_lines(run_search(_load_run(run_uri), image=image, text=text, top=top, space=space)):
+        click.echo(line)
 
 
 @commands.command()

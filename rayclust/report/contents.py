@@ -139,6 +139,19 @@ class Drawing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """One image with those nearest to it in each space.
+
+    Attributes:
+        query: the image.
+        found: title of the space to (image, cosine) pairs, nearest first.
+    """
+
+    query: Picture
+    found: Mapping[str, tuple[tuple[Picture, float], ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contingency:
     """How the true classes fall into the clusters.
 
@@ -199,6 +212,7 @@ class ReportData:
         confidence: images per equal bin of confidence over [0, 1]; empty draws nothing.
         contingency: classes against clusters; None draws nothing.
         drawings: the method's own figures.
+        retrieval: a few images with their nearest in each space; empty for methods without a space of their own.
         rejects: grouped by reason.
         notes: sentences that the reader should see first, e.g. a health warning.
 
@@ -221,6 +235,7 @@ class ReportData:
     confidence: tuple[int, ...] = ()
     contingency: Contingency | None = None
     drawings: tuple[Drawing, ...] = ()
+    retrieval: tuple[Retrieval, ...] = ()
     rejects: tuple[RejectGroup, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -18,7 +18,7 @@ from rayclust.metrics.affinity import absolute_gram, kernel_membership, neighbor
 from rayclust.metrics.spectra import directions, singular_values
 from rayclust.report.projection import planar_map
 from rayclust.stages.cluster import run_remotely
-from rayclust.stages.models import load_method
+from rayclust.stages.models import load_method, represented
 from rayclust.stages.outputs import Outputs, put_json, put_table
 from rayclust.stages.pipeline import StageContext, StageResult, content_digest
 from rayclust.stages.rows import features_at, labels_at, row_starts, transform_of
@@ -130,19 +130,6 @@ def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
 def numbers(run: Run, name: str) -> str:
     """Where numbers behind figures lie: `map.parquet`, `heat.parquet`, `spectra.parquet`, `summary.json`."""
     return run.at("figures", name)
-
-
-def represented(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:
-    """Float32[B d]: rows in the method's own space.
-
-    Args:
-        method: fitted, with a space of its own.
-        features: Float32[B D].
-        block: rows at once.
-    """
-    with torch.inference_mode():
-        rows = [method.represent(part).float().numpy() for part in torch.from_numpy(features).split(block)]
-    return np.concatenate(rows) if rows else np.zeros((0, method.own_space or 0), np.float32)
 
 
 def _clusters(job: _Job) -> np.ndarray:

@@ -1,46 +1,157 @@
-"""index: a faiss index over unit embeddings, for search by image and by text; ids are rows."""
+"""index: faiss indexes whose ids are rows, over unit embeddings and over the method's own space where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import torch
 
 from rayclust.config import IndexConfig
 from rayclust.features import FeatureTransform
-from rayclust.search.index import build_index
+from rayclust.search.index import VectorIndex, build_index
 from rayclust.stages.cluster import run_remotely
+from rayclust.stages.models import load_method, represented
 from rayclust.stages.neighbors import blocks
-from rayclust.stages.outputs import Outputs, put_bytes
-from rayclust.stages.pipeline import StageContext, StageResult
-from rayclust.stages.rows import row_starts
-from rayclust.store import filesystem
+from rayclust.stages.outputs import Outputs, put_bytes, put_json, put_table
+from rayclust.stages.pipeline import StageContext, StageResult, content_digest
+from rayclust.stages.rows import features_at, part_features, row_starts, transform_of
+from rayclust.stages.units import Unit, UnitResult, run_units
+from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
+from rayclust.store.manifest import digest_of
 
-ENCODER_INDEX = "encoder.faiss"
-"""File of the index over the encoder's own space."""
+ENCODER, OWN = "encoder", "z"
+"""The spaces that a run can be searched in."""
+ENCODER_INDEX, OWN_INDEX = "encoder.faiss", "z.faiss"
+"""Files of the indexes."""
+RETRIEVAL = "retrieval.json"
+"""A few rows with their nearest others in either space."""
+QUERIES, SHOWN = 4, 8
+"""How many rows, and how many others each."""
 UNIT = FeatureTransform(normalize=True)
 """The encoder's space as text and images share it: unit rows, not centred."""
 
+Blocks = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
+
 
 def run(context: StageContext) -> StageResult:
-    """Builds the index in one worker."""
+    """Builds the indexes, each in one worker."""
     starts = row_starts(context.inputs["encode"])
-    outputs, extra = run_remotely(_build, context.run, starts, context.config.index, context.config.seed)
-    recall = f", recall@10 {extra['recall']:.3f}" if extra["kind"] == "ivf" else ""
-    return StageResult(outputs, {"rows": starts[-1]}, extra, f"{extra['kind']} over {starts[-1]:,} rows{recall}")
+    job = _Job(context.run, starts, context.config.index, context.config.seed)
+    outputs, extra, found = run_remotely(_encoder, job)
+    summary = f"{extra['kind']} over {starts[-1]:,} rows{_recall(extra)}"
+    if "train" in context.inputs:
+        more, extra[OWN], found[OWN] = _own_space(context, job)
+        outputs |= more
+        outputs |= put_json(context.run, filesystem.join(context.run.index_folder, RETRIEVAL), found)
+        summary += f"; in {OWN}: {extra[OWN]['kind']}{_recall(extra[OWN])}"
+    return StageResult(outputs, {"rows": starts[-1]}, extra, summary)
 
 
-def _build(run: Run, starts: list[int], config: IndexConfig, seed: int) -> tuple[Outputs, dict[str, Any]]:
-    kind = config.kind
-    if kind == "auto":
-        kind = "ivf" if starts[-1] > config.flat_rows else "flat"
+def _recall(extra: dict[str, Any]) -> str:
+    return f", recall@10 {extra['recall']:.3f}" if extra["kind"] == "ivf" else ""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the workers need to know."""
+
+    run: Run
+    starts: list[int]
+    config: IndexConfig
+    seed: int
+
+    @property
+    def queries(self) -> np.ndarray:
+        """Int64[q], sorted: rows that are looked up in either space."""
+        count = self.starts[-1]
+        return np.sort(np.random.default_rng(self.seed).choice(count, min(QUERIES, count), replace=False))
+
+
+def _encoder(job: _Job) -> tuple[Outputs, dict[str, Any], dict[str, Any]]:
+    """The index over the encoder's space, and what it finds for the queries."""
 
     def stream() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for block, ids in blocks(run, starts, UNIT):
+        for block, ids in blocks(job.run, job.starts, UNIT):
             yield block.numpy(), ids.numpy()
 
-    index = build_index(stream, count=starts[-1], kind=kind, seed=seed, k=10)
-    outputs = put_bytes(run, filesystem.join(run.index_folder, ENCODER_INDEX), index.to_bytes())
-    return outputs, {"kind": kind, "recall": index.recall}
+    outputs, extra, index = _build(job, stream, ENCODER_INDEX)
+    queries = features_at(job.run, job.starts, UNIT, job.queries)
+    return outputs, extra, {"rows": job.queries.tolist(), ENCODER: _nearest(index, queries, job.queries)}
+
+
+def _build(job: _Job, stream: Blocks, name: str) -> tuple[Outputs, dict[str, Any], VectorIndex]:
+    kind = job.config.kind
+    if kind == "auto":
+        kind = "ivf" if job.starts[-1] > job.config.flat_rows else "flat"
+    index = build_index(stream, count=job.starts[-1], kind=kind, seed=job.seed, k=10)
+    outputs = put_bytes(job.run, filesystem.join(job.run.index_folder, name), index.to_bytes())
+    return outputs, {"kind": kind, "recall": index.recall}, index
+
+
+def _nearest(index: VectorIndex, queries: np.ndarray, own: np.ndarray) -> list[list[dict[str, Any]]]:
+    """For each query the rows nearest to it, itself left out, with their cosines."""
+    ids, similarity = index.search(queries, SHOWN + 1)
+    return [
+        [
+            {"row": int(row), "similarity": round(float(s), 4)}
+            for row, s in zip(some, near, strict=True)
+            if row >= 0 and row != query
+        ][:SHOWN]
+        for some, near, query in zip(ids, similarity, own, strict=True)
+    ]
+
+
+def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
+    """The index over the method's own space: rows are represented part by part, then indexed in one worker."""
+    encode = context.inputs["encode"]
+    transform = transform_of(encode, context.config.features)
+    model = content_digest(context.inputs["train"])
+    work = _OwnSpace(job, transform, model, context.run.at("index", "scratch", context.digest))
+    units = [Unit(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
+    run_units(context.run, "index", units, work.represent)
+    found: tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]] = run_remotely(work.build)
+    # Markers first: without them rows are represented again, without the rows they would stand for nothing.
+    filesystem.remove_tree(context.run.at("manifests", "index"))
+    filesystem.remove_tree(context.run.at("index", "scratch"))
+    return found
+
+
+@dataclass(frozen=True)
+class _OwnSpace:
+    """Rows of the own space, part by part, in a folder that goes when they are indexed: that may read them thrice."""
+
+    job: _Job
+    transform: FeatureTransform
+    model: str
+    folder: str
+
+    def represent(self, unit: Unit) -> UnitResult:
+        """Writes the rows of one part."""
+        torch.set_num_threads(1)
+        run = self.job.run
+        rows = represented(load_method(run.uri, self.model), part_features(run, unit.index, self.transform))
+        table = pa.table({"z": tables.fixed_list(rows.astype(np.float16))})
+        return UnitResult(put_table(run, self._at(unit.index), table), {"rows": len(rows)})
+
+    def build(self) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
+        """Indexes all rows and looks the queries up."""
+        job = self.job
+        outputs, extra, index = _build(job, self._stream, OWN_INDEX)
+        method = load_method(job.run.uri, self.model)
+        queries = represented(method, features_at(job.run, job.starts, self.transform, job.queries))
+        return outputs, extra, _nearest(index, queries, job.queries)
+
+    def _stream(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        starts = self.job.starts
+        for part, start in enumerate(starts[:-1]):
+            if starts[part + 1] > start:
+                rows = tables.matrix(tables.read_table(self._at(part), ["z"])["z"])
+                yield UNIT(rows), np.arange(start, starts[part + 1])
+
+    def _at(self, part: int) -> str:
+        return filesystem.join(self.folder, f"part-{part:05d}.parquet")

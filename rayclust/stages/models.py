@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -119,3 +120,16 @@ def load_method(uri: str, digest: str) -> Method:
         return load(Export(settings, safetensors.torch.load(data))).eval()
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ArtefactError(f"{folder}: the model is damaged ({error}); run train again with --force") from error
+
+
+def represented(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:
+    """Float32[B d]: rows in the method's own space.
+
+    Args:
+        method: fitted, with a space of its own.
+        features: Float32[B D].
+        block: rows at once.
+    """
+    with torch.inference_mode():
+        rows = [method.represent(part).float().numpy() for part in torch.from_numpy(features).split(block)]
+    return np.concatenate(rows) if rows else np.zeros((0, method.own_space or 0), np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,12 +20,14 @@ from rayclust.report.contents import (
     Reject,
     RejectGroup,
     ReportData,
+    Retrieval,
     StageTime,
 )
 from rayclust.report.page import render
 from rayclust.report.thumbnails import thumbnail
 from rayclust.stages.drawings import drawings
 from rayclust.stages.evaluate import contingency_uri
+from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
 from rayclust.stages.outputs import put_bytes
 from rayclust.stages.pipeline import STAGES, StageContext, StageResult
 from rayclust.stages.quick import as_yaml
@@ -51,7 +53,11 @@ def run(context: StageContext) -> StageResult:
         cards=config.report.max_clusters, exemplars=config.label.exemplars, outliers=config.label.outliers
     )
     shown = set(featured([cluster["size"] for cluster in clusters], limits))
-    pictures = _pictures(context, [cluster for i, cluster in enumerate(clusters) if i in shown])
+    near = _near(context)
+    wanted = [
+        row for i, cluster in enumerate(clusters) if i in shown for row in cluster["exemplars"] + cluster["outliers"]
+    ]
+    pictures = _pictures(context, {*wanted, *_rows_of(near)})
     counts = _counts(run, context.inputs["evaluate"])
     data = ReportData(
         run=run.uri,
@@ -68,6 +74,7 @@ def run(context: StageContext) -> StageResult:
         confidence=tuple(context.inputs["label"].extra["confidence"]),
         contingency=_drawn(counts, len(clusters)),
         drawings=tuple(drawings(run, _selection(context))),
+        retrieval=tuple(_retrieval(near, pictures)),
         rejects=tuple(_rejects(run, context.inputs["encode"])),
     )
     page = render(data, limits).encode()
@@ -104,9 +111,33 @@ def _others(run: Run, method: str) -> list[MethodResult]:
     ]
 
 
-def _pictures(context: StageContext, clusters: Sequence[dict[str, Any]]) -> dict[int, Picture]:
-    """Row → picture, for the exemplars and outliers of the clusters that are shown with pictures."""
-    wanted = sorted({row for cluster in clusters for row in cluster["exemplars"] + cluster["outliers"]})
+def _near(context: StageContext) -> dict[str, Any]:
+    """What the index stage found for a few rows in either space; empty without a space of the method's own."""
+    if "index" not in context.inputs:
+        return {}
+    return filesystem.read_json(filesystem.join(context.run.index_folder, RETRIEVAL))
+
+
+def _rows_of(near: dict[str, Any]) -> Iterator[int]:
+    yield from near.get("rows", ())
+    for space in (ENCODER, OWN):
+        yield from (hit["row"] for hits in near.get(space, ()) for hit in hits)
+
+
+def _retrieval(near: dict[str, Any], pictures: dict[int, Picture]) -> Iterator[Retrieval]:
+    """One block a query."""
+    titles = {ENCODER: "Encoder", OWN: "z"}
+    for place, row in enumerate(near.get("rows", ())):
+        found = {
+            title: tuple((pictures[hit["row"]], hit["similarity"]) for hit in near[space][place])
+            for space, title in titles.items()
+        }
+        yield Retrieval(query=pictures[row], found=found)
+
+
+def _pictures(context: StageContext, rows: Iterable[int]) -> dict[int, Picture]:
+    """Row → picture, for the rows that are shown with pictures."""
+    wanted = sorted(rows)
     records = _records(context, np.array(wanted, np.int64))
     images = _fetched([record["uri"] for record in records])
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +15,20 @@ from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.methods import has_own_space
+from rayclust.report.formats import abbreviate, shorten
 from rayclust.search.index import load_index
-from rayclust.stages.index import ENCODER_INDEX
-from rayclust.stages.models import load_run_encoder
+from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX
+from rayclust.stages.models import load_method, load_run_encoder, represented
 from rayclust.stages.pipeline import Seals, content_digest
-from rayclust.stages.rows import row_starts
+from rayclust.stages.rows import row_starts, transform_of
 from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_manifest
+
+_BESIDE = 60
+"""Letters of a column where two spaces stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +46,17 @@ class Hit:
     """The cluster's name."""
 
 
-def search(config: RunConfig, *, image: str | None, text: str | None, top: int, space: str) -> list[Hit]:
-    """The `top` nearest images, nearest first.
+def search(
+    config: RunConfig, *, image: str | None, text: str | None, top: int, space: str = ENCODER
+) -> dict[str, list[Hit]]:
+    """The `top` nearest images, nearest first, by space.
 
     Args:
         config: the run's.
         image: a path or URI of an image; or
         text: words, for encoders that read text.
         top: how many.
-        space: `encoder`, or `z` for methods that learn a space of their own.
+        space: `encoder`; `z` for methods that learn a space of their own; `both` gives one list for either.
 
     Raises:
         ArtefactError: the run is not indexed.
@@ -54,21 +64,89 @@ def search(config: RunConfig, *, image: str | None, text: str | None, top: int, 
         DataError: the image cannot be read.
     """
     run, seals = Run(config.run), Seals(config)
-    encode, index = seals.of("encode"), read_manifest(run, "index")
-    # Settings of the index may have changed since; its rows may not.
-    if encode is None or index is None or index.inputs.get("encode") != content_digest(encode):
-        raise ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
-    if space == "z":
+    encode = seals.of("encode")
+    spaces = (ENCODER, OWN) if space == "both" else (space,)
+    if encode is None:
+        raise _not_indexed(run)
+    if OWN in spaces:
+        _refuse_own(config, text)
+    for wanted in spaces:
+        _require_index(run, seals, wanted)
+    row = _query(config, image, text)
+    require_matrix(row, "the query", int(encode.extra["dimension"]))
+    found = {
+        wanted: _nearest(run, _placed(config, seals, row, wanted), wanted, min(top, encode.counts["rows"]))
+        for wanted in spaces
+    }
+    hits = _hits(run, encode, set().union(*found.values()), is_assigned=seals.of("assign") is not None)
+    return {
+        wanted: [replace(hits[row], similarity=cosine) for row, cosine in near.items()]
+        for wanted, near in found.items()
+    }
+
+
+def as_lines(found: dict[str, list[Hit]]) -> Iterator[str]:
+    """Hits as text: one space with all that is known of them, two spaces side by side with the keys."""
+    if len(found) == 1:
+        [hits] = found.values()
+        yield f"{'similarity':>10}  {'cluster':>7}  {'name':<24}  uri"
+        for hit in hits:
+            cluster = "" if hit.cluster is None else str(hit.cluster)
+            yield f"{hit.similarity:>10.4f}  {cluster:>7}  {hit.name or '':<24}  {hit.uri}"
+        return
+    yield "rank  " + "  ".join(f"{space:<{_BESIDE}}" for space in found).rstrip()
+    for rank, beside in enumerate(zip_longest(*found.values()), 1):
+        yield f"{rank:>4}  " + "  ".join(f"{_short(hit):<{_BESIDE}}" for hit in beside).rstrip()
+
+
+def _short(hit: Hit | None) -> str:
+    """Cosine, cluster and key, at most as wide as its column; nothing where an index found fewer."""
+    if hit is None:
+        return ""
+    cluster = "" if hit.cluster is None else hit.name or f"cluster {hit.cluster}"
+    head = f"{hit.similarity:.4f}  {abbreviate(cluster, 18):<18}  "
+    return head + shorten(hit.key, _BESIDE - len(head))
+
+
+def _not_indexed(run: Run) -> ArtefactError:
+    return ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
+
+
+def _refuse_own(config: RunConfig, text: str | None) -> None:
+    if not has_own_space(config.method.name):
         raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")
-    query = _query(config, image, text)
-    require_matrix(query, "the query", int(encode.extra["dimension"]))
-    found = load_index(filesystem.read_bytes(filesystem.join(run.index_folder, ENCODER_INDEX)))
-    rows, similarity = found.search(query, min(top, encode.counts["rows"]))
-    near = {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
-    return _hits(run, encode, near, is_assigned=seals.of("assign") is not None)
+    if text is not None:
+        raise ConfigError("--text: words live in the encoder's space alone; use --space encoder, or search by --image")
+
+
+def _require_index(run: Run, seals: Seals, space: str) -> None:
+    """Settings of the index may have changed since; its rows, and the model that placed them, may not."""
+    index = read_manifest(run, "index")
+    for need in ("encode", "train") if space == OWN else ("encode",):
+        sealed = seals.of(need)
+        if index is None or sealed is None or index.inputs.get(need) != content_digest(sealed):
+            raise _not_indexed(run)
+
+
+def _nearest(run: Run, query: np.ndarray, space: str, top: int) -> dict[int, float]:
+    """Row → cosine, nearest first."""
+    name = OWN_INDEX if space == OWN else ENCODER_INDEX
+    index = load_index(filesystem.read_bytes(filesystem.join(run.index_folder, name)))
+    rows, similarity = index.search(query, top)
+    return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
+
+
+def _placed(config: RunConfig, seals: Seals, row: np.ndarray, space: str) -> np.ndarray:
+    """The query in a space: unit rows of the encoder's, or on through the features to the method's own."""
+    encode, train = seals.of("encode"), seals.of("train")
+    if space == ENCODER or encode is None or train is None:
+        return _unit(row)
+    method = load_method(config.run, content_digest(train))
+    return represented(method, transform_of(encode, config.features)(row))
 
 
 def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray:
+    """Float32[1 D]: what the encoder makes of the query."""
     if (image is None) == (text is None):
         raise ConfigError("search: give either --image FILE or --text WORDS")
     data = filesystem.read_bytes(image) if image is not None else b""
@@ -76,7 +154,7 @@ def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray
     if text is not None:
         if not encoder.has_text:
             raise ConfigError(f"--text: the encoder {config.encoder.name} has no text tower; search by --image")
-        return _unit(encoder.encode_texts([text]))
+        return encoder.encode_texts([text])
     return _encoded(encoder, str(image), data)
 
 
@@ -85,17 +163,17 @@ def _encoded(encoder: Encoder, uri: str, data: bytes) -> np.ndarray:
         pixels = decode(data, encoder.preprocess)
     except Undecodable as error:
         raise DataError(f"--image {uri}: {error.reason}: {error.detail}") from None
-    return _unit(encoder.encode_images(pixels[None]))
+    return encoder.encode_images(pixels[None])
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _hits(run: Run, encode: Manifest, near: dict[int, float], *, is_assigned: bool) -> list[Hit]:
-    """The hits, nearest first; each part that holds one is read once."""
+def _hits(run: Run, encode: Manifest, wanted: set[int], *, is_assigned: bool) -> dict[int, Hit]:
+    """The hits by row, without their cosines; each part that holds one is read once."""
     names, starts = cluster_names(run), row_starts(encode)
-    rows = np.array(sorted(near), np.int64)
+    rows = np.array(sorted(wanted), np.int64)
     found: dict[int, Hit] = {}
     for part in np.unique(np.searchsorted(starts, rows, "right") - 1):
         own = rows[(rows >= starts[part]) & (rows < starts[part + 1])]
@@ -106,5 +184,5 @@ def _hits(run: Run, encode: Manifest, near: dict[int, float], *, is_assigned: bo
             clusters = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_pylist()
         for row, record, cluster in zip(own.tolist(), records, clusters, strict=True):
             name = None if cluster is None else names.get(cluster)
-            found[row] = Hit(row, near[row], record["key"], record["uri"], cluster, name)
-    return [found[row] for row in near]
+            found[row] = Hit(row, math.nan, record["key"], record["uri"], cluster, name)
+    return found

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
-import numpy as np
+import shutil
+from pathlib import Path
 
-from rayclust.config import IndexConfig
+import numpy as np
+import pytest
+import torch
+
+from rayclust.config import IndexConfig, RunConfig, validate
+from rayclust.methods.kmeans import KMeans
 from rayclust.search.index import load_index
-from rayclust.stages.index import ENCODER_INDEX, _build
-from rayclust.stages.rows import row_starts
+from rayclust.stages.index import ENCODER_INDEX, OWN_INDEX, QUERIES, RETRIEVAL, SHOWN
+from rayclust.stages.pipeline import run_stage
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.conftest import VECTORS, Sealed
+from tests.stages.runs import tree
+
+
+@pytest.fixture
+def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> RunConfig:
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    return validate(tree(str(tmp_path / "run"), pictures_run.config.images.uri))
 
 
 def test_rows_are_found_by_their_direction_alone(vectors_run: Sealed):
@@ -21,10 +34,41 @@ def test_rows_are_found_by_their_direction_alone(vectors_run: Sealed):
     assert vectors_run.manifest("index").extra["kind"] == "flat"
 
 
-def test_auto_takes_an_inverted_file_above_the_bound(pictures_run: Sealed, tmp_path):
-    starts = row_starts(pictures_run.manifest("encode"))
-    for flat_rows, kind in ((24, "flat"), (23, "ivf")):
-        outputs, extra = _build(pictures_run.run, starts, IndexConfig(flat_rows=flat_rows), 0)
-        assert extra["kind"] == kind
-        assert list(outputs) == [f"index/{ENCODER_INDEX}"]
-    _build(Run(pictures_run.config.run), starts, pictures_run.config.index, pictures_run.config.seed)
+@pytest.mark.parametrize(("flat_rows", "kind"), [(24, "flat"), (23, "ivf")])
+def test_auto_takes_an_inverted_file_above_the_bound(copied: RunConfig, flat_rows: int, kind: str):
+    manifest = run_stage("index", copied.model_copy(update={"index": IndexConfig(flat_rows=flat_rows)}), force=True)
+    assert manifest.extra["kind"] == kind
+    assert set(manifest.outputs) == {f"index/{ENCODER_INDEX}"}
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """The own space here is one direction: rows of colour 0 lie on one side, all others on the other."""
+    monkeypatch.setattr(KMeans, "own_space", 1)
+    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.sign(x[:, :1]))
+    settings = copied.model_copy(update={"index": IndexConfig(kind=kind)})
+    manifest = run_stage("index", settings)
+    assert set(manifest.outputs) == {f"index/{name}" for name in (ENCODER_INDEX, OWN_INDEX, RETRIEVAL)}
+    assert manifest.extra["z"]["kind"] == kind
+    assert 0.95 <= manifest.extra["z"]["recall"] <= 1
+    run = Run(copied.run)
+    assert not list(Path(copied.run).glob("index/scratch*")), "rows are scratch"
+    found = load_index(filesystem.read_bytes(filesystem.join(run.index_folder, OWN_INDEX)))
+    assert found.count == 24
+    near = filesystem.read_json(filesystem.join(run.index_folder, RETRIEVAL))
+    assert len(near["rows"]) == QUERIES
+    for row, encoder, own in zip(near["rows"], near["encoder"], near["z"], strict=True):
+        assert len(encoder) == len(own) == SHOWN
+        assert row not in {hit["row"] for hit in encoder + own}
+        assert {hit["similarity"] for hit in own[:7]} == {1.0}  # a colour has eight images
+        assert [hit["similarity"] for hit in encoder] == sorted((hit["similarity"] for hit in encoder), reverse=True)
+
+
+def test_pages_show_both_searches_side_by_side(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(KMeans, "own_space", 1)
+    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.sign(x[:, :1]))
+    for stage in ("index", "figures", "report"):
+        run_stage(stage, copied, force=stage == "figures")
+    page = filesystem.read_bytes(Run(copied.run).report).decode()
+    assert page.count('<div class="query">') == QUERIES
+    assert page.count('class="chart broad"') >= 2

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError, ShapeError
+from rayclust.methods.kmeans import KMeans
 from rayclust.stages.pipeline import run_stage
-from rayclust.stages.search import Hit, search
+from rayclust.stages.search import Hit, as_lines, search
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.sources import fetch
@@ -26,7 +28,8 @@ def query(pictures_run: Sealed, tmp_path: Path) -> str:
 
 
 def find(config: RunConfig, **given: Any) -> list[Hit]:
-    return search(config, **({"image": None, "text": None, "top": 10, "space": "encoder"} | given))
+    given = {"image": None, "text": None, "top": 10, "space": "encoder"} | given
+    return search(config, **given)[given["space"]]
 
 
 def test_the_image_itself_comes_first_then_its_like(pictures_run: Sealed, query: str):
@@ -101,3 +104,48 @@ def test_an_index_over_other_rows_is_not_searched(copied: RunConfig, query: str)
 def test_ready_embeddings_of_another_encoder_are_refused(vectors_run: Sealed, query: str):
     with pytest.raises((DataError, ShapeError), match="192"):
         find(vectors_run.config, image=query)
+
+
+@pytest.fixture
+def own_space(copied: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """The run, indexed by a method whose own space is the features turned round."""
+    monkeypatch.setattr(KMeans, "own_space", 192)
+    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.nn.functional.normalize(x.flip(1), dim=1))
+    run_stage("index", copied)
+    return copied
+
+
+def test_both_spaces_are_searched_side_by_side(own_space: RunConfig, query: str):
+    found = search(own_space, image=query, text=None, top=5, space="both")
+    assert list(found) == ["encoder", "z"]
+    assert {hits[0].row for hits in found.values()} == {15}
+    assert found["z"][0].similarity == pytest.approx(1, abs=1e-3)
+    assert found["z"] == find(own_space, image=query, top=5, space="z")
+    assert found["encoder"] == find(own_space, image=query, top=5)
+    # Centred features tell colours apart further than the encoder's rows, which all are bright.
+    assert found["z"][-1].similarity < found["encoder"][-1].similarity
+    head, first, *_ = as_lines(found)
+    assert head.split() == ["rank", "encoder", "z"]
+    assert first.count("shard-001/00003") == 2
+    assert all(len(line) <= 130 for line in as_lines(found))
+
+
+def test_one_space_is_shown_with_uris(own_space: RunConfig, query: str):
+    head, first, *rest = as_lines(search(own_space, image=query, text=None, top=3, space="z"))
+    assert head.split() == ["similarity", "cluster", "name", "uri"]
+    assert "shard-001.tar#00003.png" in first
+    assert len(rest) == 2
+
+
+@pytest.mark.parametrize("space", ["z", "both"])
+def test_words_are_searched_in_the_encoders_space_alone(own_space: RunConfig, space: str):
+    with pytest.raises(ConfigError, match="words live in the encoder's space alone"):
+        search(own_space, image=None, text="a dog", top=5, space=space)
+
+
+def test_a_space_of_another_model_is_not_searched(own_space: RunConfig, query: str):
+    other = own_space.model_copy(update={"seed": 5})
+    run_stage("train", other)
+    with pytest.raises(ArtefactError, match="is not indexed"):
+        find(other, image=query, space="z")
+    assert find(other, image=query)[0].row == 15
