@@ -90,7 +90,7 @@ def method_of(shape: Shape, precision: str) -> Temi:
     """Heads whose teachers are sure enough for pairs to have weight."""
     settings = {"clusters": shape.clusters, "heads": shape.heads, "batch_size": shape.pairs, "precision": precision}
     settings |= {"preset": "none", "beta": 1.0, "freeze_last_layer": 0, "hidden": 512, "bottleneck": 256}
-    method = build(TemiConfig.model_validate(settings), shape.dimension, 100 * shape.pairs, seed=0)
+    method = build(TemiConfig.model_validate(settings), shape.dimension, IMAGENET_ROWS, seed=0)
     assert isinstance(method, Temi)
     with torch.no_grad():
         method.student.scale.fill_(3.0)

@@ -30,12 +30,12 @@ SUM_PAIRS, SUM_CLUSTERS, SUM_WARPS = 32, 128, 4
 
 
 @triton.jit
-def _larger(top, x):  # type: ignore[no-untyped-def]
+def _larger(top, x):
     return tl.maximum(top, tl.max(x, axis=1))
 
 
 @triton.jit
-def _tile(place, columns, room, known):  # type: ignore[no-untyped-def]
+def _tile(place, columns, room, known):
     """Logits in units of ln 2, Float32[pairs clusters].
 
     The mask of the load is one of whole lines, with the filling of a row inside: so it is one load for 8 values.
@@ -45,7 +45,7 @@ def _tile(place, columns, room, known):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _teach_pairs(  # type: ignore[no-untyped-def]
+def _teach_pairs(
     logits, normalizer, agreement, pairs, clusters, row_stride, view_stride,
     pair_block: tl.constexpr, cluster_block: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _teach_pairs(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_shares(  # type: ignore[no-untyped-def]
+def _sum_shares(
     logits, normalizer, sums, rows, clusters, row_stride,
     row_block: tl.constexpr, cluster_block: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def _sum_shares(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _compare_pairs(  # type: ignore[no-untyped-def]
+def _compare_pairs(
     student, teacher, log_marginal, own, both, pairs, clusters, row_stride, view_stride, beta,
     pair_block: tl.constexpr, cluster_block: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def _compare_pairs(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _give_way(  # type: ignore[no-untyped-def]
+def _give_way(
     student, teacher, log_marginal, own, both, gains, pairs, clusters, row_stride, view_stride, beta,
     pair_block: tl.constexpr, cluster_block: tl.constexpr,
 ):  # fmt: skip

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from rayclust.kernels import pair_softmax
 from rayclust.kernels.pair_softmax import Lesson, Taught, padded
+from rayclust.kernels.weight_norm import scaled_rows, scaled_rows_backward
 
 CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}
 """Size of a chunk's logits, in their own dtype. A processor's passes make several float32 copies of them."""
 KEPT_BYTES = {"cpu": 1 << 31, "cuda": 1 << 33}
 """Size of all chunks' logits of the teacher up to which they are kept for the student; above it they are made twice."""
-SHORTEST = 1e-12
-"""Lengths are not divided by less."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,8 @@ class LastLayer:
     def weights(self, heads: slice) -> Tensor:
         """Narrow[h P I]: rows of length |g|/τ, filled up with zeros."""
         direction = self.direction[heads]
-        _, reach = self.reach(heads)
-        found = direction.new_zeros((len(direction), padded(direction.shape[1]), direction.shape[2]), dtype=self.dtype)
-        found[:, : direction.shape[1]] = direction * reach[..., None]
-        return found
-
-    def reach(self, heads: slice) -> tuple[Tensor, Tensor]:
-        """Wide[h K] twice: the lengths of the directions, and g/τ over them."""
-        lengths = torch.linalg.vector_norm(self.direction[heads], dim=-1).clamp_(min=SHORTEST)
-        return lengths, self.scale[heads] / (lengths * self.temperature)
+        room = direction.new_empty((len(direction), padded(direction.shape[1]), direction.shape[2]), dtype=self.dtype)
+        return scaled_rows(direction, self.scale[heads], 1.0 / self.temperature, room)
 
     def rows(self, heads: slice, pairs: slice) -> Tensor:
         """Narrow[h 2·b I]."""
@@ -145,7 +137,7 @@ class _ChunkedLosses(torch.autograd.Function):
     def forward(ctx: Any, units: Tensor, direction: Tensor, scale: Tensor, *rest: Any) -> Tensor:
         student, teacher, lesson = rest
         losses = units.new_zeros(len(units))
-        gradients = [torch.zeros_like(x) for x in (units, direction, scale)] if any(ctx.needs_input_grad) else None
+        gradients = [torch.empty_like(x) for x in (units, direction, scale)] if any(ctx.needs_input_grad) else None
         ctx.gradients = gradients
         every_head, every_pair = student.chunks(teacher.most)
         for some in every_head:
@@ -173,7 +165,7 @@ def _learn(
     (some, every_pair), (losses, gradients) = where, out
     weights = student.weights(some)
     taught_weights = weights if teacher.kept is not None else teacher.layer.weights(some)
-    slopes = student.direction.new_zeros(weights.shape)
+    slopes: Tensor | None = None
     for few in every_pair:
         rows = student.rows(some, few)
         logits = student.logits(weights, rows)
@@ -191,9 +183,11 @@ def _learn(
             pair_softmax.give_way(logits, taught, own, found)
             gradient = logits.flatten(1, 2)
             gradients[0][some, :, few] = torch.bmm(gradient, weights).view(len(rows), 2, -1, rows.shape[2]).to(losses)
-            slopes += torch.bmm(gradient.mT, rows)
-    if gradients is not None:
-        gradients[1][some], gradients[2][some] = _of_last_layer(student, some, slopes)
+            slope = torch.bmm(gradient.mT, rows)
+            slopes = slope if slopes is None else slopes.to(losses).add_(slope)
+    if gradients is not None and slopes is not None:
+        last = student.direction[some], student.scale[some], 1.0 / student.temperature
+        gradients[1][some], gradients[2][some] = scaled_rows_backward(slopes, *last)
 
 
 def _taught(teacher: Teacher, weights: Tensor, some: slice, few: slice) -> Tensor:
@@ -201,16 +195,6 @@ def _taught(teacher: Teacher, weights: Tensor, some: slice, few: slice) -> Tenso
     if teacher.kept is not None:
         return teacher.kept.pop(0)
     return teacher.layer.logits(weights, teacher.layer.rows(some, few))
-
-
-def _of_last_layer(student: LastLayer, some: slice, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of direction and scale, from that of rows of length |g|/τ, Wide[h P I]."""
-    direction = student.direction[some]
-    slopes = slopes[:, : direction.shape[1]]
-    lengths, reach = student.reach(some)
-    unit = direction / lengths[..., None]
-    cosine = (unit * slopes).sum(-1)
-    return (slopes - unit * cosine[..., None]) * reach[..., None], cosine / student.temperature
 
 
 def _slices(count: int, most: int) -> list[slice]:

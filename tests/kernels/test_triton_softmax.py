@@ -1,18 +1,14 @@
-"""The kernels run in Triton's interpreter, which has to be asked for before they are read: in a process of its own."""
+"""See interpreter.py for how kernels run without a GPU."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.interpreter import compiled_for_hopper, run_interpreted
+
 pytest.importorskip("triton", reason="this build of torch brings no Triton")
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((2, 5, 7), (1, 9, 600), (3, 33, 129), (1, 1, 1025), (1, 3, 64))
 """H, B, K: odd ones, single pairs, clusters below, at and above a block's."""
 
@@ -52,10 +48,7 @@ def main() -> None:
 
 
 def test_kernels_agree_with_their_twin_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.test_triton_softmax"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.kernels.test_triton_softmax")
 
 
 @pytest.mark.parametrize(
@@ -63,28 +56,15 @@ def test_kernels_agree_with_their_twin_in_the_interpreter():
     [("_teach_pairs", "TEACHER"), ("_sum_shares", "SUM"), ("_compare_pairs", "STUDENT"), ("_give_way", "STUDENT")],
 )
 def test_kernels_compile_for_hopper_with_wide_loads(kernel: str, prefix: str):
-    """Without a GPU: as far as its machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from rayclust.kernels import triton_softmax as kernels
 
     function = getattr(kernels, kernel)
-    narrow, numbers = {"logits", "student", "teacher"}, {"pairs", "clusters", "rows", "row_stride", "view_stride"}
     pairs, clusters, warps = (getattr(kernels, f"{prefix}_{what}") for what in ("PAIRS", "CLUSTERS", "WARPS"))
     blocks = {"pair_block": pairs, "row_block": pairs, "cluster_block": clusters}
-    signature, constants, aligned = {}, {}, {}
-    for place, name in enumerate(function.arg_names):
-        if name in blocks:
-            signature[name], constants[(place,)] = "constexpr", blocks[name]
-            continue
-        plain = "i32" if name in numbers else "fp32" if name == "beta" else None
-        signature[name] = plain or ("*bf16" if name in narrow else "*fp32")
-        if plain is None or name.endswith("stride"):
-            aligned[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    types = dict.fromkeys(function.arg_names, "*fp32") | dict.fromkeys(("logits", "student", "teacher"), "*bf16")
+    types |= dict.fromkeys(("pairs", "clusters", "rows", "row_stride", "view_stride"), "i32") | {"beta": "fp32"}
+    constants = {name: size for name, size in blocks.items() if name in function.arg_names}
+    compiled = compiled_for_hopper(function, types, constants, warps)
     assert "ld.global.v4.b32" in compiled.asm["ptx"]  # 8 bf16 at once
     assert len(compiled.asm["cubin"]) > 0
 
