@@ -113,7 +113,7 @@ def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, meth
 @_FORCE
 @_VERBOSE
 def run(config: str, overrides: tuple[str, ...], force: bool) -> None:
-    """All stages of the run in CONFIG (RUN.yaml) that are not done yet."""
+    """All stages of the run in CONFIG (RUN.yaml, or - for standard input) that are not done yet."""
     from rayclust.stages.pipeline import run_all
 
     settings = _load(config, overrides)
@@ -160,6 +160,28 @@ def check(config: str, overrides: tuple[str, ...]) -> int:
     for finding in findings:
         click.echo(f"{'ok  ' if finding.good else 'FAIL'}  {finding.subject:<12} {finding.text}")
     return 0 if all(finding.good for finding in findings) else 2
+
+
+@commands.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@click.option("--address", default=None, help="The cluster's dashboard, http://HOST:8265; else RAY_API_SERVER_ADDRESS.")
+@click.option("--no-wait", "action", flag_value="send", help="Submit, and do not follow the job.")
+@click.option("--follow", "action", flag_value="follow", help="Submit nothing; follow the last job of this run.")
+@click.option("--stop", "action", flag_value="stop", help="End this run's job; what it finished stays.")
+@click.option("--stage", default=None, type=click.Choice(STAGE_NAMES), help="Only this stage.")
+@click.option("--shared-paths", is_flag=True, help="The cluster's nodes see this machine's paths.")
+@_VERBOSE
+def submit(config: str, overrides: tuple[str, ...], address: str | None, action: Any, **how: Any) -> int:
+    """`run` as a job of a Ray cluster: submit it, show its log, end with its exit code.
+
+    The same line again follows a job that is under way, and goes on after one that failed.
+    """
+    from rayclust.stages.job_server import address_of
+    from rayclust.stages.submit import Submission, submit_run
+
+    place, submission = address_of(address), Submission(_load(config, overrides), how["stage"] or "run")
+    return submit_run(submission, place, action or "submit", _show_text, shared_paths=how["shared_paths"])
 
 
 @commands.command()
@@ -252,6 +274,10 @@ def _load_run(run_uri: str) -> Any:
     from rayclust.stages.quick import load_run
 
     return load_run(run_uri)
+
+
+def _show_text(text: str) -> None:
+    click.echo(text, nl=False)
 
 
 def _show_result(run_uri: str) -> None:

@@ -14,6 +14,7 @@ from rayclust.cli import commands, run_command
 CONTRACT = {
     "quick", "run", "encode", "neighbors", "counterparts", "train", "select-k", "assign", "label", "index", "evaluate",
     "figures", "report", "check", "status", "search", "predict", "demo", "schema",
+    "submit",
 }  # fmt: skip
 
 

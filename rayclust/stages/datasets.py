@@ -21,12 +21,15 @@ import pyarrow as pa
 from PIL import Image
 
 from rayclust.errors import DataError
+from rayclust.stages.digits import write_digits
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import PART
 
 logger = logging.getLogger(__name__)
 
 SCHEME = "dataset:"
+DIGITS = "digits"
+"""The one that no archive is needed for."""
 PART_IMAGES = 1000
 """Images per Parquet file, each of which becomes one shard."""
 _FORMAT = 1
@@ -140,9 +143,14 @@ def local_folder(uri: str) -> str:
     if not uri.startswith(SCHEME):
         return uri
     name, _, split = uri.removeprefix(SCHEME).partition("/")
+    if name == DIGITS and not split:
+        return _digits()
     if name not in DATASETS or split not in ("", *DATASETS[name].splits):
         known = ", ".join(f"{SCHEME}{known}" for known in DATASETS)
-        raise DataError(f"images.uri = {uri}: no such data set; known are {known}, each also with /train or /test")
+        raise DataError(
+            f"images.uri = {uri}: no such data set; known are {SCHEME}{DIGITS} and {known}, the latter also with "
+            "/train or /test"
+        )
     folder = export(name)
     return filesystem.join(folder, split) if split else folder
 
@@ -177,6 +185,16 @@ def export(name: str, cache: str | None = None) -> str:
     except (KeyError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: does not hold {name} as published ({error}); remove it and run again") from error
     filesystem.write_json(marker, {"format": _FORMAT, "name": name, "images": counts})
+    return folder
+
+
+def _digits() -> str:
+    """The folder of scikit-learn's scanned digits, written unless the cache holds them already."""
+    folder = filesystem.join(cache_root(), DIGITS)
+    marker = filesystem.join(folder, "dataset.json")
+    if not filesystem.exists(marker):
+        write_digits(folder)
+        filesystem.write_json(marker, {"format": _FORMAT, "name": DIGITS})
     return folder
 
 

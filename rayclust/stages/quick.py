@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,28 +57,37 @@ def as_yaml(config: RunConfig) -> str:
 
 
 def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in a RUN.yaml, a path or URI.
+    """The config in a RUN.yaml: a path, a URI, or `-` for what comes on standard input.
 
     Raises:
         DataError: there is no such file.
         ConfigError: a key or value in it is refused.
     """
-    text = filesystem.read_bytes(uri).decode("utf-8", "replace")
-    return anchored(parse(text, overrides, uri))
+    data = sys.stdin.buffer.read() if uri == "-" else filesystem.read_bytes(uri)
+    source = "standard input" if uri == "-" else uri
+    return anchored(parse(data.decode("utf-8", "replace"), overrides, source))
+
+
+def places(config: RunConfig) -> dict[str, str]:
+    """Every path and URI in a config by its full key."""
+    found = {"run": config.run}
+    if not config.images.uri.startswith("dataset:"):
+        found["images.uri"] = config.images.uri
+    if isinstance(config.images.classes, str):
+        found["images.classes"] = config.images.classes
+    if config.encoder.weights_uri is not None:
+        found["encoder.pretrained"] = config.encoder.weights_uri
+    if kind_of(config.label.vocabulary) in ("text", "embeddings"):
+        found["label.vocabulary"] = config.label.vocabulary
+    return found
 
 
 def anchored(config: RunConfig) -> RunConfig:
     """The config with every local path absolute: workers do not share the directory that the command was given in."""
     tree = config.model_dump(mode="json", exclude_unset=True)
-    tree["run"] = filesystem.absolute(config.run)
-    if not config.images.uri.startswith("dataset:"):
-        tree["images"]["uri"] = filesystem.absolute(config.images.uri)
-    if isinstance(config.images.classes, str):
-        tree["images"]["classes"] = filesystem.absolute(config.images.classes)
-    if config.encoder.weights_uri is not None:
-        tree["encoder"]["pretrained"] = filesystem.absolute(config.encoder.weights_uri)
-    if kind_of(config.label.vocabulary) in ("text", "embeddings"):
-        tree["label"]["vocabulary"] = filesystem.absolute(config.label.vocabulary)
+    for key, place in places(config).items():
+        group, _, name = key.rpartition(".")
+        (tree[group] if group else tree)[name] = filesystem.absolute(place)
     return validate(tree)
 
 

@@ -164,3 +164,17 @@ def test_unknown_data_sets_are_refused(cache: Path, uri: str) -> None:
 
 def test_other_inputs_stay_where_they_are() -> None:
     assert local_folder("s3://bucket/photos") == "s3://bucket/photos"
+
+
+def test_digits_need_no_archive_and_are_written_once(cache: Path):
+    folder = Path(local_folder("dataset:digits"))
+    assert folder == cache / "digits"
+    [shard, *others] = plan_shards(str(folder), "auto", "auto", shard_size=512, classes=None)
+    assert len(others) == 5
+    first = next(iter(read_records(shard, 1 << 20)))
+    assert (first.label, first.data is not None) == ("0", True)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert local_folder("dataset:digits") == str(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(DataError, match="no such data set"):
+        local_folder("dataset:digits/train")

@@ -1,42 +1,13 @@
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from rayclust.config import validate
 from rayclust.stages import demo
 from rayclust.store import filesystem
-from tests.stages.runs import files
-
-
-def test_the_digits_are_written_the_same_every_time_and_as_they_are(tmp_path: Path):
-    demo.write_digits(str(tmp_path))
-    before = files(tmp_path, "*.tar")
-    demo.write_digits(str(tmp_path))
-    assert files(tmp_path, "*.tar") == before
-    assert len(before) == demo.SHARDS
-    from sklearn.datasets import load_digits
-
-    digits, seen = load_digits(), 0
-    for data in before.values():
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-        for name in [name for name in members if name.endswith(".png")]:
-            number = int(name[:6])
-            assert members[f"{number:06d}.cls"] == str(digits.target[number]).encode()
-            pixels = np.asarray(Image.open(io.BytesIO(members[name])))
-            assert pixels.shape == (8 * demo.SCALE, 8 * demo.SCALE)
-            np.testing.assert_allclose(
-                pixels[:: demo.SCALE, :: demo.SCALE] / 255 * 16, digits.images[number], atol=0.04
-            )
-            seen += 1
-    assert seen == len(digits.target) == 1797
 
 
 def test_the_settings_of_the_demo_hold(tmp_path: Path):

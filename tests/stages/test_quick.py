@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,15 @@ def test_a_file_is_read_with_its_overrides(tmp_path: Path):
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="is a folder"):
         load_config(str(tmp_path))
+
+
+def test_a_config_comes_on_standard_input_too(monkeypatch: pytest.MonkeyPatch):
+    text = "run: /r\nimages: {uri: /ü}\nmethod: {name: kmeans, clusters: 2}\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert load_config("-", ["seed=4"]) == parse(text, ["seed=4"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"run: [")))
+    with pytest.raises(ConfigError, match=r"^standard input, line 1"):
+        load_config("-")
 
 
 def test_a_run_is_found_by_its_folder_from_anywhere(pictures_run: Sealed, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,369 @@
+"""A run as a job: what is sent, what is followed, and the whole way through a cluster of the test's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayclust.cli import run_command
+from rayclust.config import parse, validate
+from rayclust.errors import ConfigError, DataError
+from rayclust.stages import submit as module
+from rayclust.stages.quick import anchored
+from rayclust.stages.submit import Submission, follow, newest, refuse_far_paths, stop, submit, submit_run
+from tests.stages.runs import descendants, kill, tree, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+FAR = tree("s3://bucket/runs/My photos ü", "s3://bucket/photos")
+
+
+class Status(str):
+    """A status as Ray gives it."""
+
+    def is_terminal(self) -> bool:
+        return self in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass
+class Details:
+    status: Status
+    entrypoint: str = "true"
+    driver_exit_code: int | None = None
+    message: str | None = None
+    start_time: int = 0
+
+
+@dataclass
+class Server:
+    """A cluster's job server in a few lines: jobs end with what `endings` says, and their logs come in pieces."""
+
+    address: str = "http://head:8265"
+    known: dict[str, Details] = field(default_factory=dict)
+    pieces: list[Any] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
+
+    def jobs(self) -> dict[str, Details]:
+        return dict(self.known)
+
+    def job(self, submission: str) -> Details:
+        return self.known[submission]
+
+    def submit(self, submission: str, entrypoint: str, metadata: dict[str, str]) -> bool:
+        if submission in self.taken:
+            self.known[submission] = Details(Status("RUNNING"))
+            return False
+        self.known[submission] = Details(Status("PENDING"), entrypoint)
+        return True
+
+    def stop(self, submission: str) -> None:
+        self.known[submission].status = Status("STOPPED")
+
+    def tail(self, submission: str) -> Iterator[str]:
+        for piece in self.pieces.pop(0):
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+
+
+def submission(**groups: Any) -> Submission:
+    return Submission(anchored(validate(FAR | groups)))
+
+
+def test_the_same_config_has_the_same_name_wherever_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    one = submission()
+    assert one.name.startswith("rayclust-run-my-photos-")
+    assert submission(seed=1).name != one.name
+    assert Submission(one.config, "encode").name.startswith("rayclust-encode-my-photos-")
+    monkeypatch.chdir("/")
+    assert submission().name == one.name
+    assert one.id(3) == f"{one.name}-3"
+
+
+def test_attempts_of_this_run_are_told_from_others():
+    one = submission()
+    jobs: Any = dict.fromkeys([one.id(10), one.id(2), one.name, one.id(2) + "-x", "x" + one.id(3), f"{one.name}-0"])
+    assert one.attempts(jobs) == [2, 10]
+
+
+def test_the_shell_hands_the_config_on_as_it_is(tmp_path: Path):
+    one = submission(label={"templates": ["a 'photo' of a $HOME {} `x` \\n"], "vocabulary": "none"})
+    shown = "import os, sys; print(sys.argv[1:], os.environ['RAYCLUST_SUBMISSION'], sys.stdin.read()); sys.exit(3)"
+    (tmp_path / "python").write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -c "{shown}" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(one.entrypoint(2), shell=True, capture_output=True, text=True, env=environment, check=False)  # noqa: S602
+    head = f"['run', '-'] {one.id(2)} "
+    assert done.stdout.startswith(head)
+    text = done.stdout.removeprefix(head)
+    assert parse(text) == one.config
+    assert done.returncode == 3
+
+
+def test_local_paths_are_refused_by_a_cluster_elsewhere_and_warned_of_here(caplog: Any):
+    local = anchored(validate(tree("/runs/one", "/photos", label={"vocabulary": "/words.txt"})))
+    with pytest.raises(
+        ConfigError, match=r"^run = /runs/one: is local, like images.uri, label.vocabulary, and"
+    ) as caught:
+        refuse_far_paths(local, "http://head:8265")
+    assert "--shared-paths" in str(caught.value)
+    assert caplog.text == ""
+    refuse_far_paths(local, "http://127.0.0.1:8265")
+    assert "no tunnel" in caplog.text
+    caplog.clear()
+    refuse_far_paths(local, "http://head:8265", shared_paths=True)
+    refuse_far_paths(anchored(validate(FAR)), "http://head:8265")
+    refuse_far_paths(anchored(validate(tree("s3://b/run", "dataset:digits"))), "http://head:8265")
+    assert caplog.text == ""
+
+
+def test_one_attempt_at_a_time_and_the_next_after_it_has_ended():
+    server: Any = Server()
+    one = submission()
+    assert submit(server, one) == one.id(1)
+    assert submit(server, one) == one.id(1)  # it waits
+    server.known[one.id(1)].status = Status("RUNNING")
+    assert submit(server, one) == one.id(1)
+    assert newest(server, one) == one.id(1)
+    server.known[one.id(1)].status = Status("FAILED")
+    assert submit(server, one) == one.id(2)
+    assert submit(server, submission(seed=1)) != one.id(1)
+    server.known[one.id(2)].status = Status("SUCCEEDED")
+    assert submit(server, one) == one.id(3)  # the images may have changed
+
+
+def test_of_two_who_submit_at_once_one_follows_the_other():
+    one = submission()
+    server: Any = Server(taken={one.id(1)})
+    assert submit(server, one) == one.id(1)
+
+
+def test_stop_ends_what_is_under_way_and_says_where_nothing_is():
+    server: Any = Server()
+    one = submission()
+    with pytest.raises(ConfigError, match="no job with this config was submitted"):
+        stop(server, one)
+    submit(server, one)
+    assert stop(server, one) == one.id(1)
+    assert server.known[one.id(1)].status == "STOPPED"
+    assert stop(server, one) is None
+
+
+def followed(details: Details, *pieces: list[Any]) -> tuple[int, str]:
+    server: Any = Server(known={"job-1": details}, pieces=list(pieces))
+    shown: list[str] = []
+    return follow(server, "job-1", shown.append), "".join(shown)
+
+
+ENDINGS = {
+    "done": (Details(Status("SUCCEEDED"), driver_exit_code=0), 0, ""),
+    "a mistake": (Details(Status("FAILED"), driver_exit_code=2), 2, "goes on"),
+    "killed": (Details(Status("FAILED"), driver_exit_code=-9), 137, "exit code -9"),
+    "lost": (Details(Status("FAILED"), message="The head node died.\nmore"), 1, "failed: The head node died."),
+    "stopped": (Details(Status("STOPPED")), 1, "stopped"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_the_drivers_exit_code_is_handed_through(name: str, caplog: Any):
+    caplog.set_level("INFO")
+    details, code, words = ENDINGS[name]
+    assert followed(details, ["a\n", "b\n"]) == (code, "a\nb\n")
+    assert words in caplog.text
+
+
+def test_the_log_is_shown_without_the_config_that_ray_writes_first():
+    details = Details(Status("SUCCEEDED"), entrypoint="exec python <<'X'\nrun: a\nX\n")
+    preamble = f"Running entrypoint for job job-1: {details.entrypoint}\n"
+    log = f"Runtime env is setting up.\n{preamble}encode: started\nencode: done\n"
+    for size in (1, 7, 40, 1000):
+        pieces = [log[i : i + size] for i in range(0, len(log), size)]
+        assert followed(details, pieces) == (0, "Runtime env is setting up.\nencode: started\nencode: done\n")
+    assert followed(details, ["short\n"]) == (0, "short\n")
+    long = "x" * 5000
+    assert followed(details, [long, "y"]) == (0, long + "y")
+
+
+def test_a_lost_connection_is_taken_up_where_it_broke():
+    lost = DataError("http://head:8265: the job server does not answer")
+    done = Details(Status("SUCCEEDED"))
+    assert followed(done, ["one\n", "two\n", lost], [lost], ["one\ntwo\nth", "ree\n"]) == (0, "one\ntwo\nthree\n")
+
+
+def test_a_server_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "AWAY_SECONDS", 0.1)
+    lost = DataError("http://head:8265: the job server does not answer")
+    with pytest.raises(DataError, match="does not answer"):
+        followed(Details(Status("SUCCEEDED")), *[[lost]] * 100)
+
+
+def test_a_job_that_waits_for_the_cluster_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(module, "LOG_INTERVAL", 0.05)
+    details = Details(Status("PENDING"), message="Waiting for a node.")
+    looks = 0
+
+    def job(self: Server, name: str) -> Details:
+        nonlocal looks
+        looks += 1
+        details.status = Status("PENDING" if looks < 20 else "SUCCEEDED")
+        return details
+
+    monkeypatch.setattr(Server, "job", job)
+    assert followed(details, ["done\n"]) == (0, "done\n")
+    assert "Waiting for a node." in caplog.text
+
+
+def test_an_interrupted_follower_leaves_the_job_alone(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    caplog.set_level("INFO")
+    one, server = submission(), Server(pieces=[["a\n", KeyboardInterrupt()]])
+    server.known[one.id(1)] = Details(Status("RUNNING"))
+    monkeypatch.setattr(module, "JobServer", lambda address: server)
+    monkeypatch.setattr(Server, "tail", lambda self, job: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert submit_run(one, server.address, "submit", lambda text: None) == 1
+    assert f"job {one.id(1)} goes on" in caplog.text
+    assert server.known[one.id(1)].status == "RUNNING"
+
+
+def test_sending_does_not_wait(monkeypatch: pytest.MonkeyPatch):
+    one, server = submission(), Server()
+    monkeypatch.setattr(module, "JobServer", lambda address: server)
+    assert submit_run(one, server.address, "send", lambda text: None) == 0
+    assert list(server.known) == [one.id(1)]
+    assert submit_run(one, server.address, "stop", lambda text: None) == 0
+    assert submit_run(one, server.address, "stop", lambda text: None) == 0
+
+
+CLUSTER = """
+import functools
+import sys
+from ray._private import utils
+from ray.cluster_utils import Cluster
+
+port, folder = sys.argv[1:]
+# What others on this machine start must not find this cluster, and its jobs must find no other.
+utils.write_ray_address = functools.partial(utils.write_ray_address, temp_dir=folder)
+cluster = Cluster(initialize_head=True, head_node_args={
+    "num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(port),
+    "dashboard_agent_listen_port": 0, "temp_dir": folder,
+})
+print("up", flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+TOKEN = "a-token-for-this-cluster-alone-0123456789"  # noqa: S105
+
+
+@dataclass
+class Cluster:
+    """A cluster with a job server that asks for a token, and the way to its command line."""
+
+    address: str
+    folder: Path
+    process: subprocess.Popen[str]
+    environment: dict[str, str]
+
+    def line(self, *arguments: str) -> list[str]:
+        overrides = [f"run={self.folder}/run", "method.clusters=10"]
+        smoke = str(ROOT / "jobs" / "smoke.yaml")
+        return [
+            sys.executable,
+            str(ROOT / "jobs" / "submit.py"),
+            smoke,
+            *overrides,
+            "--address",
+            self.address,
+            *arguments,
+        ]
+
+    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """From a directory that has nothing to do with the run."""
+        line, environment = self.line(*arguments), self.environment
+        return subprocess.run(line, cwd="/", env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+    def driver(self) -> int:
+        """The job's process."""
+        [pid] = [pid for pid, title in descendants(self.process.pid).items() if "-m rayclust run -" in title]
+        return pid
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    pytest.importorskip("aiohttp_cors", reason="ray[default], which brings the job server, is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="rc-"))  # short: Ray's sockets lie below it
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAYCLUST_CACHE": str(folder / "cache"),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+    }
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
+        environment.pop(name, None)
+    line = [sys.executable, "-c", CLUSTER, str(port), str(folder / "ray")]
+    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        assert "up\n" in process.stdout
+        yield Cluster(f"http://127.0.0.1:{port}", folder, process, environment)
+    finally:
+        left = list(descendants(process.pid))
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(timeout=60)
+        kill(*[pid for pid in left if Path(f"/proc/{pid}/cmdline").exists()])
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_smoke_job_is_killed_submitted_again_goes_on_and_succeeds(cluster: Cluster):
+    first = subprocess.Popen(
+        cluster.line(), cwd="/", env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_until((cluster.folder / "run" / "manifests" / "neighbors.json").exists, first)
+    beside = cluster.submit("--no-wait")
+    assert beside.returncode == 0, beside.stderr
+    assert "is under way since" in beside.stderr
+    kill(cluster.driver())
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 137, output
+    assert "encode: done in" in output
+
+    second = cluster.submit()
+    assert second.returncode == 0, second.stderr + second.stdout
+    assert "-2 submitted to" in second.stderr
+    assert "-1 failed" in second.stderr
+    assert "neighbors: done before, skipped" in second.stdout
+    assert "1,797 images in 10 clusters" in second.stdout
+    assert "Running entrypoint" not in second.stdout
+    assert (cluster.folder / "run" / "report" / "index.html").exists()
+    assert not (cluster.folder / "run" / "lease.json").exists()
+
+    assert TOKEN not in output + second.stdout + second.stderr
+
+
+def test_a_config_that_is_refused_never_reaches_the_cluster(capsys: pytest.CaptureFixture[str]):
+    smoke = str(ROOT / "jobs" / "smoke.yaml")
+    assert run_command(["submit", smoke, "sead=1", "--address", "http://127.0.0.1:1"]) == 2
+    assert "sead: unknown key" in capsys.readouterr().err
+    assert run_command(["submit", smoke, "run=/here", "--address", "http://head"]) == 2
+    assert "run = /here: is local" in capsys.readouterr().err
