@@ -16,9 +16,9 @@ import click
 
 from rayclust.errors import ConfigError, RayclustError
 
-STAGE_NAMES = ("encode", "neighbors", "train", "assign", "label", "index", "evaluate", "report")
+STAGE_NAMES = ("encode", "neighbors", "select-k", "train", "assign", "label", "index", "evaluate", "report")
 """Stages whose command takes a RUN.yaml; figures has one of its own."""
-LATER_STAGES = ("counterparts", "select-k")
+LATER_STAGES = ("counterparts",)
 """Stages of the contract that this version does not have."""
 
 
@@ -96,7 +96,9 @@ _VERBOSE = click.option(
 @click.argument("images")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--out", required=True, help="Folder or s3:// URI of the run.")
-@click.option("--clusters", default="10", show_default=True, help="Number of clusters.")
+@click.option(
+    "--clusters", default="10", show_default=True, help="Number of clusters, or auto, or some to try: 5,8,10."
+)
 @click.option("--method", default="temi", show_default=True, help="kmeans or temi.")
 @click.option("--encoder", default=None, help="open_clip/ARCH, timm/ARCH or pixels.  [default: open_clip/ViT-B-32]")
 @_VERBOSE

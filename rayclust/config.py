@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
+from rayclust.candidates import SelectKConfig, open_schema, opened, written
 from rayclust.encoders.decode import PIXEL_CEILING
 from rayclust.encoders.options import EncoderConfig
 from rayclust.errors import ConfigError
@@ -162,12 +163,41 @@ class RunConfig(Config):
     features: FeaturesConfig = FeaturesConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     method: AnyMethodConfig
+    select_k: SelectKConfig = SelectKConfig()
     assign: AssignConfig = AssignConfig()
     label: LabelConfig = LabelConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open(cls, tree: Any) -> Any:
+        return opened(tree) if isinstance(tree, dict) else tree
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return written(handler(self))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the number of clusters is left to select-k; `method.clusters` is then a stand-in that nobody uses."""
+        return self.select_k.candidates is not None
+
+    def closed(self, clusters: int) -> RunConfig:
+        """This config with a number of clusters, as if it had been written so."""
+        tree = self.model_dump(mode="json", exclude_unset=True)
+        tree["method"]["clusters"] = clusters
+        return validate(tree)
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The schema of what may be written: `method.clusters` may also be open."""
+        schema = super().model_json_schema(*args, **kwargs)
+        for method in CONFIGS.values():
+            open_schema(schema["$defs"][method.__name__])
+        return schema
 
 
 def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") -> RunConfig:
@@ -193,7 +223,6 @@ def validate(tree: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: a key or value is refused; one line.
     """
-    _refuse_open_clusters(tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -253,15 +282,6 @@ def _override(tree: dict[str, Any], override: str) -> None:
         node[part] = child
         node = child
     node[parts[-1]] = parsed
-
-
-def _refuse_open_clusters(tree: dict[str, Any]) -> None:
-    method = tree.get("method")
-    clusters = method.get("clusters") if isinstance(method, dict) else None
-    if clusters == "auto" or isinstance(clusters, list):
-        raise ConfigError(
-            f"method.clusters = {clusters}: the choice of k (select-k) is not in this version: give a number"
-        )
 
 
 def known_keys() -> list[str]:

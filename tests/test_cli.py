@@ -22,7 +22,7 @@ def test_every_command_of_the_contract_is_there():
     assert set(commands.commands) == CONTRACT
 
 
-@pytest.mark.parametrize("command", sorted(CONTRACT - {"counterparts", "select-k"}))
+@pytest.mark.parametrize("command", sorted(CONTRACT - {"counterparts"}))
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
     assert run_command([command, "--help"]) == 0
     assert "Usage:" in capsys.readouterr().out
@@ -34,10 +34,10 @@ BAD_LINES = {
     "missing option": (["quick", "photos"], "--out"),
     "clusters that are no number": (["quick", ".", "--out", "x", "--clusters", "many"], "method.clusters = 'many'"),
     "one cluster": (["quick", ".", "--out", "x", "--clusters", "1"], "greater than or equal to 2"),
-    "clusters auto": (["quick", ".", "--out", "x", "--clusters", "auto"], "select-k"),
+    "candidates twice": (["quick", ".", "--out", "x", "--clusters", "5,5"], "method.clusters = [5, 5]"),
     "unknown method": (["quick", ".", "--out", "x", "--method", "dbscan"], "must be one of kmeans, temi"),
     "unknown encoder": (["quick", ".", "--out", "x", "--encoder", "resnet"], "open_clip/"),
-    "a stage of a later version": (["select-k", "RUN.yaml"], "not in this version"),
+    "a stage of a later version": (["counterparts", "RUN.yaml"], "not in this version"),
     "status of nothing": (["status", "/nonexistent"], "no run there"),
     "search of nothing": (["search", "/nonexistent", "--text", "a dog"], "no run there"),
     "predict of nothing": (["predict", "/nonexistent", ".", "--out", "t.csv"], "no run there"),

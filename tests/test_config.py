@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayclust.config import RunConfig, known_keys, parse
+from rayclust.config import RunConfig, known_keys, parse, validate
 from rayclust.errors import ConfigError
 
 GOOD = """
@@ -67,10 +67,28 @@ def test_a_bad_file_is_one_clear_line(name):
 
 BAD_VALUES = {
     "method.clusters=1": ["method.clusters = 1", "greater than or equal to 2"],
-    "method.clusters=ten": ["method.clusters = 'ten'", "integer"],
+    "method.clusters=ten": ["method.clusters = 'ten'", "an integer"],
     "method.clusters=2.5": ["method.clusters = 2.5", "integer"],
-    "method.clusters=auto": ["method.clusters = auto", "select-k"],
-    "method.clusters=[5,10]": ["method.clusters = [5, 10]", "select-k"],
+    "method.clusters=some": ["method.clusters = 'some'", "auto", "[5, 8, 10]"],
+    "method.clusters=[]": ["method.clusters = []", "no candidate"],
+    "method.clusters=[0,5]": ["method.clusters = [0, 5]", "0 must be at least 2"],
+    "method.clusters=[5,1]": ["method.clusters = [5, 1]", "1 must be at least 2"],
+    "method.clusters=[5,8,5]": ["method.clusters = [5, 8, 5]", "5 more than once"],
+    "method.clusters=[5,many]": ["method.clusters = [5, 'many']", "'many' is no integer"],
+    "method.clusters=[5,7.5]": ["method.clusters = [5, 7.5]", "7.5 is no integer"],
+    "select_k.candidates=auto": ["method.clusters = 10", "select_k.candidates = auto", "keep one"],
+    "select_k.candidates=[2]": ["method.clusters = 10", "select_k.candidates = [2]", "keep one"],
+    "select_k.least=1": ["select_k.least = 1", "greater than or equal to 2"],
+    "select_k.most=1": ["select_k.most = 1", "select_k.least = 2"],
+    "select_k.most=many": ["select_k.most = 'many'"],
+    "select_k.seeds=0": ["select_k.seeds = 0"],
+    "select_k.rule=best": ["select_k.rule = 'best'", "vote"],
+    "select_k.rows=1": ["select_k.rows = 1"],
+    "select_k.max_concurrent=0": ["select_k.max_concurrent = 0", "at least 1"],
+    "select_k.gpus_per_trial=-1": ["select_k.gpus_per_trial = -1"],
+    "select_k.cpus_per_trial=0": ["select_k.cpus_per_trial = 0"],
+    "select_k.candidate=auto": ["select_k.candidate: unknown key", "did you mean candidates?"],
+    "selectk.seeds=3": ["selectk: unknown key", "did you mean select_k?"],
     "method.clustrs=5": ["method.clustrs: unknown key", "did you mean clusters?"],
     "method.name=temmi": ["method.name = 'temmi'", "must be one of", "did you mean temi?"],
     "method.beta=0": ["method.beta = 0", "greater than 0"],
@@ -111,6 +129,54 @@ def test_a_bad_value_names_key_value_and_bound(override):
     assert "\n" not in message
     for wanted in BAD_VALUES[override]:
         assert wanted in message, message
+
+
+OPEN = {
+    "method.clusters=auto": "auto",
+    "method.clusters=[5,8,10]": (5, 8, 10),
+    "method.clusters=[10,5]": (5, 10),
+    "method.clusters=[7]": (7,),
+}
+
+
+@pytest.mark.parametrize("override", OPEN)
+def test_an_open_number_of_clusters_is_a_list_of_candidates_and_is_written_as_it_was_read(override: str):
+    config = parse(GOOD, [override])
+    assert config.is_open
+    assert config.select_k.candidates == OPEN[override]
+    for tree in (config.model_dump(mode="json", exclude_unset=True), config.model_dump(mode="json")):
+        assert validate(tree).select_k == config.select_k
+        assert validate(tree).method == config.method
+    written = config.model_dump(mode="json", exclude_unset=True)
+    assert written["method"]["clusters"] == (list(OPEN[override]) if override != "method.clusters=auto" else "auto")
+    assert "select_k" not in written
+    assert validate(written) == config
+
+
+def test_candidates_may_be_given_under_either_key():
+    without = GOOD.replace(", clusters: 10", "")
+    assert parse(without, ["select_k.candidates=auto"]) == parse(GOOD, ["method.clusters=auto"])
+    assert parse(without, ["select_k.candidates=[8,5]", "select_k.seeds=3"]) == parse(
+        GOOD, ["method.clusters=[5,8]", "select_k.seeds=3"]
+    )
+    with pytest.raises(ConfigError, match=r"select_k\.candidates = 5: must be auto, or a list"):
+        parse(without, ["select_k.candidates=5"])
+    with pytest.raises(ConfigError, match=r"select_k\.candidates = auto: method\.clusters = \[5\] says it already"):
+        parse(GOOD, ["select_k.candidates=auto", "method.clusters=[5]"])
+
+
+def test_a_settled_config_is_the_one_with_the_number():
+    settled = parse(GOOD, ["method.clusters=auto", "select_k.seeds=3", "method.heads=7"]).closed(12)
+    assert settled == parse(GOOD, ["method.clusters=12", "select_k.seeds=3", "method.heads=7"])
+    assert settled.method.model_fields_set == {"name", "clusters", "heads"}
+    assert not settled.is_open
+
+
+def test_the_schema_takes_what_the_reader_takes():
+    clusters = RunConfig.model_json_schema()["$defs"]["TemiConfig"]["properties"]["clusters"]
+    number = {"type": "integer", "minimum": 2}
+    assert clusters["anyOf"][:2] == [number, {"const": "auto"}]
+    assert clusters["anyOf"][2]["items"] == number
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "a..b=1", ".=1", "seed=[1,"])

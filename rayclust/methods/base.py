@@ -192,8 +192,12 @@ class Method(nn.Module):
         """
         return None
 
-    def repartition(self, clusters: int) -> Method:
+    def repartition(self, clusters: int, seed: int | None = None) -> Method:
         """This fitted method with another number of clusters, at most those it was fitted for, without another fit.
+
+        Args:
+            clusters: K.
+            seed: of the partition; None takes that of the fit.
 
         Raises:
             ConfigError: it was fitted for fewer.

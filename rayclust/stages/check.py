@@ -11,6 +11,7 @@ from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import DataError, RayclustError
+from rayclust.methods import METHODS
 from rayclust.stages.inputs import input_shards
 from rayclust.stages.models import load_run_encoder
 from rayclust.stages.progress import duration
@@ -23,6 +24,8 @@ SAMPLE_IMAGES = 16
 LISTED_SHARDS = 1000
 """Shards that are listed to estimate the size of the run."""
 GIGABYTE = 1e9
+MORE_A_ROUND = 4
+"""Candidates that a round of select-k's refinement adds at most."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def check(config: RunConfig) -> list[Finding]:
         One finding per subject; all are looked at, also after one that is bad.
     """
     size = _Size()
-    findings = [Finding("config", True, f"method {config.method.name}, {config.method.clusters} clusters")]
+    findings = [Finding("config", True, f"method {config.method.name}, {_clusters(config)} clusters")]
     steps: tuple[tuple[str, Callable[[RunConfig, _Size], str]], ...] = (
         ("run", _writable),
         ("images", _listing),
@@ -66,6 +69,13 @@ def check(config: RunConfig) -> list[Finding]:
         except RayclustError as error:
             findings.append(Finding(subject, False, str(error)))
     return findings
+
+
+def _clusters(config: RunConfig) -> str:
+    candidates = config.select_k.candidates
+    if candidates is None:
+        return str(config.method.clusters)
+    return "auto" if candidates == "auto" else "one of " + ", ".join(map(str, candidates))
 
 
 def _writable(config: RunConfig, size: _Size) -> str:
@@ -132,10 +142,32 @@ def _encode(encoder: Encoder, data: bytes) -> str | None:
 
 
 def _method(config: RunConfig, size: _Size) -> str:
+    if config.is_open:
+        return _search(config, size)
     if size.images and not size.is_lower_bound and size.images < config.method.clusters:
         raise DataError(
             f"method.clusters = {config.method.clusters}: must be at most the number of images, {size.images}"
         )
+    return _fit(config, size)
+
+
+def _search(config: RunConfig, size: _Size) -> str:
+    """What select-k will fit: how often, and the largest of them."""
+    options = config.select_k
+    if not size.images or size.is_lower_bound:
+        return f"{config.method.name} once for each candidate and seed, of which the number of images decides"
+    options.refuse_above(size.images)
+    first = options.first(size.images)
+    largest = _fit(config.closed(first[-1]), size)
+    if not METHODS[config.method.name][1].refits_for_clusters:
+        return f"one fit of {largest}, cut into {len(first)} candidates up to {first[-1]} clusters"
+    more = f", and up to {MORE_A_ROUND * options.rounds} candidates more" if options.candidates == "auto" else ""
+    fits = len(first) * options.seeds
+    shown = f"{len(first)} candidates × {options.seeds} seeds = {fits} fits up to {first[-1]} clusters"
+    return f"{shown}{more}; each of {largest}"
+
+
+def _fit(config: RunConfig, size: _Size) -> str:
     known = f"{config.method.name} on {size.dimension} values a row"
     if size.images <= config.method.clusters or not size.dimension:
         return known

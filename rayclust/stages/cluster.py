@@ -144,6 +144,21 @@ def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1,
         return ray.get(call.remote())
 
 
+def on_every_node(function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls a function once on each node of the cluster; a node that is gone by then is passed over."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if not ray.is_initialized():
+        function(*arguments)
+        return
+    remote = ray.remote(num_cpus=0, max_retries=0)(function)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    calls = [remote.options(scheduling_strategy=place).remote(*arguments) for place in places]
+    ray.wait(calls, num_returns=len(calls), timeout=PATIENCE_SECONDS)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Lets the error that a remote worker raised on purpose through, without Ray's wrapping."""

@@ -22,7 +22,8 @@ from rayclust.report.scatter import centers, hues, scatter
 from rayclust.report.scores import KNOWN
 from rayclust.report.spectra import Spectrum, spectra
 from rayclust.stages.figures import FEATURES, KERNEL_TEMPERATURE, OWN, PRECISION_AT, numbers
-from rayclust.stages.pipeline import STAGES, Seals, run_stage
+from rayclust.stages.graph import SELECT_K
+from rayclust.stages.pipeline import Seals, run_stage
 from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
@@ -63,7 +64,7 @@ def export(config: RunConfig, out: str | None) -> list[str]:
     if Seals(config).of("figures") is None:  # else nobody's lease is needed: reading is free
         run_stage("figures", config)
     run, seals = Run(config.run), Seals(config)
-    chosen = seals.of("select-k") if "select-k" in STAGES else None
+    chosen = seals.of(SELECT_K) if config.is_open else None
     selection = filesystem.read_json(run.selection) if chosen is not None else None
     folder = numbers(run, "") if out is None else filesystem.absolute(out)
     files = {f"{drawn.key}.svg": svg.standalone(drawn.svg).encode() for drawn in drawings(run, selection)}

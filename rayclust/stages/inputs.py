@@ -9,8 +9,8 @@ from typing import Any
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
 from rayclust.stages import datasets
+from rayclust.stages.graph import STAGES
 from rayclust.stages.models import weights_stamp
-from rayclust.stages.pipeline import STAGES
 from rayclust.store.manifest import digest_of
 from rayclust.store.sources import Shard, plan_shards
 

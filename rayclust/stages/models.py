@@ -99,11 +99,11 @@ def _weights(config: RunConfig) -> Iterator[Path | None]:
         yield path
 
 
-def save_method(run: Run, export: Export) -> Outputs:
-    """Writes a fitted method: safetensors and JSON, never a pickle."""
+def save_method(run: Run, export: Export, folder: str) -> Outputs:
+    """Writes a fitted method to a folder below the run: safetensors and JSON, never a pickle."""
     tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
-    weights = put_bytes(run, filesystem.join(run.model_folder, "weights.safetensors"), safetensors.torch.save(tensors))
-    return weights | put_json(run, filesystem.join(run.model_folder, "config.json"), export.settings)
+    weights = put_bytes(run, filesystem.join(folder, "weights.safetensors"), safetensors.torch.save(tensors))
+    return weights | put_json(run, filesystem.join(folder, "config.json"), export.settings)
 
 
 @lru_cache(2)
@@ -113,13 +113,21 @@ def load_method(uri: str, digest: str) -> Method:
     Raises:
         ArtefactError: the model is missing or damaged.
     """
-    folder = Run(uri).model_folder
+    return read_method(Run(uri).model_folder, stage="train")
+
+
+def read_method(folder: str, stage: str) -> Method:
+    """The fitted method in a folder that `stage` wrote.
+
+    Raises:
+        ArtefactError: the model is missing or damaged.
+    """
     settings: dict[str, Any] = filesystem.read_json(filesystem.join(folder, "config.json"))
     data = filesystem.read_bytes(filesystem.join(folder, "weights.safetensors"))
     try:
         return load(Export(settings, safetensors.torch.load(data))).eval()
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ArtefactError(f"{folder}: the model is damaged ({error}); run train again with --force") from error
+        raise ArtefactError(f"{folder}: the model is damaged ({error}); run {stage} again with --force") from error
 
 
 def represented(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:

@@ -1,18 +1,16 @@
-"""Which stages there are, what each depends on, and how one is run, skipped or run again."""
+"""How a stage is run, skipped or run again."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
-from rayclust.language.vocabulary import kind_of
-from rayclust.methods import has_own_space
+from rayclust.stages.graph import CHOSEN, SELECT_K, STAGES, Stage, stages_of
 from rayclust.stages.outputs import Listing, Outputs
 from rayclust.stages.progress import duration
 from rayclust.store import filesystem
@@ -23,35 +21,12 @@ from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage: what of the config it depends on and which stages it reads."""
-
-    name: str
-    needs: tuple[str, ...]
-    settings: Callable[[RunConfig], dict[str, Any]]
-    """The part of the config that its results depend on."""
-    revision: int = 1
-    """Raised when the stage's results change for the same config."""
-
-    for_own_space: tuple[str, ...] = ()
-    """Stages that it reads besides where the method has a space of its own."""
-
-    def inputs(self, config: RunConfig) -> tuple[str, ...]:
-        """The stages that it reads in a run of this config."""
-        return (*self.needs, *self.for_own_space) if has_own_space(config.method.name) else self.needs
-
-    @property
-    def module(self) -> Any:
-        """The stage's file, imported when it is first needed: it brings torch and Ray."""
-        return importlib.import_module(f"rayclust.stages.{self.name}")
-
-
 @dataclass
 class StageContext:
     """What a stage's `run` is given."""
 
     config: RunConfig
+    """With the number of clusters that was chosen, for stages that come after the choice."""
     run: Run
     digest: str
     """Of the config and all inputs; units of work carry it in their markers."""
@@ -72,64 +47,6 @@ class StageResult:
     """One line for the log."""
 
 
-def _part(config: Any, *keys: str) -> dict[str, Any]:
-    dumped: dict[str, Any] = config.model_dump(mode="json")
-    return {key: dumped[key] for key in keys} if keys else dumped
-
-
-def _method(config: RunConfig) -> dict[str, Any]:
-    # What was set by hand matters besides the values: a preset fills only what was left open.
-    return {"all": _part(config.method), "set": sorted(config.method.model_fields_set)}
-
-
-def _words(config: RunConfig) -> dict[str, Any]:
-    content: dict[str, Any] = {"label": _part(config.label), "encoder": _part(config.encoder)}
-    if kind_of(config.label.vocabulary) in ("text", "embeddings"):
-        found = filesystem.stat(config.label.vocabulary)
-        content["words"] = found.stamp if found else None
-    return content
-
-
-def _index(config: RunConfig) -> dict[str, Any]:
-    settings = {"index": _part(config.index), "seed": config.seed}
-    return settings | ({"features": _part(config.features)} if has_own_space(config.method.name) else {})
-
-
-def _levels(config: RunConfig) -> dict[str, Any]:
-    return {"levels": config.assign.levels, "seed": config.seed} if config.assign.levels else {}
-
-
-_IMAGES = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
-
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("encode", (), lambda c: {"images": _part(c.images, *_IMAGES), "encoder": _part(c.encoder)}),
-        Stage("neighbors", ("encode",), lambda c: {"neighbors": _part(c.neighbors), "features": _part(c.features)}),
-        Stage(
-            "train",
-            ("encode", "neighbors"),
-            lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed},
-        ),
-        Stage("assign", ("encode", "train"), lambda c: {"features": _part(c.features)} | _levels(c)),
-        Stage("label", ("encode", "assign"), lambda c: _words(c) | {"features": _part(c.features)}),
-        Stage("index", ("encode",), _index, for_own_space=("train",)),
-        Stage(
-            "evaluate",
-            ("encode", "neighbors", "assign"),
-            lambda c: {"evaluate": _part(c.evaluate), "features": _part(c.features), "seed": c.seed},
-        ),
-        Stage("figures", ("encode", "train", "assign"), lambda c: {"features": _part(c.features), "seed": c.seed}),
-        Stage(
-            "report",
-            ("encode", "train", "assign", "label", "evaluate", "figures"),
-            lambda c: {"report": _part(c.report)},
-            for_own_space=("index",),
-        ),
-    )
-}
-
-
 def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
     """Runs one stage, unless it is sealed for the same config and inputs.
 
@@ -144,9 +61,13 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
 
 def _run_held(name: str, config: RunConfig, lease: Lease, force: bool) -> Manifest:
     stage, run = STAGES[name], Run(config.run)
-    inputs = _sealed_inputs(config, stage)
+    if name not in stages_of(config):
+        logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
+        return Manifest(stage=name, digest="")
+    seals = Seals(config)
+    inputs, settled = _sealed_inputs(seals, config, stage), seals.settled(name)
     plan = _listed(config) if name == "encode" else None
-    digest = stage_digest(stage, config, inputs, plan)
+    digest = stage_digest(stage, settled, inputs, plan)
     manifest = read_manifest(run, name)
     if manifest and manifest.digest == digest and not force and outputs_present(run, manifest):
         save_config(config)
@@ -158,12 +79,12 @@ def _run_held(name: str, config: RunConfig, lease: Lease, force: bool) -> Manife
         filesystem.remove_tree(run.at("manifests", name))
     logger.info("%s: started", name)
     started = time.monotonic()
-    result: StageResult = stage.module.run(StageContext(config, run, digest, inputs, plan))
+    result: StageResult = stage.module.run(StageContext(settled, run, digest, inputs, plan))
     seconds = time.monotonic() - started
     manifest = Manifest(
         stage=name,
         digest=digest,
-        inputs={need: content_digest(sealed) for need, sealed in inputs.items()} | _settings_digest(stage, config),
+        inputs=_input_digests(stage, inputs) | _settings_digest(stage, settled),
         counts=result.counts,
         outputs={path: Output(**written) for path, written in result.outputs.items()},
         versions=versions(),
@@ -180,7 +101,7 @@ def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = 
     """Runs every stage that is not done, in order, up to and with `stop_after`."""
     sealed = {}
     with held(Run(config.run)):
-        for name in STAGES:
+        for name in stages_of(config):
             sealed[name] = run_stage(name, config, force=force)
             if name == stop_after:
                 break
@@ -205,7 +126,7 @@ def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], p
             "stage": stage.name,
             "revision": stage.revision,
             "settings": stage.settings(config),
-            "inputs": {need: content_digest(manifest) for need, manifest in inputs.items()},
+            "inputs": _input_digests(stage, inputs),
             "plan": plan.digest if plan else None,
         }
     )
@@ -214,6 +135,13 @@ def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], p
 def content_digest(manifest: Manifest) -> str:
     """Digest of what a stage wrote, so that equal bytes from another config make nothing run again."""
     return digest_of(manifest.model_dump(mode="json", include={"outputs", "extra"}))
+
+
+def _input_digests(stage: Stage, inputs: dict[str, Manifest]) -> dict[str, str]:
+    return {
+        need: digest_of(sealed.extra[stage.takes[need]]) if need in stage.takes else content_digest(sealed)
+        for need, sealed in inputs.items()
+    }
 
 
 def outputs_present(run: Run, manifest: Manifest) -> bool:
@@ -248,21 +176,32 @@ class Seals:
             self._found[name] = manifest if manifest and self._holds(STAGES[name], manifest) else None
         return self._found[name]
 
+    def settled(self, name: str) -> RunConfig:
+        """The config as a stage is given it: with the number of clusters that was chosen, once it has been."""
+        chosen = self.of(SELECT_K) if self._config.is_open and self._is_after_choice(name) else None
+        return self._config if chosen is None else self._config.closed(chosen.extra[CHOSEN]["clusters"])
+
+    def _is_after_choice(self, name: str) -> bool:
+        needs = STAGES[name].inputs(self._config)
+        return SELECT_K in needs or any(self._is_after_choice(need) for need in needs)
+
     def _holds(self, stage: Stage, manifest: Manifest) -> bool:
         needs = stage.inputs(self._config)
         if not needs:
             wanted = _settings_digest(stage, self._config)["settings"]
             return manifest.inputs.get("settings", wanted) == wanted
         inputs = {need: found for need in needs if (found := self.of(need)) is not None}
-        return len(inputs) == len(needs) and manifest.digest == stage_digest(stage, self._config, inputs)
+        if len(inputs) < len(needs):
+            return False
+        return manifest.digest == stage_digest(stage, self.settled(stage.name), inputs)
 
 
 def _settings_digest(stage: Stage, config: RunConfig) -> dict[str, str]:
     return {"settings": digest_of(stage.settings(config))}
 
 
-def _sealed_inputs(config: RunConfig, stage: Stage) -> dict[str, Manifest]:
-    seals, inputs = Seals(config), dict[str, Manifest]()
+def _sealed_inputs(seals: Seals, config: RunConfig, stage: Stage) -> dict[str, Manifest]:
+    inputs = dict[str, Manifest]()
     for need in stage.inputs(config):
         manifest = seals.of(need)
         if manifest is None:

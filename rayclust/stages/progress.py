@@ -58,6 +58,14 @@ class Progress:
             self.done += count
             self._show(note)
 
+    def more(self, count: int, done: int = 0) -> None:
+        """Adds units to the total, some of which an earlier run has finished."""
+        with self._lock:
+            self.total = (self.total or 0) + count
+            self.done += done
+            self._resumed += done
+            self._show(None)
+
     def at(self, done: int, total: int | None = None, note: str | None = None) -> None:
         """Sets the number done, and the total if it has become known."""
         with self._lock:
@@ -71,12 +79,16 @@ class Progress:
 
     def _show(self, note: str | None) -> None:
         self.note = self.note if note is None else note
-        shown = f"{self.rate():,.0f} {self.unit}/s" + (f", {self.note}" if self.note else "")
+        shown = self._speed() + (f", {self.note}" if self.note else "")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, total=self.total, note=shown)
         elif time.monotonic() - self._last_line >= LOG_INTERVAL:
             self._last_line = time.monotonic()
             logger.info("%s: %s %s, %s%s", self.stage, self._fraction(), self.unit, shown, self._left())
+
+    def _speed(self) -> str:
+        rate = self.rate()
+        return f"{60 * rate:.2g} {self.unit}/min" if 0 < rate < 1 else f"{rate:,.0f} {self.unit}/s"
 
     def _fraction(self) -> str:
         return f"{self.done:,}" if self.total is None else f"{self.done:,} of {self.total:,}"

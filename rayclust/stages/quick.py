@@ -28,7 +28,7 @@ def quick(
     Args:
         images: anything that `images.uri` takes.
         out: folder or URI of the run.
-        clusters: a number.
+        clusters: a number, `auto`, or candidates with commas between.
         method: its name.
         encoder: its name; None takes the default.
         overrides: `KEY=VALUE` items for RUN.yaml.
@@ -44,7 +44,8 @@ def quick(
         "method": {"name": method},
     }
     text = yaml.safe_dump(tree, sort_keys=False)
-    config = anchored(parse(text, [f"method.clusters={clusters}", *overrides]))
+    open_or_not = f"[{clusters}]" if "," in clusters and "[" not in clusters else clusters
+    config = anchored(parse(text, [f"method.clusters={open_or_not}", *overrides]))
     with held(Run(config.run)):
         filesystem.write_bytes(filesystem.join(config.run, "RUN.yaml"), as_yaml(config).encode())
         run_all(config)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayclust.config import RunConfig
 from rayclust.report.budget import PageLimits, featured
 from rayclust.report.contents import (
     Cluster,
@@ -27,10 +28,11 @@ from rayclust.report.page import render
 from rayclust.report.thumbnails import thumbnail
 from rayclust.stages.drawings import drawings
 from rayclust.stages.evaluate import contingency_uri
+from rayclust.stages.graph import stages_of
 from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
 from rayclust.stages.outputs import put_bytes
-from rayclust.stages.pipeline import STAGES, StageContext, StageResult
-from rayclust.stages.quick import as_yaml
+from rayclust.stages.pipeline import StageContext, StageResult
+from rayclust.stages.quick import as_yaml, load_run
 from rayclust.stages.rows import row_starts
 from rayclust.stages.units import STORAGE_THREADS
 from rayclust.store import filesystem, tables
@@ -46,7 +48,7 @@ DRAWN_CLASSES = 60
 
 def run(context: StageContext) -> StageResult:
     """Gathers and renders."""
-    run, config = context.run, context.config
+    run, config, asked = context.run, context.config, load_run(context.run.uri)
     metrics = filesystem.read_json(run.metrics)
     clusters = tables.read_table(run.clusters).to_pylist()
     limits = PageLimits(
@@ -67,9 +69,9 @@ def run(context: StageContext) -> StageResult:
         methods=(_method(context, metrics), *_others(run, config.method.name)),
         clusters=tuple(_cluster(cluster, pictures, counts, context.inputs["label"]) for cluster in clusters),
         classes=metrics.get("classes"),
-        stages=tuple(_times(run)),
+        stages=tuple(_times(run, asked)),
         versions=context.inputs["encode"].versions,
-        config=as_yaml(config),
+        config=as_yaml(asked),
         curves=tuple(_curves(run)),
         confidence=tuple(context.inputs["label"].extra["confidence"]),
         contingency=_drawn(counts, len(clusters)),
@@ -227,8 +229,8 @@ def _drawn(counts: pa.Table | None, clusters: int) -> Contingency | None:
     return Contingency(counts=table, classes=tuple(classes), clusters=tuple(range(clusters)))
 
 
-def _times(run: Run) -> list[StageTime]:
-    sealed = [(name, read_manifest(run, name)) for name in STAGES if name != "report"]
+def _times(run: Run, asked: RunConfig) -> list[StageTime]:
+    sealed = [(name, read_manifest(run, name)) for name in stages_of(asked) if name != "report"]
     return [
         StageTime(name=name, seconds=manifest.seconds, count=manifest.counts.get("rows"))
         for name, manifest in sealed

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rayclust.stages.pipeline import STAGES, Seals
+from rayclust.config import RunConfig
+from rayclust.stages.graph import SELECT_K, stages_of
+from rayclust.stages.pipeline import Seals
 from rayclust.stages.progress import duration
 from rayclust.stages.quick import load_run
 from rayclust.store import filesystem
@@ -23,8 +25,8 @@ def lines(uri: str) -> Iterator[str]:
     """
     config = load_run(uri)
     run, seals = Run(config.run), Seals(config)
-    yield f"{run.uri}: {config.method.name}, {config.method.clusters} clusters, {config.encoder.name}"
-    for stage in STAGES:
+    yield f"{run.uri}: {config.method.name}, {_clusters(config, seals)} clusters, {config.encoder.name}"
+    for stage in stages_of(config):
         manifest = read_manifest(run, stage)
         text = _sealed(manifest) if manifest else _unfinished(run, stage)
         outdated = manifest is not None and seals.of(stage) is None
@@ -33,11 +35,20 @@ def lines(uri: str) -> Iterator[str]:
     yield from _driver(run)
 
 
+def _clusters(config: RunConfig, seals: Seals) -> str:
+    if not config.is_open:
+        return str(config.method.clusters)
+    chosen = seals.of(SELECT_K)
+    return "a number yet to be chosen of" if chosen is None else f"{seals.settled('train').method.clusters} (chosen)"
+
+
 def _sealed(manifest: Manifest) -> str:
     rows = manifest.counts.get("rows")
     text = f"done in {duration(manifest.seconds)}"
     if rows is not None and manifest.seconds:
         text += f", {rows:,} rows, {rows / manifest.seconds:,.0f} a second"
+    if manifest.extra.get("reason"):
+        text += f", {manifest.counts['candidates']} candidates: {manifest.extra['reason']}"
     if manifest.counts.get("rejects"):
         reasons = sorted(manifest.extra["reasons"].items(), key=lambda item: -item[1])
         text += (

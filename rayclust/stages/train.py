@@ -23,10 +23,12 @@ from rayclust import collectives
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import build
+from rayclust.methods.base import Method
 from rayclust.stages.board import Board
 from rayclust.stages.cluster import connect, cores_per_worker, plain_errors, train_workers
+from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.models import save_method
-from rayclust.stages.outputs import Outputs, put_table
+from rayclust.stages.outputs import Outputs, put_bytes, put_table
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.progress import Progress
 from rayclust.stages.rows import StoredRows, cache_folder, drop_cache
@@ -43,31 +45,58 @@ KEPT = 2
 
 
 def run(context: StageContext) -> StageResult:
-    """Trains on the cluster and seals the model."""
+    """Trains on the cluster and seals the model; where select-k has fitted this very model, takes it."""
     config, encode = context.config, context.inputs["encode"]
-    if encode.counts["rows"] < config.method.clusters:  # said at once, not after every worker has tried
-        rows = encode.counts["rows"]
+    rows = encode.counts["rows"]
+    if rows < config.method.clusters:  # said at once, not after every worker has tried
         raise ConfigError(f"method.clusters = {config.method.clusters}: must be at most the number of rows, {rows}")
-    connect()
-    job = Job(config, context.digest, encode)
-    # Ray Train wants a folder for checkpoints; it gets none, ours lie below the run.
-    folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
-    with folder as storage, plain_errors(), _Watch(config) as board:
-        result = _fit(job, board, storage)
-    filesystem.remove_tree(context.run.checkpoints(context.digest))
+    if SELECT_K in context.inputs:
+        return _adopt(context, context.inputs[SELECT_K].extra[CHOSEN])
+    result = fit(Job("train", config, context.digest, encode, context.run.model_folder))
     summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
     if result["loss"] is not None:
         summary += f", loss {result['loss']:.4f}"
-    return StageResult(result["outputs"], {"rows": encode.counts["rows"], "steps": result["steps"]}, {}, summary)
+    return StageResult(result["outputs"], {"rows": rows, "steps": result["steps"]}, {}, summary)
+
+
+def _adopt(context: StageContext, chosen: dict[str, Any]) -> StageResult:
+    """The chosen candidate's model, made from the same settings and seed."""
+    run, outputs = context.run, Outputs()
+    for path in chosen["outputs"]:
+        name = path.rpartition("/")[2]
+        outputs |= put_bytes(run, filesystem.join(run.model_folder, name), filesystem.read_bytes(run.at(path)))
+    counts = {"rows": context.inputs["encode"].counts["rows"], "steps": chosen["steps"]}
+    summary = f"{context.config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
+    return StageResult(outputs, counts, {}, summary)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told."""
+    """One fit, as every worker is told."""
 
+    stage: str
+    """The stage that wants it, for the progress."""
     config: RunConfig
     digest: str
+    """Of everything that the fit depends on: the name of its checkpoints."""
     encode: Manifest
+    folder: str
+    """Where the model goes, below the run."""
+
+
+def fit(job: Job) -> dict[str, Any]:
+    """Fits a method on the cluster, from the newest checkpoint if there is one, and writes it.
+
+    Returns:
+        `outputs`, `steps`, `loss` (None for a method without rows of metrics).
+    """
+    connect()
+    # Ray Train wants a folder for checkpoints; it gets none, ours lie below the run.
+    folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
+    with folder as storage, plain_errors(), _Watch(job.stage) as board:
+        result = _fit(job, board, storage)
+    filesystem.remove_tree(Run(job.config.run).checkpoints(job.digest))
+    return result
 
 
 def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
@@ -117,17 +146,22 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     drop_cache(job.digest)
     if rank:
         return None
-    outputs = save_method(run, method.export()) | _write_metrics(run, trainer.history)
-    last = trainer.history[-1] if trainer.history else {}
+    return write_fit(run, job.folder, method, trainer.history)
+
+
+def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Writes a fitted method and its rows of metrics; see `fit` for what is returned."""
+    outputs = save_method(run, method.export(), folder) | _write_metrics(run, folder, history)
+    last = history[-1] if history else {}
     return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
 
 
-def _write_metrics(run: Run, history: list[dict[str, Any]]) -> Outputs:
+def _write_metrics(run: Run, folder: str, history: list[dict[str, Any]]) -> Outputs:
     # Seconds and rates differ from run to run; they stay out so that the same training gives the same bytes.
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
     names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
     table = pa.table({name: [row.get(name) for row in rows] for name in names or ["epoch"]})
-    return put_table(run, filesystem.join(run.model_folder, "metrics.parquet"), table)
+    return put_table(run, filesystem.join(folder, "metrics.parquet"), table)
 
 
 class StoredCheckpoints:
@@ -176,11 +210,11 @@ class StoredCheckpoints:
 class _Watch:
     """Shows what the board says, from a thread, while the driver waits for the workers."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, stage: str) -> None:
         import ray
 
         self._board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
-        self._progress = Progress("train", "steps")
+        self._progress = Progress(stage, "steps")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 

@@ -73,6 +73,13 @@ def finish(uri: str, unit: Unit, work: Callable[[], UnitResult]) -> UnitResult:
     return result
 
 
+def markers(run: Run, stage: str) -> list[tuple[int, str]]:
+    """Index and digest of every unit that a stage has marked, whatever it was done for."""
+    files = filesystem.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
+    read = [(int(file.key[5:-5]), read_marker(file.uri)) for file in files if file.key.startswith("part-")]
+    return [(index, marker[0]) for index, marker in read if marker is not None]
+
+
 def finished(run: Run, stage: str, units: Sequence[Unit]) -> dict[int, UnitResult]:
     """Results, by index, of the units whose markers match and whose outputs are all there."""
 

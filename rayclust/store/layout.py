@@ -89,6 +89,15 @@ class Run:
         """The number of clusters that was chosen, and why."""
         return self.at("selection.json")
 
+    def candidate(self, clusters: int) -> str:
+        """Folder of the model that select-k fitted with so many clusters; beside it, ending in .json, its criteria."""
+        return self.at("selection", f"k-{clusters:05d}")
+
+    @property
+    def selection_fit(self) -> str:
+        """Folder of the one model of which all candidates are cut, for methods that need no fit for each."""
+        return self.at("selection", "fit")
+
     @property
     def model_folder(self) -> str:
         """The trained method: weights, config and a table of metrics per epoch."""

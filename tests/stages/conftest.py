@@ -57,7 +57,7 @@ class Sealed:
         return found
 
 
-def _sealed(config: RunConfig) -> Iterator[Sealed]:
+def sealed_run(config: RunConfig) -> Iterator[Sealed]:
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
         run_all(config)
@@ -72,7 +72,7 @@ def pictures_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     tarfile.open(folder / "images" / "shard-000a.tar", "w").close()
     with tarfile.open(folder / "images" / "shard-001.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("broken.png"), io.BytesIO())
-    yield from _sealed(validate(tree(str(folder / "run"), str(folder / "images"))))
+    yield from sealed_run(validate(tree(str(folder / "run"), str(folder / "images"))))
 
 
 VECTORS = np.array([[3, 0], [4, 1], [0, 2], [1, 5], [0, 4], [6, 0], [5, 1]], np.float32)
@@ -92,4 +92,4 @@ def vectors_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
         }
         pq.write_table(pa.table(columns), folder / "table" / f"{part}.parquet")
     groups = {"method": {"clusters": 2}, "features": {"center": False}, "neighbors": {"k": 2}}
-    yield from _sealed(validate(tree(str(folder / "run"), str(folder / "table"), **groups)))
+    yield from sealed_run(validate(tree(str(folder / "run"), str(folder / "table"), **groups)))

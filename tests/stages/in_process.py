@@ -19,9 +19,11 @@ from rayclust.stages import (
     index,
     label,
     neighbors,
+    select_k,
     train,
     units,
 )
+from rayclust.stages.candidate import Search, examine
 from rayclust.stages.decode_worker import ReadAndDecode
 from rayclust.stages.shard_writer import ShardWriter
 from rayclust.stages.units import Unit, UnitResult
@@ -50,7 +52,9 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         encode, "_renumbered", lambda run, starts: [encode.renumber(run, i, row) for i, row in starts.items()]
     )
-    patch.setattr(train, "_Watch", lambda config: nullcontext(Board()))
+    patch.setattr(select_k, "run_trials", _try_all)
+    patch.setattr(select_k, "on_every_node", lambda function, *arguments: function(*arguments))
+    patch.setattr(train, "_Watch", lambda stage: nullcontext(Board()))
     patch.setattr(train, "_fit", lambda job, board, storage: train._work({"job": job, "board": board, "threads": 1}))
 
 
@@ -59,6 +63,14 @@ def _submit(
 ) -> Iterator[tuple[Unit, UnitResult]]:
     for unit in todo:
         yield unit, units.finish(run.shard_manifest(unit.index, stage), unit, lambda unit=unit: function(unit))
+
+
+def _try_all(search: Search, candidates: Sequence[int], on_change: Callable[[Sequence[int], int], None]) -> None:
+    for k in candidates:
+        on_change([k], 0)
+        marker = search.run.shard_manifest(k, "select-k")
+        units.finish(marker, search.unit(k), lambda k=k: examine(search, k))
+        on_change([], 1)
 
 
 def _stream(context: Any, todo: Sequence[Unit], preprocess: Any, dimension: int) -> Iterator[tuple[int, int]]:

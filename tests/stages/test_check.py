@@ -117,3 +117,25 @@ def test_the_plan_of_a_training_is_told_and_one_that_cannot_be_is_found(tmp_path
     assert told.text.startswith("temi on 192 values a row, rows of a batch over 2 workers: ")
     wrong = bad(config(tmp_path, method=method | {"parallel": "2x3"}, resources=resources))
     assert "method.parallel = 2x3: is for 6 workers, there are 2" in wrong["method"]
+
+
+def method_line(settings: RunConfig) -> str:
+    return next(finding.text for finding in check(settings) if finding.subject == "method")
+
+
+def test_the_fits_of_a_choice_are_counted(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=10)
+    listed = config(tmp_path, method={"clusters": [2, 5, 9]}, select_k={"seeds": 3})
+    expected = "3 candidates × 3 seeds = 9 fits up to 9 clusters; each of kmeans on 192 values a row"
+    assert method_line(listed).startswith(expected)
+    findings = {finding.subject: finding.text for finding in check(listed)}
+    assert findings["config"] == "method kmeans, one of 2, 5, 9 clusters"
+    auto = config(tmp_path, method={"clusters": "auto"})
+    assert "candidates × 2 seeds" in method_line(auto)
+    assert "up to 11 clusters, and up to 8 candidates more" in method_line(auto)
+
+
+def test_candidates_above_the_images_are_found(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=1)
+    found = bad(config(tmp_path, method={"clusters": [2, 4]}))
+    assert found == {"method": "method.clusters = [2, 4]: 4 is above the number of rows, 3"}

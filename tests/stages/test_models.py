@@ -77,14 +77,14 @@ def kmeans(value: float) -> Any:
 
 def test_a_method_reads_back_as_saved_and_anew_when_its_digest_changes(tmp_path: Path):
     run = Run(str(tmp_path))
-    first = save_method(run, kmeans(0).export())
+    first = save_method(run, kmeans(0).export(), run.model_folder)
     assert set(first) == {"model/weights.safetensors", "model/config.json"}
-    assert first == save_method(run, kmeans(0).export()), "the same method gave other bytes"
+    assert first == save_method(run, kmeans(0).export(), run.model_folder), "the same method gave other bytes"
     x = torch.randn(5, 3)
     loaded = load_method(run.uri, "one")
     torch.testing.assert_close(loaded.assign(x), kmeans(0).assign(x), rtol=0, atol=0)
     assert not loaded.training
-    save_method(run, kmeans(1).export())
+    save_method(run, kmeans(1).export(), run.model_folder)
     assert load_method(run.uri, "one") is loaded
     torch.testing.assert_close(load_method(run.uri, "two").assign(x), kmeans(1).assign(x), rtol=0, atol=0)
 
@@ -92,7 +92,7 @@ def test_a_method_reads_back_as_saved_and_anew_when_its_digest_changes(tmp_path:
 @pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"", lambda data: b"x" * len(data)])
 def test_a_damaged_model_is_one_line(tmp_path: Path, damage: Any):
     run = Run(str(tmp_path))
-    save_method(run, kmeans(0).export())
+    save_method(run, kmeans(0).export(), run.model_folder)
     path = tmp_path / "model" / "weights.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ArtefactError, match="the model is damaged"):

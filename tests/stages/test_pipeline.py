@@ -14,7 +14,8 @@ import pytest
 from rayclust.cli import run_command
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, HeldError
-from rayclust.stages.pipeline import STAGES, Seals, content_digest, outputs_present, run_all, run_stage, stage_digest
+from rayclust.stages.graph import STAGES, stages_of
+from rayclust.stages.pipeline import Seals, content_digest, outputs_present, run_all, run_stage, stage_digest
 from rayclust.store import filesystem
 from rayclust.store.holder import Holder, birth, myself
 from rayclust.store.layout import STAGES as ORDER
@@ -40,6 +41,8 @@ def test_stages_come_after_what_they_read_and_in_the_promised_order():
         assert all(names.index(need) < names.index(name) for need in stage.needs + stage.for_own_space)
 
 
+OF_FEATURES = {"neighbors", "select-k", "train", "assign", "label", "evaluate", "figures"}
+
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "nothing": ({}, set()),
     "the encoder": ({"encoder": {"image_size": 9}}, {"encode", "label"}),
@@ -48,12 +51,15 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "the size of shards": ({"images": {"shard_size": 17}}, {"encode"}),
     "a limit of images": ({"images": {"max_pixels": 1000}}, {"encode"}),
     "the share of rejects": ({"images": {"max_reject_share": 0.5}}, set()),
-    "centring": ({"features": {"center": False}}, {"neighbors", "train", "assign", "label", "evaluate", "figures"}),
-    "z-scores": ({"features": {"standardize": True}}, {"neighbors", "train", "assign", "label", "evaluate", "figures"}),
+    "centring": ({"features": {"center": False}}, OF_FEATURES),
+    "z-scores": ({"features": {"standardize": True}}, OF_FEATURES),
     "neighbours": ({"neighbors": {"k": 6}}, {"neighbors"}),
     "clusters": ({"method": {"clusters": 4}}, {"train"}),
-    "the temperature": ({"method": {"temperature": 0.2}}, {"train"}),
-    "the seed": ({"seed": 1}, {"train", "index", "evaluate", "figures"}),
+    "the temperature": ({"method": {"temperature": 0.2}}, {"select-k", "train"}),
+    "how candidates are measured": ({"select_k": {"rows": 10}}, {"select-k"}),
+    "how one is chosen": ({"select_k": {"rule": "knee"}}, {"select-k"}),
+    "where candidates are tried": ({"select_k": {"cpus_per_trial": 2, "max_concurrent": 1}}, set()),
+    "the seed": ({"seed": 1}, {"select-k", "train", "index", "evaluate", "figures"}),
     "exemplars": ({"label": {"exemplars": 3}}, {"label"}),
     "prompts": ({"label": {"templates": ["a {}"]}}, {"label"}),
     "the index": ({"index": {"kind": "ivf"}}, {"index"}),
@@ -127,7 +133,7 @@ def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> Sealed:
 
 
 def stamps(sealed: Sealed) -> dict[str, int]:
-    return {name: Path(sealed.run.manifest(name)).stat().st_mtime_ns for name in STAGES}
+    return {name: Path(sealed.run.manifest(name)).stat().st_mtime_ns for name in stages_of(sealed.config)}
 
 
 def changed(sealed: Sealed, **groups: Any) -> RunConfig:
@@ -165,7 +171,7 @@ def test_a_config_that_cannot_run_leaves_the_run_and_its_config_alone(copied: Se
         run_all(changed(copied, encoder={"name": "timm/resnet18", "pretrained": "/nowhere/w.safetensors"}))
     assert filesystem.read_json(copied.run.config)["encoder"]["name"] == "pixels"
     assert stamps(copied) == before
-    assert all(Seals(copied.config).of(name) for name in STAGES)
+    assert all(Seals(copied.config).of(name) for name in stages_of(copied.config))
 
 
 def test_force_does_again_what_is_sealed_unit_by_unit_and_gives_the_same_bytes(copied: Sealed):

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.cli import run_command
-from rayclust.stages.pipeline import STAGES
 from rayclust.store import filesystem, tables
+from rayclust.store.layout import STAGES as ALL
 from tests.stages.runs import embeddings, files, tree, write_folder, write_tars, write_yaml
+
+STAGES = [name for name in ALL if name != "select-k"]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -1,0 +1,267 @@
+"""The number of clusters: chosen, adopted, and tried again only where something changed. Without a cluster."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rayclust.config import RunConfig, validate
+from rayclust.errors import ArtefactError, ConfigError
+from rayclust.methods import METHODS
+from rayclust.methods.kmeans import KMeans, KMeansConfig
+from rayclust.stages import candidate, select_k, train
+from rayclust.stages.graph import stages_of
+from rayclust.stages.models import read_method
+from rayclust.stages.pipeline import Seals, run_all, run_stage
+from rayclust.stages.python import load
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+from tests.stages.conftest import Sealed, sealed_run
+from tests.stages.planted import planted, planted_tree
+
+TRUE = 4
+
+
+def chosen(run: str) -> dict[str, Any]:
+    found: dict[str, Any] = filesystem.read_json(Run(run).selection)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
+    """Four planted groups and candidates from 2 to 6; read only."""
+    folder = tmp_path_factory.mktemp("found")
+    rows = planted(TRUE, seed=1, per_cluster=30, signed=False)
+    yield from sealed_run(validate(planted_tree(folder, rows, method={"clusters": [2, 3, 4, 5, 6]})))
+
+
+@pytest.fixture
+def copied(found_run: Sealed, tmp_path: Path, in_process: None) -> Sealed:
+    """The finished run where a test may change it."""
+    shutil.copytree(found_run.folder, tmp_path / "run", copy_function=shutil.copy2)
+    return Sealed(found_run.config.model_copy(update={"run": str(tmp_path / "run")}))
+
+
+def other(sealed: Sealed, **groups: Any) -> RunConfig:
+    content = sealed.config.model_dump(mode="json", exclude_unset=True)
+    for name, group in groups.items():
+        content[name] = content.get(name, {}) | group
+    return validate(content)
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The candidates that are examined from now on."""
+    found, before = list[int](), candidate.examine
+
+    def note(search: candidate.Search, clusters: int) -> Any:
+        found.append(clusters)
+        return before(search, clusters)
+
+    monkeypatch.setattr("tests.stages.in_process.examine", note)
+    return found
+
+
+def stamps(sealed: Sealed) -> dict[str, int]:
+    return {name: Path(sealed.run.manifest(name)).stat().st_mtime_ns for name in stages_of(sealed.config)}
+
+
+def again(sealed: Sealed, before: dict[str, int]) -> set[str]:
+    return {name for name, time in stamps(sealed).items() if time != before[name]}
+
+
+def test_the_true_number_is_chosen_and_written_with_its_reason(found_run: Sealed):
+    written = chosen(found_run.config.run)
+    assert written["chosen"] == TRUE
+    assert written["rule"] == "vote"
+    assert written["reason"].startswith(f"K = {TRUE}")
+    assert [row["k"] for row in written["candidates"]] == [2, 3, 4, 5, 6]
+    assert set(written["picks"]) >= {"coding_length", "knee", "silhouette", "davies_bouldin", "stability"}
+    for row in written["candidates"]:
+        assert {"coding_length", "silhouette", "calinski_harabasz", "davies_bouldin"} < set(row)
+        assert {"neighbor_agreement", "modularity", "stability", "smallest", "largest", "empty"} < set(row)
+        assert all(math.isfinite(value) for value in row.values())
+        assert filesystem.read_json(found_run.run.candidate(row["k"]) + ".json")["criteria"].items() <= row.items()
+
+
+def test_later_stages_work_with_the_chosen_number_and_every_way_into_the_run_knows_it(found_run: Sealed):
+    assert filesystem.read_json(found_run.run.metrics)["clusters"] == TRUE
+    assert len(found_run.manifest("assign").extra["sizes"]) == TRUE
+    assert read_method(found_run.run.model_folder, "train").config.clusters == TRUE
+    assert load(found_run.config.run).clusters.num_rows == TRUE
+    assert load(found_run.config.run).config == found_run.config
+    assert all(Seals(found_run.config).of(stage) for stage in stages_of(found_run.config))
+
+
+def test_the_model_is_the_one_that_train_fits_with_that_number(found_run: Sealed, tmp_path: Path, in_process: None):
+    plain = other(found_run, method={"clusters": TRUE}).model_copy(update={"run": str(tmp_path / "plain")})
+    run_all(plain)
+    for path in ("model/weights.safetensors", "model/config.json", "model/metrics.parquet", "metrics.json"):
+        assert (found_run.folder / path).read_bytes() == (tmp_path / "plain" / path).read_bytes(), path
+    assert not (tmp_path / "plain" / "selection.json").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(copied: Sealed, examined: list[int]):
+    before = stamps(copied)
+    run_all(copied.config)
+    assert again(copied, before) == set()
+    assert examined == []
+
+
+def test_another_list_tries_what_is_new_and_trains_again_only_for_another_model(copied: Sealed, examined: list[int]):
+    before = stamps(copied)
+    run_all(other(copied, method={"clusters": [3, 4, 5, 7]}))
+    assert examined == [7]
+    assert chosen(copied.config.run)["chosen"] == TRUE
+    assert [row["k"] for row in chosen(copied.config.run)["candidates"]] == [3, 4, 5, 7]
+    assert again(copied, before) == {"select-k", "report"}
+    run_all(other(copied, method={"clusters": [2, 3]}))
+    assert examined == [7]
+    assert chosen(copied.config.run)["chosen"] in (2, 3)
+    assert again(copied, before) == set(stages_of(copied.config)) - {"encode", "neighbors", "index"}
+
+
+def test_another_rule_chooses_again_without_a_trial(copied: Sealed, examined: list[int]):
+    run_all(other(copied, select_k={"rule": "modularity"}))
+    written = chosen(copied.config.run)
+    assert written["rule"] == "modularity"
+    assert written["chosen"] == written["picks"]["modularity"]
+    assert examined == []
+
+
+def test_candidates_of_other_settings_are_tried_again_and_the_old_ones_removed(copied: Sealed, examined: list[int]):
+    run_all(other(copied, method={"clusters": [4, 5], "temperature": 0.3}), stop_after="select-k")
+    assert examined == [4, 5]
+    kept = sorted(path.name for path in (copied.folder / "selection").iterdir())
+    assert kept == ["k-00004", "k-00004.json", "k-00005", "k-00005.json"]
+
+
+def test_force_tries_all_again_and_gives_the_same_bytes(copied: Sealed, examined: list[int]):
+    before = (copied.folder / "selection.json").read_bytes()
+    run_stage("select-k", copied.config, force=True)
+    assert examined == [2, 3, 4, 5, 6]
+    assert (copied.folder / "selection.json").read_bytes() == before
+
+
+def test_stopped_half_way_only_the_missing_candidates_are_tried(copied: Sealed, examined: list[int]):
+    Path(copied.run.manifest("select-k")).unlink()
+    for k in (3, 6):
+        Path(copied.run.shard_manifest(k, "select-k")).unlink()
+    (copied.folder / "selection" / "k-00005" / "weights.safetensors").unlink()
+    before = (copied.folder / "selection.json").read_bytes()
+    run_all(copied.config)
+    assert examined == [3, 5, 6]
+    assert (copied.folder / "selection.json").read_bytes() == before
+
+
+def test_a_number_in_the_place_of_the_candidates_trains_with_it_and_goes_back_for_nothing(
+    copied: Sealed, examined: list[int]
+):
+    settled = other(copied, method={"clusters": 3})
+    run_all(settled)
+    assert filesystem.read_json(copied.run.metrics)["clusters"] == 3
+    assert run_stage("select-k", settled).outputs == {}
+    run_all(copied.config)
+    assert filesystem.read_json(copied.run.metrics)["clusters"] == TRUE
+    assert examined == []
+
+
+def test_train_by_itself_waits_for_the_choice_and_the_index_does_not(copied: Sealed):
+    Path(copied.run.manifest("select-k")).unlink()
+    with pytest.raises(ArtefactError, match=r"train: the stage select-k of .* run `rayclust select-k RUN\.yaml` first"):
+        run_stage("train", copied.config)
+    assert run_stage("index", copied.config).counts["rows"]
+
+
+def test_auto_refines_its_grid_around_the_best(tmp_path: Path, in_process: None):
+    rows = planted(7, seed=0, per_cluster=20, signed=False)
+    content = planted_tree(tmp_path, rows, method={"clusters": "auto"}, select_k={"seeds": 1, "rule": "silhouette"})
+    settings = validate(content)
+    grid = settings.select_k.first(len(rows))
+    assert grid == tuple(sorted(set(grid)))
+    assert (grid[0], grid[-1]) == (2, math.ceil(2 * math.sqrt(len(rows))))
+    run_all(settings, stop_after="select-k")
+    written = chosen(settings.run)
+    assert written["chosen"] == 7
+    tried = [row["k"] for row in written["candidates"]]
+    assert set(grid) < set(tried)
+    assert {6, 7, 8} <= set(tried)
+    assert "stability" not in written["candidates"][0]
+
+
+class CutKMeans(KMeans):
+    """k-means of which the first K centres are a partition too: a method that needs no fit for each number."""
+
+    refits_for_clusters = False
+
+    def repartition(self, clusters: int, seed: int | None = None) -> KMeans:
+        cut = CutKMeans(self.config.model_copy(update={"clusters": clusters}), self.dimension, self.count, 0)
+        order = torch.arange(len(self.centers)) if seed is None else torch.arange(len(self.centers)).flip(0)
+        cut.centers.copy_(self.centers[order[:clusters]])
+        cut.inertia.copy_(self.inertia)
+        return cut
+
+
+def test_a_method_that_is_cut_is_fitted_once_with_the_largest_candidate(
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, examined: list[int]
+):
+    monkeypatch.setitem(METHODS, "kmeans", (KMeansConfig, CutKMeans))
+    fits, before = list[int](), train.fit
+
+    def note(job: train.Job) -> dict[str, Any]:
+        fits.append(job.config.method.clusters)
+        return before(job)
+
+    monkeypatch.setattr(select_k, "fit", note)
+    rows = planted(TRUE, seed=2, per_cluster=30, signed=False)
+    settings = validate(planted_tree(tmp_path, rows, method={"clusters": [2, 4, 6]}))
+    run_all(settings)
+    assert (fits, examined) == ([6], [2, 4, 6])
+    run, k = Run(settings.run), chosen(settings.run)["chosen"]
+    whole, cut = (read_method(folder, "select-k") for folder in (run.selection_fit, run.model_folder))
+    assert torch.equal(cut.centers, whole.centers[:k])
+    assert 0 < chosen(settings.run)["candidates"][0]["stability"] < 1, "two seeds, two partitions"
+    metrics = ("selection/fit/metrics.parquet", "model/metrics.parquet")
+    assert pq.read_table(tmp_path / "run" / metrics[0]).equals(pq.read_table(tmp_path / "run" / metrics[1]))
+
+    Path(run.manifest("select-k")).unlink()
+    Path(run.shard_manifest(4, "select-k")).unlink()
+    run_all(settings)
+    assert (fits, examined) == ([6], [2, 4, 6, 4])
+    run_all(other(Sealed(settings), method={"clusters": [2, 4, 8]}))
+    assert (fits, examined[4:]) == ([6, 8], [2, 4, 8])
+
+
+def test_candidates_above_the_rows_are_refused_before_anything_starts(copied: Sealed, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(select_k, "run_trials", lambda *arguments: pytest.fail("a trial was started"))
+    with pytest.raises(ConfigError, match=r"method\.clusters = \[4, 500\]: 500 is above the number of rows, 120"):
+        run_stage("select-k", other(copied, method={"clusters": [4, 500]}))
+    with pytest.raises(ConfigError, match=r"select_k\.least = 200: must be at most the number of rows, 120"):
+        run_stage("select-k", other(copied, method={"clusters": "auto"}, select_k={"least": 200}))
+
+
+def test_the_choice_is_json_that_any_reader_takes(found_run: Sealed):
+    def refuse(name: str) -> Any:
+        pytest.fail(f"{name} in selection.json")
+
+    json.loads((found_run.folder / "selection.json").read_text(), parse_constant=refuse)
+
+
+SEEDS = dict(enumerate([6, 4, 9, 3, 7, 5, 8, 10, 2, 12]))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_planted_groups_are_counted_whatever_the_seed(seed: int, tmp_path: Path, in_process: None):
+    """The same trials as over the cluster; `test_trials` sends some of these through Ray Tune."""
+    rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed], signed=False)
+    settings = validate(planted_tree(tmp_path, rows, seed=seed))
+    run_all(settings, stop_after="select-k")
+    assert chosen(settings.run)["chosen"] == SEEDS[seed]

@@ -1,0 +1,117 @@
+"""Candidates over a real Ray Tune: chosen rightly, refused in one line, and finished after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rayclust.config import validate
+from rayclust.errors import ConfigError, RayclustError
+from rayclust.stages.pipeline import run_all
+from rayclust.stages.trials import _refuse_failed, _room
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+from tests.stages.planted import planted, planted_tree
+from tests.stages.runs import command, kill, start, wait_until, write_yaml
+from tests.stages.test_select_k import SEEDS
+
+
+def ended(**what: Any) -> Any:
+    return SimpleNamespace(config={"k": 7}, **({"error": None, "metrics": {"refused": None}} | what))
+
+
+def test_a_trial_that_ended_well_is_no_failure():
+    _refuse_failed(ended())
+
+
+def test_a_refusal_keeps_its_kind_and_names_the_candidate():
+    with pytest.raises(ConfigError, match=r"^select-k: the candidate k = 7 failed: method\.beta = 0: too low$"):
+        _refuse_failed(ended(metrics={"refused": "method.beta = 0: too low", "kind": "ConfigError"}))
+
+
+def test_a_crash_is_one_line():
+    error = RuntimeError("Traceback (most recent call last):\n  File x\nMemoryError: 9 GB\n\n")
+    with pytest.raises(RayclustError, match=r"^select-k: the candidate k = 7 failed: MemoryError: 9 GB$"):
+        _refuse_failed(ended(error=error, metrics=None))
+
+
+@pytest.mark.parametrize(
+    ("node", "cpus", "gpus", "room"),
+    [
+        ({"CPU": 8}, 1, 0, 8),
+        ({"CPU": 8}, 3, 0, 2),
+        ({"CPU": 2}, 3, 0, 0),
+        ({"CPU": 8, "GPU": 2}, 1, 1, 2),
+        ({"CPU": 8, "GPU": 2}, 1, 0.25, 8),
+        ({"CPU": 8}, 1, 1, 0),
+    ],
+)
+def test_a_node_holds_as_many_trials_as_its_scarcest_resource_allows(
+    node: dict[str, float], cpus: int, gpus: float, room: int
+):
+    assert _room(node, cpus, gpus) == room
+
+
+def chosen(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = filesystem.read_json(Run(str(folder / "run")).selection)
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_planted_groups_are_counted_through_tune(tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]):
+    for seed in (0, 1, 2):
+        rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed], signed=False)
+        run_all(validate(planted_tree(tmp_path / str(seed), rows, seed=seed)), stop_after="select-k")
+        assert chosen(tmp_path / str(seed))["chosen"] == SEEDS[seed]
+    said = capfd.readouterr()
+    assert said.out == "", "Tune talks"
+
+
+@pytest.mark.ray
+def test_a_refused_trial_ends_the_stage_in_one_line(
+    tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
+):
+    from rayclust.cli import run_command
+
+    rows = planted(3, seed=0, per_cluster=20, signed=False)
+    content = planted_tree(tmp_path, rows, method={"clusters": [2, 3, 4, 5]})
+    config = write_yaml(tmp_path / "RUN.yaml", content)
+    assert run_command(["neighbors", str(config)]) == 2  # encode comes first
+    run_all(validate(content), stop_after="neighbors")
+    next((tmp_path / "run" / "embeddings").iterdir()).write_bytes(b"damaged")
+    capsys.readouterr()
+    assert run_command(["select-k", str(config)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("rayclust: select-k: the candidate k = ")
+    assert "embeddings" in error
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_finishes_the_missing_candidates_only(tmp_path: Path):
+    rows = planted(4, seed=3, per_cluster=50, signed=False)
+    method = {"name": "temi", "preset": "none", "heads": 2, "steps": 400, "batch_size": 64, "clusters": [2, 3, 4, 5, 6]}
+    content = planted_tree(tmp_path, rows, method=method, select_k={"max_concurrent": 1})
+    config = write_yaml(tmp_path / "RUN.yaml", content)
+    folder = tmp_path / "run" / "manifests" / "select-k"
+
+    first = start("run", config)
+    wait_until(lambda: len(list(folder.glob("part-*.json"))) >= 2, first)
+    kill(first.pid)
+    first.communicate()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.json")}
+    assert 2 <= len(before) < 5
+
+    second = command("run", config)
+    assert second.returncode == 0, second.stderr
+    assert f"select-k: {len(before)} of 5 parts were finished before" in second.stderr
+    assert "as fitted by select-k" in second.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.json")}
+    assert len(after) == 5
+    assert {name: after[name] for name in before} == before
+    assert len(chosen(tmp_path)["candidates"]) == 5
+    assert not list((tmp_path / "run" / "checkpoints").glob("*/*"))
