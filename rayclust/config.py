@@ -16,6 +16,7 @@ from rayclust.candidates import SelectKConfig, open_schema, opened, written
 from rayclust.encoders.decode import PIXEL_CEILING
 from rayclust.encoders.options import EncoderConfig
 from rayclust.errors import ConfigError
+from rayclust.language.options import LabelConfig
 from rayclust.methods import CONFIGS, AnyMethodConfig
 from rayclust.options import Config
 from rayclust.refusals import one_line
@@ -74,29 +75,6 @@ class AssignConfig(Config):
     levels: tuple[int, ...] = ()
     """Numbers of clusters of coarser levels, finest first: [1000, 50] puts each cluster into one of 1,000 and each of
     those into one of 50, by their prototypes. K itself may stand at the start."""
-
-
-class LabelConfig(Config):
-    """Names for clusters."""
-
-    vocabulary: str = "auto"
-    """auto | none | imagenet | wordnet | a text file or URI, one name a line | a parquet of words with embeddings.
-
-    `auto` is ImageNet's names when the encoder reads text, else none.
-    """
-    templates: tuple[str, ...] = ("a photo of a {}",)
-    """Prompts around each name; their embeddings are averaged."""
-    scale: float = Field(100, gt=0)
-    """What cosines between images and words are multiplied by before the softmax; CLIP's own is 100."""
-    space: Literal["auto", "encoder", "features"] = "auto"
-    """Where images meet words: the encoder's unit rows, or what `features` makes of them. auto: features for words that
-    come with embeddings, else encoder."""
-    unique: bool = False
-    """Whether no two clusters may get one name."""
-    exemplars: int = Field(12, ge=0, le=200)
-    """Most typical images kept per cluster."""
-    outliers: int = Field(6, ge=0, le=200)
-    """Least certain images kept per cluster."""
 
 
 class IndexConfig(Config):

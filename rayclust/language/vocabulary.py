@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.errors import ConfigError, DataError
 
-Kind = Literal["auto", "none", "imagenet", "wordnet", "embeddings", "text"]
+Kind = Literal["auto", "none", "imagenet", "wordnet", "classes", "embeddings", "text"]
 
 LONGEST = 200
 """Characters of one name; a longer line is not a list of names."""
@@ -32,7 +33,7 @@ class Vocabulary:
 
 def kind_of(value: str) -> Kind:
     """What `label.vocabulary` asks for: one of its words, a parquet file of words with embeddings, or a text file."""
-    if value in ("auto", "none", "imagenet", "wordnet"):
+    if value in ("auto", "none", "imagenet", "wordnet", "classes"):
         return value  # type: ignore[return-value]
     return "embeddings" if value.lower().endswith((".parquet", ".pq")) else "text"
 
@@ -92,6 +93,67 @@ def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) 
         raise DataError(f"label.vocabulary = {source}: holds no name")
     indices = list(kept.values())
     return Vocabulary(tuple(shown[i] for i in indices), embeddings[indices].astype(np.float32))
+
+
+def from_labels(labels: Iterable[str]) -> Vocabulary:
+    """The names of the data set's own classes, sorted; names made by their help say so.
+
+    Raises:
+        DataError: there is no label.
+    """
+    names = sorted(set(labels))
+    if not names:
+        raise DataError("label.vocabulary = classes: no image has a label; name a list of words")
+    return Vocabulary(_distinct(names, "classes"))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The names of several lists, each once: a name that came twice would share its probability with itself."""
+
+    words: tuple[str, ...]
+    """V names, spelt as in the first list that has them."""
+    embeddings: FloatArray
+    """Float32[V D]; zero where no list brought a row."""
+    has_row: NDArray[np.bool_]
+    """Bool[V]."""
+    sources: tuple[frozenset[int], ...]
+    """V sets: the places of the lists that each name is in."""
+
+
+def merged(lists: Sequence[Vocabulary]) -> Candidates:
+    """The union of lists in their order; names that differ in case only are one.
+
+    Args:
+        lists: at least one.
+
+    Raises:
+        DataError: two lists bring rows of different widths.
+    """
+    known: dict[str, int] = {}
+    words, sources, rows = list[str](), list[set[int]](), dict[int, FloatArray]()
+    for place, vocabulary in enumerate(lists):
+        for index, word in enumerate(vocabulary.words):
+            at = known.setdefault(word.casefold(), len(words))
+            if at == len(words):
+                words.append(word)
+                sources.append(set())
+            sources[at].add(place)
+            if vocabulary.embeddings is not None:
+                rows.setdefault(at, vocabulary.embeddings[index])
+    widths = sorted({len(row) for row in rows.values()})
+    if len(widths) > 1:
+        raise DataError(f"label.vocabulary: rows of {widths[0]} and of {widths[1]} values; all must be of one encoder")
+    embeddings = np.zeros((len(words), widths[0] if widths else 0), np.float32)
+    has_row = np.zeros(len(words), bool)
+    for at, row in rows.items():
+        embeddings[at], has_row[at] = row, True
+    return Candidates(tuple(words), embeddings, has_row, tuple(map(frozenset, sources)))
+
+
+def same_name(one: str | None, other: str | None) -> bool:
+    """Whether two names are equal but for case, spaces and underscores; nothing is equal to no name."""
+    return one is not None and other is not None and _shown(one).casefold() == _shown(other).casefold()
 
 
 def imagenet() -> Vocabulary:

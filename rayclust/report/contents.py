@@ -42,6 +42,7 @@ class Cluster:
         name: None shows "Cluster 7".
         score: how well the name fits, larger is better, in the naming's own scale.
         runners_up: (name, score) of the next best names, best first.
+        blind: (name, score) without the data set's own class names among the candidates; None where that was not asked.
         majority: the true class that most of its images have; None without labels.
         purity: share of its images in that class, in [0, 1]; None without labels.
         confidence: mean over its images, in [0, 1].
@@ -54,6 +55,7 @@ class Cluster:
     name: str | None = None
     score: float | None = None
     runners_up: tuple[tuple[str, float], ...] = ()
+    blind: tuple[str, float] | None = None
     majority: str | None = None
     purity: float | None = None
     confidence: float | None = None

@@ -60,6 +60,16 @@ KNOWN = (
     ),
     Score("knn_accuracy", "kNN probe", "Images whose class their nearest neighbours tell: what the encoder sees."),
     Score(
+        "name_accuracy",
+        "Names",
+        "Images whose cluster is named exactly as their class. Only as good as the list of names.",
+    ),
+    Score(
+        "name_accuracy_without_classes",
+        "Names, blind",
+        "The same where the data set's own class names were not among the candidates.",
+    ),
+    Score(
         "silhouette",
         "Silhouette",
         "How much closer images lie to their own cluster than to the next one, on a sample. -1 to 1. Needs no labels.",

@@ -11,11 +11,12 @@ from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import DataError, RayclustError
+from rayclust.language.vocabulary import merged
 from rayclust.methods import METHODS
 from rayclust.stages.inputs import input_shards
 from rayclust.stages.models import load_run_encoder
 from rayclust.stages.progress import duration
-from rayclust.stages.words import read_vocabulary
+from rayclust.stages.words import check_classes, kinds, read_lists
 from rayclust.store import filesystem
 from rayclust.store.sources import Shard, read_records, read_rows
 
@@ -179,8 +180,11 @@ def _fit(config: RunConfig, size: _Size) -> str:
 
 
 def _words(config: RunConfig, size: _Size) -> str:
-    words = read_vocabulary(config)
-    return "no vocabulary: clusters get no names" if words is None else f"{len(words.words):,} words"
+    check_classes(config)
+    found, own = read_lists(config), "classes" in kinds(config).values()
+    if not found:
+        return "the classes' own names" if own else "no vocabulary: clusters get no names"
+    return f"{len(merged(found).words):,} words" + (", and the classes' own names" if own else "")
 
 
 def _estimate(config: RunConfig, size: _Size) -> str:

@@ -58,9 +58,10 @@ def _method(config: RunConfig) -> dict[str, Any]:
 
 def _words(config: RunConfig) -> dict[str, Any]:
     content: dict[str, Any] = {"label": _part(config.label), "encoder": _part(config.encoder)}
-    if kind_of(config.label.vocabulary) in ("text", "embeddings"):
-        found = filesystem.stat(config.label.vocabulary)
-        content["words"] = found.stamp if found else None
+    files = [name for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
+    if files:
+        found = [filesystem.stat(name) for name in files]
+        content["words"] = [file.stamp if file else None for file in found]
     return content
 
 
@@ -103,7 +104,7 @@ STAGES: dict[str, Stage] = {
             takes={SELECT_K: CHOSEN},
         ),
         Stage("assign", ("encode", "train"), lambda c: {"features": _part(c.features)} | _levels(c)),
-        Stage("label", ("encode", "assign"), lambda c: _words(c) | {"features": _part(c.features)}),
+        Stage("label", ("encode", "assign"), lambda c: _words(c) | {"features": _part(c.features), "seed": c.seed}),
         Stage("index", ("encode",), _index, for_own_space=("train",)),
         Stage(
             "evaluate",

@@ -11,16 +11,16 @@ import pyarrow as pa
 from scipy import sparse
 
 from rayclust.config import RunConfig
-from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
 from rayclust.language.exemplars import TopRows, typicality
-from rayclust.language.naming import ClusterName, cluster_votes, name_clusters
+from rayclust.language.naming import ClusterName
 from rayclust.stages.cluster import run_remotely
 from rayclust.stages.outputs import put_table
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.rows import row_starts, transform_of
-from rayclust.stages.units import Unit, UnitResult, run_units
-from rayclust.stages.words import embedded, read_vocabulary, vocabulary_kind
+from rayclust.stages.units import Unit, run_units
+from rayclust.stages.votes import WITHOUT_CLASSES, Votes
+from rayclust.stages.words import kinds
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of
@@ -35,26 +35,37 @@ def run(context: StageContext) -> StageResult:
     """Finds exemplars and outliers in one worker, lets the images vote part by part, and writes one line a cluster."""
     encode, config = context.inputs["encode"], context.config
     job = _Job(context.run, config, row_starts(encode), transform_of(encode, config.features))
-    names = _names(context, job)
+    names, said = _names(context, job)
     found: _Extremes = run_remotely(_extremes, job)
     sizes = context.inputs["assign"].extra["sizes"]
+    blind = names.get(WITHOUT_CLASSES)
     rows = [
         {
             "cluster": cluster,
             "size": size,
-            "name": names[cluster].name,
-            "score": names[cluster].score,
-            "runners_up": [{"name": name, "score": score} for name, score in names[cluster].runners_up],
+            "name": names["all"][cluster].name,
+            "score": names["all"][cluster].score,
+            "runners_up": [{"name": name, "score": score} for name, score in names["all"][cluster].runners_up],
+            "name_without_classes": blind[cluster].name if blind else None,
+            "score_without_classes": blind[cluster].score if blind else None,
             "exemplars": found.exemplars[cluster],
             "outliers": found.outliers[cluster],
         }
         for cluster, size in enumerate(sizes)
     ]
     outputs = put_table(context.run, context.run.clusters, pa.Table.from_pylist(rows, schema=tables.CLUSTERS))
-    named = sum(name.name is not None for name in names)
-    extra = {"confidence": found.histogram, "mean_confidence": found.confidence}
-    summary = f"{named} of {len(rows)} clusters named" if named else f"{len(rows)} clusters, no vocabulary"
-    return StageResult(outputs, {"clusters": len(rows), "named": named}, extra, summary)
+    named = sum(name.name is not None for name in names["all"])
+    extra = {"confidence": found.histogram, "mean_confidence": found.confidence} | said
+    return StageResult(outputs, {"clusters": len(rows), "named": named}, extra, _summary(named, len(rows), said))
+
+
+def _summary(named: int, clusters: int, said: dict[str, Any]) -> str:
+    if not named:
+        return f"{clusters} clusters, no vocabulary"
+    text = f"{named} of {clusters} clusters named"
+    if said["name_accuracy"] is not None:
+        text += f", {said['name_accuracy']:.1%} of the images by their class's name"
+    return text + (", with the data set's own class names among the words" if said["true_names"] else "")
 
 
 @dataclass(frozen=True)
@@ -119,61 +130,22 @@ def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
     return others or outliers[:1]
 
 
-def _names(context: StageContext, job: _Job) -> list[ClusterName]:
-    """Each cluster's name by the vote of its images; without a vocabulary, no names."""
-    count = job.config.method.clusters
-    words = read_vocabulary(job.config)
-    if words is None:
-        return [ClusterName(None, None, ())] * count
-    scratch = context.run.at("label", context.digest)
-    votes = _Votes(job, scratch, vocabulary_kind(job.config))
-    run_remotely(votes.prepare)
+def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName]], dict[str, Any]]:
+    """Each cluster's name by the vote of its images, by naming, and what there is to say about them."""
+    found = kinds(job.config)
+    if not found:
+        return {"all": [ClusterName(None, None, ())] * job.config.method.clusters}, {}
+    votes = Votes(context.run, job.config, job.starts, job.transform, context.run.at("label", context.digest))
+    words = run_remotely(votes.prepare)
     parts = context.inputs["encode"].extra["parts"]
     units = [Unit(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
     run_units(context.run, "label", units, votes.vote)
-    sizes = np.array(context.inputs["assign"].extra["sizes"])
-    names: list[ClusterName] = run_remotely(votes.count, len(units), sizes, words.words)
+    names, voters = run_remotely(votes.count)
+    said: dict[str, Any] = {"words": words, "voters": voters, "true_names": "classes" in found.values()}
+    for naming, key in (("all", "name_accuracy"), (WITHOUT_CLASSES, f"name_accuracy_{WITHOUT_CLASSES}")):
+        if naming in names:
+            said[key] = run_remotely(votes.named_as_classes, [name.name for name in names[naming]])
     # Markers first: without them the votes are cast again, without the votes they would stand for nothing.
     filesystem.remove_tree(context.run.at("manifests", "label"))
     filesystem.remove_tree(context.run.at("label"))
-    return names
-
-
-class _Votes:
-    """Votes of each part as a table (cluster, word, mass) in a folder that goes when they are counted."""
-
-    def __init__(self, job: _Job, folder: str, kind: str) -> None:
-        self._job, self._folder = job, folder
-        space = job.config.label.space
-        # Words that come with embeddings were made for features; a text tower's share the encoder's own space.
-        self._in_features = space == "features" or (space == "auto" and kind == "embeddings")
-
-    def prepare(self) -> None:
-        """Writes the words with their embeddings, once, for all workers."""
-        words = read_vocabulary(self._job.config)
-        if words is None:
-            raise ConfigError("label.vocabulary = none: there is nothing to vote for")
-        tables.write_table(self._at("words.parquet"), embedded(self._job.config, words))
-
-    def vote(self, unit: Unit) -> UnitResult:
-        """The votes of one part's images."""
-        nouns = tables.matrix(tables.read_table(self._at("words.parquet"), ["embedding"])["embedding"])
-        embeddings, clusters, _ = self._job.part(unit.index)
-        label, count = self._job.config.label, self._job.config.method.clusters
-        transform = self._job.transform if self._in_features else None
-        votes = cluster_votes(embeddings, clusters, nouns, count, transform=transform, scale=label.scale).tocoo()
-        table = pa.table({"cluster": votes.coords[0], "word": votes.coords[1], "mass": votes.data})
-        outputs = put_table(self._job.run, self._at(f"votes-{unit.index:05d}.parquet"), table)
-        return UnitResult(outputs, {"rows": len(clusters)})
-
-    def count(self, parts: int, sizes: np.ndarray, words: tuple[str, ...]) -> list[ClusterName]:
-        """The names by all votes together."""
-        total = sparse.csr_array((len(sizes), len(words)))
-        for index in range(parts):
-            table = tables.read_table(self._at(f"votes-{index:05d}.parquet"))
-            place = (table["cluster"].to_numpy(), table["word"].to_numpy())
-            total = total + sparse.csr_array((table["mass"].to_numpy(), place), shape=total.shape)
-        return name_clusters(total, sizes, words, unique=self._job.config.label.unique)
-
-    def _at(self, name: str) -> str:
-        return filesystem.join(self._folder, name)
+    return names, said

@@ -78,8 +78,11 @@ def places(config: RunConfig) -> dict[str, str]:
         found["images.classes"] = config.images.classes
     if config.encoder.weights_uri is not None:
         found["encoder.pretrained"] = config.encoder.weights_uri
-    if kind_of(config.label.vocabulary) in ("text", "embeddings"):
-        found["label.vocabulary"] = config.label.vocabulary
+    for place, name in enumerate(config.label.lists):
+        if kind_of(name) in ("text", "embeddings"):
+            found["label.vocabulary" if isinstance(config.label.vocabulary, str) else f"label.vocabulary.{place}"] = (
+                name
+            )
     return found
 
 
@@ -87,8 +90,11 @@ def anchored(config: RunConfig) -> RunConfig:
     """The config with every local path absolute: workers do not share the directory that the command was given in."""
     tree = config.model_dump(mode="json", exclude_unset=True)
     for key, place in places(config).items():
-        group, _, name = key.rpartition(".")
-        (tree[group] if group else tree)[name] = filesystem.absolute(place)
+        *groups, last = key.split(".")
+        node: Any = tree
+        for group in groups:
+            node = node[group]
+        node[int(last) if isinstance(node, list) else last] = filesystem.absolute(place)
     return validate(tree)
 
 

@@ -78,10 +78,20 @@ def run(context: StageContext) -> StageResult:
         drawings=tuple(drawings(run, _selection(context))),
         retrieval=tuple(_retrieval(near, pictures)),
         rejects=tuple(_rejects(run, context.inputs["encode"])),
+        notes=tuple(_notes(context)),
     )
     page = render(data, limits).encode()
     outputs = put_bytes(run, run.report, page)
     return StageResult(outputs, {"clusters": len(clusters)}, {}, f"{len(page) / 1e6:.1f} MB, {run.report}")
+
+
+def _notes(context: StageContext) -> Iterator[str]:
+    """What a reader should know before believing what they see."""
+    if context.inputs["label"].extra.get("true_names"):
+        yield (
+            "The names of the clusters were chosen among words that hold the data set's own class names "
+            "(label.vocabulary: classes). They don't show what would be found without labels."
+        )
 
 
 def _selection(context: StageContext) -> dict[str, Any] | None:
@@ -92,7 +102,9 @@ def _selection(context: StageContext) -> dict[str, Any] | None:
 def _method(context: StageContext, metrics: dict[str, Any]) -> MethodResult:
     settings = filesystem.read_json(filesystem.join(context.run.model_folder, "config.json"))["config"]
     settings = {key: value for key, value in settings.items() if key != "name"}
-    scores = {key: value for key, value in metrics.items() if isinstance(value, float)}
+    said = context.inputs["label"].extra
+    named = {key: value for key, value in said.items() if key.startswith("name_accuracy")}
+    scores = {key: value for key, value in (metrics | named).items() if isinstance(value, float)}
     return MethodResult(name=context.config.method.name, settings=settings, metrics=scores)
 
 
@@ -191,12 +203,14 @@ def _cluster(
     cluster: dict[str, Any], pictures: dict[int, Picture], counts: pa.Table | None, label: Manifest
 ) -> Cluster:
     majority, purity = _majority(counts, cluster["cluster"])
+    blind = cluster["name_without_classes"]
     return Cluster(
         id=cluster["cluster"],
         size=cluster["size"],
         name=cluster["name"],
         score=cluster["score"],
         runners_up=tuple((other["name"], other["score"]) for other in cluster["runners_up"]),
+        blind=None if blind is None else (blind, cluster["score_without_classes"]),
         majority=majority,
         purity=purity,
         confidence=label.extra["mean_confidence"][cluster["cluster"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.language import vocabulary
 from rayclust.language.naming import encode_words
-from rayclust.language.vocabulary import Vocabulary
+from rayclust.language.vocabulary import Candidates, Vocabulary
 from rayclust.stages.models import load_run_encoder
 from rayclust.stages.pipeline import content_digest
 from rayclust.store import filesystem, tables
@@ -31,44 +32,98 @@ def cluster_names(run: Run) -> dict[int, str | None]:
     return dict(zip(table["cluster"].to_pylist(), table["name"].to_pylist(), strict=True))
 
 
-def vocabulary_kind(config: RunConfig) -> str:
-    """What names are to be taken from, `auto` resolved: ImageNet's names where the encoder reads text, else none."""
-    kind = vocabulary.kind_of(config.label.vocabulary)
-    if kind != "auto":
-        return kind
-    return "imagenet" if config.encoder.family == "open_clip" else "none"
+def kinds(config: RunConfig) -> dict[str, vocabulary.Kind]:
+    """The lists that names are to be taken from and what each is, `auto` resolved: ImageNet's names where the encoder
+    reads text, else none. Empty where no names are wanted.
+    """
+    found = {name: vocabulary.kind_of(name) for name in config.label.lists}
+    if "auto" in found:
+        return {"imagenet": "imagenet"} if config.encoder.family == "open_clip" else {}
+    return {name: kind for name, kind in found.items() if kind != "none"}
 
 
-def read_vocabulary(config: RunConfig) -> Vocabulary | None:
-    """The run's words, with embeddings where they come with them; None where no names are wanted.
+def read_lists(config: RunConfig, labels: Callable[[], Iterable[str]] | None = None) -> list[Vocabulary]:
+    """The run's lists of words, with embeddings where they come with them; none where no names are wanted.
+
+    Args:
+        config: the run's.
+        labels: gives those of its rows, for the list `classes`; None leaves that list out.
 
     Raises:
-        ConfigError: the words are not shipped, or the encoder cannot read them.
-        DataError: their file cannot be used.
+        ConfigError: words are not shipped, the encoder cannot read them, or there are no classes.
+        DataError: a file cannot be used.
     """
-    kind, uri = vocabulary_kind(config), config.label.vocabulary
-    if kind == "none":
-        return None
+    found = kinds(config)
+    return [
+        _list(config, name, kind, labels) for name, kind in found.items() if kind != "classes" or labels is not None
+    ]
+
+
+def _list(
+    config: RunConfig, name: str, kind: vocabulary.Kind, labels: Callable[[], Iterable[str]] | None
+) -> Vocabulary:
     if kind == "wordnet":
         raise vocabulary.wordnet_refusal()
     if kind == "embeddings":
-        return _with_rows(uri)
+        return _with_rows(name)
+    if kind == "classes":
+        return vocabulary.from_labels(labels() if labels is not None else ())
     if config.encoder.family != "open_clip":
         raise ConfigError(
-            f"label.vocabulary = {uri}: the encoder {config.encoder.name} reads no text; take an open_clip one, "
+            f"label.vocabulary = {name}: the encoder {config.encoder.name} reads no text; take an open_clip one, "
             "a parquet of words with embeddings, or none"
         )
-    if kind == "imagenet":
-        return vocabulary.imagenet()
-    return vocabulary.from_text(filesystem.read_bytes(uri), uri)
+    return vocabulary.imagenet() if kind == "imagenet" else vocabulary.from_text(filesystem.read_bytes(name), name)
 
 
-def embedded(config: RunConfig, words: Vocabulary) -> pa.Table:
-    """The words with their embeddings: word string, embedding fixed_size_list<float>[D]."""
-    rows = words.embeddings
-    if rows is None:
-        rows = encode_words(load_run_encoder(config).encode_texts, words.words, config.label.templates)
-    return pa.table({"word": list(words.words), "embedding": tables.fixed_list(np.asarray(rows, np.float32))})
+def check_classes(config: RunConfig) -> None:
+    """Refuses `classes` where there are none, or where nothing places their names among images.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    found = kinds(config)
+    if "classes" not in found.values():
+        return
+    if config.images.labels == "none":
+        raise ConfigError("label.vocabulary = classes: images.labels = none leaves no classes; name a list of words")
+    if config.encoder.family != "open_clip" and "embeddings" not in found.values():
+        raise ConfigError(
+            f"label.vocabulary = classes: the encoder {config.encoder.name} reads no text; take an open_clip one, or "
+            "add a parquet that holds the classes' names with embeddings"
+        )
+
+
+def embedded(config: RunConfig, words: Candidates) -> np.ndarray:
+    """Float32[V D]: the words' rows; those that came with none are read by the encoder.
+
+    Raises:
+        ConfigError: it reads no text; or rows of its own and rows made for features stand side by side.
+    """
+    missing = [word for word, has_row in zip(words.words, words.has_row, strict=True) if not has_row]
+    if not missing:
+        return words.embeddings
+    if config.encoder.family != "open_clip":
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"label.vocabulary: {missing[0]!r}{more} have no embedding in any list, and the encoder "
+            f"{config.encoder.name} reads no text: add them to a parquet of words with embeddings"
+        )
+    if words.has_row.any() and config.label.space == "auto":
+        raise ConfigError(
+            "label.vocabulary: some lists come with embeddings and some are read by the encoder: say with label.space "
+            "(encoder or features) where both lie"
+        )
+    rows = encode_words(load_run_encoder(config).encode_texts, missing, config.label.templates)
+    if not words.has_row.any():
+        return rows
+    if rows.shape[1] != words.embeddings.shape[1]:
+        raise ConfigError(
+            f"label.vocabulary: embeddings of {words.embeddings.shape[1]} values; the encoder's have {rows.shape[1]}"
+        )
+    found = words.embeddings.copy()
+    found[~words.has_row] = rows
+    return found
 
 
 def _with_rows(uri: str) -> Vocabulary:

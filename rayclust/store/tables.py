@@ -83,11 +83,14 @@ CLUSTERS = pa.schema(
         pa.field("name", pa.string()),
         pa.field("score", pa.float32()),
         pa.field("runners_up", _lists(pa.struct([("name", pa.string()), ("score", pa.float32())])), nullable=False),
+        pa.field("name_without_classes", pa.string()),
+        pa.field("score_without_classes", pa.float32()),
         pa.field("exemplars", _lists(pa.int64()), nullable=False),
         pa.field("outliers", _lists(pa.int64()), nullable=False),
     ]
 )
-"""One line per cluster: its size, name, other names, typical rows and odd rows."""
+"""One line per cluster: its size, name, other names, typical rows and odd rows. The name without classes is there where
+the data set's own class names were among the candidates beside other lists."""
 
 
 def encode_table(table: pa.Table) -> bytes:

@@ -32,6 +32,18 @@ def test_one_image_votes_with_its_largest_probabilities() -> None:
     assert np.allclose(votes, [[0] * 5, [np.exp(4) / total, 0, np.exp(3) / total, 0, np.exp(2) / total]], atol=1e-6)
 
 
+def test_five_of_seven_words_count_with_their_exact_masses() -> None:
+    """Test vector 14 of the paper's procedure: one template, scale 100, the encoder's raw space, top five."""
+    cosines = np.array([0.30, 0.28, 0.31, 0.05, 0.29, 0.27, 0.26])
+    nouns = np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
+    mass = np.exp(100 * cosines) / np.exp(100 * cosines).sum()
+    votes = cluster_votes(np.array([[1.0, 0.0]]), np.array([0]), nouns, 1).toarray()[0]
+    assert np.allclose(votes, np.where(np.isin(np.arange(7), [3, 6]), 0, mass), rtol=1e-4)
+    # A text that comes twice: either has p / (1 + p), half of it where it has all.
+    twice = cluster_votes(np.array([[1.0, 0.0]]), np.array([0]), nouns[[2, 2, 0, 1, 3, 4, 5, 6]], 1).toarray()[0]
+    assert np.allclose(twice[:2], mass[2] / (1 + mass[2]), rtol=1e-4)
+
+
 def test_a_word_that_comes_twice_shares_its_probability() -> None:
     x, _, nouns = rows_and_nouns(images=1)
     best = int(np.argmax(unit(nouns) @ x[0]))

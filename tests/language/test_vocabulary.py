@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 
 from rayclust.errors import ConfigError, DataError, ShapeError
-from rayclust.language.vocabulary import LONGEST, from_rows, from_text, imagenet, kind_of, wordnet_refusal
+from rayclust.language.vocabulary import (
+    LONGEST,
+    Vocabulary,
+    from_labels,
+    from_rows,
+    from_text,
+    imagenet,
+    kind_of,
+    merged,
+    same_name,
+    wordnet_refusal,
+)
 
 
 @pytest.mark.parametrize(
@@ -14,6 +25,7 @@ from rayclust.language.vocabulary import LONGEST, from_rows, from_text, imagenet
         ("none", "none"),
         ("imagenet", "imagenet"),
         ("wordnet", "wordnet"),
+        ("classes", "classes"),
         ("s3://bucket/nouns.parquet", "embeddings"),
         ("words.PQ", "embeddings"),
         ("nouns.txt", "text"),
@@ -87,3 +99,33 @@ def test_bad_rows_are_refused() -> None:
         from_rows([""], np.zeros((1, 2)), "v.parquet")
     with pytest.raises(ShapeError):
         from_rows(["a"], np.zeros(3), "v.parquet")
+
+
+def test_lists_are_merged_and_equal_names_count_once() -> None:
+    rows = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+    found = merged([Vocabulary(("cat", "Dog")), Vocabulary(("dog", "eel"), rows), Vocabulary(("CAT",))])
+    assert found.words == ("cat", "Dog", "eel")
+    assert found.sources == (frozenset({0, 2}), frozenset({0, 1}), frozenset({1}))
+    assert found.has_row.tolist() == [False, True, True]
+    assert found.embeddings.tolist() == [[0, 0], [1, 2], [3, 4]]
+    assert merged([Vocabulary(("cat",))]).embeddings.shape == (1, 0)
+
+
+def test_rows_of_two_widths_are_refused() -> None:
+    one, two = Vocabulary(("a",), np.ones((1, 2), np.float32)), Vocabulary(("b",), np.ones((1, 3), np.float32))
+    with pytest.raises(DataError, match="rows of 2 and of 3 values"):
+        merged([one, two])
+
+
+def test_classes_are_sorted_names_each_once() -> None:
+    assert from_labels(["tench", "gas_pump", "tench"]).words == ("gas pump", "tench")
+    with pytest.raises(DataError, match="no image has a label"):
+        from_labels([])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [("gas pump", "Gas_Pump", True), ("cat", "cats", False), (None, "cat", False), (None, None, False)],
+)
+def test_names_are_equal_but_for_case_and_underscores(one: str | None, other: str | None, equal: bool) -> None:
+    assert same_name(one, other) is equal

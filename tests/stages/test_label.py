@@ -107,10 +107,10 @@ def test_votes_that_are_lost_are_cast_again(named: RunConfig, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(label._Votes, "count", killed)
+        patch.setattr(label.Votes, "count", killed)
         with pytest.raises(KeyboardInterrupt):
             run_stage("label", named)
-    [votes, *_] = sorted((Path(named.run) / "label").glob("*/votes-*.parquet"))
+    [votes, *_] = sorted((Path(named.run) / "label").glob("*/all-*.parquet"))
     votes.unlink()
     assert run_stage("label", named).counts["named"] == 2
 
@@ -125,3 +125,47 @@ def test_words_that_cannot_be_used_are_one_line(named: RunConfig, tmp_path: Path
         run_stage("label", vocabulary(str(tmp_path / "none.parquet")))
     with pytest.raises(ConfigError, match="wordnet"):
         run_stage("label", vocabulary("wordnet"))
+
+
+def test_true_class_names_say_so_and_names_without_them_stand_beside(named: RunConfig):
+    """`up` is in the list of words, so it stays a candidate without the classes; `right` is a class alone."""
+    pq.write_table(pa.table({"word": ["east", "up"], "embedding": [[0.7, 0.7], [0.0, 1.0]]}), named.label.vocabulary)
+    classes = Path(named.run).parent / "classes.parquet"
+    pq.write_table(pa.table({"word": ["Right"], "embedding": [[1.0, 0.0]]}), classes)
+    lists = ("classes", str(named.label.vocabulary))
+    with pytest.raises(ConfigError, match="'right' have no embedding"):
+        run_stage("label", named.model_copy(update={"label": named.label.model_copy(update={"vocabulary": lists})}))
+    lists += (str(classes),)
+    settings = named.model_copy(update={"label": named.label.model_copy(update={"vocabulary": lists})})
+    manifest = run_stage("label", settings)
+    found = {row["size"]: row for row in pq.read_table(Path(named.run) / "clusters.parquet").to_pylist()}
+    assert (found[4]["name"], found[3]["name"]) == ("right", "up")
+    assert manifest.extra["true_names"] is True
+    assert manifest.extra["name_accuracy"] == 1
+    assert (manifest.extra["words"], manifest.extra["voters"]) == (3, 7)
+    assert found[3]["name_without_classes"] == "up"
+    run_stage("report", settings)
+    page = (Path(named.run) / "report" / "index.html").read_text()
+    assert "hold the data set&#39;s own class names" in page
+    assert "Without class names" in page
+    assert "Names, blind" in page
+
+
+def test_without_labels_or_true_names_nothing_is_claimed(named: RunConfig):
+    extra = run_stage("label", named).extra
+    assert extra["true_names"] is False
+    assert extra["name_accuracy"] == 1
+    assert "name_accuracy_without_classes" not in extra
+    run_stage("report", named)
+    page = (Path(named.run) / "report" / "index.html").read_text()
+    assert "own class names" not in page
+    assert pq.read_table(Path(named.run) / "clusters.parquet")["name_without_classes"].null_count == 2
+
+
+def test_few_images_vote_where_asked_and_scores_are_means_over_them(named: RunConfig):
+    settings = named.model_copy(update={"label": named.label.model_copy(update={"voters": 1})})
+    manifest = run_stage("label", settings)
+    assert manifest.extra["voters"] == 2
+    found = pq.read_table(Path(named.run) / "clusters.parquet").to_pylist()
+    assert {row["name"] for row in found} == {"right", "up"}
+    assert all(0.9 < row["score"] <= 1 for row in found)

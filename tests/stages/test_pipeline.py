@@ -59,7 +59,7 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "how candidates are measured": ({"select_k": {"rows": 10}}, {"select-k"}),
     "how one is chosen": ({"select_k": {"rule": "knee"}}, {"select-k"}),
     "where candidates are tried": ({"select_k": {"cpus_per_trial": 2, "max_concurrent": 1}}, set()),
-    "the seed": ({"seed": 1}, {"select-k", "train", "index", "evaluate", "figures"}),
+    "the seed": ({"seed": 1}, {"select-k", "train", "label", "index", "evaluate", "figures"}),
     "exemplars": ({"label": {"exemplars": 3}}, {"label"}),
     "prompts": ({"label": {"templates": ["a {}"]}}, {"label"}),
     "the index": ({"index": {"kind": "ivf"}}, {"index"}),

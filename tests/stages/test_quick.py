@@ -42,6 +42,12 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
 
 
+def test_files_in_a_list_of_words_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    found = paths(label={"vocabulary": ["classes", "words.txt", "s3://b/w.parquet"]})
+    assert found["words"] == ("classes", f"{tmp_path}/words.txt", "s3://b/w.parquet")
+
+
 ROOTS = {
     "/data/x/": "/data/x",
     "/data//x/./y/..": "/data/x",

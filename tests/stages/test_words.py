@@ -9,42 +9,42 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig, validate
-from rayclust.errors import DataError
-from rayclust.stages.words import cluster_names, embedded, read_vocabulary, vocabulary_kind
-from rayclust.store import filesystem, tables
+from rayclust.errors import ConfigError, DataError
+from rayclust.language.vocabulary import Vocabulary, merged
+from rayclust.stages import words as words_module
+from rayclust.stages.words import check_classes, cluster_names, embedded, kinds, read_lists
+from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
 
 
-def config(vocabulary: str, encoder: str = "pixels") -> RunConfig:
-    return validate(tree("/run", "/images", label={"vocabulary": vocabulary}) | {"encoder": {"name": encoder}})
+def config(vocabulary: str | list[str], encoder: str = "pixels", **label: str) -> RunConfig:
+    return validate(tree("/run", "/images", label={"vocabulary": vocabulary, **label}) | {"encoder": {"name": encoder}})
 
 
 @pytest.mark.parametrize(
     ("vocabulary", "encoder", "kind"),
     [
-        ("auto", "pixels", "none"),
-        ("auto", "timm/resnet18", "none"),
-        ("auto", "open_clip/ViT-B-32", "imagenet"),
-        ("none", "open_clip/ViT-B-32", "none"),
-        ("words.txt", "pixels", "text"),
-        ("s3://b/words.parquet", "pixels", "embeddings"),
+        ("auto", "pixels", []),
+        ("auto", "timm/resnet18", []),
+        ("auto", "open_clip/ViT-B-32", ["imagenet"]),
+        ("none", "open_clip/ViT-B-32", []),
+        ("words.txt", "pixels", ["text"]),
+        ("s3://b/words.parquet", "pixels", ["embeddings"]),
+        (["words.txt", "imagenet", "classes"], "open_clip/ViT-B-32", ["text", "imagenet", "classes"]),
     ],
 )
-def test_auto_asks_for_names_where_the_encoder_reads_text(vocabulary: str, encoder: str, kind: str):
-    assert vocabulary_kind(config(vocabulary, encoder)) == kind
+def test_auto_asks_for_names_where_the_encoder_reads_text(vocabulary: str, encoder: str, kind: list[str]):
+    assert list(kinds(config(vocabulary, encoder)).values()) == kind
 
 
 def test_words_with_rows_keep_them(tmp_path: Path):
     path = tmp_path / "words.parquet"
     pq.write_table(pa.table({"embedding": [[3.0, 4.0], [0.0, 2.0]], "word": ["ä dog", "cat"], "more": [1, 2]}), path)
-    words = read_vocabulary(config(str(path)))
-    assert words is not None
+    [words] = read_lists(config(str(path)))
     assert words.words == ("ä dog", "cat")
-    table = embedded(config(str(path)), words)
-    assert table["word"].to_pylist() == ["ä dog", "cat"]
-    rows = tables.matrix(table["embedding"])
+    rows = embedded(config(str(path)), merged([words]))
     assert rows.dtype == np.float32
     cosines = rows @ np.array([[3.0, 4.0], [0.0, 2.0]]).T
     assert (cosines.argmax(1) == [0, 0]).all() or (cosines > 0).all()
@@ -70,7 +70,7 @@ def test_a_table_of_words_that_cannot_be_used_is_one_line(name: str, tmp_path: P
     elif content is not None:
         pq.write_table(content, path)
     with pytest.raises(DataError, match=wanted) as caught:
-        read_vocabulary(config(str(path)))
+        read_lists(config(str(path)))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -84,3 +84,51 @@ def test_names_hold_only_for_the_assignment_that_they_were_given_to(pictures_run
     assert cluster_names(run) == {}
     filesystem.remove(run.manifest("assign"))
     assert cluster_names(run) == {}
+
+
+def test_classes_are_a_list_only_for_whoever_knows_the_labels():
+    settings = config("classes", "open_clip/ViT-B-32")
+    assert read_lists(settings) == []
+    assert read_lists(settings, lambda: ["dog", "cat", "dog"])[0].words == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (config("classes"), "the encoder pixels reads no text"),
+        (config(["classes", "words.txt"]), "the encoder pixels reads no text"),
+        (
+            config("classes", "open_clip/ViT-B-32").model_copy(
+                update={"images": config("classes").images.model_copy(update={"labels": "none"})}
+            ),
+            "images.labels = none leaves no classes",
+        ),
+    ],
+)
+def test_classes_that_cannot_be_had_are_one_line(settings: RunConfig, wanted: str):
+    with pytest.raises(ConfigError, match=wanted):
+        check_classes(settings)
+    check_classes(config(["classes", "words.parquet"]))
+    check_classes(config("classes", "open_clip/ViT-B-32"))
+
+
+ROWS = Vocabulary(("cat", "dog"), np.eye(2, 3, dtype=np.float32))
+
+
+def test_names_without_rows_are_read_by_the_encoder_where_that_is_one_space(monkeypatch: pytest.MonkeyPatch):
+    class Reader:
+        @staticmethod
+        def encode_texts(texts: list[str]) -> np.ndarray:
+            return np.array([[0.0, 0.0, len(text)] for text in texts], np.float32)
+
+    monkeypatch.setattr(words_module, "load_run_encoder", lambda config: Reader())
+    both = merged([ROWS, Vocabulary(("Dog", "eel"))])
+    found = embedded(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), both)
+    np.testing.assert_allclose(found, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    with pytest.raises(ConfigError, match=r"say with label\.space"):
+        embedded(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32"), both)
+    with pytest.raises(ConfigError, match="'eel' have no embedding in any list, and the encoder pixels reads no text"):
+        embedded(config(["a.parquet", "classes"]), both)
+    wide = merged([Vocabulary(("cat",), np.ones((1, 5), np.float32)), Vocabulary(("eel",))])
+    with pytest.raises(ConfigError, match="embeddings of 5 values; the encoder's have 3"):
+        embedded(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), wide)
