@@ -38,9 +38,9 @@ def measure(
         options: how.
 
     Returns:
-        `coding_length` in nats per row; `silhouette`, `calinski_harabasz`, `davies_bouldin`; `neighbor_agreement` and
-        `modularity` where there are neighbours; `stability` where there are two label sets; `occupied`, `smallest`,
-        `median`, `largest`, `entropy` of the sizes. What one cluster cannot have is left out.
+        `coding_length` in nats per row; `silhouette`, `calinski_harabasz`, `davies_bouldin`; `neighbor_agreement`,
+        `modularity` and `map_equation` where there are neighbours; `stability` where there are two label sets;
+        `occupied`, `smallest`, `median`, `largest`, `entropy` of the sizes. What one cluster cannot have is left out.
 
     Raises:
         DataError: there are no partitions.
@@ -58,6 +58,7 @@ def measure(
     if neighbors is not None:
         found["neighbor_agreement"] = partition.neighbor_agreement(labels, neighbors)
         found["modularity"] = partition.modularity(labels, neighbors)
+        found["map_equation"] = partition.map_equation(labels, neighbors)
     if len(partitions) > 1:
         found["stability"] = partition.stability(partitions)
     return found | internal.size_summary(labels, clusters)

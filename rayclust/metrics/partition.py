@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import xlogy
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix
 from rayclust.errors import DataError, ShapeError
@@ -102,6 +103,35 @@ def modularity(labels: IntArray, neighbors: IntArray) -> float:
     return kept / max(pairs, 1) - float(np.square(shares).sum())
 
 
+def map_equation(labels: IntArray, neighbors: IntArray) -> float:
+    """Nats per step that describe a random walk in the neighbour graph when each cluster has a code book of its own.
+
+    At least 0, smaller is better. Too few clusters have long code words for their rows, too many are left too often.
+    Neighbours count in both directions.
+
+    Args:
+        labels: Int[N].
+        neighbors: Int[N M], −1 where a row has fewer than M.
+
+    Raises:
+        ShapeError: `neighbors` is no matrix or of another length.
+
+    Source: Rosvall & Bergstrom 2008, eq. 4, of the two-level description.
+    """
+    _pairs_kept(labels, neighbors)
+    codes = np.unique(labels, return_inverse=True)[1]
+    there = neighbors >= 0
+    ends = neighbors[there]
+    starts = np.repeat(np.arange(len(codes)), there.sum(axis=1))
+    visits = np.bincount(np.concatenate([starts, ends]), minlength=len(codes)) / max(2 * len(ends), 1)
+    crossing = codes[starts] != codes[ends]
+    across = np.concatenate([codes[starts][crossing], codes[ends][crossing]])
+    leaving = np.bincount(across, minlength=int(codes.max(initial=-1)) + 1) / max(2 * len(ends), 1)
+    staying = np.bincount(codes, weights=visits)
+    index = _plogp(leaving.sum()) - 2.0 * _plogp(leaving).sum()
+    return float(index - _plogp(visits).sum() + _plogp(leaving + staying).sum()) + 0.0
+
+
 def stability(partitions: Sequence[IntArray]) -> float:
     """Mean ARI of every two of several partitions of the same rows, such as those of several seeds.
 
@@ -152,6 +182,10 @@ class _Clusters:
         return np.concatenate([
             np.linalg.norm(x[part].astype(np.float64) - self.centers[self.codes[part]], axis=1) for part in parts
         ])  # fmt: skip
+
+
+def _plogp(shares: ArrayLike) -> NDArray[np.float64]:
+    return np.asarray(xlogy(shares, shares), dtype=np.float64)
 
 
 def _pairs_kept(labels: IntArray, neighbors: IntArray) -> tuple[int, int]:

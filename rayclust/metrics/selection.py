@@ -45,12 +45,16 @@ class _Criterion:
     votes: bool
 
 
+_SLOPES_SHOW = 5
+"""Candidates from which on an end of them is known for one."""
+
 CRITERIA = {
     "coding_length": _Criterion(larger_is_better=False, votes=True),
     "silhouette": _Criterion(larger_is_better=True, votes=True),
-    "calinski_harabasz": _Criterion(larger_is_better=True, votes=True),
+    "calinski_harabasz": _Criterion(larger_is_better=True, votes=False),
     "davies_bouldin": _Criterion(larger_is_better=False, votes=True),
     "modularity": _Criterion(larger_is_better=True, votes=True),
+    "map_equation": _Criterion(larger_is_better=False, votes=True),
     "stability": _Criterion(larger_is_better=True, votes=True),
 }
 
@@ -60,7 +64,7 @@ def choose(candidates: Sequence[Candidate], rule: str = "vote") -> Choice:
 
     Args:
         candidates: in any order, each K once.
-        rule: `vote`: the median, on a log axis, of what the criteria pick; `coding_length`: the least coding length;
+        rule: `vote`: the middle, in ratio, of what the criteria pick; `coding_length`: the least coding length;
             `knee`: the elbow of the coding length; or the name of any criterion.
 
     Raises:
@@ -72,9 +76,8 @@ def choose(candidates: Sequence[Candidate], rule: str = "vote") -> Choice:
         raise ConfigError(f"rule = {rule!r}: must be one of {', '.join(dict.fromkeys([*RULES, *CRITERIA]))}")
     found = picks(ordered)
     if rule == "vote":
-        k = vote(found, [c.k for c in ordered])
-        said = ", ".join(f"{name} {value}" for name, value in found.items())
-        return Choice(k, rule, f"K = {k} is the median, on a log axis, of what the criteria pick: {said}", found)
+        ks = [c.k for c in ordered]
+        return Choice(vote(found, ks), rule, _reason(found, ks), found)
     if rule not in found:
         raise DataError(f"rule = {rule!r}: no candidate has what it asks for")
     k = found[rule]
@@ -128,7 +131,10 @@ def knee(ks: Sequence[int], values: Sequence[float], *, log: bool = True) -> int
 
 
 def vote(found: Mapping[str, int], ks: Sequence[int]) -> int:
-    """The candidate nearest, in ratio, to the median of the picks of all voting criteria.
+    """The candidate nearest, in ratio, to the median of the picks of the criteria that vote.
+
+    A pick at either end of the candidates is no optimum but the end of a slope: it abstains, unless more than two
+    thirds of the criteria pick an end or there are fewer than five candidates.
 
     Args:
         found: K by criterion.
@@ -137,11 +143,34 @@ def vote(found: Mapping[str, int], ks: Sequence[int]) -> int:
     Raises:
         DataError: no criterion votes.
     """
-    logs = [math.log(k) for name, k in found.items() if name in CRITERIA and CRITERIA[name].votes]
-    if not logs:
+    voices = _voices(found, ks)
+    if not voices:
         raise DataError("vote: no criterion was measured")
-    middle = float(np.median(logs))
+    middle = float(np.median(np.log(list(voices.values()))))
     return min(sorted(ks), key=lambda k: abs(math.log(k) - middle))
+
+
+def _voices(found: Mapping[str, int], ks: Sequence[int]) -> dict[str, int]:
+    """The picks that count."""
+    picked = {name: k for name, k in found.items() if name in CRITERIA and CRITERIA[name].votes}
+    inner = {name: k for name, k in picked.items() if min(ks) < k < max(ks)}
+    slopes = len(picked) - len(inner)
+    return picked if len(ks) < _SLOPES_SHOW or 3 * slopes > 2 * len(picked) else inner
+
+
+def _reason(found: Mapping[str, int], ks: Sequence[int]) -> str:
+    """The vote in words."""
+    voices = _voices(found, ks)
+    silent = {name: k for name, k in found.items() if name in CRITERIA and CRITERIA[name].votes and name not in voices}
+    others = {name: k for name, k in found.items() if name not in voices and name not in silent}
+    parts = [f"K = {vote(found, ks)} is the middle, in ratio, of {_said(voices)}"]
+    parts += [f"no vote, being an end of the candidates: {_said(silent)}"] if silent else []
+    parts += [f"for comparison: {_said(others)}"] if others else []
+    return "; ".join(parts)
+
+
+def _said(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {k}" for name, k in found.items())
 
 
 def grid(least: int, most: int, *, ratio: float = 1.5) -> tuple[int, ...]:

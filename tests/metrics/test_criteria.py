@@ -30,6 +30,7 @@ def test_each_criterion_is_its_own_function():
     assert found["davies_bouldin"] == partition.davies_bouldin(x, labels)
     assert found["neighbor_agreement"] == partition.neighbor_agreement(labels, neighbors)
     assert found["modularity"] == partition.modularity(labels, neighbors)
+    assert found["map_equation"] == partition.map_equation(labels, neighbors)
     assert found["stability"] == partition.stability([labels, other])
     assert found["occupied"] == 4
 

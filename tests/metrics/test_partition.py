@@ -9,6 +9,7 @@ from rayclust.metrics import partition
 from rayclust.metrics.partition import (
     calinski_harabasz,
     davies_bouldin,
+    map_equation,
     modularity,
     neighbor_agreement,
     stability,
@@ -52,6 +53,23 @@ def test_pairs_by_hand(monkeypatch: pytest.MonkeyPatch):
     assert modularity(labels, neighbors) == pytest.approx(4 / 7 - 1 / 2)
     assert modularity(np.zeros(4, int), neighbors) == 0.0
     assert neighbor_agreement(np.zeros(4, int), neighbors) == 1.0
+
+
+def test_the_map_equation_by_hand():
+    # Two pairs that only know each other: each row is visited ¼ of the time, and 1 bit tells which of the two it is.
+    neighbors = np.array([[1], [0], [3], [2]])
+    assert map_equation(np.array([0, 0, 1, 1]), neighbors) == pytest.approx(np.log(2))
+    assert map_equation(np.zeros(4, int), neighbors) == pytest.approx(np.log(4))
+    crossed = map_equation(np.array([0, 1, 0, 1]), neighbors)
+    # q_i = ½, p_i = ½: 1 ln 1 − 2 · 2 · ½ ln ½ − 4 · ¼ ln ¼ + 2 · 1 ln 1.
+    assert crossed == pytest.approx(2 * np.log(2) + np.log(4))
+
+
+def test_missing_neighbours_are_no_steps():
+    whole = np.array([[1], [0], [3], [2]])
+    padded = np.concatenate([whole, np.full((4, 2), -1)], axis=1)
+    labels = np.array([5, 5, 9, 5])
+    assert map_equation(labels, padded) == pytest.approx(map_equation(labels, whole))
 
 
 def test_stability_by_hand():
