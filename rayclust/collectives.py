@@ -189,6 +189,37 @@ def differentiable_sum(x: Tensor) -> Tensor:
     return result
 
 
+class _DifferentiableGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        own = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+        own[rank()] = len(x)
+        lengths: list[int] = all_sum(own).tolist()
+        ctx.start, ctx.length = sum(lengths[: rank()]), len(x)
+        whole = x.new_zeros((sum(lengths), *x.shape[1:]))
+        whole[ctx.start : ctx.start + ctx.length] = x
+        return all_sum(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_sum(grads[0])[ctx.start : ctx.start + ctx.length]
+
+
+def differentiable_gather(x: Tensor) -> Tensor:
+    """All workers' rows, one worker's behind the other's; the gradient is the sum over workers of the incoming ones.
+
+    Args:
+        x: floating, of any number of rows, of one shape behind axis 0.
+
+    Returns:
+        A tensor like `x` with the rows of all workers in order of rank, the same bits on every worker.
+    """
+    if world_size() == 1:
+        return x
+    result: Tensor = _DifferentiableGather.apply(x)
+    return result
+
+
 def barrier() -> None:
     """Waits for all workers, inside `sharing_rows` as well; returns at once when alone."""
     if everyone().size > 1:

@@ -89,3 +89,20 @@ def test_stretches_are_as_even_as_can_be():
     assert collectives.stretches(2, 3) == [slice(0, 0), slice(0, 1), slice(1, 2)]
     alone = collectives.Grid.of(1)
     assert (alone.row.size, alone.column.size) == (1, 1)
+
+
+def _gathered(rank: int, world: int) -> dict[str, Any]:
+    own = [slice(0, 3), slice(3, 4)][rank]
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    rows = collectives.differentiable_gather(X[own] * weight)
+    (rows @ rows.T).pow(3).sum().backward()
+    return {"rows": rows.detach(), "gradient": collectives.all_mean(weight.grad)}
+
+
+def test_gathered_rows_of_any_number_have_the_gradient_of_the_union():
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    rows = collectives.differentiable_gather(X * weight)
+    (rows @ rows.T).pow(3).sum().backward()
+    for found in on_two_workers(_gathered):
+        assert torch.equal(found["rows"], rows)
+        torch.testing.assert_close(found["gradient"], weight.grad, rtol=1e-12, atol=0)
