@@ -12,6 +12,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -155,11 +156,14 @@ class Cpp(Method):
         clusters = self.config.clusters
         return torch.nn.functional.normalize(self._partition().centers[clusters][:clusters], dim=1)
 
-    def repartition(self, clusters: int) -> Cpp:
-        """The same network and eigenvectors cut into another number of clusters."""
-        self._partition().labels(clusters)
+    def repartition(self, clusters: int, seed: int | None = None) -> Cpp:
+        """The same network and eigenvectors cut into another number of clusters, or from another seed."""
+        partition = self._partition()
+        if seed is not None and seed != partition.seed:
+            partition = replace(partition, seed=seed, centers={})
+        partition.labels(clusters)  # its centres are kept for `assign`
         other = copy.copy(self)
-        other.config = self.config.model_copy(update={"clusters": clusters})
+        other.config, other.spectral = self.config.model_copy(update={"clusters": clusters}), partition
         return other
 
     def _partition(self) -> Spectral:
@@ -172,7 +176,7 @@ class Cpp(Method):
         tensors = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
         tensors |= {SPECTRAL + name: value for name, value in self._partition().tensors().items()}
         settings = {"config": self.config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}
-        tensors["seed"] = torch.tensor(self.seed)
+        tensors["seed"] = torch.tensor(self._partition().seed)
         return Export(settings, tensors)
 
     def load_exported(self, tensors: dict[str, Tensor]) -> None:
