@@ -119,16 +119,24 @@ def test_kmeans_of_the_run_finds_the_two_directions(vectors_run: Sealed):
     assert not list((vectors_run.folder / "checkpoints").glob("**/*.json"))
 
 
-def temi(sealed: Sealed, run: Path) -> Any:
-    method = {"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "steps": 4 * CLOCK_STEPS, "batch_size": 8}
+TRAINED: dict[str, dict[str, Any]] = {
+    "temi": {"heads": 2},
+    "cpp": {"variant": "two_head", "hidden": 8, "width": 4, "expansion_steps": CLOCK_STEPS + 5},
+}
+
+
+def trained(name: str, sealed: Sealed, run: Path) -> Any:
+    method = {"name": name, "clusters": 3, "preset": "none", "steps": 4 * CLOCK_STEPS, "batch_size": 8}
+    method |= TRAINED[name]
     content = tree(str(run), sealed.config.images.uri, resources={"checkpoint_seconds": 1e-9})
     return validate(content | {"method": method})
 
 
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_training_stopped_at_any_checkpoint_ends_in_the_same_bytes(
-    pictures_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+    name: str, pictures_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ):
-    whole, stopped = temi(pictures_run, tmp_path / "whole"), temi(pictures_run, tmp_path / "stopped")
+    whole, stopped = (trained(name, pictures_run, tmp_path / folder) for folder in ("whole", "stopped"))
     run_all(whole, stop_after="train")
     save_as_before, saved = StoredCheckpoints.save, list[int]()
 
