@@ -249,23 +249,6 @@ def test_sending_does_not_wait(monkeypatch: pytest.MonkeyPatch):
     assert submit_run(one, server.address, "stop", lambda text: None) == 0
 
 
-CLUSTER = """
-import functools
-import sys
-from ray._private import utils
-from ray.cluster_utils import Cluster
-
-port, folder = sys.argv[1:]
-# What others on this machine start must not find this cluster, and its jobs must find no other.
-utils.write_ray_address = functools.partial(utils.write_ray_address, temp_dir=folder)
-cluster = Cluster(initialize_head=True, head_node_args={
-    "num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(port),
-    "dashboard_agent_listen_port": 0, "temp_dir": folder,
-})
-print("up", flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
 TOKEN = "a-token-for-this-cluster-alone-0123456789"  # noqa: S105
 
 
@@ -310,7 +293,6 @@ def cluster() -> Iterator[Cluster]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "RAYCLUST_CACHE": str(folder / "cache"),
         "RAY_AUTH_MODE": "token",
@@ -318,11 +300,12 @@ def cluster() -> Iterator[Cluster]:
     }
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
         environment.pop(name, None)
-    line = [sys.executable, "-c", CLUSTER, str(port), str(folder / "ray")]
+    script = str(ROOT / "cluster_configs" / "local.py")
+    line = [sys.executable, script, "--port", str(port), "--cpus", "2", "--folder", str(folder / "ray")]
     process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
-        assert "up\n" in process.stdout
+        assert process.stdout.readline().startswith("export RAY_API_SERVER_ADDRESS=")
         yield Cluster(f"http://127.0.0.1:{port}", folder, process, environment)
     finally:
         left = list(descendants(process.pid))

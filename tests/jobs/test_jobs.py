@@ -1,0 +1,27 @@
+"""Every RUN.yaml of jobs/ can be read, and says in its head how it is submitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayclust.config import parse
+from rayclust.stages.quick import anchored, places
+from rayclust.store import filesystem
+
+FOLDER = Path(__file__).resolve().parents[2] / "jobs"
+JOBS = sorted(path.name for path in FOLDER.glob("*.yaml"))
+
+
+def test_there_are_jobs():
+    assert {"smoke.yaml", "cifar10_temi.yaml", "imagenet_temi.yaml"} <= set(JOBS)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_is_read_and_needs_nothing_of_the_machine_it_comes_from(name: str):
+    text = (FOLDER / name).read_text()
+    config = anchored(parse(text, source=name))
+    assert all(filesystem.is_remote(place) for place in places(config).values()), places(config)
+    assert text.startswith("# ")
+    assert f"rayclust submit jobs/{name}" in text
