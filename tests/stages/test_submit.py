@@ -322,20 +322,22 @@ def test_the_smoke_job_is_killed_submitted_again_goes_on_and_succeeds(cluster: C
     first = subprocess.Popen(
         cluster.line(), cwd="/", env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_until((cluster.folder / "run" / "manifests" / "neighbors.json").exists, first)
+    wait_until((cluster.folder / "run" / "lease.json").exists, first)
     beside = cluster.submit("--no-wait")
     assert beside.returncode == 0, beside.stderr
     assert "is under way since" in beside.stderr
+    markers = cluster.folder / "run" / "manifests" / "encode"
+    wait_until(lambda: len(list(markers.glob("part-*.json"))) >= 2, first)
     kill(cluster.driver())
     output = first.communicate(timeout=60)[0]
     assert first.returncode == 137, output
-    assert "encode: done in" in output
+    assert "encode: started" in output
 
     second = cluster.submit()
     assert second.returncode == 0, second.stderr + second.stdout
     assert "-2 submitted to" in second.stderr
     assert "-1 failed" in second.stderr
-    assert "neighbors: done before, skipped" in second.stdout
+    assert "of 6 parts were finished before" in second.stdout
     assert "1,797 images in 10 clusters" in second.stdout
     assert "Running entrypoint" not in second.stdout
     assert (cluster.folder / "run" / "report" / "index.html").exists()
