@@ -15,7 +15,16 @@ JOBS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 
 
 def test_there_are_jobs():
-    assert {"smoke.yaml", "cifar10_temi.yaml", "imagenet_temi.yaml"} <= set(JOBS)
+    names = {
+        "smoke",
+        "cifar10_temi",
+        "imagenet_temi",
+        "imagenet_cpp",
+        "imagenet_overcluster_25k",
+        "laion_encode",
+        "select_k",
+    }
+    assert {f"{name}.yaml" for name in names} <= set(JOBS)
 
 
 @pytest.mark.parametrize("name", JOBS)
