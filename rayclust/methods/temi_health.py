@@ -43,6 +43,7 @@ class Health:
             "head_largest_shares": self.largest.tolist(),
             "head_agreements": self.agreement.tolist(),
             "collapsed_heads": int(self.collapsed().sum()),
+            "collapsed": int(self.collapsed()[best]),
             "marginal_entropy": float(self.entropy[best]),
             "live_clusters": int(self.live[best]),
             "largest_share": float(self.largest[best]),

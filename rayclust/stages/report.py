@@ -66,7 +66,7 @@ def run(context: StageContext) -> StageResult:
         images=metrics["rows"],
         encoder=config.encoder.name,
         dimension=int(context.inputs["encode"].extra["dimension"]),
-        methods=(_method(context, metrics), *_others(run, config.method.name)),
+        methods=(_method(context, metrics), *_levels(config.method.name, metrics), *_others(run, config.method.name)),
         clusters=tuple(_cluster(cluster, pictures, counts, context.inputs["label"]) for cluster in clusters),
         classes=metrics.get("classes"),
         stages=tuple(_times(run, asked)),
@@ -78,7 +78,7 @@ def run(context: StageContext) -> StageResult:
         drawings=tuple(drawings(run, _selection(context))),
         retrieval=tuple(_retrieval(near, pictures)),
         rejects=tuple(_rejects(run, context.inputs["encode"])),
-        notes=tuple(_notes(context)),
+        notes=(*_health(_history(run)), *_notes(context)),
     )
     page = render(data, limits).encode()
     outputs = put_bytes(run, run.report, page)
@@ -106,6 +106,26 @@ def _method(context: StageContext, metrics: dict[str, Any]) -> MethodResult:
     named = {key: value for key, value in said.items() if key.startswith("name_accuracy")}
     scores = {key: value for key, value in (metrics | named).items() if isinstance(value, float)}
     return MethodResult(name=context.config.method.name, settings=settings, metrics=scores)
+
+
+def _levels(method: str, metrics: dict[str, Any]) -> list[MethodResult]:
+    """The coarser levels, each beside the clusters that it is made of."""
+    return [
+        MethodResult(
+            name=f"{method}, level of {level['clusters']:,} clusters",
+            metrics={key: value for key, value in level.items() if isinstance(value, float)},
+        )
+        for level in metrics.get("levels", [])
+    ]
+
+
+def _health(history: pa.Table) -> list[str]:
+    """What a reader should know of the training first."""
+    last = history.slice(max(0, history.num_rows - 1)).to_pylist()
+    if not last or not last[0].get("collapsed"):
+        return []
+    live, heads = last[0]["live_clusters"], last[0]["collapsed_heads"]
+    return [f"Clusters collapsed in {heads} of the heads; the best one has {live:,} live clusters. Lower method.beta."]
 
 
 def _others(run: Run, method: str) -> list[MethodResult]:
@@ -252,8 +272,12 @@ def _times(run: Run, asked: RunConfig) -> list[StageTime]:
     ]
 
 
+def _history(run: Run) -> pa.Table:
+    return tables.read_table(filesystem.join(run.model_folder, "metrics.parquet"))
+
+
 def _curves(run: Run) -> list[Curve]:
-    history = tables.read_table(filesystem.join(run.model_folder, "metrics.parquet"))
+    history = _history(run)
     titles = {"loss": "Loss", "inertia": "Inertia", "marginal_entropy": "Entropy of the clusters' shares, nats"}
     titles |= {"live_clusters": "Live clusters of the best head", "agreement": "Agreement of the best head's teacher"}
     curves = []

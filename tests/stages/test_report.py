@@ -11,6 +11,7 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.stages import report
 from rayclust.stages.pipeline import run_stage
+from rayclust.stages.report import _health, _levels
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.conftest import Sealed
@@ -90,3 +91,21 @@ def test_the_table_of_counts_is_drawn_while_it_can_be_read():
 def test_examples_of_rejects_are_few_and_their_counts_whole(pictures_run: Sealed):
     [group] = report._rejects(pictures_run.run, pictures_run.manifest("encode"))
     assert (group.reason, group.count, [reject.key for reject in group.examples]) == ("empty", 1, ["shard-001/broken"])
+
+
+def test_levels_stand_below_their_method():
+    levels = [{"clusters": 1000, "occupied": 990, "purity": 0.75}, {"clusters": 50, "occupied": 50, "purity": 0.5}]
+    found = _levels("temi", {"levels": levels})
+    assert [(level.name, level.metrics) for level in found] == [
+        ("temi, level of 1,000 clusters", {"purity": 0.75}),
+        ("temi, level of 50 clusters", {"purity": 0.5}),
+    ]
+    assert _levels("temi", {}) == []
+
+
+def test_a_collapse_is_the_first_thing_to_read():
+    rows = {"collapsed": [0, 1], "collapsed_heads": [2, 3], "live_clusters": [90, 2]}
+    [note] = _health(pa.table(rows))
+    assert "3 of the heads; the best one has 2 live clusters" in note
+    assert _health(pa.table(rows).slice(0, 1)) == []
+    assert _health(pa.table({"inertia": [1.0]})) == []
