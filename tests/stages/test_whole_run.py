@@ -114,11 +114,11 @@ def test_s3_gives_the_bytes_that_local_gives(finished: Path, s3_bucket: str, tmp
     assert run_command(["search", f"{s3_bucket}/runs/one", "--image", f"{s3_bucket}/runs/one/none.png"]) == 2
 
 
-def test_temi_trains_through_ray_on_two_workers(finished: Path, tmp_path: Path):
+def test_temi_trains_through_ray_with_its_heads_on_two_workers(finished: Path, tmp_path: Path):
     content = tree(
         str(tmp_path / "run"),
         str(finished / "images"),
-        method={"name": "temi", "clusters": 3, "heads": 2, "steps": 150, "batch_size": 32},
+        method={"name": "temi", "clusters": 3, "heads": 3, "steps": 150, "batch_size": 32, "parallel": "heads"},
         resources={"workers": 2},
     )
     run(write_yaml(tmp_path / "RUN.yaml", content))
@@ -126,6 +126,7 @@ def test_temi_trains_through_ray_on_two_workers(finished: Path, tmp_path: Path):
     assert metrics["accuracy"] > 0.9
     history = pq.read_table(tmp_path / "run" / "model" / "metrics.parquet")
     assert history["loss"][-1].as_py() < history["loss"][0].as_py()
+    assert len(history["head_losses"][-1].as_py()) == 3
 
 
 def test_rejects_leave_rows_dense_and_above_the_share_the_stage_fails(
