@@ -15,7 +15,6 @@ from rayclust.report.budget import PageLimits, featured
 from rayclust.report.contents import (
     Cluster,
     Contingency,
-    Curve,
     MethodResult,
     Picture,
     Reject,
@@ -33,6 +32,7 @@ from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
 from rayclust.stages.outputs import put_bytes
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.quick import as_yaml, load_run
+from rayclust.stages.report_training import curves, health, history
 from rayclust.stages.rows import row_starts
 from rayclust.stages.units import STORAGE_THREADS
 from rayclust.store import filesystem, tables
@@ -72,13 +72,13 @@ def run(context: StageContext) -> StageResult:
         stages=tuple(_times(run, asked)),
         versions=context.inputs["encode"].versions,
         config=as_yaml(asked),
-        curves=tuple(_curves(run)),
+        curves=tuple(curves(history(run))),
         confidence=tuple(context.inputs["label"].extra["confidence"]),
         contingency=_drawn(counts, len(clusters)),
         drawings=tuple(drawings(run, _selection(context))),
         retrieval=tuple(_retrieval(near, pictures)),
         rejects=tuple(_rejects(run, context.inputs["encode"])),
-        notes=(*_health(_history(run)), *_notes(context)),
+        notes=(*health(history(run)), *_notes(context)),
     )
     page = render(data, limits).encode()
     outputs = put_bytes(run, run.report, page)
@@ -117,15 +117,6 @@ def _levels(method: str, metrics: dict[str, Any]) -> list[MethodResult]:
         )
         for level in metrics.get("levels", [])
     ]
-
-
-def _health(history: pa.Table) -> list[str]:
-    """What a reader should know of the training first."""
-    last = history.slice(max(0, history.num_rows - 1)).to_pylist()
-    if not last or not last[0].get("collapsed"):
-        return []
-    live, heads = last[0]["live_clusters"], last[0]["collapsed_heads"]
-    return [f"Clusters collapsed in {heads} of the heads; the best one has {live:,} live clusters. Lower method.beta."]
 
 
 def _others(run: Run, method: str) -> list[MethodResult]:
@@ -270,22 +261,6 @@ def _times(run: Run, asked: RunConfig) -> list[StageTime]:
         for name, manifest in sealed
         if manifest is not None
     ]
-
-
-def _history(run: Run) -> pa.Table:
-    return tables.read_table(filesystem.join(run.model_folder, "metrics.parquet"))
-
-
-def _curves(run: Run) -> list[Curve]:
-    history = _history(run)
-    titles = {"loss": "Loss", "inertia": "Inertia", "marginal_entropy": "Entropy of the clusters' shares, nats"}
-    titles |= {"live_clusters": "Live clusters of the best head", "agreement": "Agreement of the best head's teacher"}
-    curves = []
-    for name, title in titles.items():
-        if name in history.column_names and history.num_rows > 1:
-            values = [float("nan") if value is None else value for value in history[name].to_pylist()]
-            curves.append(Curve(title=title, series={name: values}))
-    return curves
 
 
 def _rejects(run: Run, encode: Manifest) -> list[RejectGroup]:

@@ -11,7 +11,7 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.stages import report
 from rayclust.stages.pipeline import run_stage
-from rayclust.stages.report import _health, _levels
+from rayclust.stages.report import _levels
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.conftest import Sealed
@@ -101,11 +101,3 @@ def test_levels_stand_below_their_method():
         ("temi, level of 50 clusters", {"purity": 0.5}),
     ]
     assert _levels("temi", {}) == []
-
-
-def test_a_collapse_is_the_first_thing_to_read():
-    rows = {"collapsed": [0, 1], "collapsed_heads": [2, 3], "live_clusters": [90, 2]}
-    [note] = _health(pa.table(rows))
-    assert "3 of the heads; the best one has 2 live clusters" in note
-    assert _health(pa.table(rows).slice(0, 1)) == []
-    assert _health(pa.table({"inertia": [1.0]})) == []
