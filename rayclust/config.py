@@ -106,6 +106,16 @@ class ReportConfig(Config):
     """Clusters shown with thumbnails, largest first; the others are listed in a table."""
 
 
+class TrackingConfig(Config):
+    """Who can follow a training while it runs; changes no result."""
+
+    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """tensorboard: event files in `tensorboard/` below the run. wandb, mlflow: need their package, and find server and
+    key in their own variables."""
+    project: str = "rayclust"
+    """Project or experiment that the services file the run under."""
+
+
 class ResourcesConfig(Config):
     """What a run may use of the machine or cluster."""
 
@@ -147,6 +157,7 @@ class RunConfig(Config):
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+    tracking: TrackingConfig = TrackingConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="before")

@@ -32,6 +32,7 @@ from rayclust.stages.outputs import Outputs, put_bytes, put_table
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.progress import Progress
 from rayclust.stages.rows import StoredRows, cache_folder, drop_cache
+from rayclust.stages.trackers import Trackers
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest
@@ -138,10 +139,18 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     store = StoredCheckpoints(run, job.digest)
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else "cpu"
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
-    on_row = (lambda row: board.post.remote(row | total)) if rank == 0 else None
+    trackers = Trackers(config) if rank == 0 and job.stage == "train" else None
+
+    def on_row(row: dict[str, Any]) -> None:
+        board.post.remote(row | total)
+        if trackers is not None:
+            trackers.log(row)
+
     every = Every(epochs=None, seconds=config.resources.checkpoint_seconds)
-    trainer = Trainer(config.seed, device, on_row, store, every)
+    trainer = Trainer(config.seed, device, on_row if rank == 0 else None, store, every)
     method.fit(rows, trainer)
+    if trackers is not None:
+        trackers.close()
     collectives.barrier()
     drop_cache(job.digest)
     if rank:
