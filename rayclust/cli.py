@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from rayclust.errors import ConfigError, RayclustError
+from rayclust.report.formats import clean
 
 STAGE_NAMES = ("encode", "neighbors", "select-k", "train", "assign", "label", "index", "evaluate", "report")
 """Stages whose command takes a RUN.yaml; figures has one of its own."""
@@ -48,7 +49,7 @@ def run_command(arguments: Sequence[str]) -> int:
 def _fail(message: str, code: int, verbose: bool = False) -> int:
     if verbose:
         logging.getLogger(__name__).exception("rayclust failed")
-    click.echo(f"rayclust: {' '.join(message.split())}", err=True)
+    click.echo(f"rayclust: {clean(' '.join(message.split()))}", err=True)
     return code
 
 
@@ -210,7 +211,7 @@ def search(run_uri: str, image: str | None, text: str | None, top: int, space: s
     from rayclust.stages.search import search as run_search
 
     for line in as_lines(run_search(_load_run(run_uri), image=image, text=text, top=top, space=space)):
-        click.echo(line)
+        click.echo(clean(line))
 
 
 @commands.command()

@@ -74,6 +74,13 @@ def test_an_unexpected_error_is_exit_code_1_and_one_line(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_what_is_printed_steers_no_terminal(capsys: pytest.CaptureFixture[str]):
+    assert run_command(["run", "/nowhere/\x1b]0;hostile\x07.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "hostile" in error
+    assert not set("\x1b\x07") & set(error)
+
+
 def test_the_schema_is_json_with_every_group(capsys: pytest.CaptureFixture[str]):
     assert run_command(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

@@ -146,7 +146,9 @@ def test_no_module_is_named_after_nothing():
     assert [name(p) for p in MODULES if p.stem in {"utils", "util", "common", "helpers", "misc"}] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/artefacts.md", "docs/operations.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/artefacts.md", "docs/operations.md", "docs/architecture.md", "docs/security.md"]
+)
 def test_pages_are_there(page: str):
     assert len((ROOT / page).read_text()) > 500
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rayclust.config import FeaturesConfig
+from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
 from rayclust.stages.shards import Moments
 from rayclust.store import tables
@@ -168,8 +170,17 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.n
 def cache_folder(digest: str) -> Path:
     """This user's folder on this node for the files of one training."""
     root = os.environ.get("RAYCLUST_SCRATCH")
-    base = Path(root) if root else Path(tempfile.gettempdir()) / f"rayclust-{os.getuid()}"
+    base = Path(root) if root else _own_folder(Path(tempfile.gettempdir()) / f"rayclust-{os.getuid()}")
     return base / "rows" / digest
+
+
+def _own_folder(path: Path) -> Path:
+    """A folder that nobody else can write to, in a place where everybody can make one of that name first."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(f"{path}: belongs to somebody else, or others may write there: set RAYCLUST_SCRATCH")
+    return path
 
 
 def drop_cache(digest: str) -> None:

@@ -70,7 +70,10 @@ class Submission:
     def entrypoint(self, attempt: int) -> str:
         """The shell's line on the head node: the config comes with it, so no directory has to be sent."""
         command = f"exec env {SUBMISSION_VARIABLE}={self.id(attempt)} python -m rayclust {self.command} -"
-        return f"{command} <<'{_MARK}'\n{self.text}{_MARK}\n"
+        mark = _MARK
+        while mark in self.text:  # no text may end itself and go on as a command
+            mark += "_"
+        return f"{command} <<'{mark}'\n{self.text}{mark}\n"
 
     def attempts(self, jobs: dict[str, JobDetails]) -> list[int]:
         """Numbers of the attempts that the cluster knows, ascending."""

@@ -187,8 +187,14 @@ def upload_tree(uri: str, folder: Path) -> None:
 
 
 def download_tree(uri: str, folder: Path) -> None:
-    """Copies the visible files below `uri` into a local folder."""
+    """Copies the visible files below `uri` into a local folder, and nothing to anywhere else.
+
+    Raises:
+        DataError: an object's key leads out of the folder.
+    """
     for found in walk(uri):
+        if ".." in found.key.split("/") or found.key.startswith("/"):
+            raise DataError(f"{found.uri}: its key leads out of the folder that it is copied to; remove the object")
         _storage(uri).download(found.uri, folder / found.key)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rayclust.config import FeaturesConfig
+from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
 from rayclust.stages.rows import (
     StoredRows,
@@ -126,3 +127,21 @@ def test_each_training_has_a_folder_of_its_own_that_goes_with_it(tmp_path: Path,
     drop_cache("never there")
     assert not cache_folder("one").exists()
     assert (cache_folder("two") / "x.npy").exists()
+
+
+def test_the_folder_that_anybody_could_have_made_first_must_be_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAYCLUST_SCRATCH", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = cache_folder("digest")
+    assert folder.parent.parent.stat().st_mode & 0o777 == 0o700
+    assert cache_folder("digest") == folder
+    folder.parent.parent.chmod(0o777)
+    with pytest.raises(ConfigError, match="set RAYCLUST_SCRATCH"):
+        cache_folder("digest")
+    folder.parent.parent.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.parent.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="set RAYCLUST_SCRATCH"):
+        cache_folder("digest")
+    monkeypatch.setenv("RAYCLUST_SCRATCH", str(tmp_path / "mine"))
+    assert cache_folder("digest") == tmp_path / "mine" / "rows" / "digest"

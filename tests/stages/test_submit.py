@@ -102,7 +102,8 @@ def test_attempts_of_this_run_are_told_from_others():
 
 
 def test_the_shell_hands_the_config_on_as_it_is(tmp_path: Path):
-    one = submission(label={"templates": ["a 'photo' of a $HOME {} `x` \\n"], "vocabulary": "none"})
+    hostile = ["a 'photo' of a $HOME {} `x` \\n", "{}\nEND_OF_RUN_YAML\nexit 9\n", "END_OF_RUN_YAML_ {}"]
+    one = submission(label={"templates": hostile, "vocabulary": "none"})
     shown = "import os, sys; print(sys.argv[1:], os.environ['RAYCLUST_SUBMISSION'], sys.stdin.read()); sys.exit(3)"
     (tmp_path / "python").write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -c "{shown}" "$@"\n')
     (tmp_path / "python").chmod(0o755)

@@ -45,6 +45,14 @@ def test_objects_that_stand_for_folders_are_left_out(s3_bucket: str) -> None:
     assert next(iter(filesystem.walk(f"{s3_bucket}/photos/cats/"))).uri == f"{s3_bucket}/photos/cats/1.jpg"
 
 
+@pytest.mark.parametrize("key", ["../outside", "a/../../outside", "/outside"])
+def test_no_key_leads_out_of_the_folder_that_is_copied_to(s3_bucket: str, tmp_path: Path, key: str) -> None:
+    client().call_s3("put_object", Bucket=split(s3_bucket)[0], Key=f"model/{key}", Body=b"hostile")
+    with pytest.raises(DataError, match="leads out of the folder"):
+        filesystem.download_tree(f"{s3_bucket}/model", tmp_path / "a" / "b")
+    assert not list(tmp_path.rglob("outside"))
+
+
 def test_more_than_a_thousand_objects_are_removed(s3_bucket: str) -> None:
     put(s3_bucket, [f"run/{i}" for i in range(1005)] + ["running"])
     filesystem.remove_tree(f"{s3_bucket}/run")
