@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEAST_ENTROPY = 0.5
-"""Part of ln K below which the entropy of a head's shares means that its clusters have collapsed."""
+"""Part of ln K below which the entropy of a head's shares tells of a collapse."""
 STEP_OF_BETA = 0.1
 """By how much lower a β the alarm proposes."""
 
@@ -51,8 +51,11 @@ class Health:
         }
 
     def collapsed(self) -> Tensor:
-        """Bool[H]: which heads have put most rows into few clusters."""
-        return self.entropy < LEAST_ENTROPY * math.log(self.clusters)
+        """Bool[H]: which heads have put most rows into few clusters.
+
+        Little entropy alone is none: classes may be of very different size. Half of the clusters must be dead as well.
+        """
+        return (self.entropy < LEAST_ENTROPY * math.log(self.clusters)) & (2 * self.live <= self.clusters)
 
     def watch(self, best: int, config: TemiConfig) -> bool:
         """Whether the best head has collapsed; says so, and what to do."""

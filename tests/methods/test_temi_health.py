@@ -49,6 +49,14 @@ def test_without_room_below_beta_the_rate_is_to_blame(caplog: pytest.LogCaptureF
     assert "lower method.learning_rate" in caplog.text
 
 
+def test_classes_of_very_different_size_are_no_collapse():
+    marginal = Marginal(1, 10)
+    marginal.shares[0], marginal.shares[0, 0] = 0.1 / 9, 0.9
+    health = Health(marginal.entropy(), marginal.live(), marginal.shares.amax(1), torch.tensor([0.9]), 10)
+    assert float(health.entropy[0]) < 0.5 * math.log(10)
+    assert not health.collapsed().any()
+
+
 @pytest.mark.parametrize("stops", [False, True])
 def test_training_ends_at_a_collapse_where_that_is_asked_for(stops: bool):
     settings = {"clusters": K, "preset": "none", "heads": 2, "hidden": 8, "bottleneck": 5, "batch_size": 20}
