@@ -42,7 +42,7 @@ class Axes:
 
     def grid(self, x_label: str, x_ticks: Sequence[float] | None = None) -> Iterator[Markup]:
         """Lines and numbers at round values of either side."""
-        for tick in svg.ticks(*self.y_span, 5):
+        for tick in svg.ticks(*self.y_span, 6):
             if self.y_span[0] - 1e-9 <= tick <= self.y_span[1] + 1e-9:
                 yield svg.rule(self.left, self.y(tick), self.left + self.width, self.y(tick))
                 yield svg.text(self.left - 6, self.y(tick) + 4, number(tick, 4), anchor="end")

@@ -28,6 +28,8 @@ class Criterion:
     """None marks no best value."""
     spread: Mapping[int, float] | None = None
     """Standard deviations over seeds, where several were run."""
+    knee: int | None = None
+    """Where the curve bends, marked beside the best."""
 
 
 def criteria(found: Sequence[Criterion], chosen: int | None, title: str) -> Markup:
@@ -79,8 +81,9 @@ def _panel(criterion: Criterion, chosen: int | None, ks: Sequence[int], place: t
     yield axes.line(xs, ys, 0, criterion.name)
     best = _best(values, criterion.larger_is_better)
     for k, value in values.items():
-        tip = f"{count(k)} clusters: {number(value)}{', the best' if k == best else ''}"
-        yield axes.dot(k, value, 1 if k == best else 0, tip, 5.0 if k == best else 3.0)
+        said = {criterion.knee: ", the knee", best: ", the best"}.get(k, "")
+        hue = 1 if k == best else 2 if k == criterion.knee else 0
+        yield axes.dot(k, value, hue, f"{count(k)} clusters: {number(value)}{said}", 5.0 if said else 3.0)
 
 
 def _best(values: Mapping[int, float], larger_is_better: bool | None) -> int | None:

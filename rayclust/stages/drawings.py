@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.csv
 
 from rayclust.config import RunConfig
+from rayclust.metrics.selection import CRITERIA
 from rayclust.metrics.spectra import quantiles
 from rayclust.report import svg
 from rayclust.report.contents import Drawing
 from rayclust.report.criteria import Criterion, criteria
-from rayclust.report.formats import count, number, percent
+from rayclust.report.formats import count, percent
 from rayclust.report.heatmap import Group, Panel, heatmap
 from rayclust.report.scatter import centers, hues, scatter
-from rayclust.report.scores import KNOWN
 from rayclust.report.spectra import Spectrum, spectra
 from rayclust.stages.figures import FEATURES, KERNEL_TEMPERATURE, OWN, PRECISION_AT, numbers
 from rayclust.stages.graph import SELECT_K
@@ -29,6 +29,17 @@ from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 
 _TITLES = {FEATURES: "encoder features", OWN: "z"}
+_MEASURED = {
+    "coding_length": "Coding length, nats per image",
+    "silhouette": "Silhouette",
+    "calinski_harabasz": "Calinski–Harabasz",
+    "davies_bouldin": "Davies–Bouldin",
+    "neighbor_agreement": "Neighbour agreement",
+    "modularity": "Modularity",
+    "map_equation": "Map equation",
+    "stability": "Stability over seeds",
+}
+"""Criteria of `selection.json` that are drawn, in order; sizes are left to the file."""
 _TABLES = ("map.parquet", "heat.parquet", "spectra.parquet")
 
 
@@ -44,8 +55,8 @@ def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawi
     names = _names(run, {*dots["cluster"].to_pylist(), *heat["cluster"].to_pylist()})
     shades = hues(centers(*_points(dots)))
     groups = _groups(heat, names, shades)
-    found = [_gram(heat, summary, groups), _membership(heat, summary, groups), _spectra(lines, summary)]
-    found.append(_map(dots, summary, names))
+    found = [_gram(heat, summary, groups), _membership(heat, summary, groups), _map(dots, summary, names)]
+    found.append(_spectra(lines, summary))
     if selection is not None:
         found.append(_selection(selection))
     return found
@@ -121,7 +132,7 @@ def _gram(heat: pa.Table, summary: Mapping[str, Any], groups: list[Group]) -> Dr
     )
     text = (
         f"Absolute cosines between {count(heat.num_rows)} images{_lot(groups, summary)}. {beside} "
-        "Dark blocks on a light ground are clusters in directions of their own."
+        "Blocks that stand out on the diagonal are clusters in directions of their own."
     )
     return Drawing(key="gram", title=title, text=text, svg=drawn, is_wide=len(panels) > 1)
 
@@ -189,22 +200,22 @@ def _map(dots: pa.Table, summary: Mapping[str, Any], names: Mapping[int, str]) -
 
 
 def _selection(selection: Mapping[str, Any]) -> Drawing:
-    known = {score.key: score for score in KNOWN}
     table: dict[str, dict[int, float]] = {}
     for candidate in selection["candidates"]:
-        for name, value in candidate.items():
-            if name != "k" and isinstance(value, int | float) and not isinstance(value, bool):
-                table.setdefault(name, {})[int(candidate["k"])] = float(value)
-    order = sorted(table, key=lambda name: (name != "coding_length", list(table).index(name)))
-    found = [
-        Criterion(
-            known[name].short if name in known else name.replace("_", " "),
-            table[name],
-            known[name].larger_is_better if name in known else None,
-        )
-        for name in order
-    ]
+        for name in _MEASURED:
+            if candidate.get(name) is not None:
+                table.setdefault(name, {})[int(candidate["k"])] = float(candidate[name])
+    knee = selection.get("picks", {}).get("knee")
+    found = []
+    for name, values in table.items():
+        better = CRITERIA[name].larger_is_better if name in CRITERIA else None
+        arrow = {True: " ↑", False: " ↓", None: ""}[better]
+        bend = knee if name == "coding_length" else None
+        found.append(Criterion(_MEASURED[name] + arrow, values, better, knee=bend))
     title = "Criteria against the number of clusters"
-    text = f"{number(selection['chosen'])} clusters were chosen: {selection['reason']}"
+    text = (
+        f"{count(selection['chosen'])} clusters were chosen (dashed): {selection['reason'].rstrip('.')}. Arrows say "
+        "which end is better, large orange dots are each criterion's own best, a large green one is the knee."
+    )
     drawn = criteria(found, int(selection["chosen"]), title)
     return Drawing(key="selection", title=title, text=text, svg=drawn, is_wide=True)

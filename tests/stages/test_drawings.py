@@ -13,15 +13,16 @@ SELECTION = {
     "chosen": 3,
     "reason": "least coding length <b>",
     "candidates": [
-        {"k": 2, "coding_length": 9.0, "silhouette": 0.1, "sizes": [3, 4]},
-        {"k": 3, "coding_length": 5.0, "silhouette": 0.4, "sizes": [2, 2, 3]},
+        {"k": 2, "silhouette": 0.1, "coding_length": 9.0, "smallest": 3},
+        {"k": 3, "silhouette": 0.4, "coding_length": 5.0, "smallest": 2},
     ],
+    "picks": {"coding_length": 3, "knee": 2},
 }
 
 
 def test_every_figure_of_a_run_is_drawn_and_says_what_it_shows(pictures_run: Sealed) -> None:
     found = drawings(pictures_run.run, SELECTION)
-    assert [drawn.key for drawn in found] == ["gram", "membership", "singular-values", "map", "selection"]
+    assert [drawn.key for drawn in found] == ["gram", "membership", "map", "singular-values", "selection"]
     for drawn in found:
         root = ET.fromstring(drawn.svg)  # noqa: S314 - our own text
         assert root.attrib["role"] == "img"
@@ -31,15 +32,22 @@ def test_every_figure_of_a_run_is_drawn_and_says_what_it_shows(pictures_run: Sea
     assert "no space of its own" in texts["gram"]
     assert "for want of codes, by a softmax of cosine / 0.1" in texts["membership"]
     assert "t-SNE of encoder features of 24 images" in texts["map"]
-    assert "3 clusters were chosen: least coding length" in texts["selection"]
+    assert "3 clusters were chosen (dashed): least coding length" in texts["selection"]
     assert "selection" not in {drawn.key for drawn in drawings(pictures_run.run)}
 
 
-def test_coding_length_is_the_first_criterion_and_lists_are_left_out() -> None:
-    titles = [node.text for node in ET.fromstring(_selection(SELECTION).svg) if node.tag.endswith("text")]  # noqa: S314
-    assert [title for title in titles if title in ("Coding length", "Silhouette", "sizes")] == [
-        "Coding length",
-        "Silhouette",
+def test_coding_length_is_the_first_criterion_and_sizes_are_left_out() -> None:
+    root = ET.fromstring(_selection(SELECTION).svg)  # noqa: S314 - our own text
+    titles = [node.text or "" for node in root if node.tag.endswith("text")]
+    assert [title for title in titles if title[0].isalpha() and title != "clusters"] == [
+        "Coding length, nats per image ↓",
+        "Silhouette ↑",
+    ]
+    assert [node[0].text for node in root if node.tag.endswith("circle")] == [
+        "2 clusters: 9, the knee",
+        "3 clusters: 5, the best",
+        "2 clusters: 0.1",
+        "3 clusters: 0.4, the best",
     ]
 
 
