@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -65,12 +64,37 @@ def _wait_until_up(endpoint: str) -> None:
             time.sleep(0.1)
 
 
+@pytest.fixture(scope="session")
+def flaky_endpoint(s3_endpoint: str) -> Iterator[str]:
+    """The same server behind a proxy that has accidents when `tests.chaos.proxy.control` tells it to."""
+    port = _free_port()
+    command = [sys.executable, "-m", "tests.chaos.proxy", str(port), s3_endpoint.rpartition(":")[2]]
+    proxy = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
+    try:
+        _wait_until_up(f"http://127.0.0.1:{port}/-/faults")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        proxy.terminate()
+        proxy.wait(timeout=10)
+
+
+@pytest.fixture
+def flaky(flaky_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The AWS variables point to the proxy, which behaves; the value is its endpoint, to set a plan of faults."""
+    from tests.chaos.proxy import control
+
+    control(flaky_endpoint, {})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", flaky_endpoint)
+    yield flaky_endpoint
+    control(flaky_endpoint, {})
+
+
 @pytest.fixture
 def s3_bucket(s3_endpoint: str) -> str:
     """The URI of a fresh, empty bucket."""
     import botocore.session
 
     name = f"test-{uuid.uuid4().hex[:12]}"
-    client = botocore.session.get_session().create_client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    client = botocore.session.get_session().create_client("s3", endpoint_url=s3_endpoint)
     client.create_bucket(Bucket=name)
     return f"s3://{name}"

@@ -72,13 +72,16 @@ def read_range(uri: str, start: int, end: int) -> bytes:
     return _storage(uri).read(uri, start, end)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes) -> str:
     """Replaces a file at once: a reader, and whoever comes after a crash, finds the old content or the new.
+
+    Returns:
+        The stamp of what was written, as `FileStat.stamp`.
 
     Raises:
         DataError: it cannot be written.
     """
-    _storage(uri).write(uri, data)
+    return _storage(uri).write(uri, data)
 
 
 def canonical_json(value: Any) -> str:

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import stat
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,21 +48,23 @@ class LocalStorage:
 
     def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes from `start` up to `end`."""
-        with _translated(uri, "read"), to_path(uri).open("rb") as file:
+        with translated(uri, "read"), to_path(uri).open("rb") as file:
             file.seek(start)
             if end is None:
                 return file.read()
             size = os.fstat(file.fileno()).st_size  # memory is taken for as much as is asked for
             return file.read(max(0, min(end, size) - start))
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes) -> str:
         """Writes beside the target, then renames over it."""
         with self._replacing(uri) as file:
             file.write(data)
+            file.flush()
+            return _stamp(os.fstat(file.fileno()))
 
     def open(self, uri: str) -> BinaryIO:
         """A buffered file for reading."""
-        with _translated(uri, "read"):
+        with translated(uri, "read"):
             return to_path(uri).open("rb")
 
     def walk(self, uri: str) -> Iterator[FileStat]:
@@ -80,7 +81,7 @@ class LocalStorage:
 
     def remove(self, uri: str) -> None:
         """Unlinks one file."""
-        with _translated(uri, "remove"):
+        with translated(uri, "remove"):
             to_path(uri).unlink(missing_ok=True)
 
     def remove_tree(self, uri: str) -> None:
@@ -88,7 +89,7 @@ class LocalStorage:
         path = to_path(uri)
         if path.resolve() == Path(path.resolve().anchor):
             raise DataError(f"{uri}: the root of the file system is not removed; name a folder below it")
-        with _translated(uri, "remove"), suppress(FileNotFoundError):
+        with translated(uri, "remove"), suppress(FileNotFoundError):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -102,7 +103,7 @@ class LocalStorage:
         if not folder.is_dir():
             raise DataError(f"{uri}: {folder} is a file, so nothing can be written below it; choose another folder")
         probe = folder / f".rayclust-{uuid.uuid4().hex}.tmp"
-        with _translated(uri, "write"):
+        with translated(uri, "write"):
             probe.touch()
             probe.unlink()
 
@@ -115,7 +116,7 @@ class LocalStorage:
 
     def download(self, uri: str, path: Path) -> None:
         """Copies the file to `path`."""
-        with _translated(uri, "read"):
+        with translated(uri, "read"):
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(to_path(uri), path)
 
@@ -127,12 +128,12 @@ class LocalStorage:
     @contextmanager
     def _replacing(self, uri: str) -> Iterator[BinaryIO]:
         path = to_path(uri)
-        with _translated(uri, "write"):
+        with translated(uri, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(path)
             temporary = path.parent / f"{_prefix(path)}{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
             try:
                 with temporary.open("xb") as file:
+                    _remove_orphans(path, os.fstat(file.fileno()).st_mtime)
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
@@ -147,8 +148,8 @@ def _prefix(path: Path) -> str:
     return f".{path.name[:80]}.{socket.gethostname()[:40]}-"
 
 
-def _remove_orphans(path: Path) -> None:
-    """Removes what writers of `path` left when they were killed."""
+def _remove_orphans(path: Path, now: float) -> None:
+    """Removes what writers of `path` left when they were killed; `now` is by the clock that stamps the files."""
     mine, any_host = _prefix(path), f".{path.name[:80]}."
     with os.scandir(path.parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(any_host) and entry.name.endswith(".tmp")]
@@ -156,7 +157,7 @@ def _remove_orphans(path: Path) -> None:
         orphan = path.parent / name
         with suppress(OSError):
             writer_is_gone = name.startswith(mine) and not _is_alive(name.removeprefix(mine).split("-")[0])
-            if writer_is_gone or time.time() - orphan.stat().st_mtime > _STALE_SECONDS:
+            if writer_is_gone or now - orphan.stat().st_mtime > _STALE_SECONDS:
                 orphan.unlink()
 
 
@@ -206,7 +207,7 @@ def _walk_tree(root: bytes, base: str) -> Iterator[FileStat]:
 
 
 def _enter(path: bytes, prefix: str) -> _Level:
-    with _translated(os.fsdecode(path), "list"):
+    with translated(os.fsdecode(path), "list"):
         found = Path(os.fsdecode(path)).stat()
         with os.scandir(path) as entries:
             names = sorted(_sort_key(entry) for entry in entries)
@@ -234,11 +235,16 @@ def _visit_file(path: bytes, key: str, base: str) -> Iterator[FileStat]:
 
 
 def _file_stat(key: str, uri: str, found: os.stat_result) -> FileStat:
-    return FileStat(key, uri, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
+    return FileStat(key, uri, found.st_size, _stamp(found))
+
+
+def _stamp(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 @contextmanager
-def _translated(uri: str, action: str) -> Iterator[None]:
+def translated(uri: str, action: str) -> Iterator[None]:
+    """Makes every error of the operating system inside one of rayclust's; see `translate`."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -264,7 +270,7 @@ def translate(error: OSError | ValueError, uri: str, action: str) -> DataError:
     if isinstance(error, PermissionError):
         advice = "check the owner and mode of the file and its folder"
         return UnreadableError(f"{uri}: permission denied to {action}; {advice}")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DataError(f"{uri}: no space left on the device; free some, or choose another folder")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return UnreadableError(f"{uri}: cannot {action}: {reason}")

@@ -2,88 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import io
-import os
-import socket
 import tempfile
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
 
 from botocore import exceptions as aws
-from s3fs import S3FileSystem
 
 from rayclust.errors import DataError
-from rayclust.store.storage import FileStat, MissingError, UnreadableError, is_hidden
+from rayclust.store import local, multipart
+from rayclust.store.connection import call, client, get
+from rayclust.store.patience import codes
+from rayclust.store.s3_errors import SCHEME, split, translate, translated
+from rayclust.store.storage import FileStat, MissingError, is_hidden
 
-SCHEME = "s3://"
-_BLOCK = 8 << 20
+__all__ = ["SCHEME", "client", "split", "translate", "translated"]
+
 _READ_AHEAD = 1 << 20
-_SETTINGS: dict[str, Any] = {
-    "connect_timeout": 10,
-    "read_timeout": 30,
-    "max_pool_connections": 64,
-    "retries": {"mode": "standard", "total_max_attempts": 10},
-}
-PATIENCE_SECONDS = 5.0
-"""How long the first contact with an endpoint may fail before a user is told; later calls retry for about a minute."""
-
-
-def split(uri: str) -> tuple[str, str]:
-    """Bucket and key of an `s3://` URI.
-
-    Raises:
-        DataError: there is no bucket in it.
-    """
-    bucket, _, key = uri.removeprefix(SCHEME).partition("/")
-    if not bucket:
-        raise DataError(f"{uri}: names no bucket; write s3://bucket/path")
-    return bucket, key
-
-
-def client() -> S3FileSystem:
-    """This process's connection, made anew when an AWS variable changes; credentials come from the AWS chain."""
-    settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    return _connect(os.getpid(), settings)
-
-
-@functools.lru_cache(maxsize=4)
-def _connect(pid: int, settings: tuple[tuple[str, str], ...]) -> S3FileSystem:
-    # Listings are never cached: another worker may have written since.
-    connection = S3FileSystem(
-        anon=dict(settings).get("AWS_NO_SIGN_REQUEST", "").lower() in {"1", "true", "yes"},
-        config_kwargs=_SETTINGS,
-        default_block_size=_BLOCK,
-        use_listings_cache=False,
-        skip_instance_cache=True,
-    )
-    connection.retries = 2  # on top of those above, for bodies that break off; its own five would make hours of a hang
-    connection.connect()
-    _reach(connection.s3.meta.endpoint_url)
-    return connection
-
-
-def _reach(endpoint: str) -> None:
-    """Fails early on an endpoint that nobody answers at, which the retries of every call would take a minute to say."""
-    if any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ):
-        return
-    address = urlsplit(endpoint)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    deadline, pause = time.monotonic() + PATIENCE_SECONDS, 0.1
-    while True:
-        try:
-            with socket.create_connection((address.hostname or "", port), timeout=max(PATIENCE_SECONDS, 1.0)):
-                return
-        except OSError as error:
-            if time.monotonic() + pause > deadline:
-                raise aws.EndpointConnectionError(endpoint_url=endpoint, error=error) from error
-        time.sleep(pause)
-        pause *= 2
+_DOWNLOAD_BLOCK = 32 << 20
+_NO_RANGE = frozenset({"InvalidRange", "416"})
 
 
 class S3Storage:
@@ -96,7 +36,7 @@ class S3Storage:
             return None
         with translated(uri, "read"):
             try:
-                head = client().call_s3("head_object", Bucket=bucket, Key=key)
+                head = call("head_object", Bucket=bucket, Key=key)
             except FileNotFoundError:
                 return None
         return _file_stat(key.rpartition("/")[2], uri, int(head["ContentLength"]), head.get("ETag", ""))
@@ -107,31 +47,33 @@ class S3Storage:
 
     def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes from `start` up to `end`, in one request."""
-        split(uri)
+        return self._read(uri, start, end)
+
+    def _read(self, uri: str, start: int, end: int | None, etag: str = "") -> bytes:
+        bucket, key = split(uri)
+        if end is not None and end <= start:
+            return b""
+        request = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
+        if etag:
+            request["IfMatch"] = etag
         with translated(uri, "read"):
-            if start == 0 and end is None:
-                # One GET, no HEAD before it: a folder of small images is bound by the number of requests.
-                return cast(bytes, client().cat_file(uri, max_concurrency=1))
-            if end is not None and end <= start:
-                return b""
             try:
-                return cast(bytes, client().cat_file(uri, start=start, end=end))
-            except OSError as error:
-                if "range" in str(error).lower():  # an empty object, or a start beyond the end, has no range
+                return get(bucket, key, **request)[0]
+            except (OSError, aws.ClientError) as error:
+                if codes(error) & _NO_RANGE:  # an empty object, or a start beyond the end, has no range
                     return b""
                 raise
 
-    def write(self, uri: str, data: bytes) -> None:
-        """One put, or a multipart upload that appears when complete."""
+    def write(self, uri: str, data: bytes) -> str:
+        """One put, or an upload in parts that appears when complete."""
+        bucket, key = split(uri)
         with translated(uri, "write"):
-            client().pipe_file(uri, data)
+            etag = multipart.put(bucket, key, len(data), lambda start, end: data[start:end])
+        return _stamp(len(data), etag)
 
     def open(self, uri: str) -> BinaryIO:
         """A buffered file over ranged requests; long reads are one request each."""
-        found = self.stat(uri)
-        if found is None:
-            raise MissingError(f"{uri}: no such object; check the bucket and path")
-        return cast(BinaryIO, io.BufferedReader(_RangeFile(uri, found.size, self), _READ_AHEAD))
+        return cast(BinaryIO, io.BufferedReader(_RangeFile(self._known(uri), self._read), _READ_AHEAD))
 
     def walk(self, uri: str) -> Iterator[FileStat]:
         """One page of the listing in memory; S3 lists in order of keys."""
@@ -152,7 +94,7 @@ class S3Storage:
         """Deletes one object."""
         bucket, key = split(uri)
         with translated(uri, "remove"):
-            client().call_s3("delete_object", Bucket=bucket, Key=key)
+            call("delete_object", Bucket=bucket, Key=key)
 
     def remove_tree(self, uri: str) -> None:
         """Deletes the object and all below it, a thousand in one request."""
@@ -172,9 +114,9 @@ class S3Storage:
         if not batch:
             return
         with translated(uri, "remove"):
-            answer = client().call_s3("delete_objects", Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+            answer = call("delete_objects", Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
         for failed in answer.get("Errors", []):
-            raise DataError(f"{SCHEME}{bucket}/{failed['Key']}: cannot remove: {failed.get('Message', failed['Code'])}")
+            self.remove(f"{SCHEME}{bucket}/{failed['Key']}")  # again, alone, for as long as the error may pass
 
     def check_writable(self, uri: str) -> None:
         """Puts an empty object below `uri` and deletes it."""
@@ -191,23 +133,39 @@ class S3Storage:
             yield path
 
     def download(self, uri: str, path: Path) -> None:
-        """Streams the object to `path`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with translated(uri, "read"):
-            client().get_file(uri, str(path))
+        """Fetches the object block by block."""
+        found = self._known(uri)
+        with local.translated(str(path), "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                for start in range(0, found.size, _DOWNLOAD_BLOCK):
+                    file.write(self._read(uri, start, min(start + _DOWNLOAD_BLOCK, found.size), _etag(found)))
 
     def upload(self, path: Path, uri: str) -> None:
-        """Streams `path` in parts."""
+        """Puts `path`, a large one in parts."""
+        bucket, key = split(uri)
+
+        def block(start: int, end: int) -> bytes:
+            with path.open("rb") as file:
+                file.seek(start)
+                return file.read(end - start)
+
         with translated(uri, "write"):
-            client().put_file(str(path), uri)
+            multipart.put(bucket, key, path.stat().st_size, block)
+
+    def _known(self, uri: str) -> FileStat:
+        found = self.stat(uri)
+        if found is None:
+            raise MissingError(f"{uri}: no such object; check the bucket and path")
+        return found
 
 
 class _RangeFile(io.RawIOBase):
-    """An object as a file whose errors are translated, whoever reads it."""
+    """An object as a file whose errors are translated, whoever reads it; one that is replaced meanwhile is an error."""
 
-    def __init__(self, uri: str, size: int, storage: S3Storage) -> None:
+    def __init__(self, found: FileStat, read: Callable[[str, int, int, str], bytes]) -> None:
         super().__init__()
-        self._uri, self._size, self._storage, self._position = uri, size, storage, 0
+        self._found, self._read, self._position = found, read, 0
 
     def readable(self) -> bool:
         return True
@@ -216,18 +174,24 @@ class _RangeFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence])
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._found.size}[whence]
+        self._position = max(0, offset + base)
         return self._position
 
     def tell(self) -> int:
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._size)
-        data = self._storage.read(self._uri, self._position, end)
+        end = min(self._position + len(buffer), self._found.size)
+        data = self._read(self._found.uri, self._position, end, _etag(self._found))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+def _etag(found: FileStat) -> str:
+    etag = found.stamp.partition("-")[2]
+    return f'"{etag}"' if etag else ""
 
 
 def _folder(uri: str) -> str:
@@ -240,7 +204,7 @@ def _objects(uri: str, prefix: str, page: int = 1000) -> Iterator[dict[str, Any]
     request = {"Bucket": split(uri)[0], "Prefix": prefix, "MaxKeys": page}
     while True:
         with translated(uri, "list"):
-            answer = client().call_s3("list_objects_v2", **request)
+            answer = call("list_objects_v2", **request)
         yield from answer.get("Contents", [])
         if not answer.get("IsTruncated"):
             return
@@ -248,48 +212,8 @@ def _objects(uri: str, prefix: str, page: int = 1000) -> Iterator[dict[str, Any]
 
 
 def _file_stat(key: str, uri: str, size: int, etag: str) -> FileStat:
-    return FileStat(key, uri, size, f"{size}-{etag.strip(chr(34))}")
+    return FileStat(key, uri, size, _stamp(size, etag))
 
 
-@contextmanager
-def translated(uri: str, action: str) -> Iterator[None]:
-    """Makes every error inside one of rayclust's; see `translate`."""
-    try:
-        yield
-    except (DataError, GeneratorExit):
-        raise
-    except (OSError, aws.BotoCoreError, aws.ClientError, ValueError) as error:
-        raise translate(error, uri, action) from error
-
-
-def translate(error: Exception, uri: str, action: str) -> DataError:
-    """The one line that tells a user why a bucket could not be used.
-
-    Args:
-        error: what s3fs, botocore or the network raised.
-        uri: the object or folder.
-        action: the verb that failed: read, write, list, remove.
-    """
-    bucket = split(uri)[0]
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    credentials = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    if isinstance(error, FileNotFoundError):
-        return MissingError(f"{uri}: no such object or bucket; check the path, the region and that {bucket} exists")
-    if isinstance(error, PermissionError):
-        return UnreadableError(
-            f"{uri}: access denied to {action}: {_line(error)}; check the credentials and bucket policy"
-        )
-    if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError | aws.CredentialRetrievalError):
-        return DataError(f"{uri}: no AWS credentials found; {credentials} (AWS_NO_SIGN_REQUEST=1 reads public buckets)")
-    if isinstance(error, aws.ProfileNotFound):
-        return DataError(f"{uri}: {_line(error)}; check AWS_PROFILE and the AWS config file")
-    if isinstance(error, aws.ConnectionError | aws.HTTPClientError | ConnectionError | TimeoutError):
-        where = f"the endpoint {endpoint}" if endpoint else "the S3 endpoint"
-        return DataError(
-            f"{uri}: cannot reach {where}: {_line(error)}; check AWS_ENDPOINT_URL, AWS_REGION and the network"
-        )
-    return DataError(f"{uri}: cannot {action}: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _stamp(size: int, etag: str) -> str:
+    return f"{size}-{etag.strip(chr(34))}"

@@ -48,8 +48,8 @@ class Storage(Protocol):
     def read(self, uri: str, start: int, end: int | None) -> bytes:
         """Bytes from `start` up to `end`, or to the end of the file."""
 
-    def write(self, uri: str, data: bytes) -> None:
-        """Replaces the whole file at once: a reader sees the old content or the new, never a part."""
+    def write(self, uri: str, data: bytes) -> str:
+        """Replaces the whole file at once: a reader sees the old content or the new, never a part. Gives its stamp."""
 
     def open(self, uri: str) -> BinaryIO:
         """A seekable file for reading."""

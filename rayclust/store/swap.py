@@ -13,13 +13,12 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from botocore import exceptions as aws
-from fsspec.asyn import sync
-from s3fs import S3FileSystem
 
 from rayclust.store import filesystem, local, s3
+from rayclust.store.connection import call, get
+from rayclust.store.patience import codes
 from rayclust.store.storage import MissingError
 
 SETTLE_SECONDS = 2.0
@@ -45,10 +44,9 @@ def read(uri: str) -> tuple[bytes, str] | None:
             data = filesystem.read_bytes(uri)
             return data, _digest(data)
         with s3.translated(uri, "read"):
-            found: tuple[bytes, str] = sync(s3.client().loop, _get, s3.client(), *s3.split(uri))
-            return found
+            return get(*s3.split(uri))
     except MissingError as error:
-        if "NoSuchBucket" in _codes(error):
+        if "NoSuchBucket" in codes(error):
             raise
         return None
 
@@ -112,24 +110,15 @@ def _put(uri: str, data: bytes, condition: dict[str, str]) -> str | None:
     bucket, key = s3.split(uri)
     with s3.translated(uri, "write"):
         try:
-            answer = s3.client().call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            answer = call("put_object", Bucket=bucket, Key=key, Body=data, **condition)
         except (OSError, aws.ClientError) as error:
-            codes = _codes(error)
-            if codes & _REFUSED or ("NoSuchKey" in codes and condition):
+            found = codes(error)
+            if found & _REFUSED or ("NoSuchKey" in found and condition):
                 return _CHANGED
-            if codes & _NOT_KNOWN and condition:
+            if found & _NOT_KNOWN and condition:
                 return None
             raise
     return str(answer["ETag"])
-
-
-async def _get(connection: S3FileSystem, bucket: str, key: str) -> tuple[bytes, str]:
-    """Content and ETag by one request, so that they belong together."""
-    answer = await connection._call_s3("get_object", Bucket=bucket, Key=key)
-    try:
-        return await answer["Body"].read(), str(answer["ETag"])
-    finally:
-        answer["Body"].close()
 
 
 def _stamp(uri: str) -> str | None:
@@ -141,18 +130,6 @@ def _stamp_of(uri: str, data: bytes) -> str | None:
     """The stamp of the file if it holds `data`."""
     found = read(uri)
     return found[1] if found and found[0] == data else None
-
-
-def _codes(error: BaseException) -> set[str]:
-    """S3's names and numbers for what went wrong, whatever it was wrapped in."""
-    found = set[str]()
-    current: BaseException | None = error
-    while current is not None:
-        response: Any = getattr(current, "response", None) or {}
-        found.add(str(response.get("Error", {}).get("Code", "")))
-        found.add(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", "")))
-        current = current.__cause__
-    return found
 
 
 def _digest(data: bytes) -> str:

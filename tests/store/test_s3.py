@@ -4,12 +4,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore import exceptions as aws
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem, s3
+from rayclust.store import connection, filesystem, multipart
 from rayclust.store.s3 import S3Storage, client, split, translate
 from rayclust.store.storage import MissingError, UnreadableError
 
@@ -88,8 +89,9 @@ def test_no_listing_is_cached(s3_bucket: str) -> None:
 
 
 def test_an_upload_in_parts_appears_whole(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 << 20)
     data = os.urandom(11 << 20)
-    client().pipe_file(f"{s3_bucket}/big", data, chunksize=5 << 20)
+    filesystem.write_bytes(f"{s3_bucket}/big", data)
     assert filesystem.read_bytes(f"{s3_bucket}/big") == data
     with filesystem.local_copy(f"{s3_bucket}/big") as path:
         assert path.read_bytes() == data
@@ -104,7 +106,7 @@ def test_one_connection_per_process_and_settings(s3_bucket: str, monkeypatch: py
 
 
 def test_nobody_at_the_endpoint(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "PATIENCE_SECONDS", 0.2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"cannot reach the endpoint http://127.0.0.1:9.*AWS_ENDPOINT_URL") as caught:
         filesystem.read_bytes("s3://bucket/x")
@@ -167,6 +169,24 @@ def test_denied_while_reading_is_about_one_object(s3_bucket: str, monkeypatch: p
     def deny(*_: object, **__: object) -> None:
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(client(), "cat_file", deny)
+    monkeypatch.setattr("rayclust.store.s3.get", deny)
     with pytest.raises(UnreadableError, match="access denied"):
         S3Storage().read(f"{s3_bucket}/x")
+
+
+def test_of_a_million_keys_one_page_is_held(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Page(dict[str, Any]):
+        held, most = 0, 0
+
+        def __init__(self, first: int) -> None:
+            keys = ({"Key": f"photos/{i:09d}.jpg", "Size": i, "ETag": '"e"'} for i in range(first, first + 1000))
+            super().__init__(Contents=keys, IsTruncated=first < 999_000, NextContinuationToken=str(first + 1000))
+            Page.held += 1
+            Page.most = max(Page.most, Page.held)
+
+        def __del__(self) -> None:
+            Page.held -= 1
+
+    monkeypatch.setattr("rayclust.store.s3.call", lambda _, **request: Page(int(request.get("ContinuationToken", 0))))
+    assert sum(1 for _ in filesystem.walk("s3://bucket/photos")) == 1_000_000
+    assert Page.most <= 2

@@ -124,9 +124,7 @@ def test_the_storage_failing_is_no_reject(s3_bucket: str, monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> None:
         raise TimeoutError("no answer")
 
-    from rayclust.store.s3 import client
-
-    monkeypatch.setattr(client(), "cat_file", fail)
+    monkeypatch.setattr("rayclust.store.s3.get", fail)
     with pytest.raises(DataError, match="cannot reach"):
         list(read_records(shard))
 
