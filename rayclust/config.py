@@ -19,6 +19,7 @@ from rayclust.errors import ConfigError
 from rayclust.language.options import LabelConfig
 from rayclust.methods import CONFIGS, AnyMethodConfig
 from rayclust.options import Config
+from rayclust.prices import NodePrice
 from rayclust.refusals import one_line
 
 MEBIBYTE = 1 << 20
@@ -159,6 +160,8 @@ class RunConfig(Config):
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    prices: dict[str, NodePrice] = Field(default_factory=dict)
+    """Kinds of nodes by name, with what they cost: for what `check` reckons. No price is known without."""
 
     @model_validator(mode="before")
     @classmethod

@@ -65,7 +65,9 @@ def _nearest(path: list[str], known: Sequence[str]) -> str:
     if near:
         return near
     elsewhere = [key for key in known if key.split(".")[-1] == path[-1]]
-    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(fields)}"
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known here: {', '.join(fields)}" if fields else ""
 
 
 def _closest(word: str, words: Sequence[str]) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
 
 from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
@@ -13,9 +17,10 @@ from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import DataError, RayclustError
 from rayclust.language.vocabulary import merged
 from rayclust.methods import METHODS
+from rayclust.stages import estimate
+from rayclust.stages.estimate import Sample
 from rayclust.stages.inputs import input_shards
 from rayclust.stages.models import load_run_encoder
-from rayclust.stages.progress import duration
 from rayclust.stages.words import check_classes, kinds, read_lists
 from rayclust.store import filesystem
 from rayclust.store.sources import Shard, read_records, read_rows
@@ -24,7 +29,10 @@ SAMPLE_IMAGES = 16
 """Images decoded and encoded to see that they can be, and how long they take."""
 LISTED_SHARDS = 1000
 """Shards that are listed to estimate the size of the run."""
-GIGABYTE = 1e9
+THOUSAND = 1000
+"""Images that are reckoned with where their number is not known."""
+GPU_BATCH = 256
+"""Images per pass through the network on a GPU, where the config leaves it open."""
 MORE_A_ROUND = 4
 """Candidates that a round of select-k's refinement adds at most."""
 
@@ -45,7 +53,7 @@ class _Size:
     images: int = 0
     is_lower_bound: bool = False
     dimension: int = 0
-    seconds_per_image: float | None = None
+    sample: Sample | None = None
 
 
 def check(config: RunConfig) -> list[Finding]:
@@ -63,6 +71,8 @@ def check(config: RunConfig) -> list[Finding]:
         ("method", _method),
         ("label", _words),
         ("estimate", _estimate),
+        ("work", _work),
+        ("cost", _cost),
     )
     for subject, step in steps:
         try:
@@ -118,28 +128,37 @@ def _ready_rows(shard: Shard, size: _Size) -> str:
 
 
 def _tried(config: RunConfig, encoder: Encoder, size: _Size) -> tuple[int, list[str]]:
-    """Images that went through and the reasons of those that did not; notes the time of one."""
-    good, reasons = 0, list[str]()
-    started = time.perf_counter()
+    """Images that went through and the reasons of those that did not; notes what they took."""
+    pixels, reasons = list[Any](), list[str]()
+    seconds, file_bytes = 0.0, 0
     first = (record for shard in input_shards(config) for record in read_records(shard, config.images.max_bytes))
     for record in islice(first, SAMPLE_IMAGES):
-        reason = record.reason or _encode(encoder, record.data or b"")
-        if reason is None:
-            good += 1
-        else:
-            reasons.append(reason)
-    if good:
-        size.seconds_per_image = (time.perf_counter() - started) / good
-    return good, reasons
+        started = time.perf_counter()
+        try:
+            found = record.reason or decode(record.data or b"", encoder.preprocess)
+        except Undecodable as error:
+            found = error.reason
+        if isinstance(found, str):
+            reasons.append(found)
+            continue
+        seconds += time.perf_counter() - started
+        file_bytes += len(record.data or b"")
+        pixels.append(found)
+    if pixels:
+        took, on_gpu = _encoded(config, encoder, pixels)
+        size.sample = Sample(file_bytes / len(pixels), seconds / len(pixels), took, on_gpu)
+    return len(pixels), reasons
 
 
-def _encode(encoder: Encoder, data: bytes) -> str | None:
-    """Encodes one image; the reason where it cannot be decoded."""
-    try:
-        encoder.encode_images(decode(data, encoder.preprocess)[None])
-    except Undecodable as error:
-        return error.reason
-    return None
+def _encoded(config: RunConfig, encoder: Encoder, pixels: Sequence[Any]) -> tuple[float, bool]:
+    """Seconds an image takes to encode, and whether that was on a GPU; what only the first takes is left out."""
+    on_gpu = bool(config.resources.gpus_per_worker) and torch.cuda.is_available()
+    filled = max(len(pixels), (config.encoder.batch_size or GPU_BATCH) if on_gpu else 1)
+    batch = np.stack([pixels[i % len(pixels)] for i in range(filled)])
+    encoder.encode_images(batch if on_gpu else batch[:1])
+    started = time.perf_counter()
+    encoder.encode_images(batch)
+    return (time.perf_counter() - started) / filled, on_gpu
 
 
 def _method(config: RunConfig, size: _Size) -> str:
@@ -191,10 +210,19 @@ def _estimate(config: RunConfig, size: _Size) -> str:
     if not size.images:
         return "the number of images is not known before they are read"
     least = "at least " if size.is_lower_bound else ""
-    stored, held = size.images * size.dimension * 2 / GIGABYTE, size.images * size.dimension * 4 / GIGABYTE
-    text = f"{least}{stored:.2f} GB of embeddings in storage, {held:.2f} GB of rows per training node"
-    if size.seconds_per_image is not None:
-        spent = size.images * size.seconds_per_image
-        what = "GPU" if config.resources.gpus_per_worker else "CPU"
-        text += f", encode {duration(spent)} of {what} time at the speed of this machine"
-    return text
+    return least + estimate.traffic(config, size.images, size.dimension, size.sample)
+
+
+def _work(config: RunConfig, size: _Size) -> str:
+    if size.sample is None:
+        return "nothing is encoded"
+    return estimate.work(config, size.images or THOUSAND, size.sample) + ("" if size.images else ", each 1,000 images")
+
+
+def _cost(config: RunConfig, size: _Size) -> str:
+    if not config.prices:
+        return "not known: give prices, such as prices.g6.4xlarge: {dollars_per_hour: …, cpus: 16, gpus: 1}"
+    if size.sample is None:
+        return "nothing is encoded"
+    each = "" if size.images else ", each 1,000 images"
+    return f"encode{each} on " + "; on ".join(estimate.costs(config, size.images or THOUSAND, size.sample))

@@ -28,8 +28,18 @@ def test_a_good_run_passes_and_nothing_is_written(tmp_path: Path):
     assert findings["images"] == "folder: 30 images in 2 shards"
     assert findings["encoder"] == "pixels, 192 values an image"
     assert "0.00 GB of embeddings" in findings["estimate"]
-    assert "of CPU time" in findings["estimate"]
+    assert "of CPU time" in findings["work"]
+    assert findings["cost"].startswith("not known: give prices")
     assert not (tmp_path / "run").exists()
+
+
+def test_prices_become_dollars(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=10)
+    priced = config(tmp_path, prices={"mine": {"dollars_per_hour": 3600, "cpus": 1, "images_per_second": 30}})
+    findings = {finding.subject: finding.text for finding in check(priced)}
+    dollars = float(findings["cost"].partition("$")[2])
+    assert 1 <= dollars < 2  # a second for 30 images at a dollar a second, and the time to decode them
+    assert findings["cost"].startswith("encode on mine: 0.00 node hours")
 
 
 def test_tars_have_images_that_nobody_has_counted(tmp_path: Path):
