@@ -60,7 +60,7 @@ def test_without_gpus_the_cpus_do_both():
     }
     assert list(costs(config(0, **prices), IMAGES, CPU)) == [
         "plain: 2.00 node hours, $3.00",
-        "known: 0.40 node hours, $0.60",
+        "known: 0.40 node hours, $0.40",
     ]
 
 
