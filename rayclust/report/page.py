@@ -38,7 +38,7 @@ def render(report: ReportData, limits: PageLimits | None = None) -> str:
         limits: how much of it; None takes the defaults.
 
     Returns:
-        HTML5 text that UTF-8 can encode, within `limits.bytes` unless names and settings alone exceed it.
+        HTML5 text that UTF-8 can encode, within `limits.bytes` unless names, settings and figures alone exceed it.
     """
     limits = limits or PageLimits()
     shown = select(report, limits)

@@ -13,7 +13,20 @@ import pytest
 
 from rayclust.report import page
 from rayclust.report.budget import PageLimits
-from rayclust.report.contents import Cluster, Contingency, Curve, MethodResult, Picture, Reject, RejectGroup, StageTime
+from rayclust.report.contents import (
+    Cluster,
+    Contingency,
+    Curve,
+    Drawing,
+    MethodResult,
+    Picture,
+    Reject,
+    RejectGroup,
+    Retrieval,
+    StageTime,
+)
+from rayclust.report.heatmap import Group, Panel, heatmap
+from rayclust.report.scatter import scatter
 from tests.report.pages import Node, cluster, picture, read, report
 
 HOSTILE = (
@@ -36,7 +49,7 @@ def hostile(text: str) -> Any:
     shown = Picture(key=text, thumbnail=picture(1).thumbnail, uri=text, label=text)
     damaged = dataclasses.replace(shown, thumbnail=text.encode("utf-8", "replace"))
     one = Cluster(
-        id=0, size=1, name=text, majority="m" + text, purity=0.5, runners_up=((text, 1.0),),
+        id=0, size=1, name=text, majority="m" + text, purity=0.5, runners_up=((text, 1.0),), blind=(text, 0.5),
         exemplars=(shown,), outliers=(damaged,),
     )  # fmt: skip
     return report(
@@ -46,7 +59,24 @@ def hostile(text: str) -> Any:
         curves=(Curve(title=text, series={text: [1.0, 2.0], "b": [1.0]}, x_label=text),),
         contingency=Contingency(counts=np.array([[1]]), classes=(text,), clusters=(0,)),
         rejects=(RejectGroup(reason=text, count=1, examples=(Reject(key=text, uri=text, detail=text),)),),
+        drawings=drawings(text), retrieval=(retrieval(text),),
     )  # fmt: skip
+
+
+def drawings(name: str) -> tuple[Drawing, ...]:
+    """A heat-map and a map that say `name`."""
+    heat = heatmap([Panel(name, np.eye(3))] * 2, [Group(name, 3)], ceiling=1, title=name, key="gram")
+    dots = scatter(np.eye(2), np.arange(2), {0: name, 1: "b"}, title=name)
+    return (
+        Drawing(key="gram", title=name, text=name, svg=heat, is_wide=True),
+        Drawing(key="map", title=name, text=name, svg=dots),
+    )
+
+
+def retrieval(label: str) -> Retrieval:
+    """A query with two hits in either space, the second of another class."""
+    hits = ((picture(1, label=label), 0.9), (picture(2, label="other"), 0.5))
+    return Retrieval(query=picture(0, label=label), found={"Encoder": hits, "z": hits[::-1]})
 
 
 def assert_self_contained(root: Node) -> None:
@@ -233,3 +263,25 @@ def test_rendering_needs_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_figures_and_searches_have_sections_and_load_nothing() -> None:
+    root = read(page.render(report(drawings=drawings("ship"), retrieval=(retrieval("ship"),))))
+    assert_self_contained(root)
+    [figures] = root.find("section", id="figures")
+    assert [chart.find("figcaption")[0].words() for chart in figures.find("figure", class_="chart")] == ["ship", "ship"]
+    assert len(figures.find("figure", class_="broad")) == 1
+    assert all(node.attributes["href"].startswith("data:image/png;base64,") for node in figures.find("image"))
+    [search] = root.find("section", id="retrieval")
+    assert [head.words() for head in search.find("h3")] == ["Image", "Encoder", "z"]
+    assert len(search.find("img")) == 5
+    assert [caption.words() for caption in search.find("figcaption", class_="other")] == ["other 0.50"] * 2
+    links = {link.attributes["href"] for link in root.find("nav")[0].find("a")}
+    assert {"#figures", "#retrieval"} <= links
+
+
+def test_names_without_the_classes_stand_beside() -> None:
+    root = read(page.render(report(clusters=(cluster(0, 10, name="tench", blind=("fish", 0.4)),))))
+    assert "Without class names" in root.find("table", id="rows")[0].words()
+    assert "fish" in root.find("article")[0].words()
+    assert "Without class names" not in read(page.render(report())).words()
