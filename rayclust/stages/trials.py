@@ -6,7 +6,9 @@ from Tune's: its folder is a scratch one.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -44,10 +46,13 @@ def run_trials(search: Search, candidates: Sequence[int], on_change: OnChange) -
     connect()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it has to say of a failed trial is said below
     folder = tempfile.TemporaryDirectory(prefix="rayclust-select-k-", ignore_cleanup_errors=True)
     with folder as storage:
-        for result in _tuner(search, candidates, storage, on_change).fit():
-            _refuse_failed(result)
+        results = _tuner(search, candidates, storage, on_change).fit()
+        # In the order of the candidates; fewer where Tune stopped before it had made a trial of each.
+        for k, result in zip(candidates, results, strict=False):
+            _refuse_failed(k, result)
 
 
 def _tuner(search: Search, candidates: Sequence[int], storage: str, on_change: OnChange) -> Any:
@@ -100,15 +105,20 @@ def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
     return min(room, int(node.get("GPU", 0) / gpus)) if gpus else room
 
 
-def _refuse_failed(result: Any) -> None:
+def _refuse_failed(k: int, result: Any) -> None:
     """Raises what a trial was refused for, or what it ended of."""
-    k = (result.config or {}).get("k")
     if result.error is not None:
-        lines = [line for line in str(result.error).strip().splitlines() if line.strip()]
-        raise RayclustError(f"select-k: the candidate k = {k} failed: {lines[-1].strip() if lines else 'no message'}")
+        raise RayclustError(f"select-k: the candidate k = {k} failed: {_cause(result.error)}")
     if (result.metrics or {}).get("refused"):
         kind: type[RayclustError] = getattr(errors, result.metrics["kind"], RayclustError)
         raise kind(f"select-k: the candidate k = {k} failed: {result.metrics['refused']}")
+
+
+def _cause(error: BaseException) -> str:
+    """The line of a trial's error that names it: the last that reads as an exception, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    return (named[-1:] or lines[:1] or [type(error).__name__])[0]
 
 
 def _refusals() -> Any:

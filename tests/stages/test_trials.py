@@ -20,22 +20,31 @@ from tests.stages.test_select_k import SEEDS
 
 
 def ended(**what: Any) -> Any:
-    return SimpleNamespace(config={"k": 7}, **({"error": None, "metrics": {"refused": None}} | what))
+    return SimpleNamespace(**({"error": None, "metrics": {"refused": None}} | what))
 
 
 def test_a_trial_that_ended_well_is_no_failure():
-    _refuse_failed(ended())
+    _refuse_failed(7, ended())
 
 
 def test_a_refusal_keeps_its_kind_and_names_the_candidate():
     with pytest.raises(ConfigError, match=r"^select-k: the candidate k = 7 failed: method\.beta = 0: too low$"):
-        _refuse_failed(ended(metrics={"refused": "method.beta = 0: too low", "kind": "ConfigError"}))
+        _refuse_failed(7, ended(metrics={"refused": "method.beta = 0: too low", "kind": "ConfigError"}))
 
 
-def test_a_crash_is_one_line():
-    error = RuntimeError("Traceback (most recent call last):\n  File x\nMemoryError: 9 GB\n\n")
-    with pytest.raises(RayclustError, match=r"^select-k: the candidate k = 7 failed: MemoryError: 9 GB$"):
-        _refuse_failed(ended(error=error, metrics=None))
+CRASHES = {
+    "Traceback (most recent call last):\n  File x\nMemoryError: 9 GB\n\n": "MemoryError: 9 GB",
+    "The actor died.\nValueError: x\nAn internal error occurred.": "ValueError: x",
+    "The actor died.\n\tname: f\n\tpid: 3": "The actor died.",
+    "": "RuntimeError",
+}
+
+
+@pytest.mark.parametrize("text", CRASHES)
+def test_a_crash_is_one_line(text: str):
+    with pytest.raises(RayclustError) as caught:
+        _refuse_failed(7, ended(error=RuntimeError(text), metrics=None))
+    assert str(caught.value) == f"select-k: the candidate k = 7 failed: {CRASHES[text]}"
 
 
 @pytest.mark.parametrize(
