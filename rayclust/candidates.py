@@ -23,6 +23,7 @@ Rule = Literal[
     "calinski_harabasz",
     "davies_bouldin",
     "modularity",
+    "map_equation",
     "stability",
 ]
 
@@ -45,7 +46,7 @@ class SelectKConfig(Config):
     seeds: int = Field(2, ge=1, le=100)
     """Fits of each number, from `seed` on; their agreement is its stability. With 1 nothing is said about it."""
     rule: Rule = "vote"
-    """vote: the median, on a log axis, of what the criteria pick. knee: where the curve of coding lengths bends most.
+    """vote: the middle, in ratio, of what the criteria pick. knee: where the curve of coding lengths bends most.
     Any other: the number that is best by that criterion."""
     rows: int = Field(15_000, ge=2)
     """Rows of the seeded sample on which coding length, silhouette, Calinski–Harabasz and Davies–Bouldin are taken."""

@@ -34,7 +34,7 @@ from rayclust.store.manifest import Manifest, digest_of
 from rayclust.training.checkpoints import Every
 from rayclust.training.loop import Trainer
 
-REVISION = 1
+REVISION = 2
 """Raised when a candidate's result changes for the same settings."""
 
 
@@ -160,6 +160,7 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     neighbors = rows.neighbors().numpy()
     found["neighbor_agreement"] = partition.neighbor_agreement(labels[0], neighbors)
     found["modularity"] = partition.modularity(labels[0], neighbors)
+    found["map_equation"] = partition.map_equation(labels[0], neighbors)
     if len(labels) > 1:
         found["stability"] = partition.stability(labels)
     found |= size_summary(labels[0], config.method.clusters)

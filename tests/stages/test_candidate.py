@@ -20,7 +20,7 @@ from rayclust.stages.train import StoredCheckpoints
 from tests.stages.conftest import Sealed, sealed_run
 from tests.stages.planted import planted, planted_tree
 
-ROWS = planted(3, seed=0, per_cluster=25, signed=False)
+ROWS = planted(3, seed=0, per_cluster=25)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,12 @@ def rows_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     """Three planted groups, tried as 2 and 3; read only."""
     folder = tmp_path_factory.mktemp("rows")
     yield from sealed_run(validate(planted_tree(folder, ROWS, method={"clusters": [2, 3]})))
+
+
+@pytest.fixture(autouse=True)
+def _scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of the rows on this node is a test's own."""
+    monkeypatch.setenv("RAYCLUST_SCRATCH", str(tmp_path / "scratch"))
 
 
 def search(sealed: Sealed, run: Path, **changes: Any) -> Search:

@@ -39,7 +39,7 @@ def chosen(run: str) -> dict[str, Any]:
 def found_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     """Four planted groups and candidates from 2 to 6; read only."""
     folder = tmp_path_factory.mktemp("found")
-    rows = planted(TRUE, seed=1, per_cluster=30, signed=False)
+    rows = planted(TRUE, seed=1, per_cluster=30)
     yield from sealed_run(validate(planted_tree(folder, rows, method={"clusters": [2, 3, 4, 5, 6]})))
 
 
@@ -182,7 +182,7 @@ def test_train_by_itself_waits_for_the_choice_and_the_index_does_not(copied: Sea
 
 
 def test_auto_refines_its_grid_around_the_best(tmp_path: Path, in_process: None):
-    rows = planted(7, seed=0, per_cluster=20, signed=False)
+    rows = planted(7, seed=0, per_cluster=20)
     content = planted_tree(tmp_path, rows, method={"clusters": "auto"}, select_k={"seeds": 1, "rule": "silhouette"})
     settings = validate(content)
     grid = settings.select_k.first(len(rows))
@@ -221,7 +221,7 @@ def test_a_method_that_is_cut_is_fitted_once_with_the_largest_candidate(
         return before(job)
 
     monkeypatch.setattr(select_k, "fit", note)
-    rows = planted(TRUE, seed=2, per_cluster=30, signed=False)
+    rows = planted(TRUE, seed=2, per_cluster=30)
     settings = validate(planted_tree(tmp_path, rows, method={"clusters": [2, 4, 6]}))
     run_all(settings)
     assert (fits, examined) == ([6], [2, 4, 6])
@@ -261,7 +261,7 @@ SEEDS = dict(enumerate([6, 4, 9, 3, 7, 5, 8, 10, 2, 12]))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_planted_groups_are_counted_whatever_the_seed(seed: int, tmp_path: Path, in_process: None):
     """The same trials as over the cluster; `test_trials` sends some of these through Ray Tune."""
-    rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed], signed=False)
+    rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed])
     settings = validate(planted_tree(tmp_path, rows, seed=seed))
     run_all(settings, stop_after="select-k")
     assert chosen(settings.run)["chosen"] == SEEDS[seed]

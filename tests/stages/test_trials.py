@@ -73,7 +73,7 @@ def chosen(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_planted_groups_are_counted_through_tune(tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]):
     for seed in (0, 1, 2):
-        rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed], signed=False)
+        rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed])
         run_all(validate(planted_tree(tmp_path / str(seed), rows, seed=seed)), stop_after="select-k")
         assert chosen(tmp_path / str(seed))["chosen"] == SEEDS[seed]
     said = capfd.readouterr()
@@ -86,7 +86,7 @@ def test_a_refused_trial_ends_the_stage_in_one_line(
 ):
     from rayclust.cli import run_command
 
-    rows = planted(3, seed=0, per_cluster=20, signed=False)
+    rows = planted(3, seed=0, per_cluster=20)
     content = planted_tree(tmp_path, rows, method={"clusters": [2, 3, 4, 5]})
     config = write_yaml(tmp_path / "RUN.yaml", content)
     assert run_command(["neighbors", str(config)]) == 2  # encode comes first
@@ -102,7 +102,7 @@ def test_a_refused_trial_ends_the_stage_in_one_line(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_driver_finishes_the_missing_candidates_only(tmp_path: Path):
-    rows = planted(4, seed=3, per_cluster=50, signed=False)
+    rows = planted(4, seed=3, per_cluster=50)
     method = {"name": "temi", "preset": "none", "heads": 2, "steps": 400, "batch_size": 64, "clusters": [2, 3, 4, 5, 6]}
     content = planted_tree(tmp_path, rows, method=method, select_k={"max_concurrent": 1})
     config = write_yaml(tmp_path / "RUN.yaml", content)
