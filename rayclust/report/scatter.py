@@ -46,7 +46,7 @@ def scatter(points: FloatArray, clusters: IntArray, names: Mapping[int, str], *,
         _dots(places[clusters == cluster], shades[cluster], names.get(cluster, str(cluster)), width)
         for cluster in order
     ]
-    drawn += _labels([(middles[cluster], names.get(cluster, str(cluster))) for cluster in order[:NAMED]], height)
+    drawn += _labels([(middles[k], _reach(places[clusters == k]), names.get(k, str(k))) for k in order[:NAMED]], height)
     return svg.figure(SIDE, height, title, *drawn)
 
 
@@ -90,13 +90,20 @@ def _dots(places: FloatArray, hue: int, name: str, width: float) -> Markup:
     )
 
 
-def _labels(wanted: Sequence[tuple[FloatArray, str]], height: float) -> Iterator[Markup]:
+def _reach(places: FloatArray) -> float:
+    """How far most of a cluster's dots lie above and below its middle."""
+    return float(np.quantile(np.abs(places[:, 1] - np.median(places[:, 1])), 0.9))
+
+
+def _labels(wanted: Sequence[tuple[FloatArray, float, str]], height: float) -> Iterator[Markup]:
+    """Names on their clusters; above or below those so small that the name would hide them."""
     taken: list[tuple[float, float, float, float]] = []
-    for center, name in wanted:
+    for center, reach, name in wanted:
         shown = abbreviate(name, 26)
         half = _LETTER * len(shown) / 2
         x = min(max(float(center[0]), half + 2), SIDE - half - 2)
-        for shift in (0.0, -_LINE, _LINE):
+        away = reach + _LINE * 0.9
+        for shift in (0.0, -_LINE, _LINE) if reach > _LINE else (-away, away):
             y = min(max(float(center[1]) + 4 + shift, _LINE), height - 4)
             box = (x - half, y - _LINE + 3, x + half, y + 3)
             if not any(_overlap(box, other) for other in taken):

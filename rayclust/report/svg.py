@@ -17,6 +17,8 @@ PALETTE = ("#4f63d9", "#d9822b", "#1f9d83", "#c2449b", "#7a8a99")
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc5fa0", "#56b4e9", "#e69f00", "#7b5fc4", "#8a7a5c")
 """Colours of clusters: Okabe and Ito's for colour-blind readers, yellow and black, which one of two themes swallows,
 replaced. Classes `hue-0` … (areas) and `line-hue-0` … (strokes)."""
+DARK_HUES = ("#4f9fe0", "#ff8a4c", "#3fc79a", "#ea8fc0", "#9bdcff", "#ffc555", "#b29bf0", "#b8a98c")
+"""The same on a dark ground."""
 GREY = "#7d8590"
 FONT = "ui-sans-serif, system-ui, sans-serif"
 
@@ -65,10 +67,13 @@ def figure(width: float, height: float, title: str, *children: str) -> Markup:
     )
 
 
-STANDALONE = """
-.fg{fill:#1b1d21}.muted{fill:#5d646d}.halo{stroke:#fff}
-@media (prefers-color-scheme:dark){.fg{fill:#ececea}.muted{fill:#a0a6ae}.halo{stroke:#1b1d21}.heat{fill:#b9c3ff}
-.heat-stop{stop-color:#b9c3ff}.ground{fill:#1b1d21}}
+_DARK_RULES = "".join(
+    f".hue-{place}{{fill:{hue}}}.line-hue-{place}{{stroke:{hue}}}" for place, hue in enumerate(DARK_HUES)
+)
+STANDALONE = f"""
+.fg{{fill:#1b1d21}}.muted{{fill:#5d646d}}.halo{{stroke:#fff}}
+@media (prefers-color-scheme:dark){{.fg{{fill:#ececea}}.muted{{fill:#a0a6ae}}.halo{{stroke:#1b1d21}}
+.heat{{fill:#b9c3ff}}.heat-stop{{stop-color:#b9c3ff}}.ground{{fill:#1b1d21}}{_DARK_RULES}}}
 """
 """What a figure in a file of its own knows of themes; on a page the page's style sheet says more."""
 

@@ -40,6 +40,16 @@ def test_names_stand_at_the_centres_and_never_on_each_other() -> None:
     assert words(apart) == ["cat", "dog"]
 
 
+def test_a_small_clusters_name_stands_beside_its_dots() -> None:
+    rng = np.random.default_rng(0)
+    wide, tight = rng.random((200, 2)), np.array([3.0, 0.5]) + 1e-3 * rng.random((20, 2))
+    text = scatter(np.vstack([wide, tight]), np.repeat([0, 1], [200, 20]), {0: "wide", 1: "tight"}, title="t")
+    at = {node.text: float(node.attrib["y"]) for node in drawn(text).iter(f"{SVG}text")}
+    dots = [np.array(dots)[:, 1] for dots in places(text)]
+    assert dots[0].min() < at["wide"] < dots[0].max()
+    assert at["tight"] < dots[1].min() - 5
+
+
 def test_colours_repeat_as_far_away_as_can_be() -> None:
     count = len(svg.HUES)
     line = {k: np.array([float(k), 0.0]) for k in range(count + 1)}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from importlib import resources
 from itertools import pairwise
 from xml.etree import ElementTree as ET
 
@@ -45,3 +46,22 @@ def test_ticks_are_round_evenly_spaced_and_cover_the_range(low: float, high: flo
     assert found[-1] >= high - 1e-9 * abs(high)
     assert max(steps) == pytest.approx(min(steps))
     assert round(steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)) in (1, 2, 5)
+
+
+def test_a_file_of_its_own_has_a_ground_and_both_themes() -> None:
+    text = svg.standalone(svg.figure(10, 20, "t", svg.text(1, 2, "<b>")))
+    root = ET.fromstring(text.encode())  # noqa: S314 - our own text
+    style, ground, title, label = root
+    assert "prefers-color-scheme:dark" in (style.text or "")
+    assert all(hue in (style.text or "") for hue in svg.DARK_HUES)
+    assert ground.attrib["class"] == "ground"
+    assert (title.text, label.text) == ("t", "<b>")
+
+
+def test_the_page_and_files_agree_on_colours() -> None:
+    """A figure looks the same on the page and in a file, in either theme."""
+    page = resources.files("rayclust.report").joinpath("templates", "page.css").read_text(encoding="utf-8")
+    light, dark = page.split("prefers-color-scheme: dark")[:2]
+    for place, (hue, on_dark) in enumerate(zip(svg.HUES, svg.DARK_HUES, strict=True)):
+        assert f"--h{place}: {hue};" in light
+        assert f"--h{place}: {on_dark};" in dark

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 
+from rayclust.config import validate
 from rayclust.stages.drawings import _ceiling, _selection, drawings, export
+from rayclust.stages.pipeline import run_all
+from rayclust.store.layout import Run
 from tests.stages.conftest import Sealed
+from tests.stages.runs import tree
 
 SELECTION = {
     "chosen": 3,
@@ -66,3 +71,20 @@ def test_files_are_written_with_their_numbers(pictures_run: Sealed, tmp_path: Pa
         root = ET.fromstring(path.read_bytes())  # noqa: S314 - our own text
         assert "prefers-color-scheme:dark" in (root[0].text or "")
     assert (tmp_path / "out" / "map.csv").read_text().splitlines()[0] == '"row","cluster","x","y"'
+
+
+def test_a_run_of_cpp_has_both_spaces_in_its_figures_its_index_and_its_report(
+    pictures_run: Sealed, tmp_path: Path, in_process: None
+) -> None:
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    method = {"name": "cpp", "steps": 4, "expansion_steps": 2, "hidden": 32, "width": 8, "batch_size": 24}
+    given = tree(str(tmp_path / "run"), pictures_run.config.images.uri, method=method)
+    manifests = run_all(validate(given))
+    assert set(manifests["index"].extra) == {"kind", "recall", "z"}
+    texts = {drawn.key: drawn.text for drawn in drawings(Run(str(tmp_path / "run")))}
+    assert "the method's own space z" in texts["gram"]
+    assert "optimal transport between the method's codes" in texts["membership"]
+    assert "t-SNE of z" in texts["map"]
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert page.count('<div class="query">') == 4
+    assert len(page) < 1_500_000
