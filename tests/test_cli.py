@@ -29,6 +29,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 BAD_LINES = {
+    "figures of no run": (["figures", "/nonexistent/run"], "/nonexistent/run: no run there"),
     "no such file": (["run", "/nonexistent/RUN.yaml"], "/nonexistent/RUN.yaml"),
     "unknown command": (["cluster"], "No such command"),
     "missing option": (["quick", "photos"], "--out"),

@@ -78,11 +78,12 @@ STANDALONE = f"""
 """What a figure in a file of its own knows of themes; on a page the page's style sheet says more."""
 
 
-def standalone(drawing: str) -> str:
-    """A drawing made by `figure`, as a file of its own: on a ground, in a light or a dark theme."""
+def standalone(drawing: str, description: str = "") -> str:
+    """A drawing made by `figure`, as a file of its own: on a ground, in a light or a dark theme, with its caption."""
     head, _, rest = drawing.partition(">")
     ground = '<rect class="ground" width="100%" height="100%" fill="#ffffff"/>'
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}><style>{STANDALONE}</style>{ground}{rest}\n'
+    caption = f"<desc>{escape(clean(description))}</desc>" if description else ""
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}><style>{STANDALONE}</style>{caption}{ground}{rest}\n'
 
 
 def text(x: float, y: float, content: str, *, anchor: str = "start", class_: str = "muted") -> Markup:

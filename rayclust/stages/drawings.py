@@ -78,7 +78,7 @@ def export(config: RunConfig, out: str | None) -> list[str]:
     chosen = seals.of(SELECT_K) if config.is_open else None
     selection = filesystem.read_json(run.selection) if chosen is not None else None
     folder = numbers(run, "") if out is None else filesystem.absolute(out)
-    files = {f"{drawn.key}.svg": svg.standalone(drawn.svg).encode() for drawn in drawings(run, selection)}
+    files = {f"{drawn.key}.svg": svg.standalone(drawn.svg, drawn.text).encode() for drawn in drawings(run, selection)}
     for name in _TABLES if out is not None else ():
         files[name] = filesystem.read_bytes(numbers(run, name))
     files["map.csv"] = _csv(tables.read_table(numbers(run, "map.parquet")))

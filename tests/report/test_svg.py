@@ -49,9 +49,10 @@ def test_ticks_are_round_evenly_spaced_and_cover_the_range(low: float, high: flo
 
 
 def test_a_file_of_its_own_has_a_ground_and_both_themes() -> None:
-    text = svg.standalone(svg.figure(10, 20, "t", svg.text(1, 2, "<b>")))
+    text = svg.standalone(svg.figure(10, 20, "t", svg.text(1, 2, "<b>")), "How to read it: a < b & c.")
     root = ET.fromstring(text.encode())  # noqa: S314 - our own text
-    style, ground, title, label = root
+    style, caption, ground, title, label = root
+    assert caption.text == "How to read it: a < b & c."
     assert "prefers-color-scheme:dark" in (style.text or "")
     assert all(hue in (style.text or "") for hue in svg.DARK_HUES)
     assert ground.attrib["class"] == "ground"

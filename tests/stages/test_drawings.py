@@ -88,3 +88,16 @@ def test_a_run_of_cpp_has_both_spaces_in_its_figures_its_index_and_its_report(
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert page.count('<div class="query">') == 4
     assert len(page) < 1_500_000
+
+
+def test_a_run_that_chose_its_number_of_clusters_shows_why(
+    pictures_run: Sealed, tmp_path: Path, in_process: None
+) -> None:
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    config = validate(tree(str(tmp_path / "run"), pictures_run.config.images.uri, method={"clusters": [2, 3, 4]}))
+    run_all(config)
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "3 clusters were chosen (dashed)" in page
+    files = {uri.rpartition("/")[2] for uri in export(config, str(tmp_path / "out"))}
+    assert {"selection.svg", "selection.csv"} <= files
+    assert (tmp_path / "out" / "selection.csv").read_text().count("\n") == 4
