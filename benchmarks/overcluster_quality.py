@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import sklearn
 import sklearn.cluster
 import torch
 from temi_accuracy import FILES, NEIGHBORS, Case, cases
+from temi_step import processor
 from threadpoolctl import threadpool_limits
 
 from rayclust.methods.temi import Temi, TemiConfig
@@ -102,7 +105,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{platform.machine()}, {arguments.threads} threads, Python {platform.python_version()}")
+    print("python " + shlex.join(["benchmarks/overcluster_quality.py", *sys.argv[1:]]))
+    print(f"{processor()}; {arguments.threads} threads, Python {platform.python_version()}")
     steps = f"; at most {arguments.steps} steps" if arguments.steps else ""
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}; {arguments.seeds} seeds{steps}\n")
     print("| set | K | method | held out | in sample | purity | NMI | occupied | seconds |\n" + "|---" * 9 + "|")

@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -216,7 +217,7 @@ def main() -> None:
         print(json.dumps(asdict(measure(form, Shape(**sizes), device, steps))))
         return
     torch.set_num_threads(arguments.threads)
-    print("python " + " ".join(["benchmarks/temi_overcluster.py", *sys.argv[1:]]))
+    print("python " + shlex.join(["benchmarks/temi_overcluster.py", *sys.argv[1:]]))
     print(f"{processor()}; {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
     if arguments.device == "cuda":
         print(torch.cuda.get_device_name())
