@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test check format clean
+.PHONY: demo test chaos check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rayclust demo --out demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Seeded accidents beyond those of the tests: make chaos N=500 FIRST=1000
+N ?= 200
+FIRST ?= 0
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos $(N) $(FIRST)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from rayclust.store import filesystem, tables
+from rayclust.store.filesystem import FileStat
 from rayclust.store.layout import Run, parts
 
+logger = logging.getLogger(__name__)
+
+_BLOCK = 8 << 20
+
 Outputs = dict[str, dict[str, Any]]
-"""Path below the run → {digest, size}."""
+"""Path below the run → {digest, size, stamp}."""
 
 
 def put_bytes(run: Run, uri: str, data: bytes) -> Outputs:
     """Writes `data` at `uri`, which lies below the run."""
-    filesystem.write_bytes(uri, data)
+    stamp = filesystem.write_bytes(uri, data)
     path = uri.removeprefix(run.uri.rstrip("/") + "/")
-    return {path: {"digest": hashlib.sha256(data).hexdigest(), "size": len(data)}}
+    return {path: {"digest": hashlib.sha256(data).hexdigest(), "size": len(data), "stamp": stamp}}
 
 
 def put_table(run: Run, uri: str, table: pa.Table) -> Outputs:
@@ -39,19 +46,46 @@ def drop_stale_parts(folder: str, count: int) -> None:
 
 
 class Listing:
-    """Which files of a run are there, and how large; each folder is listed once, when it is first asked for."""
+    """Which files of a run are there as they were written; each folder is listed once, when it is first asked for.
+
+    A file that still has the stamp of its writing is taken for what was written. One with another stamp, because it was
+    copied or because somebody changed it, is read, and its digest decides.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._sizes: dict[str, dict[str, int]] = {}
+        self._found: dict[str, dict[str, FileStat]] = {}
 
-    def has(self, path: str, size: int) -> bool:
-        """Whether the file at `path` below the run has `size` bytes."""
+    def has(self, path: str, written: Mapping[str, Any]) -> bool:
+        """Whether the file at `path` below the run is the one that was written."""
+        found = self.find(path)
+        if found is None or found.size != written["size"]:
+            fault = "is missing" if found is None else f"has {found.size:,} bytes instead of {written['size']:,}"
+            logger.warning("%s: %s: made again", self._run.at(path), fault)
+            return False
+        if found.stamp == written.get("stamp") or _digest(found) == written["digest"]:
+            return True
+        logger.warning("%s: is damaged, its checksum is another than was written: made again", self._run.at(path))
+        return False
+
+    def find(self, path: str) -> FileStat | None:
+        """The file at `path` below the run as it is now."""
         folder, _, name = path.partition("/")
         if not name:
-            found = filesystem.stat(self._run.at(path))
-            return found is not None and found.size == size
-        if folder not in self._sizes:
+            return filesystem.stat(self._run.at(path))
+        if folder not in self._found:
             files = filesystem.walk(self._run.at(folder), missing_ok=True)
-            self._sizes[folder] = {file.key: file.size for file in files}
-        return self._sizes[folder].get(name) == size
+            self._found[folder] = {file.key: file for file in files}
+        return self._found[folder].get(name)
+
+
+def _digest(found: FileStat) -> str:
+    """SHA-256 of a file, read block by block."""
+    digest = hashlib.sha256()
+    try:
+        with filesystem.open_input(found.uri) as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except filesystem.MissingError:
+        return ""
+    return digest.hexdigest()

@@ -59,7 +59,7 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
         return _run_held(name, config, lease, force)
 
 
-def _run_held(name: str, config: RunConfig, lease: Lease, force: bool) -> Manifest:
+def _run_held(name: str, config: RunConfig, lease: Lease, force: bool, *, inputs_are_checked: bool = False) -> Manifest:
     stage, run = STAGES[name], Run(config.run)
     if name not in stages_of(config):
         logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
@@ -68,11 +68,13 @@ def _run_held(name: str, config: RunConfig, lease: Lease, force: bool) -> Manife
     inputs, settled = _sealed_inputs(seals, config, stage), seals.settled(name)
     plan = _listed(config) if name == "encode" else None
     digest = stage_digest(stage, settled, inputs, plan)
-    manifest = read_manifest(run, name)
-    if manifest and manifest.digest == digest and not force and outputs_present(run, manifest):
+    manifest, listing = read_manifest(run, name), Listing(run)
+    if manifest and manifest.digest == digest and not force and outputs_present(run, manifest, listing):
         save_config(config)
         logger.info("%s: done before, skipped", name)
-        return manifest
+        return _restamped(run, manifest, listing)
+    if not inputs_are_checked:
+        _refuse_damaged(name, run, inputs)
     filesystem.remove(run.manifest(name))
     save_config(config)  # only now: what is still sealed was made with the config that was there
     if force:
@@ -100,9 +102,10 @@ def _run_held(name: str, config: RunConfig, lease: Lease, force: bool) -> Manife
 def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
     """Runs every stage that is not done, in order, up to and with `stop_after`."""
     sealed = {}
-    with held(Run(config.run)):
+    with held(Run(config.run)) as lease:
         for name in stages_of(config):
-            sealed[name] = run_stage(name, config, force=force)
+            # What a stage reads was looked at when it was this command's turn to make it.
+            sealed[name] = _run_held(name, config, lease, force, inputs_are_checked=True)
             if name == stop_after:
                 break
     return sealed
@@ -134,7 +137,8 @@ def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], p
 
 def content_digest(manifest: Manifest) -> str:
     """Digest of what a stage wrote, so that equal bytes from another config make nothing run again."""
-    return digest_of(manifest.model_dump(mode="json", include={"outputs", "extra"}))
+    files = {path: written.model_dump(include={"digest", "size"}) for path, written in manifest.outputs.items()}
+    return digest_of({"outputs": files, "extra": manifest.extra})
 
 
 def _input_digests(stage: Stage, inputs: dict[str, Manifest]) -> dict[str, str]:
@@ -144,14 +148,31 @@ def _input_digests(stage: Stage, inputs: dict[str, Manifest]) -> dict[str, str]:
     }
 
 
-def outputs_present(run: Run, manifest: Manifest) -> bool:
-    """Whether every file that the manifest lists is there with its size; one listing per folder."""
-    listing = Listing(run)
-    for path, written in manifest.outputs.items():
-        if not listing.has(path, written.size):
-            logger.warning("%s: %s is missing or has another size than was sealed: made again", manifest.stage, path)
-            return False
-    return True
+def outputs_present(run: Run, manifest: Manifest, listing: Listing | None = None) -> bool:
+    """Whether every file that the manifest lists is there as it was written; one listing per folder."""
+    listing = listing or Listing(run)
+    return all(listing.has(path, written.model_dump()) for path, written in manifest.outputs.items())
+
+
+def _refuse_damaged(name: str, run: Run, inputs: dict[str, Manifest]) -> None:
+    for need, manifest in inputs.items():
+        if not outputs_present(run, manifest):
+            raise ArtefactError(
+                f"{name}: a file of the stage {need} of {run.uri} is missing or damaged: "
+                f"run `rayclust {need} RUN.yaml` first, which makes it again"
+            )
+
+
+def _restamped(run: Run, manifest: Manifest, listing: Listing) -> Manifest:
+    """The manifest of outputs that are all there, sealed anew where they were copied: they need not be read again."""
+    stamps = {path: found.stamp for path in manifest.outputs if (found := listing.find(path)) is not None}
+    outputs = {
+        path: written.model_copy(update={"stamp": stamps.get(path, "")}) for path, written in manifest.outputs.items()
+    }
+    if outputs != manifest.outputs:
+        manifest = manifest.model_copy(update={"outputs": outputs})
+        seal(run, manifest)
+    return manifest
 
 
 def _listed(config: RunConfig) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rayclust.config import FeaturesConfig
-from rayclust.errors import ConfigError
+from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeatureTransform
 from rayclust.stages.shards import Moments
 from rayclust.store import tables
@@ -159,12 +160,27 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.n
                 left.unlink(missing_ok=True)
             unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
             array = np.lib.format.open_memmap(unfinished, "w+", dtype, shape)
+            _reserve(unfinished)
             fill(array)
             array.flush()
             del array
             unfinished.replace(path)
     # Copy-on-write: torch wants writable memory, and nothing written there reaches the file.
     return np.load(path, mmap_mode="c")
+
+
+def _reserve(path: Path) -> None:
+    """Takes all of a file's bytes from the disk: a mapped file that finds it full later kills its process."""
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return  # this file system cannot
+        path.unlink(missing_ok=True)
+        raise DataError(
+            f"{path}: no space left for the rows of the training; free some, or set RAYCLUST_SCRATCH to another disk"
+        ) from error
 
 
 def cache_folder(digest: str) -> Path:

@@ -33,7 +33,7 @@ from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.progress import Progress
 from rayclust.stages.rows import StoredRows, cache_folder, drop_cache
 from rayclust.stages.trackers import Trackers
-from rayclust.store import filesystem
+from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest
 from rayclust.training.checkpoints import Every
@@ -188,9 +188,7 @@ class StoredCheckpoints:
             return
         data = safetensors.torch.save(tensors)
         filesystem.write_bytes(self._at(step, "tensors.safetensors"), data)
-        filesystem.write_json(
-            self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state}
-        )
+        checked.write(self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state})
         for old in self._steps()[:-KEPT]:
             filesystem.remove_tree(filesystem.join(self._folder, f"step-{old:09d}"))
 
@@ -198,7 +196,7 @@ class StoredCheckpoints:
         """The newest checkpoint whose tensors match its state."""
         for step in reversed(self._steps()):
             try:
-                content = filesystem.read_json(self._at(step, "state.json"))
+                content = checked.read(self._at(step, "state.json"))
                 data = filesystem.read_bytes(self._at(step, "tensors.safetensors"))
                 if content["digest"] == hashlib.sha256(data).hexdigest():
                     logger.info("train: resuming at step %d", step)

@@ -13,7 +13,7 @@ from rayclust.errors import ArtefactError
 from rayclust.stages.cluster import connect, cpus, plain_errors
 from rayclust.stages.outputs import Listing, Outputs
 from rayclust.stages.progress import Progress
-from rayclust.store import filesystem
+from rayclust.store import checked, filesystem
 from rayclust.store.filesystem import MissingError
 from rayclust.store.layout import Run
 
@@ -47,7 +47,7 @@ class UnitResult:
 def read_marker(uri: str) -> tuple[str, UnitResult] | None:
     """The digest and result in a marker; None where there is none or it is damaged."""
     try:
-        marker = filesystem.read_json(uri)
+        marker = checked.read(uri)
         return marker["digest"], UnitResult(marker["outputs"], marker["counts"], marker["extra"])
     except (MissingError, ArtefactError, KeyError, TypeError):
         return None
@@ -56,7 +56,7 @@ def read_marker(uri: str) -> tuple[str, UnitResult] | None:
 def write_marker(uri: str, unit: Unit, result: UnitResult) -> None:
     """Writes a unit's marker, after everything that it vouches for."""
     content = {"digest": unit.digest, "outputs": result.outputs, "counts": result.counts, "extra": result.extra}
-    filesystem.write_json(uri, content)
+    checked.write(uri, content)
 
 
 def finish(uri: str, unit: Unit, work: Callable[[], UnitResult]) -> UnitResult:
@@ -93,7 +93,7 @@ def finished(run: Run, stage: str, units: Sequence[Unit]) -> dict[int, UnitResul
     return {
         unit.index: result
         for unit, result in zip(units, results, strict=True)
-        if result is not None and all(listing.has(path, written["size"]) for path, written in result.outputs.items())
+        if result is not None and all(listing.has(path, written) for path, written in result.outputs.items())
     }
 
 

@@ -60,6 +60,7 @@ class LocalStorage:
         with self._replacing(uri) as file:
             file.write(data)
             file.flush()
+            os.fsync(file.fileno())  # a network drive gives the time of change with the last bytes
             return _stamp(os.fstat(file.fileno()))
 
     def open(self, uri: str) -> BinaryIO:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import logging
 import platform
 from typing import Any
@@ -13,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from rayclust.errors import ArtefactError
 from rayclust.options import Config
-from rayclust.store import filesystem
+from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
 
 log = logging.getLogger(__name__)
@@ -28,6 +26,8 @@ class Output(Config):
     """SHA-256 of its bytes, hexadecimal."""
     size: int = Field(ge=0)
     """Bytes."""
+    stamp: str = ""
+    """As `FileStat.stamp` had it when it was written; a file with another one is read to see whether it is the same."""
 
 
 class Manifest(Config):
@@ -53,8 +53,7 @@ class Manifest(Config):
 
 def digest_of(value: Any) -> str:
     """The first 32 hexadecimal digits of the SHA-256 of a JSON-able value's canonical text."""
-    text = json.dumps(json.loads(filesystem.canonical_json(value)), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return checked.digest_of(value)
 
 
 def versions() -> dict[str, str]:
@@ -74,7 +73,7 @@ def seal(run: Run, manifest: Manifest, shard: int | None = None) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    filesystem.write_json(_uri(run, manifest.stage, shard), manifest.model_dump(mode="json"))
+    checked.write(_uri(run, manifest.stage, shard), manifest.model_dump(mode="json"))
 
 
 def read_manifest(run: Run, stage: str, shard: int | None = None) -> Manifest | None:
@@ -88,7 +87,7 @@ def read_manifest(run: Run, stage: str, shard: int | None = None) -> Manifest | 
     """
     uri = _uri(run, stage, shard)
     try:
-        return Manifest.model_validate(filesystem.read_json(uri))
+        return Manifest.model_validate(checked.read(uri))
     except filesystem.MissingError:
         return None
     except (ArtefactError, ValidationError) as error:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,7 +16,8 @@ from rayclust.store.layout import Run
 def test_what_was_written_is_named_relative_to_the_run(tmp_path: Path, ending: str):
     run = Run(str(tmp_path / "run") + ending)
     written = put_bytes(run, run.at("a", "b ü.bin"), b"abc")
-    assert written == {"a/b ü.bin": {"digest": hashlib.sha256(b"abc").hexdigest(), "size": 3}}
+    stamp = filesystem.stat(run.at("a", "b ü.bin")).stamp
+    assert written == {"a/b ü.bin": {"digest": hashlib.sha256(b"abc").hexdigest(), "size": 3, "stamp": stamp}}
     assert (tmp_path / "run" / "a" / "b ü.bin").read_bytes() == b"abc"
 
 
@@ -25,7 +27,8 @@ def test_tables_and_json_say_the_digest_of_their_bytes(tmp_path: Path):
     written = put_table(run, run.at("t.parquet"), table) | put_json(run, run.at("v.json"), {"b": 1, "a": float("nan")})
     for path, output in written.items():
         data = (tmp_path / path).read_bytes()
-        assert output == {"digest": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        assert output["digest"] == hashlib.sha256(data).hexdigest()
+        assert output["size"] == len(data)
     assert tables.read_table(run.at("t.parquet")).equals(table)
     assert filesystem.read_json(run.at("v.json")) == {"a": None, "b": 1}
 
@@ -38,17 +41,41 @@ def test_only_parts_beyond_the_count_are_dropped(tmp_path: Path):
     drop_stale_parts(str(tmp_path / "nowhere"), 2)
 
 
+def written(data: bytes, stamp: str = "") -> dict[str, Any]:
+    return {"digest": hashlib.sha256(data).hexdigest(), "size": len(data), "stamp": stamp}
+
+
 def test_a_listing_knows_files_by_path_and_size(tmp_path: Path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "x").write_bytes(b"12")
     (tmp_path / "a" / "b" / "y").write_bytes(b"123")
     (tmp_path / "z").write_bytes(b"1")
     listing = Listing(Run(str(tmp_path)))
-    assert listing.has("a/x", 2)
-    assert listing.has("a/b/y", 3)
-    assert listing.has("z", 1)
-    assert not listing.has("a/x", 3)
-    assert not listing.has("a/none", 0)
-    assert not listing.has("none/x", 0)
-    assert not listing.has("none", 0)
-    assert not listing.has("a", 0), "a folder is no file"
+    assert listing.has("a/x", written(b"12"))
+    assert listing.has("a/b/y", written(b"123"))
+    assert listing.has("z", written(b"1"))
+    assert not listing.has("a/x", written(b"123"))
+    for path in ("a/none", "none/x", "none", "a"):  # a folder is no file
+        assert not listing.has(path, written(b"")), path
+
+
+@pytest.mark.parametrize("where", ["folder/part", "file"])
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_a_file_of_the_same_size_with_other_content_is_found(
+    kind: str, where: str, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+):
+    run = Run(str(tmp_path) if kind == "local" else request.getfixturevalue("s3_bucket"))
+    outputs = put_bytes(run, run.at(where), b"content")
+    assert Listing(run).has(where, outputs[where])
+    filesystem.write_bytes(run.at(where), b"c0ntent")
+    assert not Listing(run).has(where, outputs[where])
+    assert f"{run.at(where)}: is damaged, its checksum is another than was written: made again" in caplog.text
+    filesystem.write_bytes(run.at(where), b"content")  # as a copy: other stamp, same bytes
+    assert Listing(run).has(where, outputs[where])
+
+
+def test_a_file_with_its_stamp_is_not_read(tmp_path: Path):
+    (tmp_path / "a").write_bytes(b"12")
+    found = filesystem.stat(str(tmp_path / "a"))
+    assert found is not None
+    assert Listing(Run(str(tmp_path))).has("a", {"digest": "never looked at", "size": 2, "stamp": found.stamp})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,10 @@ def test_outputs_must_be_there_with_their_sizes(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.bin").write_bytes(b"abc")
     (tmp_path / "b.bin").write_bytes(b"")
-    wanted = {"folder/a.bin": Output(digest="d", size=3), "b.bin": Output(digest="d", size=0)}
+    wanted = {
+        "folder/a.bin": Output(digest=hashlib.sha256(b"abc").hexdigest(), size=3),
+        "b.bin": Output(digest=hashlib.sha256(b"").hexdigest(), size=0),
+    }
     assert outputs_present(run, manifest(outputs=wanted))
     for path, size in (("folder/a.bin", 4), ("b.bin", 1), ("folder/none.bin", 0), ("none.bin", 0), ("none/a.bin", 0)):
         assert not outputs_present(run, manifest(outputs=wanted | {path: Output(digest="d", size=size)})), path

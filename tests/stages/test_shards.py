@@ -90,6 +90,11 @@ def test_a_renumbered_part_has_the_bytes_that_a_right_guess_would_have_had(run: 
     marked_shard(other, 60)
     assert content == filesystem.read_bytes(other.embeddings(2))
     marker, right = read_marker(run.shard_manifest(2)), read_marker(other.shard_manifest(2))
+    assert marker is not None
+    assert right is not None
+    for result in (marker[1], right[1], first):
+        for written in result.outputs.values():
+            del written["stamp"]
     assert marker == right
     assert marker == ("digest", first)
     assert renumber(run, 2, 60) == first
