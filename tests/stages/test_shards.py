@@ -7,7 +7,7 @@ import pytest
 
 from rayclust.errors import ArtefactError
 from rayclust.stages.shards import Moments, renumber, write_shard
-from rayclust.stages.units import Unit, read_marker, write_marker
+from rayclust.stages.units import Unit, UnitResult, read_marker, write_marker
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 
@@ -81,6 +81,11 @@ def marked_shard(run: Run, row_start: int) -> None:
     write_marker(run.shard_manifest(2), unit, result)
 
 
+def without_stamps(result: UnitResult) -> UnitResult:
+    outputs = {path: {**written, "stamp": ""} for path, written in result.outputs.items()}
+    return UnitResult(outputs, result.counts, result.extra)
+
+
 def test_a_renumbered_part_has_the_bytes_that_a_right_guess_would_have_had(run: Run, tmp_path: Path):
     marked_shard(run, 100)
     first = renumber(run, 2, 60)
@@ -92,12 +97,9 @@ def test_a_renumbered_part_has_the_bytes_that_a_right_guess_would_have_had(run: 
     marker, right = read_marker(run.shard_manifest(2)), read_marker(other.shard_manifest(2))
     assert marker is not None
     assert right is not None
-    for result in (marker[1], right[1], first):
-        for written in result.outputs.values():
-            del written["stamp"]
-    assert marker == right
     assert marker == ("digest", first)
-    assert renumber(run, 2, 60) == first
+    assert without_stamps(first) == without_stamps(right[1])
+    assert without_stamps(renumber(run, 2, 60)) == without_stamps(first)
     assert filesystem.read_bytes(run.embeddings(2)) == content
 
 
