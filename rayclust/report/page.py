@@ -23,6 +23,9 @@ CLASSES_DRAWN = 60
 CLUSTERS_DRAWN = 100
 """… and so many clusters: beyond, its cells are too small to read."""
 
+CHOICE = "selection"
+"""Key of the drawing that has a section of its own: how the number of clusters was chosen."""
+
 NOTE_BYTES = 300
 """Room for the sentence that counts the pictures left out."""
 
@@ -64,7 +67,8 @@ def _html(report: ReportData, shown: Selection) -> str:
         headline=_headline(report),
         columns=scores.columns(report.methods),
         charts=_charts(report),
-        drawings=[(drawing, _svg(drawing.svg)) for drawing in report.drawings],
+        choice=[(drawing, _svg(drawing.svg)) for drawing in report.drawings if drawing.key == CHOICE],
+        drawings=[(drawing, _svg(drawing.svg)) for drawing in report.drawings if drawing.key != CHOICE],
         empty=sum(cluster.size == 0 for cluster in report.clusters),
         named=any(cluster.name for cluster in report.clusters),
         confident=any(cluster.confidence is not None for cluster in report.clusters),

@@ -40,7 +40,7 @@ def run(context: StageContext) -> StageResult:
         outputs |= result.outputs
     outputs |= put_json(context.run, context.run.selection, _written(choice, tried))
     extra = {CHOSEN: _model(tried[choice.k]), "rule": choice.rule, "reason": choice.reason}
-    return StageResult(outputs, {"rows": rows, "candidates": len(tried)}, extra, choice.reason)
+    return StageResult(outputs, {"candidates": len(tried)}, extra, choice.reason)
 
 
 def _fit_once(search: Search) -> UnitResult:

@@ -25,7 +25,7 @@ def lines(uri: str) -> Iterator[str]:
     """
     config = load_run(uri)
     run, seals = Run(config.run), Seals(config)
-    yield f"{run.uri}: {config.method.name}, {_clusters(config, seals)} clusters, {config.encoder.name}"
+    yield f"{run.uri}: {config.method.name}, {_clusters(config, seals)}, {config.encoder.name}"
     for stage in stages_of(config):
         manifest = read_manifest(run, stage)
         text = _sealed(manifest) if manifest else _unfinished(run, stage)
@@ -37,9 +37,10 @@ def lines(uri: str) -> Iterator[str]:
 
 def _clusters(config: RunConfig, seals: Seals) -> str:
     if not config.is_open:
-        return str(config.method.clusters)
-    chosen = seals.of(SELECT_K)
-    return "a number yet to be chosen of" if chosen is None else f"{seals.settled('train').method.clusters} (chosen)"
+        return f"{config.method.clusters} clusters"
+    if seals.of(SELECT_K) is None:
+        return "clusters yet to be counted"
+    return f"{seals.settled('train').method.clusters} clusters by select-k"
 
 
 def _sealed(manifest: Manifest) -> str:

@@ -280,6 +280,19 @@ def test_figures_and_searches_have_sections_and_load_nothing() -> None:
     assert {"#figures", "#retrieval"} <= links
 
 
+def test_the_choice_of_the_number_has_a_section_of_its_own() -> None:
+    gram, places = drawings("ship")
+    choice = Drawing(key=page.CHOICE, title="Criteria", text="12 were chosen", svg=places.svg)
+    root = read(page.render(report(drawings=(gram, choice))))
+    assert_self_contained(root)
+    [section] = root.find("section", id="choice")
+    assert section.find("h2")[0].words() == "Number of clusters"
+    assert "12 were chosen" in section.words()
+    assert len(root.find("section", id="figures")[0].find("figure", class_="chart")) == 1
+    assert "#choice" in {link.attributes["href"] for link in root.find("nav")[0].find("a")}
+    assert not read(page.render(report(drawings=(gram,)))).find("section", id="choice")
+
+
 def test_names_without_the_classes_stand_beside() -> None:
     root = read(page.render(report(clusters=(cluster(0, 10, name="tench", blind=("fish", 0.4)),))))
     assert "Without class names" in root.find("table", id="rows")[0].words()

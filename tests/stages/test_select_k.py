@@ -22,6 +22,7 @@ from rayclust.stages.graph import stages_of
 from rayclust.stages.models import read_method
 from rayclust.stages.pipeline import Seals, run_all, run_stage
 from rayclust.stages.python import load
+from rayclust.stages.status import lines
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.conftest import Sealed, sealed_run
@@ -172,6 +173,18 @@ def test_a_number_in_the_place_of_the_candidates_trains_with_it_and_goes_back_fo
     run_all(copied.config)
     assert filesystem.read_json(copied.run.metrics)["clusters"] == TRUE
     assert examined == []
+
+
+def test_status_tells_the_choice_and_that_there_is_none_yet(copied: Sealed):
+    shown = list(lines(copied.config.run))
+    assert shown[0] == f"{copied.config.run}: kmeans, {TRUE} clusters by select-k, pixels"
+    [line] = [line for line in shown if line.split()[0] == "select-k"]
+    assert "done in" in line
+    assert f"5 candidates: K = {TRUE}" in line
+    Path(copied.run.manifest("select-k")).unlink()
+    shown = list(lines(copied.config.run))
+    assert "clusters yet to be counted" in shown[0]
+    assert "not finished, 5 parts done" in next(line for line in shown if line.split()[0] == "select-k")
 
 
 def test_train_by_itself_waits_for_the_choice_and_the_index_does_not(copied: Sealed):

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from rayclust.cli import run_command
 from rayclust.config import validate
 from rayclust.errors import ConfigError, RayclustError
+from rayclust.stages import pipeline
 from rayclust.stages.pipeline import run_all
 from rayclust.stages.trials import _refuse_failed, _room
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.planted import planted, planted_tree
-from tests.stages.runs import command, kill, start, wait_until, write_yaml
+from tests.stages.runs import command, kill, start, tree, wait_until, write_yaml
 from tests.stages.test_select_k import SEEDS
 
 
@@ -72,7 +74,7 @@ def chosen(folder: Path) -> dict[str, Any]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_planted_groups_are_counted_through_tune(tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]):
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed])
         run_all(validate(planted_tree(tmp_path / str(seed), rows, seed=seed)), stop_after="select-k")
         assert chosen(tmp_path / str(seed))["chosen"] == SEEDS[seed]
@@ -81,11 +83,39 @@ def test_planted_groups_are_counted_through_tune(tmp_path: Path, ray_session: No
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_finds_its_own_number_and_goes_on_to_the_page(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    content = tree(
+        str(tmp_path / "run"),
+        "dataset:digits",
+        images={"shard_size": 512},
+        encoder={"batch_size": 256},
+        method={"name": "kmeans", "clusters": "auto"},
+        select_k={"least": 4, "most": 30, "seeds": 1, "rounds": 1, "max_concurrent": 1},
+    )
+    config = write_yaml(tmp_path / "RUN.yaml", content)
+    assert run_command(["run", str(config)]) == 0
+    found = chosen(tmp_path)
+    assert 10 / 1.5 <= found["chosen"] <= 10 * 1.5, "scanned digits are ten classes"
+    metrics = filesystem.read_json(str(tmp_path / "run" / "metrics.json"))
+    assert metrics["clusters"] == found["chosen"]
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "Number of clusters" in page
+    assert f"{found['chosen']} clusters were chosen" in page
+    assert "clusters: auto" in page
+    capsys.readouterr()
+    assert run_command(["status", str(tmp_path / "run")]) == 0
+    assert f"kmeans, {found['chosen']} clusters by select-k" in capsys.readouterr().out
+    monkeypatch.setattr(pipeline.Stage, "module", property(lambda stage: pytest.fail(f"{stage.name} ran again")))
+    assert run_command(["run", str(config)]) == 0
+
+
+@pytest.mark.ray
 def test_a_refused_trial_ends_the_stage_in_one_line(
     tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ):
-    from rayclust.cli import run_command
-
     rows = planted(3, seed=0, per_cluster=20)
     content = planted_tree(tmp_path, rows, method={"clusters": [2, 3, 4, 5]})
     config = write_yaml(tmp_path / "RUN.yaml", content)
