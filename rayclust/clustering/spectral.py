@@ -26,7 +26,7 @@ from rayclust.errors import ArtefactError, ConfigError
 from rayclust.options import Config
 
 _WHOLE_SPACE = 512
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 256
 _ITSELF = 1e-5
 """1 − |cosine| below which a row counts as the site that it comes from."""
 _LEAST_VALUE = 1e-6
@@ -131,8 +131,9 @@ class Spectral:
         rows = unit(codes.to(self.codes.device))
         values = self.values[: self.most].to(self.functions)
         inverse = torch.where(values > _LEAST_VALUE, 1.0 / values.clamp(min=_LEAST_VALUE), 0.0)
-        parts = [self._membership(part) @ self.functions for part in torch.split(rows, _ROWS_AT_ONCE)]
-        return torch.cat(parts) * inverse if parts else self.functions[:0]
+        scaled = self.scales[:, None] * torch.cat([self.functions * inverse, torch.ones_like(self.functions[:, :1])], 1)
+        sums = torch.cat([self._links(part) @ scaled for part in torch.split(rows, _ROWS_AT_ONCE)])
+        return sums[:, :-1] / sums[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)
 
     def tensors(self) -> dict[str, Tensor]:
         """The partition by name, for safetensors; see `from_tensors`."""
@@ -154,15 +155,14 @@ class Spectral:
         plain = {name: tensors[name] for name in ("codes", "scales", "functions", "values")}
         return cls(options, seed, **plain, centers=centers)
 
-    def _membership(self, rows: Tensor) -> Tensor:
-        """p, Float32[B S]: rows sum to 1, or 0 where a code meets no site."""
+    def _links(self, rows: Tensor) -> Tensor:
+        """exp((|c·c_s| − 1)/η), Float32[B S], 0 where the code is the site's own: the eigenproblem has no diagonal."""
         cosines = (rows @ self.codes.T).abs_()
         nearest, site = cosines.max(dim=1)
-        weights = cosines.sub_(1.0).div_(self.options.temperature).exp_()
+        links = cosines.sub_(1.0).div_(self.options.temperature).exp_()
         own = (nearest >= 1.0 - _ITSELF).nonzero().squeeze(1)
-        weights[own, site[own]] = 0.0  # the eigenproblem has no diagonal either
-        weights *= self.scales
-        return weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        links[own, site[own]] = 0.0
+        return links
 
     def _centers(self, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
         """Float32[K K] centres of the embedding and Float32[] their mean squared distance; kept for the own seed."""
