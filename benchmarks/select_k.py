@@ -5,9 +5,9 @@ Claim: on the real sets the vote lies within a factor 1.5 of the number of class
     python benchmarks/select_k.py [--data ../shared/data] [--sets NAME ...]
 
 Candidates, seeds and rounds are those of `select_k`'s defaults, partitions those of k-means (of spectral clustering of
-|cosines| for `subspaces-K`), neighbours the 50 nearest. Rows are minus their mean and of length 1, without `/raw`; labels
-only score. Sets: imagenette-a, imagenette-b, cifar10 (below --data), digits, with the variants of `temi_accuracy.py`;
-planted-K: Gaussian clusters that nearly touch; subspaces-K: noisy four-dimensional subspaces.
+|cosines| for `subspaces-K`), neighbours the 50 nearest. Rows are minus their mean (not with `/raw`) and of length 1;
+labels only score. Sets: imagenette-a, imagenette-b, cifar10 (below --data), digits, with the variants of
+`temi_accuracy.py`; planted-K: Gaussian clusters that nearly touch; subspaces-K: noisy four-dimensional subspaces.
 """
 
 from __future__ import annotations

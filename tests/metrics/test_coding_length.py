@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from rayclust.clustering.spectral import SpectralOptions, partition
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics import coding_length as module
 from rayclust.metrics.coding_length import Moments, coding_length, group_length, label_length
+from rayclust.metrics.selection import Candidate, argmin_coding_length
 from tests.references import coding_length as plain
 
 
@@ -60,6 +63,19 @@ def test_moments_add_up_over_blocks_and_skip_empty_clusters():
     total = parts[0] + parts[1] + parts[2]
     assert total.counts.tolist() == [*np.bincount(labels), 0, 0]
     assert total.coding_length() == pytest.approx(coding_length(z, labels), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_planted_subspaces_give_their_number(seed: int):
+    clusters, rng = 2 + seed, np.random.default_rng(seed)
+    truth = np.repeat(np.arange(clusters), 40)
+    bases = np.linalg.qr(rng.normal(size=(48, 2 * clusters)))[0].reshape(48, clusters, 2)
+    z = np.einsum("nr,dnr->nd", rng.normal(size=(len(truth), 2)), bases[:, truth])
+    z = z / np.linalg.norm(z, axis=1, keepdims=True) + 0.1 * rng.normal(size=z.shape) / 48**0.5
+    z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+    found = partition(lambda: [torch.from_numpy(z)], 12, SpectralOptions(temperature=0.1, restarts=5), seed)
+    candidates = [Candidate(k, {"coding_length": coding_length(z, found.labels(k).numpy())}) for k in range(2, 13)]
+    assert argmin_coding_length(candidates) == clusters
 
 
 def test_names_order_and_rotation_play_no_part():
