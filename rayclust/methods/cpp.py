@@ -55,7 +55,7 @@ class Cpp(Method):
 
     def __init__(self, config: CppConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__()
-        self.config = config = config.settled(count, dimension)
+        self.config = config = config.settled(count)
         self.dimension, self.count, self.seed = dimension, count, seed
         self.own_space = config.width
         self.plan = Plan.of(config, count)
@@ -116,12 +116,16 @@ class Cpp(Method):
 
     def fit(self, rows: Rows, trainer: Trainer) -> None:
         """Trains the network and cuts all rows' membership into clusters."""
-        trainer.fit(self, rows)
+        trainer.fit(self, rows, start=lambda: self._start(rows))
         self.network.settle(rows.blocks)
         options = SpectralOptions(temperature=self.config.final_temperature or self.config.temperature)
         self.spectral = spectral.partition(lambda: self._codes(rows), self.config.clusters, options, self.seed)
         self.spectral.labels(self.config.clusters)  # its centres are kept for `assign`
         logger.info("spectral clusters: %d of %d rows", self.config.clusters, self.count)
+
+    def _start(self, rows: Rows) -> None:
+        if self.config.start == "principal":
+            self.network.start_from_principal(rows.blocks)
 
     def _codes(self, rows: Rows) -> Iterator[Tensor]:
         for block in rows.blocks():

@@ -17,9 +17,11 @@ class CppConfig(TrainedConfig):
     name: Literal["cpp"] = "cpp"
     """Clustering by the principle of rate reduction with pretrained models."""
     preset: Literal["auto", "cifar10", "cifar20", "cifar100", "imagenet", "none"] = "auto"
-    """auto: counts steps from N and stops on the loss. The others: the paper's settings. none: the defaults below."""
+    """auto: few steps from principal components, till the loss falls slowly. none: the defaults below. Others: the paper's."""
     variant: Literal["single_head", "two_head"] = "single_head"
     """single_head: Π comes from z. two_head: from a head of its own, which starts as a copy of z's."""
+    start: Literal["random", "principal"] = "random"
+    """random: torch's default weights, as published. principal: z starts as the rows' principal components."""
     hidden: int = Field(4096, ge=1)
     """h, width of the trunk."""
     width: int = Field(128, ge=2)
@@ -74,10 +76,10 @@ class CppConfig(TrainedConfig):
             raise ValueError(f"half_steps = {self.half_steps}: must be odd, rows are normalised last")
         return self
 
-    def settled(self, count: int, dimension: int) -> CppConfig:
-        """This config with its preset written out for N = `count`, D = `dimension`; `preset` is then `none`."""
+    def settled(self, count: int) -> CppConfig:
+        """This config with its preset written out for N = `count` rows; `preset` is then `none`."""
         written = {key: getattr(self, key) for key in self.model_fields_set}
-        values = preset_values(self.preset, count, dimension) | written | {"preset": "none"}
+        values = preset_values(self.preset, count, self.clusters) | written | {"preset": "none"}
         if "learning_rate" in written and "min_learning_rate" not in written:
             values["min_learning_rate"] = self.learning_rate
         return CppConfig.model_validate(values)

@@ -67,6 +67,32 @@ class CppNetwork(nn.Module):
             self.codes.load_state_dict(self.features.state_dict())
 
     @torch.no_grad()
+    def start_from_principal(self, blocks: Callable[[], Iterator[Tensor]]) -> None:
+        """Starts where z is the direction of the rows' first d principal components.
+
+        Some units of the trunk hold a component's positive and negative part, which the second layer passes on and the
+        feature head subtracts; the others stay random and are not listened to yet.
+
+        Args:
+            blocks: this worker's rows, Float[B D]s.
+        """
+        directions, deviations, mean = _principal(blocks, self.first.weight)
+        count = min(len(self.features.weight), directions.shape[1], len(self.first.weight) // 2)
+        directions, share = directions[:, :count].T, deviations[:count] / deviations[0]
+        pair = torch.cat([directions, -directions])
+        self.first.weight[: 2 * count] = pair / deviations[0]
+        self.first.bias[: 2 * count] = -(pair @ mean) / deviations[0]
+        self.norm.gains[0, : 2 * count] = torch.cat([share, share])
+        self.second.weight[: 2 * count] = torch.eye(2 * count, self.second.in_features)
+        self.second.bias[: 2 * count] = 0.0
+        eye = torch.eye(count).to(share) / share.norm()
+        self.features.weight[:count] = 0.0
+        self.features.weight[:count, : 2 * count] = torch.cat([eye, -eye], dim=1)
+        self.features.weight[count:] *= _UNUSED
+        self.features.bias.zero_()
+        self.copy_features_to_codes()
+
+    @torch.no_grad()
     def settle(self, blocks: Callable[[], Iterator[Tensor]]) -> None:
         """Replaces the running statistics by those of all workers' rows: after few steps they lag behind.
 
@@ -84,6 +110,27 @@ class CppNetwork(nn.Module):
         variance = (squares / rows - shift.square()) * rows / (rows - 1).clamp(min=1)
         self.norm.running_mean += shift.to(weight)
         self.norm.running_var.copy_(variance[None])
+
+
+_UNUSED = 1e-2
+"""Scale of the random weights of those outputs for which the rows have no principal component."""
+
+
+def _principal(blocks: Callable[[], Iterator[Tensor]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions Float[D D] as columns, standard deviations Float[D], falling, and the mean Float[D] of all rows."""
+    width = like.shape[1]
+    total = torch.zeros(width + 2, width, dtype=torch.float64, device=like.device)
+    for block in blocks():
+        x = block.to(like)
+        total[:width] += x.T @ x
+        total[width] += x.sum(0)
+        total[width + 1] += len(x)
+    total = collectives.all_sum(total)
+    mean = total[width] / total[width + 1, 0]
+    values, vectors = torch.linalg.eigh(total[:width] / total[width + 1, 0] - mean.outer(mean))
+    deviations = values.flip(0).clamp(min=0).sqrt()
+    deviations = deviations.clamp(min=1e-6 * float(deviations[0]) + 1e-12)
+    return vectors.flip(1).to(like), deviations.to(like), mean.to(like)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -9,19 +9,19 @@ PUBLISHED_RATE = 1e-4
 RATE_ROWS = 256
 
 
-def preset_values(preset: str, count: int, dimension: int) -> dict[str, Any]:
+def preset_values(preset: str, count: int, clusters: int) -> dict[str, Any]:
     """The settings that a preset stands for.
 
     Args:
         preset: one of `CppConfig.preset`.
         count: N.
-        dimension: D.
+        clusters: K; only `auto` looks at it.
 
     Returns:
         Config keys and values; empty for `none`.
     """
     if preset == "auto":
-        return auto_settings(count, dimension)
+        return auto_settings(count, clusters)
     return _published(PAPER[preset], count) if preset in PAPER else {}
 
 
@@ -45,7 +45,35 @@ def _published(values: dict[str, Any], count: int) -> dict[str, Any]:
     return found
 
 
-def auto_settings(count: int, dimension: int) -> dict[str, Any]:
-    """Steps counted, not epochs; the loss says when to stop."""
-    batch = max(2, min(1024, count))
-    return {"batch_size": batch, "steps": 400, "patience": 40, "expansion_steps": 50}
+AUTO_BATCH, AUTO_HIDDEN = 512, 512
+AUTO_RATE = 1e-3
+"""At the batch above and d = 32; R's slope grows with d, so that the rate falls as 1/d."""
+LEAST_WIDTH, MOST_WIDTH = 32, 128
+LEAST_STEPS, MOST_STEPS, AUTO_EPOCHS = 75, 2_000, 4
+
+
+def auto_settings(count: int, clusters: int) -> dict[str, Any]:
+    """Steps counted, not epochs: few, from the rows' principal components; the loss may end them earlier.
+
+    docs/methods.md has the numbers behind each choice.
+
+    Args:
+        count: N.
+        clusters: K; the width leaves each cluster some three dimensions.
+    """
+    batch = max(2, min(AUTO_BATCH, count))
+    width = max(LEAST_WIDTH, min(MOST_WIDTH, 1 << (3 * clusters - 1).bit_length()))
+    rate = AUTO_RATE * RATE_ROWS / AUTO_BATCH * LEAST_WIDTH / width
+    return {
+        "start": "principal",
+        "hidden": AUTO_HIDDEN,
+        "width": width,
+        "batch_size": batch,
+        "learning_rate": rate,
+        "min_learning_rate": rate,
+        "steps": max(LEAST_STEPS, min(MOST_STEPS, AUTO_EPOCHS * (count // batch))),
+        "expansion_steps": 0,
+        "patience": 25,
+        "improvement": 0.1,
+        "final_temperature": 0.1,
+    }

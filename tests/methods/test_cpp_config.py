@@ -7,11 +7,11 @@ from rayclust.methods.cpp import CppConfig
 
 
 def test_written_keys_win_over_the_preset():
-    config = CppConfig(clusters=10, preset="cifar100", temperature=0.3, learning_rate=1e-3).settled(50_000, 768)
+    config = CppConfig(clusters=10, preset="cifar100", temperature=0.3, learning_rate=1e-3).settled(50_000)
     assert (config.temperature, config.batch_size, config.epochs) == (0.3, 1500, 50)
     assert config.learning_rate == config.min_learning_rate == 1e-3
     assert config.preset == "none"
-    assert config.settled(10, 3) == config
+    assert config.settled(10) == config
 
 
 def test_half_steps_are_odd():

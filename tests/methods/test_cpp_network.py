@@ -44,6 +44,26 @@ def test_one_head_gives_the_features_as_codes():
     ours.copy_features_to_codes()
 
 
+@pytest.mark.parametrize("variant", ["single_head", "two_head"])
+def test_the_principal_start_is_the_direction_of_the_rows_components(variant: str):
+    ours, x = network(variant), rows(200) * torch.tensor([9.0, 7, 5, 3, 2, 1, 0.5]) + 4.0
+    ours.start_from_principal(lambda: iter([x[:50], x[50:]]))
+    centered = x - x.mean(0)
+    components = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:5].T
+    wanted = nn.functional.normalize(components, dim=1)
+    for found in ours(x, training=True):
+        torch.testing.assert_close(found @ found.T, wanted @ wanted.T, atol=1e-3, rtol=0)
+
+
+def test_the_principal_start_bears_rows_of_fewer_dimensions_than_outputs():
+    ours, x = network(), rows(40)
+    x[:, 3:] = 1.0
+    ours.start_from_principal(lambda: iter([x]))
+    z, _ = ours(x, training=True)
+    assert z.isfinite().all()
+    assert z.norm(dim=1).allclose(torch.ones(40), atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_narrow_products_give_float32_unit_rows_near_the_wide_ones(precision: str):
     z, _ = network(precision=precision)(rows(), training=True)
