@@ -17,7 +17,7 @@ class CppConfig(TrainedConfig):
     name: Literal["cpp"] = "cpp"
     """Clustering by the principle of rate reduction with pretrained models."""
     preset: Literal["auto", "cifar10", "cifar20", "cifar100", "imagenet", "none"] = "auto"
-    """auto: few steps from principal components, till the loss falls slowly. none: the defaults below. Others: the paper's."""
+    """auto: few steps from principal components. none: the defaults below. The others: the paper's settings."""
     variant: Literal["single_head", "two_head"] = "single_head"
     """single_head: Π comes from z. two_head: from a head of its own, which starts as a copy of z's."""
     start: Literal["random", "principal"] = "random"
