@@ -47,6 +47,7 @@ def _cpp(found: Case, seed: int, settings: dict[str, object]) -> Outcome:
 METHODS: dict[str, Callable[[Case, int], Outcome]] = {
     "kmeans": run_kmeans,
     "auto": lambda found, seed: _cpp(found, seed, {}),
+    "auto-long": lambda found, seed: _cpp(found, seed, {"steps": 250, "patience": None}),
     "published": lambda found, seed: _cpp(found, seed, SCHEDULE),
     "published-principal": lambda found, seed: _cpp(found, seed, {**SCHEDULE, "start": "principal"}),
 }
