@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from rayclust.config import FeaturesConfig
-from rayclust.errors import ConfigError
+from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeatureTransform
 from rayclust.stages.rows import (
     StoredRows,
@@ -145,3 +147,22 @@ def test_the_folder_that_anybody_could_have_made_first_must_be_ours(tmp_path: Pa
         cache_folder("digest")
     monkeypatch.setenv("RAYCLUST_SCRATCH", str(tmp_path / "mine"))
     assert cache_folder("digest") == tmp_path / "mine" / "rows" / "digest"
+
+
+def test_a_full_scratch_disk_is_one_line_and_not_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"no space left for the rows of the training.*RAYCLUST_SCRATCH"):
+        mapped(tmp_path / "x.npy", (4, 2), np.float32, lambda array: None)
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_a_scratch_disk_that_cannot_reserve_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unknown(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    assert mapped(tmp_path / "x.npy", (4, 2), np.float32, lambda array: array.fill(3)).sum() == 24
