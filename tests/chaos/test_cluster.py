@@ -1,0 +1,147 @@
+"""Real processes killed on a cluster of two nodes: drivers, workers and raylets, at moments drawn by a seed."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayclust.config import parse
+from rayclust.stages.pipeline import run_all
+from tests.chaos.faults import artefacts
+from tests.chaos.trial import LAST
+from tests.stages.in_process import without_ray
+from tests.stages.runs import descendants, kill, tree, write_folder, write_yaml
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+FAULTS = ("driver", "worker", "raylet", "worker", "driver", "raylet")
+"""Of one trial, in an order drawn by its seed."""
+DRIVER = (
+    "import sys; from rayclust.cli import _configure_logging; from rayclust.config import parse; "
+    "from rayclust.stages.pipeline import run_all; _configure_logging(False); "
+    f"run_all(parse(open(sys.argv[1]).read()), stop_after={LAST!r})"
+)
+"""The first stages of `rayclust run`."""
+
+
+class Nodes:
+    """A cluster of a head and one node, whose processes can be killed."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        memory = {"object_store_memory": 100 << 20}  # as little as Ray allows
+        self._settings: dict[str, Any] = {"num_cpus": 1} | memory
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | memory
+        )
+        self.second = self.cluster.add_node(**self._settings)
+
+    def kill_raylet(self) -> str:
+        """The second node dies without a word; another one comes."""
+        self.cluster.remove_node(self.second, allow_graceful=False)
+        self.second = self.cluster.add_node(**self._settings)
+        return "raylet"
+
+    def kill_worker(self, draw: random.Random) -> str:
+        """A process that works for the run dies."""
+        below = {}
+        for node in self.cluster.list_all_nodes():
+            below |= descendants(node.all_processes["raylet"][0].process.pid)
+        busy = sorted(pid for pid, title in below.items() if title.startswith("ray::") and "IDLE" not in title)
+        if not busy:
+            return "no worker"
+        victim = draw.choice(busy)
+        kill(victim)
+        return below[victim].split()[0]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    found = Nodes()
+    yield found
+    found.cluster.shutdown()
+
+
+def start(nodes: Nodes, config: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(config)],
+        env={**os.environ, "RAY_ADDRESS": nodes.cluster.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images") / "images", 60, size=12)
+
+
+def config(inputs: Path, run: Path) -> Path:
+    method = {"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "steps": 500, "batch_size": 32}
+    resources = {"checkpoint_seconds": 0.3, "workers": 1}
+    images = {"shard_size": 9}
+    content = tree(str(run), str(inputs), method=method, resources=resources, images=images)
+    return write_yaml(run.with_suffix(".yaml"), content)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same work without a cluster: its nodes have a CPU each, so that sums are taken in the same order."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        run_all(parse(config(inputs, run).read_text()), stop_after=LAST)
+    return artefacts(str(run))
+
+
+def progress(run: Path) -> int:
+    """Files that only come and never go: markers, seals and checkpoints."""
+    steps = [int(path.parent.name[5:]) for path in (run / "checkpoints").glob("*/step-*/state.json")]
+    return len(list((run / "manifests").rglob("part-*.json"))) + max(steps, default=0) // 100
+
+
+def wait(process: subprocess.Popen[str], run: Path, until: int) -> bool:
+    """Whether the run has come so far before it ended."""
+    deadline = time.monotonic() + 180
+    while progress(run) < until and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process.poll() is None
+
+
+@pytest.mark.parametrize("seed", range(1))
+def test_after_real_kills_the_bytes_are_the_same(
+    seed: int, nodes: Nodes, inputs: Path, undisturbed: dict[str, bytes], tmp_path: Path
+):
+    draw, run, happened = random.Random(seed), tmp_path / "run", list[str]()
+    line = config(inputs, run)
+    process = start(nodes, line)
+    for fault in draw.sample(FAULTS, len(FAULTS)):
+        if not wait(process, run, progress(run) + draw.randrange(1, 7)):
+            happened.append(f"ended with {process.returncode}")
+            process = start(nodes, line)
+        elif fault == "driver":
+            kill(process.pid)
+            process.communicate()
+            happened.append("driver")
+            process = start(nodes, line)
+        else:
+            happened.append(nodes.kill_raylet() if fault == "raylet" else nodes.kill_worker(draw))
+    output = process.communicate(timeout=240)[0]
+    for _ in range(2):  # more may have been lost at once than one command makes up for
+        if process.returncode:
+            process = start(nodes, line)
+            output += process.communicate(timeout=240)[0]
+    assert process.returncode == 0, f"{happened}: {output}"
+    assert artefacts(str(run)) == undisturbed, happened
+    assert len(happened) == len(FAULTS), happened
