@@ -27,7 +27,7 @@ FAULTS = ("driver", "worker", "raylet", "worker", "driver", "raylet")
 DRIVER = (
     "import sys; from rayclust.cli import _configure_logging; from rayclust.config import parse; "
     "from rayclust.stages.pipeline import run_all; _configure_logging(False); "
-    f"run_all(parse(open(sys.argv[1]).read()), stop_after={LAST!r})"
+    "run_all(parse(open(sys.argv[1]).read()), stop_after=sys.argv[2])"
 )
 """The first stages of `rayclust run`."""
 
@@ -72,9 +72,9 @@ def nodes() -> Iterator[Nodes]:
     found.cluster.shutdown()
 
 
-def start(nodes: Nodes, config: Path) -> subprocess.Popen[str]:
+def start(nodes: Nodes, config: Path, last: str = LAST) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(config)],
+        [sys.executable, "-c", DRIVER, str(config), last],
         env={**os.environ, "RAY_ADDRESS": nodes.cluster.address},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,9 +99,14 @@ def config(inputs: Path, run: Path) -> Path:
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The same work without a cluster: its nodes have a CPU each, so that sums are taken in the same order."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
+    return alone(config(inputs, run), run, LAST)
+
+
+def alone(line: Path, run: Path, last: str) -> dict[str, bytes]:
+    """What a run in this process gives."""
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        run_all(parse(config(inputs, run).read_text()), stop_after=LAST)
+        run_all(parse(line.read_text()), stop_after=last)
     return artefacts(str(run))
 
 
@@ -145,3 +150,17 @@ def test_after_real_kills_the_bytes_are_the_same(
     assert process.returncode == 0, f"{happened}: {output}"
     assert artefacts(str(run)) == undisturbed, happened
     assert len(happened) == len(FAULTS), happened
+
+
+def test_more_pixels_than_the_object_store_holds_are_spilled(nodes: Nodes, inputs: Path, tmp_path: Path):
+    """180 images of 150 KB and as many rows of 300 KB go through 100 MiB."""
+    pixels = {"image_size": 224, "batch_size": 90}
+    lines = {}
+    for name in ("alone", "small"):
+        run = tmp_path / name
+        content = tree(str(run), str(inputs), encoder=pixels, images={"shard_size": 90}, resources={"workers": 1})
+        lines[name] = write_yaml(run.with_suffix(".yaml"), content)
+    process = start(nodes, lines["small"], "encode")
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert artefacts(str(tmp_path / "small")) == alone(lines["alone"], tmp_path / "alone", "encode")
