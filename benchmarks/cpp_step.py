@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -44,7 +43,8 @@ def problem(width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     labels = torch.arange(N) % 10
     x = torch.randn(10, width, generator=generator)[labels] + torch.randn(N, width, generator=generator)
     z = torch.nn.functional.normalize(x.double(), dim=1)
-    return z.to(dtype).requires_grad_(), membership(z, TEMPERATURE, 5).to(dtype).requires_grad_()
+    pi = membership(z, TEMPERATURE, 5)
+    return z.to(dtype).requires_grad_(), pi.to(dtype).requires_grad_()
 
 
 def evaluate(form: str, z: Tensor, pi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,11 +66,18 @@ def peak_bytes(form: str, width: int) -> tuple[float, float]:
 def alone(form: str, width: int) -> None:
     """What the fresh process does."""
     z, pi = problem(width)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = held("VmRSS")
     start = time.perf_counter()
     evaluate(form, z, pi)
     seconds = time.perf_counter() - start
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, seconds)
+    print(held("VmHWM") - before, seconds)
+
+
+def held(name: str) -> int:
+    """Bytes of this process's memory now (VmRSS) or at its peak (VmHWM)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name + ":"))
 
 
 def turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:

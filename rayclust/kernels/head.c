@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "adamw.h"
+#include "definite.h"
 #include "layers.h"
 
 typedef struct {

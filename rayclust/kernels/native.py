@@ -22,7 +22,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("head.c", "adamw.h", "layers.h", "information.h", "products.h", "tiles.h")
+SOURCES = ("head.c", "adamw.h", "definite.h", "layers.h", "information.h", "products.h", "tiles.h")
 """The first is compiled; it includes the others."""
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-mprefer-vector-width=512", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rayclust.kernels import definite
 from rayclust.kernels.crew import Crew
 from rayclust.losses.outer_products import put_quarters, quarters
 
@@ -35,10 +36,7 @@ def inverse_and_log_determinant(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """
     width = matrices.shape[-1]
     if width <= LEAF:
-        factor, failed = torch.linalg.cholesky_ex(matrices, upper=True)
-        diagonal = factor.diagonal(dim1=-2, dim2=-1)
-        logs = torch.where(failed == 0, 2.0 * diagonal.log().sum(-1), torch.nan)
-        return torch.cholesky_inverse(factor, upper=True), logs
+        return definite.inverse_and_log_determinant(matrices)
     half = width // 2
     inverse = torch.empty_like(matrices)
     corner = matrices[:, :half, :half], matrices[:, :half, half:], matrices[:, half:, half:]
