@@ -1,10 +1,12 @@
-"""How alike rows are, two by two: for drawings and checks on some hundred rows, not for N."""
+"""How alike rows are, two by two: for drawings and checks on some hundred or thousand rows, not for N."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix
@@ -91,6 +93,88 @@ def neighbor_precision(x: FloatArray, labels: IntArray, k: int) -> float:
     np.fill_diagonal(cosines, -np.inf)
     near = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
     return float((labels[near] == labels[:, None]).mean())
+
+
+def detection_error(membership: FloatArray, labels: IntArray) -> float:
+    """Feature-detection error: mean over rows of the share of a row's L1 mass that lies outside the row's class.
+
+    The diagonal counts: a row of Π sums to 1 with it. Range 0 to 1, smaller is better; an even Π has the mean share of
+    rows of another class. A row of zeros has no error.
+
+    Args:
+        membership: Float[n n], Π.
+        labels: Int[n].
+
+    Raises:
+        ShapeError: `membership` is not square or empty, or `labels` has another length.
+
+    Source: arXiv 1507.01238, for self-expressive coefficients, whose diagonal is 0; arXiv 2306.05272's program for Π.
+    """
+    mass = np.abs(_square(membership, labels), dtype=np.float64)
+    total = mass.sum(axis=1)
+    outside = (mass * (labels[:, None] != labels)).sum(axis=1)
+    return float((outside / np.where(total > 0, total, 1.0)).mean())
+
+
+def wrong_edges(membership: FloatArray, labels: IntArray, least: float = 0.0) -> float:
+    """Share of edges, each counted once, that join rows of two classes.
+
+    Range 0 to 1, smaller is better; 0 where there are no edges.
+
+    Args:
+        membership: Float[n n], Π.
+        labels: Int[n].
+        least: two rows share an edge where |½(Π + Πᵀ)| of them is above it; no row has an edge to itself.
+
+    Raises:
+        ShapeError: `membership` is not square or empty, or `labels` has another length.
+    """
+    edges = _edges(_square(membership, labels), least)
+    wrong = edges & (labels[:, None] != labels)
+    return float(wrong.sum() / max(edges.sum(), 1))
+
+
+def nonzeros(membership: FloatArray, least: float = 0.0) -> float:
+    """Mean number of entries of a row that are not zero, the diagonal's included. Range 0 to n.
+
+    Args:
+        membership: Float[n n], Π.
+        least: an entry counts where its absolute value is above it.
+
+    Raises:
+        ShapeError: `membership` is not square or empty.
+    """
+    return float((np.abs(_square(membership)) > least).sum(axis=1).mean())
+
+
+def components(membership: FloatArray, least: float = 0.0) -> int:
+    """Number of connected components of the graph of rows; above K, no K clusters hold them all. Range 1 to n.
+
+    Args:
+        membership: Float[n n], Π.
+        least: two rows share an edge where |½(Π + Πᵀ)| of them is above it.
+
+    Raises:
+        ShapeError: `membership` is not square or empty.
+    """
+    edges = _edges(_square(membership), least)
+    return int(connected_components(csr_array(edges), directed=False, return_labels=False))
+
+
+def _edges(membership: FloatArray, least: float) -> NDArray[np.bool_]:
+    edges = np.abs(membership + membership.T) > 2 * least
+    np.fill_diagonal(edges, False)
+    return np.asarray(edges)
+
+
+def _square(membership: FloatArray, labels: IntArray | None = None) -> FloatArray:
+    require_matrix(membership, "membership")
+    rows, columns = membership.shape
+    if rows != columns or not rows:
+        raise ShapeError(f"membership is {rows} × {columns}: must be square, with at least 1 row")
+    if labels is not None and len(labels) != rows:
+        raise ShapeError(f"{len(labels)} labels for a membership of {rows} rows: as many are needed")
+    return membership
 
 
 def unit_rows(x: FloatArray) -> NDArray[np.float64]:

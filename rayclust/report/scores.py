@@ -82,6 +82,32 @@ KNOWN = (
         is_share=False,
         larger_is_better=False,
     ),
+    Score(
+        "membership_detection_error",
+        "Π outside class",
+        "How much of an image's membership, on a sample, goes to images of other classes. Smaller is better.",
+        larger_is_better=False,
+    ),
+    Score(
+        "membership_wrong_edges",
+        "Π wrong edges",
+        "Pairs of images that belong together by the membership, but not by their classes. Smaller is better.",
+        larger_is_better=False,
+    ),
+    Score(
+        "membership_nonzeros",
+        "Π entries",
+        "Images of the sample, itself included, to which an image belongs: more than a tenth of an even share.",
+        is_share=False,
+        larger_is_better=None,
+    ),
+    Score(
+        "membership_components",
+        "Π components",
+        "Groups of the sample's images between which there is no membership. Needs no labels.",
+        is_share=False,
+        larger_is_better=None,
+    ),
 )
 
 

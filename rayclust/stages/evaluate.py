@@ -6,17 +6,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.metrics import external, internal, overclustering
+from rayclust.metrics import affinity, external, internal, overclustering
 from rayclust.metrics.linear_probe import linear_probe_accuracy
 from rayclust.stages.cluster import run_remotely
+from rayclust.stages.models import load_method
 from rayclust.stages.outputs import put_json, put_table
-from rayclust.stages.pipeline import StageContext, StageResult
+from rayclust.stages.pipeline import StageContext, StageResult, content_digest
 from rayclust.stages.rows import features_at, row_starts, transform_of
 from rayclust.store import tables
 from rayclust.store.layout import Run
+
+MEMBERSHIP_ROWS = 1000
+"""Rows of the seeded sample on which a method's Π is measured."""
+EDGE = 0.1
+"""Entries of Π, n × n, count as not zero above this share of an even Π's 1/n: no entry of a softmax is 0 itself."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -29,6 +36,9 @@ def run(context: StageContext) -> StageResult:
     metrics: dict[str, Any] = run_remotely(_score, context.run, starts, transform, context.config)
     if levels:
         metrics["levels"] = run_remotely(_levels, context.run, starts, levels)
+    if "train" in context.inputs:
+        model = content_digest(context.inputs["train"])
+        metrics |= run_remotely(_membership, context.run, starts, transform, context.config, model)
     counts = metrics.pop("contingency")
     metrics["sizes"] = sizes
     outputs = put_json(context.run, context.run.metrics, metrics)
@@ -61,6 +71,31 @@ def _score(run: Run, starts: list[int], transform: FeatureTransform, config: Run
         metrics["silhouette"] = internal.silhouette(features, clusters[sample])
         metrics["silhouette_rows"] = len(sample)
     return metrics
+
+
+def _membership(
+    run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, model: str
+) -> dict[str, float]:
+    """What the Π of a sample of rows says, for methods that have one; of labelled rows where there are classes."""
+    torch.set_num_threads(1)
+    _, codes, classes = _columns(run, starts)
+    is_labelled = len(classes) > 1
+    known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
+    count = min(MEMBERSHIP_ROWS, len(known))
+    rows = np.sort(np.random.default_rng(config.seed).choice(known, count, replace=False))
+    with torch.inference_mode():
+        found = load_method(run.uri, model).membership(torch.from_numpy(features_at(run, starts, transform, rows)))
+    if found is None:
+        return {}
+    matrix, least = found.double().numpy(), EDGE / count
+    measured = {
+        "membership_nonzeros": affinity.nonzeros(matrix, least),
+        "membership_components": float(affinity.components(matrix, least)),
+    }
+    if is_labelled:
+        measured["membership_detection_error"] = affinity.detection_error(matrix, codes[rows])
+        measured["membership_wrong_edges"] = affinity.wrong_edges(matrix, codes[rows], least)
+    return measured
 
 
 def _levels(run: Run, starts: list[int], levels: list[int]) -> list[dict[str, Any]]:

@@ -110,6 +110,7 @@ STAGES: dict[str, Stage] = {
             "evaluate",
             ("encode", "neighbors", "assign"),
             lambda c: {"evaluate": _part(c.evaluate), "features": _part(c.features), "seed": c.seed},
+            for_own_space=("train",),
         ),
         Stage("figures", ("encode", "train", "assign"), lambda c: {"features": _part(c.features), "seed": c.seed}),
         Stage(

@@ -4,7 +4,22 @@ import numpy as np
 import pytest
 
 from rayclust.errors import ConfigError, ShapeError
-from rayclust.metrics.affinity import absolute_gram, kernel_membership, neighbor_precision, similar_order
+from rayclust.metrics.affinity import (
+    absolute_gram,
+    components,
+    detection_error,
+    kernel_membership,
+    neighbor_precision,
+    nonzeros,
+    similar_order,
+    wrong_edges,
+)
+
+HALVES = np.array([0, 0, 1, 1])
+BLOCKS = np.kron(np.eye(2), np.full((2, 2), 0.5))
+EVEN = np.full((4, 4), 0.25)
+CHAIN = np.array([[0.5, 0.5, 0, 0], [0, 0.6, 0.4, 0], [0, 0, 0.9, 0.1], [0, 0, 0, 1]])
+"""Each row joined to the next by one of the two directions; rows 1 and 2 are of two classes."""
 
 PLANES = np.array([[2.0, 0.0], [-1.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
 
@@ -42,3 +57,49 @@ def test_precision_of_neighbours_by_hand() -> None:
         neighbor_precision(rows, np.array([0, 1]), 1)
     with pytest.raises(ConfigError):
         neighbor_precision(rows, np.array([0, 0, 1, 1]), 0)
+
+
+def test_a_membership_in_blocks_has_no_error_and_as_many_components() -> None:
+    assert detection_error(BLOCKS, HALVES) == wrong_edges(BLOCKS, HALVES) == 0
+    assert (nonzeros(BLOCKS), components(BLOCKS)) == (2, 2)
+
+
+def test_an_even_membership_of_two_equal_classes_is_wrong_by_half() -> None:
+    assert detection_error(EVEN, HALVES) == 0.5
+    assert wrong_edges(EVEN, HALVES) == pytest.approx(4 / 6), "of six pairs, four are of two classes"
+    assert (nonzeros(EVEN), components(EVEN)) == (4, 1)
+
+
+def test_rows_that_belong_to_themselves_alone_have_no_edges() -> None:
+    assert detection_error(np.eye(4), HALVES) == wrong_edges(np.eye(4), HALVES) == 0
+    assert (nonzeros(np.eye(4)), components(np.eye(4))) == (1, 4)
+    assert detection_error(np.zeros((4, 4)), HALVES) == nonzeros(np.zeros((4, 4))) == 0
+
+
+def test_a_chain_by_hand() -> None:
+    """Halves of its edges: 0.25, 0.2, 0.05; the second is wrong."""
+    assert detection_error(CHAIN, HALVES) == pytest.approx(0.4 / 4)
+    assert detection_error(3 * CHAIN, HALVES) == pytest.approx(0.4 / 4), "a share of the row's mass"
+    assert [wrong_edges(CHAIN, HALVES, least) for least in (0, 0.1, 0.22, 0.3)] == pytest.approx([1 / 3, 1 / 2, 0, 0])
+    assert [components(CHAIN, least) for least in (0, 0.1, 0.22, 0.3)] == [1, 2, 3, 4]
+    assert [nonzeros(CHAIN, least) for least in (0, 0.1, 0.45)] == [7 / 4, 6 / 4, 5 / 4]
+
+
+def test_measures_of_a_membership_know_no_order_of_rows_and_no_names_of_classes() -> None:
+    rng = np.random.default_rng(0)
+    matrix, labels, order = rng.random((12, 12)), rng.integers(0, 3, 12), rng.permutation(12)
+    turned, named = matrix[np.ix_(order, order)], np.array([7, 2, 5])[labels[order]]
+    assert detection_error(turned, named) == pytest.approx(detection_error(matrix, labels))
+    for least in (0.3, 0.7, 0.9):
+        assert wrong_edges(turned, named, least) == wrong_edges(matrix, labels, least)
+        assert components(turned, least) == components(matrix, least)
+
+
+def test_a_membership_that_is_none_is_refused() -> None:
+    with pytest.raises(ShapeError, match="2 × 3"):
+        nonzeros(np.ones((2, 3)))
+    with pytest.raises(ShapeError, match="0 × 0"):
+        components(np.ones((0, 0)))
+    for measure in (detection_error, wrong_edges):
+        with pytest.raises(ShapeError, match="3 labels"):
+            measure(EVEN, HALVES[:3])

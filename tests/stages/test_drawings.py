@@ -87,6 +87,8 @@ def test_a_run_of_cpp_has_both_spaces_in_its_figures_its_index_and_its_report(
     assert "t-SNE of z" in texts["map"]
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert page.count('<div class="query">') == 4
+    assert "Π outside class" in page
+    assert "Π wrong edges" in page
     assert len(page) < 1_500_000
 
 

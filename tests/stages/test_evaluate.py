@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from rayclust.config import RunConfig
+from rayclust.methods.kmeans import KMeans
+from rayclust.stages import evaluate
 from rayclust.stages.evaluate import _columns, _contingency, _sample, contingency_uri
 from rayclust.stages.pipeline import run_all, run_stage
 from rayclust.stages.rows import row_starts
@@ -69,3 +74,46 @@ def test_rows_each_alone_and_no_sample_are_no_errors(
     without = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"silhouette_rows": 0})})
     run_stage("evaluate", without)
     assert "silhouette" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+@pytest.fixture
+def copied(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A copy of the run by a method with a space of its own."""
+    monkeypatch.setattr(KMeans, "own_space", 1)
+    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.sign(x[:, :1]))
+    shutil.copytree(vectors_run.folder, tmp_path / "run")
+    return vectors_run.config.model_copy(update={"run": str(tmp_path / "run")})
+
+
+def measured(config: RunConfig) -> dict[str, float]:
+    run_stage("evaluate", config)
+    found = json.loads((Path(config.run) / "metrics.json").read_text())
+    return {key: value for key, value in found.items() if key.startswith("membership")}
+
+
+def test_a_membership_is_measured_on_the_rows_with_labels(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.full((len(x), len(x)), 1 / len(x)))
+    assert measured(copied) == {
+        "membership_nonzeros": 6,
+        "membership_components": 1,
+        "membership_detection_error": pytest.approx(0.5),
+        "membership_wrong_edges": pytest.approx(9 / 15),
+    }
+
+
+def test_without_labels_entries_and_components_are_left(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    whole = evaluate._columns
+
+    def unlabelled(*given: object) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        clusters, codes, _ = whole(*given)
+        return clusters, np.full_like(codes, -1), []
+
+    monkeypatch.setattr(evaluate, "_columns", unlabelled)
+    monkeypatch.setattr(evaluate, "MEMBERSHIP_ROWS", 5)
+    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.eye(len(x)) + 1e-3)
+    assert measured(copied) == {"membership_nonzeros": 1, "membership_components": 5}
+
+
+def test_a_method_without_a_membership_has_none_of_its_measures(copied: RunConfig, vectors_run: Sealed):
+    assert measured(copied) == {}
+    assert not any(key.startswith("membership") for key in metrics(vectors_run))
