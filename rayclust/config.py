@@ -122,6 +122,8 @@ class ResourcesConfig(Config):
 
     workers: int | Literal["auto"] = "auto"
     """Workers of encode and train. auto: one per GPU; without GPUs, encode takes every CPU and train one worker."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest workers that train goes on with while others are lost, with the same batches. None: all are needed."""
     gpus_per_worker: float = Field(0, ge=0, le=16)
     """GPUs of each worker; 0 computes on the CPU."""
     decode_workers: int | Literal["auto"] = "auto"
@@ -137,6 +139,8 @@ class ResourcesConfig(Config):
             value = getattr(self, key)
             if value != "auto" and value < 1:
                 raise ValueError(f"{key} = {value}: must be at least 1, or auto")
+        if self.min_workers is not None and self.workers != "auto" and self.min_workers > self.workers:
+            raise ValueError(f"min_workers = {self.min_workers}: must be at most workers, {self.workers}")
         return self
 
 

@@ -108,6 +108,7 @@ BAD_VALUES = {
     "neighbors.k=1e9": ["neighbors.k ="],
     "neighbors.method=hnsw": ["neighbors.method = 'hnsw'"],
     "resources.workers=0": ["workers = 0", "at least 1"],
+    "resources.min_workers=0": ["resources.min_workers = 0", "greater than or equal to 1"],
     "resources.gpus_per_worker=-1": ["resources.gpus_per_worker = -1"],
     "resources.gpus=1": ["resources.gpus: unknown key", "gpus_per_worker"],
     "clusters=5": ["clusters: unknown key", "method.clusters"],
@@ -200,3 +201,10 @@ def test_every_key_has_a_description_in_the_schema():
     ]
     assert described == []
     assert {"run", "images.uri", "method.clusters", "method.beta", "resources.workers"} <= set(known_keys())
+
+
+def test_the_fewest_workers_are_no_more_than_the_workers():
+    assert parse(GOOD, ["resources.workers=4", "resources.min_workers=2"]).resources.min_workers == 2
+    assert parse(GOOD, ["resources.min_workers=2"]).resources.workers == "auto"
+    with pytest.raises(ConfigError, match=r"resources\.min_workers = 3: must be at most workers, 2"):
+        parse(GOOD, ["resources.workers=2", "resources.min_workers=3"])

@@ -130,6 +130,12 @@ def train_workers(config: RunConfig) -> int:
     return encode_workers(config)
 
 
+def worker_range(config: RunConfig) -> tuple[int, int]:
+    """The fewest training workers that `resources` allows and the number that it asks for; the same by default."""
+    most, fewest = train_workers(config), config.resources.min_workers
+    return (most, most) if fewest is None else (fewest, max(fewest, most))
+
+
 def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0) -> Any:
     """The result of one call in a Ray worker: whatever takes memory with N does not run in the driver."""
     import ray

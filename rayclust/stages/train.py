@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import build
 from rayclust.methods.base import Method
 from rayclust.stages.board import Board
-from rayclust.stages.cluster import connect, cores_per_worker, plain_errors, train_workers
+from rayclust.stages.cluster import connect, cores_per_worker, plain_errors, worker_range
 from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.models import save_method
 from rayclust.stages.outputs import Outputs, put_bytes, put_table
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 KEPT = 2
 """Checkpoints kept: the newest, and the one before it while the newest is being written."""
+STALE_SECONDS = "30"
+"""How long a group of workers waits for its places, where fewer would do. Ray counts the cluster's nodes every 20 s, so
+that just after a loss it may still ask for the places of a lost node, and would do so for 60 s."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -104,13 +108,16 @@ def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources, workers = job.config.resources, train_workers(job.config)
+    resources, (fewest, workers) = job.config.resources, worker_range(job.config)
+    if fewest < workers:
+        _require_any_number(job, fewest, workers)
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", STALE_SECONDS)
     cores = 1 if resources.gpus_per_worker else cores_per_worker(workers)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job, "board": board, "threads": cores},
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=(fewest, workers) if fewest < workers else workers,
             use_gpu=bool(resources.gpus_per_worker),
             resources_per_worker={"CPU": cores}
             | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
@@ -125,6 +132,17 @@ def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
     )
     result: dict[str, Any] = trainer.fit().return_value
     return result
+
+
+def _require_any_number(job: Job, fewest: int, most: int) -> None:
+    """Refuses settings that only some number of workers can fit, before a worker is lost."""
+    rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
+    device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
+    for count in range(fewest, most + 1):
+        try:
+            job.config.method.outlook(rows, dimension, count, device)
+        except ConfigError as error:
+            raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -158,6 +158,7 @@ class _Training:
             return
         sums = {name: collectives.all_sum(self.sums[name]) for name in sorted(self.sums)}
         state = {"step": self.step, "seconds": self._elapsed(), "history": self.trainer.history}
+        state["sharing"] = collectives.world_size()
         self.trainer.store.save(self.step, checkpoints.pack(self.method, self.steps, sums), state)
         self.saved = time.monotonic()
 
@@ -169,7 +170,9 @@ class _Training:
         tensors, state = found
         sums = checkpoints.unpack(tensors, self.method, self.steps)
         if collectives.rank() == 0:
-            self.sums = {name: total.to(self.trainer.device) for name, total in sums.items()}
+            # The shares of W workers add up to W means: more or fewer workers than before count in their own measure.
+            scale = collectives.world_size() / state.get("sharing", collectives.world_size())
+            self.sums = {name: total.to(self.trainer.device) * scale for name, total in sums.items()}
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self.trainer.history[:] = state["history"]
         return True

@@ -201,6 +201,29 @@ def test_a_training_stopped_and_gone_on_with_ends_in_the_same_bits(precision: st
         assert torch.equal(gone_on.export().tensors[name], value), name
 
 
+def stopped(rank: int, world: int, x: torch.Tensor, store: Store) -> Store:
+    with pytest.raises(KeyboardInterrupt):
+        method_of(x).fit(ArrayRows(x), Trainer(0, store=store))
+    store.fails = False
+    return store
+
+
+def method_of(x: torch.Tensor) -> Cpp:
+    made = build(CppConfig.model_validate({**SMALL, "steps": 6, "batch_size": 120}), D, len(x), seed=0).double()
+    assert isinstance(made, Cpp)
+    return made
+
+
+def test_one_worker_goes_on_where_two_were():
+    x, store = planted()[0].double(), Store()
+    store.fails = True
+    alone, gone_on = method_of(x), method_of(x)
+    alone.fit(ArrayRows(x), Trainer(0))
+    gone_on.fit(ArrayRows(x), Trainer(0, store=on_workers(2, stopped, x, store)[0]))
+    for name, value in alone.network.state_dict().items():
+        torch.testing.assert_close(gone_on.network.state_dict()[name], value, rtol=0, atol=1e-8, msg=name)
+
+
 def test_a_set_smaller_than_the_batch_is_taken_whole():
     x, _ = planted(9)
     found = fit_arrays(x, None, CppConfig(clusters=2, hidden=8, width=4, steps=3), seed=0)

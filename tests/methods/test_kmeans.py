@@ -140,6 +140,22 @@ def test_two_workers_equal_one():
         assert torch.allclose(centers, alone.centers, atol=1e-6)
 
 
+def stopped(rank: int, world: int, x: Tensor) -> Memory:
+    memory = Memory(survives=2)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(x, memory)
+    memory.survives = 10**9
+    return memory
+
+
+def test_one_worker_goes_on_where_two_were():
+    x = planted()
+    alone, history = fitted(x)
+    gone_on, rows = fitted(x, on_two_workers(stopped, x)[0])
+    assert torch.allclose(gone_on.centers, alone.centers, atol=1e-6)
+    assert [row["inertia"] for row in rows] == pytest.approx([row["inertia"] for row in history])
+
+
 def test_refuses_what_cannot_be():
     with pytest.raises(ConfigError, match=r"method.clusters = 8: must be at most the number of rows, 5"):
         fitted(planted(5))

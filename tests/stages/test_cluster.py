@@ -17,6 +17,7 @@ from rayclust.stages.cluster import (
     run_remotely,
     train_workers,
     widest,
+    worker_range,
 )
 from tests.stages.runs import tree
 
@@ -102,6 +103,18 @@ def test_an_address_that_is_none_is_refused_and_words_pass():
         server.bind(("127.0.0.1", 0))
         server.listen()
         _refuse_silent(f"ray://127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_the_fewest_workers_are_all_unless_fewer_are_allowed():
+    from rayclust.config import validate
+
+    def wanted(**resources: int) -> tuple[int, int]:
+        return worker_range(validate(tree("run", "images", resources=resources)))
+
+    assert wanted(workers=4) == (4, 4)
+    assert wanted(workers=4, min_workers=1) == (1, 4)
+    assert wanted(workers=4, min_workers=4) == (4, 4)
+    assert wanted(min_workers=2) == (2, 2)  # without GPUs `auto` asks for one
 
 
 @pytest.mark.ray

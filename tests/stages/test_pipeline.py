@@ -67,6 +67,7 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "the sample": ({"evaluate": {"silhouette_rows": 10}}, {"evaluate"}),
     "thumbnails": ({"report": {"thumbnail": 64}}, {"report"}),
     "workers": ({"resources": {"workers": 7}}, set()),
+    "fewest workers": ({"resources": {"min_workers": 1}}, set()),
     "checkpoints": ({"resources": {"checkpoint_seconds": 5}}, set()),
 }
 

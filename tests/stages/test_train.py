@@ -15,7 +15,7 @@ import torch
 from rayclust.config import validate
 from rayclust.errors import ConfigError
 from rayclust.stages.pipeline import run_all, run_stage
-from rayclust.stages.train import KEPT, StoredCheckpoints
+from rayclust.stages.train import KEPT, Job, StoredCheckpoints, _require_any_number
 from rayclust.store.layout import Run
 from rayclust.training.loop import CLOCK_STEPS
 from tests.stages.conftest import Sealed
@@ -157,3 +157,19 @@ def test_a_training_stopped_at_any_checkpoint_ends_in_the_same_bytes(
     history = pq.read_table(tmp_path / "stopped" / "model" / "metrics.parquet")
     assert history["epoch"].to_pylist() == list(range(history.num_rows))
     assert "seconds" not in history.column_names
+
+
+def test_a_division_for_some_number_of_workers_only_is_refused_before_one_is_lost(pictures_run: Sealed):
+    def require(parallel: str, fewest: int) -> None:
+        method = {"name": "temi", "clusters": 3, "preset": "none", "heads": 4, "parallel": parallel}
+        content = tree("run", "images", resources={"workers": 4, "min_workers": fewest})
+        job = Job("train", validate(content | {"method": method}), "digest", pictures_run.manifest("encode"), "model")
+        _require_any_number(job, fewest, 4)
+
+    for parallel in ("auto", "data", "heads"):
+        require(parallel, 1)
+    with pytest.raises(
+        ConfigError, match=r"min_workers = 2: 2 workers cannot go on \(method\.parallel = 2x2"
+    ) as caught:
+        require("2x2", 2)
+    assert "\n" not in str(caught.value)

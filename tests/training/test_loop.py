@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from typing import Any
 
@@ -18,7 +20,7 @@ from rayclust.training.loop import Trainer
 from rayclust.training.pairs import ArrayRows, PairBatches
 from rayclust.training.schedules import learning_rate
 from tests import references
-from tests.workers import on_two_workers
+from tests.workers import on_two_workers, on_workers
 
 N, D, K = 40, 6, 3
 
@@ -188,6 +190,43 @@ def test_two_workers_resume_to_the_same_bits():
     for whole, resumed in on_two_workers(_stopped_and_resumed):
         for name, value in whole.items():
             assert resumed[name].equal(value), name
+
+
+def _with_some_workers(
+    rank: int, world: int, parallel: str, store: MemoryStore
+) -> tuple[MemoryStore, dict[str, Tensor], list[dict[str, Any]]]:
+    """Checkpoints in every step, up to the store's end or the training's."""
+    store = copy.deepcopy(store)  # tensors handed to processes are in memory that these share
+    loop.CLOCK_STEPS = 1
+    method = _method(parallel=parallel, steps=10, noise=0.1, batch_norm=True)
+    trainer = Trainer(7, store=store, every=Every(seconds=0.0))
+    with contextlib.suppress(KeyboardInterrupt):
+        method.fit(_rows(), trainer)
+    store.stop_after = None
+    return store, method.state_dict(), _without_clock(trainer.history)
+
+
+def _apart(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    return max(float((some[name].double() - value).abs().max()) for name, value in others.items())
+
+
+@pytest.mark.parametrize(
+    ("workers", "parallel", "later", "later_parallel"),
+    [(2, "data", 1, "heads"), (4, "2x2", 1, "data"), (3, "data", 2, "heads")],
+)
+def test_a_training_goes_on_with_another_number_of_workers_to_the_same_end(
+    workers: int, parallel: str, later: int, later_parallel: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped in the second epoch of four steps: state and rows of metrics, that epoch's means among them."""
+    monkeypatch.setattr(loop, "CLOCK_STEPS", loop.CLOCK_STEPS)
+    _, state, history = _with_some_workers(0, 1, "auto", MemoryStore())
+    store = on_workers(workers, _with_some_workers, parallel, MemoryStore(stop_after=6))[0][0]
+    assert store.kept[-1][1]["step"] == 6
+    for _, found, rows in on_workers(later, _with_some_workers, later_parallel, store):
+        assert _apart(found, state) < 1e-8
+        for row, expected in zip(rows, history, strict=True):
+            for name, value in expected.items():
+                assert row[name] == pytest.approx(value, rel=0, abs=1e-8), name
 
 
 def test_epochs_between_checkpoints_are_counted_and_the_end_is_always_kept():
