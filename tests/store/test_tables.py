@@ -83,7 +83,7 @@ def test_every_kind_of_table_may_be_empty(uri: str, schema: pa.Schema) -> None:
 def test_clusters_and_neighbors_come_back(uri: str) -> None:
     cluster = {
         "cluster": 0, "size": 2, "name": None, "score": None, "exemplars": [1], "outliers": [],
-        "runners_up": [{"name": "cat", "score": 0.5}],
+        "runners_up": [{"name": "cat", "score": 0.5}], "name_without_classes": "dog", "score_without_classes": 0.25,
     }  # fmt: skip
     tables.write_table(uri, pa.Table.from_pylist([cluster], schema=tables.CLUSTERS))
     assert tables.read_table(uri).to_pylist() == [cluster]
