@@ -1,0 +1,75 @@
+"""A cluster of two nodes on this machine whose processes can be killed, and drivers on it."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.trial import LAST
+from tests.stages.runs import descendants, kill
+
+DRIVER = (
+    "import sys; from rayclust.cli import _configure_logging; from rayclust.config import parse; "
+    "from rayclust.stages.pipeline import run_all; _configure_logging(False); "
+    "run_all(parse(open(sys.argv[1]).read()), stop_after=sys.argv[2])"
+)
+"""The first stages of `rayclust run`."""
+
+
+class Nodes:
+    """A cluster of a head and one node, whose processes can be killed."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        memory = {"object_store_memory": 100 << 20}  # as little as Ray allows
+        self._settings: dict[str, Any] = {"num_cpus": 1} | memory
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | memory
+        )
+        self.second = self.cluster.add_node(**self._settings)
+
+    def lose(self) -> None:
+        """The second node dies without a word."""
+        self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def regain(self) -> None:
+        """Another second node comes."""
+        self.second = self.cluster.add_node(**self._settings)
+
+    def kill_raylet(self) -> str:
+        """The second node is lost and another one comes."""
+        self.lose()
+        self.regain()
+        return "raylet"
+
+    def processes(self) -> dict[int, str]:
+        """Ids and titles of what the nodes run."""
+        below = {}
+        for node in self.cluster.list_all_nodes():
+            below |= descendants(node.all_processes["raylet"][0].process.pid)
+        return below
+
+    def kill_worker(self, draw: random.Random) -> str:
+        """A process that works for the run dies."""
+        below = self.processes()
+        busy = sorted(pid for pid, title in below.items() if title.startswith("ray::") and "IDLE" not in title)
+        if not busy:
+            return "no worker"
+        victim = draw.choice(busy)
+        kill(victim)
+        return below[victim].split()[0]
+
+
+def start(nodes: Nodes, config: Path, last: str = LAST) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(config), last],
+        env={**os.environ, "RAY_ADDRESS": nodes.cluster.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
