@@ -10,19 +10,21 @@ from rayclust.errors import ConfigError
 from rayclust.methods.base import BaseMethodConfig, Export, Method
 from rayclust.methods.cpp import Cpp, CppConfig
 from rayclust.methods.kmeans import KMeans, KMeansConfig
+from rayclust.methods.spectral import SpectralClustering, SpectralConfig
 from rayclust.methods.temi import Temi, TemiConfig
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "kmeans": (KMeansConfig, KMeans),
     "temi": (TemiConfig, Temi),
     "cpp": (CppConfig, Cpp),
+    "spectral": (SpectralConfig, SpectralClustering),
 }
 """Each method's config and class by name. A class is built from (config, dimension, count, seed)."""
 
 CONFIGS: dict[str, type[BaseMethodConfig]] = {name: config for name, (config, _) in METHODS.items()}
 """Each method's config by the name that RUN.yaml gives it."""
 
-AnyMethodConfig = Annotated[KMeansConfig | TemiConfig | CppConfig, Field(discriminator="name")]
+AnyMethodConfig = Annotated[KMeansConfig | TemiConfig | CppConfig | SpectralConfig, Field(discriminator="name")]
 """Any method's config, told apart by `name`: the type of a config's field."""
 
 
