@@ -36,7 +36,10 @@ BAD_LINES = {
     "clusters that are no number": (["quick", ".", "--out", "x", "--clusters", "many"], "method.clusters = 'many'"),
     "one cluster": (["quick", ".", "--out", "x", "--clusters", "1"], "greater than or equal to 2"),
     "candidates twice": (["quick", ".", "--out", "x", "--clusters", "5,5"], "method.clusters = [5, 5]"),
-    "unknown method": (["quick", ".", "--out", "x", "--method", "dbscan"], "must be one of cpp, kmeans, spectral, temi"),
+    "unknown method": (
+        ["quick", ".", "--out", "x", "--method", "dbscan"],
+        "must be one of cpp, kmeans, spectral, temi",
+    ),
     "unknown encoder": (["quick", ".", "--out", "x", "--encoder", "resnet"], "open_clip/"),
     "a stage of a later version": (["counterparts", "RUN.yaml"], "not in this version"),
     "status of nothing": (["status", "/nonexistent"], "no run there"),
