@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import sklearn
 import temi_accuracy
 import torch
-from temi_accuracy import FILES, Case, Outcome, cases, run_kmeans, score
+from temi_accuracy import FILES, Case, Outcome, cases, run_kmeans, tabulate
 from threadpoolctl import threadpool_limits
 
 from rayclust.methods.cpp import Cpp, CppConfig
@@ -53,19 +51,6 @@ METHODS: dict[str, Callable[[Case, int], Outcome]] = {
 }
 
 
-def measure(found: Case, method: str, seeds: int) -> np.ndarray:
-    """Prints a row of the table; mean scores."""
-    start, scores, outcome = time.perf_counter(), [], Outcome(np.zeros(0))
-    for seed in range(seeds):
-        outcome = METHODS[method](found, seed)
-        scores.append(score(found.labels, outcome.labels))
-    seconds = (time.perf_counter() - start) / seeds
-    mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
-    cells = " / ".join(f"{m:.1f}±{s:.1f}" for m, s in zip(mean, spread, strict=True))
-    print(f"| {found.name} | {method} | {cells} | {seconds:.0f} | {outcome.settings} |", flush=True)
-    return mean
-
-
 def main() -> None:
     """Runs every method on every set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,7 +67,7 @@ def main() -> None:
     print("| set | method | ACC / NMI / ARI, % | seconds | settings |\n|---|---|---|---|---|")
     with threadpool_limits(arguments.threads):
         for found in cases(arguments.data, arguments.sets):
-            scores = {method: measure(found, method, arguments.seeds) for method in arguments.methods}
+            scores = {method: tabulate(found, method, METHODS[method], arguments.seeds) for method in arguments.methods}
             if found.name in PUBLISHED and "published" in scores:
                 cells = " / ".join(f"{value:.1f}" for value in PUBLISHED[found.name])
                 print(f"| {found.name} | the published program | {cells} | | one run |")

@@ -160,11 +160,11 @@ def score(labels: np.ndarray, found: np.ndarray) -> list[float]:
     return [100 * float(measure(labels, found)) for measure in (accuracy, nmi, ari)]
 
 
-def measure(found: Case, method: str, seeds: int) -> np.ndarray:
+def tabulate(found: Case, method: str, run: Callable[[Case, int], Outcome], seeds: int) -> np.ndarray:
     """Prints a row of the table; mean scores."""
     start, scores, outcome = time.perf_counter(), [], Outcome(np.zeros(0))
     for seed in range(seeds):
-        outcome = METHODS[method](found, seed)
+        outcome = run(found, seed)
         scores.append(score(found.labels, outcome.labels))
     seconds = (time.perf_counter() - start) / seeds
     mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
@@ -191,7 +191,7 @@ def main() -> None:
     gains = []
     with threadpool_limits(arguments.threads):
         for found in cases(arguments.data, arguments.sets):
-            scores = {method: measure(found, method, arguments.seeds) for method in arguments.methods}
+            scores = {method: tabulate(found, method, METHODS[method], arguments.seeds) for method in arguments.methods}
             if "kmeans" in scores and "auto" in scores:
                 gains.append((scores["auto"] - scores["kmeans"])[:2])
     if gains:

@@ -100,7 +100,7 @@ _VERBOSE = click.option(
 @click.option(
     "--clusters", default="10", show_default=True, help="Number of clusters, or auto, or some to try: 5,8,10."
 )
-@click.option("--method", default="temi", show_default=True, help="kmeans or temi.")
+@click.option("--method", default="temi", show_default=True, help="temi, cpp, kmeans or spectral.")
 @click.option("--encoder", default=None, help="open_clip/ARCH, timm/ARCH or pixels.  [default: open_clip/ViT-B-32]")
 @_VERBOSE
 def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, method: str, encoder: str | None) -> None:

@@ -8,7 +8,7 @@ that were fitted and rows that come later. One decomposition serves every K up t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -92,6 +92,16 @@ class Spectral:
         """
         centers, _ = self._centers(clusters, self.seed if seed is None else seed)
         return kmeans.assign(_directions(self.functions, clusters), centers)[0]
+
+    def cut(self, clusters: int, seed: int | None = None) -> Spectral:
+        """This partition, or that of another seed, with the centres of K clusters kept for `assign`.
+
+        Raises:
+            ConfigError: K is above `most`.
+        """
+        found = self if seed is None or seed == self.seed else replace(self, seed=seed, centers={})
+        found.labels(clusters)
+        return found
 
     @torch.no_grad()
     def assign(self, codes: Tensor, clusters: int) -> Tensor:

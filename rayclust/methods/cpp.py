@@ -12,7 +12,6 @@ import copy
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,9 +117,8 @@ class Cpp(Method):
         """Trains the network and cuts all rows' membership into clusters."""
         trainer.fit(self, rows, start=lambda: self._start(rows))
         self.network.settle(rows.blocks)
-        options = SpectralOptions(temperature=self.config.final_temperature or self.config.temperature)
-        self.spectral = spectral.partition(lambda: self._codes(rows), self.config.clusters, options, self.seed)
-        self.spectral.labels(self.config.clusters)  # its centres are kept for `assign`
+        clusters, options = self.config.clusters, self._spectral_options()
+        self.spectral = spectral.partition(lambda: self._codes(rows), clusters, options, self.seed).cut(clusters)
         logger.info("spectral clusters: %d of %d rows", self.config.clusters, self.count)
 
     def _start(self, rows: Rows) -> None:
@@ -162,12 +160,9 @@ class Cpp(Method):
 
     def repartition(self, clusters: int, seed: int | None = None) -> Cpp:
         """The same network and eigenvectors cut into another number of clusters, or from another seed."""
-        partition = self._partition()
-        if seed is not None and seed != partition.seed:
-            partition = replace(partition, seed=seed, centers={})
-        partition.labels(clusters)  # its centres are kept for `assign`
         other = copy.copy(self)
-        other.config, other.spectral = self.config.model_copy(update={"clusters": clusters}), partition
+        other.spectral = self._partition().cut(clusters, seed)
+        other.config = self.config.model_copy(update={"clusters": clusters})
         return other
 
     def _partition(self) -> Spectral:
@@ -188,6 +183,8 @@ class Cpp(Method):
         tensors = dict(tensors)
         self.seed = int(tensors.pop("seed"))
         partition = {n.removeprefix(SPECTRAL): value for n, value in tensors.items() if n.startswith(SPECTRAL)}
-        options = SpectralOptions(temperature=self.config.final_temperature or self.config.temperature)
         self.network.load_state_dict({n: value for n, value in tensors.items() if not n.startswith(SPECTRAL)})
-        self.spectral = Spectral.from_tensors(partition, options, self.seed)
+        self.spectral = Spectral.from_tensors(partition, self._spectral_options(), self.seed)
+
+    def _spectral_options(self) -> SpectralOptions:
+        return SpectralOptions(temperature=self.config.final_temperature or self.config.temperature)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -60,8 +59,8 @@ class SpectralClustering(Method):
             for block in rows.blocks():
                 yield block.to(trainer.device)
 
-        self.partition = spectral.partition(blocks, self.config.clusters, self.config.options(), self.seed)
-        self.partition.labels(self.config.clusters)  # its centres are kept for `assign`
+        clusters = self.config.clusters
+        self.partition = spectral.partition(blocks, clusters, self.config.options(), self.seed).cut(clusters)
 
     @torch.no_grad()
     def membership(self, x: Tensor) -> Tensor:
@@ -76,12 +75,9 @@ class SpectralClustering(Method):
 
     def repartition(self, clusters: int, seed: int | None = None) -> SpectralClustering:
         """The same eigenvectors cut into another number of clusters, or from another seed."""
-        partition = self._fitted()
-        if seed is not None and seed != partition.seed:
-            partition = replace(partition, seed=seed, centers={})
-        partition.labels(clusters)
         other = copy.copy(self)
-        other.config, other.partition = self.config.model_copy(update={"clusters": clusters}), partition
+        other.partition = self._fitted().cut(clusters, seed)
+        other.config = self.config.model_copy(update={"clusters": clusters})
         return other
 
     def _fitted(self) -> Spectral:
