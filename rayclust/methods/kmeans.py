@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -77,20 +77,12 @@ class KMeans(Method):
         return Export(settings, {name: value.cpu().clone() for name, value in self.state_dict().items()})
 
 
-class _Checkpoints(Protocol):
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None: ...
-
-    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
-
-
 class _Fit:
     """One fit from its first or a later pass to its last."""
 
     def __init__(self, method: KMeans, rows: Rows, trainer: Trainer) -> None:
         self.method, self.rows, self.trainer = method, rows, trainer
-        self.device = torch.device(getattr(trainer, "device", "cpu"))
-        self.store: _Checkpoints | None = getattr(trainer, "store", None)
-        self.every = getattr(trainer, "every", None)
+        self.device, self.store, self.every = trainer.device, trainer.store, trainer.every
         self.history: list[dict[str, Any]] = []
         self.seconds, self.started = 0.0, time.monotonic()
         self.saved = self.started
@@ -128,7 +120,7 @@ class _Fit:
 
     def _is_due(self) -> bool:
         """By the trainer's count of epochs (passes), or its clock as the first worker reads it."""
-        if self.store is None or self.every is None:
+        if self.store is None:
             return False
         if self.every.epochs is not None and len(self.history) % self.every.epochs == 0:
             return True
