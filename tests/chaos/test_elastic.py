@@ -95,14 +95,33 @@ def newest(run: Path) -> dict[str, Any]:
     return {"step": 0, "sharing": 0}
 
 
-def wait(process: subprocess.Popen[str], run: Path, until: Callable[[dict[str, Any]], bool]) -> int:
-    """The step at which the newest checkpoint is as awaited, while the training goes on."""
+def wait(process: subprocess.Popen[str], run: Path, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The state of the newest checkpoint once it is as awaited, while the training goes on."""
     deadline = time.monotonic() + 120
     while not until(state := newest(run)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"the awaited checkpoint never came, the newest is {state}"
         time.sleep(0.01)
-    return int(state["step"])
+    return state
+
+
+def in_mid_epoch(state: dict[str, Any]) -> bool:
+    return state["step"] >= 100 and state["step"] % 50 > 0
+
+
+def shared_by_two(nodes: Nodes, table: Path, folder: Path) -> tuple[subprocess.Popen[str], Path]:
+    """An elastic training in mid-epoch that has two workers, and its run.
+
+    Ray counts the places of a cluster every 20 s and begins with as many as it knows of. Where that was one, the
+    training ends in some seconds, long before Ray looks again whether it may grow, and another one is begun.
+    """
+    for attempt in range(6):
+        run = folder / f"run{attempt}"
+        process = start(nodes, prepared(table, run, min_workers=1), "train")
+        if wait(process, run, in_mid_epoch)["sharing"] == 2:
+            return process, run
+        finish(process)
+    raise AssertionError("Ray has never begun with both workers")
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -120,7 +139,7 @@ def test_a_worker_killed_in_mid_epoch_is_replaced_and_the_weights_are_the_same(
 ):
     run = tmp_path / "run"
     process = start(nodes, prepared(table, run), "train")
-    step = wait(process, run, lambda state: state["step"] >= 100 and state["step"] % 50)
+    step = int(wait(process, run, in_mid_epoch)["step"])
     workers = [pid for pid, title in nodes.processes().items() if title.startswith("ray::RayTrainWorker")]
     assert len(workers) == 2
     kill(workers[step % 2])
@@ -133,12 +152,10 @@ def test_a_node_lost_for_good_in_mid_epoch_leaves_one_worker_with_the_same_batch
 ):
     # Ray may ask for the lost node's places once more before it counts again.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-    run = tmp_path / "run"
-    process = start(nodes, prepared(table, run, min_workers=1), "train")
-    wait(process, run, lambda state: state["sharing"] == 2 and state["step"] >= 100 and state["step"] % 50)
+    process, run = shared_by_two(nodes, table, tmp_path)
     nodes.lose()
     try:
-        assert wait(process, run, lambda state: state["sharing"] == 1) < STEPS
+        assert wait(process, run, lambda state: state["sharing"] == 1)["step"] < STEPS
         finish(process)
     finally:
         nodes.regain()
