@@ -1,7 +1,7 @@
 """Spectral clustering of unit codes by their doubly stochastic membership, at any number of rows.
 
 Up to `dense_rows` rows the eigenproblem is that of all of them. Beyond, it is that of an evenly spread sample of so
-many *sites*, in which every site stands for N/S rows. Eigenvectors reach every other row, old or new, by the membership
+many *sites*, in which every site stands for N/S rows, or again of all of them, with the kernel made in tiles. Eigenvectors reach every other row, old or new, by the membership
 of its code in the sites (Nyström's extension), which gives the sites their own values back: one formula serves the rows
 that were fitted and rows that come later. One decomposition serves every K up to the one it was made for.
 """
@@ -44,7 +44,8 @@ class SpectralOptions(Config):
     all in tiles."""
     beyond: Literal["sample", "tiles"] = "sample"
     """What to do with more rows: `sample` solves for an evenly spread sample; `tiles` for all of them, exactly and in
-    O(N) memory, making the kernel anew for each of some 30 products with it, N² · (width + K) operations each."""
+    O(N) memory, making the kernel anew for each of some 30 products with it, N² · (width + K) operations each. The
+    partition then keeps all codes, and assigning all rows costs one product more."""
     restarts: int = Field(10, ge=1)
     """Starts of the k-means of the eigenvectors' rows."""
     tolerance: float = Field(1e-5, gt=0)
@@ -211,9 +212,11 @@ def partition(blocks: Blocks, most: int, options: SpectralOptions, seed: int = 0
     population = survey(blocks, "cosine")
     if not 1 <= most <= population.count:
         raise ConfigError(f"clusters = {most}: from 1 to the number of rows, {population.count}")
-    sites = even_sample(population.count, options.dense_rows, seed)
-    solved = sites if options.beyond == "sample" else torch.arange(population.count)
-    codes = unit(gather_rows(population, solved))
+    # Eigenvectors of all rows put on a sample of them would again be a sample's: where the eigenvalue after the K-th is
+    # nearly equal, labels of all rows were then 0.7 to 0.9 (ARI) those of the exact route.
+    is_sample = options.beyond == "sample"
+    sites = even_sample(population.count, options.dense_rows, seed) if is_sample else torch.arange(population.count)
+    codes = unit(gather_rows(population, sites))
     keep = len(codes) <= options.dense_rows
     affinity = Affinity(codes, options.temperature, weight=population.count / len(codes), keep=keep)
     scaling = balance(affinity, options.half_steps)
@@ -222,8 +225,7 @@ def partition(blocks: Blocks, most: int, options: SpectralOptions, seed: int = 0
         membership.product, _start(codes, most, seed), min(most + 1, len(codes)), tolerance=options.tolerance
     )
     functions = membership.inverse_root[:, None] * pairs.vectors[:, :most]
-    kept = slice(None) if len(codes) == len(sites) else sites.to(codes.device)
-    return Spectral(options, seed, codes[kept], scaling.columns[kept], functions[kept], pairs.values)
+    return Spectral(options, seed, codes, scaling.columns, functions, pairs.values)
 
 
 def _start(codes: Tensor, most: int, seed: int) -> Tensor:

@@ -69,6 +69,14 @@ def test_a_sample_gives_the_clusters_of_all_rows(clusters: int, noise: float):
     assert ari(exact.labels(clusters).numpy(), sampled.assign(codes, clusters).argmax(1).numpy()) >= 0.95
 
 
+def test_tiles_are_the_exact_route_where_rows_have_no_clusters_as_well():
+    codes = torch.nn.functional.normalize(torch.randn(1200, 16, generator=torch.Generator().manual_seed(3)), dim=1)
+    exact, tiled = of(codes, 7), of(codes, 7, dense_rows=400, beyond="tiles")
+    assert ari(exact.labels(7).numpy(), of(codes, 7, dense_rows=400).assign(codes, 7).argmax(1).numpy()) < 0.9
+    assert ari(exact.labels(7).numpy(), tiled.assign(codes, 7).argmax(1).numpy()) >= 0.95
+    assert torch.equal(tiled.labels(7), tiled.assign(codes, 7).argmax(1))
+
+
 def test_tiles_are_the_exact_route():
     codes, labels = subspaces(6, 1500)
     exact, tiled = of(codes, 6), of(codes, 6, dense_rows=600, beyond="tiles")
