@@ -9,7 +9,7 @@ from typing import Any
 from rayclust.errors import RayclustError
 from rayclust.metrics import selection
 from rayclust.metrics.selection import Candidate, Choice
-from rayclust.stages.candidate import Search, refits
+from rayclust.stages.candidate import FIT, Search, refits
 from rayclust.stages.cluster import on_every_node
 from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.outputs import Outputs, put_json
@@ -23,9 +23,6 @@ from rayclust.store import filesystem
 from rayclust.store.manifest import digest_of
 
 logger = logging.getLogger(__name__)
-
-FIT = 0
-"""Index of the one fit among the units, where a method needs no fit for each number of clusters."""
 
 
 def run(context: StageContext) -> StageResult:

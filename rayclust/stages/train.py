@@ -36,7 +36,7 @@ from rayclust.stages.rows import StoredRows, cache_folder, drop_cache
 from rayclust.stages.trackers import Trackers
 from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
-from rayclust.store.manifest import Manifest
+from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.training.checkpoints import Every
 from rayclust.training.loop import Trainer
 
@@ -67,9 +67,9 @@ def run(context: StageContext) -> StageResult:
 def _adopt(context: StageContext, chosen: dict[str, Any]) -> StageResult:
     """The chosen candidate's model, made from the same settings and seed."""
     run, outputs = context.run, Outputs()
-    for path in chosen["outputs"]:
-        name = path.rpartition("/")[2]
-        outputs |= put_bytes(run, filesystem.join(run.model_folder, name), filesystem.read_bytes(run.at(path)))
+    for path, digest in chosen["outputs"].items():
+        data = read_unchanged(run.at(path), digest, SELECT_K)
+        outputs |= put_bytes(run, filesystem.join(run.model_folder, path.rpartition("/")[2]), data)
     counts = {"rows": context.inputs["encode"].counts["rows"], "steps": chosen["steps"]}
     summary = f"{context.config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
     return StageResult(outputs, counts, {}, summary)
