@@ -12,6 +12,8 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,11 @@ from torch import Tensor
 
 from rayclust import collectives
 from rayclust.config import RunConfig
-from rayclust.errors import ArtefactError, ConfigError
+from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
 from rayclust.methods.base import Method
 from rayclust.stages.board import Board
-from rayclust.stages.cluster import connect, cores_per_worker, plain_errors, worker_range
+from rayclust.stages.cluster import connect, cores_per_worker, on_every_node, plain_errors, worker_range
 from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.models import save_method
 from rayclust.stages.outputs import Outputs, put_bytes, put_table
@@ -98,10 +100,20 @@ def fit(job: Job) -> dict[str, Any]:
     connect()
     # Ray Train wants a folder for checkpoints; it gets none, ours lie below the run.
     folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
-    with folder as storage, plain_errors(), _Watch(job.stage) as board:
+    with no_rows_left(job.digest), folder as storage, plain_errors(), _Watch(job.stage) as board:
         result = _fit(job, board, storage)
     filesystem.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
+
+
+@contextmanager
+def no_rows_left(digest: str) -> Iterator[None]:
+    """Removes the rows' copies from every node where the work on them is refused; a kill leaves them to who goes on."""
+    try:
+        yield
+    except RayclustError:
+        on_every_node(drop_cache, digest)
+        raise
 
 
 def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
