@@ -45,7 +45,7 @@ def test_every_module_has_its_test():
 def test_every_test_of_one_module_has_its_module():
     folders = {path.parent.relative_to(ROOT / "rayclust") for path in MODULES}
     whole = {"test_house.py", "stages/test_bad_inputs.py", "stages/test_faults.py", "stages/test_whole_run.py"}
-    whole |= {"store/test_bad_inputs.py", "test_real_photos.py"}
+    whole |= {"store/test_bad_inputs.py", "test_real_photos.py", "test_dependencies.py"}
     orphans = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         below = path.relative_to(ROOT / "tests")

@@ -21,13 +21,13 @@ from rayclust.methods.base import Method
 from rayclust.metrics import partition
 from rayclust.metrics.criteria import CriteriaOptions, measure
 from rayclust.metrics.internal import size_summary
-from rayclust.stages.graph import candidate_settings
+from rayclust.stages.graph import SELECT_K, candidate_settings
 from rayclust.stages.models import read_method
 from rayclust.stages.outputs import put_json
 from rayclust.stages.pipeline import StageContext, content_digest
 from rayclust.stages.rows import BLOCK, StoredRows, cache_folder
 from rayclust.stages.train import StoredCheckpoints, write_fit
-from rayclust.stages.units import Unit, UnitResult
+from rayclust.stages.units import Unit, UnitResult, read_marker
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, digest_of
@@ -36,6 +36,8 @@ from rayclust.training.loop import Trainer
 
 REVISION = 2
 """Raised when a candidate's result changes for the same settings."""
+FIT = 0
+"""Index of the one fit among the units, where a method needs no fit for each number of clusters."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple
     if not refits(config):
         folder = search.run.selection_fit
         history = tables.read_table(filesystem.join(folder, "metrics.parquet")).to_pylist()
-        fitted = read_method(folder, stage="select-k")
+        marked = read_marker(search.run.shard_manifest(FIT, SELECT_K))
+        digests = {path: written["digest"] for path, written in marked[1].outputs.items()} if marked else {}
+        fitted = read_method(folder, SELECT_K, digests)
         yield fitted.repartition(clusters), history
         for seed in range(1, config.select_k.seeds):
             yield fitted.repartition(clusters, config.seed + seed), history

@@ -27,6 +27,7 @@ from rayclust.stages.pipeline import Seals, run_stage
 from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
+from rayclust.store.manifest import read_json_output
 
 _TITLES = {FEATURES: "encoder features", OWN: "z"}
 _MEASURED = {
@@ -50,7 +51,7 @@ def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawi
         run: the run.
         selection: `selection.json` where the number of clusters was chosen.
     """
-    summary = filesystem.read_json(numbers(run, "summary.json"))
+    summary = read_json_output(run, "figures", numbers(run, "summary.json"))
     dots, heat, lines = (tables.read_table(numbers(run, name)) for name in _TABLES)
     names = _names(run, {*dots["cluster"].to_pylist(), *heat["cluster"].to_pylist()})
     shades = hues(centers(*_points(dots)))
@@ -76,7 +77,7 @@ def export(config: RunConfig, out: str | None) -> list[str]:
         run_stage("figures", config)
     run, seals = Run(config.run), Seals(config)
     chosen = seals.of(SELECT_K) if config.is_open else None
-    selection = filesystem.read_json(run.selection) if chosen is not None else None
+    selection = read_json_output(run, SELECT_K, run.selection) if chosen is not None else None
     folder = numbers(run, "") if out is None else filesystem.absolute(out)
     files = {f"{drawn.key}.svg": svg.standalone(drawn.svg, drawn.text).encode() for drawn in drawings(run, selection)}
     for name in _TABLES if out is not None else ():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -24,6 +23,7 @@ from rayclust.methods.base import Export, Method
 from rayclust.stages.outputs import Outputs, put_bytes, put_json
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
+from rayclust.store.manifest import read_manifest, read_unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -113,17 +113,26 @@ def load_method(uri: str, digest: str) -> Method:
     Raises:
         ArtefactError: the model is missing or damaged.
     """
-    return read_method(Run(uri).model_folder, stage="train")
+    sealed = read_manifest(Run(uri), "train")
+    digests = {path: written.digest for path, written in sealed.outputs.items()} if sealed else {}
+    return read_method(Run(uri).model_folder, "train", digests)
 
 
-def read_method(folder: str, stage: str) -> Method:
+def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = None) -> Method:
     """The fitted method in a folder that `stage` wrote.
+
+    Args:
+        folder: URI.
+        stage: who makes it again.
+        digests: SHA-256 by path, of files that must be as they were written; None compares nothing.
 
     Raises:
         ArtefactError: the model is missing or damaged.
     """
-    settings: dict[str, Any] = filesystem.read_json(filesystem.join(folder, "config.json"))
-    data = filesystem.read_bytes(filesystem.join(folder, "weights.safetensors"))
+    config, weights = (filesystem.join(folder, name) for name in ("config.json", "weights.safetensors"))
+    known = {path.rpartition("/")[2]: digest for path, digest in (digests or {}).items()}
+    settings = filesystem.parse_json(read_unchanged(config, known.get("config.json"), stage), config)
+    data = read_unchanged(weights, known.get("weights.safetensors"), stage)
     try:
         return load(Export(settings, safetensors.torch.load(data))).eval()
     except (safetensors.SafetensorError, KeyError, ValueError) as error:

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from rayclust.store import filesystem, tables
 from rayclust.store.filesystem import FileStat
-from rayclust.store.layout import Run, parts
+from rayclust.store.layout import STAGES, Run, parts
+from rayclust.store.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,7 @@ Outputs = dict[str, dict[str, Any]]
 def put_bytes(run: Run, uri: str, data: bytes) -> Outputs:
     """Writes `data` at `uri`, which lies below the run."""
     stamp = filesystem.write_bytes(uri, data)
-    path = uri.removeprefix(run.uri.rstrip("/") + "/")
-    return {path: {"digest": hashlib.sha256(data).hexdigest(), "size": len(data), "stamp": stamp}}
+    return {run.path(uri): {"digest": hashlib.sha256(data).hexdigest(), "size": len(data), "stamp": stamp}}
 
 
 def put_table(run: Run, uri: str, table: pa.Table) -> Outputs:
@@ -43,6 +43,27 @@ def drop_stale_parts(folder: str, count: int) -> None:
     for index, uri in parts(folder):
         if index >= count:
             filesystem.remove(uri)
+
+
+def drop_damaged(run: Run, said: str) -> tuple[str, str] | None:
+    """Removes a file that an error speaks of, if its checksum is another than was written, so that it is made again.
+
+    Args:
+        run: the run.
+        said: the error's line, which names the file by its URI.
+
+    Returns:
+        The file's URI and the stage that makes it; None where no file of a sealed stage is both named and damaged.
+    """
+    for stage in STAGES:
+        sealed = read_manifest(run, stage)
+        for path, written in sealed.outputs.items() if sealed else ():
+            uri = run.at(path)
+            if uri in said and _digest(uri) != written.digest:
+                logger.warning("%s: is damaged, its checksum is another than was written: made again", uri)
+                filesystem.remove(uri)
+                return uri, stage
+    return None
 
 
 class Listing:
@@ -63,7 +84,7 @@ class Listing:
             fault = "is missing" if found is None else f"has {found.size:,} bytes instead of {written['size']:,}"
             logger.warning("%s: %s: made again", self._run.at(path), fault)
             return False
-        if found.stamp == written.get("stamp") or _digest(found) == written["digest"]:
+        if found.stamp == written.get("stamp") or _digest(found.uri) == written["digest"]:
             return True
         logger.warning("%s: is damaged, its checksum is another than was written: made again", self._run.at(path))
         return False
@@ -79,11 +100,11 @@ class Listing:
         return self._found[folder].get(name)
 
 
-def _digest(found: FileStat) -> str:
+def _digest(uri: str) -> str:
     """SHA-256 of a file, read block by block."""
     digest = hashlib.sha256()
     try:
-        with filesystem.open_input(found.uri) as file:
+        with filesystem.open_input(uri) as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
     except filesystem.MissingError:

@@ -11,7 +11,7 @@ from typing import Any
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
 from rayclust.stages.graph import CHOSEN, SELECT_K, STAGES, Stage, stages_of
-from rayclust.stages.outputs import Listing, Outputs
+from rayclust.stages.outputs import Listing, Outputs, drop_damaged
 from rayclust.stages.progress import duration
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
@@ -45,6 +45,10 @@ class StageResult:
     extra: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
     """One line for the log."""
+
+
+class DamagedInputError(ArtefactError):
+    """A file of an earlier stage was damaged; it is removed, so that its stage makes it again."""
 
 
 def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
@@ -81,7 +85,7 @@ def _run_held(name: str, config: RunConfig, lease: Lease, force: bool, *, inputs
         filesystem.remove_tree(run.at("manifests", name))
     logger.info("%s: started", name)
     started = time.monotonic()
-    result: StageResult = stage.module.run(StageContext(settled, run, digest, inputs, plan))
+    result = _result(stage, StageContext(settled, run, digest, inputs, plan))
     seconds = time.monotonic() - started
     manifest = Manifest(
         stage=name,
@@ -100,15 +104,45 @@ def _run_held(name: str, config: RunConfig, lease: Lease, force: bool, *, inputs
 
 
 def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
-    """Runs every stage that is not done, in order, up to and with `stop_after`."""
-    sealed = {}
+    """Runs every stage that is not done, in order, up to and with `stop_after`.
+
+    Where a stage finds that bits of what it reads have turned, the stage that wrote it comes first again, once a file.
+    """
+    sealed, told = dict[str, Manifest](), set[str]()
     with held(Run(config.run)) as lease:
-        for name in stages_of(config):
-            # What a stage reads was looked at when it was this command's turn to make it.
-            sealed[name] = _run_held(name, config, lease, force, inputs_are_checked=True)
-            if name == stop_after:
-                break
-    return sealed
+        while True:
+            try:
+                for name in stages_of(config):
+                    # What a stage reads was looked at when it was this command's turn to make it.
+                    forced = force and name not in sealed
+                    sealed[name] = _run_held(name, config, lease, forced, inputs_are_checked=True)
+                    if name == stop_after:
+                        break
+                return sealed
+            except DamagedInputError as error:
+                if str(error) in told:
+                    raise
+                told.add(str(error))
+
+
+def _result(stage: Stage, context: StageContext) -> StageResult:
+    """What a stage makes.
+
+    Raises:
+        DamagedInputError: a file that it read is not what its stage wrote.
+    """
+    try:
+        result: StageResult = stage.module.run(context)
+    except ArtefactError as error:
+        dropped = drop_damaged(context.run, str(error))
+        if dropped is None:
+            raise
+        uri, maker = dropped
+        raise DamagedInputError(
+            f"{stage.name}: {uri} was damaged and is removed: run `rayclust {maker} RUN.yaml` first, "
+            "which makes it again"
+        ) from error
+    return result
 
 
 def save_config(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from rayclust.stages.pipeline import run_all
 from rayclust.stages.quick import anchored, load_config, load_run
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run, parts
+from rayclust.store.manifest import read_json_output
 
 
 def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = ()) -> RunTables:
@@ -90,7 +91,7 @@ class RunTables:
             ArtefactError: the stage evaluate has not run.
         """
         try:
-            scores: dict[str, Any] = filesystem.read_json(self._run.metrics)
+            scores: dict[str, Any] = read_json_output(self._run, "evaluate", self._run.metrics)
         except filesystem.MissingError:
             raise ArtefactError(f"{self._run.metrics}: is missing: run evaluate first") from None
         return scores

@@ -37,7 +37,7 @@ from rayclust.stages.rows import row_starts
 from rayclust.stages.units import STORAGE_THREADS
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run, parts
-from rayclust.store.manifest import Manifest, read_manifest
+from rayclust.store.manifest import Manifest, read_json_output, read_manifest
 from rayclust.store.sources import fetch_many
 
 EXAMPLES = 20
@@ -49,7 +49,7 @@ DRAWN_CLASSES = 60
 def run(context: StageContext) -> StageResult:
     """Gathers and renders."""
     run, config, asked = context.run, context.config, load_run(context.run.uri)
-    metrics = filesystem.read_json(run.metrics)
+    metrics = read_json_output(run, "evaluate", run.metrics)
     clusters = tables.read_table(run.clusters).to_pylist()
     limits = PageLimits(
         cards=config.report.max_clusters, exemplars=config.label.exemplars, outliers=config.label.outliers
@@ -96,11 +96,13 @@ def _notes(context: StageContext) -> Iterator[str]:
 
 def _selection(context: StageContext) -> dict[str, Any] | None:
     """How the number of clusters was chosen, where it was."""
-    return filesystem.read_json(context.run.selection) if "select-k" in context.inputs else None
+    run = context.run
+    return read_json_output(run, "select-k", run.selection) if "select-k" in context.inputs else None
 
 
 def _method(context: StageContext, metrics: dict[str, Any]) -> MethodResult:
-    settings = filesystem.read_json(filesystem.join(context.run.model_folder, "config.json"))["config"]
+    run = context.run
+    settings = read_json_output(run, "train", filesystem.join(run.model_folder, "config.json"))["config"]
     settings = {key: value for key, value in settings.items() if key != "name"}
     said = context.inputs["label"].extra
     named = {key: value for key, value in said.items() if key.startswith("name_accuracy")}
@@ -140,7 +142,7 @@ def _near(context: StageContext) -> dict[str, Any]:
     """What the index stage found for a few rows in either space; empty without a space of the method's own."""
     if "index" not in context.inputs:
         return {}
-    return filesystem.read_json(filesystem.join(context.run.index_folder, RETRIEVAL))
+    return read_json_output(context.run, "index", filesystem.join(context.run.index_folder, RETRIEVAL))
 
 
 def _rows_of(near: dict[str, Any]) -> Iterator[int]:

@@ -25,7 +25,7 @@ from rayclust.stages.rows import row_starts, transform_of
 from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
-from rayclust.store.manifest import Manifest, read_manifest
+from rayclust.store.manifest import Manifest, read_manifest, read_output
 
 _BESIDE = 60
 """Letters of a column where two spaces stand side by side."""
@@ -131,7 +131,7 @@ def _require_index(run: Run, seals: Seals, space: str) -> None:
 def _nearest(run: Run, query: np.ndarray, space: str, top: int) -> dict[int, float]:
     """Row → cosine, nearest first."""
     name = OWN_INDEX if space == OWN else ENCODER_INDEX
-    index = load_index(filesystem.read_bytes(filesystem.join(run.index_folder, name)))
+    index = load_index(read_output(run, "index", filesystem.join(run.index_folder, name)))
     rows, similarity = index.search(query, top)
     return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
 

@@ -9,23 +9,20 @@ from typing import Any
 from rayclust.errors import RayclustError
 from rayclust.metrics import selection
 from rayclust.metrics.selection import Candidate, Choice
-from rayclust.stages.candidate import Search, refits
+from rayclust.stages.candidate import FIT, Search, refits
 from rayclust.stages.cluster import on_every_node
 from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.outputs import Outputs, put_json
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.progress import Progress
 from rayclust.stages.rows import drop_cache
-from rayclust.stages.train import Job, fit
+from rayclust.stages.train import Job, fit, no_rows_left
 from rayclust.stages.trials import run_trials
 from rayclust.stages.units import Unit, UnitResult, finish, finished, markers, report_resume
 from rayclust.store import filesystem
 from rayclust.store.manifest import digest_of
 
 logger = logging.getLogger(__name__)
-
-FIT = 0
-"""Index of the one fit among the units, where a method needs no fit for each number of clusters."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -58,7 +55,7 @@ def _search(search: Search, rows: int) -> tuple[dict[int, UnitResult], Choice]:
     """All candidates with their results, by number, and the choice among them."""
     options, tried = search.config.select_k, dict[int, UnitResult]()
     wanted = options.first(rows)
-    with Progress(SELECT_K, "candidates", total=0) as progress:
+    with no_rows_left(search.digest), Progress(SELECT_K, "candidates", total=0) as progress:
         for number in range(1 + (options.rounds if options.candidates == "auto" else 0)):
             tried |= _tried(search, wanted, progress)
             choice = _choice(tried, options.rule)

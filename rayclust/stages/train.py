@@ -12,6 +12,8 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,11 @@ from torch import Tensor
 
 from rayclust import collectives
 from rayclust.config import RunConfig
-from rayclust.errors import ArtefactError, ConfigError
+from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
 from rayclust.methods.base import Method
 from rayclust.stages.board import Board
-from rayclust.stages.cluster import connect, cores_per_worker, plain_errors, worker_range
+from rayclust.stages.cluster import connect, cores_per_worker, on_every_node, plain_errors, worker_range
 from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.models import save_method
 from rayclust.stages.outputs import Outputs, put_bytes, put_table
@@ -36,7 +38,7 @@ from rayclust.stages.rows import StoredRows, cache_folder, drop_cache
 from rayclust.stages.trackers import Trackers
 from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
-from rayclust.store.manifest import Manifest
+from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.training.checkpoints import Every
 from rayclust.training.loop import Trainer
 
@@ -67,9 +69,9 @@ def run(context: StageContext) -> StageResult:
 def _adopt(context: StageContext, chosen: dict[str, Any]) -> StageResult:
     """The chosen candidate's model, made from the same settings and seed."""
     run, outputs = context.run, Outputs()
-    for path in chosen["outputs"]:
-        name = path.rpartition("/")[2]
-        outputs |= put_bytes(run, filesystem.join(run.model_folder, name), filesystem.read_bytes(run.at(path)))
+    for path, digest in chosen["outputs"].items():
+        data = read_unchanged(run.at(path), digest, SELECT_K)
+        outputs |= put_bytes(run, filesystem.join(run.model_folder, path.rpartition("/")[2]), data)
     counts = {"rows": context.inputs["encode"].counts["rows"], "steps": chosen["steps"]}
     summary = f"{context.config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
     return StageResult(outputs, counts, {}, summary)
@@ -98,10 +100,20 @@ def fit(job: Job) -> dict[str, Any]:
     connect()
     # Ray Train wants a folder for checkpoints; it gets none, ours lie below the run.
     folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
-    with folder as storage, plain_errors(), _Watch(job.stage) as board:
+    with no_rows_left(job.digest), folder as storage, plain_errors(), _Watch(job.stage) as board:
         result = _fit(job, board, storage)
     filesystem.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
+
+
+@contextmanager
+def no_rows_left(digest: str) -> Iterator[None]:
+    """Removes the rows' copies from every node where the work on them is refused; a kill leaves them to who goes on."""
+    try:
+        yield
+    except RayclustError:
+        on_every_node(drop_cache, digest)
+        raise
 
 
 def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:

@@ -113,11 +113,18 @@ def read_json(uri: str) -> Any:
         MissingError: there is no such file.
         ArtefactError: it does not hold JSON.
     """
+    return parse_json(read_bytes(uri), uri)
+
+
+def parse_json(data: bytes, uri: str) -> Any:
+    """The value in the bytes of a JSON file.
+
+    Raises:
+        ArtefactError: they do not hold JSON.
+    """
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
         raise ArtefactError(f"{uri}: is not readable JSON ({error}); remove it and run its stage again") from error
 
 

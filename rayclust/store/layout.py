@@ -28,6 +28,10 @@ class Run:
         """The URI of something below the run."""
         return filesystem.join(self.uri, *parts)
 
+    def path(self, uri: str) -> str:
+        """The path below the run of something at `uri`, as manifests name it."""
+        return uri.removeprefix(self.uri.rstrip("/") + "/")
+
     @property
     def config(self) -> str:
         """The config that the run was last started with."""

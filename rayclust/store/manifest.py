@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import logging
 import platform
@@ -94,6 +95,44 @@ def read_manifest(run: Run, stage: str, shard: int | None = None) -> Manifest | 
         reason = str(error).splitlines()[0]
         log.warning("%s: is not a manifest (%s); the work that it sealed counts as not done", uri, reason)
         return None
+
+
+def read_output(run: Run, stage: str, uri: str) -> bytes:
+    """A file that a stage wrote, compared with its manifest: bits that turn on a disk change no stamp.
+
+    Args:
+        run: the run.
+        stage: who wrote the file.
+        uri: the file, below the run.
+
+    Raises:
+        MissingError: there is no such file.
+        ArtefactError: its checksum is another than was written. Where the stage is not sealed, nobody can tell.
+    """
+    sealed = read_manifest(run, stage)
+    written = sealed.outputs.get(run.path(uri)) if sealed else None
+    return read_unchanged(uri, written.digest if written else None, stage)
+
+
+def read_json_output(run: Run, stage: str, uri: str) -> Any:
+    """The value in a JSON file that a stage wrote; see `read_output`."""
+    return filesystem.parse_json(read_output(run, stage, uri), uri)
+
+
+def read_unchanged(uri: str, digest: str | None, stage: str) -> bytes:
+    """A file's bytes, whose SHA-256 must be `digest`, where it is known; `stage` makes the file.
+
+    Raises:
+        MissingError: there is no such file.
+        ArtefactError: they have another.
+    """
+    data = filesystem.read_bytes(uri)
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        raise ArtefactError(
+            f"{uri}: is damaged (its checksum is another than was written); "
+            f"remove it and run `rayclust {stage} RUN.yaml`, which makes it again"
+        )
+    return data
 
 
 def _uri(run: Run, stage: str, shard: int | None) -> str:

@@ -154,7 +154,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
             return file.read(columns=None if columns is None else list(columns))
     except filesystem.MissingError as error:
         raise ArtefactError(f"{uri}: is missing; run the stage that writes it") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{uri}: is damaged ({reason}); remove it and run its stage again") from error
 

@@ -7,6 +7,7 @@ A run's process is killed by an exception that nothing catches, after which its 
 from __future__ import annotations
 
 import errno
+import os
 import random
 import shutil
 import threading
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from rayclust.store import filesystem, lease, local
@@ -138,6 +140,30 @@ def damage(run: Path, draw: random.Random, kind: str | None = None) -> str:
     else:
         shutil.rmtree(path.parent)
     return f"{path.relative_to(run)}: {kind} at {position}"
+
+
+def rot(path: Path) -> bytes:
+    """Turns a bit of a file behind everybody's back: size and times stay. Gives what was there."""
+    data, found = path.read_bytes(), path.stat()
+    at = _last_value(path) if path.suffix == ".parquet" else len(data) // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    return data
+
+
+def _last_value(path: Path) -> int:
+    """A byte that every reader reads: of embeddings, neighbours or clusters, else of the first column."""
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    wanted = ("embedding.", "neighbors.", "cluster")
+    column = next((column for column in columns if column.path_in_schema.startswith(wanted)), columns[0])
+    return int(column.data_page_offset + column.total_compressed_size - 2)
+
+
+def unseal(run: Path, stage: str) -> None:
+    """A stage counts as never begun."""
+    (run / "manifests" / f"{stage}.json").unlink()
+    shutil.rmtree(run / "manifests" / stage, ignore_errors=True)
 
 
 def artefacts(run: str) -> dict[str, bytes]:

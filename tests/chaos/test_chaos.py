@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rayclust.errors import ArtefactError, DataError
-from rayclust.stages.pipeline import run_all, run_stage
-from tests.chaos.faults import DAMAGES, Fault, artefacts, damage, storage_with
+from rayclust.stages import train
+from rayclust.stages.pipeline import StageContext, StageResult, run_all, run_stage
+from tests.chaos.faults import DAMAGES, Fault, artefacts, damage, rot, storage_with, unseal
 from tests.chaos.proxy import control
 from tests.chaos.trial import LAST, Work, finish, prepared, suffer, try_seed
 
@@ -52,6 +55,81 @@ def test_a_stage_by_itself_refuses_what_is_damaged_and_says_how_to_mend_it(works
     run_stage("encode", config)
     assert part.read_bytes() == data
     run_stage("neighbors", config, force=True)
+
+
+ROTTEN = {
+    "embeddings/part-00001.parquet": "neighbors",
+    "neighbors/part-00000.parquet": "evaluate",
+    "selection/k-*/weights.safetensors": "train",
+    "selection/k-*/config.json": "train",
+    "selection/k-*/metrics.parquet": "train",
+    "model/weights.safetensors": "assign",
+    "model/config.json": "figures",
+    "assignments/part-00001.parquet": "label",
+    "clusters.parquet": "report",
+    "metrics.json": "report",
+    "selection.json": "report",
+    "figures/summary.json": "report",
+    "model/metrics.parquet": "report",
+}
+"""Files, each with a stage that reads it."""
+
+
+@pytest.fixture(scope="module")
+def whole(works: list[Work], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to its end; read only."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    run_all(works[0].config(run))
+    return run
+
+
+def rotten(whole: Path, run: Path, file: str) -> tuple[Path, str, bytes]:
+    """A copy with its stamps in which a bit of the file has turned; the file, who reads it, what it was."""
+    shutil.copytree(whole, run, copy_function=shutil.copy2)
+    path = next(run.glob(file.replace("k-*", f"k-{json.loads((run / 'selection.json').read_text())['chosen']:05d}")))
+    unseal(run, ROTTEN[file])
+    return path, ROTTEN[file], rot(path)
+
+
+@pytest.mark.parametrize("file", ROTTEN)
+def test_bits_that_turn_and_change_no_stamp_are_found_by_whoever_reads_them_and_mended(
+    file: str, works: list[Work], whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path, _, data = rotten(whole, tmp_path / "run", file)
+    run_all(works[0].config(tmp_path / "run"))
+    assert f"{path}: is damaged, its checksum is another than was written: made again" in caplog.text
+    assert path.read_bytes() == data
+    found, expected = (artefacts(str(run)) for run in (tmp_path / "run", whole))
+    assert {name for name in {*found, *expected} if found.get(name) != expected.get(name)} <= {"report/index.html"}
+
+
+def test_a_stage_by_itself_removes_what_has_rotted_and_says_how_to_mend_it(
+    works: list[Work], whole: Path, tmp_path: Path
+):
+    config = works[0].config(tmp_path / "run")
+    path, reader, data = rotten(whole, tmp_path / "run", "model/weights.safetensors")
+    with pytest.raises(ArtefactError, match=r"assign: .*weights.safetensors was damaged .*`rayclust train ") as error:
+        run_stage(reader, config)
+    assert "\n" not in str(error.value)
+    run_stage("train", config)
+    assert path.read_bytes() == data
+    run_stage(reader, config)
+
+
+def test_a_file_that_rots_again_and_again_ends_the_run(
+    works: list[Work], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, _, _ = rotten(whole, tmp_path / "run", "model/weights.safetensors")
+    before = train.run
+
+    def and_rot(context: StageContext) -> StageResult:
+        result = before(context)
+        rot(path)
+        return result
+
+    monkeypatch.setattr(train, "run", and_rot)
+    with pytest.raises(ArtefactError, match="was damaged and is removed"):
+        run_all(works[0].config(tmp_path / "run"))
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(works: list[Work], tmp_path: Path):

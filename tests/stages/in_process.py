@@ -53,7 +53,8 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
         encode, "_renumbered", lambda run, starts: [encode.renumber(run, i, row) for i, row in starts.items()]
     )
     patch.setattr(select_k, "run_trials", _try_all)
-    patch.setattr(select_k, "on_every_node", lambda function, *arguments: function(*arguments))
+    for module in (select_k, train):
+        patch.setattr(module, "on_every_node", lambda function, *arguments: function(*arguments))
     patch.setattr(train, "_Watch", lambda stage: nullcontext(Board()))
     patch.setattr(train, "_fit", lambda job, board, storage: train._work({"job": job, "board": board, "threads": 1}))
 

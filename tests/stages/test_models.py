@@ -19,6 +19,7 @@ from rayclust.stages.models import (
     worker_device,
 )
 from rayclust.store.layout import Run
+from rayclust.store.manifest import Manifest, Output, seal
 from tests.stages.runs import tree
 
 
@@ -98,3 +99,16 @@ def test_a_damaged_model_is_one_line(tmp_path: Path, damage: Any):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ArtefactError, match="the model is damaged"):
         load_method(run.uri, "d")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
+def test_a_model_in_which_a_bit_has_turned_is_not_taken(tmp_path: Path, name: str):
+    run = Run(str(tmp_path))
+    outputs = save_method(run, kmeans(0).export(), run.model_folder)
+    seal(run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()}))
+    assert load_method(run.uri, "whole")
+    path = tmp_path / "model" / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])
+    with pytest.raises(ArtefactError, match=rf"{name}: is damaged .* run `rayclust train RUN.yaml`"):
+        load_method(run.uri, "turned")

@@ -7,9 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayclust.stages.outputs import Listing, drop_stale_parts, put_bytes, put_json, put_table
+from rayclust.stages.outputs import Listing, drop_damaged, drop_stale_parts, put_bytes, put_json, put_table
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
+from rayclust.store.manifest import Manifest, Output, seal
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
@@ -79,3 +80,16 @@ def test_a_file_with_its_stamp_is_not_read(tmp_path: Path):
     found = filesystem.stat(str(tmp_path / "a"))
     assert found is not None
     assert Listing(Run(str(tmp_path))).has("a", {"digest": "never looked at", "size": 2, "stamp": found.stamp})
+
+
+def test_what_an_error_names_is_removed_only_where_a_manifest_says_that_it_was_another(tmp_path: Path):
+    run = Run(str(tmp_path))
+    outputs = put_bytes(run, run.at("model", "a"), b"12") | put_bytes(run, run.at("model", "b"), b"34")
+    (tmp_path / "model" / "c").write_bytes(b"of nobody")
+    seal(run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()}))
+    (tmp_path / "model" / "b").write_bytes(b"35")
+    assert drop_damaged(run, f"{run.at('model', 'a')}: is said to be damaged") is None
+    assert drop_damaged(run, f"{run.at('model', 'c')}: is said to be damaged") is None
+    assert drop_damaged(run, "no file is named") is None
+    assert drop_damaged(run, f"{run.at('model', 'b')}: is damaged") == (run.at("model", "b"), "train")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["a", "c"]

@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 
 from rayclust.config import validate
-from rayclust.errors import ConfigError
+from rayclust.errors import ConfigError, RayclustError
 from rayclust.stages.pipeline import run_all, run_stage
 from rayclust.stages.train import KEPT, Job, StoredCheckpoints, _require_any_number
 from rayclust.store.layout import Run
@@ -173,3 +173,16 @@ def test_a_division_for_some_number_of_workers_only_is_refused_before_one_is_los
     ) as caught:
         require("2x2", 2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("clusters", [2, [2, 3]])
+def test_a_refused_training_or_search_leaves_no_rows_in_scratch(
+    clusters: Any, vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAYCLUST_SCRATCH", str(tmp_path / "scratch"))
+    method = {"name": "temi", "preset": "none", "heads": 1, "steps": 20, "batch_size": 8, "learning_rate": 1e30}
+    content = vectors_run.config.model_dump(mode="json", exclude_unset=True)
+    content |= {"run": str(tmp_path / "run"), "method": method | {"clusters": clusters}}
+    with pytest.raises(RayclustError, match="loss = nan"):
+        run_all(validate(content))
+    assert not list((tmp_path / "scratch").rglob("*.npy"))

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import numpy as np
 import pytest
 
+from rayclust.errors import ArtefactError
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
-from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, seal, versions
+from rayclust.store.manifest import (
+    Manifest,
+    Output,
+    digest_of,
+    read_json_output,
+    read_manifest,
+    read_output,
+    seal,
+    versions,
+)
 
 MANIFEST = Manifest(
     stage="encode",
@@ -67,3 +78,20 @@ def test_a_digest_tells_values_apart_and_not_their_order() -> None:
 def test_versions_name_what_decides_about_results() -> None:
     found = versions()
     assert {"python", "rayclust", "numpy", "pyarrow"} <= set(found)
+
+
+def test_a_file_is_compared_with_its_checksum_while_it_is_read(place: str) -> None:
+    run, data = Run(place), b'{"a": 1}'
+    filesystem.write_bytes(run.metrics, data)
+    assert read_output(run, "evaluate", run.metrics) == data, "nothing is sealed, nothing can be compared"
+    output = Output(digest=hashlib.sha256(data).hexdigest(), size=len(data))
+    seal(run, Manifest(stage="evaluate", digest="d", outputs={"metrics.json": output}))
+    assert read_json_output(run, "evaluate", run.metrics) == {"a": 1}
+    filesystem.write_bytes(run.metrics, b'{"a": 2}')
+    with pytest.raises(
+        ArtefactError, match=r"metrics.json: is damaged .* remove it and run `rayclust evaluate RUN.yaml`"
+    ):
+        read_json_output(run, "evaluate", run.metrics)
+    filesystem.write_bytes(run.selection, b"no JSON")
+    with pytest.raises(ArtefactError, match=r"selection.json: is not readable JSON"):
+        read_json_output(run, "evaluate", run.selection)

@@ -229,6 +229,17 @@ def test_a_training_goes_on_with_another_number_of_workers_to_the_same_end(
                 assert row[name] == pytest.approx(value, rel=0, abs=1e-8), name
 
 
+def test_a_training_that_grows_comes_to_the_same_end(monkeypatch: pytest.MonkeyPatch):
+    """One worker up to the middle of an epoch, then two; when there are places for more is for Ray to say."""
+    monkeypatch.setattr(loop, "CLOCK_STEPS", loop.CLOCK_STEPS)
+    _, state, history = _with_some_workers(0, 1, "data", MemoryStore())
+    store = _with_some_workers(0, 1, "data", MemoryStore(stop_after=6))[0]
+    for kept, found, rows in on_two_workers(_with_some_workers, "data", store):
+        assert _apart(found, state) < 1e-8
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in history], rel=0, abs=1e-8)
+        assert [at["sharing"] for _, at in kept.kept] == [1] * 6 + [2] * (len(kept.kept) - 6)
+
+
 def test_epochs_between_checkpoints_are_counted_and_the_end_is_always_kept():
     store = MemoryStore()
     _fit(store, Every(epochs=2), epochs=5)
