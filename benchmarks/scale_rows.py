@@ -4,10 +4,10 @@ Claim: the driver's peak memory at 10 M rows is at most 1.2 times that at 1 M.
 
     python benchmarks/scale_rows.py [--rows 1000000 10000000] [--stages encode neighbors train assign] [--folder PATH]
 
-Rows are 64 float16 numbers around 1,000 planted centres, in Parquet files of 131,072 rows, made by another process. Each
-size runs in a process of its own, which is the driver of all its stages; workers are Ray's, on the cores of this machine. A
-stage's peak is the kernel's own (VmHWM, set back before each stage), of the driver alone. Without neighbors in --stages, train is given an empty seal in their
-place: k-means reads none.
+Rows are 64 float16 numbers around 1,000 planted centres, in Parquet files of 131,072 rows, made by another process.
+Each size runs in a process of its own, which is the driver of all its stages; workers are Ray's, on the cores of this
+machine. A stage's peak is the kernel's own (VmHWM, set back before each stage), of the driver alone. Without neighbors
+in --stages, train is given an empty seal in their place: k-means reads none.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def main() -> None:
         f"Ray {ray.__version__}"
     )
     print(
-        f"python benchmarks/scale_rows.py --rows {' '.join(map(str, arguments.rows))} --stages {' '.join(arguments.stages)}"
+        f"python benchmarks/scale_rows.py --rows {' '.join(map(str, arguments.rows))} "
+        f"--stages {' '.join(arguments.stages)} --passes {arguments.passes}"
     )
     print(
         f"N × {WIDTH} float16; k-means with K = {arguments.clusters}, at most {arguments.passes} passes; "

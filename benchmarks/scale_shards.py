@@ -4,9 +4,9 @@ Claim: none beyond that it ends right: every image has a row, rows are dense, an
 
     python benchmarks/scale_shards.py [--shards 1000] [--images 100] [--nodes 20] [--folder PATH]
 
-Nodes are Ray's own simulation (`ray.cluster_utils.Cluster`): a raylet, agents and worker processes each, one CPU by name,
-all on the cores of this machine, so that times are those of this machine and not of that many. The images are 8 × 8 PNGs of
-which no two are alike, the encoder is `pixels`. The driver is this process; its peak is the kernel's own (VmHWM).
+Nodes are Ray's own simulation (`ray.cluster_utils.Cluster`): a raylet, agents and worker processes each, one CPU by
+name, all on the cores of this machine, so that times are this machine's and not those of so many. The images are 8 × 8
+PNGs, the encoder is `pixels`. The driver is this process; its peak is the kernel's own (VmHWM).
 """
 
 from __future__ import annotations
