@@ -70,6 +70,8 @@ class Inputs:
     neighbors: float = 50
     probes: float = 64
     """Lists that are opened for a row (assumed; measured when the index is built)."""
+    stream_bytes: float = 60_000
+    """Of the driver for each shard that is streamed through Ray Data, as scale_shards.py shows it at most."""
     node_dollars: float = 60
     """Of a node and hour (assumed)."""
     get_dollars: float = 4e-7
@@ -156,6 +158,7 @@ def limits(i: Inputs, per_shard: float) -> list[tuple[str, float, float]]:
         ("train: what a node's workers read of it, page cache", share, i.memory),
         ("assign: three arrays of a part × K, on every CPU of a node", 3 * part * i.cpus, i.memory),
         ("driver: results of one stage", per_shard * i.shards, i.memory),
+        ("driver: encode's stream of shards", i.stream_bytes * i.shards, i.memory),
     ]
 
 
