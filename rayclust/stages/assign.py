@@ -29,10 +29,14 @@ def run(context: StageContext) -> StageResult:
     levels = _levels(context, model)
     work = _Assignment(context.run, transform, model, levels)
     units = [Unit(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
-    results = run_units(context.run, "assign", units, work.assign)
+    sizes = np.zeros(context.config.method.clusters, np.int64)
+
+    def add(unit: Unit, result: UnitResult) -> None:  # K numbers for each of many parts would be as much as rows
+        np.add(sizes, result.extra.pop("sizes"), out=sizes)
+
+    results = run_units(context.run, "assign", units, work.assign, take=add)
     drop_stale_parts(context.run.assignments_folder, len(units))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
-    sizes = np.sum([result.extra["sizes"] for result in results], axis=0)
     occupied = int((sizes > 0).sum())
     count = row_starts(encode)[-1]
     summary = f"{count:,} rows in {occupied} of {len(sizes)} clusters"

@@ -24,7 +24,7 @@ from rayclust.stages.models import encoder_shape
 from rayclust.stages.outputs import drop_stale_parts
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.progress import Progress
-from rayclust.stages.shards import Moments, renumber, write_shard
+from rayclust.stages.shards import Moments, MomentsInOrder, renumber, write_shard
 from rayclust.stages.units import Unit, UnitResult, finished, report_resume, run_units
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
@@ -48,14 +48,15 @@ def run(context: StageContext) -> StageResult:
     for folder in (context.run.embeddings_folder, context.run.rejects_folder):
         drop_stale_parts(folder, len(units))
     work = _import_rows if listed.shards[0].has_embeddings else _encode_images
-    results = work(context, units)
+    moments = MomentsInOrder()
+    results = work(context, units, moments)
     filesystem.remove_tree(context.run.at("manifests", "encode-inputs"))
     _check_rejects(config, results)
     results = _number_rows(context.run, results)
-    return _sealed(results)
+    return _sealed(results, moments.sum)
 
 
-def _import_rows(context: StageContext, units: list[Unit]) -> list[UnitResult]:
+def _import_rows(context: StageContext, units: list[Unit], moments: MomentsInOrder) -> list[UnitResult]:
     run, width = context.run, _first_width(context.config)
 
     def take_over(unit: Unit) -> UnitResult:
@@ -68,7 +69,7 @@ def _import_rows(context: StageContext, units: list[Unit]) -> list[UnitResult]:
         ]
         return write_shard(run, unit, unit.payload.first, records, rows.embeddings, rows.rejects)
 
-    return run_units(run, "encode", units, take_over)
+    return run_units(run, "encode", units, take_over, take=moments.take)
 
 
 def _first_width(config: RunConfig) -> int:
@@ -82,9 +83,9 @@ def _first_width(config: RunConfig) -> int:
     raise DataError(f"images.uri = {config.images.uri}: no table there holds a usable embedding")
 
 
-def _encode_images(context: StageContext, units: list[Unit]) -> list[UnitResult]:
+def _encode_images(context: StageContext, units: list[Unit], moments: MomentsInOrder) -> list[UnitResult]:
     """Sends unfinished shards through until none is left; a lost writer's shards go round again."""
-    idle, done = 0, finished(context.run, "encode", units)
+    idle, done = 0, finished(context.run, "encode", units, moments.take)
     report_resume("encode", len(units), len(done))
     if len(done) < len(units):
         # Loaded here first: weights that are missing or do not fit are one line at once, not many workers' failures.
@@ -92,7 +93,7 @@ def _encode_images(context: StageContext, units: list[Unit]) -> list[UnitResult]
         connect()
     while len(done) < len(units):
         _one_pass(context, units, done, shape)
-        before, done = len(done), finished(context.run, "encode", units)
+        before, done = len(done), finished(context.run, "encode", units, moments.take)
         idle = 0 if len(done) > before else idle + 1
         if idle == ROUNDS:
             left = [unit.payload.name for unit in units if unit.index not in done]
@@ -158,6 +159,7 @@ def _number_rows(run: Run, results: Sequence[UnitResult]) -> list[UnitResult]:
         logger.info("encode: numbering the rows of %d parts", len(wrong))
         for part, result in zip(wrong, _renumbered(run, {part: starts[part] for part in wrong}), strict=True):
             numbered[part] = result
+            del result.extra["moments"]
     return numbered
 
 
@@ -173,11 +175,7 @@ def _renumbered(run: Run, starts: dict[int, int]) -> Iterator[UnitResult]:
             yield from ray.get(group)
 
 
-def _sealed(results: Sequence[UnitResult]) -> StageResult:
-    moments = [Moments.from_json(result.extra["moments"]) for result in results if result.counts["rows"]]
-    total = moments[0]
-    for more in moments[1:]:
-        total += more
+def _sealed(results: Sequence[UnitResult], total: Moments) -> StageResult:
     counts = {name: sum(result.counts[name] for result in results) for name in ("rows", "rejects", "labelled")}
     reasons: dict[str, int] = {}
     for result in results:

@@ -44,6 +44,11 @@ class UnitResult:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+Take = Callable[[Unit, UnitResult], None]
+"""Sees a unit's result as soon as the driver has it, in any order, and more than once where markers are read again.
+What it takes out of `extra` need not be kept for every unit until the last has ended."""
+
+
 def read_marker(uri: str) -> tuple[str, UnitResult] | None:
     """The digest and result in a marker; None where there is none or it is damaged."""
     try:
@@ -80,25 +85,30 @@ def markers(run: Run, stage: str) -> list[tuple[int, str]]:
     return [(index, marker[0]) for index, marker in read if marker is not None]
 
 
-def finished(run: Run, stage: str, units: Sequence[Unit]) -> dict[int, UnitResult]:
-    """Results, by index, of the units whose markers match and whose outputs are all there."""
+def finished(run: Run, stage: str, units: Sequence[Unit], take: Take | None = None) -> dict[int, UnitResult]:
+    """Results, by index, of the units whose markers match and whose outputs are all there; `take` sees each."""
 
     def read(unit: Unit) -> UnitResult | None:
         marker = read_marker(run.shard_manifest(unit.index, stage))
         return marker[1] if marker and marker[0] == unit.digest else None
 
-    listing = Listing(run)
+    listing, results = Listing(run), dict[int, UnitResult]()
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        results = list(threads.map(read, units))
-    return {
-        unit.index: result
-        for unit, result in zip(units, results, strict=True)
-        if result is not None and all(listing.has(path, written) for path, written in result.outputs.items())
-    }
+        for unit, result in zip(units, threads.map(read, units), strict=True):
+            if result is not None and all(listing.has(path, written) for path, written in result.outputs.items()):
+                if take is not None:
+                    take(unit, result)
+                results[unit.index] = result
+    return results
 
 
 def run_units(
-    run: Run, stage: str, units: Sequence[Unit], function: Callable[[Unit], UnitResult], unit_name: str = "rows"
+    run: Run,
+    stage: str,
+    units: Sequence[Unit],
+    function: Callable[[Unit], UnitResult],
+    unit_name: str = "rows",
+    take: Take | None = None,
 ) -> list[UnitResult]:
     """Runs the units that are not marked, over the cluster, and marks each as it ends.
 
@@ -108,11 +118,12 @@ def run_units(
         units: the whole work, in order of index.
         function: does one unit; runs in a Ray worker with one CPU.
         unit_name: what `Unit.size` counts.
+        take: sees each result, once in a call.
 
     Returns:
         All results, those of earlier runs among them, in the order of `units`.
     """
-    results = finished(run, stage, units)
+    results = finished(run, stage, units, take)
     todo = [unit for unit in units if unit.index not in results]
     report_resume(stage, len(units), len(results))
     if todo:
@@ -120,6 +131,8 @@ def run_units(
         done = sum(unit.size for unit in units if unit.index in results)
         with Progress(stage, unit_name, sum(unit.size for unit in units), done) as progress:
             for unit, result in _submit(run, stage, todo, function):
+                if take is not None:
+                    take(unit, result)
                 results[unit.index] = result
                 progress.advance(unit.size)
     return [results[unit.index] for unit in units]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +13,9 @@ import torch
 from rayclust.errors import ConfigError
 from rayclust.methods import KMeansConfig, build
 from rayclust.methods.kmeans import KMeans
+from rayclust.stages import assign as stage
 from rayclust.stages.assign import assign
-from rayclust.stages.pipeline import run_all
+from rayclust.stages.pipeline import run_all, run_stage
 from tests.stages.conftest import Sealed
 
 
@@ -86,3 +89,22 @@ def test_levels_lie_in_each_other_and_are_scored(pictures_run: Sealed, tmp_path:
 def test_levels_finer_than_the_clusters_are_refused(pictures_run: Sealed, tmp_path: Path, in_process: None):
     with pytest.raises(ConfigError, match="finest level first"):
         run_all(_fine(pictures_run, tmp_path, (20,)).config, stop_after="assign")
+
+
+def test_the_driver_keeps_no_sizes_of_single_parts(
+    pictures_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    copy = Sealed(pictures_run.config.model_copy(update={"run": str(tmp_path / "run")}))
+    (copy.folder / "manifests" / "assign.json").unlink()
+    (copy.folder / "manifests" / "assign" / "part-00001.json").unlink()  # the others come from their markers
+    kept, run_units = [], stage.run_units
+
+    def note(*arguments: Any, **named: Any) -> Any:
+        kept.extend(run_units(*arguments, **named))
+        return kept
+
+    monkeypatch.setattr(stage, "run_units", note)
+    run_stage("assign", copy.config)
+    assert [result.extra for result in kept] == [{}, {}, {}]
+    assert copy.manifest("assign").extra == pictures_run.manifest("assign").extra

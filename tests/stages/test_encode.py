@@ -129,3 +129,19 @@ def test_features_of_an_earlier_manifest_are_read_as_they_were_sealed(pictures_r
     assert left is not None
     assert right is not None
     assert left.tobytes() == right.tobytes()
+
+
+def test_the_driver_keeps_no_moments_of_single_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = config(tmp_path, **write_files(tmp_path, "xggxgggg"))
+    kept, seal = [], encode._sealed
+
+    def note(results: Any, total: Any) -> Any:
+        kept.extend(results)
+        return seal(results, total)
+
+    monkeypatch.setattr(encode, "_sealed", note)
+    first = run_stage("encode", settings)
+    (tmp_path / "run" / "manifests" / "encode.json").unlink()
+    again = run_stage("encode", settings)  # from the markers
+    assert [set(result.extra) for result in kept] == 6 * [{"row_start", "reasons"}]
+    assert again.extra == first.extra

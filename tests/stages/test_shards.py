@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rayclust.errors import ArtefactError
-from rayclust.stages.shards import Moments, renumber, write_shard
+from rayclust.stages.shards import Moments, MomentsInOrder, renumber, write_shard
 from rayclust.stages.units import Unit, UnitResult, read_marker, write_marker
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
@@ -122,3 +122,24 @@ def test_renumbering_killed_half_way_leaves_a_marker_that_names_no_row(run: Run,
 def test_a_part_without_a_marker_is_not_renumbered(run: Run):
     with pytest.raises(ArtefactError, match="is missing or damaged; run encode again"):
         renumber(run, 0, 5)
+
+
+def test_moments_are_summed_in_order_of_the_parts_and_not_kept(run: Run):
+    random = np.random.default_rng(0)
+    parts = [random.normal(size=(n, 3)).astype(np.float16) for n in (5, 0, 7, 4)]
+    own = [Moments.of(part) for part in parts]
+    expected = own[0] + own[2] + own[3]
+    seen = MomentsInOrder()
+    for index in (2, 1, 3, 0, 2):  # the last is read again
+        result = UnitResult({}, {"rows": len(parts[index])}, {"moments": own[index].to_json()})
+        seen.take(Unit(index, "d"), result)
+        assert result.extra == {}
+    assert seen.sum.to_json() == expected.to_json()
+
+
+def test_moments_are_not_given_out_while_a_part_is_missing(run: Run):
+    seen = MomentsInOrder()
+    moments = Moments.of(np.ones((1, 2), np.float16)).to_json()
+    seen.take(Unit(1, "d"), UnitResult({}, {"rows": 1}, {"moments": moments}))
+    with pytest.raises(ArtefactError, match="missing"):
+        _ = seen.sum

@@ -123,3 +123,20 @@ def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(r
     units[9] = Unit(9, "mended", size=9)
     results = run_units(run, "stage", units, work_or_fail)
     assert [result.counts["rows"] for result in results] == list(range(10))
+
+
+def test_what_is_taken_out_of_a_result_is_seen_once_a_call_and_not_held(in_process: None, run: Run):
+    units = marked(run, "one", "two", "three")
+    filesystem.remove(run.shard_manifest(0, "stage"))
+    taken = dict[int, int]()
+
+    def take(unit: Unit, result: UnitResult) -> None:
+        assert unit.index not in taken
+        taken[unit.index] = result.extra.pop("payload")
+
+    results = run_units(run, "stage", units, lambda unit: work(run, unit), take=take)
+    assert taken == {0: 0, 1: 1, 2: 2}
+    assert [result.extra for result in results] == [{}, {}, {}]
+    found = read_marker(run.shard_manifest(0, "stage"))
+    assert found is not None
+    assert found[1].extra == {"payload": 0}

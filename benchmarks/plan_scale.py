@@ -1,0 +1,237 @@
+"""A paper plan for very many images: bytes, requests, time and cost of each stage as it is written today.
+
+Claim: none; nothing of this size has been run. What is not an input is arithmetic on what the stages do, except the
+driver's bytes for each shard, which are measured here.
+
+    python benchmarks/plan_scale.py [--set KEY=VALUE ...]
+
+Every input can be set; speeds of GPUs and CPUs and all prices are assumptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tracemalloc
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from rayclust.stages.shards import Moments
+from rayclust.stages.units import Unit, UnitResult
+from rayclust.store.manifest import Output
+from rayclust.store.sources import Shard
+
+GIGA, TERA, HOUR = 1e9, 1e12, 3600.0
+BLOCK = 32 << 20
+"""Bytes of one ranged GET of a tar, and of one part of a large upload."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the plan starts from."""
+
+    images: float = 2_322_161_807
+    """LAION-2B-en's rows, without those that no longer download."""
+    image_bytes: float = 50_000
+    """Of an encoded image, on average (assumed)."""
+    shard_images: float = 10_000
+    """Images of a tar (img2dataset's default)."""
+    dimension: float = 768
+    """D of ViT-L/14."""
+    nodes: float = 32
+    gpus: float = 8
+    """Of a node."""
+    cpus: float = 192
+    """Of a node."""
+    memory: float = 2.0e12
+    """Bytes of a node's memory."""
+    disk: float = 28e12
+    """Bytes of a node's local disk."""
+    network: float = 5e9
+    """Bytes a second that a node gets from object storage (assumed)."""
+    encode_rate: float = 2_000
+    """Images a second that one GPU encodes (assumed)."""
+    decode_rate: float = 200
+    """Images a second that one CPU decodes (assumed)."""
+    gpu_flops: float = 3e13
+    """Float32 operations a second that one GPU sustains in matrix products (assumed)."""
+    cpu_flops: float = 5e10
+    """The same of one CPU (assumed)."""
+    fill_rate: float = 5e8
+    """Bytes of float16 rows a second that one process copies from storage to a node's disk (assumed)."""
+    number_seconds: float = 1.0
+    """To read and write one part again with its row numbers (assumed)."""
+    clusters: float = 25_000
+    passes: float = 20
+    """Of k-means."""
+    restarts: float = 1
+    neighbors: float = 50
+    probes: float = 64
+    """Lists that are opened for a row (assumed; measured when the index is built)."""
+    stream_bytes: float = 60_000
+    """Of the driver for each shard that is streamed through Ray Data, as scale_shards.py shows it at most."""
+    node_dollars: float = 60
+    """Of a node and hour (assumed)."""
+    get_dollars: float = 4e-7
+    """Of a GET (assumed)."""
+    put_dollars: float = 5e-6
+    """Of a PUT or LIST (assumed)."""
+
+    @property
+    def shards(self) -> float:
+        """Parts of the run."""
+        return math.ceil(self.images / self.shard_images)
+
+    @property
+    def rows_bytes(self) -> float:
+        """Of all embeddings as float16, before Parquet."""
+        return self.images * self.dimension * 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage."""
+
+    name: str
+    read: float
+    written: float
+    gets: float
+    puts: float
+    seconds: float
+    bound: str
+
+
+def encode(i: Inputs) -> list[Cost]:
+    """Images to embeddings, then the numbering: a tar does not say how many images it holds."""
+    bytes_read = i.images * i.image_bytes
+    times = {
+        "GPUs": i.images / (i.encode_rate * i.gpus * i.nodes),
+        "CPUs that decode": i.images / (i.decode_rate * i.cpus * i.nodes),
+        "network": bytes_read / (i.network * i.nodes),
+    }
+    bound = max(times, key=times.__getitem__)
+    blocks = i.shards * math.ceil(i.shard_images * i.image_bytes / BLOCK)
+    # Shard read and written, marker looked at twice; part, marker and shard's record written.
+    first = Cost("encode", bytes_read, i.rows_bytes, blocks + 3 * i.shards, 3 * i.shards, times[bound], bound)
+    seconds = i.shards * i.number_seconds / 64
+    bound = "64 parts at once"
+    return [first, Cost("encode: numbering", i.rows_bytes, i.rows_bytes, 2 * i.shards, 3 * i.shards, seconds, bound)]
+
+
+def train(i: Inputs) -> list[Cost]:
+    """Every node copies all rows; then k-means passes, each worker over its share."""
+    fill = Cost("train: rows to every node", i.rows_bytes * i.nodes, 0, i.shards * i.nodes, 0,
+                i.rows_bytes / i.fill_rate, "one process a node copies")  # fmt: skip
+    flops = 2 * i.images * i.clusters * i.dimension * i.passes * i.restarts
+    seconds = flops / (i.gpu_flops * i.gpus * i.nodes)
+    return [fill, Cost("train: k-means", 0, 0, 0, seconds / 30, seconds, "float32 products")]
+
+
+def assign(i: Inputs) -> Cost:
+    """Each row against every centre, on CPUs."""
+    seconds = 2 * i.images * i.clusters * i.dimension / (i.cpu_flops * i.cpus * i.nodes)
+    written = i.images * 16
+    return Cost("assign", i.rows_bytes, written, 2 * i.shards, 2 * i.shards, seconds, "products on CPUs")
+
+
+def stages(i: Inputs) -> list[Cost]:
+    """Those that end; `limits` says why neighbors does not."""
+    return [*encode(i), *train(i), assign(i)]
+
+
+def limits(i: Inputs, per_shard: float) -> list[tuple[str, float, float]]:
+    """What a place must hold, and what it has, in bytes."""
+    index = i.images * (2 * i.dimension + 8)
+    lists = 4 * i.images**0.5
+    unit = max(2048, i.images / 64) * i.dimension * 4
+    part = i.shard_images * i.clusters * 4
+    share = i.images * i.dimension * 4 / i.nodes
+    return [
+        ("neighbors: the inverted file, in each worker that searches", index, i.memory),
+        ("neighbors: the same while it is written, in one worker", 2 * index, i.memory),
+        ("neighbors: queries of one of its 64 units", unit, i.memory),
+        ("neighbors: sample that trains the lists' centres", 64 * lists * i.dimension * 4, i.memory),
+        ("train: rows on a node's disk", i.images * i.dimension * 4, i.disk),
+        ("train: neighbours on a node's disk (TEMI)", i.images * i.neighbors * 8, i.disk),
+        ("train: what a node's workers read of it, page cache", share, i.memory),
+        ("assign: three arrays of a part × K, on every CPU of a node", 3 * part * i.cpus, i.memory),
+        ("driver: results of one stage", per_shard * i.shards, i.memory),
+        ("driver: encode's stream of shards", i.stream_bytes * i.shards, i.memory),
+    ]
+
+
+def driver_bytes(width: int, *, with_moments: bool, count: int = 2000) -> float:
+    """Bytes that the driver keeps for each shard of encode: shard, unit, result, and its line in the manifest."""
+    moments = Moments.of(np.ones((2, width), np.float16)).to_json()
+    text = json.dumps({"row_start": 0, "reasons": {}} | ({"moments": moments} if with_moments else {}))
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    kept = []
+    for n in range(count):
+        shard = Shard(n, "webdataset", f"s3://bucket/laion/{n:05d}.tar", f"{n:05d}", f"{n:064d}")
+        output = {"digest": f"{n:064d}", "size": 10**7 + n, "stamp": f"{n:064d}"}
+        result = UnitResult({f"embeddings/part-{n:05d}.parquet": output}, {"rows": n, "rejects": 0}, json.loads(text))
+        kept.append((Unit(n, f"{n:032d}", shard, 1), result, Output(**output)))  # type: ignore[arg-type]
+    found = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    return found / len(kept)
+
+
+def neighbor_hours(i: Inputs) -> tuple[float, float]:
+    """Building the inverted file in its one task of one CPU, and searching in at most 64 tasks of one CPU."""
+    lists = 4 * i.images**0.5
+    build = 2 * i.dimension * lists * (i.images + 10 * 64 * lists)  # every row to a list; ten passes over the sample
+    search = 2 * i.dimension * i.images * (lists + i.probes * i.images / lists)
+    return build / i.cpu_flops / HOUR, search / (64 * i.cpu_flops) / HOUR
+
+
+def cost_table(i: Inputs) -> None:
+    """A row for each stage, and their sum."""
+    titles = "stage read,_TB written,_TB GETs PUTs requests/s hours node_dollars request_dollars bound_by"
+    print(f"| {' | '.join(titles.split())} |".replace("_", " "))
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    hours = asked = 0.0
+    for c in stages(i):
+        own, own_asked = c.seconds / HOUR, c.gets * i.get_dollars + c.puts * i.put_dollars
+        hours, asked = hours + own, asked + own_asked
+        cells = [c.name, f"{c.read / TERA:.1f}", f"{c.written / TERA:.2f}", f"{c.gets:,.0f}", f"{c.puts:,.0f}"]
+        cells += [f"{(c.gets + c.puts) / c.seconds:,.0f}", f"{own:.2f}", f"{own * i.nodes * i.node_dollars:,.0f}"]
+        print(f"| {' | '.join([*cells, f'{own_asked:,.0f}', c.bound])} |")
+    print(f"| all of these | | | | | | {hours:.2f} | {hours * i.nodes * i.node_dollars:,.0f} | {asked:,.0f} | |\n")
+
+
+def show(i: Inputs) -> None:
+    """The tables."""
+    cost_table(i)
+    build, search = neighbor_hours(i)
+    print(f"neighbors, if a node could hold its index: {build:,.0f} hours to build, {search:,.0f} hours to search")
+    without, held = (driver_bytes(int(i.dimension), with_moments=kept) for kept in (False, True))
+    print(f"{i.shards:,.0f} shards; a listing takes {math.ceil(i.shards / 1000):,} requests")
+    print(
+        f"Driver's bytes for each shard of encode, measured: {without:,.0f}; {held:,.0f} if results kept their moments"
+    )
+    print(f"For all shards: {without * i.shards / GIGA:.2f} GB, and {held * i.shards / GIGA:.2f} GB")
+    sizes = 8 * i.clusters * i.shards
+    print(f"Sizes of clusters of every part, if the driver kept them: {sizes / GIGA:.0f} GB\n")
+    print("| what must be held | GB | there are, GB | fits |")
+    print("|---|---|---|---|")
+    for what, needed, there in limits(i, without):
+        print(f"| {what} | {needed / GIGA:,.1f} | {there / GIGA:,.0f} | {'yes' if needed <= there else '**no**'} |")
+
+
+def main() -> None:
+    """Prints the inputs, then the plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    changes = dict(item.split("=", 1) for item in parser.parse_args().set)
+    i = replace(Inputs(), **{key: float(value) for key, value in changes.items()})
+    given = " ".join(f"{key}={value}" for key, value in changes.items())
+    print(f"python benchmarks/plan_scale.py{' --set ' + given if given else ''}")
+    print("inputs: " + ", ".join(f"{field.name} {getattr(i, field.name):,.10g}" for field in fields(i)) + "\n")
+    show(i)
+
+
+if __name__ == "__main__":
+    main()
