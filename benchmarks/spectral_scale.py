@@ -104,7 +104,8 @@ def compare(name: str, codes: torch.Tensor, labels: np.ndarray, clusters: int, t
 
 def agreement(arguments: argparse.Namespace) -> None:
     """Sample and tiles against all rows at once, where all run."""
-    print("| codes | N | K | η | ACC of all rows | ARI, other k-means seed | ARI (ACC), sites N/4 | ARI (ACC), N/2 | ARI (ACC), tiles |")
+    routes = "ARI (ACC), sites N/4 | ARI (ACC), N/2 | ARI (ACC), tiles"
+    print(f"| codes | N | K | η | ACC of all rows | ARI, other k-means seed | {routes} |")
     print("|---|---|---|---|---|---|---|---|---|")
     for clusters, noise in ((10, 0.5), (100, 0.3), (100, 0.5)):
         blocks = Planted(10_000, clusters, 128, noise)

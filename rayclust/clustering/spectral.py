@@ -1,9 +1,10 @@
 """Spectral clustering of unit codes by their doubly stochastic membership, at any number of rows.
 
 Up to `dense_rows` rows the eigenproblem is that of all of them. Beyond, it is that of an evenly spread sample of so
-many *sites*, in which every site stands for N/S rows, or again of all of them, with the kernel made in tiles. Eigenvectors reach every other row, old or new, by the membership
-of its code in the sites (Nyström's extension), which gives the sites their own values back: one formula serves the rows
-that were fitted and rows that come later. One decomposition serves every K up to the one it was made for.
+many *sites*, in which every site stands for N/S rows, or again of all of them, with the kernel made in tiles.
+Eigenvectors reach every other row, old or new, by the membership of its code in the sites (Nyström's extension), which
+gives the sites their own values back: one formula serves the rows that were fitted and rows that come later. One
+decomposition serves every K up to the one it was made for.
 """
 
 from __future__ import annotations
