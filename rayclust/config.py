@@ -19,6 +19,7 @@ from rayclust.errors import ConfigError
 from rayclust.language.options import LabelConfig
 from rayclust.methods import CONFIGS, AnyMethodConfig
 from rayclust.options import Config
+from rayclust.placement import PlacementConfig
 from rayclust.prices import NodePrice
 from rayclust.refusals import one_line
 
@@ -132,6 +133,7 @@ class ResourcesConfig(Config):
     """Times a lost training worker is replaced before the stage fails."""
     checkpoint_seconds: float = Field(30, gt=0)
     """Seconds between two checkpoints of a training."""
+    placement: PlacementConfig = PlacementConfig()
 
     @model_validator(mode="after")
     def _positive(self) -> ResourcesConfig:

@@ -21,6 +21,7 @@ from rayclust.stages import estimate
 from rayclust.stages.estimate import Sample
 from rayclust.stages.inputs import input_shards
 from rayclust.stages.models import load_run_encoder
+from rayclust.stages.placing import plan
 from rayclust.stages.words import check_classes, kinds, read_lists
 from rayclust.store import filesystem
 from rayclust.store.sources import Shard, read_records, read_rows
@@ -72,6 +73,7 @@ def check(config: RunConfig) -> list[Finding]:
         ("label", _words),
         ("estimate", _estimate),
         ("work", _work),
+        ("placement", lambda config, size: plan(config.resources.placement)),
         ("cost", _cost),
     )
     for subject, step in steps:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rayclust.errors import ConfigError, RayclustError
+from rayclust.stages import meter, placing
 
 if TYPE_CHECKING:  # workers that only read and write do without what the config brings: torch
     from rayclust.config import RunConfig
@@ -40,7 +42,7 @@ def connect() -> None:
                 ray.init(address=address, **quiet)
             else:
                 # A laptop's cluster serves this process only: no dashboard, nothing left behind.
-                ray.init(address="local", include_dashboard=False, **quiet)
+                ray.init(address="local", namespace=placing.OWN, include_dashboard=False, **quiet)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
     logger.info("ray: %s", describe())
@@ -90,19 +92,14 @@ def describe() -> str:
     return f"{nodes} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
 
 
-def cpus() -> int:
-    """Number of CPUs of the cluster; at least 1."""
-    import ray
-
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+def cpus(labels: Mapping[str, str] | None = None) -> int:
+    """Number of CPUs of the cluster, or of its nodes with some labels; at least 1."""
+    return max(1, int(placing.total("CPU", labels or {})))
 
 
-def cores_per_worker(workers: int) -> int:
-    """The most CPUs that each of so many workers can have; one worker's lie on one node."""
-    import ray
-
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return widest(nodes, workers)
+def cores_per_worker(workers: int, labels: Mapping[str, str] | None = None) -> int:
+    """The most CPUs that each of so many workers on nodes with some labels can have; one worker's lie on one node."""
+    return widest([int(node.get("CPU", 0)) for node in placing.nodes(labels or {})], workers)
 
 
 def widest(nodes: Sequence[int], workers: int) -> int:
@@ -113,21 +110,23 @@ def widest(nodes: Sequence[int], workers: int) -> int:
 
 def encode_workers(config: RunConfig) -> int:
     """Number of encoder actors that `resources` asks for."""
-    import ray
+    return _workers(config, config.resources.placement.encode)
 
+
+def _workers(config: RunConfig, labels: Mapping[str, str]) -> int:
     resources = config.resources
     if resources.workers != "auto":
         return resources.workers
     if resources.gpus_per_worker:
-        return max(1, int(ray.cluster_resources().get("GPU", 1) / resources.gpus_per_worker))
-    return cpus()
+        return max(1, int((placing.total("GPU", labels) or 1) / resources.gpus_per_worker))
+    return cpus(labels)
 
 
 def train_workers(config: RunConfig) -> int:
     """Number of training workers that `resources` asks for; without GPUs `auto` is one, which takes every core."""
     if config.resources.workers == "auto" and not config.resources.gpus_per_worker:
         return 1
-    return encode_workers(config)
+    return _workers(config, config.resources.placement.train)
 
 
 def worker_range(config: RunConfig) -> tuple[int, int]:
@@ -142,12 +141,15 @@ def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1,
 
     connect()
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5)
-    def call() -> Any:  # bound methods cannot be remote themselves
-        return function(*arguments)
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, **placing.selector("tasks", placing.task_labels()))
+    def call() -> tuple[Any, float]:  # bound methods cannot be remote themselves
+        started = time.monotonic()
+        return function(*arguments), time.monotonic() - started
 
-    with plain_errors():
-        return ray.get(call.remote())
+    name = getattr(function, "__name__", "work").strip("_").replace("_", " ")
+    with plain_errors(), meter.section(name, 1) as measured:
+        result, measured.busy["working"] = ray.get(call.remote())
+        return result
 
 
 def on_every_node(function: Callable[..., Any], *arguments: Any) -> None:

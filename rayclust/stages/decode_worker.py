@@ -6,6 +6,7 @@ depends on its image alone, to the bit: neither the cut nor the number of worker
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
+from rayclust.stages.meter import worker_name
 from rayclust.store import filesystem
 from rayclust.store.sources import Record, Shard, read_records
 
@@ -27,6 +29,9 @@ CHUNK = pa.schema(
         ("records", pa.list_(RECORD)),
         ("rejects", pa.list_(REJECT)),
         ("pixels", pa.large_binary()),  # uint8[B H W C], C order
+        ("worker", pa.string()),  # who made it, and what it took, in seconds
+        ("reading", pa.float64()),
+        ("decoding", pa.float64()),
     ]
 )
 
@@ -48,17 +53,20 @@ class ReadAndDecode:
             yield from self._chunks(unit, Shard.from_json(filesystem.read_json(shard)))
 
     def _chunks(self, unit: str, shard: Shard) -> Iterator[pa.Table]:
-        records = iter(read_records(shard, self._preprocess.max_bytes))
+        records, started = iter(read_records(shard, self._preprocess.max_bytes)), time.monotonic()
         group = list(islice(records, self._rows))
         number = 0
         while True:
             following = list(islice(records, self._rows))
-            yield self._chunk(unit, number, group, last=not following)
+            read = time.monotonic()
+            row = self._chunk(unit, number, group, last=not following)
+            times = {"worker": worker_name(), "reading": read - started, "decoding": time.monotonic() - read}
+            yield pa.Table.from_pylist([row | times], schema=CHUNK)
             if not following:
                 return
-            group, number = following, number + 1
+            group, number, started = following, number + 1, time.monotonic()
 
-    def _chunk(self, unit: str, number: int, group: list[Record], *, last: bool) -> pa.Table:
+    def _chunk(self, unit: str, number: int, group: list[Record], *, last: bool) -> dict[str, Any]:
         kept: list[dict[str, Any]] = []
         rejects: list[dict[str, Any]] = []
         pixels: list[np.ndarray] = []
@@ -72,7 +80,7 @@ class ReadAndDecode:
                     reason, detail = error.reason, error.detail
             if reason is not None:
                 rejects.append({"key": record.key, "uri": record.uri, "reason": reason, "detail": detail})
-        row = {
+        return {
             "unit": unit,
             "chunk": number,
             "last": last,
@@ -80,4 +88,3 @@ class ReadAndDecode:
             "rejects": rejects,
             "pixels": np.stack(pixels).tobytes() if pixels else b"",
         }
-        return pa.Table.from_pylist([row], schema=CHUNK)

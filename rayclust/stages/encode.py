@@ -23,6 +23,7 @@ from rayclust.stages.inputs import input_shards
 from rayclust.stages.models import encoder_shape
 from rayclust.stages.outputs import drop_stale_parts
 from rayclust.stages.pipeline import StageContext, StageResult
+from rayclust.stages.placing import selector, task_labels
 from rayclust.stages.progress import Progress
 from rayclust.stages.shards import Moments, MomentsInOrder, renumber, write_shard
 from rayclust.stages.units import Unit, UnitResult, finished, report_resume, run_units
@@ -168,7 +169,7 @@ def _renumbered(run: Run, starts: dict[int, int]) -> Iterator[UnitResult]:
     import ray
 
     connect()
-    again = ray.remote(num_cpus=1, max_retries=5)(renumber)
+    again = ray.remote(num_cpus=1, max_retries=5, **selector("tasks", task_labels()))(renumber)
     waiting = iter(starts.items())
     with plain_errors():
         while group := [again.remote(run, part, row) for part, row in islice(waiting, PARTS_AT_ONCE)]:

@@ -6,13 +6,17 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 
+from rayclust.config import RunConfig
 from rayclust.encoders.decode import Preprocess
 from rayclust.errors import DataError
+from rayclust.stages import meter
 from rayclust.stages.cluster import cpus, encode_workers
 from rayclust.stages.inputs import listing
 from rayclust.stages.pipeline import StageContext
+from rayclust.stages.placing import selector
 from rayclust.stages.units import STORAGE_THREADS, Unit
 from rayclust.store import filesystem
 from rayclust.store.sources import Shard
@@ -39,34 +43,64 @@ def stream(
     from rayclust.stages.encode_worker import EncodeChunks, chunk_rows
     from rayclust.stages.shard_writer import ShardWriter
 
-    config = context.config
-    encoders = encode_workers(config)
-    wanted = config.resources.decode_workers
-    decoders = max(1, cpus() // 2) if wanted == "auto" else wanted
-    Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardWriter)
-    writers = [Writer.remote(config.run, dimension) for _ in range(max(1, encoders // 4))]
+    config, places = context.config, context.config.resources.placement
+    crew, gpus = Crew.of(config), config.resources.gpus_per_worker
+    at_writers = selector("tasks", places.tasks)
+    Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **at_writers)(ShardWriter)
+    writers = [Writer.remote(config.run, dimension) for _ in range(max(1, crew.encoders // 4))]
     _configure_ray_data(preprocess.shape, chunk_rows(config))
-    gpus = config.resources.gpus_per_worker
-    # Logical CPUs only place actors. Small shares let one laptop core hold a decoder and an encoder at once.
-    share = min(1.0, int(100 * cpus() / (encoders + decoders)) / 100)
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
         ReadAndDecode,
         fn_constructor_kwargs={"rows": chunk_rows(config), "preprocess": preprocess},
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=decoders),
-        num_cpus=share if not gpus else 1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=crew.decoders),
+        num_cpus=crew.share if not gpus else 1,
+        **selector("decode", places.decode),
         batch_size=1,
         batch_format="pyarrow",
     )
     counts = chunks.map_batches(
         EncodeChunks,
         fn_constructor_kwargs={"config": config, "writers": writers},
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=encoders),
-        **({"num_gpus": gpus} if gpus else {"num_cpus": share}),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=crew.encoders),
+        **({"num_gpus": gpus} if gpus else {"num_cpus": crew.share}),
+        **selector("encode", places.encode),
         batch_size=1,
         batch_format="pyarrow",
     )
-    for batch in counts.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        yield int(batch["images"].sum()), int(batch["rejected"].sum())
+    with meter.section("decoders") as reading, meter.section("encoders", unit="images") as encoding:
+        with meter.section("writers", len(writers)) as writing:
+            for batch in counts.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+                for i in range(len(batch["images"])):
+                    reading.add("reading", float(batch["reading"][i]), batch["worker"][i])
+                    reading.add("decoding", float(batch["decoding"][i]), batch["worker"][i])
+                    encoding.add("encoding", float(batch["encoding"][i]), batch["encoder"][i])
+                    writing.add("writing", float(batch["writing"][i]), "")
+                images, rejected = int(batch["images"].sum()), int(batch["rejected"].sum())
+                encoding.done += images + rejected
+                yield images, rejected
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many actors share the stage, and the logical CPUs of each."""
+
+    decoders: int
+    encoders: int
+    share: float
+    """CPUs of a decoder, and of an encoder without a GPU. They only place actors; small shares let one laptop core hold
+    one of each at once."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Crew:
+        """For the nodes that are there now; kinds of work with nodes of their own have each of those CPUs."""
+        places, wanted = config.resources.placement, config.resources.decode_workers
+        apart = places.decode != places.encode
+        there, encoders = cpus(places.decode), encode_workers(config)
+        decoders = max(1, there if apart else there // 2) if wanted == "auto" else wanted
+        if not apart:
+            return cls(decoders, encoders, min(1.0, int(100 * there / (encoders + decoders)) / 100))
+        shares = (there / decoders, cpus(places.encode) / encoders)
+        return cls(decoders, encoders, min(1.0, *(int(100 * share) / 100 for share in shares)))
 
 
 def _configure_ray_data(shape: tuple[int, int, int], batch: int) -> None:

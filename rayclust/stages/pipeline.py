@@ -10,8 +10,10 @@ from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
+from rayclust.stages import meter
 from rayclust.stages.graph import CHOSEN, SELECT_K, STAGES, Stage, stages_of
 from rayclust.stages.outputs import Listing, Outputs, drop_damaged
+from rayclust.stages.placing import placed
 from rayclust.stages.progress import duration
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
@@ -85,7 +87,8 @@ def _run_held(name: str, config: RunConfig, lease: Lease, force: bool, *, inputs
         filesystem.remove_tree(run.at("manifests", name))
     logger.info("%s: started", name)
     started = time.monotonic()
-    result = _result(stage, StageContext(settled, run, digest, inputs, plan))
+    with placed(config.resources.placement), meter.measuring() as measured:
+        result = _result(stage, StageContext(settled, run, digest, inputs, plan))
     seconds = time.monotonic() - started
     manifest = Manifest(
         stage=name,
@@ -95,6 +98,7 @@ def _run_held(name: str, config: RunConfig, lease: Lease, force: bool, *, inputs
         outputs={path: Output(**written) for path, written in result.outputs.items()},
         versions=versions(),
         seconds=round(seconds, 3),
+        measured=tuple(part.sealed() for part in measured),
         extra=result.extra,
     )
     lease.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,16 @@ class ShardWriter:
 
     def add(
         self, unit: str, chunk: int, last: bool, records: list[Any], rejects: list[Any], embeddings: np.ndarray
-    ) -> None:
-        """Takes one chunk of the shard that `unit` names."""
-        if unit in self._written:
-            return
+    ) -> float:
+        """Takes one chunk of the shard that `unit` names; the seconds that this took."""
+        started = time.monotonic()
+        if unit not in self._written:
+            self._take(unit, chunk, last, (records, rejects, np.array(embeddings)))
+        return time.monotonic() - started
+
+    def _take(self, unit: str, chunk: int, last: bool, content: tuple[Any, ...]) -> None:
         chunks = self._open.setdefault(unit, {})
-        chunks[chunk] = (records, rejects, np.array(embeddings))
+        chunks[chunk] = content
         if last:
             self._lengths[unit] = chunk + 1
         if len(chunks) == self._lengths.get(unit):

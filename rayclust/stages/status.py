@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rayclust.config import RunConfig
+from rayclust.stages import meter
 from rayclust.stages.graph import SELECT_K, stages_of
 from rayclust.stages.pipeline import Seals
 from rayclust.stages.progress import duration
@@ -48,6 +49,9 @@ def _sealed(manifest: Manifest) -> str:
     text = f"done in {duration(manifest.seconds)}"
     if rows is not None and manifest.seconds:
         text += f", {rows:,} rows, {rows / manifest.seconds:,.0f} a second"
+    narrow = meter.bottleneck(manifest.measured)
+    if narrow:
+        text += f", held up by {narrow}"
     if manifest.extra.get("reason"):
         text += f", {manifest.counts['candidates']} candidates: {manifest.extra['reason']}"
     if manifest.counts.get("rejects"):

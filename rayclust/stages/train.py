@@ -33,6 +33,7 @@ from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.models import save_method
 from rayclust.stages.outputs import Outputs, put_bytes, put_table
 from rayclust.stages.pipeline import StageContext, StageResult
+from rayclust.stages.placing import require
 from rayclust.stages.progress import Progress
 from rayclust.stages.rows import StoredRows, cache_folder, drop_cache
 from rayclust.stages.trackers import Trackers
@@ -124,7 +125,9 @@ def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
     if fewest < workers:
         _require_any_number(job, fewest, workers)
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", STALE_SECONDS)
-    cores = 1 if resources.gpus_per_worker else cores_per_worker(workers)
+    labels = resources.placement.train
+    require("train", labels)
+    cores = 1 if resources.gpus_per_worker else cores_per_worker(workers, labels)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job, "board": board, "threads": cores},
@@ -133,6 +136,7 @@ def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
             use_gpu=bool(resources.gpus_per_worker),
             resources_per_worker={"CPU": cores}
             | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            label_selector=dict(labels) or None,
         ),
         run_config=RunConfig(
             # A name of its own each time: what is resumed is our checkpoint, never Ray's idea of a finished run.

@@ -17,9 +17,11 @@ from typing import Any
 
 from rayclust import errors
 from rayclust.errors import RayclustError
+from rayclust.stages import placing
 from rayclust.stages.candidate import Search, examine
 from rayclust.stages.cluster import connect
 from rayclust.stages.graph import SELECT_K
+from rayclust.stages.placing import require
 from rayclust.stages.units import finish
 
 QUIET = {
@@ -58,8 +60,10 @@ def run_trials(search: Search, candidates: Sequence[int], on_change: OnChange) -
 def _tuner(search: Search, candidates: Sequence[int], storage: str, on_change: OnChange) -> Any:
     from ray import tune
 
-    options = search.config.select_k
-    resources = {"CPU": options.cpus_per_trial} | ({"GPU": search.gpus} if search.gpus else {})
+    options, labels = search.config.select_k, search.config.resources.placement.trials
+    require("trials", labels)
+    bundle = {"CPU": options.cpus_per_trial} | ({"GPU": search.gpus} if search.gpus else {})
+    resources = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [dict(labels)]} if labels else {}))
     return tune.Tuner(
         tune.with_resources(partial(_trial, search), resources),
         param_space={"k": tune.grid_search(list(candidates))},
@@ -90,12 +94,10 @@ def _trial(search: Search, space: dict[str, Any]) -> None:
 
 def concurrent(search: Search) -> int:
     """How many trials may run at a time."""
-    import ray
-
     options = search.config.select_k
     if options.max_concurrent != "auto":
         return options.max_concurrent
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = placing.nodes(search.config.resources.placement.trials)
     return max(1, sum(_room(node, options.cpus_per_trial, search.gpus) for node in nodes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from itertools import islice
 from typing import Any
 
 from rayclust.errors import ArtefactError
+from rayclust.stages import meter
 from rayclust.stages.cluster import connect, cpus, plain_errors
 from rayclust.stages.outputs import Listing, Outputs
+from rayclust.stages.placing import selector, task_labels
 from rayclust.stages.progress import Progress
 from rayclust.store import checked, filesystem
 from rayclust.store.filesystem import MissingError
@@ -129,12 +132,16 @@ def run_units(
     if todo:
         connect()
         done = sum(unit.size for unit in units if unit.index in results)
-        with Progress(stage, unit_name, sum(unit.size for unit in units), done) as progress:
+        with (
+            Progress(stage, unit_name, sum(unit.size for unit in units), done) as progress,
+            meter.section("parts", 0, unit_name) as measured,
+        ):
             for unit, result in _submit(run, stage, todo, function):
                 if take is not None:
                     take(unit, result)
                 results[unit.index] = result
                 progress.advance(unit.size)
+                measured.done += unit.size
     return [results[unit.index] for unit in units]
 
 
@@ -149,19 +156,25 @@ def _submit(
 ) -> Iterator[tuple[Unit, UnitResult]]:
     import ray
 
-    @ray.remote(num_cpus=1, max_retries=5)
-    def work(unit: Unit, marker: str) -> UnitResult:
-        return finish(marker, unit, lambda: function(unit))
+    labels = task_labels()
+
+    @ray.remote(num_cpus=1, max_retries=5, **selector("tasks", labels))
+    def work(unit: Unit, marker: str) -> tuple[UnitResult, float, str]:
+        started = time.monotonic()
+        result = finish(marker, unit, lambda: function(unit))
+        return result, time.monotonic() - started, meter.worker_name()
 
     waiting = iter(units)
     running: dict[Any, Unit] = {}
     with plain_errors():
         while True:
             # A few more than there are CPUs, so that none waits for the driver; never all, so that it stays small.
-            for unit in islice(waiting, max(0, 2 * cpus() - len(running))):  # a cluster may shrink
+            for unit in islice(waiting, max(0, 2 * cpus(labels) - len(running))):  # a cluster may shrink
                 running[work.remote(unit, run.shard_manifest(unit.index, stage))] = unit
             if not running:
                 return
             ready, _ = ray.wait(list(running), num_returns=1, timeout=60)
             for reference in ready:
-                yield running.pop(reference), ray.get(reference)
+                result, seconds, worker = ray.get(reference)
+                meter.current("parts").add("working", seconds, worker)
+                yield running.pop(reference), result

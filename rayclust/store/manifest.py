@@ -31,6 +31,23 @@ class Output(Config):
     """As `FileStat.stamp` had it when it was written; a file with another one is read to see whether it is the same."""
 
 
+class Section(Config):
+    """A group of workers while a stage ran: how many, for how long, and what they were busy with."""
+
+    name: str
+    """What they did."""
+    workers: int = Field(ge=0)
+    """How many there were."""
+    seconds: float = Field(ge=0)
+    """Wall time that the group was there for."""
+    busy: dict[str, float] = Field(default_factory=dict)
+    """Seconds of work by kind, summed over the workers."""
+    done: float = Field(0, ge=0)
+    """Units of work done in that time; what an earlier call had finished is left out."""
+    unit: str = "rows"
+    """What is counted."""
+
+
 class Manifest(Config):
     """The seal of a stage, or of one input shard within it."""
 
@@ -48,6 +65,9 @@ class Manifest(Config):
     """Versions of what did the work."""
     seconds: float = Field(0.0, ge=0)
     """Wall time."""
+    measured: tuple[Section, ...] = ()
+    """Where the time went in the call that sealed the stage. Like `seconds` it differs from call to call, and enters no
+    digest."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """What only this stage has to say."""
 
