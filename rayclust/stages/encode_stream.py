@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
+
+import numpy as np
 
 from rayclust.config import RunConfig
 from rayclust.encoders.decode import Preprocess
@@ -36,18 +39,41 @@ def stream(
     Yields:
         (images, rejects) of chunks that have been handed to their shard's writer.
     """
+    writers = _writers(context, dimension)
+    counts = _pipeline(context, todo, preprocess, writers)
+    with (
+        meter.section("decoders") as reading,
+        meter.section("encoders", unit="images") as encoding,
+        meter.section("writers", len(writers)) as writing,
+    ):
+        for batch in counts.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            _measure(batch, reading, encoding, writing)
+            images, rejected = int(batch["images"].sum()), int(batch["rejected"].sum())
+            encoding.done += images + rejected
+            yield images, rejected
+
+
+def _writers(context: StageContext, dimension: int) -> list[Any]:
+    """Actors that gather the chunks of shards."""
     import ray
+
+    from rayclust.stages.shard_writer import ShardWriter
+
+    config = context.config
+    where = selector("tasks", config.resources.placement.tasks)
+    Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **where)(ShardWriter)
+    return [Writer.remote(config.run, dimension) for _ in range(max(1, encode_workers(config) // 4))]
+
+
+def _pipeline(context: StageContext, todo: Sequence[Unit], preprocess: Preprocess, writers: list[Any]) -> Any:
+    """Shards through decoders and encoders to `encode_worker.COUNTS`, as a data set of Ray's."""
     import ray.data
 
     from rayclust.stages.decode_worker import ReadAndDecode
     from rayclust.stages.encode_worker import EncodeChunks, chunk_rows
-    from rayclust.stages.shard_writer import ShardWriter
 
     config, places = context.config, context.config.resources.placement
     crew, gpus = Crew.of(config), config.resources.gpus_per_worker
-    at_writers = selector("tasks", places.tasks)
-    Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **at_writers)(ShardWriter)
-    writers = [Writer.remote(config.run, dimension) for _ in range(max(1, crew.encoders // 4))]
     _configure_ray_data(preprocess.shape, chunk_rows(config))
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
         ReadAndDecode,
@@ -58,7 +84,7 @@ def stream(
         batch_size=1,
         batch_format="pyarrow",
     )
-    counts = chunks.map_batches(
+    return chunks.map_batches(
         EncodeChunks,
         fn_constructor_kwargs={"config": config, "writers": writers},
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=crew.encoders),
@@ -67,17 +93,16 @@ def stream(
         batch_size=1,
         batch_format="pyarrow",
     )
-    with meter.section("decoders") as reading, meter.section("encoders", unit="images") as encoding:
-        with meter.section("writers", len(writers)) as writing:
-            for batch in counts.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-                for i in range(len(batch["images"])):
-                    reading.add("reading", float(batch["reading"][i]), batch["worker"][i])
-                    reading.add("decoding", float(batch["decoding"][i]), batch["worker"][i])
-                    encoding.add("encoding", float(batch["encoding"][i]), batch["encoder"][i])
-                    writing.add("writing", float(batch["writing"][i]), "")
-                images, rejected = int(batch["images"].sum()), int(batch["rejected"].sum())
-                encoding.done += images + rejected
-                yield images, rejected
+
+
+def _measure(batch: dict[str, np.ndarray], *crews: meter.Measured) -> None:
+    """Counts what decoders, encoders and writers took for each chunk."""
+    of_crew = (("reading", "worker"), ("decoding", "worker")), (("encoding", "encoder"),), (("writing", None),)
+    for crew, columns in zip(crews, of_crew, strict=True):
+        for kind, worker in columns:
+            names = batch[worker] if worker else [""] * len(batch[kind])
+            for seconds, name in zip(batch[kind], names, strict=True):
+                crew.add(kind, float(seconds), name)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from rayclust.stages.progress import duration
 from rayclust.store.manifest import Section
 
 _open: ContextVar[list[Measured] | None] = ContextVar("open", default=None)
@@ -86,29 +85,3 @@ def current(name: str, workers: int = 0, unit: str = "rows") -> Measured:
 def worker_name() -> str:
     """This process among those of the cluster."""
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def bottleneck(sections: Sequence[Section]) -> str:
-    """The busiest of a stage's groups of workers, and what they did for most of it; "" where nothing was measured.
-
-    Groups that work at the same time wait for the busiest of them: more of its workers would shorten the stage. A lone
-    group that was not busy waited for places or for its start.
-
-    Args:
-        sections: of the stage's manifest.
-
-    Returns:
-        Such as "decoding (decoders, 4 workers, busy 93% of 12 s)".
-    """
-    busy = {part: _share(part) for part in sections if part.busy and part.workers and part.seconds}
-    if not busy:
-        return ""
-    narrow = max(busy, key=lambda part: busy[part] * part.seconds)
-    kind = max(narrow.busy, key=lambda name: narrow.busy[name])
-    crew = f"{narrow.workers} worker{'s' if narrow.workers > 1 else ''}"
-    return f"{kind} ({narrow.name}, {crew}, busy {busy[narrow]:.0%} of {duration(narrow.seconds)})"
-
-
-def _share(section: Section) -> float:
-    """Of the group's time that its workers were busy, at most 1."""
-    return min(1.0, sum(section.busy.values()) / (section.workers * section.seconds))

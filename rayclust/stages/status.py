@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from rayclust.config import RunConfig
-from rayclust.stages import meter
 from rayclust.stages.graph import SELECT_K, stages_of
 from rayclust.stages.pipeline import Seals
 from rayclust.stages.progress import duration
@@ -15,7 +14,7 @@ from rayclust.stages.quick import load_run
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import holder_of
-from rayclust.store.manifest import Manifest, read_manifest
+from rayclust.store.manifest import Manifest, Section, read_manifest
 
 
 def lines(uri: str) -> Iterator[str]:
@@ -49,7 +48,7 @@ def _sealed(manifest: Manifest) -> str:
     text = f"done in {duration(manifest.seconds)}"
     if rows is not None and manifest.seconds:
         text += f", {rows:,} rows, {rows / manifest.seconds:,.0f} a second"
-    narrow = meter.bottleneck(manifest.measured)
+    narrow = bottleneck(manifest.measured)
     if narrow:
         text += f", held up by {narrow}"
     if manifest.extra.get("reason"):
@@ -60,6 +59,32 @@ def _sealed(manifest: Manifest) -> str:
             f", {manifest.counts['rejects']:,} rejects (" + ", ".join(f"{n} {reason}" for reason, n in reasons) + ")"
         )
     return text
+
+
+def bottleneck(sections: Sequence[Section]) -> str:
+    """The busiest of a stage's groups of workers, and what they did for most of it; "" where nothing was measured.
+
+    Groups that work at the same time wait for the busiest of them, and more of its workers would shorten the stage. A
+    group that is little busy waited for places, or for its own start.
+
+    Args:
+        sections: of the stage's manifest.
+
+    Returns:
+        Such as "decoding (decoders: 4 workers, busy 93 % of 12 s)".
+    """
+    measured = [part for part in sections if part.busy and part.workers and part.seconds]
+    if not measured:
+        return ""
+    narrow = max(measured, key=lambda part: _busy(part) * part.seconds)
+    kind = max(narrow.busy, key=lambda name: narrow.busy[name])
+    crew = f"{narrow.workers} worker{'s' if narrow.workers > 1 else ''}"
+    return f"{kind} ({narrow.name}: {crew}, busy {100 * _busy(narrow):.0f} % of {duration(narrow.seconds)})"
+
+
+def _busy(section: Section) -> float:
+    """Share of the group's time that its workers were busy; rounding may bring it above 1."""
+    return min(1.0, sum(section.busy.values()) / (section.workers * section.seconds))
 
 
 def _unfinished(run: Run, stage: str) -> str:

@@ -66,8 +66,9 @@ def test_chunks_go_to_the_writer_of_their_shard_and_counts_go_on():
         def __init__(self) -> None:
             self.taken: list[Any] = []
 
-        def add(self, *chunk: Any) -> None:
+        def add(self, *chunk: Any) -> float:
             self.taken.append(chunk)
+            return 0.25
 
         def all(self) -> list[Any]:
             return self.taken
@@ -77,11 +78,15 @@ def test_chunks_go_to_the_writer_of_their_shard_and_counts_go_on():
     reject = {"key": "r", "uri": "/r", "reason": "empty", "detail": ""}
     rows = [
         {"unit": json.dumps({"index": i}), "chunk": i, "last": True, "records": [record] * i, "rejects": [reject]}
-        | {"pixels": bytes(192 * i)}
+        | {"pixels": bytes(192 * i), "worker": "a:1", "reading": 0.5, "decoding": 1.5}
         for i in range(3)
     ]
     counts = EncodeChunks(config(), writers)(pa.Table.from_pylist(rows, schema=CHUNK))
-    assert counts.to_pylist() == [{"images": 3, "rejected": 3}]
+    assert counts["images"].to_pylist() == [0, 1, 2]
+    assert counts["rejected"].to_pylist() == [1, 1, 1]
+    taken = counts.select(["worker", "reading", "decoding", "writing"]).to_pylist()
+    assert taken == [{"worker": "a:1", "reading": 0.5, "decoding": 1.5, "writing": 0.25}] * 3
+    assert min(counts["encoding"].to_pylist()) >= 0
     first, second = ray.get([writer.all.remote() for writer in writers])
     assert [chunk[1] for chunk in first] == [0, 2]
     assert [chunk[1] for chunk in second] == [1]

@@ -11,10 +11,11 @@ from rayclust.config import validate
 from rayclust.errors import ArtefactError
 from rayclust.stages.graph import stages_of
 from rayclust.stages.pipeline import save_config
-from rayclust.stages.status import lines
+from rayclust.stages.status import bottleneck, lines
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import held
+from rayclust.store.manifest import Section
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
 
@@ -68,3 +69,18 @@ def test_who_works_on_the_run_is_said(tmp_path: Path):
 def test_no_run_is_one_line(tmp_path: Path):
     with pytest.raises(ArtefactError, match="no run there"):
         list(lines(str(tmp_path)))
+
+
+def test_the_busiest_workers_are_named_with_what_they_did():
+    decoders = Section(name="decoders", workers=4, seconds=10, busy={"reading": 3.0, "decoding": 33.0})
+    encoders = Section(name="encoders", workers=1, seconds=10, busy={"encoding": 5.0})
+    idle = Section(name="writers", workers=1, seconds=0.0, busy={})
+    assert bottleneck([encoders, decoders, idle]) == "decoding (decoders: 4 workers, busy 90 % of 10.0 s)"
+    assert bottleneck([idle]) == bottleneck([]) == ""
+
+
+def test_a_long_phase_counts_more_than_a_short_busy_one():
+    long = Section(name="parts", workers=2, seconds=100, busy={"working": 160.0})
+    short = Section(name="index", workers=1, seconds=2, busy={"working": 2.1})
+    assert bottleneck([short, long]).startswith("working (parts: 2 workers, busy 80 %")
+    assert "busy 100 %" in bottleneck([short])
