@@ -107,9 +107,14 @@ def examine(search: Search, clusters: int) -> UnitResult:
     written = write_fit(run, run.candidate(clusters), *kept)
     result = {"k": clusters, "criteria": criteria}
     outputs = written["outputs"] | put_json(run, run.candidate(clusters) + ".json", result)
-    for seed in range(config.select_k.seeds):
-        filesystem.remove_tree(run.checkpoints(_fit_digest(search, clusters, seed)))
+    drop_checkpoints(search, clusters)
     return UnitResult(outputs, {"steps": written["steps"]}, result)
+
+
+def drop_checkpoints(search: Search, clusters: int) -> None:
+    """Removes what a candidate's fits would go on from."""
+    for seed in range(search.config.select_k.seeds):
+        filesystem.remove_tree(search.run.checkpoints(_fit_digest(search, clusters, seed)))
 
 
 def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple[Method, list[dict[str, Any]]]]:

@@ -9,7 +9,7 @@ from typing import Any
 from rayclust.errors import RayclustError
 from rayclust.metrics import selection
 from rayclust.metrics.selection import Candidate, Choice
-from rayclust.stages.candidate import FIT, Search, refits
+from rayclust.stages.candidate import FIT, Search, drop_checkpoints, refits
 from rayclust.stages.cluster import on_every_node
 from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.outputs import Outputs, put_json
@@ -64,6 +64,9 @@ def _search(search: Search, rows: int) -> tuple[dict[int, UnitResult], Choice]:
                 break
             logger.info("select-k: after round %d of candidates k = %d is best", number + 1, choice.k)
     on_every_node(drop_cache, search.digest)
+    for k in tried if refits(search.config) else ():
+        # A trial that outlives its killed driver for a moment may save once more what another has finished.
+        drop_checkpoints(search, k)
     return dict(sorted(tried.items())), choice
 
 

@@ -86,5 +86,7 @@ def test_trials_and_their_driver_are_killed_and_only_missing_candidates_are_trie
     output = again.communicate(timeout=240)[0]
     assert again.returncode == 0, output
     assert f"select-k: {len(before)} of {len(CANDIDATES)} parts were finished before" in output
+    assert "as fitted by select-k" in output
     assert marks(run).items() >= before.items(), "what was marked is not done again"
+    assert not list((run / "checkpoints").glob("*/*"))
     assert artefacts(str(run)) == artefacts(str(tmp_path / "undisturbed"))

@@ -17,7 +17,7 @@ from rayclust.stages.trials import _refuse_failed, _room
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.planted import planted, planted_tree
-from tests.stages.runs import command, kill, start, tree, wait_until, write_yaml
+from tests.stages.runs import tree, write_yaml
 from tests.stages.test_select_k import SEEDS
 
 
@@ -127,30 +127,3 @@ def test_a_refused_trial_ends_the_stage_in_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("rayclust: select-k: the candidate k = ")
     assert "training loss = nan" in error
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_driver_finishes_the_missing_candidates_only(tmp_path: Path):
-    rows = planted(4, seed=3, per_cluster=50)
-    method = {"name": "temi", "preset": "none", "heads": 2, "steps": 400, "batch_size": 64, "clusters": [2, 3, 4, 5, 6]}
-    content = planted_tree(tmp_path, rows, method=method, select_k={"max_concurrent": 1})
-    config = write_yaml(tmp_path / "RUN.yaml", content)
-    folder = tmp_path / "run" / "manifests" / "select-k"
-
-    first = start("run", config)
-    wait_until(lambda: len(list(folder.glob("part-*.json"))) >= 2, first)
-    kill(first.pid)
-    first.communicate()
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.json")}
-    assert 2 <= len(before) < 5
-
-    second = command("run", config)
-    assert second.returncode == 0, second.stderr
-    assert f"select-k: {len(before)} of 5 parts were finished before" in second.stderr
-    assert "as fitted by select-k" in second.stderr
-    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.json")}
-    assert len(after) == 5
-    assert {name: after[name] for name in before} == before
-    assert len(chosen(tmp_path)["candidates"]) == 5
-    assert not list((tmp_path / "run" / "checkpoints").glob("*/*"))
