@@ -36,6 +36,11 @@ def carries(node: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     return all(node.get(key) == value for key, value in wanted.items())
 
 
+def are_apart(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether no node can carry both."""
+    return any(others.get(key, value) != value for key, value in some.items())
+
+
 def shown(labels: Mapping[str, str]) -> str:
     """Labels as a person reads them: pool=cpu,market=spot."""
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))

@@ -4,7 +4,7 @@ import pytest
 
 from rayclust.config import validate
 from rayclust.errors import ConfigError
-from rayclust.placement import PlacementConfig, carries, shown
+from rayclust.placement import PlacementConfig, are_apart, carries, shown
 from tests.stages.runs import tree
 
 
@@ -14,6 +14,12 @@ def test_a_node_must_carry_every_label_that_is_wanted():
     assert carries(node, {"pool": "gpu", "market": "spot"})
     assert not carries(node, {"pool": "cpu"})
     assert not carries(node, {"pool": "gpu", "zone": "a"})
+
+
+def test_work_is_apart_where_no_node_can_carry_both_labels():
+    assert are_apart({"pool": "cpu"}, {"pool": "gpu", "market": "spot"})
+    assert not are_apart({"pool": "cpu"}, {"market": "spot"})
+    assert not are_apart({}, {"pool": "gpu"})
 
 
 def test_labels_are_shown_in_one_order():

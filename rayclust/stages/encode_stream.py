@@ -15,6 +15,7 @@ import numpy as np
 from rayclust.config import RunConfig
 from rayclust.encoders.decode import Preprocess
 from rayclust.errors import DataError
+from rayclust.placement import are_apart
 from rayclust.stages import meter
 from rayclust.stages.cluster import cpus, encode_workers
 from rayclust.stages.inputs import listing
@@ -119,13 +120,12 @@ class Crew:
     def of(cls, config: RunConfig) -> Crew:
         """For the nodes that are there now; kinds of work with nodes of their own have each of those CPUs."""
         places, wanted = config.resources.placement, config.resources.decode_workers
-        apart = places.decode != places.encode
-        there, encoders = cpus(places.decode), encode_workers(config)
+        # Labels that differ may still share nodes: decoders with whole CPUs there would leave an encoder no place.
+        apart = are_apart(places.decode, places.encode)
+        there, near, encoders = cpus(places.decode), cpus(places.encode), encode_workers(config)
         decoders = max(1, there if apart else there // 2) if wanted == "auto" else wanted
-        if not apart:
-            return cls(decoders, encoders, min(1.0, int(100 * there / (encoders + decoders)) / 100))
-        shares = (there / decoders, cpus(places.encode) / encoders)
-        return cls(decoders, encoders, min(1.0, *(int(100 * share) / 100 for share in shares)))
+        share = min(there / decoders, near / encoders) if apart else min(there, near) / (encoders + decoders)
+        return cls(decoders, encoders, min(1.0, int(100 * share) / 100))
 
 
 def _configure_ray_data(shape: tuple[int, int, int], batch: int) -> None:

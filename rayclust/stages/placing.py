@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 from rayclust.errors import ConfigError
@@ -82,6 +83,12 @@ def require(key: str, labels: Mapping[str, str]) -> None:
         raise ConfigError(
             f"{text}. A cluster on this machine has no labels: leave the placement out, or set RAY_ADDRESS"
         )
+    _warn(text)
+
+
+@lru_cache(64)
+def _warn(text: str) -> None:
+    """Once, however many tasks ask."""
     logger.warning("%s. The work waits until such a node joins; where none is to come, stop and mend the label", text)
 
 

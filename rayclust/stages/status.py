@@ -47,7 +47,7 @@ def _sealed(manifest: Manifest) -> str:
     rows = manifest.counts.get("rows")
     text = f"done in {duration(manifest.seconds)}"
     if rows is not None and manifest.seconds:
-        text += f", {rows:,} rows, {rows / manifest.seconds:,.0f} a second"
+        text += f", {rows:,} rows, {_rate(manifest, rows)}"
     narrow = bottleneck(manifest.measured)
     if narrow:
         text += f", held up by {narrow}"
@@ -59,6 +59,13 @@ def _sealed(manifest: Manifest) -> str:
             f", {manifest.counts['rejects']:,} rejects (" + ", ".join(f"{n} {reason}" for reason, n in reasons) + ")"
         )
     return text
+
+
+def _rate(manifest: Manifest, rows: int) -> str:
+    """Of the call that sealed the stage: what earlier calls had finished does not make it faster."""
+    done = max((part.done for part in manifest.measured), default=0) or rows
+    rate = f"{done / manifest.seconds:,.0f} a second"
+    return rate if done >= rows else f"{rate} ({done:,.0f} in the call that sealed it)"
 
 
 def bottleneck(sections: Sequence[Section]) -> str:

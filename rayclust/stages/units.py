@@ -141,7 +141,7 @@ def run_units(
                     take(unit, result)
                 results[unit.index] = result
                 progress.advance(unit.size)
-                measured.done += unit.size
+                measured.done += result.counts.get("rows", unit.size)  # a table may not say its rows beforehand
     return [results[unit.index] for unit in units]
 
 

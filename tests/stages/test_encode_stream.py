@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from rayclust.config import validate
 from rayclust.errors import DataError
-from rayclust.stages.encode_stream import _items
+from rayclust.stages.encode_stream import Crew, _items
 from rayclust.stages.inputs import plan
 from rayclust.stages.pipeline import StageContext
 from rayclust.stages.units import Unit
@@ -53,3 +55,20 @@ def test_an_input_that_shrinks_between_listing_and_reading_is_refused(images: Pa
     (images / "shard-002.tar").unlink()
     with pytest.raises(DataError, match="has changed since it was listed"):
         _items(context, units)
+
+
+@pytest.mark.parametrize(
+    ("placement", "crew"),
+    [
+        ({}, Crew(1, 2, 0.66)),
+        ({"decode": {"pool": "cpu"}, "encode": {"pool": "gpu"}}, Crew(1, 1, 1.0)),
+        ({"encode": {"pool": "gpu"}}, Crew(1, 1, 0.5)),  # decoders may be on the encoder's node
+        ({"decode": {"pool": "gpu"}, "encode": {"pool": "gpu"}}, Crew(1, 1, 0.5)),
+    ],
+)
+def test_actors_that_may_share_a_node_all_have_a_place_there(
+    monkeypatch: pytest.MonkeyPatch, placement: dict[str, Any], crew: Crew
+):
+    nodes = [{"Labels": {"pool": pool}, "Resources": {"CPU": 1}, "Alive": True} for pool in ("cpu", "gpu")]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert Crew.of(validate(tree("/run", "/images", resources={"placement": placement}))) == crew

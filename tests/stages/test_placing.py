@@ -52,10 +52,13 @@ def test_a_label_that_no_node_carries_is_said_with_those_that_they_do(
     cluster: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     in_namespace(monkeypatch, "anonymous")
+    placing._warn.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert placing.selector("encode", GPU) == {"label_selector": GPU}
+        placing.require("encode", GPU)
     assert "resources.placement.encode = pool=gpu: no node of the cluster carries it" in caplog.text
     assert "the nodes carry pool=cpu; pool=head" in caplog.text
+    assert len(caplog.records) == 1, "once, however many tasks ask"
 
 
 def test_a_cluster_of_our_own_will_never_have_the_label(cluster: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):

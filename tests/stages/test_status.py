@@ -11,11 +11,11 @@ from rayclust.config import validate
 from rayclust.errors import ArtefactError
 from rayclust.stages.graph import stages_of
 from rayclust.stages.pipeline import save_config
-from rayclust.stages.status import bottleneck, lines
+from rayclust.stages.status import _sealed, bottleneck, lines
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import held
-from rayclust.store.manifest import Section
+from rayclust.store.manifest import Manifest, Section
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
 
@@ -77,6 +77,15 @@ def test_the_busiest_workers_are_named_with_what_they_did():
     idle = Section(name="writers", workers=1, seconds=0.0, busy={})
     assert bottleneck([encoders, decoders, idle]) == "decoding (decoders: 4 workers, busy 90 % of 10.0 s)"
     assert bottleneck([idle]) == bottleneck([]) == ""
+
+
+def test_a_rate_is_of_the_call_that_sealed_the_stage():
+    parts = Section(name="parts", workers=2, seconds=9, busy={"working": 16.0}, done=100)
+    sealed = Manifest(stage="assign", digest="", seconds=10, counts={"rows": 1000}, measured=(parts,))
+    assert "1,000 rows, 10 a second (100 in the call that sealed it), held up by" in _sealed(sealed)
+    whole = sealed.model_copy(update={"measured": (parts.model_copy(update={"done": 1000}),)})
+    assert "1,000 rows, 100 a second, held up by" in _sealed(whole)
+    assert _sealed(sealed.model_copy(update={"measured": ()})).endswith("1,000 rows, 100 a second")
 
 
 def test_a_long_phase_counts_more_than_a_short_busy_one():
