@@ -16,6 +16,9 @@ from rayclust.store.layout import Run
 from rayclust.store.lease import holder_of
 from rayclust.store.manifest import Manifest, Section, read_manifest
 
+MOST = 0.5
+"""Share of the time above which a group of workers counts as busy."""
+
 
 def lines(uri: str) -> Iterator[str]:
     """The state of a run, a line a stage.
@@ -71,14 +74,14 @@ def _rate(manifest: Manifest, rows: int) -> str:
 def bottleneck(sections: Sequence[Section]) -> str:
     """The busiest of a stage's groups of workers, and what they did for most of it; "" where nothing was measured.
 
-    Groups that work at the same time wait for the busiest of them, and more of its workers would shorten the stage. A
-    group that is little busy waited for places, or for its own start.
+    Groups that work at the same time wait for the busiest of them, and more of its workers would shorten the stage. Where
+    even the busiest was idle for most of the time, it waited for places or its own start, and no more workers would help.
 
     Args:
         sections: of the stage's manifest.
 
     Returns:
-        Such as "decoding (decoders: 4 workers, busy 93 % of 12 s)".
+        Such as "decoding (decoders: 4 workers, busy 93 % of 12 s)", with "starting and waiting, then" before it below 50 %.
     """
     measured = [part for part in sections if part.busy and part.workers and part.seconds]
     if not measured:
@@ -86,7 +89,8 @@ def bottleneck(sections: Sequence[Section]) -> str:
     narrow = max(measured, key=lambda part: _busy(part) * part.seconds)
     kind = max(narrow.busy, key=lambda name: narrow.busy[name])
     crew = f"{narrow.workers} worker{'s' if narrow.workers > 1 else ''}"
-    return f"{kind} ({narrow.name}: {crew}, busy {100 * _busy(narrow):.0f} % of {duration(narrow.seconds)})"
+    idle = "starting and waiting, then " if _busy(narrow) < MOST else ""
+    return f"{idle}{kind} ({narrow.name}: {crew}, busy {100 * _busy(narrow):.0f} % of {duration(narrow.seconds)})"
 
 
 def _busy(section: Section) -> float:

@@ -88,6 +88,11 @@ def test_a_rate_is_of_the_call_that_sealed_the_stage():
     assert _sealed(sealed.model_copy(update={"measured": ()})).endswith("1,000 rows, 100 a second")
 
 
+def test_workers_that_were_idle_for_the_most_part_waited():
+    decoders = Section(name="decoders", workers=1, seconds=10, busy={"decoding": 0.9})
+    assert bottleneck([decoders]) == "starting and waiting, then decoding (decoders: 1 worker, busy 9 % of 10.0 s)"
+
+
 def test_a_long_phase_counts_more_than_a_short_busy_one():
     long = Section(name="parts", workers=2, seconds=100, busy={"working": 160.0})
     short = Section(name="index", workers=1, seconds=2, busy={"working": 2.1})
