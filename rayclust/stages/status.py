@@ -74,14 +74,15 @@ def _rate(manifest: Manifest, rows: int) -> str:
 def bottleneck(sections: Sequence[Section]) -> str:
     """The busiest of a stage's groups of workers, and what they did for most of it; "" where nothing was measured.
 
-    Groups that work at the same time wait for the busiest of them, and more of its workers would shorten the stage. Where
-    even the busiest was idle for most of the time, it waited for places or its own start, and no more workers would help.
+    Groups that work at the same time wait for the busiest of them, and more of its workers would shorten the stage.
+    Where even the busiest was idle for most of the time, it waited for places or its own start.
 
     Args:
         sections: of the stage's manifest.
 
     Returns:
-        Such as "decoding (decoders: 4 workers, busy 93 % of 12 s)", with "starting and waiting, then" before it below 50 %.
+        Such as "decoding (decoders: 4 workers, busy 93 % of 12 s)"; "starting and waiting, then" stands before it
+        below 50 %.
     """
     measured = [part for part in sections if part.busy and part.workers and part.seconds]
     if not measured:
