@@ -39,6 +39,6 @@ def test_heads_cannot_be_divided_as_well(parallel: str):
 
 
 def test_trials_need_all_rows():
-    with pytest.raises(ConfigError, match="resources.rows = cells: select-k's trials hold all rows") as caught:
+    with pytest.raises(ConfigError, match=r"resources\.rows = cells: select-k's trials hold all rows") as caught:
         config({"name": "kmeans", "clusters": "auto"})
     assert "\n" not in str(caught.value)

@@ -171,7 +171,9 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     torch.set_num_threads(settings["threads"])
     config, run = job.config, Run(job.config.run)
     rank = collectives.rank()
-    device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else torch.device("cpu")
+    )
     rows = rows_of(config, job.encode, job.digest, device)
     method = build(config.fitted(), rows.dimension, rows.count, config.seed)
     store = StoredCheckpoints(run, job.digest)

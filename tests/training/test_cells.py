@@ -22,7 +22,7 @@ def _groups(count: int, groups: int, seed: int = 0) -> Tensor:
 
 
 def _division(x: Tensor, workers: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Who holds each row of `x`, all of whose blocks one process has; `cells` is told of more workers than there are."""
+    """Who of some workers holds each row of `x`, found by one process that has all blocks."""
     with monkeypatch.context() as patch:
         patch.setattr(cells, "CELLS_PER_WORKER", cells.CELLS_PER_WORKER * workers)
         patch.setattr(cells, "pack", lambda centers, sizes, _: pack(centers, sizes, workers))
@@ -103,7 +103,8 @@ def test_places_and_neighbours_of_few_rows_by_hand():
     found = tally(here, CPU)
     assert found == Tally(rows=4, alone=1, neighbors=5, foreign=2, largest=4)
     assert str(found) == (
-        "2 of 5 neighbours (40.0%) are with another worker, 1 of 4 rows have none at hand; a worker holds at most 4 rows"
+        "2 of 5 neighbours (40.0%) are with another worker, 1 of 4 rows have none at hand; "
+        "a worker holds at most 4 rows"
     )
     assert tally(torch.zeros(3, 0, dtype=torch.int32), CPU).neighbors == 0
 
@@ -150,6 +151,8 @@ def test_an_epoch_that_leaves_a_rest_takes_no_more_than_there_is():
 
 def test_a_worker_with_hardly_any_rows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cells, "_held_by_each", lambda own, device: [95, 5])
-    with pytest.raises(ConfigError, match="the worker with 5 of 100 rows would have fewer than 2 rows of a batch of 30"):
+    with pytest.raises(
+        ConfigError, match="the worker with 5 of 100 rows would have fewer than 2 rows of a batch of 30"
+    ):
         Stretches.of(95, 30, CPU)
     assert Stretches.of(95, 40, CPU).held == 95

@@ -206,7 +206,7 @@ class OwnRows(ArrayRows):
     """A worker's own rows of those that hold their own number, with the next 5 for neighbours."""
 
     def __init__(self, worker: int) -> None:
-        self._owned = (HOLDER == worker).nonzero()[:, 0]
+        self._owned = (worker == HOLDER).nonzero()[:, 0]
         here = at_hand(_ring(60, 5)[self._owned], places_of(HOLDER, worker))
         super().__init__(self._owned[:, None].expand(-1, 2).float().contiguous(), here)
 
@@ -223,11 +223,7 @@ def _own_batches(worker: int, pairing: Pairing, patch: pytest.MonkeyPatch, **set
     patch.setattr(collectives, "rank", lambda: worker)
     patch.setattr(cells, "_held_by_each", lambda own, device: torch.bincount(HOLDER.int()).tolist())
     config = TrainedConfig(name="any", clusters=2, batch_size=15, **settings)
-    rows = OwnRows.__new__(OwnRows)
-    with patch.context() as alone:
-        alone.setattr("rayclust.training.pairs._require_neighbors", lambda *_: None)
-        rows.__init__(worker)  # type: ignore[misc]
-    return PairBatches(rows, Plan.of(config, 60), pairing, 3, LIKE)
+    return PairBatches(OwnRows(worker), Plan.of(config, 60), pairing, 3, LIKE)
 
 
 def test_partners_at_hand_are_the_ones_drawn_before_unless_another_worker_has_them():
@@ -235,7 +231,7 @@ def test_partners_at_hand_are_the_ones_drawn_before_unless_another_worker_has_th
     for epoch in range(20):
         drawn = draw_partners(neighbors, rows, 1, epoch)
         for worker in range(3):
-            owned = (HOLDER == worker).nonzero()[:, 0]
+            owned = (worker == HOLDER).nonzero()[:, 0]
             here = at_hand(neighbors[owned], places_of(HOLDER, worker))
             places = torch.arange(len(owned))
             found, crossed = draw_partners_at_hand(here, places, owned, 1, epoch)
