@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,18 @@ from torch import Tensor
 
 from rayclust import collectives
 from rayclust.config import FeaturesConfig, RunConfig
-from rayclust.methods.base import Rows
 from rayclust.stages.rows import BLOCK, StoredRows, cache_folder, mapped, part_features, row_starts, transform_of
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest
-from rayclust.training.cells import at_hand, holders, places_of, summed
+from rayclust.training.cells import Tally, at_hand, holders, places_of, summed, tally
 
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
 
 
-def rows_of(config: RunConfig, encode: Manifest, digest: str, device: torch.device) -> Rows:
+def rows_of(config: RunConfig, encode: Manifest, digest: str, device: torch.device) -> StoredRows | CellRows:
     """A training's rows as this worker holds them: all, or its own cells' where the config says so.
 
     Args:
@@ -38,7 +38,17 @@ def rows_of(config: RunConfig, encode: Manifest, digest: str, device: torch.devi
     if config.resources.rows == "whole" or workers == 1:
         return StoredRows(run, encode, config.features, cache, collectives.rank(), workers)
     holder = divided(run, encode, config, run.checkpoints(digest), device)
-    return CellRows(run, encode, config.features, cache, holder)
+    return CellRows(run, encode, config.features, cache, Division(holder, device))
+
+
+@dataclass(frozen=True)
+class Division:
+    """Who holds what, and how they who hold it talk."""
+
+    holder: Tensor
+    """Int16[N], the worker that holds each row, the same on all workers."""
+    device: torch.device
+    """What workers talk through."""
 
 
 class CellRows:
@@ -49,11 +59,14 @@ class CellRows:
         encode: manifest of its embeddings.
         features: what to make of them.
         cache: folder for this training's files on this node.
-        holder: Int16[N], the worker that holds each row, the same on all workers.
+        division: the worker that holds each row.
     """
 
-    def __init__(self, run: Run, encode: Manifest, features: FeaturesConfig, cache: Path, holder: Tensor) -> None:
-        self._run, self._holder = run, holder
+    def __init__(self, run: Run, encode: Manifest, features: FeaturesConfig, cache: Path, division: Division) -> None:
+        holder = division.holder
+        self._run, self._holder, self._device = run, holder, division.device
+        self.tally: Tally | None = None
+        """What the division leaves of the neighbours, once they have been asked for."""
         self._transform = transform_of(encode, features)
         self._starts = row_starts(encode)
         self._dimension = int(encode.extra["dimension"])
@@ -91,7 +104,7 @@ class CellRows:
         yield from torch.split(self.tensor(), BLOCK)
 
     def neighbors(self) -> Tensor:
-        """Int32[n M], mapped: places in `tensor`, −2 for what another worker holds."""
+        """Int32[n M], mapped: places in `tensor`, −2 for what another worker holds. All workers ask together."""
         width = tables.read_table(self._run.neighbors(0), ["neighbors"]).schema.field("neighbors").type.list_size
 
         def fill(array: np.ndarray) -> None:
@@ -101,7 +114,9 @@ class CellRows:
                 array[places] = at_hand(torch.from_numpy(ids[own]), where).numpy()
 
         shape = (len(self._owned), width)
-        return torch.from_numpy(mapped(self._cache / "neighbors.npy", shape, np.int32, fill))
+        found = torch.from_numpy(mapped(self._cache / "neighbors.npy", shape, np.int32, fill))
+        self.tally = self.tally or tally(found, self._device)
+        return found
 
     def _parts(self) -> Iterator[tuple[int, slice, np.ndarray]]:
         """Each part with rows of this worker: its index, their places here, and theirs in it."""

@@ -28,7 +28,7 @@ from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
 from rayclust.methods.base import Method
 from rayclust.stages.board import Board
-from rayclust.stages.cell_rows import rows_of
+from rayclust.stages.cell_rows import CellRows, rows_of
 from rayclust.stages.cluster import connect, cores_per_worker, on_every_node, plain_errors, worker_range
 from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.models import save_method
@@ -106,6 +106,8 @@ def fit(job: Job) -> dict[str, Any]:
     folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
     with no_rows_left(job.digest), folder as storage, plain_errors(), _Watch(job.stage) as board:
         result = _fit(job, board, storage)
+    if result["division"] is not None:
+        logger.info("%s: %s", job.stage, result["division"])
     filesystem.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
 
@@ -194,7 +196,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     drop_cache(job.digest)
     if rank:
         return None
-    return write_fit(run, job.folder, method, trainer.history)
+    division = rows.tally if isinstance(rows, CellRows) else None
+    return write_fit(run, job.folder, method, trainer.history) | {"division": division}
 
 
 def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:

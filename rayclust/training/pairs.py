@@ -18,7 +18,7 @@ from rayclust import collectives
 from rayclust.arrays import require_matrix
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.methods.base import FOREIGN, NONE, Batch, Pairing, Plan, Rows
-from rayclust.training.cells import Stretches, tally
+from rayclust.training.cells import Stretches
 from rayclust.training.holding import held, taken
 
 logger = logging.getLogger(__name__)
@@ -224,12 +224,7 @@ class PairBatches:
         neighbors = rows.neighbors()
         if neighbors.shape[1] < min(self.pairing.columns, rows.count - 1):
             logger.warning("neighbors: %d per row at hand, %d wanted", neighbors.shape[1], self.pairing.columns)
-        neighbors = held(neighbors[:, : self.pairing.columns], self._x.device)
-        if self._owned is not None:
-            found = tally(neighbors, self.device)
-            if collectives.is_first():
-                logger.info("cells: %s", found)
-        return neighbors
+        return held(neighbors[:, : self.pairing.columns], self._x.device)
 
     def epoch(self, epoch: int, skipped: int = 0) -> Iterator[Batch]:
         """The shares of one epoch's batches.

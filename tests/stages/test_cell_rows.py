@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from rayclust import collectives
 from rayclust.config import RunConfig, validate
 from rayclust.methods import build
 from rayclust.methods.base import FOREIGN, Batch
-from rayclust.stages.cell_rows import CellRows, divided, rows_of
+from rayclust.stages import cell_rows
+from rayclust.stages.cell_rows import CellRows, Division, divided, rows_of
 from rayclust.stages.pipeline import run_all
 from rayclust.stages.rows import StoredRows
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_manifest
+from rayclust.training.cells import Tally
 from rayclust.training.checkpoints import Every
 from rayclust.training.loop import CROSSED, Trainer
 from rayclust.training.pairs import PairBatches
@@ -70,7 +71,9 @@ def test_each_worker_keeps_its_own_rows_and_neighbours(
     seen = []
     for worker in range(3):
         monkeypatch.setattr(collectives, "rank", lambda worker=worker: worker)
-        rows = CellRows(Run(config.run), encoded(config), config.features, tmp_path, holder)
+        rows = CellRows(Run(config.run), encoded(config), config.features, tmp_path, Division(holder, CPU))
+        monkeypatch.setattr(cell_rows, "tally", lambda found, device: Tally(1, 2, 3, 4, len(found)))
+        assert rows.tally is None
         owned = (holder == worker).nonzero()[:, 0]
         assert (rows.count, rows.dimension) == (N, whole.dimension)
         assert rows.owned().equal(owned)
@@ -78,6 +81,7 @@ def test_each_worker_keeps_its_own_rows_and_neighbours(
         assert torch.cat(list(rows.blocks())).equal(rows.tensor())
         theirs, mine = whole.neighbors()[owned], rows.neighbors()
         assert mine.dtype == torch.int32
+        assert rows.tally == Tally(1, 2, 3, 4, len(owned))
         assert (mine == FOREIGN).equal(holder[theirs] != worker)
         assert owned[mine[mine >= 0].long()].equal(theirs[mine >= 0])
         seen.append(owned)
@@ -142,11 +146,6 @@ def _work(rank: int, world: int, config: RunConfig, scratch: str) -> dict[str, A
     loop.CLOCK_STEPS = 3
     patch = pytest.MonkeyPatch()
     patch.setenv("RAYCLUST_SCRATCH", scratch)
-    logged = list[str]()
-    handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("rayclust").addHandler(handler)
-    logging.getLogger("rayclust").setLevel(logging.INFO)
     rows = rows_of(config, encoded(config), "digest", CPU)
     method = build(config.fitted(), rows.dimension, rows.count, SEED).double()
     batches = PairBatches(rows, method.plan, method.pairing, SEED, torch.zeros(0, dtype=torch.float64))
@@ -161,7 +160,7 @@ def _work(rank: int, world: int, config: RunConfig, scratch: str) -> dict[str, A
     found["resumed"], trainer = _fit(config, store)
     assert [row[CROSSED] for row in trainer.history] == [row[CROSSED] for row in found["history"]]
     found["warm"], _ = _fit(config, None, warm_start="kmeans", selection="modularity", epochs=1)
-    found["logged"] = logged
+    found["tally"] = rows.tally
     return found
 
 
@@ -187,10 +186,9 @@ def test_two_workers_train_on_their_own_rows(config: RunConfig, tmp_path: Path):
     assert [row[CROSSED] for row in history] == pytest.approx([np.mean(crossed[:10]), np.mean(crossed[10:])], abs=1e-6)
     foreign = sum(int((found["neighbors"] == FOREIGN).sum()) for found in both)
     assert foreign / (10 * N) < 0.25
-    told = [line for line in both[0]["logged"] if "are with another worker" in line]
-    assert told
-    assert f"{foreign:,} of {10 * N:,} neighbours" in told[0]
-    assert not [line for line in both[1]["logged"] if "are with another worker" in line]
+    alone = sum(int((found["neighbors"] < 0).all(1).sum()) for found in both)
+    told = Tally(N, alone, 10 * N, foreign, max(found["held"] for found in both))
+    assert [found["tally"] for found in both] == [told, told]
 
 
 def _joined(pair: tuple[Batch, Batch]) -> Batch:
