@@ -234,9 +234,10 @@ class PairBatches:
             skipped: batches of the epoch that were trained on before.
         """
         per_epoch = self.plan.steps_per_epoch
-        share = self._cut(epoch)
+        part = self._cut(epoch)
         for index in range(skipped, min(per_epoch, self.plan.steps - epoch * per_epoch)):
-            yield self._batch(*share(index), epoch * per_epoch + index, epoch)
+            places, in_batch = part(index)
+            yield self._share(places, epoch * per_epoch + index, epoch, in_batch)
 
     def _cut(self, epoch: int) -> Callable[[int], tuple[Tensor, slice]]:
         """What tells, of a batch's number in the epoch, the places of this worker's rows, and theirs in the batch."""
@@ -247,14 +248,12 @@ class PairBatches:
         order = batch_order(self.count, self.seed, epoch).to(self._x.device)
         return lambda index: (order[index * size + number : (index + 1) * size : workers], slice(number, None, workers))
 
-    def _batch(self, places: Tensor, in_batch: slice, step: int, epoch: int) -> Batch:
-        rows, views, crossed = places if self._owned is None else self._owned[places], [places], None
-        if self._neighbors is not None and self._owned is None:
-            views.append(draw_partners(self._neighbors, places, self.seed, epoch))
-        elif self._neighbors is not None:
-            partners, foreign = draw_partners_at_hand(self._neighbors, places, rows, self.seed, epoch)
-            views.append(partners)
-            crossed = foreign.float().mean().to(self.device)
+    def _share(self, places: Tensor, step: int, epoch: int, in_batch: slice) -> Batch:
+        rows = places if self._owned is None else self._owned[places]
+        views, crossed = [places], None
+        if self._neighbors is not None:
+            partners, crossed = self._partners(self._neighbors, places, rows, epoch)
+            views.append(partners.to(places.device))
         chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
         x = taken(self._x, chosen, self.device).to(self.dtype)
         x = x.view(-1, len(rows), x.shape[1])
@@ -262,6 +261,14 @@ class PairBatches:
             x = x + self._noise(x, step)[:, in_batch]
         share = collectives.world_size() * len(rows) / self.plan.batch_size
         return Batch(x, rows, step, epoch, share, crossed)
+
+    def _partners(self, neighbors: Tensor, places: Tensor, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Places, on the device of the neighbours, which may not be that of the rows; and `Batch.crossed`."""
+        places, rows = places.to(neighbors.device), rows.to(neighbors.device)
+        if self._owned is None:
+            return draw_partners(neighbors, places, self.seed, epoch), None
+        partners, foreign = draw_partners_at_hand(neighbors, places, rows, self.seed, epoch)
+        return partners, foreign.float().mean().to(self.device)
 
     def _noise(self, x: Tensor, step: int) -> Tensor:
         """Float[V batch D]: noise for the whole batch, of which each worker takes its own rows."""
