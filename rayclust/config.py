@@ -19,9 +19,9 @@ from rayclust.errors import ConfigError
 from rayclust.language.options import LabelConfig
 from rayclust.methods import CONFIGS, AnyMethodConfig
 from rayclust.options import Config
-from rayclust.placement import PlacementConfig
 from rayclust.prices import NodePrice
 from rayclust.refusals import one_line
+from rayclust.resources import ResourcesConfig
 
 MEBIBYTE = 1 << 20
 
@@ -118,34 +118,6 @@ class TrackingConfig(Config):
     """Project or experiment that the services file the run under."""
 
 
-class ResourcesConfig(Config):
-    """What a run may use of the machine or cluster."""
-
-    workers: int | Literal["auto"] = "auto"
-    """Workers of encode and train. auto: one per GPU; without GPUs, encode takes every CPU and train one worker."""
-    min_workers: int | None = Field(None, ge=1)
-    """Fewest workers that train goes on with while others are lost, with the same batches. None: all are needed."""
-    gpus_per_worker: float = Field(0, ge=0, le=16)
-    """GPUs of each worker; 0 computes on the CPU."""
-    decode_workers: int | Literal["auto"] = "auto"
-    """CPU actors that decode images."""
-    max_failures: int = Field(3, ge=0)
-    """Times a lost training worker is replaced before the stage fails."""
-    checkpoint_seconds: float = Field(30, gt=0)
-    """Seconds between two checkpoints of a training."""
-    placement: PlacementConfig = PlacementConfig()
-
-    @model_validator(mode="after")
-    def _positive(self) -> ResourcesConfig:
-        for key in ("workers", "decode_workers"):
-            value = getattr(self, key)
-            if value != "auto" and value < 1:
-                raise ValueError(f"{key} = {value}: must be at least 1, or auto")
-        if self.min_workers is not None and self.workers != "auto" and self.min_workers > self.workers:
-            raise ValueError(f"min_workers = {self.min_workers}: must be at most workers, {self.workers}")
-        return self
-
-
 class RunConfig(Config):
     """RUN.yaml."""
 
@@ -174,6 +146,13 @@ class RunConfig(Config):
     def _open(cls, tree: Any) -> Any:
         return opened(tree) if isinstance(tree, dict) else tree
 
+    @model_validator(mode="after")
+    def _divides(self) -> RunConfig:
+        if self.is_open and self.resources.rows == "cells":
+            raise ValueError("resources.rows = cells: select-k's trials hold all rows, give one number of clusters")
+        self.fitted()
+        return self
+
     @model_serializer(mode="wrap")
     def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return written(handler(self))
@@ -182,6 +161,14 @@ class RunConfig(Config):
     def is_open(self) -> bool:
         """Whether the number of clusters is left to select-k; `method.clusters` is then a stand-in that nobody uses."""
         return self.select_k.candidates is not None
+
+    def fitted(self) -> AnyMethodConfig:
+        """The method's settings as training workers take them.
+
+        Raises:
+            ConfigError: they ask for what workers that hold a part of the rows cannot do.
+        """
+        return self.method.dividing_rows() if self.resources.rows == "cells" else self.method
 
     def closed(self, clusters: int) -> RunConfig:
         """This config with a number of clusters, as if it had been written so."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from rayclust.methods.configs import BaseMethodConfig, Plan, TrainedConfig
 
 __all__ = [
+    "FOREIGN",
+    "NONE",
     "BaseMethodConfig",
     "Batch",
     "CheckpointStore",
@@ -29,6 +31,10 @@ __all__ = [
     "TrainedConfig",
     "Trainer",
 ]
+
+
+NONE, FOREIGN = -1, -2
+"""In place of a neighbour: there is none; another worker holds it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class Batch:
     """From 0."""
     share: float = 1.0
     """Workers × this worker's part of the batch's rows; a mean over workers weighted by it is one over rows."""
+    crossed: Tensor | None = None
+    """Float[], share of the rows whose neighbour drawn is with another worker, so that view 1 is another one; None
+    where every worker holds all rows."""
 
 
 class Rows(Protocol):
@@ -58,14 +67,19 @@ class Rows(Protocol):
     def dimension(self) -> int:
         """D."""
 
+    def owned(self) -> Tensor | None:
+        """Int64[n], increasing: the numbers of the rows that this worker alone holds; None where each holds all N."""
+
     def tensor(self) -> Tensor:
-        """Float[N D]: all rows."""
+        """Float[n D]: the rows that this worker holds, all N of them unless `owned` says which."""
 
     def blocks(self) -> Iterator[Tensor]:
         """Float[B D]s: this worker's share of the rows, each row with exactly one worker."""
 
     def neighbors(self) -> Tensor:
-        """Int[N M]: each row's nearest other rows, nearest first; −1 where there are fewer than M."""
+        """Int[n M]: each row's nearest others, nearest first, as places in `tensor`; −1 behind the last one where there
+        are fewer than M, −2 for one that another worker holds.
+        """
 
 
 class CheckpointStore(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -31,6 +31,14 @@ class BaseMethodConfig(Config):
             ConfigError: they cannot be fitted so.
         """
         return ""
+
+    def dividing_rows(self) -> Self:
+        """These settings for workers of which each holds its own rows alone: what they divide is the rows.
+
+        Raises:
+            ConfigError: another division is asked for.
+        """
+        return self
 
 
 class TrainedConfig(BaseMethodConfig):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -119,3 +119,11 @@ class TemiConfig(TrainedConfig):
         """See `BaseMethodConfig`."""
         settled = self.settled(count, dimension)
         return temi_plan.outlook(*settled.layout(count, dimension, workers), device)
+
+    def dividing_rows(self) -> Self:
+        """See `BaseMethodConfig`."""
+        if self.parallel not in ("auto", "data"):
+            raise ConfigError(
+                f"method.parallel = {self.parallel}: with resources.rows = cells workers divide the rows, set data"
+            )
+        return self.model_copy(update={"parallel": "data"})

@@ -84,7 +84,7 @@ def best_by_modularity(heads: Heads, rows: Rows, columns: int, seed: int) -> tup
         The head's number, and Float64[H], the modularity of every head; see `clustering.neighborhood.modularity`.
     """
     K, like = heads.shape.clusters, heads.direction
-    anchors = _own(even_sample(rows.count, _sample_size(rows.count, K), seed))
+    anchors = _anchors(rows, even_sample(rows.count, _sample_size(rows.count, K), seed))
     x, neighbors = rows.tensor(), rows.neighbors()
     total = like.new_zeros((heads.shape.heads, K + 2), dtype=torch.float64)
     for part in torch.split(anchors, _ANCHORS):
@@ -105,6 +105,12 @@ def _sample_size(count: int, clusters: int) -> int:
     return min(count, max(SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER * clusters))
 
 
+def _anchors(rows: Rows, ids: Tensor) -> Tensor:
+    """The places of this worker's part of some rows: a stretch of them, or those that it alone holds."""
+    owned = rows.owned()
+    return _own(ids) if owned is None else torch.isin(owned, ids).nonzero()[:, 0]
+
+
 def _own(ids: Tensor) -> Tensor:
     """This worker's stretch."""
     return ids[rank() * len(ids) // world_size() : (rank() + 1) * len(ids) // world_size()]
@@ -113,13 +119,22 @@ def _own(ids: Tensor) -> Tensor:
 def _sampled(rows: Rows, options: StartOptions, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Float[S D] rows and Int64[S M], their neighbours among them, on the device of `like`; equal on all workers."""
     ids = even_sample(rows.count, _sample_size(rows.count, options.clusters), seed)
-    x = rows.tensor()
-    if len(ids) == rows.count:
-        return x.to(like), rows.neighbors()[:, : options.columns].to(like.device).long()
-    x = x[ids.to(x.device)].to(like)
+    if len(ids) == rows.count and rows.owned() is None:
+        return rows.tensor().to(like), rows.neighbors()[:, : options.columns].to(like.device).long()
+    x = _rows_at(rows, ids, like)
     places = torch.arange(len(x), device=x.device)
     unit = functional.normalize(x, dim=1)
     return x, top_k(unit, unit, options.columns, query_ids=places, database_ids=places)[0]
+
+
+def _rows_at(rows: Rows, ids: Tensor, like: Tensor) -> Tensor:
+    """Float[S D]: some rows, whoever holds them, on the device of `like`; equal on all workers."""
+    x, owned = rows.tensor(), rows.owned()
+    if owned is None:
+        return x[ids.to(x.device)].to(like)
+    found = like.new_zeros(len(ids), x.shape[1])
+    found[torch.isin(ids, owned).to(like.device)] = x[torch.isin(owned, ids).to(x.device)].to(like)
+    return all_sum(found)
 
 
 def _partitions(x: Tensor, options: StartOptions, seed: int) -> Tensor:

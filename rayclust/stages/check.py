@@ -196,7 +196,7 @@ def _fit(config: RunConfig, size: _Size) -> str:
     workers, resources = config.resources.workers, config.resources
     count = workers if isinstance(workers, int) else 1  # `auto` is the cluster's number of GPUs, not known here
     device = "cuda" if resources.gpus_per_worker else "cpu"
-    plan = config.method.outlook(size.images, size.dimension, count, device)
+    plan = config.fitted().outlook(size.images, size.dimension, count, device)
     return f"{known}, {plan}" if plan else known
 
 

@@ -34,8 +34,18 @@ def traffic(config: RunConfig, images: int, dimension: int, sample: Sample | Non
     read = f"reads {images * sample.file_bytes / GIGABYTE:.2f} GB of images; " if sample else ""
     return (
         f"{read}{stored / GIGABYTE:.2f} GB of embeddings and {neighbors / GIGABYTE:.2f} GB of neighbours in storage, "
-        f"{images * dimension * 4 / GIGABYTE:.2f} GB of rows per training node"
+        f"{_training_rows(config, images * dimension * 4 / GIGABYTE)}"
     )
+
+
+def _training_rows(config: RunConfig, gigabytes: float) -> str:
+    """What a training node, or each worker with its own cells, keeps of so many gigabytes of rows."""
+    workers = config.resources.workers
+    if config.resources.rows == "whole":
+        return f"{gigabytes:.2f} GB of rows per training node"
+    if workers == "auto":
+        return f"{gigabytes:.2f} GB of rows over all training workers"
+    return f"about {gigabytes / workers:.2f} GB of rows per training worker"
 
 
 def work(config: RunConfig, images: int, sample: Sample) -> str:

@@ -79,6 +79,11 @@ def _index(config: RunConfig) -> dict[str, Any]:
     return settings | ({"features": _part(config.features)} if has_own_space(config.method.name) else {})
 
 
+def _division(config: RunConfig) -> dict[str, Any]:
+    # Cells leave some pairs out; all rows on every worker are the same training whatever the resources.
+    return {"rows": "cells"} if config.resources.rows == "cells" else {}
+
+
 def _levels(config: RunConfig) -> dict[str, Any]:
     return {"levels": config.assign.levels, "seed": config.seed} if config.assign.levels else {}
 
@@ -99,7 +104,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train",
             ("encode", "neighbors"),
-            lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed},
+            lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed} | _division(c),
             reads_choice=True,
             takes={SELECT_K: CHOSEN},
         ),

@@ -111,6 +111,9 @@ class StoredRows:
         """D."""
         return self._dimension
 
+    def owned(self) -> None:
+        """None: every worker holds all rows."""
+
     def tensor(self) -> Tensor:
         """Float32[N D], mapped."""
         return torch.from_numpy(self._features())
@@ -179,7 +182,8 @@ def _reserve(path: Path) -> None:
             return  # this file system cannot
         path.unlink(missing_ok=True)
         raise DataError(
-            f"{path}: no space left for the rows of the training; free some, or set RAYCLUST_SCRATCH to another disk"
+            f"{path}: no space left for the rows of the training; free some, set RAYCLUST_SCRATCH to another disk, or "
+            "resources.rows to cells"
         ) from error
 
 

@@ -28,6 +28,7 @@ from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
 from rayclust.methods.base import Method
 from rayclust.stages.board import Board
+from rayclust.stages.cell_rows import CellRows, rows_of
 from rayclust.stages.cluster import connect, cores_per_worker, on_every_node, plain_errors, worker_range
 from rayclust.stages.graph import CHOSEN, SELECT_K
 from rayclust.stages.models import save_method
@@ -35,13 +36,13 @@ from rayclust.stages.outputs import Outputs, put_bytes, put_table
 from rayclust.stages.pipeline import StageContext, StageResult
 from rayclust.stages.placing import require
 from rayclust.stages.progress import Progress
-from rayclust.stages.rows import StoredRows, cache_folder, drop_cache
+from rayclust.stages.rows import drop_cache
 from rayclust.stages.trackers import Trackers
 from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.training.checkpoints import Every
-from rayclust.training.loop import Trainer
+from rayclust.training.loop import CROSSED, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def run(context: StageContext) -> StageResult:
     summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
     if result["loss"] is not None:
         summary += f", loss {result['loss']:.4f}"
+    if result["crossed"] is not None:
+        summary += f", {result['crossed']:.1%} of pairs drawn again for a neighbour at hand"
     return StageResult(result["outputs"], {"rows": rows, "steps": result["steps"]}, {}, summary)
 
 
@@ -96,13 +99,15 @@ def fit(job: Job) -> dict[str, Any]:
     """Fits a method on the cluster, from the newest checkpoint if there is one, and writes it.
 
     Returns:
-        `outputs`, `steps`, `loss` (None for a method without rows of metrics).
+        `outputs`, `steps`, `loss` (None for a method without rows of metrics), `crossed` (None where workers hold all).
     """
     connect()
     # Ray Train wants a folder for checkpoints; it gets none, ours lie below the run.
     folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
     with no_rows_left(job.digest), folder as storage, plain_errors(), _Watch(job.stage) as board:
         result = _fit(job, board, storage)
+    if result["division"] is not None:
+        logger.info("%s: %s", job.stage, result["division"])
     filesystem.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
 
@@ -156,7 +161,7 @@ def _require_any_number(job: Job, fewest: int, most: int) -> None:
     device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
     for count in range(fewest, most + 1):
         try:
-            job.config.method.outlook(rows, dimension, count, device)
+            job.config.fitted().outlook(rows, dimension, count, device)
         except ConfigError as error:
             raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
 
@@ -168,10 +173,12 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     torch.set_num_threads(settings["threads"])
     config, run = job.config, Run(job.config.run)
     rank = collectives.rank()
-    rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), rank, collectives.world_size())
-    method = build(config.method, rows.dimension, rows.count, config.seed)
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else torch.device("cpu")
+    )
+    rows = rows_of(config, job.encode, job.digest, device)
+    method = build(config.fitted(), rows.dimension, rows.count, config.seed)
     store = StoredCheckpoints(run, job.digest)
-    device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else "cpu"
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config) if rank == 0 and job.stage == "train" else None
 
@@ -189,14 +196,16 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     drop_cache(job.digest)
     if rank:
         return None
-    return write_fit(run, job.folder, method, trainer.history)
+    division = rows.tally if isinstance(rows, CellRows) else None
+    return write_fit(run, job.folder, method, trainer.history) | {"division": division}
 
 
 def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Writes a fitted method and its rows of metrics; see `fit` for what is returned."""
     outputs = save_method(run, method.export(), folder) | _write_metrics(run, folder, history)
     last = history[-1] if history else {}
-    return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
+    told = {"steps": int(last.get("step", 0)), "loss": last.get("loss"), "crossed": last.get(CROSSED)}
+    return {"outputs": outputs, **told}
 
 
 def _write_metrics(run: Run, folder: str, history: list[dict[str, Any]]) -> Outputs:

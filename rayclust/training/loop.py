@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 CLOCK_STEPS = 20
 """Steps between two looks at the clock for a checkpoint."""
 
+CROSSED = "cross_pairs"
+"""Metric: the share of an epoch's pairs that were drawn across workers, and drawn again."""
+
 MetricsRow = dict[str, Any]
 
 
@@ -107,7 +110,7 @@ class _Training:
         rate = learning_rate(self.config, self.plan, batch.step)
         losses = self.steps.take(batch, rate, weight_decay(self.config, self.plan, batch.step))
         self.step = batch.step + 1
-        self._watch(losses, batch.share)
+        self._watch(losses if batch.crossed is None else losses | {CROSSED: batch.crossed}, batch.share)
 
     def _watch(self, losses: dict[str, Tensor], share: float) -> None:
         for name, value in losses.items():
@@ -124,6 +127,8 @@ class _Training:
         row = {"epoch": epoch, "step": self.step, "loss": float(means["loss"])}
         row["learning_rate"] = learning_rate(self.config, self.plan, self.step - 1)
         row.update(self.method.after_epoch(means))
+        if CROSSED in means:
+            row[CROSSED] = float(means[CROSSED])
         row["rows_per_second"] = steps * self.plan.batch_size / max(seconds - self._seconds_before(), 1e-9)
         row["seconds"] = seconds
         self.trainer.report(row)

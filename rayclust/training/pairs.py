@@ -1,13 +1,14 @@
 """Rows to batches: who comes when, with which neighbour, on which worker.
 
 The order of an epoch is a function of (seed, epoch) and a row's partner one of (seed, epoch, row). Neither knows the
-number of workers, so the union of the workers' shares is the same batch whatever that number is.
+number of workers, so the union of the workers' shares is the same batch whatever that number is. Where each worker
+holds rows of its own (`cells`), it brings its part of every batch from them and draws partners among them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -16,15 +17,15 @@ from torch import Tensor
 from rayclust import collectives
 from rayclust.arrays import require_matrix
 from rayclust.errors import ConfigError, DataError, ShapeError
-from rayclust.methods.base import Batch, Pairing, Plan, Rows
+from rayclust.methods.base import FOREIGN, NONE, Batch, Pairing, Plan, Rows
+from rayclust.training.cells import Stretches
+from rayclust.training.holding import held, taken
 
 logger = logging.getLogger(__name__)
 
 _MASK = (1 << 64) - 1
 _WEYL = 0x9E3779B97F4A7C15
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_HELD_SHARE = 0.5
-"""Share of a GPU's free memory that the rows may take; larger sets stay in pinned memory."""
 
 ORDER, PARTNERS, NOISE, STEPS = range(4)
 """Streams of random numbers, kept apart by their number."""
@@ -70,9 +71,9 @@ def hashed(seed: int, rows: Tensor) -> Tensor:
     return _shifted(z ^ _shifted(z, 31), 33)
 
 
-def batch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits the rows: Int64[N], a permutation that depends on (seed, epoch) only."""
-    generator = torch.Generator().manual_seed(mix(seed, ORDER, epoch))
+def batch_order(count: int, seed: int, epoch: int, *more: int) -> Tensor:
+    """The order in which an epoch visits the rows: Int64[N], a permutation that depends on these numbers only."""
+    generator = torch.Generator().manual_seed(mix(seed, ORDER, epoch, *more))
     return torch.randperm(count, generator=generator)
 
 
@@ -95,6 +96,40 @@ def draw_partners(neighbors: Tensor, rows: Tensor, seed: int, epoch: int) -> Ten
     column = (hashed(mix(seed, PARTNERS, epoch), rows) * known) >> 31
     drawn = candidates.gather(1, column[:, None])[:, 0].long()
     return torch.where(known > 0, drawn, rows)
+
+
+def draw_partners_at_hand(
+    neighbors: Tensor, places: Tensor, numbers: Tensor, seed: int, epoch: int
+) -> tuple[Tensor, Tensor]:
+    """`draw_partners` for a worker that holds a part of the rows: who draws another worker's row draws once more.
+
+    The first draw is the one of `draw_partners`. The second is among the row's neighbours at hand, uniformly as well,
+    so that partners are distributed as if those of other workers were no neighbours.
+
+    Args:
+        neighbors: Int[n M], places of the neighbours, −2 for those of other workers.
+        places: Int64[B], of the rows that want a partner.
+        numbers: Int64[B], of these rows.
+        seed: of the run.
+        epoch: from 0.
+
+    Returns:
+        Int64[B], places; a row without any neighbour at hand is its own partner. Bool[B], which drew another worker's.
+    """
+    candidates = neighbors.index_select(0, places)
+    drawn = _pick(candidates, candidates != NONE, hashed(mix(seed, PARTNERS, epoch), numbers))
+    near = _pick(candidates, candidates >= 0, hashed(mix(seed, PARTNERS, epoch, 1), numbers))
+    partners = torch.where(drawn == FOREIGN, near, drawn)
+    return torch.where(partners >= 0, partners, places), drawn == FOREIGN
+
+
+def _pick(candidates: Tensor, eligible: Tensor, chance: Tensor) -> Tensor:
+    """An eligible one of each row's candidates, Int64[B], by numbers in [0, 2³¹); −1 for a row without any."""
+    if candidates.shape[1] == 0:
+        return torch.full_like(chance, NONE)
+    wanted = (chance * eligible.sum(1)) >> 31
+    column = (eligible.cumsum(1) > wanted[:, None]).int().argmax(1)
+    return candidates.gather(1, column[:, None])[:, 0].long().where(eligible.any(1), NONE)
 
 
 class ArrayRows:
@@ -125,6 +160,9 @@ class ArrayRows:
     def dimension(self) -> int:
         """D."""
         return int(self._x.shape[1])
+
+    def owned(self) -> None:
+        """None: every worker holds all rows."""
 
     def tensor(self) -> Tensor:
         """Float[N D]."""
@@ -165,7 +203,7 @@ class PairBatches:
         like: a tensor of the device and dtype that batches go to.
 
     Raises:
-        ConfigError: there are more workers than rows in a batch.
+        ConfigError: there are too many workers for the rows of a batch.
     """
 
     def __init__(self, rows: Rows, plan: Plan, pairing: Pairing, seed: int, like: Tensor) -> None:
@@ -176,13 +214,17 @@ class PairBatches:
         self.plan, self.pairing, self.seed = plan, pairing, seed
         self.device, self.dtype = like.device, like.dtype
         self.count = rows.count
-        self._x = _held(rows.tensor(), like.device)
-        self._neighbors = None
-        if pairing.columns:
-            neighbors = rows.neighbors()
-            if neighbors.shape[1] < min(pairing.columns, rows.count - 1):
-                logger.warning("neighbors: %d per row at hand, %d wanted", neighbors.shape[1], pairing.columns)
-            self._neighbors = _held(neighbors[:, : pairing.columns].contiguous(), self._x.device)
+        owned = rows.owned()
+        self._stretches = None if owned is None else Stretches.of(len(owned), plan.batch_size, like.device)
+        self._x = held(rows.tensor(), like.device)
+        self._owned = None if owned is None else owned.to(self._x.device)
+        self._neighbors = self._held_neighbors(rows) if pairing.columns else None
+
+    def _held_neighbors(self, rows: Rows) -> Tensor:
+        neighbors = rows.neighbors()
+        if neighbors.shape[1] < min(self.pairing.columns, rows.count - 1):
+            logger.warning("neighbors: %d per row at hand, %d wanted", neighbors.shape[1], self.pairing.columns)
+        return held(neighbors[:, : self.pairing.columns], self._x.device)
 
     def epoch(self, epoch: int, skipped: int = 0) -> Iterator[Batch]:
         """The shares of one epoch's batches.
@@ -191,36 +233,45 @@ class PairBatches:
             epoch: from 0.
             skipped: batches of the epoch that were trained on before.
         """
-        order = batch_order(self.count, self.seed, epoch).to(self._x.device)
-        size, per_epoch = self.plan.batch_size, self.plan.steps_per_epoch
+        per_epoch = self.plan.steps_per_epoch
+        part = self._cut(epoch)
         for index in range(skipped, min(per_epoch, self.plan.steps - epoch * per_epoch)):
-            yield self._share(order[index * size : (index + 1) * size], epoch * per_epoch + index, epoch)
+            places, in_batch = part(index)
+            yield self._share(places, epoch * per_epoch + index, epoch, in_batch)
 
-    def _share(self, batch: Tensor, step: int, epoch: int) -> Batch:
-        workers, number = collectives.world_size(), collectives.rank()
-        rows = batch[number::workers]
-        views = [rows]
+    def _cut(self, epoch: int) -> Callable[[int], tuple[Tensor, slice]]:
+        """What tells, of a batch's number in the epoch, the places of this worker's rows, and theirs in the batch."""
+        workers, number, size = collectives.world_size(), collectives.rank(), self.plan.batch_size
+        if (own := self._stretches) is not None:
+            mine = batch_order(own.held, self.seed, epoch, number).to(self._x.device)
+            return lambda index: (mine[own.in_order(index)], own.in_batch(index))
+        order = batch_order(self.count, self.seed, epoch).to(self._x.device)
+        return lambda index: (order[index * size + number : (index + 1) * size : workers], slice(number, None, workers))
+
+    def _share(self, places: Tensor, step: int, epoch: int, in_batch: slice) -> Batch:
+        rows = places if self._owned is None else self._owned[places]
+        views, crossed = [places], None
         if self._neighbors is not None:
-            views.append(draw_partners(self._neighbors, rows, self.seed, epoch))
+            partners, crossed = self._partners(self._neighbors, places, rows, epoch)
+            views.append(partners.to(places.device))
         chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
-        x = self._x.index_select(0, chosen).to(self.device, non_blocking=True).to(self.dtype)
+        x = taken(self._x, chosen, self.device).to(self.dtype)
         x = x.view(-1, len(rows), x.shape[1])
         if self.pairing.noise:
-            x = x + self._noise(x, len(batch), step)[:, number::workers]
-        return Batch(x, rows, step, epoch, share=workers * len(rows) / len(batch))
+            x = x + self._noise(x, step)[:, in_batch]
+        share = collectives.world_size() * len(rows) / self.plan.batch_size
+        return Batch(x, rows, step, epoch, share, crossed)
 
-    def _noise(self, x: Tensor, batch: int, step: int) -> Tensor:
+    def _partners(self, neighbors: Tensor, places: Tensor, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Places, on the device of the neighbours, which may not be that of the rows; and `Batch.crossed`."""
+        places, rows = places.to(neighbors.device), rows.to(neighbors.device)
+        if self._owned is None:
+            return draw_partners(neighbors, places, self.seed, epoch), None
+        partners, foreign = draw_partners_at_hand(neighbors, places, rows, self.seed, epoch)
+        return partners, foreign.float().mean().to(self.device)
+
+    def _noise(self, x: Tensor, step: int) -> Tensor:
         """Float[V batch D]: noise for the whole batch, of which each worker takes its own rows."""
         generator = torch.Generator(self.device).manual_seed(mix(self.seed, NOISE, step))
-        shape = (x.shape[0], batch, x.shape[2])
+        shape = (x.shape[0], self.plan.batch_size, x.shape[2])
         return self.pairing.noise * torch.randn(shape, generator=generator, device=self.device, dtype=x.dtype)
-
-
-def _held(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor where batches can be taken from it by index: on the GPU if it fits well, else pinned."""
-    if device.type != "cuda" or x.device == device:
-        return x
-    free, _ = torch.cuda.mem_get_info(device)
-    if x.numel() * x.element_size() <= _HELD_SHARE * free:
-        return x.to(device)
-    return x.pin_memory()

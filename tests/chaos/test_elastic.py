@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
+import torch
 
 from rayclust.config import parse
 from rayclust.errors import ArtefactError
+from rayclust.methods.base import Batch
 from rayclust.stages import train
 from rayclust.stages.pipeline import run_all
 from rayclust.store import checked
@@ -76,11 +79,13 @@ def undisturbed(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_half_batches(table: Path, run: Path) -> Path:
     """What comes of it when the lost worker's share of the batches is lost as well."""
     line, whole = prepared(table, run), PairBatches._share
+
+    def half(self: PairBatches, rows: torch.Tensor, step: int, *where: Any) -> Batch:
+        return replace(whole(self, rows[::2] if step >= STEPS // 2 else rows, step, *where), share=1.0)
+
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        patch.setattr(
-            PairBatches, "_share", lambda self, b, step, *e: whole(self, b[::2] if step >= STEPS // 2 else b, step, *e)
-        )
+        patch.setattr(PairBatches, "_share", half)
         run_all(parse(line.read_text()), stop_after="train")
     return run
 

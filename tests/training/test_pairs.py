@@ -7,7 +7,17 @@ import torch
 from rayclust import collectives
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.methods.base import Batch, Pairing, Plan, TrainedConfig
-from rayclust.training.pairs import ArrayRows, PairBatches, batch_order, draw_partners, hashed, mix
+from rayclust.training import cells
+from rayclust.training.cells import at_hand, places_of
+from rayclust.training.pairs import (
+    ArrayRows,
+    PairBatches,
+    batch_order,
+    draw_partners,
+    draw_partners_at_hand,
+    hashed,
+    mix,
+)
 
 LIKE = torch.zeros(0)
 
@@ -186,3 +196,93 @@ def test_more_workers_than_rows_in_a_batch_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(collectives, "world_size", lambda: 8)
     with pytest.raises(ConfigError, match="workers = 8: a batch has only 4 rows"):
         _batches(20, Pairing(2))
+
+
+HOLDER = torch.tensor([0, 1, 1, 0, 2, 0] * 10, dtype=torch.int16)
+"""Who of three holds each of 60 rows."""
+
+
+class OwnRows(ArrayRows):
+    """A worker's own rows of those that hold their own number, with the next 5 for neighbours."""
+
+    def __init__(self, worker: int) -> None:
+        self._owned = (worker == HOLDER).nonzero()[:, 0]
+        here = at_hand(_ring(60, 5)[self._owned], places_of(HOLDER, worker))
+        super().__init__(self._owned[:, None].expand(-1, 2).float().contiguous(), here)
+
+    @property
+    def count(self) -> int:
+        return len(HOLDER)
+
+    def owned(self) -> torch.Tensor:
+        return self._owned
+
+
+def _own_batches(worker: int, pairing: Pairing, patch: pytest.MonkeyPatch, **settings: int) -> PairBatches:
+    patch.setattr(collectives, "world_size", lambda: 3)
+    patch.setattr(collectives, "rank", lambda: worker)
+    patch.setattr(cells, "_held_by_each", lambda own, device: torch.bincount(HOLDER.int()).tolist())
+    config = TrainedConfig(name="any", clusters=2, batch_size=15, **settings)
+    return PairBatches(OwnRows(worker), Plan.of(config, 60), pairing, 3, LIKE)
+
+
+def test_partners_at_hand_are_the_ones_drawn_before_unless_another_worker_has_them():
+    neighbors, rows = _ring(60, 5), torch.arange(60)
+    for epoch in range(20):
+        drawn = draw_partners(neighbors, rows, 1, epoch)
+        for worker in range(3):
+            owned = (worker == HOLDER).nonzero()[:, 0]
+            here = at_hand(neighbors[owned], places_of(HOLDER, worker))
+            places = torch.arange(len(owned))
+            found, crossed = draw_partners_at_hand(here, places, owned, 1, epoch)
+            assert crossed.equal(HOLDER[drawn[owned]] != worker)
+            assert owned[found][~crossed].equal(drawn[owned][~crossed])
+            alone = (here < 0).all(1)
+            assert found[alone].equal(places[alone])
+            assert (here[~alone] == found[~alone, None]).any(1).all()
+
+
+def test_partners_at_hand_are_uniform_over_those_at_hand():
+    neighbors = torch.tensor([[7, -2, 3, -2, 5, -2]]).repeat(30_000, 1)
+    rows = torch.arange(30_000)
+    found, crossed = draw_partners_at_hand(neighbors, rows, rows, 0, 0)
+    counts = torch.bincount(found, minlength=8)[[3, 5, 7]]
+    assert counts.sum() == 30_000
+    assert (counts - 10_000).abs().max() < 5 * 10_000**0.5
+    assert crossed.float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_rows_without_neighbours_at_hand_meet_themselves():
+    neighbors = torch.tensor([[-2, -2, -1], [-1, -1, -1], [0, -1, -1]])
+    for epoch in range(20):
+        found, crossed = draw_partners_at_hand(neighbors, torch.arange(3), torch.tensor([5, 6, 9]), 0, epoch)
+        assert found.tolist() == [0, 1, 0]
+        assert crossed.tolist() == [True, False, False]
+    none = torch.empty(3, 0, dtype=torch.int32)
+    assert draw_partners_at_hand(none, torch.tensor([2, 0]), torch.tensor([8, 3]), 0, 0)[0].tolist() == [2, 0]
+
+
+def test_workers_with_rows_of_their_own_make_whole_batches_and_visit_every_row_once(monkeypatch: pytest.MonkeyPatch):
+    parts = [list(_own_batches(worker, Pairing(5), monkeypatch).epoch(1)) for worker in range(3)]
+    for shares in zip(*parts, strict=True):
+        assert sum(len(share.rows) for share in shares) == 15
+        assert sum(share.share for share in shares) == pytest.approx(3)
+        for worker, share in enumerate(shares):
+            assert share.share == pytest.approx(3 * len(share.rows) / 15)
+            assert (HOLDER[share.rows] == worker).all()
+            assert share.views[0, :, 0].equal(share.rows.float())
+            partners = share.views[1, :, 0].long()
+            assert (HOLDER[partners] == worker).all()
+            drawn = draw_partners(_ring(60, 5), share.rows, 3, 1)
+            assert share.crossed is not None
+            assert share.crossed.item() == pytest.approx((HOLDER[drawn] != worker).float().mean().item())
+    visited = torch.cat([share.rows for part in parts for share in part])
+    assert visited.sort().values.equal(torch.arange(60))
+
+
+def test_skipped_batches_of_own_rows_leave_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    batches = _own_batches(1, Pairing(5, noise=0.1), monkeypatch)
+    whole, rest = list(batches.epoch(2)), list(batches.epoch(2, skipped=1))
+    assert [share.step for share in rest] == [share.step for share in whole[1:]]
+    for mine, expected in zip(rest, whole[1:], strict=True):
+        assert mine.views.equal(expected.views)
