@@ -95,7 +95,12 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("encode", (), lambda c: {"images": _part(c.images, *_IMAGES), "encoder": _part(c.encoder)}),
-        Stage("neighbors", ("encode",), lambda c: {"neighbors": _part(c.neighbors), "features": _part(c.features)}),
+        Stage(
+            "neighbors",
+            ("encode",),
+            lambda c: {"neighbors": _part(c.neighbors), "features": _part(c.features)},
+            revision=2,
+        ),
         Stage(
             SELECT_K,
             ("encode", "neighbors"),

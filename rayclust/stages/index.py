@@ -15,10 +15,9 @@ from rayclust.features import FeatureTransform
 from rayclust.search.index import VectorIndex, build_index
 from rayclust.stages.cluster import run_remotely
 from rayclust.stages.models import load_method, represented
-from rayclust.stages.neighbors import blocks
 from rayclust.stages.outputs import Outputs, put_bytes, put_json, put_table
 from rayclust.stages.pipeline import StageContext, StageResult, content_digest
-from rayclust.stages.rows import features_at, part_features, row_starts, transform_of
+from rayclust.stages.rows import blocks, features_at, part_features, row_starts, transform_of
 from rayclust.stages.units import Unit, UnitResult, run_units
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run

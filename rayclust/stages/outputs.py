@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from rayclust.store import filesystem, tables
@@ -31,6 +32,16 @@ def put_bytes(run: Run, uri: str, data: bytes) -> Outputs:
 def put_table(run: Run, uri: str, table: pa.Table) -> Outputs:
     """Writes a table at `uri`, which lies below the run."""
     return put_bytes(run, uri, tables.encode_table(table))
+
+
+def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, similarity: np.ndarray) -> Outputs:
+    """Writes the table of neighbours of one part: Int64[B] rows, Int64[B k] neighbours, Float[B k] similarities."""
+    columns = [
+        pa.array(rows),
+        tables.fixed_list(neighbors.astype(np.int64)),
+        tables.fixed_list(similarity.astype(np.float16)),
+    ]
+    return put_table(run, run.neighbors(part), pa.table(columns, schema=tables.NEIGHBORS(neighbors.shape[1])))
 
 
 def put_json(run: Run, uri: str, value: Any) -> Outputs:

@@ -52,6 +52,19 @@ def part_features(run: Run, index: int, transform: FeatureTransform) -> np.ndarr
     return transform(tables.matrix(table["embedding"]))
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows scaled to length 1, whatever `features` left them at: neighbours are by cosine."""
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def blocks(run: Run, starts: list[int], transform: FeatureTransform) -> Iterator[tuple[Tensor, Tensor]]:
+    """Unit features and rows of every part, in order."""
+    for part in range(len(starts) - 1):
+        if starts[part + 1] > starts[part]:
+            features = torch.from_numpy(part_features(run, part, transform))
+            yield unit_rows(features), torch.arange(starts[part], starts[part + 1])
+
+
 def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
     """Float32[n D]: the features of some rows, Int64[n] sorted; only the parts that hold them are read."""
     gathered = []

@@ -112,6 +112,7 @@ def run_units(
     function: Callable[[Unit], UnitResult],
     unit_name: str = "rows",
     take: Take | None = None,
+    section: str = "parts",
 ) -> list[UnitResult]:
     """Runs the units that are not marked, over the cluster, and marks each as it ends.
 
@@ -122,6 +123,7 @@ def run_units(
         function: does one unit; runs in a Ray worker with one CPU.
         unit_name: what `Unit.size` counts.
         take: sees each result, once in a call.
+        section: of the stage's time, where a stage has several kinds of units; shown beside its progress.
 
     Returns:
         All results, those of earlier runs among them, in the order of `units`.
@@ -134,9 +136,10 @@ def run_units(
         done = sum(unit.size for unit in units if unit.index in results)
         with (
             Progress(stage, unit_name, sum(unit.size for unit in units), done) as progress,
-            meter.section("parts", 0, unit_name) as measured,
+            meter.section(section, 0, unit_name) as measured,
         ):
-            for unit, result in _submit(run, stage, todo, function):
+            progress.advance(note=section if section != "parts" else None)
+            for unit, result in _submit(run, stage, todo, function, section):
                 if take is not None:
                     take(unit, result)
                 results[unit.index] = result
@@ -152,7 +155,7 @@ def report_resume(stage: str, total: int, done: int) -> None:
 
 
 def _submit(
-    run: Run, stage: str, units: Iterable[Unit], function: Callable[[Unit], UnitResult]
+    run: Run, stage: str, units: Iterable[Unit], function: Callable[[Unit], UnitResult], section: str
 ) -> Iterator[tuple[Unit, UnitResult]]:
     import ray
 
@@ -176,5 +179,5 @@ def _submit(
             ready, _ = ray.wait(list(running), num_returns=1, timeout=60)
             for reference in ready:
                 result, seconds, worker = ray.get(reference)
-                meter.current("parts").add("working", seconds, worker)
+                meter.current(section).add("working", seconds, worker)
                 yield running.pop(reference), result

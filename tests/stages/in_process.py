@@ -18,7 +18,6 @@ from rayclust.stages import (
     figures,
     index,
     label,
-    neighbors,
     select_k,
     train,
     units,
@@ -43,7 +42,7 @@ class Board:
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts."""
-    for module in (assign, evaluate, figures, index, label, neighbors):
+    for module in (assign, evaluate, figures, index, label):
         patch.setattr(module, "run_remotely", lambda function, *arguments: function(*arguments))
     for module in (units, encode, train):
         patch.setattr(module, "connect", lambda: None)
@@ -60,7 +59,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
 
 
 def _submit(
-    run: Run, stage: str, todo: Sequence[Unit], function: Callable[[Unit], UnitResult]
+    run: Run, stage: str, todo: Sequence[Unit], function: Callable[[Unit], UnitResult], section: str
 ) -> Iterator[tuple[Unit, UnitResult]]:
     for unit in todo:
         yield unit, units.finish(run.shard_manifest(unit.index, stage), unit, lambda unit=unit: function(unit))
