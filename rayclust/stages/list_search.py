@@ -140,7 +140,7 @@ def _read(layout: Layout, low: int, high: int) -> _Held:
         for shard, start in ((shard, shard * size) for shard in range(low // size, -(-high // size)))
     ]
     records = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    rows, units = (torch.from_numpy(np.ascontiguousarray(records[name])) for name in ("row", "unit"))
+    rows, units = (torch.from_numpy(records[name].copy()) for name in ("row", "unit"))
     return _Held(low, rows, units)
 
 
@@ -189,7 +189,7 @@ def _measured(records: np.ndarray, query: Tensor, keys: Tensor) -> dict[str, Any
         query: Int64[q], sorted.
         keys: Int64[q k] of their true neighbours.
     """
-    at = np.searchsorted(records["row"], query)
+    at = np.searchsorted(records["row"], query.numpy())
     is_here = records["row"][np.minimum(at, len(records) - 1)] == query.numpy()
     (found, near), (truth, nearest) = (
         (part.numpy() for part in unpack(own))

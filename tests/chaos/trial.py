@@ -29,6 +29,7 @@ _GROUPS: dict[str, dict[str, Any]] = {
     "choice": {"method": {"name": "kmeans", "clusters": [2, 3, 5]}, "select_k": {"seeds": 1}},
     "temi": {
         "method": {"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "steps": 12, "batch_size": 16},
+        "neighbors": {"method": "ivf"},
         "resources": _FAST,
     },
     "numbered": {"method": {"name": "kmeans", "clusters": 3}, "images": {"max_reject_share": 0.5}},

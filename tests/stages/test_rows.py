@@ -23,6 +23,7 @@ from rayclust.stages.rows import (
     part_features,
     row_starts,
     transform_of,
+    unit_rows,
 )
 from rayclust.store import tables
 from tests.stages.conftest import LABELS, VECTORS, Sealed
@@ -166,3 +167,10 @@ def test_a_scratch_disk_that_cannot_reserve_is_used_all_the_same(tmp_path: Path,
 
     monkeypatch.setattr(os, "posix_fallocate", unknown)
     assert mapped(tmp_path / "x.npy", (4, 2), np.float32, lambda array: array.fill(3)).sum() == 24
+
+
+def test_zero_rows_stay_zero():
+    assert unit_rows(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [
+        [0, 0],
+        [0.6000000238418579, 0.800000011920929],
+    ]

@@ -1,0 +1,318 @@
+"""The join over inverted lists through the whole stage, in many small units."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayclust.config import RunConfig, validate
+from rayclust.errors import DataError
+from rayclust.stages import inverted_join, list_search, neighbors, units
+from rayclust.stages.pipeline import run_stage
+from rayclust.store import tables
+from rayclust.store.layout import Run, parts
+from rayclust.store.manifest import Manifest
+from tests.chaos.faults import Fault, Killed, artefacts, damage, storage_with
+from tests.references import nearest_rows
+from tests.stages.runs import tree, write_tars
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of some hundred rows."""
+    monkeypatch.setattr(neighbors, "UNIT_ROWS", 150)
+
+
+def planted(count: int, groups: int = 12, width: int = 8) -> np.ndarray:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(groups, width))[random.integers(groups, size=count)]
+    return (x + 0.3 * random.normal(size=(count, width))).astype(np.float16)
+
+
+def encoded(folder: Path, x: np.ndarray, sizes: tuple[int, ...], **settings: object) -> RunConfig:
+    """A run whose embeddings are `x`, in tables of these sizes."""
+    (folder / "images").mkdir()
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    assert bounds[-1] == len(x)
+    for part in range(len(sizes)):
+        np.save(folder / "images" / f"{part:02d}.npy", x[bounds[part] : bounds[part + 1]])
+    own = {"method": "ivf", "k": 5} | settings
+    config = validate(tree(str(folder / "run"), str(folder / "images"), neighbors=own, images={"shard_size": 100}))
+    run_stage("encode", config)
+    return config
+
+
+def found(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Int64[N k] neighbours and Float[N k] similarities of all rows, in order."""
+    read = [tables.read_table(uri) for _, uri in parts(Run(config.run).neighbors_folder)]
+    assert np.concatenate([table["row"] for table in read]).tolist() == list(range(sum(map(len, read))))
+    ids, similarity = (np.concatenate([tables.matrix(t[name]) for t in read]) for name in ("neighbors", "similarity"))
+    return ids, similarity
+
+
+def features(config: RunConfig) -> np.ndarray:
+    """Float64[N D] unit rows, as the stage sees them."""
+    read = [tables.read_table(uri, ["embedding"]) for _, uri in parts(Run(config.run).embeddings_folder)]
+    x = np.concatenate([tables.matrix(table["embedding"]) for table in read]).astype(float)
+    x -= x.mean(0)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def recall(config: RunConfig, k: int, tolerance: float = 1e-3) -> float:
+    """Of every fifth row against all pairs; what lies within float16's rounding of the last true neighbour counts."""
+    x, (ids, _) = features(config), found(config)
+    some = list(range(0, len(x), 5))
+    truth = nearest_rows(x[some], x, k, some, list(range(len(x))))
+    assert not (ids == np.arange(len(x))[:, None]).any()
+    assert all(len(set(row)) == k for row in ids.tolist())
+    hits = [x[ids[row]] @ x[row] >= own[-1][0] - tolerance for row, own in zip(some, truth, strict=True)]
+    return float(np.mean(hits))
+
+
+SIZES = (300, 500, 1, 399, 400)
+
+
+@pytest.mark.parametrize("min_recall", [0.5, 0.9, 1.0])
+def test_the_recall_that_is_told_is_the_one_over_other_rows_too(
+    min_recall: float, tmp_path: Path, in_process: None, small_units: None
+):
+    config = encoded(tmp_path, planted(1600), SIZES, min_recall=min_recall)
+    manifest = run_stage("neighbors", config)
+    told = manifest.extra["recall"]
+    assert manifest.extra["nlist"] > 20
+    assert told >= min_recall
+    assert abs(recall(config, 5, tolerance=1e-4) - told) < 0.04
+    ids, similarity = found(config)
+    x = features(config)
+    assert np.allclose(np.einsum("nd,nkd->nk", x, x[ids]), similarity, atol=2e-3)
+    assert (np.diff(similarity.astype(float), axis=1) <= 0).all()
+
+
+def test_with_all_lists_open_it_is_exact_search(
+    tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
+):
+    config = encoded(tmp_path, planted(900), (400, 500))
+    monkeypatch.setattr(inverted_join, "choose_probes", lambda centers, *others: (len(centers), len(centers)))
+    manifest = run_stage("neighbors", config)
+    assert manifest.extra["nprobe"] == manifest.extra["nlist"] > 10
+    assert manifest.extra["recall"] == 1
+    ids, similarity = found(config)
+    exact = config.model_copy(update={"neighbors": config.neighbors.model_copy(update={"method": "exact"})})
+    run_stage("neighbors", exact)
+    expected, near = found(exact)
+    assert np.allclose(similarity.astype(float), near.astype(float), atol=2e-3)
+    assert recall(config, 5) == 1
+    shared = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(ids.tolist(), expected.tolist(), strict=True)])
+    assert shared > 0.98, "only what float16 does not tell apart is another"
+
+
+def test_equal_rows_come_in_order_of_their_numbers(tmp_path: Path, in_process: None, small_units: None):
+    x = np.repeat(planted(40), 20, axis=0)[np.random.default_rng(1).permutation(800)]
+    config = encoded(tmp_path, x, (300, 500), k=6)
+    run_stage("neighbors", config)
+    ids, similarity = found(config)
+    assert (similarity > 0.999).all()
+    for row, own in enumerate(ids.tolist()):
+        twins = np.flatnonzero((x == x[row]).all(1))
+        assert own == twins[twins != row][:6].tolist()
+
+
+def test_one_long_list_is_searched_over_many_shards(
+    tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
+):
+    x = np.concatenate([np.ones((700, 8)), planted(200)]).astype(np.float16)
+    monkeypatch.setattr(list_search, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(list_search, "QUERIES_AT_ONCE", 17)
+    monkeypatch.setattr(list_search, "PAIRS_AT_ONCE", 1)
+    config = encoded(tmp_path, x, (450, 450))
+    run_stage("neighbors", config)
+    ids, _ = found(config)
+    assert ids[0].tolist() == [1, 2, 3, 4, 5]
+    assert (ids[10:700] == np.arange(5)).all()
+    assert recall(config, 5) > 0.9
+
+
+@pytest.mark.parametrize("count", [2, 3, 40, 90])
+def test_few_rows(count: int, tmp_path: Path, in_process: None):
+    config = encoded(tmp_path, planted(count), (1, count - 1), k=100)
+    manifest = run_stage("neighbors", config)
+    assert (manifest.extra["method"], manifest.extra["k"]) == ("ivf", count - 1)
+    ids, _ = found(config)
+    assert all(sorted([row, *own]) == list(range(count)) for row, own in enumerate(ids.tolist()))
+
+
+def test_a_part_without_rows_has_a_table_without_rows(tmp_path: Path, in_process: None):
+    write_tars(tmp_path / "images", shards=2, per_shard=12)
+    tarfile.open(tmp_path / "images" / "shard-000a.tar", "w").close()
+    config = validate(tree(str(tmp_path / "run"), str(tmp_path / "images"), neighbors={"k": 5, "method": "ivf"}))
+    run_stage("encode", config)
+    run_stage("neighbors", config)
+    table = tables.read_table(Run(config.run).neighbors(1))
+    assert (table.num_rows, table.schema.field("neighbors").type.list_size) == (0, 5)
+    assert len(found(config)[0]) == 24
+
+
+def test_rows_whose_lists_hold_too_few_look_into_more(tmp_path: Path, in_process: None, small_units: None):
+    random = np.random.default_rng(0)
+    x = np.eye(6)[np.arange(480) % 6] + 0.05 * random.normal(size=(480, 6))
+    config = encoded(tmp_path, x.astype(np.float16), (480,), k=150, min_recall=0.01)
+    manifest = run_stage("neighbors", config)
+    assert manifest.extra["nprobe"] * 480 / manifest.extra["nlist"] < 150, "no row was short, so nothing was tested"
+    ids, _ = found(config)
+    assert ids.min() >= 0
+    assert all(len(set(own)) == 150 for own in ids.tolist())
+
+
+def test_a_recall_out_of_reach_says_what_to_do(
+    tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
+):
+    config = encoded(tmp_path, planted(900), (900,), min_recall=0.95)
+    monkeypatch.setattr(inverted_join, "choose_probes", lambda *arguments: (1, 1))
+    message = r"neighbors.min_recall = 0.95: the inverted file reaches 0\.\d+; lower the bound or set neighbors.method"
+    with pytest.raises(DataError, match=message):
+        run_stage("neighbors", config)
+
+
+def test_zero_rows_have_neighbours_too(tmp_path: Path, in_process: None, small_units: None):
+    x = planted(400)
+    x[::7] = x.astype(float).mean(0).astype(np.float16)
+    config = encoded(tmp_path, x, (200, 200))
+    run_stage("neighbors", config)
+    ids, similarity = found(config)
+    assert ids.min() >= 0
+    assert np.isfinite(similarity.astype(float)).all()
+
+
+@pytest.fixture
+def joined(tmp_path: Path, in_process: None, small_units: None) -> tuple[RunConfig, Manifest, int, dict[str, bytes]]:
+    """A run whose neighbours are done; the seal, changes of the storage that they took, and what is there."""
+    config = encoded(tmp_path, planted(700), (300, 1, 399))
+    shutil.copytree(config.run, tmp_path / "encoded")
+    with storage_with(None) as recorder:
+        manifest = run_stage("neighbors", config)
+    return config, manifest, recorder.count, artefacts(config.run)
+
+
+def fresh(config: RunConfig) -> None:
+    """As it was before the stage."""
+    shutil.rmtree(config.run)
+    shutil.copytree(Path(config.run).parent / "encoded", config.run)
+
+
+def test_nothing_is_left_but_the_tables_and_the_markers_of_their_groups(joined: tuple):
+    config, manifest, _, _ = joined
+    run = Path(config.run)
+    assert not (run / "neighbors" / "scratch").exists()
+    assert sorted(path.name for path in (run / "neighbors").iterdir()) == [f"part-{i:05d}.parquet" for i in range(3)]
+    markers = sorted(path.name for path in (run / "manifests" / "neighbors").iterdir())
+    assert markers == ["part-00000.json", "part-00001.json"]
+    assert set(manifest.outputs) == {f"neighbors/part-{i:05d}.parquet" for i in range(3)}
+    names = ["centres", "sorting", "probing", "sharding", "searching", "collecting"]
+    assert [section.name for section in manifest.measured] == names
+    assert max(section.done for section in manifest.measured) == 700
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "torn", "full"])
+def test_killed_at_any_change_and_run_again_the_bytes_are_the_same(kind: str, joined: tuple):
+    config, _, changes, expected = joined
+    assert changes > 30
+    for at in range(0, changes, 1 if kind == "before" else 3):
+        fresh(config)
+        with storage_with(Fault(kind, at)), pytest.raises((Killed, DataError)):
+            run_stage("neighbors", config)
+        (Path(config.run) / "lease.json").unlink(missing_ok=True)
+        run_stage("neighbors", config)
+        assert artefacts(config.run) == expected, at
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_killed_and_harmed_the_bytes_are_the_same(seed: int, joined: tuple):
+    config, _, changes, expected = joined
+    draw = random.Random(seed)
+    fresh(config)
+    with storage_with(Fault("before", draw.randrange(changes))), pytest.raises(Killed):
+        run_stage("neighbors", config)
+    (Path(config.run) / "lease.json").unlink(missing_ok=True)
+    done = damage(Path(config.run) / "neighbors", draw)
+    run_stage("neighbors", config)
+    assert artefacts(config.run) == expected, done
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sections of which units are done from now on."""
+    seen, submit = [], units._submit
+
+    def note(*arguments: object) -> object:
+        seen.extend([arguments[-1]] * len(arguments[2]))  # type: ignore[arg-type]
+        return submit(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(units, "_submit", note)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("phase", "left"),
+    [
+        ("search", ["searching"] * 5 + ["collecting"] * 2),
+        ("shard", ["sharding"] * 5 + ["searching"] * 5 + ["collecting"] * 2),
+    ],
+)
+def test_units_that_are_marked_are_not_done_again(
+    phase: str, left: list[str], joined: tuple, monkeypatch: pytest.MonkeyPatch
+):
+    config = joined[0]
+    fresh(config)
+    real: Callable[..., object] = getattr(list_search.Lists, phase)
+    with monkeypatch.context() as patch:
+        patch.setattr(list_search.Lists, phase, lambda *arguments: real(*arguments) if arguments[1] < 0 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_stage("neighbors", config)
+    seen = counted(monkeypatch)
+    run_stage("neighbors", config)
+    assert seen == left[-len(seen) :]
+    assert len(seen) in (len(left), len(left) - 1)
+
+
+def test_ended_before_the_seal_nothing_is_searched_again(joined: tuple, monkeypatch: pytest.MonkeyPatch):
+    config, manifest, _, expected = joined
+    (Path(config.run) / "manifests" / "neighbors.json").unlink()
+    seen = counted(monkeypatch)
+    assert run_stage("neighbors", config).extra == manifest.extra
+    assert seen == []
+    assert artefacts(config.run) == expected
+
+
+def test_another_method_leaves_no_scratch_files(joined: tuple):
+    config, _, changes, _ = joined
+    fresh(config)
+    with storage_with(Fault("before", changes - 8)), pytest.raises(Killed):
+        run_stage("neighbors", config)
+    run = Path(config.run)
+    assert (run / "neighbors" / "scratch").exists()
+    (run / "lease.json").unlink()
+    (run / "neighbors" / "ivf.faiss").write_bytes(b"of an earlier version")
+    run_stage(
+        "neighbors", config.model_copy(update={"neighbors": config.neighbors.model_copy(update={"method": "exact"})})
+    )
+    assert sorted(path.name for path in (run / "neighbors").iterdir()) == [f"part-{i:05d}.parquet" for i in range(3)]
+    assert len(list((run / "manifests" / "neighbors").iterdir())) == 2
+
+
+@pytest.mark.ray
+def test_workers_of_a_cluster_write_the_same_bytes(tmp_path: Path, ray_session: None):
+    config = encoded(tmp_path, planted(12_000, groups=60), (3000, 4000, 5000))
+    manifest = run_stage("neighbors", config)
+    assert max(section.workers for section in manifest.measured) == 2
+    expected = artefacts(config.run)
+    with pytest.MonkeyPatch.context() as patch:
+        from tests.stages.in_process import without_ray
+
+        without_ray(patch)
+        run_stage("neighbors", config, force=True)
+    assert artefacts(config.run) == expected
