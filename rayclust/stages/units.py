@@ -110,7 +110,6 @@ def run_units(
     stage: str,
     units: Sequence[Unit],
     function: Callable[[Unit], UnitResult],
-    unit_name: str = "rows",
     take: Take | None = None,
     section: str = "parts",
 ) -> list[UnitResult]:
@@ -121,7 +120,6 @@ def run_units(
         stage: name, for the markers and the progress.
         units: the whole work, in order of index.
         function: does one unit; runs in a Ray worker with one CPU.
-        unit_name: what `Unit.size` counts.
         take: sees each result, once in a call.
         section: of the stage's time, where a stage has several kinds of units; shown beside its progress.
 
@@ -135,8 +133,8 @@ def run_units(
         connect()
         done = sum(unit.size for unit in units if unit.index in results)
         with (
-            Progress(stage, unit_name, sum(unit.size for unit in units), done) as progress,
-            meter.section(section, 0, unit_name) as measured,
+            Progress(stage, "rows", sum(unit.size for unit in units), done) as progress,
+            meter.section(section) as measured,
         ):
             progress.advance(note=section if section != "parts" else None)
             for unit, result in _submit(run, stage, todo, function, section):
