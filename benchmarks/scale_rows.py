@@ -82,6 +82,25 @@ def peak_of(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - start, memory("VmHWM")
 
 
+def workers_peak() -> float:
+    """The most memory that one of this process's Ray workers has had, in MB, of those still there; 0 without any."""
+    found: dict[int, tuple[int, str, int]] = {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        try:
+            own = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+            found[int(path.parent.name)] = int(own["PPid"]), own["Name"].strip(), int(own["VmHWM"].split()[0])
+        except (OSError, KeyError):
+            continue
+
+    def is_below(process: int) -> bool:
+        while process in found and process != os.getpid():
+            process = found[process][0]
+        return process == os.getpid()
+
+    peaks = [peak for process, (_, name, peak) in found.items() if name.startswith("ray::") and is_below(process)]
+    return max(peaks, default=0) * 1024 / 1e6
+
+
 def stand_in(run: config.RunConfig) -> None:
     """Seals neighbours that nobody searched for: train waits for them, though k-means reads none."""
     stage, below = graph.STAGES["neighbors"], layout.Run(run.run)
@@ -97,17 +116,28 @@ def drive(arguments: argparse.Namespace) -> None:
     folder, rows = arguments.folder, arguments.rows[0]
     run = settings(arguments, folder)
     connect()
-    print(
-        json.dumps({"stage": "(ray up, nothing read)", "rows": rows, "seconds": 0.0, "mb": memory("VmRSS")}), flush=True
-    )
+    up = {"stage": "(ray up, nothing read)", "rows": rows, "seconds": 0.0, "mb": memory("VmRSS"), "worker": 0.0}
+    print(json.dumps(up), flush=True)
     for stage in [name for name in STAGES if name in arguments.stages]:
         if stage == "train" and "neighbors" not in arguments.stages:
             stand_in(run)
         seconds, mb = peak_of(lambda name=stage: pipeline.run_stage(name, run))  # type: ignore[misc]
-        print(json.dumps({"stage": stage, "rows": rows, "seconds": seconds, "mb": mb}), flush=True)
+        line = {"stage": stage, "rows": rows, "seconds": seconds, "mb": mb, "worker": workers_peak()}
+        print(json.dumps(line | ({"said": searched(run)} if stage == "neighbors" else {})), flush=True)
     seconds, mb = peak_of(lambda: pipeline.run_stage("encode", run))
-    print(json.dumps({"stage": "encode, nothing to do", "rows": rows, "seconds": seconds, "mb": mb}), flush=True)
+    line = {"stage": "encode, nothing to do", "rows": rows, "seconds": seconds, "mb": mb, "worker": 0.0}
+    print(json.dumps(line), flush=True)
     ray.shutdown()
+
+
+def searched(run: config.RunConfig) -> str:
+    """What the neighbors stage says of itself, in a line."""
+    sealed = manifest.read_manifest(layout.Run(run.run), "neighbors")
+    if sealed is None:
+        raise SystemExit("neighbors is not sealed")
+    said = sealed.extra
+    phases = ", ".join(f"{section.name} {section.seconds:.1f} s" for section in sealed.measured)
+    return f"recall {said['recall']:.4f}, {said['nprobe']} of {said['nlist']:,} lists opened; {phases}"
 
 
 def table(found: list[dict[str, float | str]]) -> None:
@@ -115,6 +145,9 @@ def table(found: list[dict[str, float | str]]) -> None:
     peaks: dict[str, list[float]] = {}
     for line in found:
         peaks.setdefault(str(line["stage"]), []).append(float(line["mb"]))
+    for line in found:
+        if "said" in line:
+            print(f"\nneighbors of {line['rows']:,} rows: {line['said']}")
     print("\n| stage | driver's peak at each size, MB | ratio to the first |")
     print("|---|---|---|")
     for stage, own in peaks.items():
@@ -137,7 +170,8 @@ def measure(arguments: argparse.Namespace, rows: int) -> list[dict[str, float | 
                 line = json.loads(text)
                 found.append(line)
                 speed = f"{rows / line['seconds']:,.0f}" if line["seconds"] else ""
-                cells = (line["stage"], f"{rows:,}", f"{line['seconds']:.1f}", speed, f"{line['mb']:.0f}")
+                worker = f"{line['worker']:.0f}" if line["worker"] else ""
+                cells = (line["stage"], f"{rows:,}", f"{line['seconds']:.1f}", speed, f"{line['mb']:.0f}", worker)
                 print(f"| {' | '.join(cells)} |", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -175,8 +209,8 @@ def main() -> None:
         f"N × {WIDTH} float16; k-means with K = {arguments.clusters}, at most {arguments.passes} passes; "
         f"{arguments.neighbors} neighbours, recall {arguments.min_recall:g}\n"
     )
-    print("| stage | rows | seconds | rows/s | driver's peak memory, MB |")
-    print("|---|---|---|---|---|")
+    print("| stage | rows | seconds | rows/s | driver's peak memory, MB | a worker's, MB |")
+    print("|---|---|---|---|---|---|")
     table([line for rows in arguments.rows for line in measure(arguments, rows)])
     return None
 

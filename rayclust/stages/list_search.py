@@ -29,7 +29,7 @@ from rayclust.stages.units import Unit, UnitResult
 
 BLOCK_BYTES = 2**25
 """Rows that are read at once from other shards."""
-PAIRS_AT_ONCE = 2**23
+PAIRS_AT_ONCE = 2**22
 """Pairs of a row and a list that a worker keeps."""
 QUERIES_AT_ONCE = 2**14
 
