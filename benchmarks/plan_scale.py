@@ -18,6 +18,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from rayclust.search.inverted_lists import list_count
+from rayclust.stages.inverted_join import QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
+from rayclust.stages.neighbors import UNIT_BYTES, unit_size
 from rayclust.stages.shards import Moments
 from rayclust.stages.units import Unit, UnitResult
 from rayclust.store.manifest import Output
@@ -69,7 +72,11 @@ class Inputs:
     restarts: float = 1
     neighbors: float = 50
     probes: float = 64
-    """Lists that are opened for a row (assumed; measured when the index is built)."""
+    """Lists that are opened for a row (assumed; the stage finds it from the recall that is asked for)."""
+    others: float = 85
+    """Rows that a unit reads from other shards for each of its own when it searches (assumed; at most 4 * probes)."""
+    request_rate: float = 100_000
+    """GETs a second that storage answers (assumed)."""
     stream_bytes: float = 60_000
     """Of the driver for each shard that is streamed through Ray Data, as scale_shards.py shows it at most."""
     node_dollars: float = 60
@@ -120,6 +127,59 @@ def encode(i: Inputs) -> list[Cost]:
     return [first, Cost("encode: numbering", i.rows_bytes, i.rows_bytes, 2 * i.shards, 3 * i.shards, seconds, bound)]
 
 
+def neighbors(i: Inputs) -> list[Cost]:
+    """The join over inverted lists: its centres, then the phases over units."""
+    lists, unit = list_count(int(i.images)), unit_size(int(i.images), int(i.dimension), int(i.neighbors))
+    groups, units = math.ceil(i.shards / math.ceil(unit / i.shard_images)), math.ceil(i.images / unit)
+    row, found = 2 * i.dimension + 8, 8 * i.neighbors + 8
+    sample = min(SAMPLED_PER_LIST * lists, SAMPLE_BYTES / (4 * i.dimension))
+    bounds, nearest = groups * lists * 8, groups * QUERIES * i.neighbors * 16
+    product, parents = 2 * i.dimension, lists**0.5
+    flops = {
+        # Ten passes over the sample for centres below their parent; four parents' centres for each row.
+        "centres": 11 * sample * parents * product,
+        "sorting": i.images * (5 * parents + QUERIES) * product,
+        "searching": (i.images * (4 * i.probes + i.probes * i.images / lists) + lists * lists) * product,
+    }
+    read_sample = SAMPLED_PARTS * i.shard_images * 2 * i.dimension
+    alone = flops["centres"] / i.cpu_flops + read_sample / i.fill_rate
+    probing = (bounds + nearest) / i.fill_rate
+    others = i.images * i.others * row
+    return [
+        Cost("neighbors: centres", read_sample, lists * i.dimension * 4, SAMPLED_PARTS, 2, alone, "one CPU"),
+        spread(
+            i, "sorting", (i.rows_bytes, i.images * row + bounds + nearest), (i.shards, 3 * groups), flops["sorting"]
+        ),
+        Cost("neighbors: probing", bounds + nearest, 0, 2 * groups, 2, probing, "one worker reads"),
+        spread(i, "sharding", (i.images * row + bounds, i.images * row), (2 * groups * units, 2 * units), 0),
+        spread(
+            i,
+            "searching",
+            (i.images * row + others, i.images * found),
+            (units * (1 + i.others * unit * lists / i.images), 2 * units),
+            flops["searching"],
+        ),
+        spread(
+            i,
+            "collecting",
+            (i.images * found, i.images * (found + 2 * i.neighbors)),
+            (2 * groups * units, i.shards + groups),
+            0,
+        ),
+    ]
+
+
+def spread(i: Inputs, name: str, moved: tuple[float, float], requests: tuple[float, float], flops: float) -> Cost:
+    """A phase of neighbors over all CPUs: bytes read and written, GETs and PUTs, products."""
+    times = {
+        "products on CPUs": flops / (i.cpu_flops * i.cpus * i.nodes),
+        "network": sum(moved) / (i.network * i.nodes),
+        "GETs": requests[0] / i.request_rate,
+    }
+    bound = max(times, key=times.__getitem__)
+    return Cost(f"neighbors: {name}", *moved, *requests, times[bound], bound)
+
+
 def train(i: Inputs) -> list[Cost]:
     """Every node copies all rows; then k-means passes, each worker over its share."""
     fill = Cost("train: rows to every node", i.rows_bytes * i.nodes, 0, i.shards * i.nodes, 0,
@@ -137,22 +197,20 @@ def assign(i: Inputs) -> Cost:
 
 
 def stages(i: Inputs) -> list[Cost]:
-    """Those that end; `limits` says why neighbors does not."""
-    return [*encode(i), *train(i), assign(i)]
+    """Those up to assign, in order."""
+    return [*encode(i), *neighbors(i), *train(i), assign(i)]
 
 
 def limits(i: Inputs, per_shard: float) -> list[tuple[str, float, float]]:
     """What a place must hold, and what it has, in bytes."""
-    index = i.images * (2 * i.dimension + 8)
-    lists = 4 * i.images**0.5
-    unit = max(2048, i.images / 64) * i.dimension * 4
+    lists = list_count(int(i.images))
+    sample = min(SAMPLED_PER_LIST * lists, SAMPLE_BYTES / (4 * i.dimension))
     part = i.shard_images * i.clusters * 4
     share = i.images * i.dimension * 4 / i.nodes
     return [
-        ("neighbors: the inverted file, in each worker that searches", index, i.memory),
-        ("neighbors: the same while it is written, in one worker", 2 * index, i.memory),
-        ("neighbors: queries of one of its 64 units", unit, i.memory),
-        ("neighbors: sample that trains the lists' centres", 64 * lists * i.dimension * 4, i.memory),
+        ("neighbors: three times a unit's bytes, on every CPU of a node", 3 * UNIT_BYTES * i.cpus, i.memory),
+        ("neighbors: centres of all lists, on every CPU of a node", lists * i.dimension * 4 * i.cpus, i.memory),
+        ("neighbors: three times the sample that trains them, in one worker", 12 * sample * i.dimension, i.memory),
         ("train: rows on a node's disk", i.images * i.dimension * 4, i.disk),
         ("train: neighbours on a node's disk (TEMI)", i.images * i.neighbors * 8, i.disk),
         ("train: what a node's workers read of it, page cache", share, i.memory),
@@ -179,14 +237,6 @@ def driver_bytes(width: int, *, with_moments: bool, count: int = 2000) -> float:
     return found / len(kept)
 
 
-def neighbor_hours(i: Inputs) -> tuple[float, float]:
-    """Building the inverted file in its one task of one CPU, and searching in at most 64 tasks of one CPU."""
-    lists = 4 * i.images**0.5
-    build = 2 * i.dimension * lists * (i.images + 10 * 64 * lists)  # every row to a list; ten passes over the sample
-    search = 2 * i.dimension * i.images * (lists + i.probes * i.images / lists)
-    return build / i.cpu_flops / HOUR, search / (64 * i.cpu_flops) / HOUR
-
-
 def cost_table(i: Inputs) -> None:
     """A row for each stage, and their sum."""
     titles = "stage read,_TB written,_TB GETs PUTs requests/s hours node_dollars request_dollars bound_by"
@@ -205,8 +255,10 @@ def cost_table(i: Inputs) -> None:
 def show(i: Inputs) -> None:
     """The tables."""
     cost_table(i)
-    build, search = neighbor_hours(i)
-    print(f"neighbors, if a node could hold its index: {build:,.0f} hours to build, {search:,.0f} hours to search")
+    unit = unit_size(int(i.images), int(i.dimension), int(i.neighbors))
+    rows, found = i.images * (2 * i.dimension + 8), i.images * (8 * i.neighbors + 8)
+    print(f"neighbors: {list_count(int(i.images)):,} lists, {math.ceil(i.images / unit):,} shards of {unit:,} rows")
+    print(f"Its scratch files, until it is sealed: {(2 * rows + found) / TERA:.1f} TB")
     without, held = (driver_bytes(int(i.dimension), with_moments=kept) for kept in (False, True))
     print(f"{i.shards:,.0f} shards; a listing takes {math.ceil(i.shards / 1000):,} requests")
     print(

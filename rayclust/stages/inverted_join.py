@@ -54,7 +54,7 @@ SEED = 0
 QUERIES = 1000
 """Most rows on which the recall is measured."""
 SAMPLED_PER_LIST = 64
-SAMPLE_BYTES = 2**31
+SAMPLE_BYTES = 2**32
 """Most bytes of the sample that trains the centres, as float32."""
 SAMPLED_PARTS = 512
 """Most parts that the sample is read from."""
