@@ -46,7 +46,7 @@ FORMS = {
     "cpu": ("published", "whole fp32", "chunks fp32", "chunks bf16", "written out fp32", "written out bf16"),
     "cuda": ("published", "whole bf16", "chunks bf16", "kernels bf16"),
 }
-COPIES = {"published": 9.0, "whole": 8.0}
+COPIES = {"published": 4.0, "whole": 8.0}
 """Copies of all logits in float32 that a form holds at once, about; the others hold chunks."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from rayclust.options import Config
 class BaseMethodConfig(Config):
     """Settings that every method has."""
 
+    draws_pairs: ClassVar[bool] = False
+    """Whether the method's `pairing` asks for neighbours, so that they are searched before it is fitted."""
     name: str
     """What the method is called in RUN.yaml."""
     clusters: int = Field(ge=2)

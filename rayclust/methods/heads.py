@@ -62,7 +62,8 @@ def _has_fast_bf16(device_type: str) -> bool:
     """Whether matrix products of bf16 are much faster there than those of float32."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    return device_type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+    # Without tiles, AVX-512's own bf16 products still take about half the time of float32's.
+    return device_type == "cpu" and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def matmul_dtype(precision: Precision, x: Tensor) -> torch.dtype:

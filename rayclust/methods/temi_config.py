@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from rayclust.methods.temi_presets import preset_values
 class TemiConfig(TrainedConfig):
     """TEMI (arXiv 2303.17896). A key that is written wins over the preset."""
 
+    draws_pairs: ClassVar[bool] = True
     name: Literal["temi"] = "temi"
     """Teacher ensemble-weighted pointwise mutual information."""
     preset: Literal["auto", "readme", "paper", "none"] = "auto"

@@ -8,6 +8,7 @@ marker matches is not done again. Rows are numbered once all counts are known.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from rayclust.config import RunConfig
 from rayclust.encoders.decode import Preprocess
 from rayclust.errors import ArtefactError, DataError
-from rayclust.stages.cluster import connect, plain_errors
+from rayclust.stages.cluster import connect, cpus, plain_errors
 from rayclust.stages.encode_stream import stream
 from rayclust.stages.inputs import input_shards
 from rayclust.stages.models import encoder_shape
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 ROUNDS = 3
 """Passes over unfinished shards without any progress after which the stage gives up."""
-PARTS_AT_ONCE = 64
-"""Parts that are numbered at once, so that the driver stays small."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -169,11 +168,17 @@ def _renumbered(run: Run, starts: dict[int, int]) -> Iterator[UnitResult]:
     import ray
 
     connect()
-    again = ray.remote(num_cpus=1, max_retries=5, **selector("tasks", task_labels()))(renumber)
-    waiting = iter(starts.items())
+    labels = task_labels()
+    again = ray.remote(num_cpus=1, max_retries=5, **selector("tasks", labels))(renumber)
+    waiting, running = iter(starts.items()), deque[Any]()
     with plain_errors():
-        while group := [again.remote(run, part, row) for part, row in islice(waiting, PARTS_AT_ONCE)]:
-            yield from ray.get(group)
+        while True:
+            # A few more than there are CPUs, so that none waits for the driver; never all, so that it stays small.
+            for part, row in islice(waiting, max(0, 2 * cpus(labels) - len(running))):
+                running.append(again.remote(run, part, row))
+            if not running:
+                return
+            yield ray.get(running.popleft())
 
 
 def _sealed(results: Sequence[UnitResult], total: Moments) -> StageResult:

@@ -29,6 +29,8 @@ class Stage:
     """Raised when the stage's results change for the same config."""
     for_own_space: tuple[str, ...] = ()
     """Stages that it reads besides where the method has a space of its own."""
+    for_pairs: tuple[str, ...] = ()
+    """Stages that it reads besides where the method draws pairs of neighbours."""
     reads_choice: bool = False
     """Whether it reads select-k as well, in a run that leaves the number of clusters open."""
     takes: Mapping[str, str] = field(default_factory=dict)
@@ -42,8 +44,9 @@ class Stage:
     def inputs(self, config: RunConfig) -> tuple[str, ...]:
         """The stages that it reads in a run of this config."""
         own = self.for_own_space if has_own_space(config.method.name) else ()
+        pairs = self.for_pairs if config.method.draws_pairs else ()
         choice = (SELECT_K,) if self.reads_choice and config.is_open else ()
-        return (*self.needs, *own, *choice)
+        return (*self.needs, *own, *pairs, *choice)
 
 
 def _part(config: Any, *keys: str) -> dict[str, Any]:
@@ -108,8 +111,9 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "train",
-            ("encode", "neighbors"),
+            ("encode",),
             lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed} | _division(c),
+            for_pairs=("neighbors",),
             reads_choice=True,
             takes={SELECT_K: CHOSEN},
         ),

@@ -27,7 +27,7 @@ from tests.stages.runs import (
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-PER_CLASS = 120
+PER_CLASS = 80
 
 
 @pytest.fixture(scope="module")

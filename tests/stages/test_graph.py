@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from rayclust.config import RunConfig, validate
+from rayclust.methods import METHODS, build
+from rayclust.methods.base import Pairing
 from rayclust.stages.graph import SELECT_K, STAGES, candidate_settings, stages_of
 from rayclust.store.layout import STAGES as ORDER
 from tests.stages.runs import tree
@@ -23,6 +25,14 @@ def test_the_choice_is_read_by_train_and_report_where_there_is_one():
     for settings, readers in ((config(), set()), (config(method={"clusters": [2, 3]}), {"train", "report"})):
         assert {name for name, stage in STAGES.items() if SELECT_K in stage.inputs(settings)} == readers
         assert all(set(stage.needs) <= set(stage.inputs(settings)) for stage in STAGES.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_waits_for_neighbors_only_where_the_method_draws_them(name: str):
+    method = config(method={"name": name, "clusters": 3}).fitted()
+    drawn = getattr(build(method, 8, 40, seed=0), "pairing", Pairing())
+    assert method.draws_pairs == (drawn.columns > 0)
+    assert ("neighbors" in STAGES["train"].inputs(config(method={"name": name, "clusters": 3}))) == method.draws_pairs
 
 
 def test_every_stage_has_its_file():

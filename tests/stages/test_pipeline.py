@@ -164,10 +164,19 @@ def test_a_stage_by_itself_refuses_inputs_of_another_config(copied: Sealed):
 
 
 def test_a_stage_by_itself_refuses_inputs_made_from_what_has_changed_since(copied: Sealed):
-    run_stage("neighbors", changed(copied, neighbors={"k": 3}))
-    with pytest.raises(ArtefactError, match="assign: the stage train of"):
-        run_stage("assign", changed(copied, neighbors={"k": 3}))
-    assert Seals(changed(copied, neighbors={"k": 3})).of("index") is not None
+    other = changed(copied, method={"clusters": 2})
+    run_stage("train", other)
+    with pytest.raises(ArtefactError, match="label: the stage assign of"):
+        run_stage("label", other)
+    assert Seals(other).of("index") is not None
+
+
+def test_other_neighbors_leave_a_training_alone_that_draws_none(copied: Sealed):
+    other = changed(copied, neighbors={"k": 3})
+    assert Seals(other).of("evaluate") is None
+    assert Seals(other).of("assign") is not None
+    run_stage("neighbors", other)
+    assert run_stage("evaluate", other).counts["rows"] == 24
 
 
 def test_a_config_that_cannot_run_leaves_the_run_and_its_config_alone(copied: Sealed):

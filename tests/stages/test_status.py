@@ -40,8 +40,8 @@ def test_what_is_missing_half_done_or_outdated_is_said(pictures_run: Sealed, tmp
     shown = {line.split()[0]: line for line in lines(run.uri)}
     assert "not finished, 1 parts done" in shown["neighbors"]
     assert "not started" in shown["label"]
-    assert "runs again" in shown["train"]
-    assert "runs again" not in shown["index"]
+    assert "runs again" in shown["evaluate"]
+    assert all("runs again" not in shown[name] for name in ("train", "index"))
     save_config(validate(tree(run.uri, pictures_run.config.images.uri, encoder={"image_size": 9})))
     assert all("runs again" in line for line in lines(run.uri) if "done in" in line)
 
