@@ -6,8 +6,8 @@ Claim: the driver's peak memory at 10 M rows is at most 1.2 times that at 1 M.
 
 Rows are 64 float16 numbers around 1,000 planted centres, in Parquet files of 131,072 rows, made by another process.
 Each size runs in a process of its own, which is the driver of all its stages; workers are Ray's, on the cores of this
-machine. A stage's peak is the kernel's own (VmHWM, set back before each stage), of the driver alone. Without neighbors
-in --stages, train is given an empty seal in their place: k-means reads none.
+machine. A stage's peak is the kernel's own (VmHWM, set back before each stage), of the driver alone; beside it stands
+the largest of a worker, of those still there when the stage ends. Both count what they use of Ray's shared memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import ray
 import torch
 
 from rayclust import config
-from rayclust.stages import graph, pipeline
+from rayclust.stages import pipeline
 from rayclust.stages.cluster import connect
 from rayclust.store import layout, manifest
 
@@ -101,16 +101,6 @@ def workers_peak() -> float:
     return max(peaks, default=0) * 1024 / 1e6
 
 
-def stand_in(run: config.RunConfig) -> None:
-    """Seals neighbours that nobody searched for: train waits for them, though k-means reads none."""
-    stage, below = graph.STAGES["neighbors"], layout.Run(run.run)
-    encode = manifest.read_manifest(below, "encode")
-    if encode is None:
-        raise SystemExit("encode is not sealed")
-    digest = pipeline.stage_digest(stage, run, {"encode": encode})
-    manifest.seal(below, manifest.Manifest(stage="neighbors", digest=digest))
-
-
 def drive(arguments: argparse.Namespace) -> None:
     """One size in this process: a JSON line per stage, the first of them for the driver before any."""
     folder, rows = arguments.folder, arguments.rows[0]
@@ -119,8 +109,6 @@ def drive(arguments: argparse.Namespace) -> None:
     up = {"stage": "(ray up, nothing read)", "rows": rows, "seconds": 0.0, "mb": memory("VmRSS"), "worker": 0.0}
     print(json.dumps(up), flush=True)
     for stage in [name for name in STAGES if name in arguments.stages]:
-        if stage == "train" and "neighbors" not in arguments.stages:
-            stand_in(run)
         seconds, mb = peak_of(lambda name=stage: pipeline.run_stage(name, run))  # type: ignore[misc]
         line = {"stage": stage, "rows": rows, "seconds": seconds, "mb": mb, "worker": workers_peak()}
         print(json.dumps(line | ({"said": searched(run)} if stage == "neighbors" else {})), flush=True)

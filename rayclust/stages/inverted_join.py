@@ -163,8 +163,7 @@ class _Sorting:
         torch.set_num_threads(1)
         layout, wanted = self.layout, list_count(self.layout.count)
         random = np.random.default_rng(SEED)
-        rows = random.choice(layout.count, min(QUERIES, layout.count), replace=False)
-        queries = np.sort(rows)
+        queries = np.sort(random.choice(layout.count, min(QUERIES, layout.count), replace=False))
         most = max(wanted, min(SAMPLED_PER_LIST * wanted, SAMPLE_BYTES // (4 * layout.width)))
         sample = self._sample(random, most)
         found = train_centers(sample, wanted, SEED)
@@ -194,7 +193,8 @@ class _Sorting:
         queries, query_rows = found["query_unit"].float(), found["query"]
         nearest, everyone = PackedTopK(len(queries), layout.k), torch.arange(len(queries))
         first, end = layout.span(group)
-        units, homes = torch.empty((end - first, layout.width), dtype=torch.float16), torch.empty(end - first).long()
+        units = torch.empty((end - first, layout.width), dtype=torch.float16)
+        homes = torch.empty(end - first, dtype=torch.int64)
         for part in layout.groups[group]:
             start, stop = layout.starts[part : part + 2]
             if stop > start:
