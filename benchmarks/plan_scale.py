@@ -73,7 +73,7 @@ class Inputs:
     neighbors: float = 50
     probes: float = 64
     """Lists that are opened for a row (assumed; the stage finds it from the recall that is asked for)."""
-    others: float = 85
+    halo: float = 85
     """Rows that a unit reads from other shards for each of its own when it searches (assumed; at most 4 * probes)."""
     request_rate: float = 100_000
     """GETs a second that storage answers (assumed)."""
@@ -144,7 +144,7 @@ def neighbors(i: Inputs) -> list[Cost]:
     read_sample = SAMPLED_PARTS * i.shard_images * 2 * i.dimension
     alone = flops["centres"] / i.cpu_flops + read_sample / i.fill_rate
     probing = (bounds + nearest) / i.fill_rate
-    others = i.images * i.others * row
+    halo = i.images * i.halo * row
     return [
         Cost("neighbors: centres", read_sample, lists * i.dimension * 4, SAMPLED_PARTS, 2, alone, "one CPU"),
         spread(
@@ -155,8 +155,8 @@ def neighbors(i: Inputs) -> list[Cost]:
         spread(
             i,
             "searching",
-            (i.images * row + others, i.images * found),
-            (units * (1 + i.others * unit * lists / i.images), 2 * units),
+            (i.images * row + halo, i.images * found),
+            (units * (1 + i.halo * unit * lists / i.images), 2 * units),
             flops["searching"],
         ),
         spread(

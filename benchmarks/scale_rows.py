@@ -125,7 +125,8 @@ def searched(run: config.RunConfig) -> str:
         raise SystemExit("neighbors is not sealed")
     said = sealed.extra
     phases = ", ".join(f"{section.name} {section.seconds:.1f} s" for section in sealed.measured)
-    return f"recall {said['recall']:.4f}, {said['nprobe']} of {said['nlist']:,} lists opened; {phases}"
+    opened = f"recall {said['recall']:.4f}, {said['nprobe']} of {said['nlist']:,} lists opened"
+    return f"{opened}, {said['halo']:.2f} rows read from other shards for each; {phases}"
 
 
 def table(found: list[dict[str, float | str]]) -> None:

@@ -72,7 +72,7 @@ def join(
         units: the layout's groups, numbered from 0; their markers stay when the scratch files go.
 
     Returns:
-        What `units` wrote; recall, nlist and nprobe.
+        What `units` wrote; recall, nlist, nprobe, and the halo: rows read from other shards for each row.
 
     Raises:
         DataError: the recall that was found is below the wanted one.
@@ -108,7 +108,7 @@ class _Phases:
         self._groups, self._next = units, len(units)
 
     def run(self) -> dict[str, Any]:
-        """Recall, nlist and nprobe of the search, whose results lie in the scratch files."""
+        """What there is to say of the search, whose results lie in the scratch files."""
         layout = self._layout
         rows = [unit.size for unit in self._groups]
         own = [min(layout.shard_rows, layout.count - layout.places(shard)[0]) for shard in range(layout.shards)]
@@ -119,8 +119,10 @@ class _Phases:
         plan = self._do("probing", [layout.count], probe)
         lists = list_search.Lists(layout, _digests(plan)[0], **plan[0].extra)
         self._do("sharding", own, lists.shard)
-        measured = [result.extra for result in self._do("searching", own, lists.search)]
-        return {"recall": self._recall(measured), "nlist": lists.nlist, "nprobe": lists.nprobe}
+        found = self._do("searching", own, lists.search)
+        halo = round(sum(result.counts["halo"] for result in found) / layout.count, 3)
+        recall = self._recall([result.extra for result in found])
+        return {"recall": recall, "nlist": lists.nlist, "nprobe": lists.nprobe, "halo": halo}
 
     def _do(self, section: str, sizes: Sequence[int], work: Callable[[int], UnitResult]) -> list[UnitResult]:
         """One phase: a unit for each of its files."""

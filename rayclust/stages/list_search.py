@@ -76,10 +76,11 @@ class Lists:
         layout, known = self.layout, self._tensors()
         low, high = layout.places(shard)
         own = _read(layout, low, high)
-        best = PackedTopK(high - low, layout.k)
+        best, halo = PackedTopK(high - low, layout.k), 0
         most = max(1024, PAIRS_AT_ONCE // self.nprobe)
         for start in range(low, high, most):
             places, lists = self._pairs(own, known, start, min(high, start + most))
+            halo += _outside(lists.unique(), known["bounds"], low, high)
             for some, rows, units in _blocks(layout, own, places, lists, known["bounds"]):
                 for queries in some.split(QUERIES_AT_ONCE):
                     best.update(queries, own.units[queries].float(), own.rows[queries], units, rows)
@@ -88,7 +89,8 @@ class Lists:
         records["row"], records["keys"] = own.rows[order].numpy(), best.keys[order].numpy()
         bounds = np.searchsorted(records["row"], [layout.span(group)[0] for group in range(len(layout.groups))])
         outputs = put_records(layout.run, layout.at("found", shard), records, np.append(bounds, high - low))
-        return UnitResult(outputs, {"rows": high - low}, _measured(records, known["query"], known["keys"]))
+        counts = {"rows": high - low, "halo": halo}
+        return UnitResult(outputs, counts, _measured(records, known["query"], known["keys"]))
 
     def _tensors(self) -> dict[str, Tensor]:
         return kept_tensors(self.layout.at("lists"), self.digest)
@@ -179,6 +181,13 @@ def _run_end(end: int, spans: list[list[int]], most: int) -> int:
             break
         end = high
     return end
+
+
+def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
+    """How many rows of some lists, Int64[l], lie before or behind these places."""
+    first, end = bounds[lists], bounds[lists + 1]
+    inside = (end.clamp(max=high) - first.clamp(min=low)).clamp(min=0)
+    return int((end - first - inside).sum())
 
 
 def _measured(records: np.ndarray, query: Tensor, keys: Tensor) -> dict[str, Any]:

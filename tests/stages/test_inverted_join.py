@@ -86,6 +86,7 @@ def test_the_recall_that_is_told_is_the_one_over_other_rows_too(
     manifest = run_stage("neighbors", config)
     told = manifest.extra["recall"]
     assert manifest.extra["nlist"] > 20
+    assert 0 < manifest.extra["halo"] < 10, "rows of nine other shards at most"
     assert told >= min_recall
     assert abs(recall(config, 5, tolerance=1e-4) - told) < 0.04
     ids, similarity = found(config)
@@ -147,14 +148,20 @@ def test_few_rows(count: int, tmp_path: Path, in_process: None):
     assert all(sorted([row, *own]) == list(range(count)) for row, own in enumerate(ids.tolist()))
 
 
-def test_a_part_without_rows_has_a_table_without_rows(tmp_path: Path, in_process: None):
+def test_parts_and_groups_without_rows_have_tables_without_rows(
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(neighbors, "UNIT_ROWS", 10)
     write_tars(tmp_path / "images", shards=2, per_shard=12)
-    tarfile.open(tmp_path / "images" / "shard-000a.tar", "w").close()
+    for name in ("shard-000a", "shard-002"):
+        tarfile.open(tmp_path / "images" / f"{name}.tar", "w").close()
     config = validate(tree(str(tmp_path / "run"), str(tmp_path / "images"), neighbors={"k": 5, "method": "ivf"}))
     run_stage("encode", config)
     run_stage("neighbors", config)
-    table = tables.read_table(Run(config.run).neighbors(1))
-    assert (table.num_rows, table.schema.field("neighbors").type.list_size) == (0, 5)
+    assert len(list((tmp_path / "run" / "manifests" / "neighbors").iterdir())) == 3, "the last group is empty"
+    for part in (1, 3):
+        table = tables.read_table(Run(config.run).neighbors(part))
+        assert (table.num_rows, table.schema.field("neighbors").type.list_size) == (0, 5)
     assert len(found(config)[0]) == 24
 
 

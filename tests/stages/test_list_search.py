@@ -99,3 +99,10 @@ def test_a_row_that_no_shard_has_found_is_an_error(tmp_path: Path):
     put_records(layout.run, layout.at("found", 0), records, np.array([0, 2]))
     with pytest.raises(ArtefactError, match="neighbors: 2 rows are there for the rows 0 to 2"):
         collect(layout, {}, Unit(0, "d", (0,), 3))
+
+
+def test_rows_outside_a_shard_are_counted_once():
+    bounds = torch.tensor([0, 4, 4, 10, 12])
+    assert list_search._outside(torch.tensor([0, 1, 2, 3]), bounds, 0, 12) == 0
+    assert list_search._outside(torch.tensor([0, 1, 2, 3]), bounds, 3, 6) == 3 + 4 + 2
+    assert list_search._outside(torch.tensor([0, 3]), bounds, 4, 10) == 6

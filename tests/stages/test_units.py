@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rayclust.errors import DataError
+from rayclust.stages import meter
 from rayclust.stages.outputs import put_bytes
 from rayclust.stages.units import Unit, UnitResult, finish, finished, read_marker, run_units, write_marker
 from rayclust.store import filesystem
@@ -140,3 +141,11 @@ def test_what_is_taken_out_of_a_result_is_seen_once_a_call_and_not_held(in_proce
     found = read_marker(run.shard_manifest(0, "stage"))
     assert found is not None
     assert found[1].extra == {"payload": 0}
+
+
+def test_a_stage_with_several_kinds_of_units_measures_each(in_process: None, run: Run):
+    with meter.measuring() as found:
+        for section in ("sorting", "searching"):
+            units = [Unit(i, f"{section} {i}", size=5) for i in range(2)]
+            run_units(run, "stage", units, lambda unit: UnitResult({}, {"rows": unit.size}), section=section)
+    assert [(part.name, part.done) for part in found] == [("sorting", 10), ("searching", 10)]
