@@ -38,9 +38,9 @@ class PackedTopK:
 
         Args:
             places: Int64[q], which queries, each at most once.
-            queries: Float32[q D], unit or zero rows.
+            queries: Float32[q D], unit or zero rows, up to rounding.
             own: Int64[q], ids that are not to be found.
-            rows: Float32[m D], unit or zero rows.
+            rows: Float32[m D], unit or zero rows, up to rounding.
             ids: Int64[m], from 0 to 2³⁷ − 1.
         """
         if len(rows) == 0:
@@ -89,8 +89,8 @@ def _merged(kept: Tensor, row: Tensor, key: Tensor) -> Tensor:
 
 
 def pack(similarity: Tensor, ids: Tensor) -> Tensor:
-    """Int64[...] keys of Float[...] similarities, cut to −1 … 1, and Int64[...] ids."""
-    steps = (similarity.clamp(-1, 1) * _STEPS).round().long()
+    """Int64[...] keys of Float[...] similarities from −1.5 to 1.5 (of rounded unit rows: above 1), and Int64[...] ids."""
+    steps = (similarity.clamp(-1.5, 1.5) * _STEPS).round().long()
     return steps * _MOST_IDS + (_MOST_IDS - 1 - ids)
 
 

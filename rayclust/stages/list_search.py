@@ -230,5 +230,6 @@ def collect(layout: Layout, said: dict[str, Any], unit: Unit) -> UnitResult:
     for part in layout.groups[group]:
         some = records[layout.starts[part] - first : layout.starts[part + 1] - first]
         neighbors, similarity = unpack(torch.from_numpy(some["keys"].copy()))
-        outputs |= put_neighbors(layout.run, part, some["row"].copy(), neighbors.numpy(), similarity.numpy())
+        cosine = similarity.clamp(-1, 1)  # float16 makes some rows a little longer than 1
+        outputs |= put_neighbors(layout.run, part, some["row"].copy(), neighbors.numpy(), cosine.numpy())
     return UnitResult(outputs, {"rows": end - first}, said)

@@ -74,4 +74,4 @@ def test_keys_hold_what_was_packed_and_order_as_neighbours_do():
     assert torch.equal(found, ids)
     assert torch.allclose(near, similarity, rtol=0, atol=2**-25)
     assert pack(torch.tensor([0.5, 0.5, 0.25, -0.5]), torch.tensor([3, 9, 0, 1])).diff().lt(0).all()
-    assert unpack(pack(torch.tensor([1.0005]), torch.tensor([1])))[1].item() == 1
+    assert unpack(pack(torch.tensor([1.25, -1.25]), torch.tensor([1, 2**37 - 1])))[1].tolist() == [1.25, -1.25]

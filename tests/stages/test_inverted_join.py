@@ -93,6 +93,7 @@ def test_the_recall_that_is_told_is_the_one_over_other_rows_too(
     x = features(config)
     assert np.allclose(np.einsum("nd,nkd->nk", x, x[ids]), similarity, atol=2e-3)
     assert (np.diff(similarity.astype(float), axis=1) <= 0).all()
+    assert similarity.max() <= 1
 
 
 def test_with_all_lists_open_it_is_exact_search(
