@@ -89,7 +89,7 @@ def _merged(kept: Tensor, row: Tensor, key: Tensor) -> Tensor:
 
 
 def pack(similarity: Tensor, ids: Tensor) -> Tensor:
-    """Int64[...] keys of Float[...] similarities from −1.5 to 1.5 (of rounded unit rows: above 1), and Int64[...] ids."""
+    """Int64[...] keys of Float[...] similarities, from −1.5 to 1.5 as rounded rows may pass 1, and Int64[...] ids."""
     steps = (similarity.clamp(-1.5, 1.5) * _STEPS).round().long()
     return steps * _MOST_IDS + (_MOST_IDS - 1 - ids)
 
