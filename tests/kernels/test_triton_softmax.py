@@ -25,7 +25,8 @@ def compare_with_the_twin(dtype: torch.dtype, sizes: tuple[int, int, int], sprea
     heads, pairs, clusters = sizes
     torch.manual_seed(sum(sizes))
     student, teacher = (spread * torch.randn(2, heads, 2, pairs, twin.padded(clusters))).to(dtype)
-    expected, taught = twin.teach(teacher, clusters), kernels.teach(teacher, clusters)
+    expected, (normalizer, agreement) = twin.teach(teacher, clusters), kernels.normalize(teacher, clusters)
+    taught = twin.Taught(normalizer, agreement, kernels.sum_shares(teacher, normalizer, clusters))
     wrong = [_relative(getattr(taught, name), getattr(expected, name)) for name in ("normalizer", "agreement", "sums")]
     log_marginal, weights = torch.randn(heads, clusters).log_softmax(1), torch.rand(1, pairs).expand(heads, -1)
     lesson = twin.Lesson(expected.normalizer, log_marginal, weights, 0.6, 0.5 / pairs)

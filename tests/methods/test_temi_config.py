@@ -13,7 +13,7 @@ def test_what_is_written_wins_over_the_preset():
     assert (settled.heads, settled.preset, settled.batch_size) == (3, "none", 512)
 
 
-@pytest.mark.parametrize("wrong", ["rows", "2x", "0x4", "2x2x2", ""])
+@pytest.mark.parametrize("wrong", ["rows", "2x", "0x4", "2x2x2x2", "2x2x0", ""])
 def test_a_layout_is_a_word_or_a_grid(wrong: str):
     with pytest.raises(ValidationError):
         TemiConfig(clusters=4, parallel=wrong)

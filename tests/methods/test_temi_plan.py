@@ -35,13 +35,16 @@ class MemoryStore:
         return {name: tensor.clone() for name, tensor in self.first[0].items()}, self.first[1]
 
 
-def _train(kind: str, parallel: str, start: tuple[dict[str, Tensor], dict[str, Any]] | None = None) -> dict[str, Any]:
+Kept = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def trained(kind: str, parallel: str, start: Kept | None = None, **settings: Any) -> dict[str, Any]:
     """Five epochs of one step each: what every step said, all checkpoints, and the fitted heads."""
     temi_losses.LEAST_LOGITS = 0 if kind == "chunks" else 1 << 60
     temi_steps.LEAST_WORK = 0.0 if kind == "written out" else float("inf")
     written = {"clusters": K, "preset": "none", "heads": H, "hidden": 8, "bottleneck": 5, "batch_size": B}
     written |= {"epochs": STEPS, "neighbors": 3, "learning_rate": 0.3, "warmup_epochs": 1, "weight_decay": 0.1}
-    config = TemiConfig.model_validate({**written, "teacher_momentum": 0.5, "parallel": parallel})
+    config = TemiConfig.model_validate({**written, "teacher_momentum": 0.5, "parallel": parallel, **settings})
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     method, store = build(config, D, B, seed=0).double(), MemoryStore(start)
     assert isinstance(method, Temi)
@@ -52,8 +55,8 @@ def _train(kind: str, parallel: str, start: tuple[dict[str, Tensor], dict[str, A
 
 
 def _all(rank: int, world: int, starts: dict[str, Any], grids: tuple[str, ...]) -> dict[str, Any]:
-    found = {(kind, grid): _train(kind, grid) for kind in KINDS for grid in grids}
-    return found | {(kind, "resumed"): _train(kind, grids[-1], starts[kind]) for kind in KINDS}
+    found = {(kind, grid): trained(kind, grid) for kind in KINDS for grid in grids}
+    return found | {(kind, "resumed"): trained(kind, grids[-1], starts[kind]) for kind in KINDS}
 
 
 def _assert_close(found: Any, expected: Any, what: str) -> None:
@@ -62,7 +65,7 @@ def _assert_close(found: Any, expected: Any, what: str) -> None:
     )
 
 
-def _assert_same(found: dict[str, Any], alone: dict[str, Any], what: str) -> None:
+def assert_same(found: dict[str, Any], alone: dict[str, Any], what: str) -> None:
     assert len(found["history"]) == STEPS
     for row, wanted in zip(found["history"], alone["history"], strict=True):
         assert row.keys() == wanted.keys()
@@ -78,14 +81,14 @@ def _assert_same(found: dict[str, Any], alone: dict[str, Any], what: str) -> Non
 
 def test_four_workers_divide_rows_heads_or_both_and_train_as_one(monkeypatch: pytest.MonkeyPatch):
     """Loss of each step, health, checkpoints and heads to 1e-10; heads and rows do not divide evenly."""
-    monkeypatch.setattr(temi_losses, "LEAST_LOGITS", 0)  # put back what `_train` sets
+    monkeypatch.setattr(temi_losses, "LEAST_LOGITS", 0)  # put back what `trained` sets
     monkeypatch.setattr(temi_steps, "LEAST_WORK", 0.0)
-    alone = {kind: _train(kind, "auto") for kind in KINDS}
+    alone = {kind: trained(kind, "auto") for kind in KINDS}
     grids = ("data", "heads", "2x2")
     starts = {kind: alone[kind]["kept"][0] for kind in KINDS}
     for worker in on_workers(4, _all, starts, grids):
         for (kind, grid), found in worker.items():
-            _assert_same(found, alone[kind], f"{kind}, {grid}")
+            assert_same(found, alone[kind], f"{kind}, {grid}")
 
 
 def test_parameters_and_operations_are_those_of_the_heads():
