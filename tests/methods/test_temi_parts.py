@@ -10,7 +10,7 @@ from rayclust import collectives
 from rayclust.losses import chunked
 from rayclust.methods import Temi, TemiConfig, build, temi_losses, temi_parts, temi_steps
 from rayclust.methods.temi_parts import Parts, by_cluster
-from tests.methods.test_temi_plan import STEPS, Kept, assert_same, trained
+from tests.methods.test_temi_plan import Kept, assert_same, trained
 from tests.workers import on_two_workers, on_workers
 
 K = 7
@@ -98,7 +98,7 @@ def _drawn(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Tensor],
     return own, whole, method.part(whole)
 
 
-def test_first_weights_are_those_of_whole_heads_and_come_together_and_apart(monkeypatch: pytest.MonkeyPatch):
+def test_first_weights_are_those_of_whole_heads_and_come_together_and_apart():
     alone = _method().state_dict()
     for rank, (own, whole, part) in enumerate(on_workers(4, _drawn)):
         some = collectives.stretches(K, 4)[rank]
@@ -138,31 +138,22 @@ def test_what_is_divided_is_known_by_name_and_by_place_in_the_optimiser(learn_sc
     assert len(places) == 1 + learn_scale
 
 
-def _made_to_agree(rank: int, world: int) -> list[dict[str, Tensor]]:
+def _on_a_stack(rank: int, world: int) -> dict[str, Any]:
+    """One layer that differs by worker, before and after they agree; and for which parts steps are written out."""
     method = _method("clusters", batch_norm=True)
     with torch.no_grad():
         for x in method.student.state_dict().values():
             x += rank
     before = {name: x.clone() for name, x in method.student.state_dict().items()}
     method.parts.agree((method.student, method.teacher))
-    return [before, dict(method.student.state_dict())]
+    fits = [temi_steps.fits(_method(parallel)) for parallel in ("clusters", "heads")]
+    return {"before": before, "after": dict(method.student.state_dict()), "fits": fits}
 
 
-def test_layers_before_the_last_are_the_first_workers():
-    (first, _), *_ = found = on_two_workers(_made_to_agree)
-    for before, after in found:
-        for name, x in after.items():
-            assert x.equal(before[name] if name in ("direction", "scale") else first[name]), name
-
-
-def test_written_out_steps_need_all_clusters():
-    for fits in on_two_workers(_fits):
-        assert fits == [False, True]
-
-
-def _fits(rank: int, world: int) -> list[bool]:
-    return [temi_steps.fits(_method(parallel)) for parallel in ("clusters", "heads")]
-
-
-def test_a_training_has_as_many_steps_as_its_rows_of_metrics():
-    assert len(trained("autograd", "auto", **FEW)["history"]) == STEPS
+def test_workers_of_a_stack_agree_on_layers_before_the_last_and_need_no_written_out_steps():
+    found = on_two_workers(_on_a_stack)
+    for one in found:
+        for name, x in one["after"].items():
+            expected = one if name in ("direction", "scale") else found[0]
+            assert x.equal(expected["before"][name]), name
+        assert one["fits"] == [False, True]
