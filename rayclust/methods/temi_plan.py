@@ -208,10 +208,12 @@ def _fastest(load: Load, workers: int, memory: float, whole_for: str | None) -> 
     if workers > 1 and one > memory:
         found = [] if whole_for else _fitting(load, workers, memory)
         if not found:
-            reason = f"{whole_for} needs whole heads" if whole_for else f"{workers} workers are too few to divide heads"
+            reason = f"{workers} workers cannot hold H = {load.shape.heads} of them; use more workers, fewer heads,"
+            if whole_for:
+                reason = f"{whole_for} needs whole heads; do without it,"
             raise ConfigError(
-                f"method.clusters = {load.shape.clusters}: a head takes {one / GIGABYTE:.1f} GB and a worker has "
-                f"{memory / GIGABYTE:g}, while {reason}; use more workers or fewer heads, or raise method.worker_memory"
+                f"method.clusters = {load.shape.clusters}: a head takes {one / GIGABYTE:.1f} GB, a worker has "
+                f"{memory / GIGABYTE:g}, and {reason} or raise method.worker_memory"
             )
     return min(found, key=lambda layout: (estimate(load, layout).cost, layout.head_parts))
 
@@ -231,7 +233,8 @@ def outlook(load: Load, layout: Layout, device: str) -> str:
     found = estimate(load, layout, device)
     work = found.operations * load.plan.steps
     return (
-        f"{layout}: {found.state_bytes / GIGABYTE:.2f} GB of weights and optimiser and "
-        f"{found.logits_bytes / GIGABYTE:.2f} GB of logits a worker, {found.sent_bytes / 1e6:.3g} MB sent a step, "
+        f"{layout}: {found.state_bytes / GIGABYTE:.2f} GB of weights and optimiser, "
+        f"{found.logits_bytes / GIGABYTE:.2f} GB of logits and {found.passing_bytes / GIGABYTE:.2f} GB in passing "
+        f"a worker, {found.sent_bytes / 1e6:.3g} MB sent a step, "
         f"{load.plan.steps:,} steps of {found.operations / 1e12:.3g} TFLOP ({work / 1e15:.3g} PFLOP a worker)"
     )

@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rayclust import collectives
 from rayclust.losses import chunked
 from rayclust.methods import Temi, TemiConfig, build, temi_losses, temi_parts, temi_steps
+from rayclust.methods.base import Batch, Plan
 from rayclust.methods.temi_parts import Parts, by_cluster
+from rayclust.methods.temi_plan import Layout, Load, estimate
 from tests.methods.test_temi_plan import Kept, assert_same, trained
 from tests.workers import on_two_workers, on_workers
 
@@ -86,7 +89,7 @@ def test_every_option_is_the_one_of_a_single_worker():
 
 def _method(parallel: str = "auto", **settings: Any) -> Temi:
     written = {"clusters": K, "preset": "none", "heads": 2, "hidden": K, "bottleneck": 5, "batch_size": 9}
-    method = build(TemiConfig.model_validate(written | settings | {"parallel": parallel}), 6, 9, seed=0)
+    method = build(TemiConfig.model_validate(written | settings | {"parallel": parallel}), 6, 500, seed=0)
     assert isinstance(method, Temi)
     return method
 
@@ -157,3 +160,32 @@ def test_workers_of_a_stack_agree_on_layers_before_the_last_and_need_no_written_
             expected = one if name in ("direction", "scale") else found[0]
             assert x.equal(expected["before"][name]), name
         assert one["fits"] == [False, True]
+
+
+def _sent(rank: int, world: int) -> list[tuple[str, int]]:
+    """What goes through the stack in one step: the kind of exchange, and how many numbers each worker gives."""
+    method, sent = _method("clusters", clusters=500, heads=1, hidden=8), list[tuple[str, int]]()
+    temi_losses.LEAST_LOGITS = 0
+    reduce, gather = dist.all_reduce, dist.all_gather
+
+    def counted_reduce(x: Tensor, **options: Any) -> Any:
+        sent.append(("sum", x.numel()))
+        return reduce(x, **options)
+
+    def counted_gather(parts: list[Tensor], x: Tensor, **options: Any) -> Any:
+        sent.append(("gather", x.numel()))
+        return gather(parts, x, **options)
+
+    dist.all_reduce, dist.all_gather = counted_reduce, counted_gather
+    x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
+    with collectives.sharing_rows(method.grid.row):
+        method.losses(Batch(x, torch.arange(9), 0, 0))["loss"].backward()
+    return sent
+
+
+def test_nothing_with_an_axis_of_clusters_is_sent_and_the_estimate_counts_the_rest():
+    shape = _method(clusters=500, heads=1, hidden=8).student.shape
+    estimated = estimate(Load(shape, Plan(9, 1, 1, 0)), Layout(1, 1, 2)).sent_bytes
+    for sent in on_two_workers(_sent):
+        assert sent == [("gather", 3 * 9), ("gather", 4 * 9), ("sum", 2 * 9 * 5)]
+        assert estimated == 4 * sum(count for _, count in sent)  # of two workers each sends as much as it gives
