@@ -97,12 +97,12 @@ class Temi(Method):
         """Warm start, where asked for, the plan's steps, and the choice of a head."""
         with collectives.sharing_rows(self.grid.row):
             trainer.fit(self, rows, start=lambda: self._warm_start(rows))
+            if self.config.selection == "modularity":
+                teams = self.grid.column, self.grid.stack
+                best, values = best_by_modularity(self.teacher, rows, self.config.start_neighbors, self.seed, *teams)
+                self.best_head.fill_(best)
+                logger.info("best head: %d, modularity %.3f", best, float(values[best]))
         self._join()
-        if self.config.selection == "modularity":
-            options = self.config.start_neighbors, self.seed, trainer.device
-            best, values = best_by_modularity(self.teacher, rows, *options)
-            self.best_head.fill_(best)
-            logger.info("best head: %d, modularity %.3f", best, float(values[best]))
 
     def _warm_start(self, rows: Rows) -> None:
         c = self.config

@@ -31,6 +31,8 @@ RIDGE = 0.01
 ROUNDING = 1e-6
 """Variance of hidden units, relative to their squared mean, that counts as none."""
 _BLOCK = 2048
+_LOGITS = 1 << 28
+"""Logits that a choice makes at once, at most: 1 GiB of float32."""
 _ANCHORS = 16_384
 _ITERATIONS = 100
 
@@ -74,7 +76,7 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
 
 @torch.no_grad()
 def best_by_modularity(
-    heads: Heads, rows: Rows, columns: int, seed: int, device: torch.device | None = None
+    heads: Heads, rows: Rows, columns: int, seed: int, column: Team = ALONE, stack: Team = ALONE
 ) -> tuple[int, Tensor]:
     """The head whose clusters keep most neighbours together.
 
@@ -83,12 +85,14 @@ def best_by_modularity(
         rows: read once; at most `SAMPLE_ROWS` of them are asked, with their neighbours.
         columns: nearest neighbours that count.
         seed: of the sample.
-        device: where workers add up, if not where the heads are.
+        column: those who divide the heads.
+        stack: those who divide the clusters of each head.
 
     Returns:
         The head's number, and Float64[H], the modularity of every head; see `clustering.neighborhood.modularity`.
     """
-    K, like = heads.shape.clusters, heads.direction
+    K, like = heads.shape.all_clusters or heads.shape.clusters, heads.direction
+    block = max(1, min(_BLOCK, _LOGITS // (heads.shape.heads * -(-K // stack.size))))
     anchors = _anchors(rows, even_sample(rows.count, _sample_size(rows.count, K), seed))
     x, neighbors = rows.tensor(), rows.neighbors()
     total = like.new_zeros((heads.shape.heads, K + 2), dtype=torch.float64)
@@ -98,12 +102,23 @@ def best_by_modularity(
             torch.cat([part.to(ids.device)[:, None], ids.clamp(min=0)], dim=1), return_inverse=True
         )
         labels = torch.cat(
-            [heads(x[some.to(x.device)].to(like)).argmax(-1) for some in torch.split(asked, _BLOCK)], dim=1
+            [_clusters(heads, x[some.to(x.device)].to(like), stack) for some in torch.split(asked, block)], dim=1
         )
         found = labels[:, where.to(labels.device)]
         total += modularity_terms(found[:, :, 0], found[:, :, 1:].masked_fill((ids < 0).to(found.device), -1), K)
-    values = modularity(all_sum(total if device is None else total.to(device)))
+    every_head = int(column.all_sum(torch.tensor(len(total), device=like.device)))
+    values = column.joined(modularity(all_sum(total)), every_head)
     return int(values.argmax()), values
+
+
+def _clusters(heads: Heads, x: Tensor, stack: Team) -> Tensor:
+    """Int64[H B]: the cluster of each row under each head, among those of all workers that divide them."""
+    logits: Tensor = heads(x)
+    best, own = logits.max(-1)
+    if stack.size == 1:
+        return own
+    first = stack.gathered(best).argmax(0)
+    return stack.gathered(own + heads.shape.first_cluster).gather(0, first[None])[0]
 
 
 def _sample_size(count: int, clusters: int) -> int:
