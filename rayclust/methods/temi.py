@@ -159,6 +159,10 @@ class Temi(Method):
         """Matrices and g; see `Heads.is_decayed`."""
         return self.student.is_decayed(name.removeprefix("student."))
 
+    def is_stacked(self, name: str, parameter: nn.Parameter) -> bool:
+        """All by heads, g among them: heads are trained as if each were alone."""
+        return True
+
     def after_step(self, step: int) -> None:
         """The teacher follows the student."""
         self._momentum = self.teacher_momentum(step)
