@@ -14,7 +14,7 @@ from rayclust.methods.temi_plan import Layout, Load, choose, estimate, layouts
 from rayclust.training.checkpoints import Every
 from rayclust.training.loop import Trainer
 from rayclust.training.pairs import ArrayRows
-from tests.workers import on_workers
+from tests.workers import on_two_workers, on_workers
 
 D, K, B, H, STEPS = 6, 4, 9, 5, 5
 KINDS = ("autograd", "chunks", "written out")
@@ -89,6 +89,16 @@ def test_four_workers_divide_rows_heads_or_both_and_train_as_one(monkeypatch: py
     for worker in on_workers(4, _all, starts, grids):
         for (kind, grid), found in worker.items():
             assert_same(found, alone[kind], f"{kind}, {grid}")
+
+
+def _by_lars(rank: int = 0, world: int = 1) -> dict[str, Any]:
+    return trained("autograd", "heads", optimizer="lars", learning_rate=30.0)
+
+
+def test_lars_takes_the_same_steps_where_heads_are_divided():
+    alone = _by_lars()
+    for worker in on_two_workers(_by_lars):
+        assert_same(worker, alone, "lars")
 
 
 def test_parameters_and_operations_are_those_of_the_heads():
