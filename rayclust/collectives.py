@@ -4,8 +4,9 @@ One code path serves one worker and many: a caller never asks how many there are
 gradient that the same loss on the union batch would have, when the gradients of all workers are afterwards *averaged*
 (as DistributedDataParallel does) and each worker's loss is its share's mean.
 
-Workers may stand in a grid: those of a row hold the same heads and share the rows of a batch, those of a column hold
-the same rows and share the heads. Inside `sharing_rows` all functions here mean this worker's row of the grid.
+Workers may stand in a grid of up to three axes: those of a row share the rows of a batch, those of a column the heads,
+those of a stack the clusters of each head; along each axis the rest is the same. Inside `sharing_rows` all functions
+here mean this worker's row of the grid.
 """
 
 from __future__ import annotations
@@ -57,9 +58,69 @@ class Team:
         lengths = [part.stop - part.start for part in stretches(total, self.size)]
         padded = x.new_zeros((max(lengths), *x.shape[1:]))
         padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded, group=self.group)
+        parts = self.gathered(padded)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    @torch.no_grad()
+    def gathered(self, x: Tensor) -> Tensor:
+        """Every worker's `x`, one above the other along a new axis 0.
+
+        Args:
+            x: of one shape on all of the team's workers.
+
+        Returns:
+            A tensor with an axis of `size` in front, the same bits on every worker.
+        """
+        if self.size == 1:
+            return x.detach()[None]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.detach().contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def first_one(self, x: Tensor) -> Tensor:
+        """The `x` of the team's first worker, without gradient; of one shape on all."""
+        return self.all_sum(x if self.rank == 0 else torch.zeros_like(x))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """`x` itself, which every worker holds and of which each uses a part: its gradient is the sum of theirs.
+
+        Source: arXiv 1909.08053, section 3, the operator f.
+        """
+        if self.size == 1:
+            return x
+        spread: Tensor = _Spread.apply(x, self)
+        return spread
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the team of what each worker adds to a loss that all of them then hold: each has its gradient.
+
+        Source: arXiv 1909.08053, section 3, the operator g.
+        """
+        if self.size == 1:
+            return x
+        total: Tensor = _Total.apply(x, self)
+        return total
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
+        ctx.team = team
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.team.all_sum(grads[0].contiguous()), None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
+        return team.all_sum(x.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
 
 
 _row: list[Team] = []
@@ -99,34 +160,41 @@ class Grid:
     """This worker's place in a grid of all workers."""
 
     row: Team = Team()
-    """Those that hold the same heads and share the rows of a batch."""
+    """Those that hold the same heads and clusters and share the rows of a batch."""
     column: Team = Team()
-    """Those that hold the same rows of a batch and share the heads."""
+    """Those that hold the same rows of a batch and clusters and share the heads."""
+    stack: Team = Team()
+    """Those that hold the same rows of a batch and heads and share the clusters of each head."""
 
     @classmethod
-    def of(cls, head_parts: int) -> Grid:
-        """The grid with `head_parts` rows, a divisor of the number of workers; made by all workers together.
+    def of(cls, head_parts: int, cluster_parts: int = 1) -> Grid:
+        """The grid with so many parts, whose product divides the number of workers; made by all workers together.
 
-        Workers of a row are numbered consecutively, so that those who exchange gradients share a node where they can.
+        Workers of a row are numbered consecutively, then those of a stack, so that those who exchange gradients share a
+        node where they can; they exchange most.
         """
         every = everyone()
-        width = every.size // head_parts
-        if head_parts == 1:
-            return cls(row=every)
-        if width == 1:
-            return cls(column=every)
-        rows = [range(part * width, (part + 1) * width) for part in range(head_parts)]
-        columns = [range(place, every.size, width) for place in range(width)]
-        return cls(_own_team(rows, every.rank), _own_team(columns, every.rank))
+        width = every.size // (head_parts * cluster_parts)
+        depth = width * cluster_parts
+        starts = range(0, every.size, width)
+        rows = [range(start, start + width) for start in starts]
+        blocks = range(0, every.size, depth)
+        stacks = [range(block + place, block + depth, width) for block in blocks for place in range(width)]
+        columns = [range(place, every.size, depth) for place in range(depth)]
+        return cls(*(_own_team(teams, every) for teams in (rows, columns, stacks)))
 
 
-def _own_team(teams: Sequence[Sequence[int]], rank: int) -> Team:
+def _own_team(teams: Sequence[Sequence[int]], every: Team) -> Team:
     """The one with this worker; every worker has to know of every group."""
+    if len(teams) == 1:
+        return every
+    if len(teams[0]) == 1:
+        return Team()
     own = Team()
     for ranks in teams:
         group = dist.new_group(list(ranks))
-        if rank in ranks:
-            own = Team(len(ranks), ranks.index(rank), cast(dist.ProcessGroup, group))
+        if every.rank in ranks:
+            own = Team(len(ranks), ranks.index(every.rank), cast(dist.ProcessGroup, group))
     return own
 
 

@@ -84,6 +84,49 @@ def test_four_workers_in_a_grid():
         assert found["joined"][:, 0].tolist() == [rank % 2, rank % 2 + 2, rank % 2 + 2]
 
 
+GRIDS = ((1, 1), (1, 2), (2, 2), (1, 4), (4, 1))
+"""Parts of the heads, and of the clusters."""
+
+
+def _in_three_axes(rank: int, world: int) -> list[dict[str, list[int]]]:
+    own = torch.tensor(rank)
+    grids = [collectives.Grid.of(*parts) for parts in GRIDS]
+    return [{name: getattr(grid, name).gathered(own).tolist() for name in ("row", "column", "stack")} for grid in grids]
+
+
+def test_four_workers_in_grids_of_three_axes():
+    """By the numbers of the workers along each axis; a row's are consecutive."""
+    for rank, (alone, halves, both, stack, column) in enumerate(on_workers(4, _in_three_axes)):
+        first, second = 2 * (rank // 2), rank % 2
+        assert alone == {"row": [0, 1, 2, 3], "column": [rank], "stack": [rank]}
+        assert halves == {"row": [first, first + 1], "column": [rank], "stack": [second, second + 2]}
+        assert both == {"row": [rank], "column": [second, second + 2], "stack": [first, first + 1]}
+        assert stack == {"row": [rank], "column": [rank], "stack": [0, 1, 2, 3]}
+        assert column == {"row": [rank], "column": [0, 1, 2, 3], "stack": [rank]}
+
+
+def _in_columns(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """(Σ over all columns of tanh(w)·x)², where each worker sums its own columns."""
+    team = collectives.everyone()
+    weight = torch.tensor([1.0, -2.0, 0.5, 0.7], dtype=torch.float64, requires_grad=True)
+    own = X[:, collectives.stretches(3, world)[rank]].clone().requires_grad_()
+    loss = team.total((team.spread(weight.tanh()) @ own).sum()).square()
+    loss.backward()
+    assert weight.grad is not None
+    assert own.grad is not None
+    first = team.first_one(torch.tensor(rank + 5.0))
+    return {"loss": loss.detach(), "weight": weight.grad, "own": own.grad, "first": first}
+
+
+def test_a_loss_made_of_parts_has_the_gradients_of_the_whole():
+    alone, found = _in_columns(0, 1), on_two_workers(_in_columns)
+    for one in (alone, *found):
+        assert one["first"] == 5
+        torch.testing.assert_close(one["loss"], alone["loss"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(one["weight"], alone["weight"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([one["own"] for one in found], 1), alone["own"], rtol=1e-12, atol=0)
+
+
 def test_stretches_are_as_even_as_can_be():
     assert collectives.stretches(5, 2) == [slice(0, 2), slice(2, 5)]
     assert collectives.stretches(2, 3) == [slice(0, 0), slice(0, 1), slice(1, 2)]

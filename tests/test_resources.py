@@ -31,7 +31,7 @@ def test_workers_with_cells_divide_the_rows_of_a_batch():
     assert STAGES["train"].settings(found)["rows"] == "cells"
 
 
-@pytest.mark.parametrize("parallel", ["heads", "2x2"])
+@pytest.mark.parametrize("parallel", ["heads", "2x2", "clusters", "1x2x2"])
 def test_heads_cannot_be_divided_as_well(parallel: str):
     with pytest.raises(ConfigError, match=f"method.parallel = {parallel}: with resources.rows = cells") as caught:
         config({"name": "temi", "parallel": parallel})

@@ -4,6 +4,8 @@ Logits are Narrow[H 2 B P]: heads, the two views of a pair, pairs, and K cluster
 the temperature. *Narrow* is BFloat16, Float32 or Float64; *wide*, the dtype of all sums, Float32 or Float64. On a GPU
 triton_softmax.py takes the place of the passes here, which are its plain twin. Whoever wants little memory hands over
 few pairs or heads at a time: everything but `Taught.sums` belongs to single pairs, and those add up.
+
+Where a stack of workers divides the clusters, K is this worker's, and what is summed over clusters is summed over all.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from rayclust.collectives import Team
+from rayclust.kernels.divided_softmax import ALONE, joined_agreement, joined_normalizer
 
 ALIGNED = 64
 """Logits stand in rows of a multiple of this many columns, so that each row starts on a whole line of memory."""
@@ -62,30 +67,36 @@ def padded(clusters: int) -> int:
     return -(-clusters // ALIGNED) * ALIGNED
 
 
-def teach(logits: Tensor, clusters: int) -> Taught:
+def teach(logits: Tensor, clusters: int, stack: Team = ALONE) -> Taught:
     """One sweep over a teacher's logits for its softmax and the pairs' agreement, and one for the clusters' shares.
 
     Args:
         logits: Narrow[H 2 B P].
         clusters: K, at most P.
+        stack: those who divide the clusters; all call this together.
     """
     fused = _fused(logits)
     if fused is not None:
-        taught: Taught = fused.teach(logits, clusters)
-        return taught
+        own, among = fused.normalize(logits, clusters)
+        normalizer, agreement = joined_agreement(own, among, stack)
+        return Taught(normalizer, agreement, fused.sum_shares(logits, normalizer, clusters))
     wide = _wide(logits[..., :clusters])
-    normalizer = torch.logsumexp(wide, dim=-1)
-    probabilities = (wide - normalizer[..., None]).exp_()
-    return Taught(normalizer, (probabilities[:, 0] * probabilities[:, 1]).sum(-1), probabilities.sum((1, 2)))
+    own = torch.logsumexp(wide, dim=-1)
+    probabilities = (wide - own[..., None]).exp_()
+    normalizer, agreement = joined_agreement(own, (probabilities[:, 0] * probabilities[:, 1]).sum(-1), stack)
+    if stack.size > 1:
+        probabilities *= (own - normalizer).exp()[..., None]
+    return Taught(normalizer, agreement, probabilities.sum((1, 2)))
 
 
-def compare(student: Tensor, teacher: Tensor, lesson: Lesson) -> tuple[Tensor, Normalizers]:
+def compare(student: Tensor, teacher: Tensor, lesson: Lesson, stack: Team = ALONE) -> tuple[Tensor, Normalizers]:
     """The way forward: weighted −PMI of each student's view with the teacher's other view.
 
     Args:
         student: Narrow[H 2 B P].
         teacher: Narrow[H 2 B P].
         lesson: what goes with them; K is that of its ln p̂.
+        stack: those who divide the clusters; all call this together.
 
     Returns:
         Wide[H], scale·Σ over views and pairs of w·ℓ with ℓ = −ln Σ_c (q_s q_t)^β / p̂, and what `give_way` needs.
@@ -98,6 +109,8 @@ def compare(student: Tensor, teacher: Tensor, lesson: Lesson) -> tuple[Tensor, N
     else:
         own = torch.logsumexp(_wide(student[..., : lesson.log_marginal.shape[1]]), dim=-1)
         found = Normalizers(own, torch.logsumexp(_joint(student, teacher, lesson), dim=-1))
+    if stack.size > 1:
+        found = Normalizers(*joined_normalizer(torch.stack([found.own, found.both]), stack))
     losses = lesson.beta * (found.own + lesson.normalizer.flip(1)) - found.both
     return lesson.scale * (lesson.weights[:, None] * losses).sum((1, 2)), found
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rayclust.kernels.pair_softmax import Lesson, Normalizers, Taught
+from rayclust.kernels.pair_softmax import Lesson, Normalizers
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -169,21 +169,37 @@ def _give_way(
     )
 
 
-def teach(logits: Tensor, clusters: int) -> Taught:
-    """See `pair_softmax.teach`; logits are BFloat16 or Float32, contiguous."""
+def normalize(logits: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """The first sweep of `pair_softmax.teach`: Float32[H 2 B] log-sum-exps and Float32[H B] agreement.
+
+    Args:
+        logits: BFloat16 or Float32[H 2 B P], contiguous.
+        clusters: K, at most P.
+    """
     heads, _, pairs, stride = logits.shape
-    taught = Taught(
-        _room(logits, heads, 2, pairs), _room(logits, heads, pairs), _room(logits, heads, clusters)
-    )  # fmt: skip
+    normalizer, agreement = _room(logits, heads, 2, pairs), _room(logits, heads, pairs)
     _teach_pairs[(triton.cdiv(pairs, TEACHER_PAIRS), heads)](
-        logits, taught.normalizer, taught.agreement, pairs, clusters, stride, pairs * stride,
+        logits, normalizer, agreement, pairs, clusters, stride, pairs * stride,
         pair_block=TEACHER_PAIRS, cluster_block=TEACHER_CLUSTERS, num_warps=TEACHER_WARPS,
     )  # fmt: skip
+    return normalizer, agreement
+
+
+def sum_shares(logits: Tensor, normalizer: Tensor, clusters: int) -> Tensor:
+    """The second sweep: Float32[H K], probabilities summed over views and pairs.
+
+    Args:
+        logits: as given to `normalize`.
+        normalizer: Float32[H 2 B], log-sum-exps over all clusters.
+        clusters: K.
+    """
+    heads, _, pairs, stride = logits.shape
+    sums = _room(logits, heads, clusters)
     _sum_shares[(triton.cdiv(clusters, SUM_CLUSTERS), heads)](
-        logits, taught.normalizer, taught.sums, 2 * pairs, clusters, stride,
+        logits, normalizer.contiguous(), sums, 2 * pairs, clusters, stride,
         row_block=SUM_PAIRS, cluster_block=SUM_CLUSTERS, num_warps=SUM_WARPS,
     )  # fmt: skip
-    return taught
+    return sums
 
 
 def compare(student: Tensor, teacher: Tensor, lesson: Lesson) -> Normalizers:

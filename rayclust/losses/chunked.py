@@ -4,6 +4,9 @@ A *chunk* is some pairs of some heads. Its logits are made, used and forgotten o
 The teacher goes first, because p̂ and the pairs' weights belong to all pairs and all heads. The student follows, and its
 gradient is taken on the way forward, when its logits are there: what is kept until backward is as large as the weights.
 
+A stack of workers may divide the clusters: each makes the logits of its own, in the same chunks as all others, whose
+sums over clusters then go through all of them.
+
 Source: arXiv 2303.17896, eq. 5, 6 and 8; the same values as losses/information.py.
 """
 
@@ -16,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayclust.collectives import Team
 from rayclust.kernels import pair_softmax
+from rayclust.kernels.divided_softmax import ALONE
 from rayclust.kernels.pair_softmax import Lesson, Taught, padded
 from rayclust.kernels.weight_norm import scaled_rows, scaled_rows_backward
 
@@ -40,6 +45,10 @@ class LastLayer:
     """Divides the logits."""
     dtype: torch.dtype
     """Of matrix products and logits: BFloat16 or wide."""
+    stack: Team = ALONE
+    """Those who divide the clusters."""
+    most_clusters: int = 0
+    """The largest K of those workers, by which all of them cut their chunks; 0 where this one holds all clusters."""
 
     def weights(self, heads: slice) -> Tensor:
         """Narrow[h P I]: rows of length |g|/τ, filled up with zeros."""
@@ -58,7 +67,7 @@ class LastLayer:
     @property
     def pair_bytes(self) -> int:
         """Of a pair's logits under one head."""
-        return 2 * padded(self.direction.shape[1]) * self.dtype.itemsize
+        return 2 * padded(max(self.most_clusters, self.direction.shape[1])) * self.dtype.itemsize
 
     def chunks(self, most: int) -> tuple[list[slice], list[slice]]:
         """Heads and pairs such that no chunk's logits take more than `most` bytes, if that is possible."""
@@ -100,7 +109,7 @@ def teach(layer: LastLayer, chunk_bytes: int | None = None, kept_bytes: int | No
         weights = layer.weights(some)
         for few in every_pair:
             logits = layer.logits(weights, layer.rows(some, few))
-            part = pair_softmax.teach(logits, clusters)
+            part = pair_softmax.teach(logits, clusters, layer.stack)
             taught.normalizer[some, :, few] = part.normalizer
             taught.agreement[some, few] = part.agreement
             taught.sums[some] += part.sums
@@ -177,7 +186,7 @@ def _learn(
             lesson.beta,
             lesson.scale,
         )
-        part, found = pair_softmax.compare(logits, taught, own)
+        part, found = pair_softmax.compare(logits, taught, own, student.stack)
         losses[some] += part
         if gradients is not None:
             pair_softmax.give_way(logits, taught, own, found)

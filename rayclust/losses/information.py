@@ -4,6 +4,9 @@ All take log-probabilities with the axes H V B K (heads, views of a row, rows of
 row, view 1 its neighbour; a student's view is only ever compared with a teacher's *other* view. Everything stays in
 log space, so a pair that confidently disagrees costs a large number and not an infinite one.
 
+Where a stack of workers divides the clusters, K is this worker's and every sum over clusters goes through all of them:
+losses are the same on each, and their gradient in its own log-probabilities is whole.
+
 Source: arXiv 2303.17896 (TEMI, PMI, WMI), arXiv 2005.12320 (SCAN).
 """
 
@@ -14,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from rayclust.collectives import all_sum, differentiable_sum
+from rayclust.collectives import Team, all_sum, differentiable_sum
+from rayclust.kernels.divided_softmax import ALONE, log_softmax, logsumexp
 
 
 @dataclass(frozen=True)
@@ -32,27 +35,31 @@ class InformationOptions:
     """α, what entropy is rewarded with. WMI: the mean entropy of the rows. SCAN: the entropy of the mean student."""
     pool: Callable[[Tensor], Tensor] = lambda agreement: agreement.mean(0, keepdim=True)
     """How TEMI makes one trust Float[1 B] of the heads' agreement Float[H B]; another where workers share heads."""
+    stack: Team = ALONE
+    """Those who divide the clusters."""
 
 
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+def log_probabilities(logits: Tensor, temperature: float, stack: Team = ALONE) -> Tensor:
     """The logarithm of softmax(logits / temperature), in float32 or wider whatever came in.
 
     Args:
         logits: Float[... K].
         temperature: above 0.
+        stack: those who divide the clusters.
 
     Returns:
         Float[... K]; float64 for float64 input, else float32.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.log_softmax(wide / temperature, dim=-1)
+    return log_softmax(wide / temperature, stack)
 
 
-def agreement(teacher: Tensor) -> Tensor:
+def agreement(teacher: Tensor, stack: Team = ALONE) -> Tensor:
     """The probability that two views of a row fall into one cluster, averaged over the pairs of views.
 
     Args:
         teacher: Float[H V B K], log-probabilities; V at least 2.
+        stack: those who divide the clusters.
 
     Returns:
         Float[H B] in [0, 1]; 1 only where all views are the same one-hot.
@@ -60,10 +67,12 @@ def agreement(teacher: Tensor) -> Tensor:
     views = teacher.shape[1]
     pairs = [teacher[:, a] + teacher[:, b] for a in range(views) for b in range(a + 1, views)]
     total = torch.stack([pair.exp().sum(-1) for pair in pairs]).mean(0)
-    return total.clamp(max=1.0)
+    return stack.total(total).clamp(max=1.0)
 
 
-def pointwise_information(student: Tensor, teacher: Tensor, log_marginal: Tensor, beta: float) -> Tensor:
+def pointwise_information(
+    student: Tensor, teacher: Tensor, log_marginal: Tensor, beta: float, stack: Team = ALONE
+) -> Tensor:
     """Pointwise mutual information of two views, ln Σ_c (q_s(c)·q_t(c))^β / p̂(c).
 
     Args:
@@ -71,13 +80,14 @@ def pointwise_information(student: Tensor, teacher: Tensor, log_marginal: Tensor
         teacher: Float[... K], log-probabilities of another view of the same rows.
         log_marginal: Float[... K], ln p̂, broadcast.
         beta: the power on the product, above 0.
+        stack: those who divide the clusters.
 
     Returns:
         Float[...], nats; at most −ln min p̂ for β = 1.
 
     Source: arXiv 2303.17896, eq. 5 with β; the power is on the product and not on p̂.
     """
-    return torch.logsumexp(beta * (student + teacher) - log_marginal, dim=-1)
+    return logsumexp(beta * (student + teacher) - log_marginal, stack)
 
 
 def _other_views(student: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -90,7 +100,7 @@ def _information_losses(student: Tensor, teacher: Tensor, log_marginal: Tensor, 
     """Float[H B]: −PMI of each row, averaged over the ordered pairs of different views."""
     total = torch.zeros((), dtype=student.dtype, device=student.device)
     for mine, theirs in _other_views(student, teacher):
-        information = pointwise_information(mine, theirs, log_marginal[:, None, None], options.beta)
+        information = pointwise_information(mine, theirs, log_marginal[:, None, None], options.beta, options.stack)
         if options.positive_pmi:
             information = information.clamp(min=0.0)
         total = total - information.mean(1)
@@ -118,7 +128,7 @@ def temi(
 
     Source: arXiv 2303.17896, eq. 8.
     """
-    weights = options.pool(agreement(teacher) if trust is None else trust)
+    weights = options.pool(agreement(teacher, options.stack) if trust is None else trust)
     return (weights * _information_losses(student, teacher, log_marginal, options)).mean(1)
 
 
@@ -133,10 +143,10 @@ def wmi(
 
     Source: arXiv 2303.17896, eq. 6.
     """
-    trust = agreement(teacher) if trust is None else trust
+    trust = agreement(teacher, options.stack) if trust is None else trust
     losses = (trust * _information_losses(student, teacher, log_marginal, options)).mean(1)
     if options.entropy_weight:
-        negative_entropy = (student.exp() * student).sum(-1).mean((1, 2))
+        negative_entropy = options.stack.total((student.exp() * student).sum(-1).mean((1, 2)))
         losses = losses + options.entropy_weight * negative_entropy
     return losses
 
@@ -171,12 +181,13 @@ def scan(
     """
     losses = torch.zeros((), dtype=student.dtype, device=student.device)
     for mine, theirs in _other_views(student, teacher):
-        losses = losses - torch.logsumexp(mine + theirs, dim=-1).mean((1, 2))
+        losses = losses - logsumexp(mine + theirs, options.stack).mean((1, 2))
     losses = losses / (student.shape[1] - 1)
     rows = all_sum(torch.tensor(float(student.shape[2]), dtype=student.dtype, device=student.device))
     mean = differentiable_sum(student.exp().sum(2)) / rows
     tiny = torch.finfo(mean.dtype).tiny
-    return losses + options.entropy_weight * (mean * mean.clamp(min=tiny).log()).sum(-1).mean(1)
+    negative_entropy = options.stack.total((mean * mean.clamp(min=tiny).log()).sum(-1).mean(1))
+    return losses + options.entropy_weight * negative_entropy
 
 
 InformationLoss = Callable[[Tensor, Tensor, Tensor, InformationOptions, Tensor | None], Tensor]
@@ -191,15 +202,21 @@ class Marginal(nn.Module):
     p̂ ← m·p̂ + (1−m)·mean of the teacher's probabilities over all rows and views of all workers; starts even; carries no
     gradient. A loss of a step uses p̂ *after* that step's update.
 
+    Args:
+        heads: H.
+        clusters: K, those of this worker.
+        momentum: m.
+        all_clusters: those of all workers that divide them; None: these are all.
+
     Source: arXiv 2303.17896, section 3.2.
     """
 
     shares: Tensor
 
-    def __init__(self, heads: int, clusters: int, momentum: float = 0.9) -> None:
+    def __init__(self, heads: int, clusters: int, momentum: float = 0.9, all_clusters: int | None = None) -> None:
         super().__init__()
-        self.momentum = momentum
-        self.register_buffer("shares", torch.full((heads, clusters), 1.0 / clusters))
+        self.momentum, self.even = momentum, 1.0 / (all_clusters or clusters)
+        self.register_buffer("shares", torch.full((heads, clusters), self.even))
 
     @torch.no_grad()
     def update(self, teacher: Tensor) -> Tensor:
@@ -231,10 +248,10 @@ class Marginal(nn.Module):
         return self.shares.clamp(min=torch.finfo(self.shares.dtype).tiny).log()
 
     def entropy(self) -> Tensor:
-        """Float[H], nats, in [0, ln K]: ln K when the clusters are even."""
+        """Float[H], nats, in [0, ln K]: ln K when the clusters are even; adds up over workers that divide them."""
         entropy: Tensor = torch.special.entr(self.shares).sum(-1)
         return entropy
 
     def live(self) -> Tensor:
-        """Int[H]: the clusters whose share is above a tenth of an even one."""
-        return (self.shares > 0.1 / self.shares.shape[1]).sum(-1)
+        """Int[H]: the clusters whose share is above a tenth of an even one; adds up as well."""
+        return (self.shares > 0.1 * self.even).sum(-1)

@@ -234,6 +234,10 @@ class Method(nn.Module):
         """Whether weight decay acts on a parameter: on those with two axes or more."""
         return parameter.dim() > 1
 
+    def is_stacked(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is one layer per first index, each with norms of its own: where it has three axes."""
+        return parameter.dim() > 2
+
     def after_step(self, step: int) -> None:
         """Called after the optimiser's step number `step`, from 0."""
 

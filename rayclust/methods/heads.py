@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayclust.arrays import require_matrix
-from rayclust.collectives import all_sum, differentiable_sum
+from rayclust.collectives import Team, all_sum, differentiable_sum
+from rayclust.kernels.divided_softmax import ALONE
 from rayclust.losses.chunked import LastLayer
 
 Precision = Literal["auto", "fp32", "bf16"]
+_DRAWN = 1 << 16
+"""Clusters of other workers that are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class HeadShape:
     """Whether g is learnt; otherwise it stays 1."""
     first: int = 0
     """Number of the first head, where other workers hold those before it."""
+    first_cluster: int = 0
+    """Number of the first cluster, where other workers hold those before it."""
+    all_clusters: int | None = None
+    """Clusters of all workers that divide them; None: K are all."""
 
     @property
     def widths(self) -> list[int]:
@@ -133,7 +140,7 @@ class Heads(nn.Module):
 
     Args:
         shape: sizes and parts.
-        seed: of the initial weights; head h gets the same ones whatever H is.
+        seed: of the initial weights; head h gets the same ones whatever H is, and cluster k those of a whole head.
         precision: of the matrix products in training; see `matmul_dtype`.
     """
 
@@ -156,15 +163,20 @@ class Heads(nn.Module):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + self.shape.first + head) % 2**63)
             for weight in self.weights:
                 nn.init.trunc_normal_(weight[head], std=0.02, a=-2.0, b=2.0, generator=generator)
+            # The clusters before this worker's are drawn only to be passed over, and need not be there at one time.
+            for start in range(0, self.shape.first_cluster, _DRAWN):
+                passed = min(_DRAWN, self.shape.first_cluster - start)
+                torch.empty(passed, self.shape.bottleneck).uniform_(generator=generator)
             nn.init.uniform_(self.direction[head], -bound, bound, generator=generator)
 
-    def forward(self, x: Tensor, training: bool = False, head: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, training: bool = False, head: int | None = None, stack: Team = ALONE) -> Tensor:
         """Logits, before any temperature.
 
         Args:
             x: Float[R D].
             training: whether dropout drops and batch norm looks at the batch.
             head: the only head to ask; None asks all.
+            stack: those who divide the clusters, whose gradients in what comes before the last layer are summed.
 
         Returns:
             Float[H R K], or Float[1 R K] for one head. Their dtype is that of the products.
@@ -175,16 +187,21 @@ class Heads(nn.Module):
         require_matrix(x, "x", self.shape.dimension)
         some = slice(None) if head is None else slice(head, head + 1)
         dtype = matmul_dtype(self.precision, x) if training else x.dtype
-        bottleneck = self._bottleneck(x, training, some, dtype)
+        bottleneck = stack.spread(self._bottleneck(x, training, some, dtype))
         return stacked_affine(bottleneck, self._last_weights(some), None, dtype)
 
-    def last_layer(self, x: Tensor, temperature: float) -> LastLayer:
-        """What makes the logits of pairs in training, Float[2 B D], over a temperature, before they are made."""
+    def last_layer(self, x: Tensor, temperature: float, stack: Team = ALONE) -> LastLayer:
+        """What makes the logits of pairs in training, Float[2 B D], over a temperature, before they are made.
+
+        `stack` is as in `forward`.
+        """
         stacked = x.flatten(0, 1)
         require_matrix(stacked, "x", self.shape.dimension)
         dtype = matmul_dtype(self.precision, stacked)
-        units = self._bottleneck(stacked, True, slice(None), dtype)
-        return LastLayer(units.view(len(units), 2, -1, units.shape[2]), self.direction, self.scale, temperature, dtype)
+        units = stack.spread(self._bottleneck(stacked, True, slice(None), dtype))
+        pairs = units.view(len(units), 2, -1, units.shape[2])
+        most = -(-(self.shape.all_clusters or self.shape.clusters) // stack.size)
+        return LastLayer(pairs, self.direction, self.scale, temperature, dtype, stack, most)
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """The unit rows before the last layer: Float[R D] to Float[H R 256]."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 from rayclust import collectives
 from rayclust.arrays import require_matrix
 from rayclust.losses.information import InformationOptions, Marginal, log_probabilities
-from rayclust.methods import ema, temi_losses
+from rayclust.methods import ema, temi_losses, temi_parts
 from rayclust.methods.base import Batch, Export, Method, Pairing, Plan, Rows, Steps, Trainer
 from rayclust.methods.heads import Heads
 from rayclust.methods.temi_config import TemiConfig
@@ -30,8 +30,6 @@ __all__ = ["Temi", "TemiConfig"]
 
 logger = logging.getLogger(__name__)
 
-WHOLE = ("best_head", "head_losses")
-"""Tensors of the state that every worker holds whole, whatever heads it trains."""
 ASSIGN_ROWS = 8192
 """Rows whose hidden units are held at once when assigning."""
 
@@ -57,63 +55,60 @@ class Temi(Method):
         self.plan = Plan.of(config, count)
         self.pairing = Pairing(config.neighbors, config.noise, config.repeats)
         _, layout = config.layout(count, dimension, collectives.world_size())
-        self.grid = collectives.Grid.of(layout.head_parts)
-        self._hold(collectives.stretches(config.heads, self.grid.column.size)[self.grid.column.rank])
+        self._hold(collectives.Grid.of(layout.head_parts, layout.cluster_parts))
         self._momentum = config.teacher_momentum
         self.register_buffer("best_head", torch.tensor(0))
         self.register_buffer("head_losses", torch.zeros(config.heads, dtype=torch.float64))
 
-    def _hold(self, heads: slice) -> None:
-        """Makes the heads that this worker has a part in training."""
-        config = self.config
-        shape = replace(config.head_shape(self.dimension), heads=heads.stop - heads.start, first=heads.start)
+    def _hold(self, grid: collectives.Grid) -> None:
+        """Makes the part of the heads that this worker trains in a grid."""
+        config, self.grid = self.config, grid
+        self.parts = temi_parts.Parts(grid, config.heads, config.clusters)
+        heads, clusters = self.parts.own_heads, self.parts.own_clusters
+        shape = replace(
+            config.head_shape(self.dimension),
+            heads=heads.stop - heads.start,
+            first=heads.start,
+            clusters=clusters.stop - clusters.start,
+            first_cluster=clusters.start,
+            all_clusters=config.clusters,
+        )
         self.student = Heads(shape, self.seed, config.precision)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.marginal = Marginal(shape.heads, config.clusters, config.marginal_momentum)
+        self.marginal = Marginal(shape.heads, shape.clusters, config.marginal_momentum, config.clusters)
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the heads of other workers behind or before this one's; a loss is the sum of theirs."""
-        column, heads = self.grid.column, self.config.heads
-        if column.size == 1:
-            return tensors
-        return {
-            name: x if name in WHOLE else column.all_sum(x) if name == "loss" else column.joined(x, heads)
-            if x.dim() else x
-            for name, x in tensors.items()
-        }  # fmt: skip
+        """With the heads and clusters of other workers behind or before this one's; a loss is the sum of all heads'."""
+        return self.parts.whole(tensors, temi_parts.by_cluster(self, tensors))
 
     def part(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This worker's heads."""
-        column, shape = self.grid.column, self.student.shape
-        if column.size == 1:
-            return tensors
-        own = slice(shape.first, shape.first + shape.heads)
-        found = {name: x[own] if x.dim() and name not in WHOLE else x for name, x in tensors.items()}
-        return found | ({"loss": torch.zeros_like(found["loss"])} if column.rank and "loss" in found else {})
+        """This worker's heads and their clusters."""
+        return self.parts.part(tensors, temi_parts.by_cluster(self, tensors))
 
     def _join(self) -> None:
-        """Every worker takes in the heads of the others."""
-        if self.grid.column.size > 1:
+        """Every worker takes in the heads and clusters of the others; on the CPU where clusters were divided."""
+        if self.grid.column.size * self.grid.stack.size > 1:
             state, like = self.whole(self.state_dict()), self.student.direction
-            self._hold(slice(0, self.config.heads))
-            self.grid = collectives.Grid(row=collectives.everyone())
-            self.to(like.device, like.dtype).load_state_dict(state)
+            device = like.device if self.grid.stack.size == 1 else torch.device("cpu")
+            self._hold(collectives.Grid(row=collectives.everyone()))
+            self.to(device, like.dtype).load_state_dict(state)
 
     def fit(self, rows: Rows, trainer: Trainer) -> None:
         """Warm start, where asked for, the plan's steps, and the choice of a head."""
         with collectives.sharing_rows(self.grid.row):
             trainer.fit(self, rows, start=lambda: self._warm_start(rows))
+            if self.config.selection == "modularity":
+                teams = self.grid.column, self.grid.stack
+                best, values = best_by_modularity(self.teacher, rows, self.config.start_neighbors, self.seed, *teams)
+                self.best_head.fill_(best)
+                logger.info("best head: %d, modularity %.3f", best, float(values[best]))
         self._join()
-        if self.config.selection == "modularity":
-            best, values = best_by_modularity(self.teacher, rows, self.config.start_neighbors, self.seed)
-            self.best_head.fill_(best)
-            logger.info("best head: %d, modularity %.3f", best, float(values[best]))
 
     def _warm_start(self, rows: Rows) -> None:
         c = self.config
         if c.warm_start == "kmeans":
             options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds)
-            start_from_kmeans(self.student, rows, options, self.seed)
+            start_from_kmeans(self.student, rows, options, self.seed, self.grid.stack)
             self.teacher.load_state_dict(self.student.state_dict())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -135,7 +130,7 @@ class Temi(Method):
         alpha = config.entropy_weight
         if alpha is None:
             alpha = 5.0 if config.loss == "scan" else 0.0
-        return InformationOptions(config.beta, config.positive_pmi, alpha, self.pool)
+        return InformationOptions(config.beta, config.positive_pmi, alpha, self.pool, self.grid.stack)
 
     def pool(self, trust: Tensor) -> Tensor:
         """The trust of all heads in each pair, Float[1 B], from that of this worker's, Float[H B]."""
@@ -164,6 +159,10 @@ class Temi(Method):
         """Matrices and g; see `Heads.is_decayed`."""
         return self.student.is_decayed(name.removeprefix("student."))
 
+    def is_stacked(self, name: str, parameter: nn.Parameter) -> bool:
+        """All by heads, g among them: heads are trained as if each were alone."""
+        return True
+
     def after_step(self, step: int) -> None:
         """The teacher follows the student."""
         self._momentum = self.teacher_momentum(step)
@@ -173,9 +172,9 @@ class Temi(Method):
         """Keeps the head with the lowest mean loss of this epoch; labels play no part."""
         self.head_losses.copy_(means["head_loss"])
         self.best_head.copy_(self.head_losses.argmin())
-        best, shares = int(self.best_head), self.marginal
-        told = {"entropy": shares.entropy(), "live": shares.live(), "largest": shares.shares.amax(1)}
-        health = Health(**self.whole(told), agreement=means["head_agreement"], clusters=self.config.clusters)
+        best, told = int(self.best_head), self.parts.health(self.marginal)
+        health = Health(**told, agreement=means["head_agreement"], clusters=self.config.clusters)
+        self.parts.agree((self.student, self.teacher))
         self.finished_early = health.watch(best, self.config) and self.config.stop_on_collapse
         return {
             "teacher_momentum": self._momentum,

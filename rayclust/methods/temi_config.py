@@ -82,9 +82,13 @@ class TemiConfig(TrainedConfig):
     """Matrix products in training. auto: bf16 where the processor multiplies it fast, else float32."""
     stop_on_collapse: bool = False
     """Whether training ends with the first epoch in which the best head's clusters have collapsed; else it is told."""
-    parallel: str = Field("auto", pattern=r"^(auto|data|heads|[1-9]\d*x[1-9]\d*)$")
-    """What workers divide. data: the rows of a batch. heads: the heads; next to nothing is sent. RxC: heads in R parts,
-    rows in C. auto: the fastest. All are the same training."""
+    parallel: str = Field("auto", pattern=r"^(auto|data|heads|clusters|[1-9]\d*x[1-9]\d*(x[1-9]\d*)?)$")
+    """What workers divide. data: the rows of a batch. heads: the heads; next to nothing is sent. clusters: those of
+    each head, where one is too large for a worker. RxC: heads in R parts, rows in C. RxCxS: and clusters in S. auto:
+    the fastest, with clusters divided only where one head does not fit. All are the same training."""
+    worker_memory: float = Field(24.0, gt=0)
+    """GB, of 10⁹ bytes, that a worker has for heads, optimiser and logits; only `parallel: auto` heeds it. 24 is an
+    assumption about a GPU: nothing is measured."""
 
     def settled(self, count: int, dimension: int) -> TemiConfig:
         """This config with its preset written out for N = `count`, D = `dimension`; `preset` is then `none`."""
@@ -110,8 +114,10 @@ class TemiConfig(TrainedConfig):
     def layout(self, count: int, dimension: int, workers: int) -> tuple[temi_plan.Load, temi_plan.Layout]:
         """How `workers` divide the training of this settled config, and what it is made of."""
         load = temi_plan.Load(self.head_shape(dimension), Plan.of(self, count))
+        whole_for = "clip_norm" if self.clip_norm else "optimizer = lars" if self.optimizer == "lars" else None
+        layout = temi_plan.choose(load, workers, self.parallel, self.worker_memory * temi_plan.GIGABYTE, whole_for)
         if self.clip_norm is None:
-            return load, temi_plan.choose(load, workers, self.parallel)
+            return load, layout
         if self.parallel not in ("auto", "data"):
             raise ConfigError(f"method.parallel = {self.parallel}: clip_norm needs every head's gradient, set data")
         return load, temi_plan.Layout(1, workers)

@@ -23,33 +23,32 @@ def goes_in_chunks(method: Temi, batch: Batch) -> bool:
     """Whether a batch has so many logits, and the loss is one that adds up over chunks."""
     config, (views, rows, _) = method.config, batch.views.shape
     adds_up = config.loss in ("temi", "pmi") or (config.loss == "wmi" and not config.entropy_weight)
-    logits = method.student.shape.heads * views * rows * config.clusters
+    clusters = -(-config.clusters // method.grid.stack.size)  # of the largest part, so that all take the same way
+    logits = method.student.shape.heads * views * rows * clusters
     return adds_up and not config.positive_pmi and views == 2 and logits >= LEAST_LOGITS
 
 
 def whole(method: Temi, batch: Batch) -> tuple[Tensor, Tensor]:
     """Each head's loss, Float[H], and how far each trusts each pair, Float[H B]."""
-    views = len(batch.views)
-    stacked = batch.views.flatten(0, 1)
+    config, stack, stacked = method.config, method.grid.stack, batch.views.flatten(0, 1)
+
+    def answers(heads: Heads, temperature: float) -> Tensor:
+        """Log-probabilities Float[H V B K]."""
+        found = log_probabilities(heads(stacked, training=True, stack=stack), temperature, stack)
+        return found.view(len(found), len(batch.views), -1, found.shape[2])
+
     with torch.no_grad():
-        temperature = method.teacher_temperature(batch.epoch)
-        teacher = _log_probabilities(method.teacher, stacked, temperature, views)
-        log_marginal, trust = method.marginal.update(teacher), agreement(teacher)
-    student = _log_probabilities(method.student, stacked, method.config.student_temperature, views)
-    return LOSSES[method.config.loss](student, teacher, log_marginal, method.loss_options(), trust), trust
-
-
-def _log_probabilities(heads: Heads, x: Tensor, temperature: float, views: int) -> Tensor:
-    """Float[H V B K] of stacked views, Float[V·B D]."""
-    stacked = log_probabilities(heads(x, training=True), temperature)
-    return stacked.view(len(stacked), views, -1, stacked.shape[2])
+        teacher = answers(method.teacher, method.teacher_temperature(batch.epoch))
+        log_marginal, trust = method.marginal.update(teacher), agreement(teacher, stack)
+    student = answers(method.student, config.student_temperature)
+    return LOSSES[config.loss](student, teacher, log_marginal, method.loss_options(), trust), trust
 
 
 def in_chunks(method: Temi, batch: Batch) -> tuple[Tensor, Tensor]:
     """As `whole`, without all logits at once."""
-    config, options = method.config, method.loss_options()
+    config, options, stack = method.config, method.loss_options(), method.grid.stack
     with torch.no_grad():
-        layer = method.teacher.last_layer(batch.views, method.teacher_temperature(batch.epoch))
+        layer = method.teacher.last_layer(batch.views, method.teacher_temperature(batch.epoch), stack)
         teacher = chunked.teach(layer)
         taught = teacher.taught
         log_marginal = method.marginal.take_in(taught.sums, 2 * batch.views.shape[1]).to(taught.sums)
@@ -57,5 +56,5 @@ def in_chunks(method: Temi, batch: Batch) -> tuple[Tensor, Tensor]:
         weights = options.pool(trust) if config.loss == "temi" else trust
         if config.loss == "pmi":
             weights = torch.ones_like(trust)
-    student = method.student.last_layer(batch.views, config.student_temperature)
+    student = method.student.last_layer(batch.views, config.student_temperature, stack)
     return chunked.information_losses(student, teacher, log_marginal, weights, options.beta), trust

@@ -30,12 +30,13 @@ LEAST_WORK = 1e7
 
 
 def fits(method: Temi) -> bool:
-    """Whether this method's steps can be taken here: on the CPU, two plain layers, TEMI's own loss, and AdamW."""
+    """Whether steps can be taken here: on the CPU, two plain layers, TEMI's own loss, AdamW, and all clusters."""
     config = method.config
     plain = config.layers == 2 and not (config.batch_norm or config.dropout or config.final_gelu)
     loss = config.loss == "temi" and not config.positive_pmi and config.repeats == 1
     descent = config.optimizer == "adamw" and config.clip_norm is None
-    return plain and loss and descent and method.student.direction.device.type == "cpu"
+    whole = method.grid.stack.size == 1
+    return plain and loss and descent and whole and method.student.direction.device.type == "cpu"
 
 
 def pays(method: Temi) -> bool:

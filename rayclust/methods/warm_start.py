@@ -16,7 +16,8 @@ from torch.nn import functional
 from rayclust.clustering import kmeans
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.population import even_sample, survey
-from rayclust.collectives import all_sum, rank, world_size
+from rayclust.collectives import Team, all_sum, rank, team, world_size
+from rayclust.kernels.divided_softmax import ALONE
 from rayclust.methods.base import Rows
 from rayclust.methods.heads import Heads
 from rayclust.search.knn import top_k
@@ -30,6 +31,8 @@ RIDGE = 0.01
 ROUNDING = 1e-6
 """Variance of hidden units, relative to their squared mean, that counts as none."""
 _BLOCK = 2048
+_LOGITS = 1 << 28
+"""Logits that a choice makes at once, at most: 1 GiB of float32."""
 _ANCHORS = 16_384
 _ITERATIONS = 100
 
@@ -49,7 +52,7 @@ class StartOptions:
 
 
 @torch.no_grad()
-def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int) -> None:
+def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int, stack: Team = ALONE) -> None:
     """Sets each head's layers before the last logits so that its clusters are those of a good k-means partition.
 
     The best partitions, by modularity, go to the heads in turn. Workers share the work and end with equal heads.
@@ -59,6 +62,7 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
         rows: read once.
         options: what partitions to make.
         seed: of k-means' first centres and of the sample.
+        stack: those who divide the heads' clusters.
     """
     x, neighbors = _sampled(rows, options, seed, heads.direction)
     smoothed = smooth(x, neighbors, options.rounds)
@@ -67,11 +71,13 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
     order = modularity(torch.cat(terms)).sort(descending=True, stable=True).indices
     places = heads.shape.first + torch.arange(heads.shape.heads, device=order.device)
     chosen = labels[order[places % len(order)]]
-    _solve(heads, x, chosen)
+    _solve(heads, x, chosen, stack)
 
 
 @torch.no_grad()
-def best_by_modularity(heads: Heads, rows: Rows, columns: int, seed: int) -> tuple[int, Tensor]:
+def best_by_modularity(
+    heads: Heads, rows: Rows, columns: int, seed: int, column: Team = ALONE, stack: Team = ALONE
+) -> tuple[int, Tensor]:
     """The head whose clusters keep most neighbours together.
 
     Args:
@@ -79,11 +85,14 @@ def best_by_modularity(heads: Heads, rows: Rows, columns: int, seed: int) -> tup
         rows: read once; at most `SAMPLE_ROWS` of them are asked, with their neighbours.
         columns: nearest neighbours that count.
         seed: of the sample.
+        column: those who divide the heads.
+        stack: those who divide the clusters of each head.
 
     Returns:
         The head's number, and Float64[H], the modularity of every head; see `clustering.neighborhood.modularity`.
     """
-    K, like = heads.shape.clusters, heads.direction
+    K, like = heads.shape.all_clusters or heads.shape.clusters, heads.direction
+    block = max(1, min(_BLOCK, _LOGITS // (heads.shape.heads * -(-K // stack.size))))
     anchors = _anchors(rows, even_sample(rows.count, _sample_size(rows.count, K), seed))
     x, neighbors = rows.tensor(), rows.neighbors()
     total = like.new_zeros((heads.shape.heads, K + 2), dtype=torch.float64)
@@ -93,12 +102,23 @@ def best_by_modularity(heads: Heads, rows: Rows, columns: int, seed: int) -> tup
             torch.cat([part.to(ids.device)[:, None], ids.clamp(min=0)], dim=1), return_inverse=True
         )
         labels = torch.cat(
-            [heads(x[some.to(x.device)].to(like)).argmax(-1) for some in torch.split(asked, _BLOCK)], dim=1
+            [_clusters(heads, x[some.to(x.device)].to(like), stack) for some in torch.split(asked, block)], dim=1
         )
         found = labels[:, where.to(labels.device)]
         total += modularity_terms(found[:, :, 0], found[:, :, 1:].masked_fill((ids < 0).to(found.device), -1), K)
-    values = modularity(all_sum(total))
+    every_head = int(column.all_sum(torch.tensor(len(total), device=like.device)))
+    values = column.joined(modularity(all_sum(total)), every_head)
     return int(values.argmax()), values
+
+
+def _clusters(heads: Heads, x: Tensor, stack: Team) -> Tensor:
+    """Int64[H B]: the cluster of each row under each head, among those of all workers that divide them."""
+    logits: Tensor = heads(x)
+    best, own = logits.max(-1)
+    if stack.size == 1:
+        return own
+    first = stack.gathered(best).argmax(0)
+    return stack.gathered(own + heads.shape.first_cluster).gather(0, first[None])[0]
 
 
 def _sample_size(count: int, clusters: int) -> int:
@@ -162,7 +182,7 @@ class _Moments:
     gram: Tensor
     """Float64[H I I]."""
     cross: Tensor
-    """Float64[H I K]."""
+    """Float64[H I K], K those of this worker."""
     mean: Tensor
     """Float64[H I]."""
 
@@ -170,18 +190,20 @@ class _Moments:
 def _moments(heads: Heads, x: Tensor, labels: Tensor) -> _Moments:
     H, width, K = heads.shape.heads, heads.weights[-1].shape[2], heads.shape.clusters
     gram, cross, mean = (x.new_zeros(shape) for shape in ((H, width, width), (H, width, K), (H, width)))
+    clusters = heads.shape.first_cluster + torch.arange(K, device=labels.device)
     for ids in torch.split(_own(torch.arange(len(x))).to(x.device), _BLOCK):
         units = heads.hidden(x[ids])
-        members = functional.one_hot(labels[:, ids], K).to(units)
+        members = (labels[:, ids, None] == clusters).to(units)
         gram.baddbmm_(units.mT, units)
         cross.baddbmm_(units.mT, members)
         mean += units.sum(1)
     gram, cross, mean = (all_sum(part.double()) / len(x) for part in (gram, cross, mean))
-    shares = functional.one_hot(labels, K).double().mean(1)
+    counts = torch.stack([torch.bincount(one, minlength=heads.shape.all_clusters or K)[clusters] for one in labels])
+    shares = counts.double() / len(x)
     return _Moments(gram - mean[:, :, None] * mean[:, None], cross - mean[:, :, None] * shares[:, None], mean)
 
 
-def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
+def _solve(heads: Heads, x: Tensor, labels: Tensor, stack: Team) -> None:
     """Ridge regression of each head's clusters on what comes before its bottleneck.
 
     The bottleneck then is Σ_c (score of c) · ŵ_c, so that the last layer, left as it is, reads the scores off again.
@@ -190,6 +212,7 @@ def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
         heads: whose last hidden layer is set, in place; its weights keep their length.
         x: Float[N D], the same on all workers.
         labels: Int64[H N], the same on all workers.
+        stack: those who divide the clusters, over which the sum goes.
     """
     moments, last = _moments(heads, x, labels), heads.weights[-1]
     variance = moments.gram.diagonal(dim1=1, dim2=2).mean(1)
@@ -198,16 +221,16 @@ def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
     factor, failed = torch.linalg.cholesky_ex(moments.gram + torch.diag_embed(penalty))
     factor = torch.where(failed.view(-1, 1, 1) > 0, torch.eye(last.shape[2]).to(factor), factor)
     scores = torch.cholesky_solve(moments.cross, factor)
-    weight = functional.normalize(heads.direction.double(), dim=2).mT @ scores.mT
+    weight = stack.all_sum(functional.normalize(heads.direction.double(), dim=2).mT @ scores.mT)
     length = weight.flatten(1).norm(dim=1)
     alike = variance <= ROUNDING * moments.mean.square().mean(1)  # such rows tell a head nothing
     usable = (length > 0) & ~alike & (failed == 0)
     weight = weight * (last.double().flatten(1).norm(dim=1) / length.where(usable, 1.0))[:, None, None]
-    _set(last, weight, usable)
-    _set(heads.biases[-1], -(weight @ moments.mean[:, :, None])[:, :, 0], usable)
+    _set(last, weight, usable, stack)
+    _set(heads.biases[-1], -(weight @ moments.mean[:, :, None])[:, :, 0], usable, stack)
 
 
-def _set(parameter: Tensor, value: Tensor, usable: Tensor) -> None:
+def _set(parameter: Tensor, value: Tensor, usable: Tensor, stack: Team) -> None:
     """Takes the first worker's values, for the heads whose values can be used."""
     value = torch.where(usable.view(-1, *[1] * (value.dim() - 1)), value, parameter.to(value))
-    parameter.copy_(all_sum(value if rank() == 0 else torch.zeros_like(value)))
+    parameter.copy_(stack.first_one(team().first_one(value)))

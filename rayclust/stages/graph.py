@@ -54,9 +54,14 @@ def _part(config: Any, *keys: str) -> dict[str, Any]:
     return {key: dumped[key] for key in keys} if keys else dumped
 
 
+_ROOM = ("worker_memory",)
+
+
 def _method(config: RunConfig) -> dict[str, Any]:
     # What was set by hand matters besides the values: a preset fills only what was left open.
-    return {"all": _part(config.method), "set": sorted(config.method.model_fields_set)}
+    # What a worker has room for bounds who holds what, as their number does, and not what comes out.
+    method = {key: value for key, value in _part(config.method).items() if key not in _ROOM}
+    return {"all": method, "set": sorted(config.method.model_fields_set.difference(_ROOM))}
 
 
 def _words(config: RunConfig) -> dict[str, Any]:

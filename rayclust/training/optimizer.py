@@ -14,13 +14,20 @@ from rayclust.methods.base import Method, TrainedConfig
 class Lars(torch.optim.Optimizer):
     """Layer-wise adaptive rates with momentum.
 
-    Groups with `adapts` scale each step by η·‖w‖/‖g‖; tensors of three axes hold one layer per first index, each with
+    Groups with `adapts` scale each step by η·‖w‖/‖g‖; tensors in `stacked` hold one layer per first index, each with
     its own norms.
 
     Source: arXiv 1708.03888, algorithm 1.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float = 0.9, trust: float = 0.001) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        momentum: float = 0.9,
+        trust: float = 0.001,
+        stacked: Iterable[nn.Parameter] = (),
+    ) -> None:
+        self._stacked = {id(parameter) for parameter in stacked}
         defaults = {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "trust": trust, "adapts": True}
         super().__init__(groups, defaults)
 
@@ -36,7 +43,8 @@ class Lars(torch.optim.Optimizer):
         state = self.state[parameter]
         if group["adapts"]:
             gradient = gradient + group["weight_decay"] * parameter
-            gradient = gradient * _trust_ratio(parameter, gradient, group["trust"])
+            axes = tuple(range(1 if id(parameter) in self._stacked else 0, parameter.dim()))
+            gradient = gradient * _trust_ratio(parameter, gradient, group["trust"], axes)
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         velocity: Tensor = state["momentum_buffer"]
@@ -44,9 +52,8 @@ class Lars(torch.optim.Optimizer):
         parameter.add_(velocity, alpha=-group["lr"])
 
 
-def _trust_ratio(parameter: Tensor, gradient: Tensor, trust: float) -> Tensor:
-    """η·‖w‖/‖g‖ for each layer, 1 where either is zero."""
-    axes = tuple(range(1 if parameter.dim() > 2 else 0, parameter.dim()))
+def _trust_ratio(parameter: Tensor, gradient: Tensor, trust: float, axes: tuple[int, ...]) -> Tensor:
+    """η·‖w‖/‖g‖ over the axes of a layer, 1 where either is zero."""
     length = torch.linalg.vector_norm(parameter, dim=axes, keepdim=True)
     slope = torch.linalg.vector_norm(gradient, dim=axes, keepdim=True)
     ratio = trust * length / slope
@@ -61,14 +68,17 @@ def build_optimizer(method: Method, config: TrainedConfig) -> torch.optim.Optimi
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    stacked: list[nn.Parameter] = []
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             (decayed if method.is_decayed(name, parameter) else others).append(parameter)
+            if method.is_stacked(name, parameter):
+                stacked.append(parameter)
     groups = [{"params": decayed, "decays": True}, {"params": others, "decays": False, "weight_decay": 0.0}]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     if config.optimizer == "lars":
-        return Lars([{**group, "adapts": group["decays"]} for group in groups])
+        return Lars([{**group, "adapts": group["decays"]} for group in groups], stacked=stacked)
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)  # one pass over memory
 
 

@@ -17,6 +17,21 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
+def _shares_of_halves(logits: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Float[H K] from two workers' clusters, each with the log-sum-exps over both."""
+    from rayclust.kernels import pair_softmax as twin
+    from rayclust.kernels import triton_softmax as kernels
+
+    halves = []
+    for some in (slice(0, clusters // 2), slice(clusters // 2, clusters)):
+        own = logits[..., some]
+        if own.shape[-1]:
+            filling = own.new_full((*own.shape[:-1], twin.padded(own.shape[-1]) - own.shape[-1]), 99.0)
+            halves.append((torch.cat([own, filling], dim=-1).contiguous(), own.shape[-1]))
+    whole = torch.logsumexp(torch.stack([kernels.normalize(*half)[0] for half in halves]), dim=0)
+    return torch.cat([kernels.sum_shares(half, whole, own) for half, own in halves], dim=1)
+
+
 def compare_with_the_twin(dtype: torch.dtype, sizes: tuple[int, int, int], spread: float) -> list[float]:
     """How far each result of the kernels is from the twin's, relative to the largest number in it."""
     from rayclust.kernels import pair_softmax as twin
@@ -25,8 +40,10 @@ def compare_with_the_twin(dtype: torch.dtype, sizes: tuple[int, int, int], sprea
     heads, pairs, clusters = sizes
     torch.manual_seed(sum(sizes))
     student, teacher = (spread * torch.randn(2, heads, 2, pairs, twin.padded(clusters))).to(dtype)
-    expected, taught = twin.teach(teacher, clusters), kernels.teach(teacher, clusters)
+    expected, (normalizer, agreement) = twin.teach(teacher, clusters), kernels.normalize(teacher, clusters)
+    taught = twin.Taught(normalizer, agreement, kernels.sum_shares(teacher, normalizer, clusters))
     wrong = [_relative(getattr(taught, name), getattr(expected, name)) for name in ("normalizer", "agreement", "sums")]
+    wrong.append(_relative(_shares_of_halves(teacher, clusters), expected.sums))
     log_marginal, weights = torch.randn(heads, clusters).log_softmax(1), torch.rand(1, pairs).expand(heads, -1)
     lesson = twin.Lesson(expected.normalizer, log_marginal, weights, 0.6, 0.5 / pairs)
     plain, own = twin.compare(student, teacher, lesson)[1], kernels.compare(student, teacher, lesson)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rayclust.collectives import Team, everyone, sharing_rows, stretches
 from rayclust.losses import chunked, information
 from rayclust.losses.chunked import LastLayer, information_losses, teach
 from rayclust.losses.information import InformationOptions, Marginal, agreement, log_probabilities
 from rayclust.methods.heads import Heads, HeadShape
+from tests.workers import on_two_workers
 
 H, B, D, K, BETA = 3, 11, 6, 70, 0.6
 SMALL = 4 * 2 * 128 * 8  # four pairs of one head in float64
@@ -66,6 +68,45 @@ def test_chunks_have_the_losses_and_gradients_of_the_whole(dtype: torch.dtype, t
         assert other is not None
         assert float((gradient - other).norm()) <= tolerance * float(other.norm()), name
     assert all(p.grad is None or not p.grad.any() for p in teacher.parameters())
+
+
+WIDE = 129
+"""Clusters whose halves, of 64 and 65, fill up to rows of different length."""
+
+
+def _divided(rank: int, world: int) -> list[list[Tensor]]:
+    """For each size of a chunk: losses, sums of the teacher, and gradients in rows and this worker's clusters."""
+    stack, some = everyone(), stretches(WIDE, world)[rank]
+    generator, found = torch.Generator().manual_seed(3), []
+    drawn = [torch.randn(H, 2, B, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
+    last = [torch.randn(H, WIDE, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+    for chunk, kept in ((1 << 30, 1 << 30), (SMALL, 1 << 30), (SMALL, 0), (1, 0)):
+        units = drawn[0].clone().requires_grad_()
+        own = [x[:, some].clone().requires_grad_() for x in (last[0][..., :5], last[0][..., 5])]
+        most = -(-WIDE // world)
+        layer = LastLayer(stack.spread(units), own[0], own[1], 0.4, torch.float64, stack, most)
+        theirs = LastLayer(drawn[1], last[1][:, some, :5], last[1][:, some, 5], 0.3, torch.float64, stack, most)
+        asked = teach(theirs, chunk, kept)
+        marginal = Marginal(H, len(own[1][0]), all_clusters=WIDE).double()
+        with sharing_rows(Team()):
+            log_marginal = marginal.take_in(asked.taught.sums, 2 * B)
+        losses = information_losses(layer, asked, log_marginal, asked.taught.agreement.mean(0, keepdim=True), BETA)
+        (losses * torch.arange(1, H + 1)).sum().backward()
+        gradients = [x.grad for x in (units, *own) if x.grad is not None]
+        found.append([losses.detach(), asked.taught.agreement, asked.taught.sums, *gradients])
+    return found
+
+
+def test_workers_with_some_clusters_each_take_the_same_chunks_to_the_losses_and_gradients_of_one():
+    alone, together = _divided(0, 1), on_two_workers(_divided)
+    for size, wanted in enumerate(alone):
+        for number, value in enumerate(wanted):
+            each = [worker[size][number] for worker in together]
+            if each[0].shape == value.shape:
+                assert each[0].equal(each[1]), "workers differ"
+                assert each[0].allclose(value, rtol=1e-11, atol=1e-13)
+            else:
+                assert torch.cat(each, dim=1).allclose(value, rtol=1e-11, atol=1e-13)
 
 
 def test_agreement_is_that_of_the_whole():

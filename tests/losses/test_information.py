@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rayclust.collectives import Team, everyone, sharing_rows, stretches
 from rayclust.losses.information import (
     LOSSES,
     InformationOptions,
@@ -246,3 +247,44 @@ def test_two_workers_have_the_losses_and_gradients_of_one():
         for rank, (_, part, marginal) in enumerate(parts):
             assert part.allclose(gradient[:, :, rank::2], rtol=0, atol=1e-12)
             assert marginal.allclose(log_marginal, rtol=0, atol=1e-12)
+
+
+def _of_some_clusters(rank: int, world: int) -> list[tuple[str, list[Tensor]]]:
+    """Of each loss, with and without a cut at 0, for two views and four, at several sizes: this worker's clusters'."""
+    with sharing_rows(Team()):
+        return _of_these_clusters(rank, world)
+
+
+def _of_these_clusters(rank: int, world: int) -> list[tuple[str, list[Tensor]]]:
+    stack, found = everyone(), []
+    for seed, (heads, views, rows, clusters) in enumerate(((1, 2, 1, 2), (3, 2, 7, 5), (2, 4, 3, 33), (2, 2, 4, 130))):
+        some = stretches(clusters, world)[rank]
+        generator = torch.Generator().manual_seed(seed)
+        logits, targets = 3 * torch.randn(2, heads, views, rows, clusters, generator=generator, dtype=torch.float64)
+        teacher = log_probabilities(targets[..., some], 0.5, stack)
+        marginal = Marginal(heads, some.stop - some.start, all_clusters=clusters).double()
+        log_marginal = marginal.update(teacher)
+        told = [teacher, marginal.shares, stack.all_sum(marginal.entropy()), stack.all_sum(marginal.live())]
+        for name, loss in LOSSES.items():
+            for positive in (False, True):
+                options = InformationOptions(0.6, positive, entropy_weight=2.0, stack=stack)
+                mine = logits[..., some].clone().requires_grad_()
+                losses = loss(log_probabilities(mine, 0.5, stack), teacher, log_marginal, options, None)
+                (losses * torch.arange(1, heads + 1)).sum().backward()
+                assert mine.grad is not None
+                case = f"{name}, {positive}, {clusters}"
+                found.append((case, [losses.detach(), mine.grad, agreement(teacher, stack), *told]))
+    return found
+
+
+def test_workers_with_some_clusters_each_have_the_losses_and_gradients_of_one_with_all():
+    alone, together = _of_some_clusters(0, 1), on_two_workers(_of_some_clusters)
+    for place, (case, wanted) in enumerate(alone):
+        parts = [worker[place][1] for worker in together]
+        for number, value in enumerate(wanted):
+            each = [part[number] for part in parts]
+            if each[0].shape == value.shape and each[1].shape == value.shape:
+                assert each[0].equal(each[1]), f"{case}: workers differ"
+                assert each[0].double().allclose(value.double(), rtol=1e-11, atol=1e-12), case
+            else:
+                assert torch.cat(each, dim=-1).allclose(value, rtol=1e-11, atol=1e-12), case

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from rayclust import collectives
 from rayclust.clustering.neighborhood import modularity, modularity_terms
 from rayclust.methods import warm_start
 from rayclust.methods.heads import Heads, HeadShape
@@ -98,3 +101,30 @@ def test_two_workers_start_as_one():
     for both in on_two_workers(_started):
         for one, other in zip(alone, both, strict=True):
             assert other.allclose(one, rtol=0, atol=1e-10)
+
+
+def _parts_of_heads(rank: int, world: int) -> dict[str, list[Tensor]]:
+    """A start and a choice where workers divide the clusters, and a choice where they divide the heads."""
+    _, rows = planted()
+    everyone, found = collectives.everyone(), {}
+    clusters, few = collectives.stretches(K, world)[rank], collectives.stretches(3, world)[rank]
+    shape = HeadShape(3, 8, K, hidden=32, bottleneck=16)
+    some = replace(shape, clusters=clusters.stop - clusters.start, first_cluster=clusters.start, all_clusters=K)
+    with collectives.sharing_rows(collectives.Team()):
+        heads = Heads(some, seed=0).double()
+        start_from_kmeans(heads, rows, OPTIONS, seed=0, stack=everyone)
+        _, values = best_by_modularity(heads, rows, 5, seed=0, stack=everyone)
+        found["clusters"] = [*(p.detach() for p in (*heads.weights, *heads.biases)), values]
+        heads = Heads(replace(shape, heads=few.stop - few.start, first=few.start), seed=0).double()
+        best, values = best_by_modularity(heads, rows, 5, seed=0, column=everyone)
+    return found | {"heads": [torch.tensor(best), values]}
+
+
+def test_two_workers_with_parts_of_heads_start_and_choose_as_one(monkeypatch: pytest.MonkeyPatch):
+    alone = _parts_of_heads(0, 1)
+    monkeypatch.setattr(warm_start, "_LOGITS", 7 * 3 * K)  # seven rows at once
+    in_blocks = _parts_of_heads(0, 1)
+    for found in (*on_two_workers(_parts_of_heads), in_blocks):
+        for name, wanted in alone.items():
+            for one, other in zip(wanted, found[name], strict=True):
+                assert other.allclose(one, rtol=0, atol=1e-10), name

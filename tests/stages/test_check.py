@@ -125,6 +125,12 @@ def test_the_plan_of_a_training_is_told_and_one_that_cannot_be_is_found(tmp_path
     resources = {"workers": 2}
     [told] = [f for f in check(config(tmp_path, method=method, resources=resources)) if f.subject == "method"]
     assert told.text.startswith("temi on 192 values a row, rows of a batch over 2 workers: ")
+    divided = config(tmp_path, method=method | {"parallel": "clusters"}, resources=resources)
+    assert method_line(divided).startswith("temi on 192 values a row, clusters over 2 workers: ")
+    assert "GB of weights and optimiser, " in method_line(divided)
+    assert " MB sent a step, " in method_line(divided)
+    wrong = bad(config(tmp_path, method=method | {"parallel": "1x1x4"}, resources={"workers": 4}))
+    assert "method.parallel = 1x1x4: 3 clusters cannot be divided over 4 workers" in wrong["method"]
     wrong = bad(config(tmp_path, method=method | {"parallel": "2x3"}, resources=resources))
     assert "method.parallel = 2x3: is for 6 workers, there are 2" in wrong["method"]
 

@@ -61,3 +61,10 @@ def test_a_candidate_depends_on_what_it_is_made_and_measured_by_and_not_on_the_o
     groups["method"] = {"clusters": [2, 3]} | groups.get("method", {})  # type: ignore[operator]
     before = candidate_settings(config(method={"clusters": [2, 3]}))
     assert (candidate_settings(config(**groups)) == before) == (name in SAME)
+
+
+def test_a_training_does_not_depend_on_what_a_worker_has_room_for():
+    settings = STAGES["train"].settings
+    temi = {"name": "temi", "clusters": 3}
+    assert settings(config(method=temi | {"worker_memory": 80})) == settings(config(method=temi))
+    assert settings(config(method=temi | {"heads": 3})) != settings(config(method=temi))

@@ -114,11 +114,12 @@ def test_s3_gives_the_bytes_that_local_gives(finished: Path, s3_bucket: str, tmp
     assert run_command(["search", f"{s3_bucket}/runs/one", "--image", f"{s3_bucket}/runs/one/none.png"]) == 2
 
 
-def test_temi_trains_through_ray_with_its_heads_on_two_workers(finished: Path, tmp_path: Path):
+@pytest.mark.parametrize("parallel", ["heads", "clusters"])
+def test_temi_trains_through_ray_with_its_heads_on_two_workers(finished: Path, tmp_path: Path, parallel: str):
     content = tree(
         str(tmp_path / "run"),
         str(finished / "images"),
-        method={"name": "temi", "clusters": 3, "heads": 3, "steps": 150, "batch_size": 32, "parallel": "heads"},
+        method={"name": "temi", "clusters": 3, "heads": 3, "steps": 150, "batch_size": 32, "parallel": parallel},
         resources={"workers": 2},
     )
     run(write_yaml(tmp_path / "RUN.yaml", content))

@@ -33,9 +33,30 @@ def test_a_parameter_without_gradient_is_passed_over(name: str):
 
 
 def test_lars_scales_each_stacked_layer_by_its_own_norms():
-    weight = torch.nn.Parameter(torch.tensor([[[3.0, 4.0]], [[0.3, 0.4]]]))
-    optimizer = Lars([{"params": [weight], "lr": 1.0, "decays": True}], momentum=0.0, trust=0.1)
-    weight.grad = torch.tensor([[[0.0, 2.0]], [[0.0, 4.0]]])
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+    optimizer = Lars([{"params": [weight], "lr": 1.0, "decays": True}], momentum=0.0, trust=0.1, stacked=[weight])
+    weight.grad = torch.tensor([[0.0, 2.0], [0.0, 4.0]])
     optimizer.step()
     # step = trust · |w| · g/|g| : 0.1·5 and 0.1·0.5 along the second axis
     assert weight.flatten().tolist() == pytest.approx([3.0, 3.5, 0.3, 0.35])
+
+
+def test_lars_takes_the_steps_of_each_head_alone():
+    """All heads at once, and each as the only one of a method that begins where it does."""
+    config = TemiConfig.model_validate({"clusters": 3, "preset": "none", "heads": 2, "optimizer": "lars"})
+    both = build(config, 5, 20, seed=0)
+    alone = [build(config.model_copy(update={"heads": 1}), 5, 20, seed=0) for _ in range(2)]
+    gradients = {name: torch.randn_like(p) for name, p in both.named_parameters() if p.requires_grad}
+    for head, method in enumerate(alone):
+        for name, p in method.named_parameters():
+            p.data.copy_(both.get_parameter(name)[head : head + 1])
+            p.grad = gradients[name][head : head + 1].clone() if name in gradients else None
+    for name, gradient in gradients.items():
+        both.get_parameter(name).grad = gradient
+    for method in (both, *alone):
+        optimizer = build_optimizer(method, config)
+        set_rates(optimizer, 0.1, 0.5)
+        optimizer.step()
+    for name in gradients:
+        for head, method in enumerate(alone):
+            torch.testing.assert_close(method.get_parameter(name)[0], both.get_parameter(name)[head])
