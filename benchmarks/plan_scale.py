@@ -122,9 +122,13 @@ def encode(i: Inputs) -> list[Cost]:
     blocks = i.shards * math.ceil(i.shard_images * i.image_bytes / BLOCK)
     # Shard read and written, marker looked at twice; part, marker and shard's record written.
     first = Cost("encode", bytes_read, i.rows_bytes, blocks + 3 * i.shards, 3 * i.shards, times[bound], bound)
-    seconds = i.shards * i.number_seconds / 64
-    bound = "64 parts at once"
-    return [first, Cost("encode: numbering", i.rows_bytes, i.rows_bytes, 2 * i.shards, 3 * i.shards, seconds, bound)]
+    times = {
+        "CPUs": i.shards * i.number_seconds / (i.cpus * i.nodes),
+        "network": 2 * i.rows_bytes / (i.network * i.nodes),
+    }
+    bound = max(times, key=times.__getitem__)
+    numbering = Cost("encode: numbering", i.rows_bytes, i.rows_bytes, 2 * i.shards, 3 * i.shards, times[bound], bound)
+    return [first, numbering]
 
 
 def neighbors(i: Inputs) -> list[Cost]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,9 @@ def test_results_come_in_order_of_the_units_and_only_the_rest_is_done(in_process
 def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(run: Run):
     def work_or_fail(unit: Unit) -> UnitResult:
         if unit.payload == "bad":
+            # Not before the others have ended: what is under way when a unit fails goes on writing.
+            while not all(filesystem.exists(run.shard_manifest(i, "stage")) for i in range(9)):
+                time.sleep(0.02)
             raise DataError("the third part: cannot be used")
         return put_and_count(unit)
 
