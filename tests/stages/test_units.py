@@ -111,7 +111,9 @@ def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(r
     def work_or_fail(unit: Unit) -> UnitResult:
         if unit.payload == "bad":
             # Not before the others have ended: what is under way when a unit fails goes on writing.
+            deadline = time.monotonic() + 60
             while not all(filesystem.exists(run.shard_manifest(i, "stage")) for i in range(9)):
+                assert time.monotonic() < deadline, "the others do not end"
                 time.sleep(0.02)
             raise DataError("the third part: cannot be used")
         return put_and_count(unit)
