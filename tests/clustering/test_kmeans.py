@@ -134,8 +134,8 @@ def test_order_of_rows_does_not_matter():
 
 def test_empty_clusters_move_to_the_farthest_rows():
     # All rows go to the first centre. The farthest rows, 20 and then −8, move into clusters 1 and 2; 0…4 stay.
-    x = torch.tensor([[0.0], [1], [2], [3], [4], [20], [-8]])
-    init = torch.tensor([[2.0], [1000], [2000]])
+    x = torch.tensor([[0.0], [1], [2], [3], [4], [20], [-8]], dtype=torch.float64)
+    init = torch.tensor([[2.0], [1000], [2000]], dtype=torch.float64)
     result = fitted(x, clusters=3, metric="euclidean", init=init)
     assert result.centers.flatten().tolist() == pytest.approx([2.0, 20.0, -8.0])
     theirs = KMeans(3, init=init.numpy(), n_init=1).fit(x.numpy())
