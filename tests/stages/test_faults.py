@@ -52,7 +52,7 @@ def config(inputs: Path, run: Path) -> Path:
             "mean": [0.5, 0.5, 0.5],
             "std": [0.5, 0.5, 0.5],
         },
-        method={"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "steps": 1500, "batch_size": 32},
+        method={"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "steps": 600, "batch_size": 32},
         resources={"checkpoint_seconds": 0.5, "workers": 1},
     )
     return write_yaml(run.with_suffix(".yaml"), content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,9 @@ def test_temi_trains_through_ray_with_its_heads_on_two_workers(finished: Path, t
         method={"name": "temi", "clusters": 3, "heads": 3, "steps": 150, "batch_size": 32, "parallel": parallel},
         resources={"workers": 2},
     )
-    run(write_yaml(tmp_path / "RUN.yaml", content))
+    shutil.copytree(finished / "run", tmp_path / "run")
+    path = str(write_yaml(tmp_path / "RUN.yaml", content))
+    assert [run_command([stage, path]) for stage in ("train", "assign", "evaluate")] == [0, 0, 0]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.9
     history = pq.read_table(tmp_path / "run" / "model" / "metrics.parquet")
