@@ -9,14 +9,15 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from botocore import exceptions as aws
-from fsspec.asyn import sync
-from s3fs import S3FileSystem
 
 from rayclust.store.patience import BrokenBodyError, patiently
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
 
 PATIENCE_SECONDS = 5.0
 """How long the first contact with an endpoint may fail before a user is told; later requests are tried for longer."""
@@ -57,6 +58,8 @@ def get(bucket: str, key: str, **request: Any) -> tuple[bytes, str]:
         key: of the object.
         **request: further parameters of `get_object`, such as Range or IfMatch.
     """
+    from fsspec.asyn import sync
+
     seen, connection = set[bytes](), client()
 
     def fetch() -> tuple[bytes, str]:
@@ -100,6 +103,9 @@ def _check_body(bucket: str, body: bytes, answer: Mapping[str, Any], seen: set[b
 
 @functools.lru_cache(maxsize=4)
 def _connect(pid: int, settings: tuple[tuple[str, str], ...]) -> S3FileSystem:
+    # Imported when there is an object store to talk to: it takes every process half a second.
+    from s3fs import S3FileSystem
+
     variables = dict(settings)
     # Listings are never cached: another worker may have written since.
     connection = S3FileSystem(
