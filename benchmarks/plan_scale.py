@@ -18,11 +18,11 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from rayclust.runtime.rows import Moments
+from rayclust.runtime.tasks import Task, TaskResult
 from rayclust.search.inverted_lists import list_count
-from rayclust.stages.inverted_join import QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
 from rayclust.stages.neighbors import UNIT_BYTES, unit_size
-from rayclust.stages.shards import Moments
-from rayclust.stages.units import Unit, UnitResult
+from rayclust.stages.neighbors_ivf import QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
 from rayclust.store.manifest import Output
 from rayclust.store.sources import Shard
 
@@ -234,8 +234,8 @@ def driver_bytes(width: int, *, with_moments: bool, count: int = 2000) -> float:
     for n in range(count):
         shard = Shard(n, "webdataset", f"s3://bucket/laion/{n:05d}.tar", f"{n:05d}", f"{n:064d}")
         output = {"digest": f"{n:064d}", "size": 10**7 + n, "stamp": f"{n:064d}"}
-        result = UnitResult({f"embeddings/part-{n:05d}.parquet": output}, {"rows": n, "rejects": 0}, json.loads(text))
-        kept.append((Unit(n, f"{n:032d}", shard, 1), result, Output(**output)))  # type: ignore[arg-type]
+        result = TaskResult({f"embeddings/part-{n:05d}.parquet": output}, {"rows": n, "rejects": 0}, json.loads(text))
+        kept.append((Task(n, f"{n:032d}", shard, 1), result, Output(**output)))  # type: ignore[arg-type]
     found = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     return found / len(kept)

@@ -31,8 +31,8 @@ import ray
 import torch
 
 from rayclust import config
-from rayclust.stages import pipeline
-from rayclust.stages.cluster import connect
+from rayclust.runtime import pipeline
+from rayclust.runtime.cluster import connect
 from rayclust.store import layout, manifest
 
 WIDTH = 64

@@ -25,9 +25,9 @@ from sklearn.datasets import load_digits
 from temi_accuracy import FILES, planted, varied
 from threadpoolctl import threadpool_limits
 
-from rayclust.candidates import SelectKConfig
 from rayclust.clustering import kmeans
 from rayclust.clustering.spectral import SpectralOptions, partition
+from rayclust.config import SelectKConfig
 from rayclust.features import FeatureTransform
 from rayclust.metrics.criteria import CriteriaOptions, measure
 from rayclust.metrics.selection import CRITERIA, Candidate, Choice, choose, refine

@@ -23,7 +23,7 @@ import ray
 import torch
 
 from rayclust.config import validate
-from rayclust.stages.pipeline import run_all
+from rayclust.runtime.pipeline import run_all
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 

@@ -11,8 +11,8 @@ _LAZY = {
     "CPP": "rayclust.estimators",
     "KMeans": "rayclust.estimators",
     "TEMI": "rayclust.estimators",
-    "run": "rayclust.stages.python",
-    "load": "rayclust.stages.python",
+    "run": "rayclust.runtime.api",
+    "load": "rayclust.runtime.api",
 }
 """Names that are imported when first asked for, so that `import rayclust` stays free of torch."""
 

@@ -66,7 +66,7 @@ def _configure_logging(verbose: bool) -> None:
     if sys.stderr.isatty():
         from rich.logging import RichHandler
 
-        from rayclust.stages.progress import console
+        from rayclust.runtime.progress import console
 
         handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None)
         handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
@@ -105,7 +105,7 @@ _VERBOSE = click.option(
 @_VERBOSE
 def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, method: str, encoder: str | None) -> None:
     """Everything in one line: encode IMAGES, cluster, name, measure, and write a report below --out."""
-    from rayclust.stages.quick import quick as run_quick
+    from rayclust.runtime.api import quick as run_quick
 
     _show_result(run_quick(images, out, clusters=clusters, method=method, encoder=encoder, overrides=overrides))
 
@@ -117,7 +117,7 @@ def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, meth
 @_VERBOSE
 def run(config: str, overrides: tuple[str, ...], force: bool) -> None:
     """All stages of the run in CONFIG (RUN.yaml, or - for standard input) that are not done yet."""
-    from rayclust.stages.pipeline import run_all
+    from rayclust.runtime.pipeline import run_all
 
     settings = _load(config, overrides)
     run_all(settings, force=force)
@@ -130,7 +130,7 @@ def _stage_command(name: str) -> click.Command:
     @_FORCE
     @_VERBOSE
     def command(config: str, overrides: tuple[str, ...], force: bool) -> None:
-        from rayclust.stages.pipeline import run_stage
+        from rayclust.runtime.pipeline import run_stage
 
         run_stage(name, _load(config, overrides), force=force)
 
@@ -157,7 +157,7 @@ for _name in LATER_STAGES:
 @_VERBOSE
 def check(config: str, overrides: tuple[str, ...]) -> int:
     """Refuse a bad run before it costs money: config, access, encoder, a sample of inputs, estimates."""
-    from rayclust.stages.check import check as run_check
+    from rayclust.runtime.preflight import check as run_check
 
     findings = run_check(_load(config, overrides))
     for finding in findings:
@@ -180,8 +180,7 @@ def submit(config: str, overrides: tuple[str, ...], address: str | None, action:
 
     The same line again follows a job that is under way, and goes on after one that failed.
     """
-    from rayclust.stages.job_server import address_of
-    from rayclust.stages.submit import Submission, submit_run
+    from rayclust.runtime.jobs import Submission, address_of, submit_run
 
     place, submission = address_of(address), Submission(_load(config, overrides), how["stage"] or "run")
     return submit_run(submission, place, action or "submit", _show_text, shared_paths=how["shared_paths"])
@@ -192,7 +191,7 @@ def submit(config: str, overrides: tuple[str, ...], address: str | None, action:
 @_VERBOSE
 def status(run_uri: str) -> None:
     """What of RUN is sealed, what is missing, rates and rejects, health of the clusters."""
-    from rayclust.stages.status import lines
+    from rayclust.runtime.status import lines
 
     for line in lines(run_uri):
         click.echo(line)
@@ -245,8 +244,8 @@ def predict(run_uri: str, images: str, out: str) -> None:
 @_VERBOSE
 def demo(out: str) -> None:
     """The whole path on images that need no download: scanned digits, k-means and TEMI side by side."""
-    from rayclust.stages.demo import demo as run_demo
-    from rayclust.stages.demo import table
+    from rayclust.runtime.demo import demo as run_demo
+    from rayclust.runtime.demo import table
     from rayclust.store.layout import Run
 
     uri, scores = run_demo(out)
@@ -268,13 +267,13 @@ def schema(method: str | None) -> None:
 
 
 def _load(config: str, overrides: Sequence[str]) -> Any:
-    from rayclust.stages.quick import load_config
+    from rayclust.runtime.api import load_config
 
     return load_config(config, overrides)
 
 
 def _load_run(run_uri: str) -> Any:
-    from rayclust.stages.quick import load_run
+    from rayclust.runtime.api import load_run
 
     return load_run(run_uri)
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from rayclust.candidates import Rule, SelectKConfig, opened, written
+from rayclust.config import Rule, SelectKConfig, denormalize_clusters, normalize_clusters
 from rayclust.metrics.selection import CRITERIA, RULES
 
 
@@ -43,29 +43,29 @@ TREES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", TREES)
 def test_what_leaves_nothing_open_is_left_as_it_is(name: str):
-    assert opened(TREES[name]) == TREES[name]
+    assert normalize_clusters(TREES[name]) == TREES[name]
 
 
 def test_a_number_is_written_as_it_is():
     tree = {"method": {"clusters": 4}, "select_k": {"seeds": 3}}
-    assert written(tree) == tree
+    assert denormalize_clusters(tree) == tree
 
 
 def test_candidates_are_sorted_and_stood_in_for_by_their_largest():
     tree = {"method": {"name": "kmeans", "clusters": [9, 3]}, "seed": 1}
-    read = opened(tree)
+    read = normalize_clusters(tree)
     assert read == {
         "method": {"name": "kmeans", "clusters": 9},
         "select_k": {"candidates": (3, 9)},
         "seed": 1,
     }
     assert tree["method"] == {"name": "kmeans", "clusters": [9, 3]}, "the tree given was changed"
-    assert written(read) == {"method": {"name": "kmeans", "clusters": [3, 9]}, "seed": 1}
+    assert denormalize_clusters(read) == {"method": {"name": "kmeans", "clusters": [3, 9]}, "seed": 1}
 
 
 def test_other_settings_of_the_group_stay():
     tree = {"method": {"clusters": "auto"}, "select_k": {"seeds": 5}}
-    assert written(opened(tree)) == tree
+    assert denormalize_clusters(normalize_clusters(tree)) == tree
 
 
 def test_the_stability_of_one_fit_cannot_choose():

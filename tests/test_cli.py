@@ -70,7 +70,7 @@ def test_an_unexpected_error_is_exit_code_1_and_one_line(
     def broken(uri: str) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("rayclust.stages.status.lines", broken)
+    monkeypatch.setattr("rayclust.runtime.status.lines", broken)
     assert run_command(["status", "anything"]) == 1
     error = capsys.readouterr().err
     assert error == "rayclust: unexpected RuntimeError: second line (-v shows the traceback)\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayclust.stages.graph import STAGES
+from rayclust.runtime.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path for path in (ROOT / "rayclust").rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))

@@ -2,29 +2,30 @@ from __future__ import annotations
 
 import pytest
 
-from rayclust.config import validate
+from rayclust.config import PlacementConfig, are_disjoint, format_labels, has_labels, validate
 from rayclust.errors import ConfigError
-from rayclust.placement import PlacementConfig, are_apart, carries, shown
 from tests.stages.runs import tree
 
 
 def test_a_node_must_carry_every_label_that_is_wanted():
     node = {"pool": "gpu", "market": "spot", "ray.io/node-id": "1"}
-    assert carries(node, {})
-    assert carries(node, {"pool": "gpu", "market": "spot"})
-    assert not carries(node, {"pool": "cpu"})
-    assert not carries(node, {"pool": "gpu", "zone": "a"})
+    assert has_labels(node, {})
+    assert has_labels(node, {"pool": "gpu", "market": "spot"})
+    assert not has_labels(node, {"pool": "cpu"})
+    assert not has_labels(node, {"pool": "gpu", "zone": "a"})
 
 
 def test_work_is_apart_where_no_node_can_carry_both_labels():
-    assert are_apart({"pool": "cpu"}, {"pool": "gpu", "market": "spot"})
-    assert not are_apart({"pool": "cpu"}, {"market": "spot"})
-    assert not are_apart({}, {"pool": "gpu"})
+    assert are_disjoint({"pool": "cpu"}, {"pool": "gpu", "market": "spot"})
+    assert not are_disjoint({"pool": "cpu"}, {"market": "spot"})
+    assert not are_disjoint({}, {"pool": "gpu"})
 
 
 def test_labels_are_shown_in_one_order():
     assert (
-        shown({"pool": "cpu", "market": "spot"}) == shown({"market": "spot", "pool": "cpu"}) == "market=spot,pool=cpu"
+        format_labels({"pool": "cpu", "market": "spot"})
+        == format_labels({"market": "spot", "pool": "cpu"})
+        == "market=spot,pool=cpu"
     )
 
 

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from rayclust.config import parse
+from rayclust.config import NodePrice, parse
 from rayclust.errors import ConfigError
-from rayclust.prices import NodePrice
 
 GOOD = "run: s3://b/r\nimages: {uri: s3://b/i}\nmethod: {name: kmeans, clusters: 2}\n"
 

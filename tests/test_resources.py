@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 
-from rayclust.config import validate
+from rayclust.config import ResourcesConfig, validate
 from rayclust.errors import ConfigError
-from rayclust.resources import ResourcesConfig
-from rayclust.stages.graph import STAGES
+from rayclust.runtime.pipeline import STAGES
 from tests.stages.runs import tree
 
 

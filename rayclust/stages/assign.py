@@ -10,12 +10,12 @@ from rayclust.clustering import hierarchy
 from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
 from rayclust.methods.base import Method
-from rayclust.stages.cluster import run_remotely
-from rayclust.stages.models import load_method
-from rayclust.stages.outputs import drop_stale_parts, put_table
-from rayclust.stages.pipeline import StageContext, StageResult, content_digest
-from rayclust.stages.rows import row_starts, transform_of
-from rayclust.stages.units import Unit, UnitResult, run_units
+from rayclust.runtime.artefacts import drop_stale_parts, put_table
+from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.models import load_method
+from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.rows import row_starts, transform_of
+from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of
@@ -28,13 +28,13 @@ def run(context: StageContext) -> StageResult:
     model = content_digest(context.inputs["train"])
     levels = _levels(context, model)
     work = _Assignment(context.run, transform, model, levels)
-    units = [Unit(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
+    units = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
     sizes = np.zeros(context.config.method.clusters, np.int64)
 
-    def add(unit: Unit, result: UnitResult) -> None:  # K numbers for each of many parts would be as much as rows
+    def add(unit: Task, result: TaskResult) -> None:  # K numbers for each of many parts would be as much as rows
         np.add(sizes, result.extra.pop("sizes"), out=sizes)
 
-    results = run_units(context.run, "assign", units, work.assign, take=add)
+    results = run_tasks(context.run, "assign", units, work.assign, take=add)
     drop_stale_parts(context.run.assignments_folder, len(units))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     occupied = int((sizes > 0).sum())
@@ -74,7 +74,7 @@ class _Assignment:
     def __init__(self, run: Run, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray]) -> None:
         self._run, self._transform, self._model, self._levels = run, transform, model, levels
 
-    def assign(self, unit: Unit) -> UnitResult:
+    def assign(self, unit: Task) -> TaskResult:
         """Writes the assignments of one part."""
         torch.set_num_threads(1)
         method = load_method(self._run.uri, self._model)
@@ -86,7 +86,7 @@ class _Assignment:
         content = pa.table(columns, schema=tables.assignments(list(self._levels)))
         written = put_table(self._run, self._run.assignments(unit.index), content)
         sizes = np.bincount(clusters, minlength=method.config.clusters)
-        return UnitResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
+        return TaskResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
 
 
 def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayclust import collectives
 from rayclust.config import FeaturesConfig, RunConfig
-from rayclust.stages.rows import BLOCK, StoredRows, cache_folder, mapped, part_features, row_starts, transform_of
+from rayclust.runtime.rows import BLOCK, StoredRows, cache_folder, mapped, part_features, row_starts, transform_of
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest

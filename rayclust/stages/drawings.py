@@ -21,10 +21,9 @@ from rayclust.report.formats import count, percent
 from rayclust.report.heatmap import Group, Panel, heatmap
 from rayclust.report.scatter import centers, hues, scatter
 from rayclust.report.spectra import Spectrum, spectra
+from rayclust.runtime.pipeline import SELECT_K, Manifests, run_stage
+from rayclust.runtime.vocabularies import cluster_names
 from rayclust.stages.figures import FEATURES, KERNEL_TEMPERATURE, OWN, PRECISION_AT, numbers
-from rayclust.stages.graph import SELECT_K
-from rayclust.stages.pipeline import Seals, run_stage
-from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import read_json_output
@@ -73,9 +72,9 @@ def export(config: RunConfig, out: str | None) -> list[str]:
     Returns:
         What was written.
     """
-    if Seals(config).of("figures") is None:  # else nobody's lease is needed: reading is free
+    if Manifests(config).of("figures") is None:  # else nobody's lease is needed: reading is free
         run_stage("figures", config)
-    run, seals = Run(config.run), Seals(config)
+    run, seals = Run(config.run), Manifests(config)
     chosen = seals.of(SELECT_K) if config.is_open else None
     selection = read_json_output(run, SELECT_K, run.selection) if chosen is not None else None
     folder = numbers(run, "") if out is None else filesystem.absolute(out)

@@ -12,11 +12,11 @@ from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.metrics import affinity, external, internal, overclustering
 from rayclust.metrics.linear_probe import linear_probe_accuracy
-from rayclust.stages.cluster import run_remotely
-from rayclust.stages.models import load_method
-from rayclust.stages.outputs import put_json, put_table
-from rayclust.stages.pipeline import StageContext, StageResult, content_digest
-from rayclust.stages.rows import features_at, row_starts, transform_of
+from rayclust.runtime.artefacts import put_json, put_table
+from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.models import load_method
+from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.rows import features_at, row_starts, transform_of
 from rayclust.store import tables
 from rayclust.store.layout import Run
 

@@ -17,11 +17,11 @@ from rayclust.methods.base import Method
 from rayclust.metrics.affinity import absolute_gram, kernel_membership, neighbor_precision, similar_order
 from rayclust.metrics.spectra import directions, singular_values
 from rayclust.report.projection import planar_map
-from rayclust.stages.cluster import run_remotely
-from rayclust.stages.models import load_method, represented
-from rayclust.stages.outputs import Outputs, put_json, put_table
-from rayclust.stages.pipeline import StageContext, StageResult, content_digest
-from rayclust.stages.rows import features_at, labels_at, row_starts, transform_of
+from rayclust.runtime.artefacts import Outputs, put_json, put_table
+from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.models import load_method, transform_rows
+from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.rows import features_at, labels_at, row_starts, transform_of
 from rayclust.store import tables
 from rayclust.store.layout import Run
 
@@ -103,7 +103,7 @@ def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
     method = load_method(job.run.uri, job.model)
     spaces = {FEATURES: features}
     if method.own_space is not None:
-        spaces[OWN] = represented(method, features)
+        spaces[OWN] = transform_rows(method, features)
     at = {int(row): place for place, row in enumerate(rows)}
     spread = np.array([at[row] for row in lot.spread.tolist()])
     members = {k: np.array([at[row] for row in own.tolist()]) for k, own in lot.members.items()}

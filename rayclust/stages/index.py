@@ -12,13 +12,13 @@ import torch
 
 from rayclust.config import IndexConfig
 from rayclust.features import FeatureTransform
+from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
+from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.models import load_method, transform_rows
+from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.rows import blocks, features_at, part_features, row_starts, transform_of
+from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.index import VectorIndex, build_index
-from rayclust.stages.cluster import run_remotely
-from rayclust.stages.models import load_method, represented
-from rayclust.stages.outputs import Outputs, put_bytes, put_json, put_table
-from rayclust.stages.pipeline import StageContext, StageResult, content_digest
-from rayclust.stages.rows import blocks, features_at, part_features, row_starts, transform_of
-from rayclust.stages.units import Unit, UnitResult, run_units
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of
@@ -111,8 +111,8 @@ def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any
     transform = transform_of(encode, context.config.features)
     model = content_digest(context.inputs["train"])
     work = _OwnSpace(job, transform, model, context.run.at("index", "scratch", context.digest))
-    units = [Unit(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
-    run_units(context.run, "index", units, work.represent)
+    units = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
+    run_tasks(context.run, "index", units, work.represent)
     found: tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]] = run_remotely(work.build)
     # Markers first: without them rows are represented again, without the rows they would stand for nothing.
     filesystem.remove_tree(context.run.at("manifests", "index"))
@@ -129,20 +129,20 @@ class _OwnSpace:
     model: str
     folder: str
 
-    def represent(self, unit: Unit) -> UnitResult:
+    def represent(self, unit: Task) -> TaskResult:
         """Writes the rows of one part."""
         torch.set_num_threads(1)
         run = self.job.run
-        rows = represented(load_method(run.uri, self.model), part_features(run, unit.index, self.transform))
+        rows = transform_rows(load_method(run.uri, self.model), part_features(run, unit.index, self.transform))
         table = pa.table({"z": tables.fixed_list(rows.astype(np.float16))})
-        return UnitResult(put_table(run, self._at(unit.index), table), {"rows": len(rows)})
+        return TaskResult(put_table(run, self._at(unit.index), table), {"rows": len(rows)})
 
     def build(self) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
         """Indexes all rows and looks the queries up."""
         job = self.job
         outputs, extra, index = _build(job, self._stream, OWN_INDEX)
         method = load_method(job.run.uri, self.model)
-        queries = represented(method, features_at(job.run, job.starts, self.transform, job.queries))
+        queries = transform_rows(method, features_at(job.run, job.starts, self.transform, job.queries))
         return outputs, extra, _nearest(index, queries, job.queries)
 
     def _stream(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,189 @@ from scipy import sparse
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.language.exemplars import TopRows, typicality
-from rayclust.language.naming import ClusterName
-from rayclust.stages.cluster import run_remotely
-from rayclust.stages.outputs import put_table
-from rayclust.stages.pipeline import StageContext, StageResult
-from rayclust.stages.rows import row_starts, transform_of
-from rayclust.stages.units import Unit, run_units
-from rayclust.stages.votes import WITHOUT_CLASSES, Votes
-from rayclust.stages.words import kinds
+from rayclust.language.naming import ClusterName, cluster_votes, name_clusters
+from rayclust.language.vocabulary import merged, same_name
+from rayclust.runtime.artefacts import put_table
+from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.pipeline import StageContext, StageResult
+from rayclust.runtime.rows import row_starts, transform_of
+from rayclust.runtime.tasks import Task, TaskResult, run_tasks
+from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of
+
+# Names by vote: the images of each part vote for words, the votes are counted together.
+
+
+FEW_WORDS = 5000
+"""Up to so many words, `label.voters: auto` lets all images vote …"""
+VOTERS = 300
+"""… and of more words so many images a cluster."""
+WITHOUT_CLASSES = "without_classes"
+"""The naming by all lists but the data set's own class names."""
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Votes of each part as tables (cluster, word, mass) in a folder that goes when they are counted.
+
+    A run that asks for its own class names beside other lists is named twice, with and without them.
+    """
+
+    run: Run
+    config: RunConfig
+    starts: list[int]
+    transform: FeatureTransform
+    folder: str
+
+    @property
+    def namings(self) -> tuple[str, ...]:
+        """What clusters are named by: `all` lists, and without the classes where there are others."""
+        found = vocabulary_kinds(self.config)
+        return ("all", WITHOUT_CLASSES) if "classes" in found.values() and len(found) > 1 else ("all",)
+
+    def prepare(self) -> int:
+        """Writes the words with their embeddings, and who votes, once, for all workers; gives the number of words."""
+        check_classes(self.config)
+        lists = read_lists(self.config, self._labels)
+        words = merged(lists)
+        classes = [place for place, kind in enumerate(vocabulary_kinds(self.config).values()) if kind == "classes"]
+        is_blind = [bool(sources - set(classes)) for sources in words.sources]
+        rows = tables.fixed_list(np.asarray(word_embeddings(self.config, words), np.float32))
+        columns = {"word": list(words.words), "embedding": rows, "all": [True] * len(words.words)}
+        tables.write_table(self._at("words.parquet"), pa.table(columns | {WITHOUT_CLASSES: is_blind}))
+        voters = self._voters(len(words.words))
+        if voters is not None:
+            tables.write_table(self._at("voters.parquet"), pa.table({"row": voters}))
+        return len(words.words)
+
+    def vote(self, unit: Task) -> TaskResult:
+        """The votes of one part's images."""
+        table = _words(self._at("words.parquet"))
+        nouns = tables.matrix(table["embedding"])
+        embeddings = tables.matrix(tables.read_table(self.run.embeddings(unit.index), ["embedding"])["embedding"])
+        clusters = self._clusters(unit.index)
+        label, count = self.config.label, self.config.method.clusters
+        transform = self.transform if self._in_features else None
+        result = TaskResult({}, {"rows": int((clusters >= 0).sum())})
+        for naming in self.namings:
+            some = np.flatnonzero(table[naming].to_numpy())
+            votes = cluster_votes(embeddings, clusters, nouns[some], count, transform=transform, scale=label.scale)
+            found = votes.tocoo()
+            cast = {"cluster": found.coords[0], "word": some[found.coords[1]], "mass": found.data}
+            result.outputs |= put_table(self.run, self._at(f"{naming}-{unit.index:05d}.parquet"), pa.table(cast))
+        return result
+
+    def count(self) -> tuple[dict[str, list[ClusterName]], int]:
+        """The names by all votes together, by naming, and how many images voted."""
+        words = tables.read_table(self._at("words.parquet"), ["word"])["word"].to_pylist()
+        label, clusters = self.config.label, self.config.method.clusters
+        voters = np.zeros(clusters, np.int64)
+        for part in self._parts():
+            own = self._clusters(part)
+            voters += np.bincount(own[own >= 0], minlength=clusters)
+        totals = {naming: self._total(naming, (clusters, len(words))) for naming in self.namings}
+        return {
+            naming: name_clusters(total, voters, words, unique=label.unique, runners_up=label.runners_up)
+            for naming, total in totals.items()
+        }, int(voters.sum())
+
+    def named_as_classes(self, names: list[str | None]) -> float | None:
+        """Share of the labelled images whose cluster is named as their class; None without labels."""
+        right = labelled = 0
+        for part in self._parts():
+            column = tables.read_table(self.run.embeddings(part), ["label"])["label"]
+            labels = column.combine_chunks().dictionary_encode()
+            codes = labels.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+            clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
+            known = codes >= 0
+            labelled += int(known.sum())
+            pairs, counts = np.unique(np.stack([clusters[known], codes[known]]), axis=1, return_counts=True)
+            classes = labels.dictionary.to_pylist()
+            right += sum(
+                int(n) for k, code, n in zip(*pairs, counts, strict=True) if same_name(names[k], classes[code])
+            )
+        return right / labelled if labelled else None
+
+    @property
+    def _in_features(self) -> bool:
+        # Words that come with embeddings were made for features; a text tower's share the encoder's own space.
+        space = self.config.label.space
+        return space == "features" or (space == "auto" and "embeddings" in vocabulary_kinds(self.config).values())
+
+    def _labels(self) -> set[str]:
+        found: set[str] = set()
+        for part in self._parts():
+            labels = tables.read_table(self.run.embeddings(part), ["label"])["label"].combine_chunks()
+            found |= set(labels.dictionary_encode().dictionary.to_pylist())
+        return found
+
+    def _parts(self) -> list[int]:
+        """The parts that hold rows."""
+        return [part for part, start in enumerate(self.starts[:-1]) if self.starts[part + 1] > start]
+
+    def _clusters(self, part: int) -> np.ndarray:
+        """Int32[B] clusters of one part, −1 for those who do not vote."""
+        clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
+        if filesystem.stat(self._at("voters.parquet")) is None:
+            return clusters
+        rows = _voters(self._at("voters.parquet"))
+        start, stop = np.searchsorted(rows, self.starts[part : part + 2])
+        own = rows[start:stop] - self.starts[part]
+        silent = np.full_like(clusters, -1)
+        silent[own] = clusters[own]
+        return silent
+
+    def _voters(self, words: int) -> np.ndarray | None:
+        """Int64[n], sorted: a seeded sample of each cluster's rows; None lets all vote."""
+        most = self.config.label.voters
+        if most == "all" or (most == "auto" and words <= FEW_WORDS):
+            return None
+        clusters = np.empty(self.starts[-1], np.int32)
+        for part, start in enumerate(self.starts[:-1]):
+            found = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"]
+            clusters[start : self.starts[part + 1]] = found.to_numpy()
+        return sample_of_each(clusters, VOTERS if most == "auto" else most, self.config.seed)
+
+    def _total(self, naming: str, shape: tuple[int, int]) -> sparse.csr_array:
+        total: Any = sparse.csr_array(shape)
+        for index in range(len(self.starts) - 1):
+            table = tables.read_table(self._at(f"{naming}-{index:05d}.parquet"))
+            place = (table["cluster"].to_numpy(), table["word"].to_numpy())
+            total = total + sparse.csr_array((table["mass"].to_numpy(), place), shape=shape)
+        return total
+
+    def _at(self, name: str) -> str:
+        return filesystem.join(self.folder, name)
+
+
+def sample_of_each(clusters: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """A seeded sample of each cluster's rows.
+
+    Args:
+        clusters: Int[N].
+        most: rows per cluster; a smaller cluster is taken whole.
+        seed: of the draw.
+
+    Returns:
+        Int64[n], sorted.
+    """
+    order = np.lexsort((np.random.default_rng(seed).random(len(clusters)), clusters))
+    rank = np.arange(len(order)) - np.searchsorted(clusters[order], clusters[order])
+    return np.sort(order[rank < most])
+
+
+@lru_cache(1)
+def _words(uri: str) -> pa.Table:
+    """The words for a worker that votes for many parts; the URI holds the stage's digest."""
+    return tables.read_table(uri)
+
+
+@lru_cache(1)
+def _voters(uri: str) -> np.ndarray:
+    return tables.read_table(uri)["row"].to_numpy()
+
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +305,14 @@ def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
 
 def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName]], dict[str, Any]]:
     """Each cluster's name by the vote of its images, by naming, and what there is to say about them."""
-    found = kinds(job.config)
+    found = vocabulary_kinds(job.config)
     if not found:
         return {"all": [ClusterName(None, None, ())] * job.config.method.clusters}, {}
     votes = Votes(context.run, job.config, job.starts, job.transform, context.run.at("label", context.digest))
     words = run_remotely(votes.prepare)
     parts = context.inputs["encode"].extra["parts"]
-    units = [Unit(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
-    run_units(context.run, "label", units, votes.vote)
+    units = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
+    run_tasks(context.run, "label", units, votes.vote)
     names, voters = run_remotely(votes.count)
     said: dict[str, Any] = {"words": words, "voters": voters, "true_names": "classes" in found.values()}
     for naming, key in (("all", "name_accuracy"), (WITHOUT_CLASSES, f"name_accuracy_{WITHOUT_CLASSES}")):

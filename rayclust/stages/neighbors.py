@@ -12,13 +12,12 @@ import torch
 from rayclust.config import RunConfig
 from rayclust.errors import DataError
 from rayclust.features import FeatureTransform
+from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors
+from rayclust.runtime.pipeline import StageContext, StageResult
+from rayclust.runtime.rows import blocks, part_features, row_starts, transform_of, unit_rows
+from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.knn import RunningTopK
-from rayclust.stages.inverted_join import drop_scratch, join
-from rayclust.stages.list_files import Layout
-from rayclust.stages.outputs import Outputs, drop_stale_parts, put_neighbors
-from rayclust.stages.pipeline import StageContext, StageResult
-from rayclust.stages.rows import blocks, part_features, row_starts, transform_of, unit_rows
-from rayclust.stages.units import Unit, UnitResult, run_units
+from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of
@@ -46,10 +45,10 @@ def run(context: StageContext) -> StageResult:
     rows = unit_size(count, width, k)
     units = _units(encode.extra["parts"], context.digest, rows)
     if method == "ivf":
-        layout = Layout(context.run, context.digest, starts, [unit.payload for unit in units], rows, width, k)
-        results, extra = join(layout, transform, config.neighbors.min_recall, units)
+        layout = IvfLayout(context.run, context.digest, starts, [unit.payload for unit in units], rows, width, k)
+        results, extra = search_ivf(layout, transform, config.neighbors.min_recall, units)
     else:
-        results = run_units(context.run, "neighbors", units, _Exact(context.run, starts, transform, k).search)
+        results = run_tasks(context.run, "neighbors", units, _Exact(context.run, starts, transform, k).search)
     _drop_stale(context.run, len(starts) - 1, len(units))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     extra |= {"method": method, "k": k}
@@ -75,16 +74,16 @@ def unit_size(count: int, width: int, k: int) -> int:
     return max(UNIT_ROWS, min(count // 64, UNIT_BYTES // (2 * width + 8 * (k + 1))))
 
 
-def _units(parts: list[int], digest: str, wanted: int) -> list[Unit]:
+def _units(parts: list[int], digest: str, wanted: int) -> list[Task]:
     """Groups of consecutive parts with at least so many rows each; the same for any number of workers."""
-    units: list[Unit] = []
+    units: list[Task] = []
     group: list[int] = []
     rows = 0
     for index, count in enumerate(parts):
         group.append(index)
         rows += count
         if rows >= wanted or index == len(parts) - 1:
-            units.append(Unit(len(units), digest_of([digest, group]), tuple(group), rows))
+            units.append(Task(len(units), digest_of([digest, group]), tuple(group), rows))
             group, rows = [], 0
     return units
 
@@ -98,7 +97,7 @@ class _Exact:
     transform: FeatureTransform
     k: int
 
-    def search(self, unit: Unit) -> UnitResult:
+    def search(self, unit: Task) -> TaskResult:
         """The neighbours of the rows of the unit's parts, written part by part."""
         torch.set_num_threads(1)
         queries = torch.from_numpy(np.concatenate([part_features(self.run, p, self.transform) for p in unit.payload]))
@@ -114,4 +113,4 @@ class _Exact:
             found = (rows[some], neighbors[some], similarity[some])
             outputs |= put_neighbors(self.run, part, *(column.numpy() for column in found))
             done = some.stop
-        return UnitResult(outputs, {"rows": len(rows)})
+        return TaskResult(outputs, {"rows": len(rows)})

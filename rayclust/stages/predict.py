@@ -10,12 +10,12 @@ import pyarrow.csv
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.runtime.datasets import SCHEME
+from rayclust.runtime.models import load_method
+from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
+from rayclust.runtime.rows import transform_of
+from rayclust.runtime.vocabularies import cluster_names
 from rayclust.stages.assign import assign
-from rayclust.stages.datasets import SCHEME
-from rayclust.stages.models import load_method
-from rayclust.stages.pipeline import Seals, content_digest, run_stage
-from rayclust.stages.rows import transform_of
-from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run, parts
 from rayclust.store.manifest import Manifest, digest_of
@@ -52,7 +52,7 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
     """
     if not out.endswith((".parquet", ".csv")):
         raise ConfigError(f"--out {out}: must end in .parquet or .csv")
-    run, seals = Run(config.run), Seals(config)
+    run, seals = Run(config.run), Manifests(config)
     encode, train = seals.of("encode"), seals.of("train")
     if encode is None or train is None:
         raise ArtefactError(f"{run.uri}: is not trained: run `rayclust run RUN.yaml` first")

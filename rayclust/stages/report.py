@@ -25,16 +25,15 @@ from rayclust.report.contents import (
 )
 from rayclust.report.page import render
 from rayclust.report.thumbnails import thumbnail
+from rayclust.runtime.api import as_yaml, load_run
+from rayclust.runtime.artefacts import put_bytes
+from rayclust.runtime.pipeline import StageContext, StageResult, stages_of
+from rayclust.runtime.rows import row_starts
+from rayclust.runtime.tasks import STORAGE_THREADS
 from rayclust.stages.drawings import drawings
 from rayclust.stages.evaluate import contingency_uri
-from rayclust.stages.graph import stages_of
 from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
-from rayclust.stages.outputs import put_bytes
-from rayclust.stages.pipeline import StageContext, StageResult
-from rayclust.stages.quick import as_yaml, load_run
 from rayclust.stages.report_training import curves, health, history
-from rayclust.stages.rows import row_starts
-from rayclust.stages.units import STORAGE_THREADS
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run, parts
 from rayclust.store.manifest import Manifest, read_json_output, read_manifest

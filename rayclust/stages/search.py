@@ -17,12 +17,12 @@ from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods import has_own_space
 from rayclust.report.formats import abbreviate, shorten
+from rayclust.runtime.models import load_method, load_run_encoder, transform_rows
+from rayclust.runtime.pipeline import Manifests, content_digest
+from rayclust.runtime.rows import row_starts, transform_of
+from rayclust.runtime.vocabularies import cluster_names
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX
-from rayclust.stages.models import load_method, load_run_encoder, represented
-from rayclust.stages.pipeline import Seals, content_digest
-from rayclust.stages.rows import row_starts, transform_of
-from rayclust.stages.words import cluster_names
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_manifest, read_output
@@ -63,7 +63,7 @@ def search(
         ConfigError: the query does not suit the run.
         DataError: the image cannot be read.
     """
-    run, seals = Run(config.run), Seals(config)
+    run, seals = Run(config.run), Manifests(config)
     encode = seals.of("encode")
     spaces = (ENCODER, OWN) if space == "both" else (space,)
     if encode is None:
@@ -119,7 +119,7 @@ def _refuse_own(config: RunConfig, text: str | None) -> None:
         raise ConfigError("--text: words live in the encoder's space alone; use --space encoder, or search by --image")
 
 
-def _require_index(run: Run, seals: Seals, space: str) -> None:
+def _require_index(run: Run, seals: Manifests, space: str) -> None:
     """Settings of the index may have changed since; its rows, and the model that placed them, may not."""
     index = read_manifest(run, "index")
     for need in ("encode", "train") if space == OWN else ("encode",):
@@ -136,13 +136,13 @@ def _nearest(run: Run, query: np.ndarray, space: str, top: int) -> dict[int, flo
     return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
 
 
-def _placed(config: RunConfig, seals: Seals, row: np.ndarray, space: str) -> np.ndarray:
+def _placed(config: RunConfig, seals: Manifests, row: np.ndarray, space: str) -> np.ndarray:
     """The query in a space: unit rows of the encoder's, or on through the features to the method's own."""
     encode, train = seals.of("encode"), seals.of("train")
     if space == ENCODER or encode is None or train is None:
         return _unit(row)
     method = load_method(config.run, content_digest(train))
-    return represented(method, transform_of(encode, config.features)(row))
+    return transform_rows(method, transform_of(encode, config.features)(row))
 
 
 def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray:

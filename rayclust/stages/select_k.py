@@ -3,24 +3,370 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayclust import errors
+from rayclust.arrays import FloatArray, IntArray
+from rayclust.config import RunConfig
 from rayclust.errors import RayclustError
-from rayclust.metrics import selection
+from rayclust.methods import METHODS, build
+from rayclust.methods.base import Method
+from rayclust.metrics import partition, selection
+from rayclust.metrics.criteria import CriteriaOptions, measure
+from rayclust.metrics.internal import size_summary
 from rayclust.metrics.selection import Candidate, Choice
-from rayclust.stages.candidate import FIT, Search, drop_checkpoints, refits
-from rayclust.stages.cluster import on_every_node
-from rayclust.stages.graph import CHOSEN, SELECT_K
-from rayclust.stages.outputs import Outputs, put_json
-from rayclust.stages.pipeline import StageContext, StageResult
-from rayclust.stages.progress import Progress
-from rayclust.stages.rows import drop_cache
-from rayclust.stages.train import Job, fit, no_rows_left
-from rayclust.stages.trials import run_trials
-from rayclust.stages.units import Unit, UnitResult, finish, finished, markers, report_resume
-from rayclust.store import filesystem
-from rayclust.store.manifest import digest_of
+from rayclust.runtime import cluster
+from rayclust.runtime.artefacts import Outputs, put_json
+from rayclust.runtime.cluster import connect, on_every_node, require_label
+from rayclust.runtime.models import read_method
+from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult, candidate_settings, content_digest
+from rayclust.runtime.progress import Progress
+from rayclust.runtime.rows import BLOCK, StoredRows, cache_folder, drop_cache
+from rayclust.runtime.tasks import (
+    Task,
+    TaskResult,
+    done_marks,
+    finished_tasks,
+    read_mark,
+    report_resume,
+    run_and_mark,
+)
+from rayclust.stages.train import Job, StoredCheckpoints, fit, no_rows_left, write_fit
+from rayclust.store import filesystem, tables
+from rayclust.store.layout import Run
+from rayclust.store.manifest import Manifest, digest_of
+from rayclust.training.checkpoints import Every
+from rayclust.training.loop import Trainer
+
+# One candidate number of clusters: fitted, assigned to every row, measured, and written. What a trial does.
+#
+# A finished candidate leaves a marker, as a unit of any other stage does, and is not done again by whoever asks for the
+# same number under the same settings: neither after a kill nor from another list of candidates.
+
+
+REVISION = 2
+"""Raised when a candidate's result changes for the same settings."""
+FIT = 0
+"""Index of the one fit among the units, where a method needs no fit for each number of clusters."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What every trial is told."""
+
+    config: RunConfig
+    """The run's, its number of clusters open."""
+    encode: Manifest
+    digest: str
+    """Of the stage: the name of the rows' copy on each node."""
+    settings: str
+    """Digest of everything but the number of clusters that a candidate depends on."""
+    largest: int
+    """The number that the one fit is for, where a method needs no fit for each."""
+    gpus: float
+    """Of each trial."""
+
+    @classmethod
+    def of(cls, context: StageContext) -> Search:
+        """The search that a stage is asked for."""
+        config, inputs = context.config, context.inputs
+        largest = config.select_k.largest(inputs["encode"].counts["rows"])
+        content = {
+            "revision": REVISION,
+            "settings": candidate_settings(config),
+            "inputs": {name: content_digest(sealed) for name, sealed in inputs.items()},
+            "largest": None if refits(config) else largest,
+        }
+        gpus = config.select_k.gpus_per_trial
+        gpus = config.resources.gpus_per_worker if gpus == "auto" else gpus
+        return cls(config, inputs["encode"], context.digest, digest_of(content), largest, gpus)
+
+    @property
+    def run(self) -> Run:
+        """Where everything lies."""
+        return Run(self.config.run)
+
+    def unit(self, clusters: int) -> Task:
+        """A candidate as a unit of work: its index is its number of clusters."""
+        return Task(clusters, digest_of([self.settings, clusters]))
+
+
+def refits(config: RunConfig) -> bool:
+    """Whether the run's method needs a fit of its own for each number of clusters."""
+    found: bool = METHODS[config.method.name][1].refits_for_clusters
+    return found
+
+
+def examine(search: Search, clusters: int) -> TaskResult:
+    """Fits, measures and writes one candidate.
+
+    Returns:
+        The files written; `criteria` in `extra`.
+    """
+    run, threads = search.run, search.config.select_k.cpus_per_trial
+    torch.set_num_threads(threads)
+    config = search.config.closed(clusters)
+    rows = StoredRows(run, search.encode, config.features, cache_folder(search.digest))
+    labels, kept = list[IntArray](), None
+    for method, history in _fits(search, config, rows):
+        labels.append(_labels(method, rows))
+        kept = kept or (method, history)
+    if kept is None:
+        raise ValueError("select_k.seeds = 0")
+    criteria = _criteria(config, kept[0], rows, labels)
+    written = write_fit(run, run.candidate(clusters), *kept)
+    result = {"k": clusters, "criteria": criteria}
+    outputs = written["outputs"] | put_json(run, run.candidate(clusters) + ".json", result)
+    drop_checkpoints(search, clusters)
+    return TaskResult(outputs, {"steps": written["steps"]}, result)
+
+
+def drop_checkpoints(search: Search, clusters: int) -> None:
+    """Removes what a candidate's fits would go on from."""
+    for seed in range(search.config.select_k.seeds):
+        filesystem.remove_tree(search.run.checkpoints(_fit_digest(search, clusters, seed)))
+
+
+def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple[Method, list[dict[str, Any]]]]:
+    """The candidate's fits and their rows of metrics, one seed after the other: the first is the run's own."""
+    clusters = config.method.clusters
+    if not refits(config):
+        folder = search.run.selection_fit
+        history = tables.read_table(filesystem.join(folder, "metrics.parquet")).to_pylist()
+        marked = read_mark(search.run.shard_manifest(FIT, SELECT_K))
+        digests = {path: written["digest"] for path, written in marked[1].outputs.items()} if marked else {}
+        fitted = read_method(folder, SELECT_K, digests)
+        yield fitted.repartition(clusters), history
+        for seed in range(1, config.select_k.seeds):
+            yield fitted.repartition(clusters, config.seed + seed), history
+        return
+    device = "cuda" if search.gpus else "cpu"
+    for seed in range(config.select_k.seeds):
+        method = build(config.method, rows.dimension, rows.count, config.seed + seed)
+        store = StoredCheckpoints(search.run, _fit_digest(search, clusters, seed))
+        every = Every(epochs=None, seconds=config.resources.checkpoint_seconds)
+        trainer = Trainer(config.seed + seed, device, None, store, every)
+        method.fit(rows, trainer)
+        yield method.eval(), trainer.history
+
+
+def _fit_digest(search: Search, clusters: int, seed: int) -> str:
+    return digest_of([search.settings, clusters, seed])
+
+
+def _labels(method: Method, rows: StoredRows) -> IntArray:
+    """Int32[N]: the most probable cluster of each row."""
+    device = _device(method)
+    with torch.inference_mode():
+        found = [method.assign(block.to(device)).argmax(dim=1).int().cpu().numpy() for block in rows.blocks()]
+    return np.concatenate(found)
+
+
+def _device(method: Method) -> torch.device:
+    return next((tensor.device for tensor in method.state_dict().values()), torch.device("cpu"))
+
+
+def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[IntArray]) -> dict[str, float]:
+    """Every criterion: what needs the rows' space on a sample of them, the others on all.
+
+    What a partition cannot have (the silhouette of one occupied cluster, the stability of one fit) is left out.
+    """
+    options = config.select_k
+    sample = _sample(rows.count, options.rows, config.seed)
+    space = _space(method, rows.tensor(), sample)
+    chosen = CriteriaOptions(options.distortion, silhouette_rows=options.rows, seed=config.seed)
+    found = measure(space, [labels[0][sample]], None, chosen)
+    neighbors = rows.neighbors().numpy()
+    found["neighbor_agreement"] = partition.neighbor_agreement(labels[0], neighbors)
+    found["modularity"] = partition.modularity(labels[0], neighbors)
+    found["map_equation"] = partition.map_equation(labels[0], neighbors)
+    if len(labels) > 1:
+        found["stability"] = partition.stability(labels)
+    found |= size_summary(labels[0], config.method.clusters)
+    found["empty"] = config.method.clusters - found["occupied"]
+    return {name: float(value) for name, value in found.items() if np.isfinite(value)}
+
+
+def _sample(count: int, wanted: int, seed: int) -> IntArray:
+    return np.sort(np.random.default_rng(seed).choice(count, min(wanted, count), replace=False))
+
+
+def _space(method: Method, x: Tensor, sample: IntArray) -> FloatArray:
+    """Float32[n d]: some rows in the method's own space where it has one, else unit features."""
+    blocks, device = [], _device(method)
+    with torch.inference_mode():
+        for start in range(0, len(sample), BLOCK):
+            block = x[torch.from_numpy(sample[start : start + BLOCK])].to(device)
+            own = method.own_space is not None
+            z = method.represent(block) if own else torch.nn.functional.normalize(block, dim=1)
+            blocks.append(z.float().cpu().numpy())
+    return np.concatenate(blocks)
+
+
+# Candidates over the cluster: one Ray Tune trial each, as many at a time as there is room for.
+#
+# Tune places, watches and repeats the trials. What they find goes to the run's own files, and nothing is ever read back
+# from Tune's: its folder is a scratch one.
+
+
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no tables of their own for every trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the stage, not the experiment alone
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other kind of output prints a table whatever it is told
+}
+
+OnChange = Callable[[Sequence[int], int], None]
+"""Told which candidates are being tried, and how many more have been finished."""
+
+
+def run_trials(search: Search, candidates: Sequence[int], on_change: OnChange) -> None:
+    """Examines candidates on the cluster.
+
+    Args:
+        search: what they have in common.
+        candidates: numbers of clusters; each leaves its marker.
+        on_change: called whenever a trial begins or ends.
+
+    Raises:
+        RayclustError: a trial failed; the line names the candidate. Those under way are stopped, those finished kept.
+    """
+    connect()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it has to say of a failed trial is said below
+    folder = tempfile.TemporaryDirectory(prefix="rayclust-select-k-", ignore_cleanup_errors=True)
+    with folder as storage:
+        results = _tuner(search, candidates, storage, on_change).fit()
+        # In the order of the candidates; fewer where Tune stopped before it had made a trial of each.
+        for k, result in zip(candidates, results, strict=False):
+            _refuse_failed(k, result)
+
+
+def _tuner(search: Search, candidates: Sequence[int], storage: str, on_change: OnChange) -> Any:
+    from ray import tune
+
+    options, labels = search.config.select_k, search.config.resources.placement.trials
+    require_label("trials", labels)
+    bundle = {"CPU": options.cpus_per_trial} | ({"GPU": search.gpus} if search.gpus else {})
+    resources = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [dict(labels)]} if labels else {}))
+    return tune.Tuner(
+        tune.with_resources(partial(_trial, search), resources),
+        param_space={"k": tune.grid_search(list(candidates))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=concurrent(search), reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=f"rayclust-{search.digest[:12]}-{time.time_ns()}",
+            storage_path=storage,
+            verbose=0,
+            stop=_error_callback(),
+            callbacks=[_watcher(on_change)],
+            failure_config=tune.FailureConfig(max_failures=search.config.resources.max_failures),
+        ),
+    )
+
+
+def _trial(search: Search, space: dict[str, Any]) -> None:
+    """One candidate, in its worker; what is refused on purpose is reported and not tried again."""
+    from ray import tune
+
+    unit = search.unit(int(space["k"]))
+    try:
+        run_and_mark(search.run.shard_manifest(unit.index, SELECT_K), unit, lambda: examine(search, unit.index))
+    except RayclustError as error:
+        tune.report({"refused": str(error), "kind": type(error).__name__})
+    else:
+        tune.report({"refused": None})
+
+
+def concurrent(search: Search) -> int:
+    """How many trials may run at a time."""
+    options = search.config.select_k
+    if options.max_concurrent != "auto":
+        return options.max_concurrent
+    nodes = cluster.live_nodes(search.config.resources.placement.trials)
+    return max(1, sum(_room(node, options.cpus_per_trial, search.gpus) for node in nodes))
+
+
+def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """Trials that a node holds."""
+    room = int(node.get("CPU", 0) / cpus)
+    return min(room, int(node.get("GPU", 0) / gpus)) if gpus else room
+
+
+def _refuse_failed(k: int, result: Any) -> None:
+    """Raises what a trial was refused for, or what it ended of."""
+    if result.error is not None:
+        raise RayclustError(f"select-k: the candidate k = {k} failed: {_cause(result.error)}")
+    if (result.metrics or {}).get("refused"):
+        kind: type[RayclustError] = getattr(errors, result.metrics["kind"], RayclustError)
+        raise kind(f"select-k: the candidate k = {k} failed: {result.metrics['refused']}")
+
+
+def _cause(error: BaseException) -> str:
+    """The line of a trial's error that names it: the last that reads as an exception, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    return (named[-1:] or lines[:1] or [type(error).__name__])[0]
+
+
+def _error_callback() -> Any:
+    """Stops every trial once one has been refused: the stage fails in any case."""
+    from ray import tune
+
+    class Refusals(tune.Stopper):
+        def __init__(self) -> None:
+            self._seen = False
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            self._seen = self._seen or bool(result.get("refused"))
+            return False
+
+        def stop_all(self) -> bool:
+            return self._seen
+
+    return Refusals()
+
+
+def _watcher(on_change: OnChange) -> Any:
+    from ray.tune.progress_reporter import TrialProgressCallback
+
+    class Watcher(TrialProgressCallback):
+        """Tells `on_change` what the driver sees of the trials, in the place of the lines that Tune prints."""
+
+        def __init__(self, on_change: OnChange) -> None:
+            super().__init__()
+            self._running, self._on_change = set[int](), on_change
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune keeps a copy of its settings, which is never read back
+
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+            """Says nothing."""
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._running.add(trial.config["k"])
+            self._on_change(sorted(self._running), 0)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._running.discard(trial.config["k"])
+            self._on_change(sorted(self._running), 1)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._running.discard(trial.config["k"])
+            self._on_change(sorted(self._running), 0)
+
+    return Watcher(on_change)
+
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +386,20 @@ def run(context: StageContext) -> StageResult:
     return StageResult(outputs, {"candidates": len(tried)}, extra, choice.reason)
 
 
-def _fit_once(search: Search) -> UnitResult:
+def _fit_once(search: Search) -> TaskResult:
     """The one fit of which every candidate is cut."""
     run, largest = search.run, search.largest
-    unit = Unit(FIT, digest_of([search.settings, "fit", largest]))
-    found = finished(run, SELECT_K, [unit])
+    unit = Task(FIT, digest_of([search.settings, "fit", largest]))
+    found = finished_tasks(run, SELECT_K, [unit])
     if found:
         return found[FIT]
     job = Job(SELECT_K, search.config.closed(largest), unit.digest, search.encode, run.selection_fit)
-    return finish(run.shard_manifest(FIT, SELECT_K), unit, lambda: UnitResult(fit(job)["outputs"]))
+    return run_and_mark(run.shard_manifest(FIT, SELECT_K), unit, lambda: TaskResult(fit(job)["outputs"]))
 
 
-def _search(search: Search, rows: int) -> tuple[dict[int, UnitResult], Choice]:
+def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
     """All candidates with their results, by number, and the choice among them."""
-    options, tried = search.config.select_k, dict[int, UnitResult]()
+    options, tried = search.config.select_k, dict[int, TaskResult]()
     wanted = options.first(rows)
     with no_rows_left(search.digest), Progress(SELECT_K, "candidates", total=0) as progress:
         for number in range(1 + (options.rounds if options.candidates == "auto" else 0)):
@@ -70,16 +416,16 @@ def _search(search: Search, rows: int) -> tuple[dict[int, UnitResult], Choice]:
     return dict(sorted(tried.items())), choice
 
 
-def _tried(search: Search, candidates: Sequence[int], progress: Progress) -> dict[int, UnitResult]:
+def _tried(search: Search, candidates: Sequence[int], progress: Progress) -> dict[int, TaskResult]:
     """Results of candidates; those without one are sent to the cluster."""
     run, units = search.run, [search.unit(k) for k in candidates]
-    before = finished(run, SELECT_K, units)
+    before = finished_tasks(run, SELECT_K, units)
     progress.more(len(units), done=len(before))
     report_resume(SELECT_K, len(units), len(before))
     missing = [k for k in candidates if k not in before]
     if missing:
         run_trials(search, missing, lambda running, ended: progress.advance(ended, note=_trying(running)))
-    results = finished(run, SELECT_K, units)
+    results = finished_tasks(run, SELECT_K, units)
     for k in candidates:
         if k not in results:
             raise RayclustError(f"select-k: the candidate k = {k} left no result: run the same line again")
@@ -90,18 +436,18 @@ def _trying(running: Sequence[int]) -> str:
     return "trying k = " + ", ".join(map(str, running)) if running else ""
 
 
-def _choice(tried: dict[int, UnitResult], rule: str) -> Choice:
+def _choice(tried: dict[int, TaskResult], rule: str) -> Choice:
     return selection.choose([Candidate(k, result.extra["criteria"]) for k, result in tried.items()], rule)
 
 
-def _model(result: UnitResult) -> dict[str, Any]:
+def _model(result: TaskResult) -> dict[str, Any]:
     """What train takes of the chosen candidate."""
     criteria = f"{result.extra['k']:05d}.json"
     files = {path: file["digest"] for path, file in sorted(result.outputs.items()) if not path.endswith(criteria)}
     return {"clusters": result.extra["k"], "steps": result.counts["steps"], "outputs": files}
 
 
-def _written(choice: Choice, tried: dict[int, UnitResult]) -> dict[str, Any]:
+def _written(choice: Choice, tried: dict[int, TaskResult]) -> dict[str, Any]:
     candidates = [{"k": k, **result.extra["criteria"]} for k, result in tried.items()]
     reason = {"chosen": choice.k, "rule": choice.rule, "reason": choice.reason}
     return reason | {"picks": dict(choice.picks), "candidates": candidates}
@@ -110,7 +456,7 @@ def _written(choice: Choice, tried: dict[int, UnitResult]) -> dict[str, Any]:
 def _drop_outdated(search: Search, tried: Iterable[int]) -> None:
     """Removes candidates of other settings; those of these settings from another list stay for when it comes back."""
     run = search.run
-    for k, marker in markers(run, SELECT_K):
+    for k, marker in done_marks(run, SELECT_K):
         if k != FIT and k not in tried and marker != search.unit(k).digest:
             filesystem.remove_tree(run.candidate(k))
             filesystem.remove(run.candidate(k) + ".json")

@@ -7,14 +7,17 @@ cluster all go on from the newest whole one. Ray Train only places, watches and 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,24 +30,172 @@ from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
 from rayclust.methods.base import Method
-from rayclust.stages.board import Board
+from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
+from rayclust.runtime.cluster import (
+    connect,
+    cores_per_worker,
+    on_every_node,
+    plain_errors,
+    require_label,
+    worker_range,
+)
+from rayclust.runtime.models import save_method
+from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
+from rayclust.runtime.progress import Progress
+from rayclust.runtime.rows import drop_cache
 from rayclust.stages.cell_rows import CellRows, rows_of
-from rayclust.stages.cluster import connect, cores_per_worker, on_every_node, plain_errors, worker_range
-from rayclust.stages.graph import CHOSEN, SELECT_K
-from rayclust.stages.models import save_method
-from rayclust.stages.outputs import Outputs, put_bytes, put_table
-from rayclust.stages.pipeline import StageContext, StageResult
-from rayclust.stages.placing import require
-from rayclust.stages.progress import Progress
-from rayclust.stages.rows import drop_cache
-from rayclust.stages.trackers import Trackers
 from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.training.checkpoints import Every
 from rayclust.training.loop import CROSSED, Trainer
 
+# Where a worker posts its newest row of metrics for the driver to show.
+
+
+class MetricsActor:
+    """Where worker 0 posts its newest row of metrics; a Ray actor."""
+
+    def __init__(self) -> None:
+        self._row: dict[str, Any] | None = None
+
+    def post(self, row: dict[str, Any]) -> None:
+        """Takes a row."""
+        self._row = row
+
+    def read(self) -> dict[str, Any] | None:
+        """The newest row."""
+        return self._row
+
+
+# Where a training's metrics can be followed while it runs: TensorBoard, Weights & Biases, MLflow.
+#
+# TensorBoard's event files lie below the run, in `tensorboard/`; one more for each time a training was continued. They
+# are no artefact: no manifest lists them, and nothing reads them.
+
+
 logger = logging.getLogger(__name__)
+
+Send = Callable[[dict[str, float], int], None]
+"""Takes numbers by name, and the optimiser steps done."""
+PUBLISHED_SECONDS = 10.0
+"""Between two uploads of TensorBoard's events, at least."""
+PLACES = ("epoch", "step", "steps")
+"""Keys of a row that say when, not what."""
+
+
+class Trackers:
+    """Sends each epoch's row to everything that follows the training; a failure of one of them is told and no more.
+
+    Args:
+        config: the run's.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._open: dict[str, Any] = {name: _TRACKERS[name](config) for name in config.tracking.to}
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A row of metrics: numbers, and lists of numbers."""
+        numbers = dict(_numbers(row))
+        for name, tracker in list(self._open.items()):
+            self._tried(name, partial(tracker.send, numbers, int(row.get("step", 0))))
+
+    def close(self) -> None:
+        """Sends what is left."""
+        for name, tracker in list(self._open.items()):
+            self._tried(name, tracker.close)
+
+    def _tried(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - whatever a tracker's service does, the training goes on
+            logger.warning("tracking.to = %s: %s; no more is sent there", name, " ".join(str(error).split()))
+            self._open.pop(name, None)
+
+
+def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in row.items():
+        if key in PLACES:
+            continue
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            yield from ((f"{key}/{place}", float(each)) for place, each in enumerate(value))
+        elif isinstance(value, int | float):
+            yield key, float(value)
+
+
+class _TensorBoard:
+    """Event files, written here and copied below the run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._target = Run(config.run).at("tensorboard")
+        self._folder = tempfile.TemporaryDirectory(prefix="rayclust-tensorboard-", ignore_cleanup_errors=True)
+        self._writer = _imported("tensorboardX", "tensorboard").SummaryWriter(
+            self._folder.name, flush_secs=int(PUBLISHED_SECONDS) // 2
+        )
+        self._published = time.monotonic()
+
+    def send(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        if time.monotonic() - self._published >= PUBLISHED_SECONDS:
+            self._publish()
+
+    def close(self) -> None:
+        self._writer.close()  # waits for what is still on its way to the file, which a flush does not
+        self._publish()
+        self._folder.cleanup()
+
+    def _publish(self) -> None:
+        for file in Path(self._folder.name).iterdir():
+            filesystem.write_bytes(filesystem.join(self._target, file.name), file.read_bytes())
+        self._published = time.monotonic()
+
+
+class _WandB:
+    """Weights & Biases; it finds its key in its own variables."""
+
+    def __init__(self, config: RunConfig) -> None:
+        wandb = _imported("wandb", "wandb")
+        settings = config.model_dump(mode="json")
+        self._run = wandb.init(project=config.tracking.project, name=config.run, config=settings)
+
+    def send(self, numbers: dict[str, float], step: int) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    """MLflow; it finds its server in its own variables."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._mlflow = _imported("mlflow", "mlflow")
+        self._mlflow.set_experiment(config.tracking.project)
+        self._mlflow.start_run(run_name=config.run)
+        self._mlflow.log_params({"method": config.method.name, "clusters": config.method.clusters})
+
+    def send(self, numbers: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(numbers, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def _imported(package: str, name: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"tracking.to = {name}: the package {package} is not installed, remove it or install it"
+        ) from error
+
+
+_TRACKERS: dict[str, Callable[[RunConfig], Any]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+
 
 KEPT = 2
 """Checkpoints kept: the newest, and the one before it while the newest is being written."""
@@ -131,7 +282,7 @@ def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
         _require_any_number(job, fewest, workers)
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", STALE_SECONDS)
     labels = resources.placement.train
-    require("train", labels)
+    require_label("train", labels)
     cores = 1 if resources.gpus_per_worker else cores_per_worker(workers, labels)
     trainer = TorchTrainer(
         _work,
@@ -263,7 +414,7 @@ class _Watch:
     def __init__(self, stage: str) -> None:
         import ray
 
-        self._board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
+        self._board = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
         self._progress = Progress(stage, "steps")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)

@@ -14,7 +14,7 @@ from tests.stages.runs import descendants, kill
 
 DRIVER = (
     "import sys; from rayclust.cli import _configure_logging; from rayclust.config import parse; "
-    "from rayclust.stages.pipeline import run_all; _configure_logging(False); "
+    "from rayclust.runtime.pipeline import run_all; _configure_logging(False); "
     "run_all(parse(open(sys.argv[1]).read()), stop_after=sys.argv[2])"
 )
 """The first stages of `rayclust run`."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rayclust.errors import ArtefactError, DataError
+from rayclust.runtime.pipeline import StageContext, StageResult, run_all, run_stage
 from rayclust.stages import train
-from rayclust.stages.pipeline import StageContext, StageResult, run_all, run_stage
 from tests.chaos.faults import DAMAGES, Fault, artefacts, damage, rot, storage_with, unseal
 from tests.chaos.proxy import control
 from tests.chaos.trial import LAST, Work, finish, prepared, suffer, try_seed

@@ -19,8 +19,8 @@ import torch
 from rayclust.config import parse
 from rayclust.errors import ArtefactError
 from rayclust.methods.base import Batch
+from rayclust.runtime.pipeline import run_all
 from rayclust.stages import train
-from rayclust.stages.pipeline import run_all
 from rayclust.store import checked
 from rayclust.store.filesystem import MissingError
 from rayclust.training.pairs import PairBatches

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rayclust.config import parse
-from rayclust.stages.pipeline import run_all
+from rayclust.runtime.pipeline import run_all
 from rayclust.store import filesystem
 from tests.chaos.faults import artefacts
 from tests.chaos.trial import LAST
@@ -19,7 +19,7 @@ from tests.stages.runs import tree, write_folder, write_yaml
 
 DRIVER = (
     "import logging, sys, pytest; from rayclust.config import parse; from rayclust.errors import RayclustError; "
-    "from rayclust.stages.pipeline import run_all; from tests.stages.in_process import without_ray; "
+    "from rayclust.runtime.pipeline import run_all; from tests.stages.in_process import without_ray; "
     "logging.basicConfig(level=logging.DEBUG); logging.getLogger('botocore').setLevel(logging.INFO); "
     "without_ray(pytest.MonkeyPatch())\n{first}\n"
     "try: run_all(parse(open(sys.argv[1]).read()), stop_after='{last}')\n"

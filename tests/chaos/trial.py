@@ -14,7 +14,7 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import RayclustError
-from rayclust.stages.pipeline import run_all
+from rayclust.runtime.pipeline import run_all
 from tests.chaos.faults import CHANGES, Fault, Killed, artefacts, damage, storage_with
 from tests.stages.in_process import without_ray
 from tests.stages.runs import tree, write_folder, write_tars

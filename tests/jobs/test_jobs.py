@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayclust.config import parse
-from rayclust.stages.quick import anchored, places
+from rayclust.runtime.api import local_paths, with_absolute_paths
 from rayclust.store import filesystem
 
 FOLDER = Path(__file__).resolve().parents[2] / "jobs"
@@ -30,7 +30,7 @@ def test_there_are_jobs():
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_is_read_and_needs_nothing_of_the_machine_it_comes_from(name: str):
     text = (FOLDER / name).read_text()
-    config = anchored(parse(text, source=name))
-    assert all(filesystem.is_remote(place) for place in places(config).values()), places(config)
+    config = with_absolute_paths(parse(text, source=name))
+    assert all(filesystem.is_remote(place) for place in local_paths(config).values()), local_paths(config)
     assert text.startswith("# ")
     assert f"rayclust submit jobs/{name}" in text

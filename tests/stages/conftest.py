@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig, validate
-from rayclust.stages.pipeline import run_all
+from rayclust.runtime.pipeline import run_all
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_manifest
 from tests.stages.in_process import without_ray

@@ -9,23 +9,12 @@ from typing import Any
 
 import pytest
 
-from rayclust.stages import (
-    assign,
-    encode,
-    encode_stream,
-    encode_worker,
-    evaluate,
-    figures,
-    index,
-    label,
-    select_k,
-    train,
-    units,
-)
-from rayclust.stages.candidate import Search, examine
-from rayclust.stages.decode_worker import ReadAndDecode
-from rayclust.stages.shard_writer import ShardWriter
-from rayclust.stages.units import Unit, UnitResult
+from rayclust.runtime import tasks
+from rayclust.runtime.rows import renumber
+from rayclust.runtime.tasks import Task, TaskResult
+from rayclust.stages import assign, encode, evaluate, figures, index, label, select_k, train
+from rayclust.stages.encode import ReadAndDecode, ShardWriter
+from rayclust.stages.select_k import Search, examine
 from rayclust.store.layout import Run
 
 
@@ -44,13 +33,11 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts."""
     for module in (assign, evaluate, figures, index, label):
         patch.setattr(module, "run_remotely", lambda function, *arguments: function(*arguments))
-    for module in (units, encode, train):
+    for module in (tasks, encode, train):
         patch.setattr(module, "connect", lambda: None)
-    patch.setattr(units, "_submit", _submit)
+    patch.setattr(tasks, "_submit", _submit)
     patch.setattr(encode, "stream", _stream)
-    patch.setattr(
-        encode, "_renumbered", lambda run, starts: [encode.renumber(run, i, row) for i, row in starts.items()]
-    )
+    patch.setattr(encode, "_renumbered", lambda run, starts: [renumber(run, i, row) for i, row in starts.items()])
     patch.setattr(select_k, "run_trials", _try_all)
     for module in (select_k, train):
         patch.setattr(module, "on_every_node", lambda function, *arguments: function(*arguments))
@@ -59,27 +46,27 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
 
 
 def _submit(
-    run: Run, stage: str, todo: Sequence[Unit], function: Callable[[Unit], UnitResult], section: str
-) -> Iterator[tuple[Unit, UnitResult]]:
+    run: Run, stage: str, todo: Sequence[Task], function: Callable[[Task], TaskResult], section: str
+) -> Iterator[tuple[Task, TaskResult]]:
     for unit in todo:
-        yield unit, units.finish(run.shard_manifest(unit.index, stage), unit, lambda unit=unit: function(unit))
+        yield unit, tasks.run_and_mark(run.shard_manifest(unit.index, stage), unit, lambda unit=unit: function(unit))
 
 
 def _try_all(search: Search, candidates: Sequence[int], on_change: Callable[[Sequence[int], int], None]) -> None:
     for k in candidates:
         on_change([k], 0)
         marker = search.run.shard_manifest(k, "select-k")
-        units.finish(marker, search.unit(k), lambda k=k: examine(search, k))
+        tasks.run_and_mark(marker, search.unit(k), lambda k=k: examine(search, k))
         on_change([], 1)
 
 
-def _stream(context: Any, todo: Sequence[Unit], preprocess: Any, dimension: int) -> Iterator[tuple[int, int]]:
+def _stream(context: Any, todo: Sequence[Task], preprocess: Any, dimension: int) -> Iterator[tuple[int, int]]:
     import pyarrow as pa
 
     writer = ShardWriter(context.config.run, dimension)
-    encoder = encode_worker.EncodeChunks(context.config, [])
-    decoder = ReadAndDecode(encode_worker.chunk_rows(context.config), preprocess)
-    for item in encode_stream._items(context, todo):
+    encoder = encode.EncodeChunks(context.config, [])
+    decoder = ReadAndDecode(encode.chunk_rows(context.config), preprocess)
+    for item in encode._items(context, todo):
         for chunk in decoder(pa.Table.from_pylist([item])):
             row = chunk.to_pylist()[0]
             embeddings = encoder._embeddings(chunk["pixels"][0], len(row["records"]))

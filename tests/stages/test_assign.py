@@ -13,9 +13,9 @@ import torch
 from rayclust.errors import ConfigError
 from rayclust.methods import KMeansConfig, build
 from rayclust.methods.kmeans import KMeans
+from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.stages import assign as stage
 from rayclust.stages.assign import assign
-from rayclust.stages.pipeline import run_all, run_stage
 from tests.stages.conftest import Sealed
 
 
@@ -98,13 +98,13 @@ def test_the_driver_keeps_no_sizes_of_single_parts(
     copy = Sealed(pictures_run.config.model_copy(update={"run": str(tmp_path / "run")}))
     (copy.folder / "manifests" / "assign.json").unlink()
     (copy.folder / "manifests" / "assign" / "part-00001.json").unlink()  # the others come from their markers
-    kept, run_units = [], stage.run_units
+    kept, run_units = [], stage.run_tasks
 
     def note(*arguments: Any, **named: Any) -> Any:
         kept.extend(run_units(*arguments, **named))
         return kept
 
-    monkeypatch.setattr(stage, "run_units", note)
+    monkeypatch.setattr(stage, "run_tasks", note)
     run_stage("assign", copy.config)
     assert [result.extra for result in kept] == [{}, {}, {}]
     assert copy.manifest("assign").extra == pictures_run.manifest("assign").extra

@@ -13,11 +13,13 @@ from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silho
 
 from rayclust.config import validate
 from rayclust.metrics.coding_length import coding_length
-from rayclust.stages import candidate
-from rayclust.stages.candidate import Search, examine
-from rayclust.stages.pipeline import StageContext, run_all
+from rayclust.runtime import models
+from rayclust.runtime.pipeline import StageContext, run_all
+from rayclust.runtime.tasks import TaskResult
+from rayclust.stages import select_k
+from rayclust.stages.select_k import Search, examine
 from rayclust.stages.train import StoredCheckpoints
-from rayclust.stages.units import UnitResult
+from rayclust.store import filesystem
 from tests.stages.conftest import Sealed, sealed_run
 from tests.stages.planted import planted, planted_tree
 
@@ -49,8 +51,8 @@ def search(sealed: Sealed, run: Path, **changes: Any) -> Search:
 def test_criteria_are_those_of_the_first_seeds_partition(rows_run: Sealed, tmp_path: Path):
     found = examine(search(rows_run, tmp_path / "run"), 3).extra["criteria"]
     x = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
-    method = candidate.read_method(str(tmp_path / "run" / "selection" / "k-00003"), "select-k")
-    labels = method.assign(candidate.torch.from_numpy(x)).argmax(1).numpy()
+    method = models.read_method(str(tmp_path / "run" / "selection" / "k-00003"), "select-k")
+    labels = method.assign(select_k.torch.from_numpy(x)).argmax(1).numpy()
     assert np.bincount(labels).tolist() == [25, 25, 25]
     assert found["coding_length"] == pytest.approx(coding_length(x, labels, 0.1) / len(x), rel=1e-3)
     assert found["silhouette"] == pytest.approx(silhouette_score(x, labels, metric="cosine"), rel=1e-2)
@@ -62,7 +64,7 @@ def test_criteria_are_those_of_the_first_seeds_partition(rows_run: Sealed, tmp_p
     assert found["entropy"] == pytest.approx(1)
 
 
-def digests(result: UnitResult) -> dict[str, str]:
+def digests(result: TaskResult) -> dict[str, str]:
     return {path: written["digest"] for path, written in result.outputs.items()}
 
 
@@ -134,6 +136,6 @@ def test_rows_that_are_all_in_one_cluster_have_no_silhouette(rows_run: Sealed, t
     same = np.ones((12, 4), np.float32)
     settings = validate(planted_tree(tmp_path, same, method={"clusters": [2, 3]}))
     run_all(settings, stop_after="select-k")
-    criteria = candidate.filesystem.read_json(str(tmp_path / "run" / "selection" / "k-00002.json"))["criteria"]
+    criteria = filesystem.read_json(str(tmp_path / "run" / "selection" / "k-00002.json"))["criteria"]
     assert "silhouette" not in criteria
     assert criteria["empty"] == 1

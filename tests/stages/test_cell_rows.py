@@ -14,10 +14,10 @@ from rayclust import collectives
 from rayclust.config import RunConfig, validate
 from rayclust.methods import build
 from rayclust.methods.base import FOREIGN, Batch
+from rayclust.runtime.pipeline import run_all
+from rayclust.runtime.rows import StoredRows
 from rayclust.stages import cell_rows
 from rayclust.stages.cell_rows import CellRows, Division, divided, rows_of
-from rayclust.stages.pipeline import run_all
-from rayclust.stages.rows import StoredRows
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_manifest
 from rayclust.training.cells import Tally

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rayclust.config import RunConfig, validate
-from rayclust.stages.check import check
+from rayclust.runtime.preflight import check
 from tests.stages.runs import picture, tree, write_folder, write_tars
 
 

@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from rayclust.errors import ConfigError, DataError, RayclustError
-from rayclust.stages.cluster import (
+from rayclust.runtime.cluster import (
     _refuse_silent,
     connect,
     cores_per_worker,

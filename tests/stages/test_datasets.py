@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from rayclust.errors import DataError
-from rayclust.stages import datasets
-from rayclust.stages.datasets import DATASETS, export, local_folder
+from rayclust.runtime import datasets
+from rayclust.runtime.datasets import DATASETS, export, local_folder
 from rayclust.store import filesystem
 from rayclust.store.sources import plan_shards, read_records
 

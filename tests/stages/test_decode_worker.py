@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from rayclust.encoders.decode import Preprocess, decode
-from rayclust.stages.decode_worker import CHUNK, ReadAndDecode
+from rayclust.stages.encode import CHUNK, ReadAndDecode
 from rayclust.store import filesystem
 from rayclust.store.sources import plan_shards
 from tests.stages.runs import picture, write_folder

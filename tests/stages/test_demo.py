@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rayclust.config import validate
-from rayclust.stages import demo
+from rayclust.runtime import demo
 from rayclust.store import filesystem
 
 

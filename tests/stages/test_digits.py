@@ -8,16 +8,16 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from rayclust.stages import digits
+from rayclust.runtime import datasets
 from tests.stages.runs import files
 
 
 def test_the_digits_are_written_the_same_every_time_and_as_they_are(tmp_path: Path):
-    digits.write_digits(str(tmp_path))
+    datasets.write_digits(str(tmp_path))
     before = files(tmp_path, "*.tar")
-    digits.write_digits(str(tmp_path))
+    datasets.write_digits(str(tmp_path))
     assert files(tmp_path, "*.tar") == before
-    assert len(before) == digits.SHARDS
+    assert len(before) == datasets.SHARDS
     scans, seen = load_digits(), 0
     for data in before.values():
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
@@ -26,9 +26,9 @@ def test_the_digits_are_written_the_same_every_time_and_as_they_are(tmp_path: Pa
             number = int(name[:6])
             assert members[f"{number:06d}.cls"] == str(scans.target[number]).encode()
             pixels = np.asarray(Image.open(io.BytesIO(members[name])))
-            assert pixels.shape == (8 * digits.SCALE, 8 * digits.SCALE)
+            assert pixels.shape == (8 * datasets.SCALE, 8 * datasets.SCALE)
             np.testing.assert_allclose(
-                pixels[:: digits.SCALE, :: digits.SCALE] / 255 * 16, scans.images[number], atol=0.04
+                pixels[:: datasets.SCALE, :: datasets.SCALE] / 255 * 16, scans.images[number], atol=0.04
             )
             seen += 1
     assert seen == len(scans.target) == 1797

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rayclust.config import validate
+from rayclust.runtime.pipeline import run_all
 from rayclust.stages.drawings import _ceiling, _selection, drawings, export
-from rayclust.stages.pipeline import run_all
 from rayclust.store.layout import Run
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree

@@ -12,9 +12,9 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, DataError
+from rayclust.runtime.pipeline import run_stage
+from rayclust.runtime.rows import transform_of
 from rayclust.stages import encode
-from rayclust.stages.pipeline import run_stage
-from rayclust.stages.rows import transform_of
 from rayclust.store.manifest import Manifest
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import embeddings, picture, tree, write_tars
@@ -94,7 +94,7 @@ def test_a_shard_that_never_finishes_ends_the_stage(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(encode, "stream", loses_the_second)
     with pytest.raises(ArtefactError, match=r"1 shard\(s\) do not finish, the first is shard-001"):
         run_stage("encode", config(tmp_path))
-    assert passes == [[0, 1], *[[1]] * encode.ROUNDS]
+    assert passes == [[0, 1], *[[1]] * encode.MAX_STALLED_PASSES]
 
 
 def test_ready_embeddings_become_the_same_rows(vectors_run: Sealed):
@@ -133,13 +133,13 @@ def test_features_of_an_earlier_manifest_are_read_as_they_were_sealed(pictures_r
 
 def test_the_driver_keeps_no_moments_of_single_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = config(tmp_path, **write_files(tmp_path, "xggxgggg"))
-    kept, seal = [], encode._sealed
+    kept, seal = [], encode._stage_result
 
     def note(results: Any, total: Any) -> Any:
         kept.extend(results)
         return seal(results, total)
 
-    monkeypatch.setattr(encode, "_sealed", note)
+    monkeypatch.setattr(encode, "_stage_result", note)
     first = run_stage("encode", settings)
     (tmp_path / "run" / "manifests" / "encode.json").unlink()
     again = run_stage("encode", settings)  # from the markers

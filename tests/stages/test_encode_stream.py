@@ -9,10 +9,10 @@ import ray
 
 from rayclust.config import validate
 from rayclust.errors import DataError
-from rayclust.stages.encode_stream import Crew, _items
-from rayclust.stages.inputs import plan
-from rayclust.stages.pipeline import StageContext
-from rayclust.stages.units import Unit
+from rayclust.runtime.inputs import plan_inputs
+from rayclust.runtime.pipeline import StageContext
+from rayclust.runtime.tasks import Task
+from rayclust.stages.encode import Crew, _items
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.sources import Shard
@@ -24,10 +24,10 @@ def images(tmp_path: Path) -> Path:
     return write_tars(tmp_path / "images", shards=3, per_shard=2)
 
 
-def planned(images: Path) -> tuple[StageContext, list[Unit]]:
+def planned(images: Path) -> tuple[StageContext, list[Task]]:
     config = validate(tree(str(images.parent / "run"), str(images)))
-    listed = plan(config)
-    units = [Unit(shard.index, digest, shard) for shard, digest in zip(listed.shards, listed.digests, strict=True)]
+    listed = plan_inputs(config)
+    units = [Task(shard.index, digest, shard) for shard, digest in zip(listed.shards, listed.digests, strict=True)]
     return StageContext(config, Run(config.run), "digest", {}, listed), units
 
 

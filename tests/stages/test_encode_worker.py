@@ -11,8 +11,7 @@ import torch
 from rayclust.config import validate
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.errors import ConfigError
-from rayclust.stages.decode_worker import CHUNK
-from rayclust.stages.encode_worker import CPU_CHUNK, EncodeChunks, chunk_rows
+from rayclust.stages.encode import CHUNK, CPU_CHUNK, EncodeChunks, chunk_rows
 from tests.stages.runs import tree
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayclust.config import RunConfig, validate
-from rayclust.stages.estimate import Sample, costs, traffic, work
+from rayclust.runtime.preflight import Sample, costs, traffic, work
 from tests.stages.runs import tree
 
 IMAGES = 7_200_000

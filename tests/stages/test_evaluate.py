@@ -11,10 +11,10 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.methods.kmeans import KMeans
+from rayclust.runtime.pipeline import run_all, run_stage
+from rayclust.runtime.rows import row_starts
 from rayclust.stages import evaluate
 from rayclust.stages.evaluate import _columns, _contingency, _sample, contingency_uri
-from rayclust.stages.pipeline import run_all, run_stage
-from rayclust.stages.rows import row_starts
 from tests.stages.conftest import Sealed
 
 

@@ -10,9 +10,9 @@ import torch
 
 from rayclust.config import RunConfig, validate
 from rayclust.methods.kmeans import KMeans
+from rayclust.runtime.pipeline import content_digest, run_stage
 from rayclust.stages import figures
 from rayclust.stages.figures import CLUSTER_ROWS, CLUSTERS, MAP_ROWS, draw, numbers
-from rayclust.stages.pipeline import content_digest, run_stage
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from tests.stages.conftest import VECTORS, Sealed

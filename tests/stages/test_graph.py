@@ -7,7 +7,7 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.methods import METHODS, build
 from rayclust.methods.base import Pairing
-from rayclust.stages.graph import SELECT_K, STAGES, candidate_settings, stages_of
+from rayclust.runtime.pipeline import SELECT_K, STAGES, candidate_settings, stages_of
 from rayclust.store.layout import STAGES as ORDER
 from tests.stages.runs import tree
 

@@ -9,9 +9,9 @@ import torch
 
 from rayclust.config import IndexConfig, RunConfig, validate
 from rayclust.methods.kmeans import KMeans
+from rayclust.runtime.pipeline import run_stage
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER_INDEX, OWN_INDEX, QUERIES, RETRIEVAL, SHOWN
-from rayclust.stages.pipeline import run_stage
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.conftest import VECTORS, Sealed

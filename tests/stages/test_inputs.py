@@ -8,7 +8,7 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
-from rayclust.stages.inputs import listing, plan
+from rayclust.runtime.inputs import listing, plan_inputs
 from tests.stages.runs import tree, write_folder, write_tars
 
 
@@ -18,11 +18,11 @@ def config(source: Path, run: str = "/runs/one", /, **groups: Any) -> RunConfig:
 
 def test_a_plan_names_shards_and_forgets_their_images(tmp_path: Path):
     images = write_folder(tmp_path / "images", per_class=12)
-    found = plan(config(images))
+    found = plan_inputs(config(images))
     assert [(shard.index, shard.first, shard.count) for shard in found.shards] == [(0, 0, 16), (1, 16, 16), (2, 32, 4)]
     assert all(shard.members == () for shard in found.shards)
     assert len(set(found.digests)) == 3
-    assert plan(config(images)) == found
+    assert plan_inputs(config(images)) == found
     listed = list(listing(config(images)))
     assert [digest for _, digest in listed] == list(found.digests)
     assert [len(shard.members) for shard, _ in listed] == [16, 16, 4]
@@ -30,18 +30,18 @@ def test_a_plan_names_shards_and_forgets_their_images(tmp_path: Path):
 
 def test_a_grown_input_keeps_the_digests_of_what_is_done(tmp_path: Path):
     images = write_tars(tmp_path / "images", shards=2, per_shard=3)
-    before = plan(config(images))
+    before = plan_inputs(config(images))
     (images / "shard-999.tar").write_bytes((images / "shard-000.tar").read_bytes())
-    after = plan(config(images))
+    after = plan_inputs(config(images))
     assert after.digests[:2] == before.digests
     assert after.digest != before.digest
 
 
 def test_a_shard_that_moves_up_keeps_its_digest(tmp_path: Path):
     images = write_tars(tmp_path / "images", shards=2, per_shard=3)
-    before = plan(config(images))
+    before = plan_inputs(config(images))
     (images / "shard-000.tar").unlink()
-    assert plan(config(images)).digests == before.digests[1:]
+    assert plan_inputs(config(images)).digests == before.digests[1:]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_shard_that_moves_up_keeps_its_digest(tmp_path: Path):
 )
 def test_settings_that_change_embeddings_change_every_digest(tmp_path: Path, groups: dict[str, Any]):
     images = write_tars(tmp_path / "images", shards=2, per_shard=3)
-    before, after = plan(config(images)).digests, plan(config(images, **groups)).digests
+    before, after = plan_inputs(config(images)).digests, plan_inputs(config(images, **groups)).digests
     assert not set(before) & set(after)
 
 
@@ -60,11 +60,11 @@ def test_other_weights_under_the_same_name_change_every_digest(tmp_path: Path):
     weights = tmp_path / "w.safetensors"
     settings = config(images, encoder={"name": "timm/resnet18", "pretrained": str(weights)})
     with pytest.raises(ConfigError, match=r"w\.safetensors: no such file"):
-        plan(settings)
+        plan_inputs(settings)
     weights.write_bytes(b"one")
-    before = plan(settings).digests
+    before = plan_inputs(settings).digests
     weights.write_bytes(b"other")
-    assert plan(settings).digests != before
+    assert plan_inputs(settings).digests != before
 
 
 def test_a_list_of_classes_counts_by_its_content(tmp_path: Path):
@@ -72,30 +72,30 @@ def test_a_list_of_classes_counts_by_its_content(tmp_path: Path):
     names = tmp_path / "classes.txt"
     names.write_text("amber\nblue\n")
     settings = config(images, images={"classes": str(names)})
-    before = plan(settings)
-    assert plan(settings) == before
+    before = plan_inputs(settings)
+    assert plan_inputs(settings) == before
     names.write_text("amber\ngreen\n")
-    assert plan(settings).digest != before.digest
+    assert plan_inputs(settings).digest != before.digest
 
 
 def test_a_run_within_its_own_tables_is_refused(tmp_path: Path):
     np.save(tmp_path / "a.npy", np.ones((4, 2), np.float32))
     with pytest.raises(ConfigError, match=r"lies within images\.uri"):
-        plan(config(tmp_path, str(tmp_path / "run")))
-    assert len(plan(config(tmp_path, str(tmp_path) + "-run")).shards) == 1
+        plan_inputs(config(tmp_path, str(tmp_path / "run")))
+    assert len(plan_inputs(config(tmp_path, str(tmp_path) + "-run")).shards) == 1
 
 
 @pytest.mark.parametrize("write", [write_folder, lambda path: write_tars(path, 1, 2)], ids=["folder", "tars"])
 def test_a_run_among_images_or_tars_is_no_harm(tmp_path: Path, write: Any):
     images = write(tmp_path / "images", 2) if write is write_folder else write(tmp_path / "images")
     settings = config(images, str(images / "run"))
-    before = plan(settings)
+    before = plan_inputs(settings)
     (images / "run").mkdir()
     np.save(images / "run" / "part.npy", np.ones((4, 2), np.float32))
     (images / "run" / "part-00000.parquet").write_bytes(b"PAR1")
-    assert plan(settings) == before
+    assert plan_inputs(settings) == before
 
 
 def test_nothing_to_read_is_one_line(tmp_path: Path):
     with pytest.raises(DataError, match="nowhere"):
-        plan(config(tmp_path / "nowhere"))
+        plan_inputs(config(tmp_path / "nowhere"))

@@ -13,8 +13,9 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import DataError
-from rayclust.stages import inverted_join, list_search, neighbors, units
-from rayclust.stages.pipeline import run_stage
+from rayclust.runtime import tasks
+from rayclust.runtime.pipeline import run_stage
+from rayclust.stages import neighbors, neighbors_ivf
 from rayclust.store import tables
 from rayclust.store.layout import Run, parts
 from rayclust.store.manifest import Manifest
@@ -100,7 +101,7 @@ def test_with_all_lists_open_it_is_exact_search(
     tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
 ):
     config = encoded(tmp_path, planted(900), (400, 500))
-    monkeypatch.setattr(inverted_join, "choose_probes", lambda centers, *others: (len(centers), len(centers)))
+    monkeypatch.setattr(neighbors_ivf, "choose_probes", lambda centers, *others: (len(centers), len(centers)))
     manifest = run_stage("neighbors", config)
     assert manifest.extra["nprobe"] == manifest.extra["nlist"] > 10
     assert manifest.extra["recall"] == 1
@@ -129,9 +130,9 @@ def test_one_long_list_is_searched_over_many_shards(
     tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
 ):
     x = np.concatenate([np.ones((700, 8)), planted(200)]).astype(np.float16)
-    monkeypatch.setattr(list_search, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(list_search, "QUERIES_AT_ONCE", 17)
-    monkeypatch.setattr(list_search, "PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr(neighbors_ivf, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(neighbors_ivf, "QUERIES_AT_ONCE", 17)
+    monkeypatch.setattr(neighbors_ivf, "PAIRS_AT_ONCE", 1)
     config = encoded(tmp_path, x, (450, 450))
     run_stage("neighbors", config)
     ids, _ = found(config)
@@ -181,7 +182,7 @@ def test_a_recall_out_of_reach_says_what_to_do(
     tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
 ):
     config = encoded(tmp_path, planted(900), (900,), min_recall=0.95)
-    monkeypatch.setattr(inverted_join, "choose_probes", lambda *arguments: (1, 1))
+    monkeypatch.setattr(neighbors_ivf, "choose_probes", lambda *arguments: (1, 1))
     message = r"neighbors.min_recall = 0.95: the inverted file reaches 0\.\d+; lower the bound or set neighbors.method"
     with pytest.raises(DataError, match=message):
         run_stage("neighbors", config)
@@ -254,13 +255,13 @@ def test_killed_and_harmed_the_bytes_are_the_same(seed: int, joined: tuple):
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sections of which units are done from now on."""
-    seen, submit = [], units._submit
+    seen, submit = [], tasks._submit
 
     def note(*arguments: object) -> object:
         seen.extend([arguments[-1]] * len(arguments[2]))  # type: ignore[arg-type]
         return submit(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(units, "_submit", note)
+    monkeypatch.setattr(tasks, "_submit", note)
     return seen
 
 
@@ -276,9 +277,11 @@ def test_units_that_are_marked_are_not_done_again(
 ):
     config = joined[0]
     fresh(config)
-    real: Callable[..., object] = getattr(list_search.Lists, phase)
+    real: Callable[..., object] = getattr(neighbors_ivf.ListSearch, phase)
     with monkeypatch.context() as patch:
-        patch.setattr(list_search.Lists, phase, lambda *arguments: real(*arguments) if arguments[1] < 0 else 1 / 0)
+        patch.setattr(
+            neighbors_ivf.ListSearch, phase, lambda *arguments: real(*arguments) if arguments[1] < 0 else 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             run_stage("neighbors", config)
     seen = counted(monkeypatch)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rayclust.errors import ConfigError, DataError
-from rayclust.stages import job_server
-from rayclust.stages.job_server import JobServer, address_of, is_here
+from rayclust.runtime import jobs
+from rayclust.runtime.jobs import JobServer, address_of, is_here
 
 TOKEN = "token-of-the-test-0123456789"  # noqa: S105
 
@@ -129,7 +129,7 @@ def test_a_cluster_that_has_just_started_is_given_a_while(
     address, handler = dashboard
     handler.starting.append(1)
     assert JobServer(address).submit("a-1", "true", {}) is False
-    monkeypatch.setattr(job_server, "STARTING_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "STARTING_SECONDS", 0.0)
     handler.starting.append(1)
     with pytest.raises(DataError, match="try again later"):
         JobServer(address).submit("a-1", "true", {})
@@ -177,10 +177,10 @@ def test_a_token_that_is_asked_for_and_missing_is_said_before_anything_is_sent(
 def test_a_token_over_an_open_line_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: Any):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    job_server._auth_headers("https://head")
-    job_server._auth_headers("http://127.0.0.1:1")
+    jobs._auth_headers("https://head")
+    jobs._auth_headers("http://127.0.0.1:1")
     assert caplog.text == ""
-    job_server._auth_headers("http://head:8265")
+    jobs._auth_headers("http://head:8265")
     assert "travels unencrypted" in caplog.text
     assert TOKEN not in caplog.text
 

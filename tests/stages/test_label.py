@@ -10,8 +10,8 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
+from rayclust.runtime.pipeline import run_stage
 from rayclust.stages import label
-from rayclust.stages.pipeline import run_stage
 from rayclust.store import filesystem
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from rayclust.errors import ArtefactError
-from rayclust.stages.list_files import (
-    Layout,
-    at_once,
+from rayclust.stages.neighbors_ivf import (
+    IvfLayout,
     found_records,
     kept_tensors,
+    map_threads,
     put_records,
     put_tensors,
     read_bounds,
@@ -22,8 +22,8 @@ from rayclust.stages.list_files import (
 from rayclust.store.layout import Run
 
 
-def layout(run: Run) -> Layout:
-    return Layout(run, "d1", [0, 4, 4, 9, 10], [(0, 1), (2,), (3,)], shard_rows=4, width=3, k=2)
+def layout(run: Run) -> IvfLayout:
+    return IvfLayout(run, "d1", [0, 4, 4, 9, 10], [(0, 1), (2,), (3,)], shard_rows=4, width=3, k=2)
 
 
 def test_a_layout_knows_its_shards_groups_and_files(tmp_path: Path):
@@ -82,4 +82,4 @@ def test_a_worker_that_lives_on_reads_arrays_of_another_digest_anew(tmp_path: Pa
 
 
 def test_results_come_in_order():
-    assert at_once(lambda x: x * x, range(100)) == [x * x for x in range(100)]
+    assert map_threads(lambda x: x * x, range(100)) == [x * x for x in range(100)]

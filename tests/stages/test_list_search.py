@@ -7,20 +7,28 @@ import pytest
 import torch
 
 from rayclust.errors import ArtefactError
+from rayclust.runtime.tasks import Task
 from rayclust.search.packed import pack
-from rayclust.stages import list_search
-from rayclust.stages.list_files import Layout, found_records, put_records, put_tensors, read_records, row_records
-from rayclust.stages.list_search import Lists, collect
-from rayclust.stages.units import Unit
+from rayclust.stages import neighbors_ivf
+from rayclust.stages.neighbors_ivf import (
+    IvfLayout,
+    ListSearch,
+    collect,
+    found_records,
+    put_records,
+    put_tensors,
+    read_records,
+    row_records,
+)
 from rayclust.store.layout import Run
 
 ROWS, LISTS, WIDTH = 60, 7, 2
 
 
-def sorted_groups(tmp_path: Path, homes: np.ndarray, shard_rows: int) -> tuple[Layout, Lists]:
+def sorted_groups(tmp_path: Path, homes: np.ndarray, shard_rows: int) -> tuple[IvfLayout, ListSearch]:
     """Files of three groups of rows, as the sorting leaves them, of rows whose features are their numbers."""
     starts = [0, 10, 10, 35, ROWS]
-    layout = Layout(Run(str(tmp_path)), "d", starts, [(0, 1), (2,), (3,)], shard_rows, WIDTH, k=1)
+    layout = IvfLayout(Run(str(tmp_path)), "d", starts, [(0, 1), (2,), (3,)], shard_rows, WIDTH, k=1)
     for group in range(3):
         first, end = layout.span(group)
         order = np.argsort(homes[first:end], kind="stable")
@@ -32,7 +40,7 @@ def sorted_groups(tmp_path: Path, homes: np.ndarray, shard_rows: int) -> tuple[L
     bounds = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))
     written = put_tensors(layout.run, layout.at("lists"), {"bounds": bounds})
     digest = next(iter(written.values()))["digest"]
-    return layout, Lists(layout, digest, LISTS, reach=LISTS, nprobe=2)
+    return layout, ListSearch(layout, digest, LISTS, reach=LISTS, nprobe=2)
 
 
 HOMES = {
@@ -60,17 +68,17 @@ def test_shards_hold_all_rows_in_order_of_list_and_row(homes: np.ndarray, shard_
 def test_each_pair_of_a_row_and_a_list_sees_all_rows_of_the_list(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(list_search, "BLOCK_BYTES", block * row_records(WIDTH).itemsize)
+    monkeypatch.setattr(neighbors_ivf, "BLOCK_BYTES", block * row_records(WIDTH).itemsize)
     homes = HOMES["spread"]
     layout, lists = sorted_groups(tmp_path, homes, 13)
     for shard in range(layout.shards):
         lists.shard(shard)
     bounds = lists._tensors()["bounds"]
-    own = list_search._read(layout, *layout.places(2))
+    own = neighbors_ivf._read(layout, *layout.places(2))
     pairs = [(4, 0), (12, 0), (3, 1), (0, 2), (1, 2), (5, 4), (5, 5), (9, 6)]
     places, opened = torch.tensor(pairs).T
     seen: dict[tuple[int, int], list[int]] = {}
-    for some, rows, units in list_search._blocks(layout, own, places, opened, bounds):
+    for some, rows, units in neighbors_ivf._blocks(layout, own, places, opened, bounds):
         assert units[:, 0].tolist() == rows.tolist()
         assert len(rows) <= max(block, 1)
         for place in some.tolist():
@@ -83,26 +91,26 @@ def test_lists_side_by_side_are_read_in_one_go(tmp_path: Path, monkeypatch: pyte
     layout, lists = sorted_groups(tmp_path, HOMES["spread"], 13)
     for shard in range(layout.shards):
         lists.shard(shard)
-    reads, read = [], list_search._read
-    monkeypatch.setattr(list_search, "_read", lambda *arguments: reads.append(arguments[1:]) or read(*arguments))
+    reads, read = [], neighbors_ivf._read
+    monkeypatch.setattr(neighbors_ivf, "_read", lambda *arguments: reads.append(arguments[1:]) or read(*arguments))
     bounds = lists._tensors()["bounds"]
     opened = torch.tensor([0, 1, 2, 5])
     own = read(layout, *layout.places(4))
-    assert len(list(list_search._blocks(layout, own, torch.zeros(4).long(), opened, bounds))) == 4
+    assert len(list(neighbors_ivf._blocks(layout, own, torch.zeros(4).long(), opened, bounds))) == 4
     assert reads == [(int(bounds[0]), int(bounds[3])), (int(bounds[5]), int(bounds[6]))]
 
 
 def test_a_row_that_no_shard_has_found_is_an_error(tmp_path: Path):
-    layout = Layout(Run(str(tmp_path)), "d", [0, 3], [(0,)], shard_rows=9, width=WIDTH, k=1)
+    layout = IvfLayout(Run(str(tmp_path)), "d", [0, 3], [(0,)], shard_rows=9, width=WIDTH, k=1)
     records = np.zeros(2, found_records(1))
     records["row"], records["keys"] = [0, 2], pack(torch.zeros(2, 1), torch.ones(2, 1).long())
     put_records(layout.run, layout.at("found", 0), records, np.array([0, 2]))
     with pytest.raises(ArtefactError, match="neighbors: 2 rows are there for the rows 0 to 2"):
-        collect(layout, {}, Unit(0, "d", (0,), 3))
+        collect(layout, {}, Task(0, "d", (0,), 3))
 
 
 def test_rows_outside_a_shard_are_counted_once():
     bounds = torch.tensor([0, 4, 4, 10, 12])
-    assert list_search._outside(torch.tensor([0, 1, 2, 3]), bounds, 0, 12) == 0
-    assert list_search._outside(torch.tensor([0, 1, 2, 3]), bounds, 3, 6) == 3 + 4 + 2
-    assert list_search._outside(torch.tensor([0, 3]), bounds, 4, 10) == 6
+    assert neighbors_ivf._outside(torch.tensor([0, 1, 2, 3]), bounds, 0, 12) == 0
+    assert neighbors_ivf._outside(torch.tensor([0, 1, 2, 3]), bounds, 3, 6) == 3 + 4 + 2
+    assert neighbors_ivf._outside(torch.tensor([0, 3]), bounds, 4, 10) == 6

@@ -4,14 +4,14 @@ import os
 
 import pytest
 
-from rayclust.stages import meter
+from rayclust.runtime import progress
 
 
 def test_what_workers_are_busy_with_adds_up_by_kind():
-    with meter.measuring() as found, meter.section("decoders", unit="images") as measured:
+    with progress.collect_timings() as found, progress.timed_section("decoders", unit="images") as measured:
         measured.add("reading", 1.0, "a:1")
         measured.add("decoding", 2.0, "a:1")
-        meter.current("decoders").add("decoding", 4.0, "b:1")
+        progress.current_timing("decoders").add("decoding", 4.0, "b:1")
         measured.done += 7
     [sealed] = [part.sealed() for part in found]
     assert sealed.busy == {"decoding": 6.0, "reading": 1.0}
@@ -19,17 +19,17 @@ def test_what_workers_are_busy_with_adds_up_by_kind():
 
 
 def test_a_known_number_of_workers_counts_those_that_did_nothing():
-    with meter.measuring() as found, meter.section("writers", 3) as measured:
+    with progress.collect_timings() as found, progress.timed_section("writers", 3) as measured:
         measured.add("writing", 1.0, "")
     assert found[0].sealed().workers == 3
 
 
 def test_one_of_the_same_name_goes_on(monkeypatch: pytest.MonkeyPatch):
     ticks = iter([0.0, 2.0, 10.0, 13.0])
-    monkeypatch.setattr(meter.time, "monotonic", lambda: next(ticks))
-    with meter.measuring() as found:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
+    with progress.collect_timings() as found:
         for _ in range(2):
-            with meter.section("parts") as measured:
+            with progress.timed_section("parts") as measured:
                 measured.add("working", 1.0, "a:1")
     assert len(found) == 1
     assert found[0].sealed().seconds == 5.0
@@ -37,12 +37,12 @@ def test_one_of_the_same_name_goes_on(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_outside_of_a_stage_nothing_is_kept():
-    with meter.section("parts") as measured:
+    with progress.timed_section("parts") as measured:
         measured.add("working", 1.0, "a:1")
-    with meter.measuring() as found:
+    with progress.collect_timings() as found:
         pass
     assert found == []
 
 
 def test_a_worker_is_named_by_machine_and_process():
-    assert meter.worker_name().endswith(f":{os.getpid()}")
+    assert progress.worker_name().endswith(f":{os.getpid()}")

@@ -10,7 +10,7 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import KMeansConfig, build
-from rayclust.stages.models import (
+from rayclust.runtime.models import (
     encoder_shape,
     load_method,
     load_run_encoder,

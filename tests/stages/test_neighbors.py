@@ -8,8 +8,8 @@ import pytest
 
 from rayclust.config import validate
 from rayclust.errors import DataError
+from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.stages.neighbors import UNIT_BYTES, UNIT_ROWS, _units, unit_size
-from rayclust.stages.pipeline import run_all, run_stage
 from tests.references import nearest_rows
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree

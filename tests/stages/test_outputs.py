@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayclust.stages.outputs import Listing, drop_damaged, drop_stale_parts, put_bytes, put_json, put_table
+from rayclust.runtime.artefacts import FileListing, drop_damaged, drop_stale_parts, put_bytes, put_json, put_table
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, Output, seal
@@ -51,7 +51,7 @@ def test_a_listing_knows_files_by_path_and_size(tmp_path: Path):
     (tmp_path / "a" / "x").write_bytes(b"12")
     (tmp_path / "a" / "b" / "y").write_bytes(b"123")
     (tmp_path / "z").write_bytes(b"1")
-    listing = Listing(Run(str(tmp_path)))
+    listing = FileListing(Run(str(tmp_path)))
     assert listing.has("a/x", written(b"12"))
     assert listing.has("a/b/y", written(b"123"))
     assert listing.has("z", written(b"1"))
@@ -67,19 +67,19 @@ def test_a_file_of_the_same_size_with_other_content_is_found(
 ):
     run = Run(str(tmp_path) if kind == "local" else request.getfixturevalue("s3_bucket"))
     outputs = put_bytes(run, run.at(where), b"content")
-    assert Listing(run).has(where, outputs[where])
+    assert FileListing(run).has(where, outputs[where])
     filesystem.write_bytes(run.at(where), b"c0ntent")
-    assert not Listing(run).has(where, outputs[where])
+    assert not FileListing(run).has(where, outputs[where])
     assert f"{run.at(where)}: is damaged, its checksum is another than was written: made again" in caplog.text
     filesystem.write_bytes(run.at(where), b"content")  # as a copy: other stamp, same bytes
-    assert Listing(run).has(where, outputs[where])
+    assert FileListing(run).has(where, outputs[where])
 
 
 def test_a_file_with_its_stamp_is_not_read(tmp_path: Path):
     (tmp_path / "a").write_bytes(b"12")
     found = filesystem.stat(str(tmp_path / "a"))
     assert found is not None
-    assert Listing(Run(str(tmp_path))).has("a", {"digest": "never looked at", "size": 2, "stamp": found.stamp})
+    assert FileListing(Run(str(tmp_path))).has("a", {"digest": "never looked at", "size": 2, "stamp": found.stamp})
 
 
 def test_what_an_error_names_is_removed_only_where_a_manifest_says_that_it_was_another(tmp_path: Path):

@@ -15,8 +15,16 @@ import pytest
 from rayclust.cli import run_command
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, HeldError
-from rayclust.stages.graph import STAGES, stages_of
-from rayclust.stages.pipeline import Seals, content_digest, outputs_present, run_all, run_stage, stage_digest
+from rayclust.runtime.pipeline import (
+    STAGES,
+    Manifests,
+    content_digest,
+    outputs_present,
+    run_all,
+    run_stage,
+    stage_digest,
+    stages_of,
+)
 from rayclust.store import filesystem
 from rayclust.store.holder import Holder, birth, myself
 from rayclust.store.layout import STAGES as ORDER
@@ -168,13 +176,13 @@ def test_a_stage_by_itself_refuses_inputs_made_from_what_has_changed_since(copie
     run_stage("train", other)
     with pytest.raises(ArtefactError, match="label: the stage assign of"):
         run_stage("label", other)
-    assert Seals(other).of("index") is not None
+    assert Manifests(other).of("index") is not None
 
 
 def test_other_neighbors_leave_a_training_alone_that_draws_none(copied: Sealed):
     other = changed(copied, neighbors={"k": 3})
-    assert Seals(other).of("evaluate") is None
-    assert Seals(other).of("assign") is not None
+    assert Manifests(other).of("evaluate") is None
+    assert Manifests(other).of("assign") is not None
     run_stage("neighbors", other)
     assert run_stage("evaluate", other).counts["rows"] == 24
 
@@ -185,7 +193,7 @@ def test_a_config_that_cannot_run_leaves_the_run_and_its_config_alone(copied: Se
         run_all(changed(copied, encoder={"name": "timm/resnet18", "pretrained": "/nowhere/w.safetensors"}))
     assert filesystem.read_json(copied.run.config)["encoder"]["name"] == "pixels"
     assert stamps(copied) == before
-    assert all(Seals(copied.config).of(name) for name in stages_of(copied.config))
+    assert all(Manifests(copied.config).of(name) for name in stages_of(copied.config))
 
 
 def test_force_does_again_what_is_sealed_unit_by_unit_and_gives_the_same_bytes(copied: Sealed):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import ray
 
+from rayclust.config import PlacementConfig
 from rayclust.errors import ConfigError
-from rayclust.placement import PlacementConfig
-from rayclust.stages import placing
+from rayclust.runtime import cluster
 from tests.stages.runs import tree, write_folder, write_yaml
 
 CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}
@@ -24,7 +24,7 @@ def node(labels: dict[str, str], cpus: float = 2, alive: bool = True) -> dict[st
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def cluster_nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What Ray says of the nodes."""
     found = [node({"pool": "head"}, 0), node(CPU), node(CPU, 3), node(CPU, 9, alive=False)]
     monkeypatch.setattr(ray, "nodes", lambda: found)
@@ -36,53 +36,55 @@ def in_namespace(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
 
 
-def test_only_live_nodes_with_the_labels_count(cluster: list[dict[str, Any]]):
-    assert placing.total("CPU", CPU) == 5
-    assert placing.total("CPU", {}) == 5
-    assert placing.total("GPU", CPU) == 0
-    assert len(placing.nodes(CPU)) == 2
+def test_only_live_nodes_with_the_labels_count(cluster_nodes: list[dict[str, Any]]):
+    assert cluster.total_resource("CPU", CPU) == 5
+    assert cluster.total_resource("CPU", {}) == 5
+    assert cluster.total_resource("GPU", CPU) == 0
+    assert len(cluster.live_nodes(CPU)) == 2
 
 
-def test_without_labels_ray_is_asked_what_it_was(cluster: list[dict[str, Any]]):
-    assert placing.selector("tasks", {}) == {}
-    assert placing.selector("tasks", CPU) == {"label_selector": CPU}
+def test_without_labels_ray_is_asked_what_it_was(cluster_nodes: list[dict[str, Any]]):
+    assert cluster.label_selector("tasks", {}) == {}
+    assert cluster.label_selector("tasks", CPU) == {"label_selector": CPU}
 
 
 def test_a_label_that_no_node_carries_is_said_with_those_that_they_do(
-    cluster: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     in_namespace(monkeypatch, "anonymous")
-    placing._warn.cache_clear()
+    cluster._warn.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert placing.selector("encode", GPU) == {"label_selector": GPU}
-        placing.require("encode", GPU)
+        assert cluster.label_selector("encode", GPU) == {"label_selector": GPU}
+        cluster.require_label("encode", GPU)
     assert "resources.placement.encode = pool=gpu: no node of the cluster carries it" in caplog.text
     assert "the nodes carry pool=cpu; pool=head" in caplog.text
     assert len(caplog.records) == 1, "once, however many tasks ask"
 
 
-def test_a_cluster_of_our_own_will_never_have_the_label(cluster: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
-    in_namespace(monkeypatch, placing.OWN)
+def test_a_cluster_of_our_own_will_never_have_the_label(
+    cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    in_namespace(monkeypatch, cluster.OWN)
     with pytest.raises(ConfigError, match=r"placement\.train = pool=gpu.*leave the placement out"):
-        placing.require("train", GPU)
+        cluster.require_label("train", GPU)
 
 
 def test_tasks_carry_the_labels_of_the_run_that_sends_them():
-    assert placing.task_labels() == {}
-    with placing.placed(PlacementConfig(tasks=CPU)):
-        assert placing.task_labels() == CPU
-    assert placing.task_labels() == {}
+    assert cluster.task_labels() == {}
+    with cluster.scheduling(PlacementConfig(tasks=CPU)):
+        assert cluster.task_labels() == CPU
+    assert cluster.task_labels() == {}
 
 
 def test_the_plan_names_every_kind_of_work():
-    assert placing.plan(PlacementConfig()).startswith("all work on any node; the driver")
-    text = placing.plan(PlacementConfig(decode=CPU, encode=GPU))
+    assert cluster.describe_placement(PlacementConfig()).startswith("all work on any node; the driver")
+    text = cluster.describe_placement(PlacementConfig(decode=CPU, encode=GPU))
     assert text.startswith("decode on pool=cpu, encode on pool=gpu, train on any node, trials on any node")
 
 
 DRIVER = (
     "import json, sys, ray, ray._private.state; from ray.cluster_utils import Cluster; "
-    "from rayclust.config import parse; from rayclust.stages.pipeline import run_all\n"
+    "from rayclust.config import parse; from rayclust.runtime.pipeline import run_all\n"
     "small = {'object_store_memory': 100 << 20}\n"
     "nodes = Cluster(initialize_head=True, head_node_args={'num_cpus': 0, 'include_dashboard': False} | small)\n"
     "for pool in ('cpu', 'gpu'): nodes.add_node(num_cpus=2, labels={'pool': pool}, **small)\n"

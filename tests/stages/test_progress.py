@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from rayclust.stages import progress
-from rayclust.stages.progress import LOG_INTERVAL, Progress, duration
+from rayclust.runtime import progress
+from rayclust.runtime.progress import LOG_INTERVAL, Progress, duration
 
 
 class Clock:
@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(logging.getLogger("rayclust"), "propagate", True)
-    caplog.set_level(logging.INFO, "rayclust.stages.progress")
+    caplog.set_level(logging.INFO, "rayclust.runtime.progress")
     return caplog
 
 

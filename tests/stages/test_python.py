@@ -6,7 +6,7 @@ import pytest
 
 import rayclust
 from rayclust.errors import ArtefactError
-from rayclust.stages.python import load, run
+from rayclust.runtime.api import load, run
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree, write_folder, write_yaml
 
@@ -26,7 +26,7 @@ def test_what_is_not_there_yet_is_one_line(tmp_path: Path, in_process: None):
     with pytest.raises(ArtefactError, match="no run there"):
         load(str(tmp_path))
     from rayclust.config import validate
-    from rayclust.stages.pipeline import run_all
+    from rayclust.runtime.pipeline import run_all
 
     write_folder(tmp_path / "images", per_class=3)
     run_all(validate(tree(str(tmp_path / "run"), str(tmp_path / "images"))), stop_after="encode")

@@ -11,14 +11,14 @@ import yaml
 
 from rayclust.config import parse, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.stages.quick import anchored, as_yaml, load_config, load_run, quick
+from rayclust.runtime.api import as_yaml, load_config, load_run, quick, with_absolute_paths
 from rayclust.store import filesystem
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree, write_folder
 
 
 def paths(**groups: Any) -> dict[str, Any]:
-    config = anchored(validate(tree("runs/one", "photos", **groups)))
+    config = with_absolute_paths(validate(tree("runs/one", "photos", **groups)))
     return {"run": config.run, "images": config.images.uri, "classes": config.images.classes} | {
         "weights": config.encoder.pretrained,
         "words": config.label.vocabulary,
@@ -60,14 +60,14 @@ ROOTS = {
 
 @pytest.mark.parametrize("given", ROOTS)
 def test_a_folder_is_written_one_way_only(given: str):
-    config = anchored(validate(tree(given, given)))
+    config = with_absolute_paths(validate(tree(given, given)))
     assert config.run == config.images.uri == ROOTS[given]
-    assert anchored(config) == config
+    assert with_absolute_paths(config) == config
 
 
 @pytest.mark.parametrize("uri", ["dataset:cifar10", "dataset:stl10/test"])
 def test_named_data_tags_and_kinds_of_words_are_no_paths(uri: str):
-    config = anchored(
+    config = with_absolute_paths(
         validate(
             tree("/run", uri, encoder={"name": "open_clip/ViT-B-32", "pretrained": "openai"})
             | {"label": {"vocabulary": "imagenet"}}
@@ -78,7 +78,7 @@ def test_named_data_tags_and_kinds_of_words_are_no_paths(uri: str):
 
 def test_what_was_left_open_stays_open(tmp_path: Path):
     config = validate(tree(str(tmp_path), "/images", method={"name": "temi", "clusters": 3}))
-    assert anchored(config).method.model_fields_set == config.method.model_fields_set
+    assert with_absolute_paths(config).method.model_fields_set == config.method.model_fields_set
     assert parse(as_yaml(config)) == config
     assert "beta" not in yaml.safe_load(as_yaml(config))["method"]
 
@@ -86,7 +86,7 @@ def test_what_was_left_open_stays_open(tmp_path: Path):
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x"])
 def test_a_scheme_that_is_not_supported_is_one_line(uri: str):
     with pytest.raises(DataError, match="is not supported"):
-        anchored(validate(tree(uri, "/images")))
+        with_absolute_paths(validate(tree(uri, "/images")))
 
 
 def test_a_file_is_read_with_its_overrides(tmp_path: Path):

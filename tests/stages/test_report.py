@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from rayclust.config import RunConfig, validate
+from rayclust.runtime.pipeline import run_stage
 from rayclust.stages import report
-from rayclust.stages.pipeline import run_stage
 from rayclust.stages.report import _levels
 from rayclust.store import filesystem
 from rayclust.store.layout import Run

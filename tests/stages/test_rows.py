@@ -13,7 +13,7 @@ import torch
 from rayclust.config import FeaturesConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeatureTransform
-from rayclust.stages.rows import (
+from rayclust.runtime.rows import (
     StoredRows,
     cache_folder,
     drop_cache,

@@ -10,7 +10,7 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError, ShapeError
 from rayclust.methods.kmeans import KMeans
-from rayclust.stages.pipeline import run_stage
+from rayclust.runtime.pipeline import run_stage
 from rayclust.stages.search import Hit, as_lines, search
 from rayclust.store import filesystem
 from rayclust.store.layout import Run

@@ -17,12 +17,11 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans, KMeansConfig
-from rayclust.stages import candidate, select_k, train
-from rayclust.stages.graph import stages_of
-from rayclust.stages.models import read_method
-from rayclust.stages.pipeline import Seals, run_all, run_stage
-from rayclust.stages.python import load
-from rayclust.stages.status import lines
+from rayclust.runtime.api import load
+from rayclust.runtime.models import read_method
+from rayclust.runtime.pipeline import Manifests, run_all, run_stage, stages_of
+from rayclust.runtime.status import lines
+from rayclust.stages import select_k, train
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.conftest import Sealed, sealed_run
@@ -61,9 +60,9 @@ def other(sealed: Sealed, **groups: Any) -> RunConfig:
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The candidates that are examined from now on."""
-    found, before = list[int](), candidate.examine
+    found, before = list[int](), select_k.examine
 
-    def note(search: candidate.Search, clusters: int) -> Any:
+    def note(search: select_k.Search, clusters: int) -> Any:
         found.append(clusters)
         return before(search, clusters)
 
@@ -99,7 +98,7 @@ def test_later_stages_work_with_the_chosen_number_and_every_way_into_the_run_kno
     assert read_method(found_run.run.model_folder, "train").config.clusters == TRUE
     assert load(found_run.config.run).clusters.num_rows == TRUE
     assert load(found_run.config.run).config == found_run.config
-    assert all(Seals(found_run.config).of(stage) for stage in stages_of(found_run.config))
+    assert all(Manifests(found_run.config).of(stage) for stage in stages_of(found_run.config))
 
 
 def test_the_model_is_the_one_that_train_fits_with_that_number(found_run: Sealed, tmp_path: Path, in_process: None):

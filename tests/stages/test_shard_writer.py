@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayclust.stages.shard_writer import ShardWriter
-from rayclust.stages.units import read_marker
+from rayclust.runtime.tasks import read_mark
+from rayclust.stages.encode import ShardWriter
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 
@@ -35,13 +35,13 @@ def test_every_order_of_chunks_gives_the_same_part(order: tuple[int, ...], tmp_p
     run = Run(str(tmp_path))
     writer = ShardWriter(run.uri, 2)
     for place, number in enumerate(order):
-        assert read_marker(run.shard_manifest(0)) is None, place
+        assert read_mark(run.shard_manifest(0)) is None, place
         writer.add(unit(0, row_start=30), *CHUNKS[number])
     part = tables.read_table(run.embeddings(0))
     assert part["key"].to_pylist() == ["0-0", "0-1", "1-0", "1-1", "2-0"]
     assert part["row"].to_pylist() == [30, 31, 32, 33, 34]
     assert tables.matrix(part["embedding"]).tolist() == [[1, 1], [1, 2], [2, 1], [2, 2], [3, 1]]
-    digest, result = read_marker(run.shard_manifest(0)) or ("", None)
+    digest, result = read_mark(run.shard_manifest(0)) or ("", None)
     assert digest == "digest"
     assert result is not None
     assert result.counts == {"rows": 5, "rejects": 1, "labelled": 0}
@@ -65,7 +65,7 @@ def test_shards_do_not_mix(tmp_path: Path):
     writer = ShardWriter(run.uri, 2)
     writer.add(unit(0), *CHUNKS[0])
     writer.add(unit(1), *chunk(0, True))
-    assert read_marker(run.shard_manifest(0)) is None
+    assert read_mark(run.shard_manifest(0)) is None
     assert tables.read_table(run.embeddings(1)).num_rows == 2
     writer.add(unit(0), *CHUNKS[2])
     writer.add(unit(0), *CHUNKS[1])
@@ -79,7 +79,7 @@ def test_a_shard_of_rejects_alone_and_one_of_nothing_are_written(tmp_path: Path)
     writer.add(unit(1), *chunk(0, True, rows=0))
     assert tables.read_table(run.rejects(0)).num_rows == 2
     assert tables.read_table(run.embeddings(1)).schema.equals(tables.EMBEDDINGS(2))
-    assert read_marker(run.shard_manifest(1)) is not None
+    assert read_mark(run.shard_manifest(1)) is not None
 
 
 def test_an_older_marker_is_gone_while_its_part_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -89,7 +89,7 @@ def test_an_older_marker_is_gone_while_its_part_is_replaced(tmp_path: Path, monk
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rayclust.stages.shard_writer.write_shard", killed)
+    monkeypatch.setattr("rayclust.stages.encode.write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         ShardWriter(run.uri, 2).add(unit(0, "new"), *chunk(0, True))
-    assert read_marker(run.shard_manifest(0)) is None
+    assert read_mark(run.shard_manifest(0)) is None

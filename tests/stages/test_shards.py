@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rayclust.errors import ArtefactError
-from rayclust.stages.shards import Moments, MomentsInOrder, renumber, write_shard
-from rayclust.stages.units import Unit, UnitResult, read_marker, write_marker
+from rayclust.runtime.rows import Moments, MomentsInOrder, renumber, write_shard
+from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 
@@ -27,7 +27,7 @@ def reject(key: str, reason: str = "empty") -> dict[str, str]:
 
 def test_a_shard_is_a_part_its_rejects_and_their_counts(run: Run):
     embeddings = np.array([[1, 2], [3, 4]], np.float16)
-    result = write_shard(run, Unit(3, "d"), 40, records("ä/1.png", "?2"), embeddings, [reject("z"), reject("b", "bad")])
+    result = write_shard(run, Task(3, "d"), 40, records("ä/1.png", "?2"), embeddings, [reject("z"), reject("b", "bad")])
     part = tables.read_table(run.embeddings(3))
     assert part.schema.equals(tables.EMBEDDINGS(2))
     assert part["row"].to_pylist() == [40, 41]
@@ -42,7 +42,7 @@ def test_a_shard_is_a_part_its_rejects_and_their_counts(run: Run):
 
 def test_rows_that_are_not_finite_become_rejects_and_the_others_stay_dense(run: Run):
     embeddings = np.array([[np.nan, 0], [1, 2], [0, np.inf], [3, 4]], np.float16)
-    result = write_shard(run, Unit(0, "d"), 7, records("a", "b", "c", "d"), embeddings, [])
+    result = write_shard(run, Task(0, "d"), 7, records("a", "b", "c", "d"), embeddings, [])
     part = tables.read_table(run.embeddings(0))
     assert part["row"].to_pylist() == [7, 8]
     assert part["key"].to_pylist() == ["b", "d"]
@@ -51,7 +51,7 @@ def test_rows_that_are_not_finite_become_rejects_and_the_others_stay_dense(run: 
 
 
 def test_an_empty_shard_is_an_empty_part(run: Run):
-    result = write_shard(run, Unit(0, "d"), 5, [], np.zeros((0, 4), np.float16), [])
+    result = write_shard(run, Task(0, "d"), 5, [], np.zeros((0, 4), np.float16), [])
     assert tables.read_table(run.embeddings(0)).num_rows == 0
     assert tables.read_table(run.embeddings(0)).schema.equals(tables.EMBEDDINGS(4))
     assert not filesystem.exists(run.rejects(0))
@@ -59,8 +59,8 @@ def test_an_empty_shard_is_an_empty_part(run: Run):
 
 
 def test_rejects_of_an_earlier_try_do_not_stay(run: Run):
-    write_shard(run, Unit(0, "d"), 0, records("a"), np.ones((1, 2), np.float16), [reject("b")])
-    write_shard(run, Unit(0, "e"), 0, records("a"), np.ones((1, 2), np.float16), [])
+    write_shard(run, Task(0, "d"), 0, records("a"), np.ones((1, 2), np.float16), [reject("b")])
+    write_shard(run, Task(0, "e"), 0, records("a"), np.ones((1, 2), np.float16), [])
     assert not filesystem.exists(run.rejects(0))
 
 
@@ -76,14 +76,14 @@ def test_moments_of_parts_add_up_to_those_of_all_rows_and_travel_exactly():
 
 
 def marked_shard(run: Run, row_start: int) -> None:
-    unit = Unit(2, "digest")
+    unit = Task(2, "digest")
     result = write_shard(run, unit, row_start, records("a", "b"), np.ones((2, 2), np.float16), [reject("c")])
-    write_marker(run.shard_manifest(2), unit, result)
+    write_mark(run.shard_manifest(2), unit, result)
 
 
-def without_stamps(result: UnitResult) -> UnitResult:
+def without_stamps(result: TaskResult) -> TaskResult:
     outputs = {path: {**written, "stamp": ""} for path, written in result.outputs.items()}
-    return UnitResult(outputs, result.counts, result.extra)
+    return TaskResult(outputs, result.counts, result.extra)
 
 
 def test_a_renumbered_part_has_the_bytes_that_a_right_guess_would_have_had(run: Run, tmp_path: Path):
@@ -94,7 +94,7 @@ def test_a_renumbered_part_has_the_bytes_that_a_right_guess_would_have_had(run: 
     other = Run(str(tmp_path / "other"))
     marked_shard(other, 60)
     assert content == filesystem.read_bytes(other.embeddings(2))
-    marker, right = read_marker(run.shard_manifest(2)), read_marker(other.shard_manifest(2))
+    marker, right = read_mark(run.shard_manifest(2)), read_mark(other.shard_manifest(2))
     assert marker is not None
     assert right is not None
     assert marker == ("digest", first)
@@ -110,10 +110,10 @@ def test_renumbering_killed_half_way_leaves_a_marker_that_names_no_row(run: Run,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rayclust.stages.shards.put_table", killed)
+        patch.setattr("rayclust.runtime.rows.put_table", killed)
         with pytest.raises(KeyboardInterrupt):
             renumber(run, 2, 60)
-    marker = read_marker(run.shard_manifest(2))
+    marker = read_mark(run.shard_manifest(2))
     assert marker is not None
     assert marker[1].extra["row_start"] is None
     assert renumber(run, 2, 60).extra["row_start"] == 60
@@ -131,8 +131,8 @@ def test_moments_are_summed_in_order_of_the_parts_and_not_kept(run: Run):
     expected = own[0] + own[2] + own[3]
     seen = MomentsInOrder()
     for index in (2, 1, 3, 0, 2):  # the last is read again
-        result = UnitResult({}, {"rows": len(parts[index])}, {"moments": own[index].to_json()})
-        seen.take(Unit(index, "d"), result)
+        result = TaskResult({}, {"rows": len(parts[index])}, {"moments": own[index].to_json()})
+        seen.take(Task(index, "d"), result)
         assert result.extra == {}
     assert seen.sum.to_json() == expected.to_json()
 
@@ -140,6 +140,6 @@ def test_moments_are_summed_in_order_of_the_parts_and_not_kept(run: Run):
 def test_moments_are_not_given_out_while_a_part_is_missing(run: Run):
     seen = MomentsInOrder()
     moments = Moments.of(np.ones((1, 2), np.float16)).to_json()
-    seen.take(Unit(1, "d"), UnitResult({}, {"rows": 1}, {"moments": moments}))
+    seen.take(Task(1, "d"), TaskResult({}, {"rows": 1}, {"moments": moments}))
     with pytest.raises(ArtefactError, match="missing"):
         _ = seen.sum

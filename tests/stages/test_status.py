@@ -9,9 +9,8 @@ import pytest
 
 from rayclust.config import validate
 from rayclust.errors import ArtefactError
-from rayclust.stages.graph import stages_of
-from rayclust.stages.pipeline import save_config
-from rayclust.stages.status import _sealed, bottleneck, lines
+from rayclust.runtime.pipeline import save_config, stages_of
+from rayclust.runtime.status import _sealed, bottleneck, lines
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import held

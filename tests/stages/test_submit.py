@@ -18,9 +18,9 @@ import pytest
 from rayclust.cli import run_command
 from rayclust.config import parse, validate
 from rayclust.errors import ConfigError, DataError
-from rayclust.stages import submit as module
-from rayclust.stages.quick import anchored
-from rayclust.stages.submit import Submission, follow, newest, refuse_far_paths, stop, submit, submit_run
+from rayclust.runtime import jobs as module
+from rayclust.runtime.api import with_absolute_paths
+from rayclust.runtime.jobs import Submission, follow, newest, refuse_far_paths, stop, submit, submit_run
 from tests.stages.runs import descendants, kill, tree, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def submission(**groups: Any) -> Submission:
-    return Submission(anchored(validate(FAR | groups)))
+    return Submission(with_absolute_paths(validate(FAR | groups)))
 
 
 def test_the_same_config_has_the_same_name_wherever_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -117,7 +117,7 @@ def test_the_shell_hands_the_config_on_as_it_is(tmp_path: Path):
 
 
 def test_local_paths_are_refused_by_a_cluster_elsewhere_and_warned_of_here(caplog: Any):
-    local = anchored(validate(tree("/runs/one", "/photos", label={"vocabulary": "/words.txt"})))
+    local = with_absolute_paths(validate(tree("/runs/one", "/photos", label={"vocabulary": "/words.txt"})))
     with pytest.raises(
         ConfigError, match=r"^run = /runs/one: is local, like images.uri, label.vocabulary, and"
     ) as caught:
@@ -128,8 +128,8 @@ def test_local_paths_are_refused_by_a_cluster_elsewhere_and_warned_of_here(caplo
     assert "no tunnel" in caplog.text
     caplog.clear()
     refuse_far_paths(local, "http://head:8265", shared_paths=True)
-    refuse_far_paths(anchored(validate(FAR)), "http://head:8265")
-    refuse_far_paths(anchored(validate(tree("s3://b/run", "dataset:digits"))), "http://head:8265")
+    refuse_far_paths(with_absolute_paths(validate(FAR)), "http://head:8265")
+    refuse_far_paths(with_absolute_paths(validate(tree("s3://b/run", "dataset:digits"))), "http://head:8265")
     assert caplog.text == ""
 
 

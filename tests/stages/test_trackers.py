@@ -9,7 +9,7 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError
-from rayclust.stages.trackers import Trackers
+from rayclust.stages.train import Trackers
 from tests.stages.runs import tree
 
 ROW = {"epoch": 3, "step": 40, "loss": 0.5, "head_losses": [0.25, 0.75], "note": "text"}

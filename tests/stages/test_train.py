@@ -14,7 +14,7 @@ import torch
 
 from rayclust.config import validate
 from rayclust.errors import ConfigError, RayclustError
-from rayclust.stages.pipeline import run_all, run_stage
+from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.stages.train import KEPT, Job, StoredCheckpoints, _require_any_number
 from rayclust.store.layout import Run
 from rayclust.training.loop import CLOCK_STEPS

@@ -11,9 +11,9 @@ import pytest
 from rayclust.cli import run_command
 from rayclust.config import validate
 from rayclust.errors import ConfigError, RayclustError
-from rayclust.stages import pipeline
-from rayclust.stages.pipeline import run_all
-from rayclust.stages.trials import _refuse_failed, _room
+from rayclust.runtime import pipeline
+from rayclust.runtime.pipeline import run_all
+from rayclust.stages.select_k import _refuse_failed, _room
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.planted import planted, planted_tree

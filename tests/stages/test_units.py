@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rayclust.errors import DataError
-from rayclust.stages import meter
-from rayclust.stages.outputs import put_bytes
-from rayclust.stages.units import Unit, UnitResult, finish, finished, read_marker, run_units, write_marker
+from rayclust.runtime import progress
+from rayclust.runtime.artefacts import put_bytes
+from rayclust.runtime.tasks import Task, TaskResult, finished_tasks, read_mark, run_and_mark, run_tasks, write_mark
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 
@@ -21,23 +21,23 @@ def run(tmp_path: Path) -> Run:
     return Run(str(tmp_path / "run"))
 
 
-def work(run: Run, unit: Unit) -> UnitResult:
+def work(run: Run, unit: Task) -> TaskResult:
     """Writes a file that holds the unit's digest."""
     outputs = put_bytes(run, run.at("out", f"{unit.index}.bin"), unit.digest.encode())
-    return UnitResult(outputs, {"rows": unit.size}, {"payload": unit.payload})
+    return TaskResult(outputs, {"rows": unit.size}, {"payload": unit.payload})
 
 
-def marked(run: Run, *digests: str) -> list[Unit]:
-    units = [Unit(i, digest, payload=i, size=i + 1) for i, digest in enumerate(digests)]
+def marked(run: Run, *digests: str) -> list[Task]:
+    units = [Task(i, digest, payload=i, size=i + 1) for i, digest in enumerate(digests)]
     for unit in units:
-        finish(run.shard_manifest(unit.index, "stage"), unit, lambda unit=unit: work(run, unit))
+        run_and_mark(run.shard_manifest(unit.index, "stage"), unit, lambda unit=unit: work(run, unit))
     return units
 
 
 def test_a_marker_reads_back_as_written(run: Run):
-    result = UnitResult({"a/b": {"digest": "d", "size": 3}}, {"rows": 2}, {"note": [1, None]})
-    write_marker(run.at("m.json"), Unit(4, "digest"), result)
-    assert read_marker(run.at("m.json")) == ("digest", result)
+    result = TaskResult({"a/b": {"digest": "d", "size": 3}}, {"rows": 2}, {"note": [1, None]})
+    write_mark(run.at("m.json"), Task(4, "digest"), result)
+    assert read_mark(run.at("m.json")) == ("digest", result)
 
 
 DAMAGED: dict[str, bytes] = {
@@ -52,41 +52,41 @@ DAMAGED: dict[str, bytes] = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_marker_counts_as_none(name: str, run: Run):
     filesystem.write_bytes(run.at("m.json"), DAMAGED[name])
-    assert read_marker(run.at("m.json")) is None
-    assert read_marker(run.at("missing.json")) is None
+    assert read_mark(run.at("m.json")) is None
+    assert read_mark(run.at("missing.json")) is None
 
 
 def test_finished_are_those_with_equal_digest_and_whole_outputs(run: Run):
     units = marked(run, "one", "two", "three", "four", "five")
-    units[1] = Unit(1, "changed")
+    units[1] = Task(1, "changed")
     filesystem.remove(run.at("out", "2.bin"))
     filesystem.write_bytes(run.at("out", "3.bin"), b"longer than it was")
     filesystem.remove(run.shard_manifest(4, "stage"))
-    assert list(finished(run, "stage", units)) == [0]
-    assert finished(run, "another stage", units) == {}
+    assert list(finished_tasks(run, "stage", units)) == [0]
+    assert finished_tasks(run, "another stage", units) == {}
 
 
 def test_a_marker_of_other_work_is_gone_before_its_output_is_touched(run: Run):
     [unit] = marked(run, "digest-a")
 
-    def killed_half_way() -> UnitResult:
+    def killed_half_way() -> TaskResult:
         put_bytes(run, run.at("out", "0.bin"), b"digest-b")  # as long as what was there
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finish(run.shard_manifest(0, "stage"), Unit(0, "digest-b"), killed_half_way)
-    assert finished(run, "stage", [unit]) == {}
+        run_and_mark(run.shard_manifest(0, "stage"), Task(0, "digest-b"), killed_half_way)
+    assert finished_tasks(run, "stage", [unit]) == {}
 
 
 def test_the_same_work_again_keeps_its_marker_while_it_goes_on(run: Run):
     [unit] = marked(run, "digest-a")
     marker = run.shard_manifest(0, "stage")
 
-    def look() -> UnitResult:
+    def look() -> TaskResult:
         assert filesystem.exists(marker)
         return work(run, unit)
 
-    finish(marker, unit, look)
+    run_and_mark(marker, unit, look)
 
 
 def test_results_come_in_order_of_the_units_and_only_the_rest_is_done(in_process: None, run: Run):
@@ -94,21 +94,21 @@ def test_results_come_in_order_of_the_units_and_only_the_rest_is_done(in_process
     filesystem.remove(run.shard_manifest(1, "stage"))
     done = list[int]()
 
-    def note(unit: Unit) -> UnitResult:
+    def note(unit: Task) -> TaskResult:
         done.append(unit.index)
         return work(run, unit)
 
-    results = run_units(run, "stage", units, note)
+    results = run_tasks(run, "stage", units, note)
     assert done == [1]
     assert [result.extra["payload"] for result in results] == [0, 1, 2]
-    assert run_units(run, "stage", units, note) == results
+    assert run_tasks(run, "stage", units, note) == results
     assert done == [1]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(run: Run):
-    def work_or_fail(unit: Unit) -> UnitResult:
+    def work_or_fail(unit: Task) -> TaskResult:
         if unit.payload == "bad":
             # Not before the others have ended: what is under way when a unit fails goes on writing.
             deadline = time.monotonic() + 60
@@ -118,17 +118,17 @@ def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(r
             raise DataError("the third part: cannot be used")
         return put_and_count(unit)
 
-    def put_and_count(unit: Unit) -> UnitResult:
+    def put_and_count(unit: Task) -> TaskResult:
         path = run.at("out", f"{unit.index}.bin")
         assert not filesystem.exists(path)
-        return UnitResult(put_bytes(run, path, b"x"), {"rows": unit.size})
+        return TaskResult(put_bytes(run, path, b"x"), {"rows": unit.size})
 
-    units: list[Any] = [Unit(i, f"digest {i}", "bad" if i == 9 else None, size=i) for i in range(10)]
+    units: list[Any] = [Task(i, f"digest {i}", "bad" if i == 9 else None, size=i) for i in range(10)]
     with pytest.raises(DataError) as caught:
-        run_units(run, "stage", units, work_or_fail)
+        run_tasks(run, "stage", units, work_or_fail)
     assert str(caught.value) == "the third part: cannot be used"
-    units[9] = Unit(9, "mended", size=9)
-    results = run_units(run, "stage", units, work_or_fail)
+    units[9] = Task(9, "mended", size=9)
+    results = run_tasks(run, "stage", units, work_or_fail)
     assert [result.counts["rows"] for result in results] == list(range(10))
 
 
@@ -137,21 +137,21 @@ def test_what_is_taken_out_of_a_result_is_seen_once_a_call_and_not_held(in_proce
     filesystem.remove(run.shard_manifest(0, "stage"))
     taken = dict[int, int]()
 
-    def take(unit: Unit, result: UnitResult) -> None:
+    def take(unit: Task, result: TaskResult) -> None:
         assert unit.index not in taken
         taken[unit.index] = result.extra.pop("payload")
 
-    results = run_units(run, "stage", units, lambda unit: work(run, unit), take=take)
+    results = run_tasks(run, "stage", units, lambda unit: work(run, unit), take=take)
     assert taken == {0: 0, 1: 1, 2: 2}
     assert [result.extra for result in results] == [{}, {}, {}]
-    found = read_marker(run.shard_manifest(0, "stage"))
+    found = read_mark(run.shard_manifest(0, "stage"))
     assert found is not None
     assert found[1].extra == {"payload": 0}
 
 
 def test_a_stage_with_several_kinds_of_units_measures_each(in_process: None, run: Run):
-    with meter.measuring() as found:
+    with progress.collect_timings() as found:
         for section in ("sorting", "searching"):
-            units = [Unit(i, f"{section} {i}", size=5) for i in range(2)]
-            run_units(run, "stage", units, lambda unit: UnitResult({}, {"rows": unit.size}), section=section)
+            units = [Task(i, f"{section} {i}", size=5) for i in range(2)]
+            run_tasks(run, "stage", units, lambda unit: TaskResult({}, {"rows": unit.size}), section=section)
     assert [(part.name, part.done) for part in found] == [("sorting", 10), ("searching", 10)]

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig
-from rayclust.stages.rows import row_starts, transform_of
-from rayclust.stages.units import Unit
-from rayclust.stages.votes import FEW_WORDS, VOTERS, WITHOUT_CLASSES, Votes, sample_of_each
+from rayclust.runtime.rows import row_starts, transform_of
+from rayclust.runtime.tasks import Task
+from rayclust.stages.label import FEW_WORDS, VOTERS, WITHOUT_CLASSES, Votes, sample_of_each
 from tests.stages.conftest import Sealed
 
 
@@ -54,11 +54,12 @@ def test_classes_beside_other_lists_make_two_namings(
     rows = np.array([[0.8, 0.6], [0.0, 1.0], [1.0, 0.0]], np.float32)
     order = {"east": 0, "up": 1, "right": 2}
     monkeypatch.setattr(
-        "rayclust.stages.votes.embedded", lambda config, words: rows[[order[w.casefold()] for w in words.words]]
+        "rayclust.stages.label.word_embeddings",
+        lambda config, words: rows[[order[w.casefold()] for w in words.words]],
     )
     assert both.prepare() == 3
     for part in range(2):
-        both.vote(Unit(part, "d"))
+        both.vote(Task(part, "d"))
     names, voters = both.count()
     assert voters == 7
     assert {name.name for name in names["all"]} == {"right", "up"}

@@ -11,8 +11,8 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
 from rayclust.language.vocabulary import Vocabulary, merged
-from rayclust.stages import words as words_module
-from rayclust.stages.words import check_classes, cluster_names, embedded, kinds, read_lists
+from rayclust.runtime import vocabularies as words_module
+from rayclust.runtime.vocabularies import check_classes, cluster_names, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from tests.stages.conftest import Sealed
@@ -36,7 +36,7 @@ def config(vocabulary: str | list[str], encoder: str = "pixels", **label: str) -
     ],
 )
 def test_auto_asks_for_names_where_the_encoder_reads_text(vocabulary: str, encoder: str, kind: list[str]):
-    assert list(kinds(config(vocabulary, encoder)).values()) == kind
+    assert list(vocabulary_kinds(config(vocabulary, encoder)).values()) == kind
 
 
 def test_words_with_rows_keep_them(tmp_path: Path):
@@ -44,7 +44,7 @@ def test_words_with_rows_keep_them(tmp_path: Path):
     pq.write_table(pa.table({"embedding": [[3.0, 4.0], [0.0, 2.0]], "word": ["ä dog", "cat"], "more": [1, 2]}), path)
     [words] = read_lists(config(str(path)))
     assert words.words == ("ä dog", "cat")
-    rows = embedded(config(str(path)), merged([words]))
+    rows = word_embeddings(config(str(path)), merged([words]))
     assert rows.dtype == np.float32
     cosines = rows @ np.array([[3.0, 4.0], [0.0, 2.0]]).T
     assert (cosines.argmax(1) == [0, 0]).all() or (cosines > 0).all()
@@ -123,12 +123,12 @@ def test_names_without_rows_are_read_by_the_encoder_where_that_is_one_space(monk
 
     monkeypatch.setattr(words_module, "load_run_encoder", lambda config: Reader())
     both = merged([ROWS, Vocabulary(("Dog", "eel"))])
-    found = embedded(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), both)
+    found = word_embeddings(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), both)
     np.testing.assert_allclose(found, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
     with pytest.raises(ConfigError, match=r"say with label\.space"):
-        embedded(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32"), both)
+        word_embeddings(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32"), both)
     with pytest.raises(ConfigError, match="'eel' have no embedding in any list, and the encoder pixels reads no text"):
-        embedded(config(["a.parquet", "classes"]), both)
+        word_embeddings(config(["a.parquet", "classes"]), both)
     wide = merged([Vocabulary(("cat",), np.ones((1, 5), np.float32)), Vocabulary(("eel",))])
     with pytest.raises(ConfigError, match="embeddings of 5 values; the encoder's have 3"):
-        embedded(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), wide)
+        word_embeddings(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), wide)

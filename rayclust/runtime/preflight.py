@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,20 +11,118 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayclust.config import RunConfig
+from rayclust.config import NodePrice, RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import DataError, RayclustError
 from rayclust.language.vocabulary import merged
 from rayclust.methods import METHODS
-from rayclust.stages import estimate
-from rayclust.stages.estimate import Sample
-from rayclust.stages.inputs import input_shards
-from rayclust.stages.models import load_run_encoder
-from rayclust.stages.placing import plan
-from rayclust.stages.words import check_classes, kinds, read_lists
+from rayclust.runtime.cluster import describe_placement
+from rayclust.runtime.inputs import input_shards
+from rayclust.runtime.models import load_run_encoder
+from rayclust.runtime.progress import duration
+from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds
 from rayclust.store import filesystem
 from rayclust.store.sources import Shard, read_records, read_rows
+
+# What a run will read, write, take and cost, from a few of its images and the prices in its config.
+
+
+GIGABYTE = 1e9
+HOUR = 3600.0
+NEIGHBOR_BYTES = 10
+"""Of one neighbour in storage: its row, int64, and its similarity, float16."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the first images take on this machine, on average."""
+
+    file_bytes: float
+    """Of an encoded image."""
+    decode_seconds: float
+    """Of one CPU."""
+    encode_seconds: float
+    """Of one GPU, or of one CPU where `on_gpu` is false."""
+    on_gpu: bool
+
+
+def traffic(config: RunConfig, images: int, dimension: int, sample: Sample | None) -> str:
+    """Bytes that are read and written, and what a training node keeps."""
+    stored, neighbors = images * dimension * 2, images * min(config.neighbors.k, max(images - 1, 0)) * NEIGHBOR_BYTES
+    read = f"reads {images * sample.file_bytes / GIGABYTE:.2f} GB of images; " if sample else ""
+    return (
+        f"{read}{stored / GIGABYTE:.2f} GB of embeddings and {neighbors / GIGABYTE:.2f} GB of neighbours in storage, "
+        f"{_training_rows(config, images * dimension * 4 / GIGABYTE)}"
+    )
+
+
+def _training_rows(config: RunConfig, gigabytes: float) -> str:
+    """What a training node, or each worker with its own cells, keeps of so many gigabytes of rows."""
+    workers = config.resources.workers
+    if config.resources.rows == "whole":
+        return f"{gigabytes:.2f} GB of rows per training node"
+    if workers == "auto":
+        return f"{gigabytes:.2f} GB of rows over all training workers"
+    return f"about {gigabytes / workers:.2f} GB of rows per training worker"
+
+
+def work(config: RunConfig, images: int, sample: Sample) -> str:
+    """CPU and GPU time of the stage encode at the speed of this machine, and how many CPUs keep a GPU busy."""
+    decode, encode = images * sample.decode_seconds, images * sample.encode_seconds
+    if not config.resources.gpus_per_worker:
+        return f"decode {duration(decode)} and encode {duration(encode)} of CPU time at the speed of this machine"
+    if not sample.on_gpu:
+        return f"decode {duration(decode)} of CPU time; how fast a GPU encodes cannot be seen on this machine"
+    ratio = sample.decode_seconds / sample.encode_seconds
+    return (
+        f"decode {duration(decode)} of CPU time and encode {duration(encode)} of GPU time at this machine's speed: "
+        f"{ratio:.1f} CPUs keep one GPU busy"
+    )
+
+
+def costs(config: RunConfig, images: int, sample: Sample) -> Iterator[str]:
+    """A line for each kind of node in `prices`: hours and dollars of the stage encode on it, and what bounds it."""
+    wants_gpus = bool(config.resources.gpus_per_worker)
+    for name, node in config.prices.items():
+        if wants_gpus and not node.gpus:
+            hours = images * sample.decode_seconds / HOUR / node.cpus
+            yield f"{name}: decoding alone takes {_priced(hours, node)}"
+            continue
+        rate = _images_per_second(node, sample, wants_gpus)
+        if rate is None:
+            yield f"{name}: not known, set prices.{name}.images_per_second: no GPU is here to see how fast one encodes"
+            continue
+        yield f"{name}: {_encoding(images, node, sample, rate) if wants_gpus else _on_cpus(images, node, sample, rate)}"
+
+
+def _images_per_second(node: NodePrice, sample: Sample, wants_gpus: bool) -> float | None:
+    """Of one GPU, or one CPU."""
+    if node.images_per_second is not None:
+        return node.images_per_second
+    return None if wants_gpus != sample.on_gpu else 1 / sample.encode_seconds
+
+
+def _encoding(images: int, node: NodePrice, sample: Sample, rate: float) -> str:
+    """On nodes with GPUs, whose own CPUs decode: the slower of the two bounds the node."""
+    encode = images / rate / HOUR / node.gpus
+    decode = images * sample.decode_seconds / HOUR / node.cpus
+    needed, there = sample.decode_seconds * rate, node.cpus / node.gpus
+    bound = (
+        f"its GPUs bound it, {needed:.1f} of {there:.1f} CPUs a GPU are busy"
+        if encode >= decode
+        else f"its CPUs bound it, {needed:.1f} a GPU are needed and {there:.1f} are there: add CPU nodes"
+    )
+    return f"{_priced(max(encode, decode), node)}, {encode * node.gpus:.2f} GPU hours; {bound}"
+
+
+def _on_cpus(images: int, node: NodePrice, sample: Sample, rate: float) -> str:
+    return _priced(images * (sample.decode_seconds + 1 / rate) / HOUR / node.cpus, node)
+
+
+def _priced(hours: float, node: NodePrice) -> str:
+    return f"{hours:.2f} node hours, ${hours * node.dollars_per_hour:,.2f}"
+
 
 SAMPLE_IMAGES = 16
 """Images decoded and encoded to see that they can be, and how long they take."""
@@ -73,7 +171,7 @@ def check(config: RunConfig) -> list[Finding]:
         ("label", _words),
         ("estimate", _estimate),
         ("work", _work),
-        ("placement", lambda config, size: plan(config.resources.placement)),
+        ("placement", lambda config, size: describe_placement(config.resources.placement)),
         ("cost", _cost),
     )
     for subject, step in steps:
@@ -111,7 +209,7 @@ def _encoder(config: RunConfig, size: _Size) -> str:
         return _ready_rows(shard, size)
     encoder = load_run_encoder(config)
     size.dimension = encoder.dimension
-    good, reasons = _tried(config, encoder, size)
+    good, reasons = _try_sample(config, encoder, size)
     if not good:
         why = f"none of the first {len(reasons)} images can be decoded: {', '.join(sorted(set(reasons)))}"
         raise DataError(why if reasons else "the input holds no image")
@@ -129,7 +227,7 @@ def _ready_rows(shard: Shard, size: _Size) -> str:
     return f"ready embeddings of {size.dimension} values"
 
 
-def _tried(config: RunConfig, encoder: Encoder, size: _Size) -> tuple[int, list[str]]:
+def _try_sample(config: RunConfig, encoder: Encoder, size: _Size) -> tuple[int, list[str]]:
     """Images that went through and the reasons of those that did not; notes what they took."""
     pixels, reasons = list[Any](), list[str]()
     seconds, file_bytes = 0.0, 0
@@ -170,7 +268,7 @@ def _method(config: RunConfig, size: _Size) -> str:
         raise DataError(
             f"method.clusters = {config.method.clusters}: must be at most the number of images, {size.images}"
         )
-    return _fit(config, size)
+    return _plan_fit(config, size)
 
 
 def _search(config: RunConfig, size: _Size) -> str:
@@ -180,7 +278,7 @@ def _search(config: RunConfig, size: _Size) -> str:
         return f"{config.method.name} once for each candidate and seed, of which the number of images decides"
     options.refuse_above(size.images)
     first = options.first(size.images)
-    largest = _fit(config.closed(first[-1]), size)
+    largest = _plan_fit(config.closed(first[-1]), size)
     if not METHODS[config.method.name][1].refits_for_clusters:
         return f"one fit of {largest}, cut into {len(first)} candidates up to {first[-1]} clusters"
     more = f", and up to {MORE_A_ROUND * options.rounds} candidates more" if options.candidates == "auto" else ""
@@ -189,7 +287,7 @@ def _search(config: RunConfig, size: _Size) -> str:
     return f"{shown}{more}; each of {largest}"
 
 
-def _fit(config: RunConfig, size: _Size) -> str:
+def _plan_fit(config: RunConfig, size: _Size) -> str:
     known = f"{config.method.name} on {size.dimension} values a row"
     if size.images <= config.method.clusters or not size.dimension:
         return known
@@ -202,7 +300,7 @@ def _fit(config: RunConfig, size: _Size) -> str:
 
 def _words(config: RunConfig, size: _Size) -> str:
     check_classes(config)
-    found, own = read_lists(config), "classes" in kinds(config).values()
+    found, own = read_lists(config), "classes" in vocabulary_kinds(config).values()
     if not found:
         return "the classes' own names" if own else "no vocabulary: clusters get no names"
     return f"{len(merged(found).words):,} words" + (", and the classes' own names" if own else "")
@@ -212,13 +310,13 @@ def _estimate(config: RunConfig, size: _Size) -> str:
     if not size.images:
         return "the number of images is not known before they are read"
     least = "at least " if size.is_lower_bound else ""
-    return least + estimate.traffic(config, size.images, size.dimension, size.sample)
+    return least + traffic(config, size.images, size.dimension, size.sample)
 
 
 def _work(config: RunConfig, size: _Size) -> str:
     if size.sample is None:
         return "nothing is encoded"
-    return estimate.work(config, size.images or THOUSAND, size.sample) + ("" if size.images else ", each 1,000 images")
+    return work(config, size.images or THOUSAND, size.sample) + ("" if size.images else ", each 1,000 images")
 
 
 def _cost(config: RunConfig, size: _Size) -> str:
@@ -227,4 +325,4 @@ def _cost(config: RunConfig, size: _Size) -> str:
     if size.sample is None:
         return "nothing is encoded"
     each = "" if size.images else ", each 1,000 images"
-    return f"encode{each} on " + "; on ".join(estimate.costs(config, size.images or THOUSAND, size.sample))
+    return f"encode{each} on " + "; on ".join(costs(config, size.images or THOUSAND, size.sample))

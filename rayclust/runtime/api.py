@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from rayclust.config import RunConfig, parse, validate
 from rayclust.errors import ArtefactError
 from rayclust.language.vocabulary import kind_of
-from rayclust.stages.pipeline import run_all
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.runtime.pipeline import run_all
+from rayclust.store import filesystem, tables
+from rayclust.store.layout import Run, parts
 from rayclust.store.lease import held
+from rayclust.store.manifest import read_json_output
 
 DEFAULT_ENCODER = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
 """Small enough for a laptop's CPU."""
@@ -45,7 +48,7 @@ def quick(
     }
     text = yaml.safe_dump(tree, sort_keys=False)
     open_or_not = f"[{clusters}]" if "," in clusters and "[" not in clusters else clusters
-    config = anchored(parse(text, [f"method.clusters={open_or_not}", *overrides]))
+    config = with_absolute_paths(parse(text, [f"method.clusters={open_or_not}", *overrides]))
     with held(Run(config.run)):
         filesystem.write_bytes(filesystem.join(config.run, "RUN.yaml"), as_yaml(config).encode())
         run_all(config)
@@ -66,10 +69,10 @@ def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     data = sys.stdin.buffer.read() if uri == "-" else filesystem.read_bytes(uri)
     source = "standard input" if uri == "-" else uri
-    return anchored(parse(data.decode("utf-8", "replace"), overrides, source))
+    return with_absolute_paths(parse(data.decode("utf-8", "replace"), overrides, source))
 
 
-def places(config: RunConfig) -> dict[str, str]:
+def local_paths(config: RunConfig) -> dict[str, str]:
     """Every path and URI in a config by its full key."""
     found = {"run": config.run}
     if not config.images.uri.startswith("dataset:"):
@@ -86,10 +89,10 @@ def places(config: RunConfig) -> dict[str, str]:
     return found
 
 
-def anchored(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with every local path absolute: workers do not share the directory that the command was given in."""
     tree = config.model_dump(mode="json", exclude_unset=True)
-    for key, place in places(config).items():
+    for key, place in local_paths(config).items():
         *groups, last = key.split(".")
         node: Any = tree
         for group in groups:
@@ -110,3 +113,91 @@ def load_run(uri: str) -> RunConfig:
     except filesystem.MissingError:
         raise ArtefactError(f"{uri}: no run there: give the folder or URI that RUN.yaml names as `run`") from None
     return validate(tree | {"run": run})
+
+
+# `rayclust.run` and `rayclust.load`: a run from Python.
+
+
+def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = ()) -> RunTables:
+    """Runs every stage that is not done.
+
+    Args:
+        config: a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`.
+        overrides: `KEY=VALUE` items, for a path or URI.
+
+    Returns:
+        The run's tables.
+
+    Raises:
+        RayclustError: what the command line would say.
+    """
+    if isinstance(config, str):
+        settings = load_config(config, overrides)
+    else:
+        settings = with_absolute_paths(config if isinstance(config, RunConfig) else validate(dict(config)))
+    run_all(settings)
+    return load(settings.run)
+
+
+def load(run: str) -> RunTables:
+    """The run below a folder or URI; tables are read when they are asked for.
+
+    Raises:
+        ArtefactError: there is no run.
+    """
+    return RunTables(load_run(run))
+
+
+class RunTables:
+    """What a run has written so far."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        """What the run was last started with."""
+        self._run = Run(config.run)
+
+    def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The parts of a table in order, one at a time.
+
+        Args:
+            name: embeddings, rejects, neighbors or assignments.
+            columns: the columns to read; None reads all.
+
+        Raises:
+            ArtefactError: a part is missing or damaged.
+        """
+        return tables.iter_tables((uri for _, uri in parts(self._run.at(name))), columns)
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A whole table in memory; see `iter`.
+
+        Raises:
+            ArtefactError: the stage that writes it has not begun.
+        """
+        found = list(self.iter(name, columns))
+        if not found:
+            raise ArtefactError(f"{self._run.at(name)}: no parts there: the stage that writes them has not run")
+        return pa.concat_tables(found)
+
+    @cached_property
+    def clusters(self) -> pa.Table:
+        """One line a cluster: size, name, score, runners-up, exemplars, outliers."""
+        return tables.read_table(self._run.clusters)
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Scores.
+
+        Raises:
+            ArtefactError: the stage evaluate has not run.
+        """
+        try:
+            scores: dict[str, Any] = read_json_output(self._run, "evaluate", self._run.metrics)
+        except filesystem.MissingError:
+            raise ArtefactError(f"{self._run.metrics}: is missing: run evaluate first") from None
+        return scores
+
+    @property
+    def report(self) -> str:
+        """URI of the page."""
+        return self._run.report

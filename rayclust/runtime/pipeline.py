@@ -5,20 +5,161 @@ from __future__ import annotations
 import importlib
 import logging
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
-from rayclust.stages import meter
-from rayclust.stages.graph import CHOSEN, SELECT_K, STAGES, Stage, stages_of
-from rayclust.stages.outputs import Listing, Outputs, drop_damaged
-from rayclust.stages.placing import placed
-from rayclust.stages.progress import duration
+from rayclust.language.vocabulary import kind_of
+from rayclust.methods import has_own_space
+from rayclust.runtime import progress
+from rayclust.runtime.artefacts import FileListing, Outputs, drop_damaged
+from rayclust.runtime.cluster import scheduling
+from rayclust.runtime.progress import duration
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import Lease, held
 from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, seal, versions
+
+# The graph of stages: which there are, what of the config each depends on, and which others it reads.
+
+
+SELECT_K = "select-k"
+CHOSEN = "chosen"
+"""Entry of select-k's `extra`: the number of clusters and the files of its model, which is all that train reads."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what of the config it depends on and which stages it reads."""
+
+    name: str
+    needs: tuple[str, ...]
+    settings: Callable[[RunConfig], dict[str, Any]]
+    """The part of the config that its results depend on."""
+    revision: int = 1
+    """Raised when the stage's results change for the same config."""
+    for_own_space: tuple[str, ...] = ()
+    """Stages that it reads besides where the method has a space of its own."""
+    for_pairs: tuple[str, ...] = ()
+    """Stages that it reads besides where the method draws pairs of neighbours."""
+    reads_choice: bool = False
+    """Whether it reads select-k as well, in a run that leaves the number of clusters open."""
+    takes: Mapping[str, str] = field(default_factory=dict)
+    """Inputs of which it reads no more than one entry of their manifest's `extra`, and which."""
+
+    @property
+    def module(self) -> Any:
+        """The stage's file, imported when it is first needed: it brings torch and Ray."""
+        return importlib.import_module(f"rayclust.stages.{self.name.replace('-', '_')}")
+
+    def inputs(self, config: RunConfig) -> tuple[str, ...]:
+        """The stages that it reads in a run of this config."""
+        own = self.for_own_space if has_own_space(config.method.name) else ()
+        pairs = self.for_pairs if config.method.draws_pairs else ()
+        choice = (SELECT_K,) if self.reads_choice and config.is_open else ()
+        return (*self.needs, *own, *pairs, *choice)
+
+
+def _part(config: Any, *keys: str) -> dict[str, Any]:
+    dumped: dict[str, Any] = config.model_dump(mode="json")
+    return {key: dumped[key] for key in keys} if keys else dumped
+
+
+_ROOM = ("worker_memory",)
+
+
+def _method(config: RunConfig) -> dict[str, Any]:
+    # What was set by hand matters besides the values: a preset fills only what was left open.
+    # What a worker has room for bounds who holds what, as their number does, and not what comes out.
+    method = {key: value for key, value in _part(config.method).items() if key not in _ROOM}
+    return {"all": method, "set": sorted(config.method.model_fields_set.difference(_ROOM))}
+
+
+def _words(config: RunConfig) -> dict[str, Any]:
+    content: dict[str, Any] = {"label": _part(config.label), "encoder": _part(config.encoder)}
+    files = [name for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
+    if files:
+        found = [filesystem.stat(name) for name in files]
+        content["words"] = [file.stamp if file else None for file in found]
+    return content
+
+
+def candidate_settings(config: RunConfig) -> dict[str, Any]:
+    """What one candidate of select-k depends on, besides its number of clusters: not which others there are."""
+    method = _method(config)
+    method["all"].pop("clusters")
+    method["set"] = [key for key in method["set"] if key != "clusters"]
+    measured = _part(config.select_k, "seeds", "rows", "distortion")
+    return {"method": method, "measured": measured, "features": _part(config.features), "seed": config.seed}
+
+
+def _index(config: RunConfig) -> dict[str, Any]:
+    settings = {"index": _part(config.index), "seed": config.seed}
+    return settings | ({"features": _part(config.features)} if has_own_space(config.method.name) else {})
+
+
+def _division(config: RunConfig) -> dict[str, Any]:
+    # Cells leave some pairs out; all rows on every worker are the same training whatever the resources.
+    return {"rows": "cells"} if config.resources.rows == "cells" else {}
+
+
+def _levels(config: RunConfig) -> dict[str, Any]:
+    return {"levels": config.assign.levels, "seed": config.seed} if config.assign.levels else {}
+
+
+_SEARCH = ("candidates", "least", "most", "rounds", "rule")
+_IMAGES = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("encode", (), lambda c: {"images": _part(c.images, *_IMAGES), "encoder": _part(c.encoder)}),
+        Stage(
+            "neighbors",
+            ("encode",),
+            lambda c: {"neighbors": _part(c.neighbors), "features": _part(c.features)},
+            revision=2,
+        ),
+        Stage(
+            SELECT_K,
+            ("encode", "neighbors"),
+            lambda c: {"candidate": candidate_settings(c), "search": _part(c.select_k, *_SEARCH)},
+        ),
+        Stage(
+            "train",
+            ("encode",),
+            lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed} | _division(c),
+            for_pairs=("neighbors",),
+            reads_choice=True,
+            takes={SELECT_K: CHOSEN},
+        ),
+        Stage("assign", ("encode", "train"), lambda c: {"features": _part(c.features)} | _levels(c)),
+        Stage("label", ("encode", "assign"), lambda c: _words(c) | {"features": _part(c.features), "seed": c.seed}),
+        Stage("index", ("encode",), _index, for_own_space=("train",)),
+        Stage(
+            "evaluate",
+            ("encode", "neighbors", "assign"),
+            lambda c: {"evaluate": _part(c.evaluate), "features": _part(c.features), "seed": c.seed},
+            for_own_space=("train",),
+        ),
+        Stage("figures", ("encode", "train", "assign"), lambda c: {"features": _part(c.features), "seed": c.seed}),
+        Stage(
+            "report",
+            ("encode", "train", "assign", "label", "evaluate", "figures"),
+            lambda c: {"report": _part(c.report)},
+            for_own_space=("index",),
+            reads_choice=True,
+        ),
+    )
+}
+
+
+def stages_of(config: RunConfig) -> tuple[str, ...]:
+    """The stages of a run of this config, in order: all, and select-k only where the number of clusters is open."""
+    return tuple(name for name in STAGES if name != SELECT_K or config.is_open)
+
 
 logger = logging.getLogger(__name__)
 
@@ -62,23 +203,25 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
         RayclustError: whatever the stage raises.
     """
     with held(Run(config.run)) as lease:
-        return _run_held(name, config, lease, force)
+        return _run_locked(name, config, lease, force)
 
 
-def _run_held(name: str, config: RunConfig, lease: Lease, force: bool, *, inputs_are_checked: bool = False) -> Manifest:
+def _run_locked(
+    name: str, config: RunConfig, lease: Lease, force: bool, *, inputs_are_checked: bool = False
+) -> Manifest:
     stage, run = STAGES[name], Run(config.run)
     if name not in stages_of(config):
         logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
         return Manifest(stage=name, digest="")
-    seals = Seals(config)
-    inputs, settled = _sealed_inputs(seals, config, stage), seals.settled(name)
-    plan = _listed(config) if name == "encode" else None
+    seals = Manifests(config)
+    inputs, settled = _complete_inputs(seals, config, stage), seals.settled(name)
+    plan = _list_inputs(config) if name == "encode" else None
     digest = stage_digest(stage, settled, inputs, plan)
-    manifest, listing = read_manifest(run, name), Listing(run)
+    manifest, listing = read_manifest(run, name), FileListing(run)
     if manifest and manifest.digest == digest and not force and outputs_present(run, manifest, listing):
         save_config(config)
         logger.info("%s: done before, skipped", name)
-        return _restamped(run, manifest, listing)
+        return _refresh_stamps(run, manifest, listing)
     if not inputs_are_checked:
         _refuse_damaged(name, run, inputs)
     filesystem.remove(run.manifest(name))
@@ -87,7 +230,7 @@ def _run_held(name: str, config: RunConfig, lease: Lease, force: bool, *, inputs
         filesystem.remove_tree(run.at("manifests", name))
     logger.info("%s: started", name)
     started = time.monotonic()
-    with placed(config.resources.placement), meter.measuring() as measured:
+    with scheduling(config.resources.placement), progress.collect_timings() as measured:
         result = _result(stage, StageContext(settled, run, digest, inputs, plan))
     seconds = time.monotonic() - started
     manifest = Manifest(
@@ -119,7 +262,7 @@ def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = 
                 for name in stages_of(config):
                     # What a stage reads was looked at when it was this command's turn to make it.
                     forced = force and name not in sealed
-                    sealed[name] = _run_held(name, config, lease, forced, inputs_are_checked=True)
+                    sealed[name] = _run_locked(name, config, lease, forced, inputs_are_checked=True)
                     if name == stop_after:
                         break
                 return sealed
@@ -186,9 +329,9 @@ def _input_digests(stage: Stage, inputs: dict[str, Manifest]) -> dict[str, str]:
     }
 
 
-def outputs_present(run: Run, manifest: Manifest, listing: Listing | None = None) -> bool:
+def outputs_present(run: Run, manifest: Manifest, listing: FileListing | None = None) -> bool:
     """Whether every file that the manifest lists is there as it was written; one listing per folder."""
-    listing = listing or Listing(run)
+    listing = listing or FileListing(run)
     return all(listing.has(path, written.model_dump()) for path, written in manifest.outputs.items())
 
 
@@ -201,7 +344,7 @@ def _refuse_damaged(name: str, run: Run, inputs: dict[str, Manifest]) -> None:
             )
 
 
-def _restamped(run: Run, manifest: Manifest, listing: Listing) -> Manifest:
+def _refresh_stamps(run: Run, manifest: Manifest, listing: FileListing) -> Manifest:
     """The manifest of outputs that are all there, sealed anew where they were copied: they need not be read again."""
     stamps = {path: found.stamp for path in manifest.outputs if (found := listing.find(path)) is not None}
     outputs = {
@@ -213,12 +356,12 @@ def _restamped(run: Run, manifest: Manifest, listing: Listing) -> Manifest:
     return manifest
 
 
-def _listed(config: RunConfig) -> Any:
+def _list_inputs(config: RunConfig) -> Any:
     """The input as it is now; imported late, for what it brings."""
-    return importlib.import_module("rayclust.stages.inputs").plan(config)
+    return importlib.import_module("rayclust.runtime.inputs").plan_inputs(config)
 
 
-class Seals:
+class Manifests:
     """The manifests of a run that hold for a config and for what their own inputs hold now; each is read once."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -259,7 +402,7 @@ def _settings_digest(stage: Stage, config: RunConfig) -> dict[str, str]:
     return {"settings": digest_of(stage.settings(config))}
 
 
-def _sealed_inputs(seals: Seals, config: RunConfig, stage: Stage) -> dict[str, Manifest]:
+def _complete_inputs(seals: Manifests, config: RunConfig, stage: Stage) -> dict[str, Manifest]:
     inputs = dict[str, Manifest]()
     for need in stage.inputs(config):
         manifest = seals.of(need)

@@ -14,8 +14,8 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.language import vocabulary
 from rayclust.language.naming import encode_words
 from rayclust.language.vocabulary import Candidates, Vocabulary
-from rayclust.stages.models import load_run_encoder
-from rayclust.stages.pipeline import content_digest
+from rayclust.runtime.models import load_run_encoder
+from rayclust.runtime.pipeline import content_digest
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import read_manifest
@@ -32,7 +32,7 @@ def cluster_names(run: Run) -> dict[int, str | None]:
     return dict(zip(table["cluster"].to_pylist(), table["name"].to_pylist(), strict=True))
 
 
-def kinds(config: RunConfig) -> dict[str, vocabulary.Kind]:
+def vocabulary_kinds(config: RunConfig) -> dict[str, vocabulary.Kind]:
     """The lists that names are to be taken from and what each is, `auto` resolved: ImageNet's names where the encoder
     reads text, else none. Empty where no names are wanted.
     """
@@ -53,7 +53,7 @@ def read_lists(config: RunConfig, labels: Callable[[], Iterable[str]] | None = N
         ConfigError: words are not shipped, the encoder cannot read them, or there are no classes.
         DataError: a file cannot be used.
     """
-    found = kinds(config)
+    found = vocabulary_kinds(config)
     return [
         _list(config, name, kind, labels) for name, kind in found.items() if kind != "classes" or labels is not None
     ]
@@ -82,7 +82,7 @@ def check_classes(config: RunConfig) -> None:
     Raises:
         ConfigError: so it is.
     """
-    found = kinds(config)
+    found = vocabulary_kinds(config)
     if "classes" not in found.values():
         return
     if config.images.labels == "none":
@@ -94,7 +94,7 @@ def check_classes(config: RunConfig) -> None:
         )
 
 
-def embedded(config: RunConfig, words: Candidates) -> np.ndarray:
+def word_embeddings(config: RunConfig, words: Candidates) -> np.ndarray:
     """Float32[V D]: the words' rows; those that came with none are read by the encoder.
 
     Raises:

@@ -8,16 +8,116 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from rayclust.config import PlacementConfig, format_labels, has_labels
 from rayclust.errors import ConfigError, RayclustError
-from rayclust.stages import meter, placing
+from rayclust.runtime import progress
+
+# Placement by node label: what the nodes of a cluster offer, and which labels the tasks of a stage carry.
+
+
+logger = logging.getLogger(__name__)
+
+OWN = "rayclust-own"
+"""Namespace of a cluster that this process has started on its machine: no node will ever join it."""
+_tasks: ContextVar[dict[str, str]] = ContextVar("tasks", default={})  # noqa: B039 - never changed in place
+
+
+@contextmanager
+def scheduling(placement: PlacementConfig) -> Iterator[None]:
+    """Within it, tasks that are sent off through `cluster` and `units` carry the labels of `placement.tasks`."""
+    token = _tasks.set(placement.tasks)
+    try:
+        yield
+    finally:
+        _tasks.reset(token)
+
+
+def task_labels() -> dict[str, str]:
+    """The labels of tasks here and now; {} outside `placed`."""
+    return _tasks.get()
+
+
+def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
+    """Options of a Ray task or actor that goes to nodes with these labels.
+
+    Args:
+        key: what wants it, below `resources.placement`.
+        labels: that a node must carry.
+
+    Returns:
+        {} where any node will do, so that Ray is asked what it was asked without labels.
+
+    Raises:
+        ConfigError: as `require`.
+    """
+    require_label(key, labels)
+    return {"label_selector": dict(labels)} if labels else {}
+
+
+def live_nodes(labels: Mapping[str, str]) -> list[dict[str, float]]:
+    """Resources of the live nodes that carry these labels."""
+    import ray
+
+    return [n["Resources"] for n in ray.nodes() if n["Alive"] and has_labels(n["Labels"], labels)]
+
+
+def total_resource(resource: str, labels: Mapping[str, str]) -> float:
+    """How much of a resource the live nodes with these labels have together."""
+    return float(sum(node.get(resource, 0) for node in live_nodes(labels)))
+
+
+def require_label(key: str, labels: Mapping[str, str]) -> None:
+    """Says it where no live node carries the labels: work for such a node waits, in silence, until one comes.
+
+    Ray does not tell a driver whether an autoscaler could bring one, or of which labels. Only of a cluster that this
+    process has started is it known that none will.
+
+    Raises:
+        ConfigError: none does, and the cluster is our own.
+    """
+    import ray
+
+    if not labels or live_nodes(labels):
+        return
+    there = sorted({_own_labels(node["Labels"]) for node in ray.nodes() if node["Alive"]})
+    text = f"resources.placement.{key} = {format_labels(labels)}: no node of the cluster carries it; the nodes carry "
+    text += "; ".join(there)
+    if ray.get_runtime_context().namespace == OWN:
+        raise ConfigError(
+            f"{text}. A cluster on this machine has no labels: leave the placement out, or set RAY_ADDRESS"
+        )
+    _warn(text)
+
+
+@lru_cache(64)
+def _warn(text: str) -> None:
+    """Once, however many tasks ask."""
+    logger.warning("%s. The work waits until such a node joins; where none is to come, stop and mend the label", text)
+
+
+def _own_labels(labels: Mapping[str, str]) -> str:
+    """Without those that Ray gives to every node."""
+    return format_labels({key: value for key, value in labels.items() if not key.startswith("ray.io/")}) or "no labels"
+
+
+def describe_placement(placement: PlacementConfig) -> str:
+    """Where each kind of work goes, in a line."""
+    kinds = {name: getattr(placement, name) for name in PlacementConfig.model_fields}
+    where = [f"{name} on {format_labels(labels) if labels else 'any node'}" for name, labels in kinds.items()]
+    placed_work = ", ".join(where) if any(kinds.values()) else "all work on any node"
+    return (
+        f"{placed_work}; the driver, with Tune's and Train's controllers, on the head of a cluster it is submitted to"
+    )
+
 
 if TYPE_CHECKING:  # workers that only read and write do without what the config brings: torch
     from rayclust.config import RunConfig
 
-logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 10.0
 """How long a cluster may take to answer at its address."""
@@ -42,7 +142,7 @@ def connect() -> None:
                 ray.init(address=address, **quiet)
             else:
                 # A laptop's cluster serves this process only: no dashboard, nothing left behind.
-                ray.init(address="local", namespace=placing.OWN, include_dashboard=False, **quiet)
+                ray.init(address="local", namespace=OWN, include_dashboard=False, **quiet)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
     logger.info("ray: %s", describe())
@@ -94,12 +194,12 @@ def describe() -> str:
 
 def cpus(labels: Mapping[str, str] | None = None) -> int:
     """Number of CPUs of the cluster, or of its nodes with some labels; at least 1."""
-    return max(1, int(placing.total("CPU", labels or {})))
+    return max(1, int(total_resource("CPU", labels or {})))
 
 
 def cores_per_worker(workers: int, labels: Mapping[str, str] | None = None) -> int:
     """The most CPUs that each of so many workers on nodes with some labels can have; one worker's lie on one node."""
-    return widest([int(node.get("CPU", 0)) for node in placing.nodes(labels or {})], workers)
+    return widest([int(node.get("CPU", 0)) for node in live_nodes(labels or {})], workers)
 
 
 def widest(nodes: Sequence[int], workers: int) -> int:
@@ -118,7 +218,7 @@ def _workers(config: RunConfig, labels: Mapping[str, str]) -> int:
     if resources.workers != "auto":
         return resources.workers
     if resources.gpus_per_worker:
-        return max(1, int((placing.total("GPU", labels) or 1) / resources.gpus_per_worker))
+        return max(1, int((total_resource("GPU", labels) or 1) / resources.gpus_per_worker))
     return cpus(labels)
 
 
@@ -141,13 +241,13 @@ def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1,
 
     connect()
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, **placing.selector("tasks", placing.task_labels()))
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, **label_selector("tasks", task_labels()))
     def call() -> tuple[Any, float]:  # bound methods cannot be remote themselves
         started = time.monotonic()
         return function(*arguments), time.monotonic() - started
 
     name = getattr(function, "__name__", "work").strip("_").replace("_", " ")
-    with plain_errors(), meter.section(name, 1) as measured:
+    with plain_errors(), progress.timed_section(name, 1) as measured:
         result, measured.busy["working"] = ray.get(call.remote())
         return result
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from rayclust.config import validate
 from rayclust.errors import ArtefactError
-from rayclust.stages.digits import write_digits
-from rayclust.stages.pipeline import run_all
+from rayclust.runtime.datasets import write_digits
+from rayclust.runtime.pipeline import run_all
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import held

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rayclust.config import RunConfig
-from rayclust.stages.graph import SELECT_K, stages_of
-from rayclust.stages.pipeline import Seals
-from rayclust.stages.progress import duration
-from rayclust.stages.quick import load_run
+from rayclust.runtime.api import load_run
+from rayclust.runtime.pipeline import SELECT_K, Manifests, stages_of
+from rayclust.runtime.progress import duration
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import holder_of
@@ -27,7 +26,7 @@ def lines(uri: str) -> Iterator[str]:
         ArtefactError: there is no run.
     """
     config = load_run(uri)
-    run, seals = Run(config.run), Seals(config)
+    run, seals = Run(config.run), Manifests(config)
     yield f"{run.uri}: {config.method.name}, {_clusters(config, seals)}, {config.encoder.name}"
     for stage in stages_of(config):
         manifest = read_manifest(run, stage)
@@ -38,7 +37,7 @@ def lines(uri: str) -> Iterator[str]:
     yield from _driver(run)
 
 
-def _clusters(config: RunConfig, seals: Seals) -> str:
+def _clusters(config: RunConfig, seals: Manifests) -> str:
     if not config.is_open:
         return f"{config.method.clusters} clusters"
     if seals.of(SELECT_K) is None:

@@ -77,7 +77,7 @@ def drop_damaged(run: Run, said: str) -> tuple[str, str] | None:
     return None
 
 
-class Listing:
+class FileListing:
     """Which files of a run are there as they were written; each folder is listed once, when it is first asked for.
 
     A file that still has the stamp of its writing is taken for what was written. One with another stamp, because it was

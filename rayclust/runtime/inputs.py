@@ -8,15 +8,15 @@ from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
-from rayclust.stages import datasets
-from rayclust.stages.graph import STAGES
-from rayclust.stages.models import weights_stamp
+from rayclust.runtime import datasets
+from rayclust.runtime.models import weights_stamp
+from rayclust.runtime.pipeline import STAGES
 from rayclust.store.manifest import digest_of
 from rayclust.store.sources import Shard, plan_shards
 
 
 @dataclass(frozen=True)
-class Plan:
+class InputPlan:
     """The input shards as listed: identities in order, without the names of their images."""
 
     digest: str
@@ -24,7 +24,7 @@ class Plan:
     digests: tuple[str, ...]
 
 
-def plan(config: RunConfig) -> Plan:
+def plan_inputs(config: RunConfig) -> InputPlan:
     """Lists the input. The listing streams: what stays in memory is one small record per shard.
 
     Raises:
@@ -34,7 +34,7 @@ def plan(config: RunConfig) -> Plan:
     for shard, digest in listing(config):
         digests.append(digest)
         shards.append(replace(shard, members=()))
-    return Plan(digest_of(digests), tuple(shards), tuple(digests))
+    return InputPlan(digest_of(digests), tuple(shards), tuple(digests))
 
 
 def listing(config: RunConfig) -> Iterator[tuple[Shard, str]]:

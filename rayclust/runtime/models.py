@@ -20,7 +20,7 @@ from rayclust.encoders.load import load_encoder
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import load
 from rayclust.methods.base import Export, Method
-from rayclust.stages.outputs import Outputs, put_bytes, put_json
+from rayclust.runtime.artefacts import Outputs, put_bytes, put_json
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import read_manifest, read_unchanged
@@ -139,7 +139,7 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
         raise ArtefactError(f"{folder}: the model is damaged ({error}); run {stage} again with --force") from error
 
 
-def represented(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:
+def transform_rows(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:
     """Float32[B d]: rows in the method's own space.
 
     Args:

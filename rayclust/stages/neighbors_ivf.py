@@ -1,0 +1,599 @@
+"""The inverted-file route of neighbors, over workers: rows are sorted into lists and searched shard by shard.
+
+The phases work in units whose number follows from the rows alone; each reads and writes an amount linear in them:
+
+1. centres: k-means of a sample gives the lists, in one worker.
+2. sorting: each group of parts writes its rows in order of their lists, and which are nearest to a few queries.
+3. probing: what all groups found are the queries' true neighbours; where these lie tells how many lists to open.
+4. sharding: equally many rows in order of the lists, from all groups.
+5. searching: the rows of a shard look into their lists, most of which lie in it.
+6. collecting: each group of parts takes its rows' neighbours from the shards.
+
+The last three are in `list_search`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rayclust.errors import ArtefactError, DataError
+from rayclust.features import FeatureTransform
+from rayclust.runtime.artefacts import Outputs, put_bytes, put_neighbors
+from rayclust.runtime.rows import features_at, part_features, unit_rows
+from rayclust.runtime.tasks import STORAGE_THREADS, Task, TaskResult, finished_tasks, run_tasks
+from rayclust.search.index import recall_at_k
+from rayclust.search.inverted_lists import ListCenters, Probing, choose_probes, list_count, train_centers
+from rayclust.search.packed import PackedTopK, unpack
+from rayclust.store import filesystem
+from rayclust.store.layout import Run
+from rayclust.store.manifest import digest_of, read_unchanged
+
+# Scratch files of the join over inverted lists: records, read in ranges, and arrays, read whole.
+
+
+THREADS = 16
+"""Ranges that a worker reads at once."""
+_BOUND = np.dtype("<i8")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class IvfLayout:
+    """Where the rows of a join lie: in parts, in groups of parts, and in shards of equally many rows."""
+
+    run: Run
+    digest: str
+    """The stage's."""
+    starts: Sequence[int]
+    """First row of each part, and N."""
+    groups: Sequence[tuple[int, ...]]
+    """Consecutive parts of each group."""
+    shard_rows: int
+    """Rows of each shard but the last."""
+    width: int
+    """D."""
+    k: int
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.starts[-1]
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.count // self.shard_rows)
+
+    def span(self, group: int) -> tuple[int, int]:
+        """The first row of a group, and the one behind its last."""
+        parts = self.groups[group]
+        return self.starts[parts[0]], self.starts[parts[-1] + 1]
+
+    def places(self, shard: int) -> tuple[int, int]:
+        """The first place of a shard in the order of the lists, and the one behind its last."""
+        return shard * self.shard_rows, min(self.count, (shard + 1) * self.shard_rows)
+
+    def at(self, kind: str, index: int = 0) -> str:
+        """A scratch file: of a group (sorted, nearest), of a shard (shard, found), or of all (centers, lists)."""
+        return self.run.at("neighbors", "scratch", self.digest, f"{kind}-{index:05d}")
+
+
+def row_records(width: int) -> np.dtype[Any]:
+    """A row's number and its unit features."""
+    return np.dtype([("row", "<i8"), ("unit", "<f2", (width,))])
+
+
+def found_records(k: int) -> np.dtype[Any]:
+    """A row's number and the keys of its neighbours, as `packed.pack` makes them."""
+    return np.dtype([("row", "<i8"), ("keys", "<i8", (k,))])
+
+
+def put_records(run: Run, uri: str, records: np.ndarray, bounds: np.ndarray | None = None) -> Outputs:
+    """Writes records behind the bounds of their groups.
+
+    Args:
+        run: the run.
+        uri: the file, below the run.
+        records: of `row_records` or `found_records`, sorted by group.
+        bounds: Int64[G + 1], the first record of each group, and their number; None where there are no groups.
+    """
+    head = b"" if bounds is None else bounds.astype(_BOUND).tobytes()
+    return put_bytes(run, uri, b"".join([head, records.tobytes()]))
+
+
+def read_bounds(uri: str, first: int, last: int) -> np.ndarray:
+    """Int64[last − first + 1]: where the groups `first` … `last` − 1 begin, and where the last of them ends.
+
+    Raises:
+        ArtefactError: the file is shorter than that.
+    """
+    return _range(uri, _BOUND, 0, first, last + 1)
+
+
+def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: int | None = None) -> np.ndarray:
+    """Records `start` … `end` − 1 of a file.
+
+    Args:
+        uri: the file.
+        kind: of its records.
+        start: the first.
+        end: behind the last.
+        groups: G of the bounds before the records; None where there are none.
+
+    Raises:
+        ArtefactError: the file is shorter than that.
+    """
+    head = 0 if groups is None else (groups + 1) * _BOUND.itemsize
+    return _range(uri, kind, head, start, end) if end > start else np.empty(0, kind)
+
+
+def _range(uri: str, kind: np.dtype[Any], head: int, start: int, end: int) -> np.ndarray:
+    data = filesystem.read_range(uri, head + start * kind.itemsize, head + end * kind.itemsize)
+    if len(data) != (end - start) * kind.itemsize:
+        raise ArtefactError(f"{uri}: is shorter than was written; remove it and run `rayclust neighbors RUN.yaml`")
+    return np.frombuffer(data, kind)
+
+
+def put_tensors(run: Run, uri: str, tensors: Mapping[str, Tensor]) -> Outputs:
+    """Writes arrays by name."""
+    return put_bytes(run, uri, safetensors.torch.save({name: own.contiguous() for name, own in tensors.items()}))
+
+
+def read_tensors(uri: str, digest: str) -> dict[str, Tensor]:
+    """Arrays by name.
+
+    Raises:
+        ArtefactError: the file's SHA-256 is not `digest`.
+    """
+    return safetensors.torch.load(read_unchanged(uri, digest, "neighbors"))
+
+
+kept_tensors = lru_cache(1)(read_tensors)
+"""The same for a file that a worker reads for each of its units."""
+
+
+def map_threads(function: Callable[[int], _T], items: Iterable[int]) -> list[_T]:
+    """The function's results for some items, in their order, several at a time."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(function, items))
+
+
+# The join over inverted lists from the sorted groups on: shards in order of the lists, their search, the parts.
+
+
+BLOCK_BYTES = 2**25
+"""Rows that are read at once from other shards."""
+PAIRS_AT_ONCE = 2**22
+"""Pairs of a row and a list that a worker keeps."""
+QUERIES_AT_ONCE = 2**14
+
+
+@dataclass(frozen=True)
+class ListSearch:
+    """The lists over all rows and how they are searched; what the workers need to know."""
+
+    layout: IvfLayout
+    digest: str
+    """SHA-256 of the file with centres, bounds and queries."""
+    nlist: int
+    reach: int
+    nprobe: int
+
+    def shard(self, shard: int) -> TaskResult:
+        """Writes the rows of a shard, in order of (list, row), from what the groups have sorted."""
+        layout, bounds = self.layout, self._tensors()["bounds"].numpy()
+        low, high = layout.places(shard)
+        kind = row_records(layout.width)
+        first, end = int(np.searchsorted(bounds, low, "right")) - 1, int(np.searchsorted(bounds, high, "left"))
+        groups = range(len(layout.groups))
+        own = np.stack(map_threads(lambda group: read_bounds(layout.at("sorted", group), first, end), groups))
+        counts = np.diff(own, axis=1)
+        # Within a list come the rows of one group after those of another.
+        begin = bounds[first:end] + counts.cumsum(axis=0) - counts
+        records = np.empty(high - low, kind)
+
+        def fill(group: int) -> None:
+            places = np.repeat(begin[group] - (own[group, :-1] - own[group, 0]), counts[group]) + np.arange(
+                own[group, -1] - own[group, 0]
+            )
+            some = slice(*np.searchsorted(places, [low, high]))
+            start, stop = own[group, 0] + some.start, own[group, 0] + some.stop
+            found = read_records(layout.at("sorted", group), kind, int(start), int(stop), self.nlist)
+            records[places[some] - low] = found
+
+        map_threads(fill, groups)
+        return TaskResult(put_records(layout.run, layout.at("shard", shard), records), {"rows": high - low})
+
+    def search(self, shard: int) -> TaskResult:
+        """The neighbours of a shard's rows in order of the row, and the recall of the queries among them."""
+        torch.set_num_threads(1)
+        layout, known = self.layout, self._tensors()
+        low, high = layout.places(shard)
+        own = _read(layout, low, high)
+        best, halo = PackedTopK(high - low, layout.k), 0
+        most = max(1024, PAIRS_AT_ONCE // self.nprobe)
+        for start in range(low, high, most):
+            places, lists = self._pairs(own, known, start, min(high, start + most))
+            halo += _outside(lists.unique(), known["bounds"], low, high)
+            for some, rows, units in _blocks(layout, own, places, lists, known["bounds"]):
+                for queries in some.split(QUERIES_AT_ONCE):
+                    best.update(queries, own.units[queries].float(), own.rows[queries], units, rows)
+        order = own.rows.argsort()
+        records = np.empty(high - low, found_records(layout.k))
+        records["row"], records["keys"] = own.rows[order].numpy(), best.keys[order].numpy()
+        bounds = np.searchsorted(records["row"], [layout.span(group)[0] for group in range(len(layout.groups))])
+        outputs = put_records(layout.run, layout.at("found", shard), records, np.append(bounds, high - low))
+        counts = {"rows": high - low, "halo": halo}
+        return TaskResult(outputs, counts, _measured(records, known["query"], known["keys"]))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return kept_tensors(self.layout.at("lists"), self.digest)
+
+    def _pairs(self, own: _Block, known: dict[str, Tensor], start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Int64[p] rows, by their places in the shard, and Int64[p] lists that they look into.
+
+        In order of the list, but first each row's own: what is found there keeps most of the others out.
+        """
+        bounds = known["bounds"]
+        probing = Probing(known["centers"], bounds.diff(), self.layout.k, self.reach, self.nprobe)
+        homes = torch.searchsorted(bounds, torch.arange(start, end), right=True) - 1
+        found = []
+        for home, count in zip(*(part.tolist() for part in homes.unique_consecutive(return_counts=True)), strict=True):
+            first = max(start, int(bounds[home])) - own.low
+            places, lists = probing.opened(own.units[first : first + count].float(), home)
+            found.append((first + places, torch.where(lists == home, lists, lists + self.nlist)))
+        places, order = torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+        order, by = order.sort(stable=True)
+        return places[by], order % self.nlist
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows that follow each other in the order of the lists."""
+
+    low: int
+    """Place of the first."""
+    rows: Tensor
+    """Int64[m]."""
+    units: Tensor
+    """Float16[m D]."""
+
+    def has(self, low: int, high: int) -> bool:
+        """Whether all rows at these places are among them."""
+        return self.low <= low and high <= self.low + len(self.rows)
+
+    def part(self, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Int64[n] rows at these places, and Float32[n D]."""
+        some = slice(low - self.low, high - self.low)
+        return self.rows[some], self.units[some].float()
+
+
+def _read(layout: IvfLayout, low: int, high: int) -> _Block:
+    """The rows at these places, from all shards that hold some."""
+    kind, size = row_records(layout.width), layout.shard_rows
+    parts = [
+        read_records(layout.at("shard", shard), kind, max(low - start, 0), min(high, start + size) - start)
+        for shard, start in ((shard, shard * size) for shard in range(low // size, -(-high // size)))
+    ]
+    records = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    rows, units = (torch.from_numpy(records[name].copy()) for name in ("row", "unit"))
+    return _Block(low, rows, units)
+
+
+def _blocks(
+    layout: IvfLayout, own: _Block, places: Tensor, lists: Tensor, bounds: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The rows of lists, with those who look into them; lists side by side in another shard are read together.
+
+    Args:
+        layout: of the rows.
+        own: rows of a shard.
+        places: Int64[p] of those who look.
+        lists: Int64[p], equal ones side by side.
+        bounds: Int64[L + 1].
+
+    Returns:
+        Int64[q] places, Int64[m] rows, Float32[m D]; a long list comes in several blocks.
+    """
+    opened, counts = lists.unique_consecutive(return_counts=True)
+    spans = torch.stack([bounds[opened], bounds[opened + 1]], dim=1).tolist()
+    most = max(1, BLOCK_BYTES // row_records(layout.width).itemsize)
+    other = _Block(0, own.rows[:0], own.units[:0])
+    for index, some in enumerate(places.split(counts.tolist())):
+        first, end = spans[index]
+        for low in range(first, end, most):
+            high = min(low + most, end)
+            if not own.has(low, high) and not other.has(low, high):
+                other = _read(layout, low, _run_end(high, spans[index + 1 :], low + most))
+            yield some, *(own if own.has(low, high) else other).part(low, high)
+
+
+def _run_end(end: int, spans: list[list[int]], most: int) -> int:
+    """How far rows can be read in one go for lists that follow, up to a place."""
+    for low, high in spans:
+        if low != end or high > most:
+            break
+        end = high
+    return end
+
+
+def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
+    """How many rows of some lists, Int64[l], lie before or behind these places."""
+    first, end = bounds[lists], bounds[lists + 1]
+    inside = (end.clamp(max=high) - first.clamp(min=low)).clamp(min=0)
+    return int((end - first - inside).sum())
+
+
+def _measured(records: np.ndarray, query: Tensor, keys: Tensor) -> dict[str, Any]:
+    """How many true neighbours the queries among the rows have, and how many of these were found.
+
+    Args:
+        records: of `found_records`, sorted by row.
+        query: Int64[q], sorted.
+        keys: Int64[q k] of their true neighbours.
+    """
+    at = np.searchsorted(records["row"], query.numpy())
+    is_here = records["row"][np.minimum(at, len(records) - 1)] == query.numpy()
+    (found, near), (truth, nearest) = (
+        (part.numpy() for part in unpack(own))
+        for own in (torch.from_numpy(records["keys"][at[is_here]]), keys[torch.from_numpy(is_here)])
+    )
+    return {"wanted": truth.size, "hits": round(recall_at_k(found, near, truth, nearest) * truth.size)}
+
+
+def collect(layout: IvfLayout, said: dict[str, Any], unit: Task) -> TaskResult:
+    """The tables of a group's parts, from what was found for the rows of all shards.
+
+    Args:
+        layout: of the rows.
+        said: what the search has to say; kept in the marker, which is there when the scratch files have gone.
+        unit: a group.
+    """
+    group, kind = unit.index, found_records(layout.k)
+
+    def read(shard: int) -> np.ndarray:
+        start, end = read_bounds(layout.at("found", shard), group, group + 1).tolist()
+        return read_records(layout.at("found", shard), kind, start, end, len(layout.groups))
+
+    records = np.concatenate(map_threads(read, range(layout.shards)))
+    records = records[records["row"].argsort()]
+    first, end = layout.span(group)
+    if not np.array_equal(records["row"], np.arange(first, end)):
+        raise ArtefactError(f"neighbors: {len(records)} rows are there for the rows {first} to {end - 1}; run it again")
+    outputs: Outputs = {}
+    for part in layout.groups[group]:
+        some = records[layout.starts[part] - first : layout.starts[part + 1] - first]
+        neighbors, similarity = unpack(torch.from_numpy(some["keys"].copy()))
+        cosine = similarity.clamp(-1, 1)  # float16 makes some rows a little longer than 1
+        outputs |= put_neighbors(layout.run, part, some["row"].copy(), neighbors.numpy(), cosine.numpy())
+    return TaskResult(outputs, {"rows": end - first}, said)
+
+
+logger = logging.getLogger(__name__)
+
+STAGE = "neighbors"
+SEED = 0
+"""Of the samples and the first centres; not the run's, since the recall that they give is measured."""
+QUERIES = 1000
+"""Most rows on which the recall is measured."""
+SAMPLED_PER_LIST = 64
+SAMPLE_BYTES = 2**32
+"""Most bytes of the sample that trains the centres, as float32."""
+SAMPLED_PARTS = 512
+"""Most parts that the sample is read from."""
+
+
+def search_ivf(
+    layout: IvfLayout, transform: FeatureTransform, min_recall: float, units: Sequence[Task]
+) -> tuple[list[TaskResult], dict[str, Any]]:
+    """The neighbours of all rows, written part by part.
+
+    Args:
+        layout: of the rows.
+        transform: embeddings to features.
+        min_recall: wanted recall@k, from 0 to 1.
+        units: the layout's groups, numbered from 0; their markers stay when the scratch files go.
+
+    Returns:
+        What `units` wrote; recall, nlist, nprobe, and the halo: rows read from other shards for each row.
+
+    Raises:
+        DataError: the recall that was found is below the wanted one.
+    """
+    done = finished_tasks(layout.run, STAGE, units)
+    if len(done) == len(units):  # a run that ended while the scratch files went
+        results = [done[unit.index] for unit in units]
+    else:
+        said = _Phases(layout, transform, min_recall, units).run()
+        collect_group = partial(collect, layout, said)
+        results = run_tasks(layout.run, STAGE, units, collect_group, section="collecting")
+    return results, results[0].extra
+
+
+def drop_scratch(run: Run, units: int) -> None:
+    """Removes scratch files, and the markers of all but the first so many units.
+
+    Markers go first: without them the files are made again, without the files they would stand for nothing.
+    """
+    markers = filesystem.walk(run.at("manifests", STAGE), suffixes=(".json",), missing_ok=True)
+    stale = [file.uri for file in markers if file.key.startswith("part-") and int(file.key[5:-5]) >= units]
+    with ThreadPoolExecutor(STORAGE_THREADS) as threads:
+        list(threads.map(filesystem.remove, stale))
+    filesystem.remove_tree(run.at("neighbors", "scratch"))
+
+
+class _Phases:
+    """The phases before the last, one after the other; their units are numbered behind those of the last."""
+
+    def __init__(
+        self, layout: IvfLayout, transform: FeatureTransform, min_recall: float, units: Sequence[Task]
+    ) -> None:
+        self._layout, self._min_recall = layout, min_recall
+        self._sorting = _Sorting(layout, transform)
+        self._groups, self._next = units, len(units)
+
+    def run(self) -> dict[str, Any]:
+        """What there is to say of the search, whose results lie in the scratch files."""
+        layout = self._layout
+        rows = [unit.size for unit in self._groups]
+        own = [min(layout.shard_rows, layout.count - layout.places(shard)[0]) for shard in range(layout.shards)]
+        centers = _digests(self._do("centres", [layout.count], self._sorting.train))
+        sort = partial(self._sorting.sort, centers[0])
+        nearest = _digests(self._do("sorting", rows, sort), "nearest")
+        probe = partial(_probe, layout, centers[0], nearest, self._min_recall)
+        plan = self._do("probing", [layout.count], probe)
+        lists = ListSearch(layout, _digests(plan)[0], **plan[0].extra)
+        self._do("sharding", own, lists.shard)
+        found = self._do("searching", own, lists.search)
+        halo = round(sum(result.counts["halo"] for result in found) / layout.count, 3)
+        recall = self._recall([result.extra for result in found])
+        return {"recall": recall, "nlist": lists.nlist, "nprobe": lists.nprobe, "halo": halo}
+
+    def _do(self, section: str, sizes: Sequence[int], work: Callable[[int], TaskResult]) -> list[TaskResult]:
+        """One phase: a unit for each of its files."""
+        first, digest = self._next, self._layout.digest
+        self._next += len(sizes)
+        units = [Task(first + i, digest_of([digest, section, i]), i, size) for i, size in enumerate(sizes)]
+        return run_tasks(self._layout.run, STAGE, units, lambda unit: work(unit.payload), section=section)
+
+    def _recall(self, measured: Sequence[dict[str, int]]) -> float:
+        """Of the search's own results, over the queries of all shards."""
+        hits, wanted = (sum(found[name] for found in measured) for name in ("hits", "wanted"))
+        recall = hits / wanted
+        if recall < self._min_recall:
+            raise DataError(
+                f"neighbors.min_recall = {self._min_recall}: the inverted file reaches {recall:.3f}; "
+                "lower the bound or set neighbors.method: exact"
+            )
+        return recall
+
+
+def _digests(results: Sequence[TaskResult], kind: str = "") -> list[str]:
+    """Of the files of a kind that units wrote, in their order."""
+    return [
+        written["digest"]
+        for result in results
+        for path, written in result.outputs.items()
+        if path.rpartition("/")[2].startswith(kind)
+    ]
+
+
+@dataclass(frozen=True)
+class _Sorting:
+    """Makes the lists, and sorts rows into them."""
+
+    layout: IvfLayout
+    transform: FeatureTransform
+
+    def train(self, index: int) -> TaskResult:
+        """The lists' centres, and the queries on which the recall is measured."""
+        torch.set_num_threads(1)
+        layout, wanted = self.layout, list_count(self.layout.count)
+        random = np.random.default_rng(SEED)
+        queries = np.sort(random.choice(layout.count, min(QUERIES, layout.count), replace=False))
+        most = max(wanted, min(SAMPLED_PER_LIST * wanted, SAMPLE_BYTES // (4 * layout.width)))
+        sample = self._sample(random, most)
+        found = train_centers(sample, wanted, SEED)
+        units = unit_rows(torch.from_numpy(features_at(layout.run, list(layout.starts), self.transform, queries)))
+        tensors = {"centers": found.centers, "parents": found.parents, "starts": found.starts}
+        tensors |= {"query": torch.from_numpy(queries), "query_unit": units.half()}
+        return TaskResult(put_tensors(layout.run, layout.at("centers"), tensors), {"rows": len(sample)})
+
+    def _sample(self, random: np.random.Generator, most: int) -> Tensor:
+        """Float32[S D]: rows of parts that are drawn, as large a share of each."""
+        counts = np.diff(self.layout.starts)
+        filled = np.flatnonzero(counts)
+        parts = np.sort(random.choice(filled, min(SAMPLED_PARTS, len(filled)), replace=False))
+        share = min(1.0, most / counts[parts].sum())
+        found = []
+        for part in parts.tolist():
+            count = int(counts[part])
+            some = np.sort(random.choice(count, int(np.ceil(share * count)), replace=False))
+            found.append(part_features(self.layout.run, part, self.transform)[some])
+        return unit_rows(torch.from_numpy(np.concatenate(found)))
+
+    def sort(self, centers: str, group: int) -> TaskResult:
+        """The rows of a group in order of (list, row), behind the lists' bounds; the nearest of them to the queries."""
+        torch.set_num_threads(1)
+        layout, found = self.layout, kept_tensors(self.layout.at("centers"), centers)
+        lists = ListCenters(found["centers"], found["parents"], found["starts"])
+        queries, query_rows = found["query_unit"].float(), found["query"]
+        nearest, everyone = PackedTopK(len(queries), layout.k), torch.arange(len(queries))
+        first, end = layout.span(group)
+        units = torch.empty((end - first, layout.width), dtype=torch.float16)
+        homes = torch.empty(end - first, dtype=torch.int64)
+        for part in layout.groups[group]:
+            start, stop = layout.starts[part : part + 2]
+            if stop > start:
+                own = unit_rows(torch.from_numpy(part_features(layout.run, part, self.transform))).half()
+                some = slice(start - first, stop - first)
+                units[some], homes[some] = own, lists.assign(own.float())
+                nearest.update(everyone, queries, query_rows, own.float(), torch.arange(start, stop))
+        order = homes.argsort(stable=True)
+        records = np.empty(end - first, row_records(layout.width))
+        records["row"], records["unit"] = (first + order).numpy(), units[order].numpy()
+        bounds = np.searchsorted(homes[order].numpy(), np.arange(len(lists.centers) + 1))
+        outputs = put_records(layout.run, layout.at("sorted", group), records, bounds)
+        ids, _ = unpack(nearest.keys)
+        tensors = {
+            "keys": nearest.keys,
+            "lists": _at_rows(homes, ids - first),
+            "homes": _at_rows(homes, query_rows - first),
+        }
+        return TaskResult(
+            outputs | put_tensors(layout.run, layout.at("nearest", group), tensors), {"rows": end - first}
+        )
+
+
+def _at_rows(homes: Tensor, places: Tensor) -> Tensor:
+    """The lists of some rows, −1 for those that are not among the group's."""
+    own = (places >= 0) & (places < len(homes))
+    if not len(homes):
+        return places.new_full(places.shape, -1)
+    return homes[places.clamp(0, len(homes) - 1)].masked_fill(~own, -1)
+
+
+def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: float, index: int) -> TaskResult:
+    """The lists' bounds over all rows, the queries' true neighbours, and how many lists to open."""
+    torch.set_num_threads(1)
+    found = read_tensors(layout.at("centers"), centers)
+    nlist = len(found["centers"])
+    keys, lists, homes = _truth(layout, nearest, len(found["query"]))
+    sizes = np.zeros(nlist, np.int64)
+    for first in range(0, len(layout.groups), STORAGE_THREADS):  # bounds of as many groups are held at a time
+        some = range(first, min(first + STORAGE_THREADS, len(layout.groups)))
+        for bounds in map_threads(lambda group: read_bounds(layout.at("sorted", group), 0, nlist), some):
+            sizes += np.diff(bounds)
+    reach, nprobe = choose_probes(
+        found["centers"], torch.from_numpy(sizes), found["query_unit"].float(), homes, lists, min_recall
+    )
+    tensors = {name: found[name] for name in ("centers", "query")}
+    tensors |= {"keys": keys, "bounds": torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))}
+    logger.debug("neighbors: %d of %d lists for a recall of %.3f, the nearest of %d", nprobe, nlist, min_recall, reach)
+    return TaskResult(
+        put_tensors(layout.run, layout.at("lists"), tensors),
+        {"rows": layout.count},
+        {"nlist": nlist, "reach": reach, "nprobe": nprobe},
+    )
+
+
+def _truth(layout: IvfLayout, nearest: Sequence[str], queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the queries: Int64[q k] keys of the nearest of all rows, Int64[q k] lists of these, Int64[q] own lists."""
+    best = PackedTopK(queries, layout.k).keys
+    lists, homes = torch.full_like(best, -1), torch.full((queries,), -1)
+    for group, digest in enumerate(nearest):
+        own = read_tensors(layout.at("nearest", group), digest)
+        best, order = torch.cat([best, own["keys"]], dim=1).topk(layout.k, dim=1)
+        lists = torch.cat([lists, own["lists"]], dim=1).gather(1, order)
+        homes = torch.maximum(homes, own["homes"])
+    return best, lists, homes
