@@ -631,6 +631,8 @@ class Process:
         self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, __file__, "--one", name, *(["--small"] if small else [])]
         environment = {"RAYCLUST_NATIVE": "0", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+        paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)  # for processes that a part starts, too
         if small and not Path("/dev/nvidiactl").exists():
             environment["TRITON_INTERPRET"] = "1"
         self.process = subprocess.Popen(
