@@ -18,6 +18,7 @@ GPU. written out: methods/temi_steps.py, on a CPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -42,6 +43,8 @@ from rayclust.training.steps import GradientSteps
 
 IMAGENET_ROWS = 1_281_167
 GIGABYTE = 1e9
+BATCHES = 8
+"""Drawn ahead of the steps, which take them in turn."""
 FORMS = {
     "cpu": ("published", "whole fp32", "chunks fp32", "chunks bf16", "written out fp32", "written out bf16"),
     "cuda": ("published", "whole bf16", "chunks bf16", "kernels bf16"),
@@ -113,7 +116,7 @@ def stepper(form: str, shape: Shape, device: str) -> Callable[[], float]:
     method = method_of(shape, precision).to(device)
     steps = method.own_steps() if name == "written out" else GradientSteps(method, method.config)
     assert steps is not None, "this shape is not written out"
-    drawn = batches(shape, device)
+    drawn = itertools.cycle(list(itertools.islice(batches(shape, device), BATCHES)))  # drawing takes longer than a GPU
     return lambda: float(steps.take(next(drawn), 1e-3, 1e-4)["loss"])
 
 
