@@ -26,7 +26,7 @@ PINS = {canonicalize_name(line.partition("==")[0]): Version(line.partition("==")
 NOT_PINNED = {"setuptools": "every environment brings its own"}
 NOT_IN_CI = {"tracking": "services of other people", "gpu": "takes the place of faiss-cpu"}
 """Extras that are neither pinned nor installed."""
-LOADED_BY_NAME = {"tensorboardx": "stages/trackers.py"}
+LOADED_BY_NAME = {"tensorboardx": "stages/train.py"}
 """Declared packages that no import statement names, and who loads them."""
 WITH_CUDA = ("nvidia-", "cuda-", "triton")
 """Pinned for builds of torch for GPUs; others do without."""

@@ -1,4 +1,4 @@
-"""assign: the cluster of every row, with the probability that the method gives it."""
+"""Stage `assign`: the cluster of every row, with the probability that the method gives it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rayclust.store.manifest import digest_of
 
 
 def run(context: StageContext) -> StageResult:
-    """Assigns part by part."""
+    """Assign part by part."""
     encode = context.inputs["encode"]
     transform = transform_of(encode, context.config.features)
     model = content_digest(context.inputs["train"])
@@ -45,7 +45,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def _levels(context: StageContext, model: str) -> dict[int, np.ndarray]:
-    """Int32[K] by number of clusters: where each cluster lies in each coarser level."""
+    """Return Int32[K] by number of clusters: each cluster's parent in each coarser level."""
     clusters = context.config.method.clusters
     sizes = [size for place, size in enumerate(context.config.assign.levels) if place or size != clusters]
     if not sizes:
@@ -55,7 +55,7 @@ def _levels(context: StageContext, model: str) -> dict[int, np.ndarray]:
 
 
 def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.ndarray]:
-    """Levels above the clusters of a fitted method; see `clustering.hierarchy.nest`.
+    """Return the levels above the clusters of a fitted method; see `clustering.hierarchy.nest`.
 
     Raises:
         ConfigError: the sizes do not fall, or the method's clusters have no prototypes.
@@ -69,13 +69,13 @@ def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.nd
 
 
 class _Assignment:
-    """What a unit's worker needs to know."""
+    """Assigns one part in a worker."""
 
     def __init__(self, run: Run, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray]) -> None:
         self._run, self._transform, self._model, self._levels = run, transform, model, levels
 
     def assign(self, unit: Task) -> TaskResult:
-        """Writes the assignments of one part."""
+        """Write the assignments of one part."""
         torch.set_num_threads(1)
         method = load_method(self._run.uri, self._model)
         table = tables.read_table(self._run.embeddings(unit.index), ["row", "key", "embedding"])
@@ -90,7 +90,7 @@ class _Assignment:
 
 
 def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The most probable cluster of each row and its probability.
+    """Return the most probable cluster of each row and its probability.
 
     Args:
         method: fitted.

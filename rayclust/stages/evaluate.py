@@ -1,4 +1,4 @@
-"""evaluate: how good the partition is, against labels where there are any and by itself."""
+"""Stage `evaluate`: metrics of the partition, against labels where there are any and without."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from rayclust.store.layout import Run
 MEMBERSHIP_ROWS = 1000
 """Rows of the seeded sample on which a method's Π is measured."""
 EDGE = 0.1
-"""Entries of Π, n × n, count as not zero above this share of an even Π's 1/n: no entry of a softmax is 0 itself."""
+"""Entries of Π, n × n, count as non-zero above this share of 1/n, the value of a uniform Π."""
 
 
 def run(context: StageContext) -> StageResult:
-    """Scores the run in one worker: two whole numbers a row are all it holds of N."""
+    """Score the run in one worker, which holds two integers per row."""
     encode = context.inputs["encode"]
     starts = row_starts(encode)
     transform = transform_of(encode, context.config.features)
@@ -49,7 +49,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def contingency_uri(run: Run) -> str:
-    """The table of how many images of which class are in which cluster; only where labels exist."""
+    """Return the URI of the contingency table of classes and clusters; it exists only where labels do."""
     return run.at("evaluation", "contingency.parquet")
 
 
@@ -76,7 +76,7 @@ def _score(run: Run, starts: list[int], transform: FeatureTransform, config: Run
 def _membership(
     run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, model: str
 ) -> dict[str, float]:
-    """What the Π of a sample of rows says, for methods that have one; of labelled rows where there are classes."""
+    """Measure the membership Π of a sample of rows (labelled ones where there are), for methods that have one."""
     torch.set_num_threads(1)
     _, codes, classes = _columns(run, starts)
     is_labelled = len(classes) > 1
@@ -99,7 +99,7 @@ def _membership(
 
 
 def _levels(run: Run, starts: list[int], levels: list[int]) -> list[dict[str, Any]]:
-    """Scores of the coarser levels, finest first."""
+    """Score the coarser levels, finest first."""
     found = []
     for size in levels:
         clusters, codes, classes = _columns(run, starts, tables.level_column(size))
@@ -114,7 +114,7 @@ def _levels(run: Run, starts: list[int], levels: list[int]) -> list[dict[str, An
 def _linear_probe(
     run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, codes: np.ndarray
 ) -> dict[str, float]:
-    """Accuracy on the second half of a sample of the labelled rows, after training on the first; where asked for."""
+    """Train a linear probe on half of a sample of the labelled rows and return its accuracy on the other half."""
     known = np.flatnonzero(codes >= 0)
     wanted = min(config.evaluate.linear_probe_rows, len(known))
     if wanted < 2:
@@ -143,13 +143,13 @@ def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]
 
 
 def _contingency(codes: np.ndarray, clusters: np.ndarray, classes: list[str]) -> pa.Table:
-    """The cells that are not empty, by class and cluster."""
+    """Return the cells that are not empty, by class and cluster."""
     pairs, counts = np.unique(np.stack([codes, clusters]), axis=1, return_counts=True)
     return pa.table({"label": [classes[code] for code in pairs[0]], "cluster": pairs[1], "count": counts})
 
 
 def _columns(run: Run, starts: list[int], column: str = "cluster") -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Int32[N] clusters, Int32[N] label codes (−1 without a label), and the labels in order of their codes."""
+    """Return Int32[N] clusters, Int32[N] label codes (−1 without a label), and the labels in order of their codes."""
     clusters = np.empty(starts[-1], np.int32)
     codes = np.full(starts[-1], -1, np.int32)
     known: dict[str, int] = {}
@@ -167,7 +167,7 @@ def _columns(run: Run, starts: list[int], column: str = "cluster") -> tuple[np.n
 
 
 def _probe(run: Run, starts: list[int], codes: np.ndarray, neighbors: int) -> float:
-    """Leave-one-out accuracy of the k-NN vote over all rows, part by part."""
+    """Return the leave-one-out accuracy of the k-NN vote over all rows, part by part."""
     right = 0.0
     for part, start in enumerate(starts[:-1]):
         stop = starts[part + 1]

@@ -1,4 +1,4 @@
-"""index: faiss indexes whose ids are rows, over unit embeddings and over the method's own space where there is one."""
+"""Stage `index`: faiss indexes with rows as ids, over unit embeddings and over the method's own space if it has one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Blocks = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 def run(context: StageContext) -> StageResult:
-    """Builds the indexes, each in one worker."""
+    """Build the indexes, each in one worker."""
     starts = row_starts(context.inputs["encode"])
     job = _Job(context.run, starts, context.config.index, context.config.seed)
     outputs, extra, found = run_remotely(_encoder, job)
@@ -57,7 +57,7 @@ def _recall(extra: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the workers need to know."""
+    """Inputs of the workers."""
 
     run: Run
     starts: list[int]
@@ -66,13 +66,13 @@ class _Job:
 
     @property
     def queries(self) -> np.ndarray:
-        """Int64[q], sorted: rows that are looked up in either space."""
+        """Int64[q], sorted: example queries of the report, the same in both spaces."""
         count = self.starts[-1]
         return np.sort(np.random.default_rng(self.seed).choice(count, min(QUERIES, count), replace=False))
 
 
 def _encoder(job: _Job) -> tuple[Outputs, dict[str, Any], dict[str, Any]]:
-    """The index over the encoder's space, and what it finds for the queries."""
+    """Build the index over the encoder's space and search it for the queries."""
 
     def stream() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for block, ids in blocks(job.run, job.starts, UNIT):
@@ -93,7 +93,7 @@ def _build(job: _Job, stream: Blocks, name: str) -> tuple[Outputs, dict[str, Any
 
 
 def _nearest(index: VectorIndex, queries: np.ndarray, own: np.ndarray) -> list[list[dict[str, Any]]]:
-    """For each query the rows nearest to it, itself left out, with their cosines."""
+    """Return each query's nearest rows, itself left out, with their cosines."""
     ids, similarity = index.search(queries, SHOWN + 1)
     return [
         [
@@ -106,7 +106,7 @@ def _nearest(index: VectorIndex, queries: np.ndarray, own: np.ndarray) -> list[l
 
 
 def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
-    """The index over the method's own space: rows are represented part by part, then indexed in one worker."""
+    """Transform all rows to the method's own space part by part, then index them in one worker."""
     encode = context.inputs["encode"]
     transform = transform_of(encode, context.config.features)
     model = content_digest(context.inputs["train"])
@@ -114,7 +114,7 @@ def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any
     units = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
     run_tasks(context.run, "index", units, work.represent)
     found: tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]] = run_remotely(work.build)
-    # Markers first: without them rows are represented again, without the rows they would stand for nothing.
+    # Marks first: without marks the rows are made again, marks without rows would be wrong.
     filesystem.remove_tree(context.run.at("manifests", "index"))
     filesystem.remove_tree(context.run.at("index", "scratch"))
     return found
@@ -122,7 +122,7 @@ def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any
 
 @dataclass(frozen=True)
 class _OwnSpace:
-    """Rows of the own space, part by part, in a folder that goes when they are indexed: that may read them thrice."""
+    """Rows in the own space, part by part, in a scratch folder: building the index may read them three times."""
 
     job: _Job
     transform: FeatureTransform
@@ -130,7 +130,7 @@ class _OwnSpace:
     folder: str
 
     def represent(self, unit: Task) -> TaskResult:
-        """Writes the rows of one part."""
+        """Write the rows of one part."""
         torch.set_num_threads(1)
         run = self.job.run
         rows = transform_rows(load_method(run.uri, self.model), part_features(run, unit.index, self.transform))
@@ -138,7 +138,7 @@ class _OwnSpace:
         return TaskResult(put_table(run, self._at(unit.index), table), {"rows": len(rows)})
 
     def build(self) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
-        """Indexes all rows and looks the queries up."""
+        """Index all rows and search the queries."""
         job = self.job
         outputs, extra, index = _build(job, self._stream, OWN_INDEX)
         method = load_method(job.run.uri, self.model)

@@ -1,4 +1,4 @@
-"""predict: clusters of new images by a frozen run."""
+"""Command `predict`: clusters of new images by a finished run."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ SCHEMA = pa.schema(
 
 
 def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
-    """Encodes `images` as the run did, assigns them to its clusters, and writes a table.
+    """Encode `images` as the run did, assign them to its clusters, and write a table.
 
-    The encoding is kept below the run while it goes on, so that a killed prediction continues.
+    Embeddings are kept below the run until the table is written, so that a killed prediction resumes.
 
     Args:
-        config: the frozen run's.
+        config: the run's.
         images: a folder or URI in any format that `images` takes.
         out: a .parquet or .csv file or URI.
 
@@ -67,7 +67,7 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
 
 
 def _scratch(config: RunConfig, images: str) -> tuple[Run, RunConfig]:
-    """Where new images are encoded, and as what: with the run's encoder and limits, without its labels and classes."""
+    """Return the scratch run of new images and its config: the run's encoder and limits, no labels or classes."""
     uri = images if images.startswith(SCHEME) else filesystem.absolute(images)
     scratch = Run(filesystem.join(config.run, "predict", digest_of(uri)))
     tree = config.model_dump(mode="json", exclude_unset=True)
@@ -96,7 +96,7 @@ def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: s
 
 
 def _filled(columns: dict[str, Any]) -> pa.Table:
-    """A table of `SCHEMA` with nulls where no column is given."""
+    """Return a table of `SCHEMA` with nulls where no column is given."""
     count = len(columns["key"])
     arrays = [columns[field.name] if field.name in columns else pa.nulls(count, field.type) for field in SCHEMA]
     return pa.table(arrays, schema=SCHEMA)

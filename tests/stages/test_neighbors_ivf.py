@@ -10,12 +10,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rayclust.config import RunConfig, validate
-from rayclust.errors import DataError
+from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import tasks
 from rayclust.runtime.pipeline import run_stage
+from rayclust.runtime.tasks import Task
+from rayclust.search.packed import pack
 from rayclust.stages import neighbors, neighbors_ivf
+from rayclust.stages.neighbors_ivf import (
+    IvfLayout,
+    ListSearch,
+    collect,
+    found_records,
+    kept_tensors,
+    map_threads,
+    put_records,
+    put_tensors,
+    read_bounds,
+    read_records,
+    read_tensors,
+    row_records,
+)
 from rayclust.store import tables
 from rayclust.store.layout import Run, parts
 from rayclust.store.manifest import Manifest
@@ -327,3 +344,160 @@ def test_workers_of_a_cluster_write_the_same_bytes(tmp_path: Path, ray_session: 
         without_ray(patch)
         run_stage("neighbors", config, force=True)
     assert artefacts(config.run) == expected
+
+
+ROWS, LISTS, WIDTH = 60, 7, 2
+
+
+def sorted_groups(tmp_path: Path, homes: np.ndarray, shard_rows: int) -> tuple[IvfLayout, ListSearch]:
+    """Files of three groups of rows, as the sorting leaves them, of rows whose features are their numbers."""
+    starts = [0, 10, 10, 35, ROWS]
+    layout = IvfLayout(Run(str(tmp_path)), "d", starts, [(0, 1), (2,), (3,)], shard_rows, WIDTH, k=1)
+    for group in range(3):
+        first, end = layout.span(group)
+        order = np.argsort(homes[first:end], kind="stable")
+        records = np.empty(end - first, row_records(WIDTH))
+        records["row"], records["unit"] = first + order, (first + order)[:, None]
+        bounds = np.searchsorted(homes[first:end][order], np.arange(LISTS + 1))
+        put_records(layout.run, layout.at("sorted", group), records, bounds)
+    sizes = np.bincount(homes, minlength=LISTS)
+    bounds = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))
+    written = put_tensors(layout.run, layout.at("lists"), {"bounds": bounds})
+    digest = next(iter(written.values()))["digest"]
+    return layout, ListSearch(layout, digest, LISTS, reach=LISTS, nprobe=2)
+
+
+HOMES = {
+    "spread": np.random.default_rng(0).integers(0, LISTS, ROWS),
+    "one long list": np.full(ROWS, 3),
+    "gaps": np.where(np.arange(ROWS) % 3 == 0, 6, 1),
+}
+
+
+@pytest.mark.parametrize("shard_rows", [1, 7, 25, 60, 99])
+@pytest.mark.parametrize("homes", HOMES.values(), ids=HOMES)
+def test_shards_hold_all_rows_in_order_of_list_and_row(homes: np.ndarray, shard_rows: int, tmp_path: Path):
+    layout, lists = sorted_groups(tmp_path, homes, shard_rows)
+    found = []
+    for shard in range(layout.shards):
+        low, high = layout.places(shard)
+        assert lists.shard(shard).counts == {"rows": high - low}
+        found.append(read_records(layout.at("shard", shard), row_records(WIDTH), 0, high - low))
+    records = np.concatenate(found)
+    assert records["row"].tolist() == np.lexsort((np.arange(ROWS), homes)).tolist()
+    assert np.array_equal(records["unit"][:, 1], records["row"].astype(np.float16))
+
+
+@pytest.mark.parametrize("block", [1, 5, 1000])
+def test_each_pair_of_a_row_and_a_list_sees_all_rows_of_the_list(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(neighbors_ivf, "BLOCK_BYTES", block * row_records(WIDTH).itemsize)
+    homes = HOMES["spread"]
+    layout, lists = sorted_groups(tmp_path, homes, 13)
+    for shard in range(layout.shards):
+        lists.shard(shard)
+    bounds = lists._tensors()["bounds"]
+    own = neighbors_ivf._read(layout, *layout.places(2))
+    pairs = [(4, 0), (12, 0), (3, 1), (0, 2), (1, 2), (5, 4), (5, 5), (9, 6)]
+    places, opened = torch.tensor(pairs).T
+    seen: dict[tuple[int, int], list[int]] = {}
+    for some, rows, units in neighbors_ivf._blocks(layout, own, places, opened, bounds):
+        assert units[:, 0].tolist() == rows.tolist()
+        assert len(rows) <= max(block, 1)
+        for place in some.tolist():
+            for row in rows.tolist():
+                seen.setdefault((place, int(homes[row])), []).append(row)
+    assert seen == {pair: np.flatnonzero(homes == pair[1]).tolist() for pair in pairs}
+
+
+def test_lists_side_by_side_are_read_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    layout, lists = sorted_groups(tmp_path, HOMES["spread"], 13)
+    for shard in range(layout.shards):
+        lists.shard(shard)
+    reads, read = [], neighbors_ivf._read
+    monkeypatch.setattr(neighbors_ivf, "_read", lambda *arguments: reads.append(arguments[1:]) or read(*arguments))
+    bounds = lists._tensors()["bounds"]
+    opened = torch.tensor([0, 1, 2, 5])
+    own = read(layout, *layout.places(4))
+    assert len(list(neighbors_ivf._blocks(layout, own, torch.zeros(4).long(), opened, bounds))) == 4
+    assert reads == [(int(bounds[0]), int(bounds[3])), (int(bounds[5]), int(bounds[6]))]
+
+
+def test_a_row_that_no_shard_has_found_is_an_error(tmp_path: Path):
+    layout = IvfLayout(Run(str(tmp_path)), "d", [0, 3], [(0,)], shard_rows=9, width=WIDTH, k=1)
+    records = np.zeros(2, found_records(1))
+    records["row"], records["keys"] = [0, 2], pack(torch.zeros(2, 1), torch.ones(2, 1).long())
+    put_records(layout.run, layout.at("found", 0), records, np.array([0, 2]))
+    with pytest.raises(ArtefactError, match="neighbors: 2 rows are there for the rows 0 to 2"):
+        collect(layout, {}, Task(0, "d", (0,), 3))
+
+
+def test_rows_outside_a_shard_are_counted_once():
+    bounds = torch.tensor([0, 4, 4, 10, 12])
+    assert neighbors_ivf._outside(torch.tensor([0, 1, 2, 3]), bounds, 0, 12) == 0
+    assert neighbors_ivf._outside(torch.tensor([0, 1, 2, 3]), bounds, 3, 6) == 3 + 4 + 2
+    assert neighbors_ivf._outside(torch.tensor([0, 3]), bounds, 4, 10) == 6
+
+
+def layout(run: Run) -> IvfLayout:
+    return IvfLayout(run, "d1", [0, 4, 4, 9, 10], [(0, 1), (2,), (3,)], shard_rows=4, width=3, k=2)
+
+
+def test_a_layout_knows_its_shards_groups_and_files(tmp_path: Path):
+    of = layout(Run(str(tmp_path)))
+    assert (of.count, of.shards) == (10, 3)
+    assert [of.span(group) for group in range(3)] == [(0, 4), (4, 9), (9, 10)]
+    assert [of.places(shard) for shard in range(3)] == [(0, 4), (4, 8), (8, 10)]
+    assert of.at("shard", 2) == f"{tmp_path}/neighbors/scratch/d1/shard-00002"
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_ranges_of_records_and_of_their_bounds(place: str, tmp_path: Path, request: pytest.FixtureRequest):
+    run = Run(str(tmp_path) if place == "local" else request.getfixturevalue("s3_bucket"))
+    kind = row_records(3)
+    records = np.zeros(7, kind)
+    records["row"], records["unit"] = np.arange(7) * 10, np.arange(21).reshape(7, 3) / 8
+    bounds = np.array([0, 2, 2, 7])
+    uri = run.at("neighbors", "scratch", "file")
+    written = put_records(run, uri, records, bounds)
+    assert written["neighbors/scratch/file"]["size"] == 4 * 8 + 7 * (8 + 6)
+    assert read_bounds(uri, 0, 3).tolist() == [0, 2, 2, 7]
+    assert read_bounds(uri, 1, 2).tolist() == [2, 2]
+    assert np.array_equal(read_records(uri, kind, 2, 6, groups=3), records[2:6])
+    assert len(read_records(uri, kind, 4, 4, groups=3)) == 0
+    put_records(run, uri, records)
+    assert np.array_equal(read_records(uri, kind, 0, 7), records)
+
+
+def test_a_file_that_is_too_short_says_so(tmp_path: Path):
+    run = Run(str(tmp_path))
+    kind = found_records(2)
+    put_records(run, run.at("file"), np.zeros(3, kind))
+    with pytest.raises(ArtefactError, match="file: is shorter than was written"):
+        read_records(run.at("file"), kind, 1, 4)
+
+
+def test_arrays_are_what_was_written_or_an_error(tmp_path: Path):
+    run = Run(str(tmp_path))
+    tensors = {"a": torch.arange(6).view(2, 3).T, "b": torch.zeros(0, 4, dtype=torch.float16)}
+    digest = put_tensors(run, run.at("file"), tensors)["file"]["digest"]
+    found = read_tensors(run.at("file"), digest)
+    assert {name: (own.dtype, own.tolist()) for name, own in found.items()} == {
+        name: (own.dtype, own.tolist()) for name, own in tensors.items()
+    }
+    data = (tmp_path / "file").read_bytes()
+    (tmp_path / "file").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ArtefactError, match=r"file: is damaged .* `rayclust neighbors RUN.yaml`"):
+        read_tensors(run.at("file"), digest)
+
+
+def test_a_worker_that_lives_on_reads_arrays_of_another_digest_anew(tmp_path: Path):
+    run = Run(str(tmp_path))
+    for value in (1, 2):
+        digest = put_tensors(run, run.at("file"), {"a": torch.tensor([value])})["file"]["digest"]
+        assert kept_tensors(run.at("file"), digest)["a"].tolist() == [value]
+
+
+def test_results_come_in_order():
+    assert map_threads(lambda x: x * x, range(100)) == [x * x for x in range(100)]
