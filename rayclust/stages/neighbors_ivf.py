@@ -101,7 +101,7 @@ class IvfLayout:
         return shard * self.shard_rows, min(self.count, (shard + 1) * self.shard_rows)
 
     def at(self, kind: str, index: int = 0) -> str:
-        """Return the URI of a file of a group (sorted, nearest), a shard (shard, found) or all rows (centers, lists)."""
+        """Return the URI of a file of a group (sorted, nearest), a shard (shard, found) or all (centers, lists)."""
         return self.run.at("neighbors", "scratch", self.digest, f"{kind}-{index:05d}")
 
 

@@ -1,8 +1,8 @@
 """Stage `select-k`: choose the number of clusters by criteria of candidates, fitted over the cluster with Ray Tune.
 
-A finished candidate leaves a mark, like a task of any other stage, and is not fitted again for the same number under the
-same settings: neither after a kill nor from another list of candidates. Tune places, watches and repeats the trials; results
-go to the run's own files, and nothing is read back from Tune's folder, which is temporary.
+A finished candidate leaves a mark, like a task of any other stage, and is not fitted again for the same number under
+the same settings: neither after a kill nor from another list of candidates. Tune places and repeats the trials;
+results go to the run's own files, and nothing is read back from Tune's folder, which is temporary.
 """
 
 from __future__ import annotations
@@ -291,11 +291,13 @@ def concurrent(search: Search) -> int:
     options = search.config.select_k
     if options.max_concurrent != "auto":
         return options.max_concurrent
-    total = 0
-    for node in cluster.live_nodes(search.config.resources.placement.trials):
-        fits = int(node.get("CPU", 0) / options.cpus_per_trial)
-        total += min(fits, int(node.get("GPU", 0) / search.gpus)) if search.gpus else fits
-    return max(1, total)
+    nodes = cluster.live_nodes(search.config.resources.placement.trials)
+    return max(1, sum(_trials_of_node(node, options.cpus_per_trial, search.gpus) for node in nodes))
+
+
+def _trials_of_node(node: dict[str, float], cpus: float, gpus: float) -> int:
+    fits = int(node.get("CPU", 0) / cpus)
+    return min(fits, int(node.get("GPU", 0) / gpus)) if gpus else fits
 
 
 def _raise_failure(k: int, result: Any) -> None:
@@ -396,9 +398,8 @@ def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
     with drop_rows_on_error(search.digest), Progress(SELECT_K, "candidates", total=0) as progress:
         for number in range(1 + (options.rounds if options.candidates == "auto" else 0)):
             tried |= _fit_candidates(search, wanted, progress)
-            choice = selection.choose(
-                [Candidate(k, result.extra["criteria"]) for k, result in tried.items()], options.rule
-            )
+            measured = [Candidate(k, result.extra["criteria"]) for k, result in tried.items()]
+            choice = selection.choose(measured, options.rule)
             wanted = selection.refine(list(tried), choice.k)
             if not wanted:
                 break

@@ -24,7 +24,7 @@ from rayclust.runtime.tasks import Task, read_mark
 from rayclust.stages.encode import (
     CHUNK,
     CPU_CHUNK,
-    Crew,
+    ActorPools,
     EncodeChunks,
     ReadAndDecode,
     ShardWriter,
@@ -76,20 +76,20 @@ def test_an_input_that_shrinks_between_listing_and_reading_is_refused(images: Pa
 
 
 @pytest.mark.parametrize(
-    ("placement", "crew"),
+    ("placement", "pools"),
     [
-        ({}, Crew(1, 2, 0.66)),
-        ({"decode": {"pool": "cpu"}, "encode": {"pool": "gpu"}}, Crew(1, 1, 1.0)),
-        ({"encode": {"pool": "gpu"}}, Crew(1, 1, 0.5)),  # decoders may be on the encoder's node
-        ({"decode": {"pool": "gpu"}, "encode": {"pool": "gpu"}}, Crew(1, 1, 0.5)),
+        ({}, ActorPools(1, 2, 0.66)),
+        ({"decode": {"pool": "cpu"}, "encode": {"pool": "gpu"}}, ActorPools(1, 1, 1.0)),
+        ({"encode": {"pool": "gpu"}}, ActorPools(1, 1, 0.5)),  # decoders may be on the encoder's node
+        ({"decode": {"pool": "gpu"}, "encode": {"pool": "gpu"}}, ActorPools(1, 1, 0.5)),
     ],
 )
 def test_actors_that_may_share_a_node_all_have_a_place_there(
-    monkeypatch: pytest.MonkeyPatch, placement: dict[str, Any], crew: Crew
+    monkeypatch: pytest.MonkeyPatch, placement: dict[str, Any], pools: ActorPools
 ):
     nodes = [{"Labels": {"pool": pool}, "Resources": {"CPU": 1}, "Alive": True} for pool in ("cpu", "gpu")]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert Crew.of(validate(tree("/run", "/images", resources={"placement": placement}))) == crew
+    assert ActorPools.of(validate(tree("/run", "/images", resources={"placement": placement}))) == pools
 
 
 PREPROCESS = Preprocess(8, max_bytes=100_000)
@@ -258,8 +258,8 @@ def writer_chunk(number: int, last: bool, rows: int = 2, rejects: int = 0) -> tu
 
 CHUNKS = [
     writer_chunk(0, False),
-    chunk_test_shard_writer(1, False, rejects=1),
-    chunk_test_shard_writer(2, True, rows=1),
+    writer_chunk(1, False, rejects=1),
+    writer_chunk(2, True, rows=1),
 ]
 
 

@@ -29,7 +29,7 @@ from rayclust.runtime.pipeline import Manifests, StageContext, run_all, run_stag
 from rayclust.runtime.status import lines
 from rayclust.runtime.tasks import TaskResult
 from rayclust.stages import select_k, train
-from rayclust.stages.select_k import Search, _refuse_failed, _room, examine
+from rayclust.stages.select_k import Search, _raise_failure, _trials_of_node, examine
 from rayclust.stages.train import StoredCheckpoints
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
@@ -297,12 +297,12 @@ def ended(**what: Any) -> Any:
 
 
 def test_a_trial_that_ended_well_is_no_failure():
-    _refuse_failed(7, ended())
+    _raise_failure(7, ended())
 
 
 def test_a_refusal_keeps_its_kind_and_names_the_candidate():
     with pytest.raises(ConfigError, match=r"^select-k: the candidate k = 7 failed: method\.beta = 0: too low$"):
-        _refuse_failed(7, ended(metrics={"refused": "method.beta = 0: too low", "kind": "ConfigError"}))
+        _raise_failure(7, ended(metrics={"refused": "method.beta = 0: too low", "kind": "ConfigError"}))
 
 
 CRASHES = {
@@ -316,7 +316,7 @@ CRASHES = {
 @pytest.mark.parametrize("text", CRASHES)
 def test_a_crash_is_one_line(text: str):
     with pytest.raises(RayclustError) as caught:
-        _refuse_failed(7, ended(error=RuntimeError(text), metrics=None))
+        _raise_failure(7, ended(error=RuntimeError(text), metrics=None))
     assert str(caught.value) == f"select-k: the candidate k = 7 failed: {CRASHES[text]}"
 
 
@@ -334,7 +334,7 @@ def test_a_crash_is_one_line(text: str):
 def test_a_node_holds_as_many_trials_as_its_scarcest_resource_allows(
     node: dict[str, float], cpus: int, gpus: float, room: int
 ):
-    assert _room(node, cpus, gpus) == room
+    assert _trials_of_node(node, cpus, gpus) == room
 
 
 def read_choice(folder: Path) -> dict[str, Any]:

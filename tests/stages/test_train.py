@@ -17,7 +17,14 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, RayclustError
 from rayclust.runtime.pipeline import run_all, run_stage
-from rayclust.stages.train import KEPT, Job, MetricsActor, StoredCheckpoints, Trackers, _require_any_number
+from rayclust.stages.train import (
+    CHECKPOINTS_KEPT,
+    Job,
+    MetricsActor,
+    StoredCheckpoints,
+    Trackers,
+    _check_every_worker_count,
+)
 from rayclust.store.layout import Run
 from rayclust.training.loop import CLOCK_STEPS
 from tests.stages.conftest import Sealed
@@ -54,7 +61,7 @@ def test_the_newest_is_read_and_only_the_last_few_are_kept(store: StoredCheckpoi
     assert step_of(store) == 1000
     kept = sorted(path.name for path in (tmp_path / "checkpoints" / "digest").iterdir())
     assert kept == ["step-000000200", "step-000001000"]
-    assert len(kept) == KEPT
+    assert len(kept) == CHECKPOINTS_KEPT
 
 
 def cut(path: Path) -> None:
@@ -166,7 +173,7 @@ def test_a_division_for_some_number_of_workers_only_is_refused_before_one_is_los
         method = {"name": "temi", "clusters": 3, "preset": "none", "heads": 4, "parallel": parallel}
         content = tree("run", "images", resources={"workers": 4, "min_workers": fewest})
         job = Job("train", validate(content | {"method": method}), "digest", pictures_run.manifest("encode"), "model")
-        _require_any_number(job, fewest, 4)
+        _check_every_worker_count(job, fewest, 4)
 
     for parallel in ("auto", "data", "heads"):
         require(parallel, 1)
