@@ -161,13 +161,14 @@ def run_case(name: str, scratch: Path) -> str:
 def digests_of(run: str) -> dict[str, str]:
     """Return the digest of every artefact of a run by its path, and of what each stage says besides.
 
-    Tables are digested by their content without the column `uri`; the report, which shows URIs and dates, is left out.
+    Tables are digested by their content without the column `uri`; the report and TensorBoard's events, which
+    hold URIs, dates and times, are left out.
     """
     filesystem, root = fsspec.core.url_to_fs(run)
     found = {}
     for path in sorted(filesystem.find(root)):
         name = path[len(root.rstrip("/")) + 1 :]
-        if name.startswith(("manifests/", "report/", "checkpoints/")) or name.rpartition("/")[2].startswith("."):
+        if name.startswith(("manifests/", "report/", "checkpoints/", "tensorboard/")) or name.rpartition("/")[2].startswith("."):
             continue
         content = filesystem.cat_file(path)
         if name.endswith(".parquet"):
