@@ -168,7 +168,8 @@ def digests_of(run: str) -> dict[str, str]:
     found = {}
     for path in sorted(filesystem.find(root)):
         name = path[len(root.rstrip("/")) + 1 :]
-        if name.startswith(("manifests/", "report/", "checkpoints/", "tensorboard/")) or name.rpartition("/")[2].startswith("."):
+        left_out = name.startswith(("manifests/", "report/", "checkpoints/", "tensorboard/", "."))
+        if left_out or name in ("run.json", "config.json"):  # the last hold the RUN.yaml, with its URIs
             continue
         content = filesystem.cat_file(path)
         if name.endswith(".parquet"):
@@ -177,8 +178,6 @@ def digests_of(run: str) -> dict[str, str]:
             sink = io.BytesIO()
             pq.write_table(table.select(columns).combine_chunks(), sink, compression="none", store_schema=False)
             content = sink.getvalue()
-        elif name in ("run.json", "config.json"):
-            continue  # the RUN.yaml, with its URIs
         found[name] = hashlib.sha256(content).hexdigest()[:16]
     return found
 
