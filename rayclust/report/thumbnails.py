@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import warnings
 from functools import lru_cache
@@ -110,8 +109,3 @@ def describe(data: bytes) -> tuple[str, int, int] | None:
                 return _MEDIA_TYPES[image.format or ""], image.width, image.height
     except (*_DECODING, *_REFUSED):
         return None
-
-
-def data_uri(data: bytes, media_type: str) -> str:
-    """The bytes as a `data:` URI, which loads nothing from anywhere."""
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rayclust.report import contents, thumbnails
+from rayclust.report import model, thumbnails
 
 VOID = {"meta", "link", "img", "input", "br", "hr", "rect", "line", "polyline"}
 
@@ -89,24 +89,24 @@ def photo(seed: int, size: tuple[int, int] = (64, 48), form: str = "JPEG") -> by
     return buffer.getvalue()
 
 
-def picture(number: int, **changes: Any) -> contents.Picture:
+def picture(number: int, **changes: Any) -> model.Picture:
     given: dict[str, Any] = {
         "key": f"folder/{number:05d}.jpg",
         "thumbnail": thumbnails.thumbnail(photo(number), 32),
         "confidence": 0.9,
     }
-    return contents.Picture(**given | changes)
+    return model.Picture(**given | changes)
 
 
-def cluster(number: int, size: int, **changes: Any) -> contents.Cluster:
+def cluster(number: int, size: int, **changes: Any) -> model.Cluster:
     given: dict[str, Any] = {
         "exemplars": tuple(picture(10 * number + i) for i in range(2)),
         "outliers": (picture(10 * number + 5),),
     }
-    return contents.Cluster(id=number, size=size, **given | changes)
+    return model.Cluster(id=number, size=size, **given | changes)
 
 
-def report(**changes: Any) -> contents.ReportData:
+def report(**changes: Any) -> model.ReportData:
     """Three named clusters with labels, two methods, curves and rejects; `changes` replace parts of it."""
     named = {"score": 0.31, "runners_up": (("boat", 0.2),), "confidence": 0.75}
     given: dict[str, Any] = {
@@ -116,28 +116,28 @@ def report(**changes: Any) -> contents.ReportData:
         "dimension": 768,
         "classes": 3,
         "methods": (
-            contents.MethodResult(
+            model.MethodResult(
                 name="temi", settings={"clusters": 3, "heads": {"count": 16}}, metrics={"accuracy": 0.9, "nmi": 0.5}
             ),
-            contents.MethodResult(name="kmeans", metrics={"accuracy": 0.8, "nmi": 0.6}, spread={"accuracy": 0.01}),
+            model.MethodResult(name="kmeans", metrics={"accuracy": 0.8, "nmi": 0.6}, spread={"accuracy": 0.01}),
         ),
         "clusters": (
             cluster(0, 10, name="ship", majority="ship", purity=0.95, **named),
             cluster(1, 30, name="cat", majority="dog", purity=0.55, **named),
             cluster(2, 20, name="truck", majority="truck", purity=0.2, **named),
         ),
-        "stages": (contents.StageTime(name="encode", seconds=30.0, count=60),),
+        "stages": (model.StageTime(name="encode", seconds=30.0, count=60),),
         "versions": {"rayclust": "0.1.0"},
         "config": "seed: 0\nrun: photos\n",
-        "curves": (contents.Curve(title="Loss", series={"loss": [3.0, 2.0, 1.5]}),),
+        "curves": (model.Curve(title="Loss", series={"loss": [3.0, 2.0, 1.5]}),),
         "confidence": (0, 5, 55),
-        "contingency": contents.Contingency(
+        "contingency": model.Contingency(
             counts=np.array([[9, 1, 0], [1, 29, 16], [0, 0, 4]]), classes=("ship", "dog", "truck"), clusters=(0, 1, 2)
         ),
         "rejects": (
-            contents.RejectGroup(
-                reason="truncated", count=12, examples=(contents.Reject(key="a.jpg", uri="s3://b/a.jpg", detail="cut"),)
+            model.RejectGroup(
+                reason="truncated", count=12, examples=(model.Reject(key="a.jpg", uri="s3://b/a.jpg", detail="cut"),)
             ),
         ),
     }
-    return contents.ReportData(**given | changes)
+    return model.ReportData(**given | changes)
