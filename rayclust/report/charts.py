@@ -1,4 +1,4 @@
-"""The charts of a run: the one chart stack of the page and of `rayclust figures`; `svg` says what their SVG is like.
+"""The charts of a run, for the page and for `rayclust figures`, drawn by matplotlib as `svg` writes it.
 
 Every chart function returns one `svg` element that a page can inline, with `title` for screen readers. Equal numbers
 give equal text.
@@ -368,6 +368,7 @@ def spectra(series: Sequence[Spectrum], title: str) -> Markup:
     figure = new_figure(48 + 2 * width + 60 + 16, top + height + 66)
     whole = [(s, s.whole[None]) for s in series if s.whole is not None and s.whole.size]
     split = [(s, s.clusters) for s in series if s.clusters is not None and s.clusters.size]
+    legend = {}
     dashes = {True: {"linestyle": (0, (2.5, 2)), "dash_capstyle": "butt"}, False: {}}
     for place, (head, lines) in enumerate((("all rows", whole), ("cluster by cluster", split))):
         longest = max([2, *(values.shape[1] for _, values in lines)])
@@ -384,13 +385,10 @@ def spectra(series: Sequence[Spectrum], title: str) -> Markup:
             if place:
                 axes.fill(np.append(at, at[::-1]), np.append(low, high[::-1]), color=HUES[s.hue], alpha=0.16, lw=0)
             gid = tooltip(f"{s.name}: median" if place else s.name)
-            axes.plot(at, middle, color=HUES[s.hue], gid=gid, **dashes[s.is_dashed])
-    x, y = 48.0, figure.get_figheight() * 72
-    cover = add_axes(figure, 0, 0, 48 + 2 * width + 76, y, x=(0, 48 + 2 * width + 76), y=(y, 0))
-    for s in series:
-        cover.plot([x, x + 22], [y - 16, y - 16], color=HUES[s.hue], **dashes[s.is_dashed])
-        cover.text(x + 30, y - 12, one_line(s.name, 60))
-        x += 52 + 6.8 * len(s.name)
+            [legend[s.name]] = axes.plot(at, middle, color=HUES[s.hue], gid=gid, **dashes[s.is_dashed])
+    if legend:
+        corner = {"loc": "lower left", "bbox_to_anchor": (0.05, 0), "ncols": len(legend), "handlelength": 1.6}
+        figure.legend(legend.values(), [one_line(name, 60) for name in legend], **corner)
     return write(figure, title)
 
 

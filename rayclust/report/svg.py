@@ -78,7 +78,7 @@ _P = ParamSpec("_P")
 
 
 def styled(draw: Callable[_P, Markup]) -> Callable[_P, Markup]:
-    """Make a function draw with matplotlib's defaults and our settings; those of the process come back afterwards."""
+    """Run a chart function under matplotlib's defaults and our settings, and restore those of the process."""
 
     @wraps(draw)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Markup:
@@ -167,12 +167,12 @@ def one_line(text: str, limit: int = 24) -> str:
 
 
 def tooltip(text: str) -> str:
-    """Return the `gid` of a shape that tells a text where one points at it."""
+    """Return the `gid` that gives a shape a tooltip."""
     return _TIP + shorten(clean(text), 300)
 
 
 def write(figure: Figure, title: str) -> Markup:
-    """Return a figure as one `svg` element that scales to its place and tells its title to a screen reader."""
+    """Return a figure as one `svg` element that scales to its container, with its title for screen readers."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()

@@ -60,16 +60,6 @@ def run(context: StageContext) -> StageResult:
     wanted = {row for k in shown for row in clusters[k]["exemplars"] + clusters[k]["outliers"]}
     wanted |= {hit["row"] for space in (ENCODER, OWN) for hits in near.get(space, ()) for hit in hits}
     pictures = _pictures(context, sorted(wanted.union(near.get("rows", ()))))
-    retrieval = [
-        Retrieval(
-            query=pictures[row],
-            found={
-                title: tuple((pictures[hit["row"]], hit["similarity"]) for hit in near[space][place])
-                for space, title in ((ENCODER, "Encoder"), (OWN, "z"))
-            },
-        )
-        for place, row in enumerate(near.get("rows", ()))
-    ]
     # 2. Classes against clusters, where there are labels.
     counts = None
     if contingency_uri(run).removeprefix(run.uri.rstrip("/") + "/") in evaluate.outputs:
@@ -84,7 +74,6 @@ def run(context: StageContext) -> StageResult:
             "(label.vocabulary: classes). They don't show what would be found without labels."
         )
     selection = read_json_output(run, SELECT_K, run.selection) if SELECT_K in context.inputs else None
-    sealed = [(name, read_manifest(run, name)) for name in stages_of(asked) if name != "report"]
     data = ReportData(
         run=run.uri,
         images=metrics["rows"],
@@ -95,8 +84,8 @@ def run(context: StageContext) -> StageResult:
         classes=metrics.get("classes"),
         stages=tuple(
             StageTime(name=name, seconds=manifest.seconds, count=manifest.counts.get("rows"))
-            for name, manifest in sealed
-            if manifest is not None
+            for name in stages_of(asked)
+            if name != "report" and (manifest := read_manifest(run, name)) is not None
         ),
         versions=encode.versions,
         config=as_yaml(asked),
@@ -104,7 +93,7 @@ def run(context: StageContext) -> StageResult:
         confidence=tuple(label.extra["confidence"]),
         contingency=None if counts is None else _contingency(counts, len(clusters)),
         drawings=tuple(drawings(run, selection)),
-        retrieval=tuple(retrieval),
+        retrieval=tuple(_retrieval(near, pictures)),
         rejects=tuple(_rejects(run, encode)),
         notes=tuple(notes),
     )
@@ -140,6 +129,16 @@ def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[MethodR
                 metrics={key: float(np.mean(values)) for key, values in scores.items()},
                 spread={key: float(np.std(values)) for key, values in scores.items()},
             )
+
+
+def _retrieval(near: dict[str, Any], pictures: dict[int, Picture]) -> Iterator[Retrieval]:
+    """Yield the searches of the index stage; none without a space of the method's own."""
+    for place, row in enumerate(near.get("rows", ())):
+        found = {
+            title: tuple((pictures[hit["row"]], hit["similarity"]) for hit in near[space][place])
+            for space, title in ((ENCODER, "Encoder"), (OWN, "z"))
+        }
+        yield Retrieval(query=pictures[row], found=found)
 
 
 def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, Picture]:
