@@ -1,7 +1,7 @@
 """One self-contained HTML page of a run: it loads nothing, runs anywhere, and is the same text for the same report.
 
-`PageLimits` bound how much of a report is shown, so that a page opens quickly whatever the run's size; `SCORES` lists the
-metrics with their names and formats.
+`PageLimits` bound how much of a report is shown, so that a page opens quickly whatever the run's size; `SCORES` lists
+the metrics with their names and formats.
 """
 
 from __future__ import annotations

@@ -94,7 +94,12 @@ def styled(draw: Callable[_P, Markup]) -> Callable[_P, Markup]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure without a ground; one unit is a pixel where the page has room."""
+    """Return an empty figure without a ground.
+
+    Args:
+        width: units; one is a pixel where the page has room.
+        height: units.
+    """
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72), dpi=72, frameon=False)
@@ -142,7 +147,12 @@ def add_axes(
 
 
 def shade(axes: Axes, shares: FloatArray) -> None:
-    """Fill axes with a matrix of shares in [0, 1], in shades of one colour, and frame them."""
+    """Fill axes with a matrix in shades of one colour, and frame them.
+
+    Args:
+        axes: by `add_axes`.
+        shares: Float[n m], 0 is clear and 1 and above the full colour.
+    """
     levels = np.rint(np.clip(np.nan_to_num(shares), 0, 1) * (SHADES - 1)) * (255 // (SHADES - 1))
     pixels = np.zeros((*levels.shape, 4), np.uint8)
     pixels[..., :3], pixels[..., 3] = tuple(bytes.fromhex(HEAT[1:])), levels
@@ -152,7 +162,13 @@ def shade(axes: Axes, shares: FloatArray) -> None:
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Return round numbers from at most `low` to at least `high`, about `wanted` of them, a 1-2-5 step apart."""
+    """Return round numbers a 1-2-5 step apart that cover a range.
+
+    Args:
+        low: the first one is at most this.
+        high: the last one is at least this; a range of one value is widened.
+        wanted: about how many.
+    """
     from matplotlib.ticker import MaxNLocator
 
     if not high > low:
@@ -172,7 +188,12 @@ def tooltip(text: str) -> str:
 
 
 def write(figure: Figure, title: str) -> Markup:
-    """Return a figure as one `svg` element that scales to its container, with its title for screen readers."""
+    """Return a figure as one `svg` element that scales to its container.
+
+    Args:
+        figure: by `new_figure`.
+        title: what is drawn, for screen readers.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
