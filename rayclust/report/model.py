@@ -1,4 +1,4 @@
-"""What a report shows, as plain data: no arrays of N rows, no URIs to open, no torch.
+"""The content of a report, as plain data: no arrays of N rows, no URIs to open, no torch.
 
 The report stage gathers it from the artefacts of a run; `page.render` turns it into text.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from markupsafe import Markup
 
 from rayclust.arrays import IntArray, require_matrix
 from rayclust.errors import ConfigError, ShapeError
@@ -126,17 +128,17 @@ class Drawing:
     """A figure that was drawn before the page is.
 
     Attributes:
-        key: what its file is called, without an ending; also begins the ids in it.
+        key: what its file is called, without an ending.
         title: what it shows.
         text: how to read it, in a sentence or two.
-        svg: by `svg.figure`, every string in it escaped.
+        svg: by a function of `charts`, every string in it escaped.
         is_wide: whether it needs the width of the page.
     """
 
     key: str
     title: str
     text: str
-    svg: str
+    svg: Markup
     is_wide: bool = False
 
 
