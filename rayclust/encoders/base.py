@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePath
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -136,7 +135,7 @@ class Encoder(Protocol):
         """
 
 
-class TorchEncoder(ABC):
+class TorchEncoder:
     """An encoder around a network: chunks, precision, threads and unit rows.
 
     The network always sees chunks of one size, the last one filled up with black: library kernels choose their order of
@@ -173,7 +172,13 @@ class TorchEncoder(ABC):
         self.name, self.preprocess, self.mean, self.std = config.name, preprocess, mean, std
         self._device = torch.device(device)
         self._config = config
-        self._dtype = _compute_dtype(config.precision, self._device)
+        if config.precision == "fp16" and self._device.type == "cpu":
+            raise ConfigError("encoder.precision = fp16: only for GPUs; use bf16 or fp32 on a CPU")
+        precision = config.precision
+        if precision == "auto" and self._device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16} if self._device.type != "meta" else {}
+        self._dtype = half.get(precision, torch.float32)
         self._chunk = config.batch_size or (1 if self._device.type == "cpu" else GPU_BATCH)
         network = network.eval().requires_grad_(False)
         self._network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -187,9 +192,10 @@ class TorchEncoder(ABC):
         if config.compile:
             self._tower = torch.compile(self._tower, dynamic=False)
 
-    @abstractmethod
     def _image_tower(self) -> Callable[[Tensor], Tensor]:
-        """Return what computes Float[B D] from Float[B 3 H W], normalised colours."""
+        """Return what computes Float[B D] from Float[B 3 H W], normalised colours: the network, or a part of it."""
+        tower: Callable[[Tensor], Tensor] = self._network
+        return tower
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode images, chunk by chunk from the first.
@@ -223,8 +229,7 @@ class TorchEncoder(ABC):
         x = torch.from_numpy(images).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         x = x.to(torch.float32, memory_format=torch.channels_last)
         x = x.div_(255).sub_(self._mean).div_(self._std)
-        with self._autocast():
-            return self._to_rows(self._tower(x))
+        return self._to_rows(self._tower(x))
 
     def _to_rows(self, output: Tensor) -> Tensor:
         """Convert Float[B D] to float32, and to unit rows if so configured; a zero row stays zero."""
@@ -233,21 +238,20 @@ class TorchEncoder(ABC):
             return rows
         return torch.nn.functional.normalize(rows, dim=1, eps=torch.finfo(rows.dtype).tiny)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._device.type, self._dtype)
-
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Disable gradients, fix threads and take deterministic kernels; restore the process's settings afterwards."""
+        """Set precision, threads and deterministic kernels, no gradients; restore the process's settings afterwards."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self._config.threads)
-        kernels: AbstractContextManager[Any] = nullcontext()
-        if self._device.type == "cuda":
-            kernels = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         try:
-            with torch.inference_mode(), kernels:
+            with ExitStack() as settings:
+                settings.enter_context(torch.inference_mode())
+                if self._device.type == "cuda":
+                    settings.enter_context(
+                        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+                    )
+                if self._dtype != torch.float32:
+                    settings.enter_context(torch.autocast(self._device.type, self._dtype))
                 yield
         finally:
             torch.set_num_threads(threads)
@@ -295,13 +299,3 @@ def no_text_tower(name: str) -> ConfigError:
     return ConfigError(
         f"encoder.name = {name}: has no text tower; take an open_clip one, or set label.vocabulary: none"
     )
-
-
-def _compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("encoder.precision = fp16: only for GPUs; use bf16 or fp32 on a CPU")
-    if precision in ("auto", "fp32") or device.type == "meta":
-        return torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float16

@@ -51,7 +51,7 @@ class ClipEncoder(TorchEncoder):
             ConfigError: the network's tokenizer is not on this machine.
         """
         rows = np.empty((len(texts), self.dimension), np.float32)
-        with self._inference(), self._autocast():
+        with self._inference():
             for start in range(0, len(texts), _TEXT_BATCH):
                 tokens = self._tokenize(list(texts[start : start + _TEXT_BATCH])).to(self._device)
                 encoded = self._to_rows(self._network.encode_text(tokens))

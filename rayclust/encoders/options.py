@@ -1,3 +1,3 @@
 """Moved."""
 
-from rayclust.encoders.base import EncoderConfig as EncoderConfig  # noqa: F401
+from rayclust.encoders.base import EncoderConfig as EncoderConfig

@@ -9,7 +9,6 @@ import copy
 import logging
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,15 +51,7 @@ _FROM_TORCHVISION = (
 )
 
 
-class TimmEncoder(TorchEncoder):
-    """A timm network without its classifier; pooled features."""
-
-    def _image_tower(self) -> Callable[[Tensor], Tensor]:
-        tower: Callable[[Tensor], Tensor] = self._network
-        return tower
-
-
-def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> TimmEncoder:
+def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> TorchEncoder:
     """Build a timm encoder with weights from a local file.
 
     Size, colours, filter and crop are those that the architecture's tag declares, unless the config says otherwise.
@@ -97,7 +88,7 @@ def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> Timm
             example = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
             network = fold_batch_norms(network.eval(), example)
     mean, std = config.mean or tuple(own["mean"]), config.std or tuple(own["std"])
-    return TimmEncoder(network, config, preprocess, mean=mean, std=std, device=device)
+    return TorchEncoder(network, config, preprocess, mean=mean, std=std, device=device)
 
 
 def timm_hub_file(config: EncoderConfig) -> HubFile:

@@ -9,6 +9,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def load_tensors(path: Path | str) -> Any:
             warnings.simplefilter("ignore")  # that TorchScript is refused is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        names = []
+        with suppress(RuntimeError, ValueError, OSError, pickle.UnpicklingError):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        objects = f"objects of {', '.join(names[:3])}" if names else "objects other than tensors"
         raise DataError(
-            f"{path}: holds {_objects_in(path)}, which are not read; save its tensors alone, as safetensors"
+            f"{path}: holds {objects}, which are not read; save its tensors alone, as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         what = " ".join(str(error).split())[:120]
@@ -73,14 +78,6 @@ def load_tensors(path: Path | str) -> Any:
                 "safetensors (encoder.name: open_clip/ViT-L-14.openai), for others save `state_dict()` as safetensors"
             ) from error
         raise DataError(f"{path}: damaged torch file ({what}); fetch it again") from error
-
-
-def _objects_in(path: Path) -> str:
-    try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError):
-        names = []
-    return f"objects of {', '.join(names[:3])}" if names else "objects other than tensors"
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:

@@ -15,20 +15,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models import vision_transformer as torchvision_vit
 
-from rayclust.encoders.base import EncoderConfig
+from rayclust.encoders.base import EncoderConfig, TorchEncoder
 from rayclust.encoders.clip import clip_hub_file
 from rayclust.encoders.decode import decode
-from rayclust.encoders.timm import TimmEncoder, build_timm, fold_batch_norms, from_torchvision, timm_hub_file
+from rayclust.encoders.timm import build_timm, fold_batch_norms, from_torchvision, timm_hub_file
 from rayclust.errors import ConfigError
 from tests.encoders.networks import noise, seen, tiny_timm
 
 
-def built(folder: Path, state: Any, name: str = "timm/test_vit", **options: Any) -> TimmEncoder:
+def built(folder: Path, state: Any, name: str = "timm/test_vit", **options: Any) -> TorchEncoder:
     torch.save(state, folder / "w.pt")
     return build_timm(EncoderConfig(name=name, pretrained="w.pt", **options), folder / "w.pt", "cpu")
 
 
-def rows_of(network: Any, encoder: TimmEncoder, images: np.ndarray) -> np.ndarray:
+def rows_of(network: Any, encoder: TorchEncoder, images: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         rows = network(seen(images, encoder.mean, encoder.std)).numpy()
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
