@@ -189,7 +189,7 @@ class TorchEncoder:
         if rows.ndim != 2:
             raise ConfigError(f"encoder.name = {self.name}: gives {tuple(rows.shape[1:])} per image, not one row")
         self.dimension = rows.shape[1]
-        if config.compile:
+        if config.compile and self._device.type != "meta":
             self._tower = torch.compile(self._tower, dynamic=False)
 
     def _image_tower(self) -> Callable[[Tensor], Tensor]:

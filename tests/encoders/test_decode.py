@@ -6,7 +6,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torchvision.transforms import functional as transforms
 from rayclust.encoders.decode import (
     MAX_SCANS,
     PIXEL_CEILING,
+    Box,
     Preprocess,
     Reason,
     Undecodable,
@@ -199,7 +200,9 @@ def test_drafts_stay_close() -> None:
         ((40, 40), (10, 20), "crop", 1.0, (0, 10, 40, 30)),
     ],
 )
-def test_visible_boxes_worked_by_hand(shown, target, resize, fraction, expected) -> None:  # type: ignore[no-untyped-def]
+def test_visible_boxes_worked_by_hand(
+    shown: tuple[int, int], target: tuple[int, int], resize: Any, fraction: float, expected: Box
+) -> None:
     assert visible_box(shown, target, resize, fraction) == expected
 
 
