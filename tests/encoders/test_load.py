@@ -72,7 +72,6 @@ def test_pixels_need_no_library_of_networks() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "size", "dimension"),
     [
-        ("timm/vit_huge_patch14_224.mae", {}, 224, 1280),
         ("timm/vit_small_patch16_224.dino", {"image_size": 96, "precision": "fp16", "compile": True}, 96, 384),
         ("timm/regnety_320.swag_lc_in1k", {}, 224, 3712),
         ("open_clip/ViT-L-14", {}, 224, 768),
