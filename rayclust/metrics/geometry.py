@@ -11,16 +11,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist
 
-from rayclust.arrays import FloatArray, IntArray, require_matrix
+from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.errors import ConfigError, DataError, ShapeError
-
-
-def unit_rows(x: FloatArray) -> NDArray[np.float64]:
-    """Return Float64[N D], rows of length 1; a zero row stays zero."""
-    require_matrix(x, "x")
-    rows = np.asarray(x, dtype=np.float64)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.where(lengths > 0, lengths, 1.0))
 
 
 def absolute_gram(x: FloatArray) -> NDArray[np.float64]:
@@ -34,7 +26,7 @@ def absolute_gram(x: FloatArray) -> NDArray[np.float64]:
 
     Source: arXiv 2306.05272, figure 2; its Z has samples as columns.
     """
-    rows = unit_rows(x)
+    rows = _unit(x)
     return np.minimum(np.abs(rows @ rows.T), 1.0)
 
 
@@ -53,7 +45,7 @@ def kernel_membership(x: FloatArray, temperature: float) -> NDArray[np.float64]:
     """
     if not temperature > 0:
         raise ConfigError(f"temperature = {temperature}: must be above 0")
-    rows = unit_rows(x)
+    rows = _unit(x)
     logits = rows @ rows.T / temperature
     np.fill_diagonal(logits, -np.inf)
     if len(rows) < 2:
@@ -74,7 +66,7 @@ def similar_order(centers: FloatArray) -> list[int]:
     require_matrix(centers, "centers")
     if len(centers) < 3:
         return list(range(len(centers)))
-    distances = np.maximum(pdist(unit_rows(centers), "sqeuclidean"), 0.0)
+    distances = np.maximum(pdist(_unit(centers), "sqeuclidean"), 0.0)
     tree = optimal_leaf_ordering(linkage(distances, "average"), distances)
     return [int(leaf) for leaf in leaves_list(tree)]
 
@@ -98,7 +90,7 @@ def neighbor_precision(x: FloatArray, labels: IntArray, k: int) -> float:
         raise ConfigError(f"k = {k}: must be at least 1")
     if len(labels) != len(x) or len(x) < 2:
         raise ShapeError(f"{len(labels)} labels for {len(x)} rows: as many are needed, at least 2")
-    rows, k = unit_rows(x), min(k, len(x) - 1)
+    rows, k = _unit(x), min(k, len(x) - 1)
     cosines = rows @ rows.T
     np.fill_diagonal(cosines, -np.inf)
     near = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
@@ -240,6 +232,11 @@ def quantiles(spectra: Sequence[FloatArray], levels: Sequence[float]) -> NDArray
     for row, values in zip(padded, spectra, strict=True):
         row[: len(values)] = values[:reach]
     return np.asarray(np.quantile(padded, levels, axis=0))
+
+
+def _unit(x: FloatArray) -> FloatArray:
+    require_matrix(x, "x")
+    return unit_rows(np.asarray(x, dtype=np.float64))
 
 
 def _edges(membership: FloatArray, least: float) -> NDArray[np.bool_]:

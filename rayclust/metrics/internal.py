@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import xlogy
 from sklearn import metrics
 
-from rayclust.arrays import FloatArray, IntArray, require_matrix
+from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics.external import ari
 
@@ -103,9 +103,7 @@ def silhouette(x: FloatArray, labels: IntArray, *, rows: int | None = None, seed
     if len(clusters) < 2:
         raise DataError(f"silhouette: {len(clusters)} cluster among {len(x)} rows: at least 2 are needed")
     each, sizes = np.arange(len(x)), np.bincount(codes)
-    wide = x.astype(np.float64)
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    wide /= np.where(lengths > 0, lengths, 1.0)
+    wide = unit_rows(x.astype(np.float64))
     # Sums of 1 − cosine to each cluster's rows. The mean of cosines is the cosine with the mean: no row meets another.
     totals = np.zeros((len(sizes), x.shape[1]))
     np.add.at(totals, codes, wide)
