@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.clustering.spectral import unit  # noqa: F401
+from rayclust.clustering.spectral import unit
+
+__all__ = ["unit"]

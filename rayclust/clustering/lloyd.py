@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.clustering.row_stats import Blocks  # noqa: F401
+from rayclust.clustering.row_stats import Blocks
+
+__all__ = ["Blocks"]

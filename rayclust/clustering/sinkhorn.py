@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.clustering.spectral import membership  # noqa: F401
+from rayclust.clustering.spectral import membership
+
+__all__ = ["membership"]

@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.language.naming import TopRows, typicality  # noqa: F401
+from rayclust.language.naming import TopRows, typicality
+
+__all__ = ["TopRows", "typicality"]

@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.language.vocabulary import LabelConfig  # noqa: F401
+from rayclust.language.vocabulary import LabelConfig
+
+__all__ = ["LabelConfig"]

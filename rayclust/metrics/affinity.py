@@ -1,6 +1,6 @@
 """Moved."""
 
-from rayclust.metrics.geometry import (  # noqa: F401
+from rayclust.metrics.geometry import (
     absolute_gram,
     components,
     detection_error,
@@ -10,3 +10,14 @@ from rayclust.metrics.geometry import (  # noqa: F401
     similar_order,
     wrong_edges,
 )
+
+__all__ = [
+    "absolute_gram",
+    "components",
+    "detection_error",
+    "kernel_membership",
+    "neighbor_precision",
+    "nonzeros",
+    "similar_order",
+    "wrong_edges",
+]

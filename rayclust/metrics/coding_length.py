@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.metrics.internal import coding_length  # noqa: F401
+from rayclust.metrics.internal import coding_length
+
+__all__ = ["coding_length"]

@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.metrics.internal import CriteriaOptions, measure  # noqa: F401
+from rayclust.metrics.internal import CriteriaOptions, measure
+
+__all__ = ["CriteriaOptions", "measure"]

@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.metrics.probes import linear_probe_accuracy  # noqa: F401
+from rayclust.metrics.probes import linear_probe_accuracy
+
+__all__ = ["linear_probe_accuracy"]

@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.metrics.internal import map_equation, modularity, neighbor_agreement, stability  # noqa: F401
+from rayclust.metrics.internal import map_equation, modularity, neighbor_agreement, stability
+
+__all__ = ["map_equation", "modularity", "neighbor_agreement", "stability"]

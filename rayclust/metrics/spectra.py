@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.metrics.geometry import directions, quantiles, singular_values  # noqa: F401
+from rayclust.metrics.geometry import directions, quantiles, singular_values
+
+__all__ = ["directions", "quantiles", "singular_values"]

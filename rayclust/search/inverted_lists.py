@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, train_centers  # noqa: F401
+from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, train_centers
+
+__all__ = ["ListCenters", "Probing", "choose_probes", "list_count", "train_centers"]
