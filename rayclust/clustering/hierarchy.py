@@ -6,6 +6,7 @@ Apart from k-means because a level is a partition of prototypes: they count once
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,8 +48,7 @@ def nest(prototypes: Tensor, sizes: Sequence[int], seed: int = 0) -> list[Tensor
     parents, levels = torch.arange(len(points), device=points.device), []
     for level, size in enumerate(sizes):
         options = kmeans.KMeansOptions(clusters=size, restarts=RESTARTS)
-        rows = (points,)
-        centers = kmeans.fit(lambda rows=rows: rows, options, seed=seed + level).centers  # type: ignore[misc]
+        centers = kmeans.fit(partial(list, (points,)), options, seed=seed + level).centers
         parents = kmeans.assign(points, centers)[0][parents]
         levels.append(parents)
         points = centers

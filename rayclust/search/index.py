@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix
 from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.search.ivf import list_count
 from rayclust.search.knn import RunningTopK
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 Stream = Callable[[], Iterator[tuple[FloatArray, IntArray]]]
 """Returns all rows in blocks, Float[B D] and their ids Int64[B], in the same order at every call."""
 
-_ROWS_PER_LIST = 39
-"""Fewest rows per inverted list; faiss asks for as many to train a list's centre."""
 _TRAINING_ROWS_PER_LIST = 64
 _RECALL_QUERIES = 1000
 
@@ -120,7 +119,7 @@ def build_index(
         return _fill(VectorIndex(faiss.IndexIDMap2(faiss.IndexFlatIP(first[0].shape[1])), recall=1.0), stream, count)
     # 1. Train the lists' centres on a sample.
     rng = np.random.default_rng(seed)
-    nlist = max(1, min(int(4 * count**0.5), count // _ROWS_PER_LIST))
+    nlist = list_count(count)
     training, _ = _rows_at(stream, _sample(rng, count, _TRAINING_ROWS_PER_LIST * nlist))
     width = training.shape[1]
     ivf: Any = faiss.IndexIVFScalarQuantizer(

@@ -14,7 +14,7 @@ from torch import Tensor
 from rayclust.arrays import require_matrix
 
 _ROWS_PER_LIST = 39
-"""Fewest rows per list, on average."""
+"""Fewest rows per list, on average; faiss asks for as many to train a list's centre."""
 _PARENTS_TRIED = 4
 """Parents whose lists a row is compared with."""
 _ITERATIONS = 10
