@@ -1,6 +1,6 @@
 """Methods on arrays in memory with scikit-learn's contract: `fit`, `predict`, `labels_`; no Ray, no files.
 
-An estimator is a config class and a few lines: `_parameters_of` makes its constructor from the config's fields.
+`_parameters_of` makes an estimator's constructor from the fields of its config.
 """
 # ruff: noqa: N803 - scikit-learn's contract calls the rows X
 
@@ -39,14 +39,14 @@ _E = TypeVar("_E", bound="_Estimator")
 
 
 def _parameters_of(config: type[Config], **fields: str) -> Callable[[type[_E]], type[_E]]:
-    """Return a class decorator that makes the constructor, with the signature that scikit-learn asks for.
+    """Return a class decorator that adds the constructor, with the explicit signature that scikit-learn requires.
 
-    Its parameters are `n_clusters`, those given, and the shared ones. Where the config has presets the default is None,
-    which leaves a setting to the preset, and `settings` takes further keys; else it is the field's.
+    Its parameters are `n_clusters`, those of `fields` and the shared ones. For a config with presets the default is
+    None, which leaves a setting to the preset, and `settings` holds further keys; otherwise it is the field's default.
 
     Args:
         config: the settings of the method.
-        fields: the config's field by the name of the parameter.
+        fields: field of the config, by parameter.
     """
     has_presets = "preset" in config.model_fields
     defaults: dict[str, Any] = {"n_clusters": 8}
@@ -116,7 +116,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         return torch.from_numpy(self.features_(x))
 
     def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
-        """Set `method_`, in float64, where a row's result does not depend on the rows that come with it."""
+        """Fit `method_` and widen it to float64, so that a row's result does not depend on other rows of a call."""
         method = fit_arrays(x, neighbors, config, self._seed(), self._device())
         self.method_, self.n_steps_ = method.cpu().double(), method.plan.steps
 
@@ -178,7 +178,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # 
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return distances of features to centres: Float64[N K]."""
-        # In float64 a row's distances do not depend on what other rows come with it.
+        # In float64 a row's distances do not depend on the other rows of the call.
         x = self._features(X).double()
         squares = kmeans.squared_distances(x, torch.from_numpy(self.cluster_centers_).double())
         distances: NDArray[np.float64] = squares.sqrt().numpy()
@@ -199,7 +199,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # 
     batch_size="batch_size", learning_rate="learning_rate",
 )  # fmt: skip
 class TEMI(_Estimator):
-    """TEMI (arXiv 2303.17896): heads on the features, taught by their moving averages to agree on neighbours.
+    """TEMI (arXiv 2303.17896): heads trained to agree with their moving averages on pairs of neighbours.
 
     None leaves a setting to the preset. Clusters that no row of the fit belongs to are numbered last.
 

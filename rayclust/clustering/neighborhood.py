@@ -13,15 +13,15 @@ _GATHERED = 2**24
 
 
 def smooth(x: Tensor, neighbors: Tensor, rounds: int = 1) -> Tensor:
-    """Replace each row's direction by that of the sum of its own and its neighbours', some times over.
+    """Replace each row's direction by that of the sum of itself and its neighbours, repeatedly.
 
-    A low-pass filter of the graph: what neighbours have in common stays, what is each row's own averages out, so that
-    clusters that are not round come closer to it.
+    A low-pass filter of the graph: components that neighbours share are kept, those of single rows average out, so that
+    clusters become rounder.
 
     Args:
         x: Float[N D].
         neighbors: Int[N M], −1 where a row has fewer than M.
-        rounds: how often; 0 gives the directions of `x`.
+        rounds: number of repetitions; 0 returns the directions of `x`.
 
     Returns:
         Float[N D], unit rows; a zero row without neighbours stays zero.
@@ -62,8 +62,8 @@ def modularity(terms: Tensor) -> Tensor:
     """Return the share of neighbour pairs kept together, less that of a random partition of the same sizes.
 
     Larger is better: below 1, about 0 for a random partition, and 0 for a single cluster. Unlike the share of pairs
-    that is kept, it does not reward one cluster that takes all; unlike the information of the pairs, it asks little
-    for even sizes.
+    that is kept, it does not reward a single cluster with all rows; unlike the mutual information of the pairs, it
+    hardly favours even sizes.
 
     Args:
         terms: Float64[R K+2], from `modularity_terms`.

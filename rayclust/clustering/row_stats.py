@@ -57,7 +57,7 @@ def compute(blocks: Blocks, metric: Metric) -> RowStats:
 
     Args:
         blocks: this worker's rows; a worker without rows returns one block Float[0 D].
-        metric: cosine looks at the rows' directions only.
+        metric: `cosine` uses the rows' directions only.
 
     Raises:
         DataError: a value is not finite, or there are no rows.
@@ -120,7 +120,7 @@ def even_sample(count: int, size: int, seed: int) -> Tensor:
 
     Args:
         count: rows there are.
-        size: rows wanted; all rows if there are no more.
+        size: sample size; all rows if there are no more.
         seed: of the sample.
 
     Returns:

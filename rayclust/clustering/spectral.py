@@ -42,7 +42,7 @@ _ROUNDING = 1e-3
 _ENTRIES_ON_CPU, _ENTRIES_ON_GPU = 2**21, 2**28
 _KRYLOV_BLOCKS = 4
 _DEPENDENT = 1e-5
-"""Length below which what a unit column adds to a basis counts as rounding."""
+"""Length below which a unit column's part outside a basis counts as rounding."""
 _WHOLE_SPACE_ROWS = 512
 _ROWS_AT_ONCE = 256
 _SITE_TOLERANCE = 1e-5
@@ -89,7 +89,7 @@ def membership(codes: Tensor, temperature: float, half_steps: int | None = PUBLI
         codes: Float[n d], unit rows, already gathered across workers; taken in float32 or wider. Their signs do not
             matter.
         temperature: η, above 0; towards 0 each row belongs to itself alone, towards infinity to all alike.
-        half_steps: odd, rows first and last; None goes on until the columns sum to 1 as well.
+        half_steps: odd, rows first and last; None iterates until the columns sum to 1 as well.
 
     Returns:
         Float[n n], positive; rows sum to 1, columns nearly; differentiable in `codes`.
@@ -203,11 +203,11 @@ def balance(affinity: Affinity, half_steps: int | None = None) -> Balance:
 
     Args:
         affinity: the kernel.
-        half_steps: alternating updates of rows and columns, rows first, as published (5); None goes on until rows and
+        half_steps: alternating updates of rows and columns, rows first, as published (5); None iterates until rows and
             columns sum to 1 within 1e-6, by symmetric steps s ← √(s / K s), whose result is symmetric.
 
     Raises:
-        ConfigError: `half_steps` is not odd: rows would not come last and not sum to 1.
+        ConfigError: `half_steps` is not odd; rows must be normalised last to sum to 1.
     """
     ones = affinity.codes.new_ones((len(affinity.codes), 1))
     if half_steps is None:
@@ -286,8 +286,8 @@ def leading_eigenpairs(
 ) -> Eigenpairs:
     """Return the eigenvectors of the largest (not: largest by size) eigenvalues, by a block Krylov space with restarts.
 
-    The space spanned by the blocks so far gives the Ritz vectors; the next block is what the operator adds to it. When
-    the space holds four blocks it shrinks to its leading Ritz vectors and the newest block.
+    The space spanned by the blocks so far gives the Ritz vectors; the next block holds their residuals, orthogonal to
+    it. When the space holds four blocks it is restarted from its leading Ritz vectors and the newest block.
 
     ARPACK and LOBPCG were measured against it: as accurate, but 5 and 2.5 times the passes over the kernel, which is
     what a product costs where the kernel is computed in tiles or summed over workers.
@@ -295,7 +295,7 @@ def leading_eigenpairs(
     Args:
         product: Float[N B] to Float[N B], symmetric.
         start: Float[N B], B at least `count`; a few columns more hasten convergence.
-        count: K, eigenvectors wanted.
+        count: K, number of eigenvectors.
         tolerance: longest residual A v − λ v, relative to the largest eigenvalue by size.
         max_products: blocks multiplied at most; a longer residual is then logged and returned.
 
@@ -340,7 +340,7 @@ def leading_eigenpairs(
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal columns that span what the block adds to the basis; columns that add nothing are left out."""
+    """Orthonormal basis of the block's part outside the span of `basis`; dependent columns are left out."""
     lengths = block.norm(dim=0)
     block = block[:, lengths > 0] / lengths[lengths > 0]
     for _ in range(2):  # once loses digits
@@ -352,7 +352,7 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Spectral:
-    """A spectral partition: all that assigning rows needs, for any K up to the one it was made for."""
+    """A spectral partition, which assigns rows to clusters for any K up to the one it was made for."""
 
     options: SpectralOptions
     """Settings."""
@@ -367,7 +367,7 @@ class Spectral:
     values: Tensor
     """Float64[Kmax + 1], or fewer for few sites: eigenvalues of D^{-1/2} Π D^{-1/2}, falling, the first is 1."""
     centers: dict[int, Tensor] = field(default_factory=dict)
-    """Float32[K + 1 K] for each K asked so far: the k-means centres, then their mean squared distance."""
+    """Float32[K + 1 K] by K, as far as computed: the k-means centres, then their mean squared distance."""
 
     @property
     def most(self) -> int:
@@ -461,7 +461,7 @@ class Spectral:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], options: SpectralOptions, seed: int) -> Spectral:
-        """Return the partition of which `tensors` came; options and seed are those that it was made with.
+        """Rebuild the partition from its `tensors`; options and seed are those that it was made with.
 
         Raises:
             ArtefactError: a tensor is missing.
@@ -496,7 +496,7 @@ def partition(blocks: Blocks, most: int, options: SpectralOptions, seed: int = 0
 
     Args:
         blocks: this worker's codes Float[B d]; workers hold the rows in order of rank.
-        most: the largest K it will be asked for.
+        most: the largest K for which it will be used.
         options: settings.
         seed: of the sample, of the first block of vectors and of the k-means.
 

@@ -1,6 +1,6 @@
-"""Names of clusters, for which every image votes with the words nearest to it, and typical and odd images of each.
+"""Names of clusters by votes of their images for the nearest words, and each cluster's typical and odd images.
 
-Votes are sums over images, so shards vote apart and their votes are added. Source: arXiv 2306.05272, Algorithm 2
+Votes are sums over images, so those of shards are counted separately and added. Source: arXiv 2306.05272, Algorithm 2
 (self-labelling), with the released code's softmax scale of 100 and its five words per image.
 """
 
@@ -127,15 +127,15 @@ def name_clusters(
 ) -> list[ClusterName]:
     """Name clusters by their votes.
 
-    By default two clusters may get one name: that is what a class split in two looks like. With `unique`, names are
-    given so that the sum of scores is largest and none comes twice.
+    By default two clusters may share a name, as when a class is split in two. With `unique`, distinct names are
+    assigned so that the sum of scores is largest.
 
     Args:
         votes: Float64[K V], the sum over all shards.
         sizes: Int[K], members of each cluster.
         words: V names.
-        unique: each name once. A cluster for which no word is left keeps its best with a number behind it.
-        runners_up: how many more names to list.
+        unique: use each name once. A cluster without a word left keeps its best, numbered.
+        runners_up: number of further names to list.
 
     Returns:
         K names, in the order of clusters.
@@ -188,7 +188,7 @@ def _largest(logits: FloatArray, top: int) -> tuple[IntArray, IntArray, FloatArr
 def _matched(shares: list[list[tuple[int, float]]], width: int) -> list[int | None]:
     """Match each cluster with a word, none twice, so that the sum of scores is largest; None where none is left."""
     cells = [(k, word, score) for k, ranked in enumerate(shares) for word, score in ranked if score > 0]
-    # A column of its own, worth next to nothing, lets a cluster go without a word.
+    # A private column of negligible score lets a cluster remain without a word.
     cells += [(k, width + k, 1e-9) for k in range(len(shares))]
     rows, columns, scores = zip(*cells, strict=True)
     matrix = sparse.csr_array((np.array(scores), (rows, columns)), shape=(len(shares), width + len(shares)))

@@ -70,12 +70,12 @@ class LabelConfig(Config):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Distinct words, and their rows where they come with them."""
+    """Distinct words, and their embeddings if the list has them."""
 
     words: tuple[str, ...]
     """V names as they are shown: spaces for underscores, the first of those that differ in case only."""
     embeddings: FloatArray | None = None
-    """Float32[V D] in the images' space; None: the encoder's text tower makes them."""
+    """Float32[V D] in the images' space; None: computed by the encoder's text tower."""
 
 
 def kind_of(value: str) -> Kind:
@@ -92,7 +92,7 @@ def from_text(data: bytes, source: str) -> Vocabulary:
 
     Args:
         data: the file, UTF-8.
-        source: its path or URI; its suffix tells tables from lists, and messages name it.
+        source: its path or URI; its suffix distinguishes tables from lists; used in messages.
 
     Raises:
         DataError: not UTF-8, no column of names, a line too long to be a name, or no name at all.
@@ -111,7 +111,7 @@ def from_text(data: bytes, source: str) -> Vocabulary:
 
 
 def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) -> Vocabulary:
-    """Make a vocabulary of names that come with their rows, for encoders without a text tower.
+    """Make a vocabulary of names with embeddings, for encoders without a text tower.
 
     Args:
         words: V names; of equal ones the first counts.

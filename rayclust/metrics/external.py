@@ -3,9 +3,8 @@
 Labels are one-dimensional arrays of integers or strings of one length; their names play no part. The caller leaves out
 rows without a true label first: see `labelled`.
 
-With many more clusters than classes each class owns several clusters, and a cluster stands for a class by a map. Where
-that map was fitted decides what its accuracy means: fitted on the rows that it scores, it rewards small clusters by
-themselves (single rows would all be right). The honest one is fitted on other rows.
+With many more clusters than classes, a map assigns each cluster to a class. Fitted on the rows that it scores, it
+rewards small clusters as such (single rows would all be right): the honest map is fitted on other rows.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def measure(
         `coding_length` in nats per row; `silhouette`; `calinski_harabasz` (1974) and `davies_bouldin` (1979),
         Euclidean, as in scikit-learn; `neighbor_agreement`, `modularity` and `map_equation` where there are neighbours;
         `stability` where there are two label sets; `occupied`, `smallest`, `median`, `largest`, `entropy` of the sizes.
-        What one cluster cannot have is left out.
+        What is not defined for one cluster is left out.
 
     Raises:
         DataError: there are no partitions.
@@ -85,7 +85,7 @@ def silhouette(x: FloatArray, labels: IntArray, *, rows: int | None = None, seed
     Args:
         x: Float[N D], which need not be unit rows.
         labels: Int[N].
-        rows: size of a seeded sample to take it on, against itself; None takes all.
+        rows: size of a seeded sample on which it is computed; None uses all rows.
         seed: of the sample.
 
     Raises:
@@ -104,7 +104,7 @@ def silhouette(x: FloatArray, labels: IntArray, *, rows: int | None = None, seed
         raise DataError(f"silhouette: {len(clusters)} cluster among {len(x)} rows: at least 2 are needed")
     each, sizes = np.arange(len(x)), np.bincount(codes)
     wide = unit_rows(x.astype(np.float64))
-    # Sums of 1 − cosine to each cluster's rows. The mean of cosines is the cosine with the mean: no row meets another.
+    # Sums of 1 − cosine to each cluster's rows: the mean of cosines is the cosine with the mean, without an N×N matrix.
     totals = np.zeros((len(sizes), x.shape[1]))
     np.add.at(totals, codes, wide)
     sums = np.asarray(sizes - wide @ totals.T, dtype=np.float64)
@@ -145,9 +145,9 @@ def size_summary(labels: IntArray, clusters: int) -> dict[str, float]:
 
 
 def coding_length(z: FloatArray, labels: IntArray, distortion: float = DISTORTION) -> float:
-    """Return the nats that rows take when each cluster has a code of its own: Σ_k ℓ(Z_k) − N_k ln(N_k / N).
+    """Return the nats that code the rows when each cluster has its own code: Σ_k ℓ(Z_k) − N_k ln(N_k / N).
 
-    A cluster of m rows takes ℓ(X) = (m + d)/2 · ln det(I + d/(ε² m) XᵀX). Smaller is better. Labels' names play no
+    A cluster of m rows costs ℓ(X) = (m + d)/2 · ln det(I + d/(ε² m) XᵀX). Smaller is better. Labels' names play no
     part. Holds one d×d or m×m matrix at a time, whichever is smaller; log-determinants are taken in float64.
 
     Args:
@@ -231,8 +231,8 @@ def modularity(labels: IntArray, neighbors: IntArray) -> float:
 def map_equation(labels: IntArray, neighbors: IntArray) -> float:
     """Return the nats per step that describe a random walk in the neighbour graph with a code book per cluster.
 
-    At least 0, smaller is better. Too few clusters have long code words for their rows, too many are left too often.
-    Neighbours count in both directions.
+    At least 0, smaller is better. With too few clusters the code words of rows are long, with too many the walk leaves
+    clusters often. Edges count in both directions.
 
     Args:
         labels: Int[N].

@@ -58,7 +58,7 @@ CRITERIA = {
     "stability": Criterion(larger_is_better=True, votes=True),
 }
 _MIN_CANDIDATES_FOR_ENDS = 5
-"""Candidates from which on a pick at one of their ends is known for the end of a slope."""
+"""With at least this many candidates, a pick at either end counts as the end of a slope."""
 
 
 def choose(candidates: Sequence[Candidate], rule: str = "vote") -> Choice:
@@ -66,12 +66,12 @@ def choose(candidates: Sequence[Candidate], rule: str = "vote") -> Choice:
 
     Args:
         candidates: in any order, each K once.
-        rule: `vote`: the middle, in ratio, of what the criteria pick; `coding_length`: the least coding length;
+        rule: `vote`: the middle, in ratio, of the K that the criteria pick; `coding_length`: the least coding length;
             `knee`: the elbow of the coding length; or the name of any criterion.
 
     Raises:
         ConfigError: the rule is unknown.
-        DataError: there are no candidates, or none has the criterion that the rule asks for.
+        DataError: there are no candidates, or none has the criterion of the rule.
     """
     picked = picks(candidates)
     ks = sorted(candidate.k for candidate in candidates)
@@ -120,13 +120,12 @@ def picks(candidates: Sequence[Candidate]) -> dict[str, int]:
 def knee(ks: Sequence[int], values: Sequence[float], *, log: bool = True) -> int:
     """Return the K at which a falling curve lies farthest below the chord from its first to its lowest point.
 
-    Both axes are scaled to from 0 to 1 first. The lowest point itself where nothing lies below the chord.
+    Both axes are scaled to [0, 1] first. Returns the lowest point itself if nothing lies below the chord.
 
     Args:
         ks: increasing, at least 1.
         values: one for each.
-        log: whether the K axis is ln K: right for coding lengths and inertias, whose costs and gains go with ratios
-            of K.
+        log: whether the K axis is ln K, as for coding lengths and inertias, which depend on ratios of K.
 
     Raises:
         DataError: there are no values, or not one for each K.
@@ -147,8 +146,8 @@ def knee(ks: Sequence[int], values: Sequence[float], *, log: bool = True) -> int
 def vote(picked: Mapping[str, int], ks: Sequence[int]) -> int:
     """Return the candidate nearest, in ratio, to the median of the picks of the criteria that vote.
 
-    A pick at either end of the candidates is no optimum but the end of a slope: it abstains, unless more than two
-    thirds of the criteria pick an end or there are fewer than five candidates.
+    A pick at either end of the candidates is the end of a slope rather than an optimum: it abstains, unless more than
+    two thirds of the criteria pick an end or there are fewer than five candidates.
 
     Args:
         picked: K by criterion.
@@ -201,9 +200,9 @@ def refine(ks: Sequence[int], best: int, *, points: int = 4) -> tuple[int, ...]:
     """Return further candidates between the best one's neighbours, geometrically spread, none tried before.
 
     Args:
-        ks: tried so far, among them `best`.
-        best: around which.
-        points: at most this many.
+        ks: candidates tried so far, among them `best`.
+        best: candidate to refine around.
+        points: largest number of new candidates.
 
     Returns:
         Increasing; empty when every number between the neighbours has been tried.

@@ -98,16 +98,16 @@ def build_index(
 ) -> VectorIndex:
     """Build an index over all rows of a stream.
 
-    An inverted file is built with 4·√N lists and opens as few of them per query as the wanted recall takes, measured on
-    up to 1000 of the rows against exact search. Rows are kept there as float16.
+    An inverted file has 4·√N lists and probes as few of them per query as the wanted recall needs, measured on up to
+    1000 of the rows against exact search. Rows are kept there as float16.
 
     Args:
         stream: all rows; read once for flat, three times for ivf.
         count: N.
-        kind: flat is exact and compares with all rows; ivf looks into a few lists.
+        kind: `flat` is exact and compares with all rows; `ivf` probes a few lists.
         seed: of the samples and of the lists' centres.
         k: neighbours on which the recall is measured.
-        min_recall: wanted recall@k, from 0 to 1. Where it is out of reach all lists are opened; see `recall`.
+        min_recall: wanted recall@k, from 0 to 1. If it is out of reach all lists are probed; see `recall`.
 
     Raises:
         DataError: the stream does not hold `count` rows, or holds none.
@@ -171,11 +171,11 @@ def recall_at_k(
         truth_similarity: Float[B k].
         tolerance: similarities as near as this tie.
     """
-    wanted = (truth >= 0).sum(axis=1)
+    expected = (truth >= 0).sum(axis=1)
     last = np.where(truth >= 0, truth_similarity, np.inf).min(axis=1, keepdims=True)
     hits = (found[:, :, None] == truth[:, None, :]).any(axis=2) | (found_similarity >= last - tolerance)
-    counted = np.minimum((hits & (found >= 0)).sum(axis=1), wanted)
-    return float(counted.sum() / max(wanted.sum(), 1))
+    counted = np.minimum((hits & (found >= 0)).sum(axis=1), expected)
+    return float(counted.sum() / max(expected.sum(), 1))
 
 
 def without_self(ids: IntArray, similarity: FloatArray, own: IntArray) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -187,7 +187,7 @@ def without_self(ids: IntArray, similarity: FloatArray, own: IntArray) -> tuple[
         own: Int64[B], the queries' ids.
 
     Returns:
-        Int64[B k], Float32[B k]: without the own id, or without the last where the own id was not found.
+        Int64[B k], Float32[B k]: without the query's id, or without the last result where that was not found.
     """
     drop = ids == own[:, None]
     drop[~drop.any(axis=1), -1] = True

@@ -24,7 +24,7 @@ _UNREACHED = 2**31
 
 
 def list_count(count: int) -> int:
-    """Return the number of lists for N rows: 4·√N, at least one, and not more than give each list some rows."""
+    """Return the number of lists for N rows: 4·√N, at least one, and at most one per 39 rows."""
     return max(1, min(int(4 * count**0.5), count // _ROWS_PER_LIST))
 
 
@@ -64,7 +64,7 @@ class ListCenters:
             first, end = self.starts[parent : parent + 2].tolist()
             for rows in torch.split(order[low:high] // count, _ROWS_AT_ONCE):
                 similarity, child = (x[rows] @ self.centers[first:end].T).max(dim=1)
-                # Parents come in order, so that of equally near lists the first stays.
+                # Parents are visited in order, so that of equally near lists the first is kept.
                 nearer = similarity > best[rows]
                 best[rows[nearer]], lists[rows[nearer]] = similarity[nearer], child[nearer] + first
         return lists
@@ -73,11 +73,11 @@ class ListCenters:
 def train_centers(sample: Tensor, lists: int, seed: int = 0) -> ListCenters:
     """Compute centres by spherical k-means of a sample in two levels: √L parents, then lists in proportion to rows.
 
-    With S rows a pass takes 2·S·√L products instead of S·L. It runs in one thread, so that the sums have one order.
+    With S rows a pass costs 2·S·√L products instead of S·L. It runs in one thread, so that sums have a fixed order.
 
     Args:
         sample: Float32[S D], unit or zero rows, in a random order or spread over all rows.
-        lists: L that are wanted; there are some more or less, and not more than rows.
+        lists: L, about; the result may have a few more or less, and never more than rows.
         seed: of the first centres.
     """
     x = np.ascontiguousarray(sample.numpy())
@@ -192,10 +192,10 @@ def choose_probes(
             same = lists == neighbor_lists[:, None]
             rank = same.long().argmax(1).masked_fill(~same.any(1), _UNREACHED)
             ranks.append(rank.masked_fill((same & needed).any(1), 0))
-        # 2. The rank within which the wanted share of them lies.
+        # 2. The rank within which the share `min_recall` of them lies.
         ordered = torch.cat(ranks).sort()[0]
         last = int(ordered[max(0, int(np.ceil(min_recall * len(ordered) - 1e-9)) - 1)])
-        # Where four times as many are ranked as are opened, these are all but what a ranking of all lists gives.
+        # With four times as many lists ranked as opened, the result is nearly that of a ranking of all lists.
         if reach == len(centers) or 4 * (last + 1) <= reach:
             return reach, last + 1
         reach = min(2 * reach, len(centers))

@@ -29,15 +29,15 @@ _GROUP = 16
 
 
 class RunningTopK:
-    """The k nearest rows of a database that comes block by block, in any order.
+    """The k nearest rows of a database that is read block by block, in any order.
 
-    Greater similarity first; ties go to the smaller id. A query never finds the row of its own id, wherever that comes.
+    Greater similarity first; ties go to the smaller id. A query never finds the row of its own id.
     The result does not depend on how the database is cut, except that similarities which differ by less than a float32
     product's rounding may change places.
 
     Args:
         queries: Float[B D], unit rows for cosine.
-        query_ids: Int64[B], ids that are not to be found; None where queries are not rows of the database.
+        query_ids: Int64[B], excluded ids; None where queries are not rows of the database.
         k: how many, above 0.
 
     Raises:
@@ -129,7 +129,7 @@ def top_k(
         queries: Float[B D], unit rows for cosine.
         database: Float[N D].
         k: how many; at most N, or N − 1 with `query_ids`.
-        query_ids: Int64[B], the queries' own ids in the database, which are not to be found; None looks at all rows.
+        query_ids: Int64[B], the queries' own ids in the database, which are excluded; None excludes nothing.
         database_ids: Int64[N], at least 0; None numbers the rows from 0.
         block: rows of the database compared at once; None fits the memory. Does not change the result.
 
@@ -137,7 +137,7 @@ def top_k(
         Int64[B k] ids, Float32[B k] similarities; greater similarity first, then smaller id.
 
     Raises:
-        ConfigError: `k` is below 1 or above what the database can give.
+        ConfigError: `k` is below 1 or above the number of rows that can be found.
         ShapeError: widths or numbers of ids differ.
     """
     require_matrix(database, "database", queries.shape[-1])
@@ -159,8 +159,8 @@ def top_k(
 class TopKInt64:
     """The k nearest rows of each query, kept as int64 keys that order by similarity, then by smaller id.
 
-    As `RunningTopK`, for many small products: a block of rows comes for some of the queries, and rows that cannot enter
-    are left out by one comparison with the query's k-th best. Similarities are kept in steps of 2⁻²⁴, what float32
+    As `RunningTopK`, for many small products: each update compares some of the queries with some rows, and one
+    comparison with a query's k-th best discards most of them. Similarities are kept in steps of 2⁻²⁴, what float32
     resolves below 1.
 
     Args:
@@ -174,12 +174,12 @@ class TopKInt64:
         """Int64[Q k], nearest first; see `unpack_keys`."""
 
     def update(self, places: Tensor, queries: Tensor, own: Tensor, rows: Tensor, ids: Tensor) -> None:
-        """Compare some queries with some rows that they have not seen.
+        """Compare some queries with some rows, each pair once.
 
         Args:
             places: Int64[q], which queries, each at most once.
             queries: Float32[q D], unit or zero rows, up to rounding.
-            own: Int64[q], ids that are not to be found.
+            own: Int64[q], excluded ids.
             rows: Float32[m D], unit or zero rows, up to rounding.
             ids: Int64[m], from 0 to 2³⁷ − 1.
         """
