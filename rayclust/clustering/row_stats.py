@@ -81,7 +81,7 @@ def compute(blocks: Blocks, metric: Metric) -> RowStats:
         raise DataError("rows hold NaN or infinite values: remove them before clustering")
     if metric == "cosine" and bool(rest[1] > 0):
         return compute(_UnitRows(blocks), "cosine")
-    counts = collectives.team().gathered(torch.tensor(own, device=total.device))
+    counts = collectives.team().gathered(torch.tensor([own], device=total.device))
     count, first = int(counts.sum()), int(counts[: collectives.rank()].sum())
     if count == 0:
         raise DataError("rows = 0: k-means needs at least one")
