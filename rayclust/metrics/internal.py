@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import xlogy
 from sklearn import metrics
 
@@ -248,18 +247,14 @@ def map_equation(labels: IntArray, neighbors: IntArray) -> float:
     there = neighbors >= 0
     ends = neighbors[there]
     starts = np.repeat(np.arange(len(codes)), there.sum(axis=1))
-    # p_α of each row, q_i of each cluster, p_i = Σ_{α ∈ i} p_α.
+    # p_α of each row, q_i of each cluster, and q_i + Σ_{α ∈ i} p_α.
     visits = np.bincount(np.concatenate([starts, ends]), minlength=len(codes)) / max(2 * len(ends), 1)
     crossing = codes[starts] != codes[ends]
     across = np.concatenate([codes[starts][crossing], codes[ends][crossing]])
     leaving = np.bincount(across, minlength=int(codes.max(initial=-1)) + 1) / max(2 * len(ends), 1)
-    staying = np.bincount(codes, weights=visits)
-
-    def plogp(shares: ArrayLike) -> NDArray[np.float64]:
-        return np.asarray(xlogy(shares, shares), dtype=np.float64)
-
-    index = plogp(leaving.sum()) - 2.0 * plogp(leaving).sum()
-    return float(index - plogp(visits).sum() + plogp(leaving + staying).sum()) + 0.0
+    used = leaving + np.bincount(codes, weights=visits)
+    index = xlogy(leaving.sum(), leaving.sum()) - 2.0 * xlogy(leaving, leaving).sum()
+    return float(index - xlogy(visits, visits).sum() + xlogy(used, used).sum()) + 0.0
 
 
 def stability(partitions: Sequence[IntArray]) -> float:
