@@ -370,7 +370,7 @@ class Spectral:
     """Float32[K + 1 K] by K, as far as computed: the k-means centres, then their mean squared distance."""
 
     @property
-    def most(self) -> int:
+    def max_clusters(self) -> int:
         """Return the largest K."""
         return self.functions.shape[1]
 
@@ -378,14 +378,14 @@ class Spectral:
         """Return the clusters of the sites, which are all rows where those are at most `dense_rows`.
 
         Args:
-            clusters: K, at most `most`.
+            clusters: K, at most `max_clusters`.
             seed: of another k-means than the partition's own.
 
         Returns:
             Int64[S].
 
         Raises:
-            ConfigError: K is above `most`.
+            ConfigError: K is above `max_clusters`.
         """
         centers, _ = self._centers(clusters, self.seed if seed is None else seed)
         return kmeans.assign(functional.normalize(self.functions[:, :clusters], dim=1), centers)[0]
@@ -394,7 +394,7 @@ class Spectral:
         """Return this partition, or that of another seed, with the centres of K clusters kept for `assign`.
 
         Raises:
-            ConfigError: K is above `most`.
+            ConfigError: K is above `max_clusters`.
         """
         partition = self if seed is None or seed == self.seed else replace(self, seed=seed, centers={})
         partition.labels(clusters)
@@ -408,13 +408,13 @@ class Spectral:
 
         Args:
             codes: Float[B d].
-            clusters: K, at most `most`.
+            clusters: K, at most `max_clusters`.
 
         Returns:
             Float32[B K], rows sum to 1.
 
         Raises:
-            ConfigError: K is above `most`.
+            ConfigError: K is above `max_clusters`.
             ShapeError: the codes are not as wide as the sites'.
         """
         centers, spread = self._centers(clusters, self.seed)
@@ -438,7 +438,7 @@ class Spectral:
         """
         require_matrix(codes, "codes", self.codes.shape[1])
         rows = unit(codes.to(self.codes.device))
-        values = self.values[: self.most].to(self.functions)
+        values = self.values[: self.max_clusters].to(self.functions)
         inverse = torch.where(values > _MIN_EIGENVALUE, 1.0 / values.clamp(min=_MIN_EIGENVALUE), 0.0)
         # One column more sums p's denominator.
         scaled = self.scales[:, None] * torch.cat([self.functions * inverse, torch.ones_like(self.functions[:, :1])], 1)
@@ -475,8 +475,8 @@ class Spectral:
 
     def _centers(self, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
         """Float32[K K] centres of the embedding and Float32[] their mean squared distance; kept for the own seed."""
-        if not 1 <= clusters <= self.most:
-            raise ConfigError(f"clusters = {clusters}: from 1 to {self.most}, what the partition was made for")
+        if not 1 <= clusters <= self.max_clusters:
+            raise ConfigError(f"clusters = {clusters}: from 1 to {self.max_clusters}, what the partition was made for")
         cached = self.centers.get(clusters) if seed == self.seed else None
         if cached is None:
             rows = functional.normalize(self.functions[:, :clusters], dim=1)
@@ -491,12 +491,12 @@ class Spectral:
         return cached[:-1], cached[-1, 0]
 
 
-def partition(blocks: Blocks, most: int, options: SpectralOptions, seed: int = 0) -> Spectral:
+def partition(blocks: Blocks, max_clusters: int, options: SpectralOptions, seed: int = 0) -> Spectral:
     """Compute the spectral partition of all workers' codes; the same on every worker and for every sharding of rows.
 
     Args:
         blocks: this worker's codes Float[B d]; workers hold the rows in order of rank.
-        most: the largest K for which it will be used.
+        max_clusters: the largest K for which it will be used.
         options: settings.
         seed: of the sample, of the first block of vectors and of the k-means.
 
@@ -507,8 +507,8 @@ def partition(blocks: Blocks, most: int, options: SpectralOptions, seed: int = 0
     Source: arXiv 2306.05272, section 3 (membership) and its spectral clustering; Ng, Jordan & Weiss 2001.
     """
     stats = row_stats.compute(blocks, "cosine")
-    if not 1 <= most <= stats.count:
-        raise ConfigError(f"clusters = {most}: from 1 to the number of rows, {stats.count}")
+    if not 1 <= max_clusters <= stats.count:
+        raise ConfigError(f"clusters = {max_clusters}: from 1 to the number of rows, {stats.count}")
     # 1. The sites. Eigenvectors of all rows, restricted to a sample of them and extended again, would be a sample's:
     # where the eigenvalue after the K-th is nearly equal, labels were then 0.7 to 0.9 (ARI) those of the exact route.
     is_sample = options.beyond == "sample"
@@ -523,9 +523,9 @@ def partition(blocks: Blocks, most: int, options: SpectralOptions, seed: int = 0
     if len(codes) <= _WHOLE_SPACE_ROWS:
         start = torch.eye(len(codes), dtype=codes.dtype, device=codes.device)
     else:
-        columns = min(most + 1 + max(10, most // 5), len(codes))
+        columns = min(max_clusters + 1 + max(10, max_clusters // 5), len(codes))
         start = torch.randn((len(codes), columns), generator=torch.Generator().manual_seed(seed)).to(codes)
-    count = min(most + 1, len(codes))
+    count = min(max_clusters + 1, len(codes))
     pairs = leading_eigenpairs(operator.product, start, count, tolerance=options.tolerance)
-    functions = operator.inverse_root[:, None] * pairs.vectors[:, :most]
+    functions = operator.inverse_root[:, None] * pairs.vectors[:, :max_clusters]
     return Spectral(options, seed, codes, scaling.columns, functions, pairs.values)
