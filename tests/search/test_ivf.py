@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rayclust.errors import ShapeError
-from rayclust.search.inverted_lists import ListCenters, Probing, choose_probes, list_count, ranked_lists, train_centers
+from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, ranked_lists, train_centers
 from rayclust.search.knn import top_k
 
 
