@@ -192,11 +192,6 @@ class EmbeddingBuffer:
             values[width] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
         self.add(widths, values)
 
-    def usual_width(self) -> int:
-        """Return the width of most rows; of equals the smaller, and 0 if there are none."""
-        counts = {width: len(reasons) for width, reasons in self.reasons.items()}
-        return max(counts, key=lambda width: (counts[width], -width), default=0)
-
 
 def validate_embeddings(
     shard: Shard,
@@ -217,7 +212,9 @@ def validate_embeddings(
     Returns:
         Embeddings in float16; rows that are null, of another width, not finite, beyond float16 or all zero are rejects.
     """
-    width = buffer.usual_width() if width is None else width
+    if width is None:  # the width of most rows, of equals the smaller
+        counts = {width: len(reasons) for width, reasons in buffer.reasons.items()}
+        width = max(counts, key=lambda width: (counts[width], -width), default=0)
     halves = np.concatenate(buffer.halves.get(width, [np.empty((0, width), np.float16)]))
     reasons = buffer.reasons.get(width, [])
     kept: list[tuple[str, int, int]] = []
@@ -257,7 +254,7 @@ def read_table(shard: Shard, width: int | None) -> Rows:
     """Read the embeddings of a range of row groups of a Parquet file; see `read_rows`."""
     try:
         with parquet.opened(shard.uri) as file:
-            groups = parquet.row_groups(shard, file)
+            groups = list(range(*(shard.row_groups or (0, file.metadata.num_row_groups))))
             columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri)
             if columns.embedding is None:
                 raise DataError(f"{shard.uri}: no column `embedding`; it has {describe_columns(file.schema_arrow)}")

@@ -271,12 +271,6 @@ def cut(file: FileStat, footer: Footer | None, template: Shard, shard_rows: int)
             start, begin, rows = start + rows, end, 0
 
 
-def row_groups(shard: Shard, file: pq.ParquetFile) -> list[int]:
-    """Return the row groups of a shard."""
-    begin, end = shard.row_groups or (0, file.metadata.num_row_groups)
-    return list(range(begin, end))
-
-
 def check_length(table: pa.Table, count: int) -> None:
     """Raise if a table does not have `count` rows, as the columns of a damaged file may not; a `DAMAGE` error."""
     if table.num_columns and table.num_rows != count:
@@ -293,33 +287,41 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
     """
     try:
         with opened(shard.uri) as file:
-            groups = row_groups(shard, file)
+            groups = range(*(shard.row_groups or (0, file.metadata.num_row_groups)))
             columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri)
             columns = replace(columns, uri=None)  # records point into this table
-            table = file.read_row_groups(groups, columns=columns.naming)
+            table = file.read_row_groups(list(groups), columns=columns.naming)
             count = sum(file.metadata.row_group(group).num_rows for group in groups)
             check_length(table, count)
             names = RowNames.numbered(shard, count).replaced(table, columns, shard.label_source)
-            records = _records(shard, file, names, max_bytes)
+            if columns.image is None:
+                raise DataError(f"{shard.uri}: no column holds images; it has {describe_columns(file.schema_arrow)}")
+            records = _records(file, columns.image, groups, names, max_bytes)
             is_sorted = all(a <= b for a, b in itertools.pairwise(names.keys))
             yield from records if is_sorted else _sorted_by_key(records)
     except (*DAMAGE, UnreadableError) as error:
         yield shard.file_reject("unreadable_file", " ".join(str(error).split()))
 
 
-def _records(shard: Shard, file: pq.ParquetFile, names: RowNames, max_bytes: int) -> Iterator[Record]:
-    """Read the images of a shard in the order of the file; the rest of a damaged row group is rejects."""
-    column = Columns.find(file.schema_arrow).image
-    if column is None:
-        raise DataError(f"{shard.uri}: no column holds images; it has {describe_columns(file.schema_arrow)}")
+def _records(
+    file: pq.ParquetFile, column: str, groups: Iterable[int], names: RowNames, max_bytes: int
+) -> Iterator[Record]:
+    """Read the images of row groups in the order of the file; the rest of a damaged row group is rejects."""
     row = 0
-    for group in row_groups(shard, file):
+    for group in groups:
         end, damage = row + file.metadata.row_group(group).num_rows, "it ends early"
         try:
             for batch in file.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
                 for value in batch.column(0).slice(0, end - row):
-                    data, reason, detail = _image(value, max_bytes)
-                    yield Record(names.keys[row], names.uris[row], data, names.labels[row], reason, detail)
+                    image = value["bytes"] if isinstance(value, pa.StructScalar) and value.is_valid else value
+                    record = Record(names.keys[row], names.uris[row], None, names.labels[row])
+                    size = image.as_buffer().size if image.is_valid else 0
+                    if not image.is_valid:
+                        yield replace(record, reason="null_image", detail="the row holds no image")
+                    elif size > max_bytes:
+                        yield replace(record, reason="too_large", detail=oversize_detail(size, max_bytes))
+                    else:
+                        yield replace(record, data=image.as_py())
                     row += 1
         except DAMAGE as error:
             damage = " ".join(str(error).split())
@@ -327,18 +329,6 @@ def _records(shard: Shard, file: pq.ParquetFile, names: RowNames, max_bytes: int
         for lost in range(row, end):
             yield Record(names.keys[lost], names.uris[lost], None, names.labels[lost], "unreadable_file", detail)
         row = end
-
-
-def _image(value: pa.Scalar, max_bytes: int) -> tuple[bytes | None, str | None, str]:
-    """Return the bytes of an image, or None with reason and detail."""
-    if isinstance(value, pa.StructScalar) and value.is_valid:
-        value = value["bytes"]
-    if not value.is_valid:
-        return None, "null_image", "the row holds no image"
-    size = value.as_buffer().size
-    if size > max_bytes:
-        return None, "too_large", oversize_detail(size, max_bytes)
-    return value.as_py(), None, ""
 
 
 def _sorted_by_key(records: Iterable[Record]) -> Iterator[Record]:
