@@ -59,6 +59,10 @@ def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterato
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
     """Read the files of a folder shard, in order of key; unreadable and oversized ones are rejects.
 
+    Args:
+        shard: of kind folder.
+        max_bytes: bytes of one encoded image above which it is rejected without being read.
+
     Raises:
         DataError: the storage as a whole cannot be read.
     """

@@ -256,7 +256,14 @@ def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterato
 
 
 def cut(file: FileStat, footer: Footer | None, template: Shard, shard_rows: int) -> Iterator[Shard]:
-    """Cut a file into ranges of row groups of at least `shard_rows` rows; an unreadable file is one shard."""
+    """Cut a file into ranges of row groups; an unreadable file is one shard.
+
+    Args:
+        file: the Parquet file.
+        footer: of the file; None if it cannot be read.
+        template: carries the settings that all shards share.
+        shard_rows: rows from which on a shard ends.
+    """
     name = file.key[: -len(".parquet")] if file.key.lower().endswith(".parquet") else file.key
     template = replace(template, uri=file.uri, name=name)
     if footer is None:
@@ -281,6 +288,10 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
     """Read the images of a range of row groups in order of key; null images and damaged rows or files are rejects.
 
     Keys come from a column that names the rows if that is without gaps and doubles, else they are file name and row.
+
+    Args:
+        shard: of kind parquet.
+        max_bytes: bytes of one encoded image above which it is rejected without being read.
 
     Raises:
         DataError: the storage as a whole cannot be read, or a column is missing.

@@ -96,6 +96,10 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
 
     A remote tar is fetched whole first.
 
+    Args:
+        shard: of kind webdataset.
+        max_bytes: bytes of one encoded image above which it is rejected without being read.
+
     Raises:
         DataError: the storage as a whole cannot be read.
     """
@@ -198,7 +202,7 @@ def _sample_entries(shard: Shard, key: str, sample: list[tuple[str, TarMember]])
 def _label(source: str, archive: BinaryIO, entry: _Entry) -> str | None:
     """Read the label of a sample.
 
-    `auto` takes .cls, else a field of .json; a .txt is mostly a caption, so it must be asked for by its suffix.
+    `auto` takes .cls, else a field of .json; a .txt is mostly a caption, so it is read only on request.
     """
     if source == "folder":
         return folder_label(entry.uri.partition("#")[2])
@@ -270,7 +274,7 @@ def scan_tar(archive: BinaryIO) -> Iterator[TarMember | Damage]:
             continue
         offset = start + -(-length // _BLOCK) * _BLOCK
 
-        # 2. An extension is kept for its member; a regular file is given out.
+        # 2. Keep an extension for the member that follows; yield a regular file.
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             extension |= _parse_extension(info, _read_at(archive, start, min(length, _EXTENSION_LIMIT)))
         elif info.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
