@@ -136,7 +136,7 @@ def fetch(uri: str, names: Collection[str]) -> dict[str, bytes]:
     """
     found = dict[str, bytes]()
     with filesystem.open_whole(uri) as archive, decompress(archive)[0] as plain:
-        for member in list(scan_tar(plain)):
+        for member in scan_tar(plain):
             if isinstance(member, TarMember) and (name := escape_invalid(member.name)) in names and name not in found:
                 found[name] = _read_at(plain, member.offset, member.size)
     return found
@@ -160,7 +160,7 @@ def _entries(shard: Shard, archive: BinaryIO, damage: Damage | None) -> list[_En
     if damage is not None:
         # Decompression ended early, so the scan found a cut archive too: keep the better of the two reasons.
         damages = [other for other in damages if other.reason not in ("tar_truncated", "empty")] + [damage]
-    entries = [_Entry(shard.name, shard.uri, None, {}, damage.reason, damage.detail) for damage in damages]
+    entries = [_Entry(shard.name, shard.uri, None, {}, found.reason, found.detail) for found in damages]
     for key, sample in samples.items():
         entries += _sample_entries(shard, escape_invalid(f"{shard.name}/{key}"), sample)
     return entries
