@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.clustering import sinkhorn, spectral
 from rayclust.clustering.spectral import Spectral, SpectralOptions
 from rayclust.errors import ArtefactError
 from rayclust.losses.coding_rate import coding_rate, membership_energy
 from rayclust.losses.compression_rate import compression_rate
-from rayclust.methods.base import Batch, Export, Method, Plan, Rows, Steps, Trainer
+from rayclust.methods.base import Batch, Method, MethodState, Plan, Rows, Trainer
 from rayclust.methods.cpp_config import CppConfig
 from rayclust.methods.cpp_network import CppNetwork
-from rayclust.methods.cpp_steps import CppSteps
 
 __all__ = ["Cpp", "CppConfig"]
 
@@ -48,29 +47,28 @@ class Cpp(Method):
         seed: of the initial weights and of the final partition.
     """
 
+    config_type = CppConfig
     config: CppConfig
     progress: Tensor
-    refits_for_clusters = False
 
     def __init__(self, config: CppConfig, dimension: int, count: int, seed: int) -> None:
-        super().__init__()
-        self.config = config = config.settled(count)
-        self.dimension, self.count, self.seed = dimension, count, seed
-        self.own_space = config.width
+        config = config.settled(count)
+        super().__init__(config, dimension, count, seed)
+        self.width, self.scales_loss = config.width, config.precision == "fp16"
         self.plan = Plan.of(config, count)
         self.network = CppNetwork(config, dimension, seed)
         self.spectral: Spectral | None = None
         # Sum of losses and steps of the unfinished window, the mean of the last whole one, and whether to stop.
         self.register_buffer("progress", torch.tensor([0.0, 0.0, math.inf, 0.0], dtype=torch.float64))
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """−R during expansion, L after it, of all workers' rows; and the terms."""
-        z, codes = self.network(batch.views[0], training=True)
-        z = collectives.differentiable_gather(z)
+        z, codes = self.network(batch.x[0], training=True)
+        z = distributed.differentiable_all_gather(z)
         rate = coding_rate(z, self.config.distortion)
         if batch.step <= self.config.last_expansion_step:
             return {"loss": -rate, "rate": rate, "compressed": torch.zeros_like(rate), "energy": torch.zeros_like(rate)}
-        codes = z if self.network.codes is None else collectives.differentiable_gather(codes)
+        codes = z if self.network.codes is None else distributed.differentiable_all_gather(codes)
         compressed, energy = self._by_columns(z, codes)
         loss = -rate + self.config.compression_weight * compressed + self.config.membership_weight * energy
         return {"loss": loss, "rate": rate, "compressed": compressed, "energy": energy}
@@ -78,30 +76,31 @@ class Cpp(Method):
     def _by_columns(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """R_c and ½‖Π‖², each worker taking its columns of Π."""
         membership = sinkhorn.membership(codes, self.config.temperature, self.config.half_steps)
-        own = collectives.stretches(len(z), collectives.world_size())[collectives.rank()]
+        own = distributed.own_slice(len(z))
         compressed = compression_rate(z, membership[:, own], self.config.distortion, self.config.compression())
-        both = collectives.differentiable_sum(torch.stack([compressed, membership_energy(membership[:, own])]))
+        both = distributed.differentiable_all_reduce(torch.stack([compressed, membership_energy(membership[:, own])]))
         return both[0], both[1]
 
-    def own_steps(self) -> Steps | None:
-        """Two groups of parameters with rates and decays of their own."""
-        return CppSteps(self)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the cluster head with a rate and a decay of its own, and all others."""
+        codes = [] if self.network.codes is None else list(self.network.codes.parameters())
+        own = {id(parameter) for parameter in codes}
+        features = [parameter for parameter in self.parameters() if id(parameter) not in own]
+        c = self.config
+        groups: list[dict[str, Any]] = [{"params": features}]
+        groups.append({"params": codes, "lr_scale": c.code_rate, "weight_decay": c.code_weight_decay})
+        return [group for group in groups if group["params"]]
 
-    def after_step(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         """The feature head is copied into the cluster head after the last step of expansion."""
         if step == self.config.last_expansion_step:
             self.network.copy_features_to_codes()
 
-    @property
-    def finished_early(self) -> bool:  # type: ignore[override]
-        """Whether the loss no longer falls."""
-        return bool(self.progress[3])
-
-    def after_epoch(self, means: dict[str, Tensor]) -> dict[str, Any]:
+    def on_epoch_end(self, metrics: dict[str, Tensor]) -> dict[str, Any]:
         """Looks whether the loss still falls, once expansion is over; gives the terms."""
-        terms = {name: float(means[name]) for name in ("rate", "compressed", "energy")}
+        terms = {name: float(metrics[name]) for name in ("rate", "compressed", "energy")}
         if self.config.patience is not None and terms["compressed"] > 0.0:
-            self._judge(float(means["loss"]), self.config.patience)
+            self._judge(float(metrics["loss"]), self.config.patience)
         return terms
 
     def _judge(self, loss: float, patience: int) -> None:
@@ -111,6 +110,7 @@ class Cpp(Method):
             mean = total / steps
             stop = float(not mean < before - self.config.improvement * abs(mean))
             total, steps, before = 0.0, 0.0, mean
+        self.stop = bool(stop)
         self.progress.copy_(torch.tensor([total, steps, before, stop], dtype=torch.float64))
 
     def fit(self, rows: Rows, trainer: Trainer) -> None:
@@ -140,7 +140,7 @@ class Cpp(Method):
         z, codes = zip(*parts, strict=True)
         return torch.cat(z), torch.cat(codes)
 
-    def represent(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         """z: Float[B D] to unit rows Float[B d]."""
         return self._infer(x)[0]
 
@@ -149,7 +149,7 @@ class Cpp(Method):
         """Π of these rows alone: Float[B D] to Float[B B], rows and columns sum to 1."""
         return sinkhorn.membership(self._infer(x)[1], self.config.temperature, None)
 
-    def assign(self, x: Tensor) -> Tensor:
+    def predict_proba(self, x: Tensor) -> Tensor:
         """Float[B D] to Float[B K], rows sum to 1; each row's depend on it alone."""
         return self._partition().assign(self._infer(x)[1], self.config.clusters)
 
@@ -158,7 +158,7 @@ class Cpp(Method):
         clusters = self.config.clusters
         return torch.nn.functional.normalize(self._partition().centers[clusters][:clusters], dim=1)
 
-    def repartition(self, clusters: int, seed: int | None = None) -> Cpp:
+    def recut(self, clusters: int, seed: int | None = None) -> Cpp:
         """The same network and eigenvectors cut into another number of clusters, or from another seed."""
         other = copy.copy(self)
         other.spectral = self._partition().cut(clusters, seed)
@@ -170,17 +170,14 @@ class Cpp(Method):
             raise ArtefactError("method = cpp: has no clusters yet, fit it first")
         return self.spectral
 
-    def export(self) -> Export:
+    def state(self) -> MethodState:
         """Network and spectral partition."""
         tensors = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
         tensors |= {SPECTRAL + name: value for name, value in self._partition().tensors().items()}
-        settings = {"config": self.config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}
         tensors["seed"] = torch.tensor(self._partition().seed)
-        return Export(settings, tensors)
+        return MethodState(self._settings(), tensors)
 
-    def load_exported(self, tensors: dict[str, Tensor]) -> None:
-        """Takes network and partition of an `Export`."""
-        tensors = dict(tensors)
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.seed = int(tensors.pop("seed"))
         partition = {n.removeprefix(SPECTRAL): value for n, value in tensors.items() if n.startswith(SPECTRAL)}
         self.network.load_state_dict({n: value for n, value in tensors.items() if not n.startswith(SPECTRAL)})
