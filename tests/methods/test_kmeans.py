@@ -104,7 +104,13 @@ def test_killed_anywhere_it_goes_on_to_the_same_end():
 
 def test_keeps_checkpoints_by_the_clock_or_by_the_count():
     kept = {}
-    for every in (CheckpointInterval(epochs=1), CheckpointInterval(epochs=2), CheckpointInterval(None, seconds=0.0), CheckpointInterval(None, seconds=1e9), CheckpointInterval(None)):
+    for every in (
+        CheckpointInterval(epochs=1),
+        CheckpointInterval(epochs=2),
+        CheckpointInterval(None, seconds=0.0),
+        CheckpointInterval(None, seconds=1e9),
+        CheckpointInterval(None),
+    ):
         fitted(planted(), store := Memory(), every)
         kept[every] = len(store.kept)
     passes, halves, always, late, never = kept.values()

@@ -87,7 +87,10 @@ def test_fewer_rows_than_a_batch_still_make_steps():
 
 
 def test_a_resumed_epoch_has_the_batches_it_would_have_had():
-    whole, rest = list(_batches(20, Pairing(5, noise=0.1), steps=7)), list(_batches(20, Pairing(5, noise=0.1), 3, steps=7))
+    whole, rest = (
+        list(_batches(20, Pairing(5, noise=0.1), steps=7)),
+        list(_batches(20, Pairing(5, noise=0.1), 3, steps=7)),
+    )
     assert [batch.step for batch in whole] == list(range(7))
     assert [(batch.step, batch.epoch) for batch in rest] == [(3, 0), (4, 0), (5, 1), (6, 1)]
     for mine, expected in zip(rest, whole[3:], strict=True):
