@@ -9,16 +9,21 @@ from torch import Tensor
 
 from rayclust.distributed import ProcessGroup, world
 from rayclust.distributed import all_mean as all_mean
-from rayclust.distributed import all_reduce as all_sum  # noqa: F401
+from rayclust.distributed import all_reduce as all_sum
 from rayclust.distributed import barrier as barrier
-from rayclust.distributed import data_group as team  # noqa: F401
-from rayclust.distributed import data_parallel as sharing_rows  # noqa: F401
-from rayclust.distributed import differentiable_all_gather as differentiable_gather  # noqa: F401
-from rayclust.distributed import differentiable_all_reduce as differentiable_sum  # noqa: F401
-from rayclust.distributed import even_slices as stretches  # noqa: F401
-from rayclust.distributed import is_main as is_first  # noqa: F401
+from rayclust.distributed import data_group as team
+from rayclust.distributed import data_parallel as sharing_rows
+from rayclust.distributed import differentiable_all_gather as differentiable_gather
+from rayclust.distributed import differentiable_all_reduce as differentiable_sum
+from rayclust.distributed import even_slices as stretches
+from rayclust.distributed import is_main as is_first
 from rayclust.distributed import rank as rank
 from rayclust.distributed import world_size as world_size
+
+__all__ = [
+    "Team", "all_mean", "all_sum", "barrier", "differentiable_gather", "differentiable_sum", "everyone", "is_first",
+    "rank", "sharing_rows", "stretches", "team", "world_size",
+]  # fmt: skip
 
 
 class Team(ProcessGroup):
@@ -27,10 +32,12 @@ class Team(ProcessGroup):
     all_sum, gathered, joined = ProcessGroup.all_reduce, ProcessGroup.all_gather, ProcessGroup.all_gather_cat
 
     def spread(self, x: Tensor) -> Tensor:
-        return x if self.size == 1 else _Spread.apply(x, self)  # type: ignore[no-any-return]
+        """See Megatron's f."""
+        return x if self.size == 1 else _Spread.apply(x, self)
 
     def total(self, x: Tensor) -> Tensor:
-        return x if self.size == 1 else _Total.apply(x, self)  # type: ignore[no-any-return]
+        """See Megatron's g."""
+        return x if self.size == 1 else _Total.apply(x, self)
 
 
 class _Spread(torch.autograd.Function):
@@ -55,4 +62,5 @@ class _Total(torch.autograd.Function):
 
 
 def everyone() -> Team:
+    """See `distributed.world`."""
     return Team(world().size, world().rank)

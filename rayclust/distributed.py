@@ -211,7 +211,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     pending = [dist.all_reduce(gradient, group=group.group, async_op=True) for gradient in gradients]
     for work in pending:
-        cast(dist.Work, work).wait()
+        work.wait()
     torch._foreach_div_(gradients, float(group.size))
 
 

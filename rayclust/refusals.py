@@ -1,3 +1,5 @@
 """Moved."""
 
-from rayclust.settings import format_error as one_line  # noqa: F401
+from rayclust.settings import format_error as one_line
+
+__all__ = ["one_line"]

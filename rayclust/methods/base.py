@@ -6,6 +6,7 @@ what is declared here. What only some methods can do are protocols that callers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
@@ -107,6 +108,22 @@ class Plan:
         return -(-self.steps // self.steps_per_epoch)
 
 
+def cosine_schedule(start: float, end: float, step: int, steps: int) -> float:
+    """Return half a cosine from `start` at step 0 towards `end`, which it would reach at step `steps`.
+
+    Args:
+        start: value at step 0.
+        end: value at and after `steps`.
+        step: from 0.
+        steps: length; 0 is over at once.
+
+    Source: arXiv 1608.03983, eq. 5, without restarts.
+    """
+    if start == end or step >= steps:
+        return end
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * step / steps))
+
+
 @dataclass(frozen=True)
 class Pairing:
     """Views of a row that a method's batches hold."""
@@ -201,7 +218,7 @@ class Trainer(Protocol):
         """Return the seconds of this fit so far, those before a resume included."""
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return tensors and state of the newest checkpoint and take back its history and seconds; None: there is none."""
+        """Return tensors and state of the newest checkpoint, if any, and take back its history and seconds."""
 
     def is_due(self, epochs: int | None) -> bool:
         """Return whether a checkpoint is due after so many epochs; None within one. Called by all workers together."""
