@@ -212,8 +212,8 @@ class Heads(nn.Module):
 
     def _hidden(self, x: Tensor, training: bool, heads: slice, dtype: torch.dtype) -> Tensor:
         """Apply all layers before the bottleneck's: linear, batch norm if any, GELU, dropout if any."""
-        for layer, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1], strict=True)):
-            x = stacked_affine(x, weight[heads], bias[heads], dtype)
+        for layer in range(len(self.weights) - 1):
+            x = stacked_affine(x, self.weights[layer][heads], self.biases[layer][heads], dtype)
             if self.shape.batch_norm:
                 x = self.norms[layer](x if x.dtype == torch.float64 else x.float(), training, heads).to(x.dtype)
             x = functional.gelu(x)
