@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.distributed import all_reduce, differentiable_all_reduce
-from rayclust.losses.chunked import LastLayer
+from rayclust.losses.information import LastLayer
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -183,12 +183,12 @@ class Heads(nn.Module):
         """Return the inputs and weights of the training logits, which are not computed yet.
 
         Args:
-            x: Float[2 B D], both views of pairs.
+            x: Float[V B D], all views.
             temperature: divides the logits.
         """
         bottleneck, dtype = self._bottleneck(x.flatten(0, 1), True, slice(None))
-        pairs = bottleneck.view(len(bottleneck), 2, -1, bottleneck.shape[2])
-        return LastLayer(pairs, self.direction, self.scale, temperature, dtype)
+        units = bottleneck.view(len(bottleneck), len(x), -1, bottleneck.shape[2])
+        return LastLayer(units, self.direction, self.scale, temperature, dtype)
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return the input of the bottleneck's linear layer: Float[R D] to Float[H R 512]; for one layer the rows."""

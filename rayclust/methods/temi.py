@@ -22,8 +22,8 @@ from torch.nn import Parameter, functional
 from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.errors import ConfigError
-from rayclust.losses import chunked
-from rayclust.losses.information import LOSSES, InformationOptions, Marginal, agreement, log_probabilities
+from rayclust.losses import information
+from rayclust.losses.information import InformationOptions, Marginal, information_losses, log_probabilities
 from rayclust.methods.base import (
     Batch,
     Method,
@@ -40,8 +40,6 @@ from rayclust.methods.temi_init import StartOptions, best_by_modularity, start_f
 
 logger = logging.getLogger(__name__)
 
-CHUNKED_LOGITS = 1 << 26
-"""Logits of a batch, all heads and views together, from which the loss is computed in chunks."""
 PREDICT_ROWS = 8192
 """Rows whose hidden units are held at once in `predict_proba`."""
 COLLAPSE_ENTROPY = 0.5
@@ -408,7 +406,7 @@ def estimate_cost(shape: HeadShape, plan: Plan, layout: Layout, device: str = "c
     products += 4 * shape.clusters * shape.bottleneck
     # Logits of the teacher, kept where they fit, and of a chunk of the student; last layers of that chunk's heads.
     logits = 2 * pairs * shape.clusters * NARROW
-    kept, chunk = chunked.KEPT_BYTES[device], chunked.CHUNK_BYTES[device]
+    kept, chunk = information.KEPT_BYTES[device], information.CHUNK_BYTES[device]
     last = min(heads, max(1, chunk // logits)) * shape.clusters * shape.bottleneck
     # Numbers sent: gradients and p̂ over rows, agreement over heads; a ring sends each about twice.
     ring_rows, ring_heads = (2 * (parts - 1) / parts for parts in (layout.row_parts, layout.head_parts))
@@ -542,43 +540,16 @@ class Temi(Method):
         """
         c, views = self.config, batch.x
         alpha = c.entropy_weight if c.entropy_weight is not None else 5.0 if c.loss == "scan" else 0.0
-        options = InformationOptions(c.beta, c.positive_pmi, alpha, self.mean_agreement)
-        adds_up = c.loss in ("temi", "pmi") or (c.loss == "wmi" and not alpha)
-        logits = self.student.shape.heads * len(views) * views.shape[1] * c.clusters
-        is_chunked = adds_up and not c.positive_pmi and len(views) == 2 and logits >= CHUNKED_LOGITS
-        compute = self._chunked_losses if is_chunked else self._batched_losses
-        losses, agreements = compute(views, batch.epoch, options)
+        options = InformationOptions(c.loss, c.beta, c.positive_pmi, alpha, self.mean_agreement)
+        with torch.no_grad():
+            teacher = self.teacher.last_layer(views, self.teacher_temperature(batch.epoch))
+        student = self.student.last_layer(views, c.student_temperature)
+        losses, agreements = information_losses(student, teacher, self.marginal, options)
         return {
             "loss": losses.sum() / c.heads,
             "head_loss": losses.detach(),
             "head_agreement": agreements.detach().mean(1),
         }
-
-    def _batched_losses(self, views: Tensor, epoch: int, options: InformationOptions) -> tuple[Tensor, Tensor]:
-        """Return each head's loss, Float[H], and its agreement on each pair, Float[H B], from all logits at once."""
-
-        def predict(heads: Heads, temperature: float) -> Tensor:
-            """Return log-probabilities, Float[H V B K]."""
-            found = log_probabilities(heads(views.flatten(0, 1), training=True), temperature)
-            return found.view(len(found), len(views), -1, found.shape[2])
-
-        with torch.no_grad():
-            teacher = predict(self.teacher, self.teacher_temperature(epoch))
-            log_marginal, agreements = self.marginal.update(teacher), agreement(teacher)
-        student = predict(self.student, self.config.student_temperature)
-        return LOSSES[self.config.loss](student, teacher, log_marginal, options, agreements), agreements
-
-    def _chunked_losses(self, views: Tensor, epoch: int, options: InformationOptions) -> tuple[Tensor, Tensor]:
-        """Return what `_batched_losses` does, without all logits at once."""
-        with torch.no_grad():
-            teacher = chunked.teach(self.teacher.last_layer(views, self.teacher_temperature(epoch)))
-            sums = teacher.taught.sums
-            log_marginal = self.marginal.take_in(sums, 2 * views.shape[1]).to(sums)
-            agreements = teacher.taught.agreement.clamp(max=1.0)
-            weights = torch.ones_like(agreements) if self.config.loss == "pmi" else agreements
-            weights = self.mean_agreement(agreements) if self.config.loss == "temi" else weights
-        student = self.student.last_layer(views, self.config.student_temperature)
-        return chunked.information_losses(student, teacher, log_marginal, weights, options.beta), agreements
 
     def mean_agreement(self, agreements: Tensor) -> Tensor:
         """Return the mean over all workers' heads, Float[1 B], from those of this worker's, Float[H B]."""
