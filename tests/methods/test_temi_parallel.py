@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rayclust import distributed
+from rayclust.losses import information
 from rayclust.methods import Temi, TemiConfig, build, temi
 from rayclust.training.loop import CheckpointInterval, Trainer
 from rayclust.training.sampling import ArrayRows
@@ -16,15 +17,16 @@ from tests.workers import on_two_workers, on_workers
 
 D, K, B, H, STEPS = 6, 4, 9, 5, 5
 MESHES = ("data", "heads", "2x2")
-CHUNKED = {"at once": 1 << 60, "chunks": 0}
-"""`CHUNKED_LOGITS` for either form of the loss."""
+FORMS = {"at once": (1 << 26, 1 << 31), "chunks": (512, 0)}
+"""Bytes of a chunk of logits (here two pairs of one head), and of those that are kept: none, they are made twice."""
 Kept = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
 def _put_back(monkeypatch: pytest.MonkeyPatch):
     """What `_trained` sets."""
-    monkeypatch.setattr(temi, "CHUNKED_LOGITS", temi.CHUNKED_LOGITS)
+    for sizes in (information.CHUNK_BYTES, information.KEPT_BYTES):
+        monkeypatch.setitem(sizes, "cpu", sizes["cpu"])
 
 
 class MemoryStore:
@@ -49,7 +51,7 @@ def _config(**settings: Any) -> TemiConfig:
 
 def _trained(form: str, start: Kept | None = None, **settings: Any) -> dict[str, Any]:
     """Train for five epochs of one step each; return metrics of every step, all checkpoints, and all fitted heads."""
-    temi.CHUNKED_LOGITS = CHUNKED[form]
+    information.CHUNK_BYTES["cpu"], information.KEPT_BYTES["cpu"] = FORMS[form]
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     method, store = build(_config(**settings), D, B, seed=0).double(), MemoryStore(start)
     trainer = Trainer(3, store=store, every=CheckpointInterval(epochs=2))
@@ -80,13 +82,13 @@ def _assert_same(found: dict[str, Any], alone: dict[str, Any], what: str) -> Non
 
 
 def _in_every_mesh(rank: int, world: int, starts: dict[str, Kept]) -> dict[str, dict[str, Any]]:
-    found = {f"{form}, {mesh}": _trained(form, parallel=mesh) for form in CHUNKED for mesh in MESHES}
-    return found | {f"{form}, resumed": _trained(form, starts[form], parallel="2x2") for form in CHUNKED}
+    found = {f"{form}, {mesh}": _trained(form, parallel=mesh) for form in FORMS for mesh in MESHES}
+    return found | {f"{form}, resumed": _trained(form, starts[form], parallel="2x2") for form in FORMS}
 
 
 def test_four_workers_divide_rows_heads_or_both_and_train_and_resume_as_one():
     """Loss of each step, health, checkpoints and heads to 1e-10; heads and rows do not divide evenly."""
-    alone = {form: _trained(form) for form in CHUNKED}
+    alone = {form: _trained(form) for form in FORMS}
     starts = {form: found["kept"][0] for form, found in alone.items()}
     for worker in on_workers(4, _in_every_mesh, starts):
         for what, found in worker.items():
