@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from rayclust.options import Config
-from rayclust.refusals import one_line
+from rayclust.settings import Config, format_error
 
 
 class Inner(Config):
@@ -57,7 +56,7 @@ KNOWN = ["run", "group", "group.size", "group.workers", "method", "method.name",
 def line(**tree: Any) -> str:
     with pytest.raises(ValidationError) as caught:
         Tree(**({"run": "r"} | tree))
-    return one_line(caught.value, KNOWN, ["one", "two"])
+    return format_error(caught.value, KNOWN, ["one", "two"])
 
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
@@ -91,10 +90,44 @@ def test_the_line_names_key_value_and_bound(name: str):
 def test_a_missing_key_is_required():
     with pytest.raises(ValidationError) as caught:
         Tree()  # type: ignore[call-arg]
-    assert one_line(caught.value, KNOWN, []) == "run: this key is required"
+    assert format_error(caught.value, KNOWN, []) == "run: this key is required"
 
 
 def test_a_long_value_is_cut():
     shown = line(group={"size": "x" * 1000})
     assert shown.startswith("group.size = 'xxx")
     assert len(shown) < 200
+
+
+class Example(Config):
+    """An example."""
+
+    rate: float = Field(0.5, ge=0, le=1)
+    """How much, from 0 to 1."""
+    model_name: str = "x"
+    """A name that pydantic would keep for itself."""
+
+
+def test_settings_are_frozen_compared_by_value_and_described():
+    example = Example(rate=0.25)
+    with pytest.raises(ValidationError, match="frozen"):
+        example.rate = 1
+    assert example == Example(rate=0.25)
+    assert Example.model_json_schema()["properties"]["rate"]["description"] == "How much, from 0 to 1."
+
+
+@pytest.mark.parametrize("given", [{"rte": 1}, {"rate": 2}, {"rate": float("nan")}, {"rate": float("inf")}])
+def test_unknown_keys_and_impossible_values_are_refused(given: dict[str, float]):
+    with pytest.raises(ValidationError):
+        Example(**given)
+
+
+def test_a_default_must_hold_its_own_bound():
+    class Wrong(Config):
+        """Its default is below its bound."""
+
+        count: int = Field(0, ge=1)
+        """Too small."""
+
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        Wrong()
