@@ -30,7 +30,7 @@ from temi_step import processor
 from threadpoolctl import threadpool_limits
 
 from rayclust.methods.temi import Temi, TemiConfig
-from rayclust.metrics import overclustering
+from rayclust.metrics import external
 from rayclust.search.knn import top_k
 from rayclust.training.loop import fit_arrays
 
@@ -82,7 +82,7 @@ def measure(found: Case, method: str, clusters: int, arguments: argparse.Namespa
             else temi(found, clusters, seed, arguments.steps, arguments.device)
         )
         seconds.append(time.perf_counter() - start)
-        one = overclustering.scores(found.labels, labels, seed=0)
+        one = external.overclustering_scores(found.labels, labels, seed=0)
         scores.append([100 * one[name] if name != "occupied" else one[name] for name in COLUMNS])
     mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
     cells = " | ".join(f"{m:.1f}±{s:.1f}" for m, s in zip(mean, spread, strict=True))

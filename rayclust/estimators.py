@@ -25,10 +25,9 @@ from rayclust.features import FeatureTransform
 from rayclust.methods.base import Method
 from rayclust.methods.cpp import CppConfig
 from rayclust.methods.temi import TemiConfig
-from rayclust.options import Config
-from rayclust.refusals import one_line
 from rayclust.search.knn import top_k
-from rayclust.training.arrays import fit_arrays
+from rayclust.settings import Config, format_error
+from rayclust.training.loop import fit_arrays
 
 __all__ = ["CPP", "TEMI", "KMeans"]
 
@@ -97,7 +96,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             return self._config_class(**(values | overrides))
         except ValidationError as error:
             names = {field: name for name, field in self._fields.items()}
-            text = one_line(error, list(self._config_class.model_fields), ())
+            text = format_error(error, list(self._config_class.model_fields), ())
             field, found, rest = text.partition(" = ")
             raise ConfigError(f"{names.get(field, field)}{found}{rest}") from None
 

@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.clustering import row_stats
 from rayclust.clustering.row_stats import Blocks, Metric, RowStats, even_sample, gather_rows
 from rayclust.errors import ConfigError, ShapeError
-from rayclust.options import Config
+from rayclust.settings import Config
 
 _SAMPLED_PER_CLUSTER = 32
 _SCORES_ON_CPU, _SCORES_ON_GPU = 2**20, 2**26
@@ -119,7 +119,7 @@ def start(stats: RowStats, options: KMeansOptions, seed: int, init: Tensor | Non
         sample = gather_rows(stats, even_sample(stats.count, size, seed))
         seeds = [(seed, restart) for restart in range(options.restarts)]
         # Broadcast rank 0's centres: draws may differ in the last bit on different processors.
-        init = collectives.team().first_one(sample[kmeans_plusplus(sample, options.clusters, seeds)])
+        init = distributed.data_group().broadcast(sample[kmeans_plusplus(sample, options.clusters, seeds)])
     centers = init.clone() if init.ndim == 3 else init[None].clone()
     expected = (options.clusters, len(stats.origin))
     if centers.ndim != 3 or tuple(centers.shape[1:]) != expected:
@@ -156,7 +156,7 @@ def advance(stats: RowStats, options: KMeansOptions, state: KMeansState) -> Iter
             members = active
         # 1. Assign rows and add up clusters, over all workers.
         local = partitions.assign_and_sum(stats.blocks, old, stats.origin)
-        sums, counts, scores = (collectives.all_sum(part) for part in local)
+        sums, counts, scores = (distributed.all_reduce(part) for part in local)
         inertia = (stats.scatter - 2.0 * scores).clamp(min=0)
         # 2. Fill empty clusters.
         if bool((counts == 0).any()):
@@ -184,7 +184,7 @@ def finish(stats: RowStats, state: KMeansState) -> KMeansResult:
     scores = bias.new_zeros(len(bias), dtype=torch.float64)
     for part in in_parts(stats.blocks, bias.numel()):
         scores += nearest(part, centers, bias)[0].sum(0, dtype=torch.float64)
-    inertias = (stats.scatter - 2.0 * collectives.all_sum(scores)).clamp(min=0)
+    inertias = (stats.scatter - 2.0 * distributed.all_reduce(scores)).clamp(min=0)
     best = int(inertias.argmin())
     return KMeansResult(
         centers=(centers[best].double() + stats.origin).to(centers.dtype),
@@ -412,7 +412,7 @@ def relocate(
         best = farthest(torch.cat([best, torch.stack([distances, here.double(), labels.double()])], 2))
         position += len(part)
     # 2. The farthest rows over all workers.
-    merged = farthest(collectives.team().gathered(best).movedim(0, 2).flatten(2))
+    merged = farthest(distributed.data_group().all_gather(best).movedim(0, 2).flatten(2))
     distances, positions, labels = merged[0], merged[1].long(), merged[2].long()
     unique, where = torch.unique(positions, return_inverse=True)
     rows = gather_rows(stats, unique.cpu()).double()

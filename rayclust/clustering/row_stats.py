@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.errors import DataError
 
@@ -76,13 +76,13 @@ def compute(blocks: Blocks, metric: Metric) -> RowStats:
     if total is None or rest is None:
         raise DataError("blocks = 0: a worker without rows gives one empty block, so that the width is known")
     # 2. Sums over workers.
-    total, rest = collectives.all_sum(total), collectives.all_sum(rest)
+    total, rest = distributed.all_reduce(total), distributed.all_reduce(rest)
     if not bool(rest[0].isfinite()):
         raise DataError("rows hold NaN or infinite values: remove them before clustering")
     if metric == "cosine" and bool(rest[1] > 0):
         return compute(_UnitRows(blocks), "cosine")
-    counts = collectives.team().gathered(torch.tensor([own], device=total.device))
-    count, first = int(counts.sum()), int(counts[: collectives.rank()].sum())
+    counts = distributed.data_group().all_gather(torch.tensor([own], device=total.device))
+    count, first = int(counts.sum()), int(counts[: distributed.rank()].sum())
     if count == 0:
         raise DataError("rows = 0: k-means needs at least one")
     # 3. Moments.
@@ -112,7 +112,7 @@ def gather_rows(stats: RowStats, positions: Tensor) -> Tensor:
         selected.append(rows if rows.dtype == torch.float64 else rows.float())
         start += len(block)
     # Workers hold the rows in order of rank, so joining their parts keeps the order of the positions.
-    return collectives.differentiable_gather(torch.cat(selected))
+    return distributed.differentiable_all_gather(torch.cat(selected))
 
 
 def even_sample(count: int, size: int, seed: int) -> Tensor:

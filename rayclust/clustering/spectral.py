@@ -23,12 +23,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans, row_stats
 from rayclust.clustering.row_stats import Blocks, even_sample, gather_rows
 from rayclust.errors import ArtefactError, ConfigError
-from rayclust.options import Config
+from rayclust.settings import Config
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Affinity:
         if not temperature > 0:
             raise ConfigError(f"temperature = {temperature}: must be above 0")
         self.codes, self.temperature, self.weight = codes, temperature, weight
-        self._own = collectives.stretches(len(codes), collectives.world_size())[collectives.rank()]
+        self._own = distributed.even_slices(len(codes), distributed.world_size())[distributed.rank()]
         own_rows = self._own.stop - self._own.start
         entries = _ENTRIES_ON_GPU if codes.is_cuda else _ENTRIES_ON_CPU
         self._rows_at_once = max(1, min(1024, own_rows))
@@ -171,7 +171,7 @@ class Affinity:
                 for low in range(0, len(self.codes), self._columns_at_once):
                     high = min(low + self._columns_at_once, len(self.codes))
                     result[start:stop].addmm_(self._tile(start, stop, low, high), x[low:high])
-        return collectives.all_sum(result.mul_(self.weight))
+        return distributed.all_reduce(result.mul_(self.weight))
 
     def _row_spans(self) -> list[tuple[int, int]]:
         step, end = self._rows_at_once, self._own.stop
@@ -480,7 +480,7 @@ class Spectral:
         cached = self.centers.get(clusters) if seed == self.seed else None
         if cached is None:
             rows = functional.normalize(self.functions[:, :clusters], dim=1)
-            own = rows[collectives.stretches(len(rows), collectives.world_size())[collectives.rank()]]
+            own = rows[distributed.even_slices(len(rows), distributed.world_size())[distributed.rank()]]
             settings = kmeans.KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
             result = kmeans.fit(lambda: [own], settings, seed=seed)
             mean = max(result.inertia / len(rows), torch.finfo(torch.float32).eps)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rayclust.encoders.decode import Preprocess
 from rayclust.errors import ConfigError, ShapeError
-from rayclust.options import Config
+from rayclust.settings import Config
 
 Colour = tuple[float, float, float]
 """One value each for red, green and blue."""

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.errors import ConfigError, DataError
-from rayclust.options import Config
+from rayclust.settings import Config
 
 Kind = Literal["auto", "none", "imagenet", "wordnet", "classes", "embeddings", "text"]
 

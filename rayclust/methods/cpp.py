@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
-from rayclust.clustering import sinkhorn, spectral
+from rayclust.clustering import spectral
 from rayclust.clustering.spectral import Spectral, SpectralOptions
 from rayclust.errors import ArtefactError
 from rayclust.losses.coding_rate import CompressionOptions, coding_rate, compression_rate, membership_energy
@@ -352,7 +352,7 @@ class Cpp(Method):
         if batch.step <= config.last_expansion_step:
             return {"loss": -rate, "rate": rate, "compressed": torch.zeros_like(rate), "energy": torch.zeros_like(rate)}
         codes = z if self.network.codes is None else distributed.differentiable_all_gather(codes)
-        membership = sinkhorn.membership(codes, config.temperature, config.half_steps)
+        membership = spectral.membership(codes, config.temperature, config.half_steps)
         # Each worker takes its columns of Π; R_c and the energy are sums over columns.
         own = membership[:, distributed.own_slice(len(z))]
         terms = torch.stack([compression_rate(z, own, config.distortion, config.compression), membership_energy(own)])
@@ -429,7 +429,7 @@ class Cpp(Method):
     @torch.no_grad()
     def membership(self, x: Tensor) -> Tensor:
         """Return Π of these rows alone: Float[B D] to Float[B B], rows and columns sum to 1."""
-        return sinkhorn.membership(self._infer(x)[1], self.config.temperature, None)
+        return spectral.membership(self._infer(x)[1], self.config.temperature, None)
 
     def predict_proba(self, x: Tensor) -> Tensor:
         """Return probabilities of the clusters: Float[B D] to Float[B K]; each row's depend on it alone."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
-from rayclust.clustering.population import survey
+from rayclust.clustering.row_stats import compute
 from rayclust.errors import ArtefactError
 from rayclust.methods.base import BaseMethodConfig, Method, Rows, Trainer
 
@@ -72,7 +72,7 @@ class KMeans(Method):
             row = {"epoch": passes, "step": passes + 1, "loss": inertia / self.count, "inertia": inertia}
             trainer.report({**row, "running_restarts": running, "seconds": trainer.seconds()})
 
-        population = survey(blocks, self.config.metric)
+        population = compute(blocks, self.config.metric)
         checkpoint = trainer.restore()
         if checkpoint is None:
             state = kmeans.start(population, self.config, self.seed)

@@ -14,9 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rayclust.arrays import require_matrix
-from rayclust.clustering import sinkhorn, spectral
-from rayclust.clustering.affinity import unit
-from rayclust.clustering.spectral import Spectral, SpectralOptions
+from rayclust.clustering import spectral
+from rayclust.clustering.spectral import Spectral, SpectralOptions, unit
 from rayclust.errors import ArtefactError
 from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Rows, Trainer
 
@@ -65,7 +64,7 @@ class SpectralClustering(Method):
     def membership(self, x: Tensor) -> Tensor:
         """Return Π of these rows alone: Float[B D] to Float[B B], rows and columns sum to 1."""
         require_matrix(x, "x", self.dimension)
-        return sinkhorn.membership(unit(x), self.config.temperature, None)
+        return spectral.membership(unit(x), self.config.temperature, None)
 
     def predict_proba(self, x: Tensor) -> Tensor:
         """Return Float[B K] for Float[B D], rows sum to 1; each row's depend on it alone."""

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from rayclust.clustering import kmeans
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
-from rayclust.clustering.population import even_sample, survey
+from rayclust.clustering.row_stats import compute, even_sample
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
 from rayclust.methods.base import Rows
 from rayclust.methods.heads import Heads
@@ -80,7 +80,7 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
     settings = kmeans.KMeansOptions(
         clusters=options.clusters, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3
     )
-    population = survey(lambda: [own], settings.metric)
+    population = compute(lambda: [own], settings.metric)
     state = kmeans.start(population, settings, seed)
     for reached in kmeans.advance(population, settings, state):
         state = reached

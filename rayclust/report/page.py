@@ -19,10 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field
 
-from rayclust.options import Config
 from rayclust.report import charts, formats, thumbnails
 from rayclust.report.formats import number, percent
 from rayclust.report.model import Cluster, MethodResult, Picture, RejectGroup, ReportData
+from rayclust.settings import Config
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.metrics import affinity, external, internal, overclustering
-from rayclust.metrics.linear_probe import linear_probe_accuracy
+from rayclust.metrics import external, geometry, internal
+from rayclust.metrics.probes import linear_probe_accuracy
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
@@ -89,12 +89,12 @@ def _membership(
         return {}
     matrix, least = found.double().numpy(), EDGE / count
     measured = {
-        "membership_nonzeros": affinity.nonzeros(matrix, least),
-        "membership_components": float(affinity.components(matrix, least)),
+        "membership_nonzeros": geometry.nonzeros(matrix, least),
+        "membership_components": float(geometry.components(matrix, least)),
     }
     if is_labelled:
-        measured["membership_detection_error"] = affinity.detection_error(matrix, codes[rows])
-        measured["membership_wrong_edges"] = affinity.wrong_edges(matrix, codes[rows], least)
+        measured["membership_detection_error"] = geometry.detection_error(matrix, codes[rows])
+        measured["membership_wrong_edges"] = geometry.wrong_edges(matrix, codes[rows], least)
     return measured
 
 
@@ -130,8 +130,8 @@ def _linear_probe(
 def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     overclustered = len(np.unique(clusters)) > len(np.unique(codes))
     mapped = {
-        "accuracy_held_out": overclustering.halves_accuracy(codes, clusters),
-        "accuracy_in_sample": overclustering.in_sample_accuracy(codes, clusters),
+        "accuracy_held_out": external.halves_accuracy(codes, clusters),
+        "accuracy_in_sample": external.in_sample_accuracy(codes, clusters),
     }
     return (mapped if overclustered else {}) | {
         "accuracy": external.accuracy(codes, clusters),

@@ -22,9 +22,16 @@ from rayclust.arrays import FloatArray, require_matrix
 from rayclust.config import RunConfig
 from rayclust.estimators import KMeans
 from rayclust.features import FeatureTransform
-from rayclust.metrics.affinity import absolute_gram, kernel_membership, neighbor_precision, similar_order
+from rayclust.metrics.geometry import (
+    absolute_gram,
+    directions,
+    kernel_membership,
+    neighbor_precision,
+    quantiles,
+    similar_order,
+    singular_values,
+)
 from rayclust.metrics.selection import CRITERIA
-from rayclust.metrics.spectra import directions, quantiles, singular_values
 from rayclust.report import charts, svg
 from rayclust.report.formats import count, percent
 from rayclust.report.model import Drawing

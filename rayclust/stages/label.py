@@ -13,8 +13,7 @@ from scipy import sparse
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.language.exemplars import TopRows, typicality
-from rayclust.language.naming import ClusterName, cluster_votes, name_clusters
+from rayclust.language.naming import ClusterName, TopRows, cluster_votes, name_clusters, typicality
 from rayclust.language.vocabulary import merged, same_name
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely

@@ -30,8 +30,8 @@ from rayclust.runtime.artefacts import Outputs, put_bytes, put_neighbors
 from rayclust.runtime.rows import features_at, part_features, unit_rows
 from rayclust.runtime.tasks import STORAGE_THREADS, Task, TaskResult, finished_tasks, run_tasks
 from rayclust.search.index import recall_at_k
-from rayclust.search.inverted_lists import ListCenters, Probing, choose_probes, list_count, train_centers
-from rayclust.search.packed import PackedTopK, unpack
+from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, train_centers
+from rayclust.search.knn import TopKInt64, unpack_keys
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of, read_unchanged
@@ -230,7 +230,7 @@ class ListSearch:
         layout, known = self.layout, self._tensors()
         low, high = layout.places(shard)
         own = _read(layout, low, high)
-        best, halo = PackedTopK(high - low, layout.k), 0
+        best, halo = TopKInt64(high - low, layout.k), 0
         most = max(1024, PAIRS_AT_ONCE // self.nprobe)
         for start in range(low, high, most):
             places, lists = self._pairs(own, known, start, min(high, start + most))
@@ -355,7 +355,7 @@ def _measured(records: np.ndarray, query: Tensor, keys: Tensor) -> dict[str, Any
     at = np.searchsorted(records["row"], query.numpy())
     is_here = records["row"][np.minimum(at, len(records) - 1)] == query.numpy()
     (found, near), (truth, nearest) = (
-        (part.numpy() for part in unpack(own))
+        (part.numpy() for part in unpack_keys(own))
         for own in (torch.from_numpy(records["keys"][at[is_here]]), keys[torch.from_numpy(is_here)])
     )
     return {"wanted": truth.size, "hits": round(recall_at_k(found, near, truth, nearest) * truth.size)}
@@ -383,7 +383,7 @@ def collect(layout: IvfLayout, summary: dict[str, Any], unit: Task) -> TaskResul
     outputs: Outputs = {}
     for part in layout.groups[group]:
         some = records[layout.starts[part] - first : layout.starts[part + 1] - first]
-        neighbors, similarity = unpack(torch.from_numpy(some["keys"].copy()))
+        neighbors, similarity = unpack_keys(torch.from_numpy(some["keys"].copy()))
         cosine = similarity.clamp(-1, 1)  # float16 makes some rows a little longer than 1
         outputs |= put_neighbors(layout.run, part, some["row"].copy(), neighbors.numpy(), cosine.numpy())
     return TaskResult(outputs, {"rows": end - first}, summary)
@@ -524,7 +524,7 @@ class _Sorting:
         layout, found = self.layout, kept_tensors(self.layout.at("centers"), centers)
         lists = ListCenters(found["centers"], found["parents"], found["starts"])
         queries, query_rows = found["query_unit"].float(), found["query"]
-        nearest, everyone = PackedTopK(len(queries), layout.k), torch.arange(len(queries))
+        nearest, everyone = TopKInt64(len(queries), layout.k), torch.arange(len(queries))
         first, end = layout.span(group)
         units = torch.empty((end - first, layout.width), dtype=torch.float16)
         homes = torch.empty(end - first, dtype=torch.int64)
@@ -540,7 +540,7 @@ class _Sorting:
         records["row"], records["unit"] = (first + order).numpy(), units[order].numpy()
         bounds = np.searchsorted(homes[order].numpy(), np.arange(len(lists.centers) + 1))
         outputs = put_records(layout.run, layout.at("sorted", group), records, bounds)
-        ids, _ = unpack(nearest.keys)
+        ids, _ = unpack_keys(nearest.keys)
         tensors = {
             "keys": nearest.keys,
             "lists": _at_rows(homes, ids - first),
@@ -585,7 +585,7 @@ def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: 
 
 def _truth(layout: IvfLayout, nearest: Sequence[str], queries: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the queries' true neighbours: keys Int64[q k], their lists Int64[q k], the queries' own lists Int64[q]."""
-    best = PackedTopK(queries, layout.k).keys
+    best = TopKInt64(queries, layout.k).keys
     lists, homes = torch.full_like(best, -1), torch.full((queries,), -1)
     for group, digest in enumerate(nearest):
         own = read_tensors(layout.at("nearest", group), digest)

@@ -27,9 +27,8 @@ from rayclust.config import RunConfig
 from rayclust.errors import RayclustError
 from rayclust.methods import METHODS, build
 from rayclust.methods.base import Method
-from rayclust.metrics import partition, selection
-from rayclust.metrics.criteria import CriteriaOptions, measure
-from rayclust.metrics.internal import size_summary
+from rayclust.metrics import internal, selection
+from rayclust.metrics.internal import CriteriaOptions, measure, size_summary
 from rayclust.metrics.selection import Candidate, Choice
 from rayclust.runtime import cluster
 from rayclust.runtime.artefacts import Outputs, put_json
@@ -51,8 +50,7 @@ from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fi
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, digest_of
-from rayclust.training.checkpoints import Every
-from rayclust.training.loop import Trainer
+from rayclust.training.loop import CheckpointInterval, Trainer
 
 REVISION = 2
 """Raised when a candidate's result changes for the same settings."""
@@ -163,7 +161,7 @@ def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple
     for seed in range(config.select_k.seeds):
         method = build(config.method, rows.dimension, rows.count, config.seed + seed)
         store = StoredCheckpoints(search.run, _fit_digest(search, clusters, seed))
-        every = Every(epochs=None, seconds=config.resources.checkpoint_seconds)
+        every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
         trainer = Trainer(config.seed + seed, device, None, store, every)
         method.fit(rows, trainer)
         yield method.eval(), trainer.history
@@ -196,11 +194,11 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     chosen = CriteriaOptions(options.distortion, silhouette_rows=options.rows, seed=config.seed)
     found = measure(space, [labels[0][sample]], None, chosen)
     neighbors = rows.neighbors().numpy()
-    found["neighbor_agreement"] = partition.neighbor_agreement(labels[0], neighbors)
-    found["modularity"] = partition.modularity(labels[0], neighbors)
-    found["map_equation"] = partition.map_equation(labels[0], neighbors)
+    found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
+    found["modularity"] = internal.modularity(labels[0], neighbors)
+    found["map_equation"] = internal.map_equation(labels[0], neighbors)
     if len(labels) > 1:
-        found["stability"] = partition.stability(labels)
+        found["stability"] = internal.stability(labels)
     found |= size_summary(labels[0], config.method.clusters)
     found["empty"] = config.method.clusters - found["occupied"]
     return {name: float(value) for name, value in found.items() if np.isfinite(value)}

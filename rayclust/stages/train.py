@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
@@ -46,8 +46,7 @@ from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache
 from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_unchanged
-from rayclust.training.checkpoints import Every
-from rayclust.training.loop import Trainer
+from rayclust.training.loop import CheckpointInterval, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -174,11 +173,11 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     job: Job = settings["job"]
     torch.set_num_threads(settings["threads"])
     config, run = job.config, Run(job.config.run)
-    rank = collectives.rank()
+    rank = distributed.rank()
     device = (
         torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else torch.device("cpu")
     )
-    cache, workers = cache_folder(job.digest), collectives.world_size()
+    cache, workers = cache_folder(job.digest), distributed.world_size()
     rows = StoredRows(run, job.encode, config.features, cache, rank, workers)
     method = build(config.fitted(), rows.dimension, rows.count, config.seed)
     store = StoredCheckpoints(run, job.digest)
@@ -190,12 +189,12 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
         if trackers is not None:
             trackers.log(row)
 
-    every = Every(epochs=None, seconds=config.resources.checkpoint_seconds)
+    every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
     trainer = Trainer(config.seed, device, on_row if rank == 0 else None, store, every)
     method.fit(rows, trainer)
     if trackers is not None:
         trackers.close()
-    collectives.barrier()
+    distributed.barrier()
     drop_cache(job.digest)
     if rank:
         return None
@@ -225,7 +224,7 @@ class StoredCheckpoints:
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write on worker 0; return at once on the others."""
-        if not collectives.is_first():
+        if not distributed.is_main():
             return
         data = safetensors.torch.save(tensors)
         filesystem.write_bytes(self._at(step, "tensors.safetensors"), data)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from rayclust.options import Config
+from rayclust.settings import Config
 
 SUBMISSION_VARIABLE = "RAYCLUST_SUBMISSION"
 """Environment variable with the id of the job that a driver runs as."""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from rayclust.errors import ArtefactError
-from rayclust.options import Config
+from rayclust.settings import Config
 from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
 

@@ -23,7 +23,7 @@ from rayclust.runtime.pipeline import run_all
 from rayclust.stages import train
 from rayclust.store import checked
 from rayclust.store.filesystem import MissingError
-from rayclust.training.pairs import PairBatches
+from rayclust.training.sampling import PairBatches
 from tests.chaos.nodes import Nodes, start
 from tests.stages.in_process import Metrics, without_ray
 from tests.stages.runs import files, kill, tree, write_yaml

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.clustering import kmeans, row_stats
 from rayclust.clustering.kmeans import KMeansOptions, Partitions, relocate
 from rayclust.clustering.spectral import Affinity, NormalizedMembership, SpectralOptions, balance, partition, unit
@@ -48,7 +48,7 @@ def moved(x: Tensor, centers: Tensor, block: int = 100) -> tuple[Tensor, Tensor]
     centered = centers - stats.origin.float()
     partitions = Partitions(centered)
     local = partitions.assign_and_sum(stats.blocks, centered, stats.origin)
-    sums, counts, _ = (collectives.all_sum(part) for part in local)
+    sums, counts, _ = (distributed.all_reduce(part) for part in local)
     before = sums.clone(), counts.clone()
     result = relocate(stats, partitions, centered, sums, counts)
     assert torch.equal(sums, before[0])
@@ -58,9 +58,9 @@ def moved(x: Tensor, centers: Tensor, block: int = 100) -> tuple[Tensor, Tensor]
 
 def own(x: Tensor, split: int) -> Tensor:
     """This worker's rows: the first `split` on the first of two workers."""
-    if collectives.world_size() == 1:
+    if distributed.world_size() == 1:
         return x
-    return x[:split] if collectives.rank() == 0 else x[split:]
+    return x[:split] if distributed.rank() == 0 else x[split:]
 
 
 def fits() -> dict[str, Any]:
@@ -84,7 +84,7 @@ def relocated() -> list[Tensor]:
 def statistics() -> list[Any]:
     rows = own(planted(50, 3), 20)
     stats = row_stats.compute(lambda: rows.split(4), "euclidean")
-    assert stats.first == 20 * collectives.rank()
+    assert stats.first == 20 * distributed.rank()
     gathered = row_stats.gather_rows(stats, torch.tensor([0, 3, 19, 20, 49]))
     return [stats.count, stats.origin, stats.scatter, stats.variance, gathered]
 

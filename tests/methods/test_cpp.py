@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from rayclust.clustering import sinkhorn
+from rayclust.clustering import spectral
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.losses.coding_rate import coding_rate
 from rayclust.methods import Cpp, build, load
@@ -187,7 +187,7 @@ def test_workers_with_unequal_shares_train_as_one_does():
 def test_the_loss_is_rate_reduction_with_the_published_membership():
     made, x = method(variant="two_head", membership_weight=0.3, compression_weight=0.7), batch(2)
     z, codes = made.network(x.x[0], training=True)
-    pi = sinkhorn.membership(codes, 0.175, 5)
+    pi = spectral.membership(codes, 0.175, 5)
     losses = made.training_step(x)
     wanted = -coding_rate(z, 0.1) + 0.7 * references.compression_rate(z, pi, 0.1) + 0.15 * pi.square().sum()
     assert losses["loss"].item() == pytest.approx(wanted.item(), rel=1e-10)

@@ -11,7 +11,7 @@ import torch
 
 from rayclust.config import RunConfig, validate
 from rayclust.methods.kmeans import KMeans
-from rayclust.metrics.affinity import neighbor_precision
+from rayclust.metrics.geometry import neighbor_precision
 from rayclust.runtime.pipeline import content_digest, run_all, run_stage
 from rayclust.stages import figures
 from rayclust.stages.figures import (

@@ -17,7 +17,7 @@ from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import tasks
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.tasks import Task
-from rayclust.search.packed import pack
+from rayclust.search.knn import pack_keys
 from rayclust.stages import neighbors, neighbors_ivf
 from rayclust.stages.neighbors_ivf import (
     IvfLayout,
@@ -427,7 +427,7 @@ def test_lists_side_by_side_are_read_in_one_go(tmp_path: Path, monkeypatch: pyte
 def test_a_row_that_no_shard_has_found_is_an_error(tmp_path: Path):
     layout = IvfLayout(Run(str(tmp_path)), "d", [0, 3], [(0,)], shard_rows=9, width=WIDTH, k=1)
     records = np.zeros(2, found_records(1))
-    records["row"], records["keys"] = [0, 2], pack(torch.zeros(2, 1), torch.ones(2, 1).long())
+    records["row"], records["keys"] = [0, 2], pack_keys(torch.zeros(2, 1), torch.ones(2, 1).long())
     put_records(layout.run, layout.at("found", 0), records, np.array([0, 2]))
     with pytest.raises(ArtefactError, match="neighbors: 2 rows are there for the rows 0 to 2"):
         collect(layout, {}, Task(0, "d", (0,), 3))

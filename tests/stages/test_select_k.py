@@ -21,7 +21,7 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans, KMeansConfig
-from rayclust.metrics.coding_length import coding_length
+from rayclust.metrics.internal import coding_length
 from rayclust.runtime import models, pipeline
 from rayclust.runtime.api import load
 from rayclust.runtime.models import read_method

@@ -1,5 +1,0 @@
-"""Moved."""
-
-from rayclust.clustering.spectral import unit
-
-__all__ = ["unit"]

@@ -1,5 +1,0 @@
-"""Moved."""
-
-from rayclust.clustering.spectral import membership
-
-__all__ = ["membership"]

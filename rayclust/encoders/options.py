@@ -1,3 +1,0 @@
-"""Moved."""
-
-from rayclust.encoders.base import EncoderConfig as EncoderConfig

@@ -1,5 +1,0 @@
-"""Moved."""
-
-from rayclust.language.naming import TopRows, typicality
-
-__all__ = ["TopRows", "typicality"]

@@ -1,5 +1,0 @@
-"""Moved."""
-
-from rayclust.language.vocabulary import LabelConfig
-
-__all__ = ["LabelConfig"]

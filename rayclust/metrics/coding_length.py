@@ -1,5 +1,0 @@
-"""Moved."""
-
-from rayclust.metrics.internal import coding_length
-
-__all__ = ["coding_length"]

@@ -1,3 +1,0 @@
-"""Moved."""
-
-from rayclust.settings import Config as Config

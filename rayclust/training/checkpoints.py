@@ -1,5 +1,0 @@
-"""Moved."""
-
-from rayclust.training.loop import CheckpointInterval as Every
-
-__all__ = ["Every"]

@@ -1,3 +1,0 @@
-"""Moved."""
-
-from rayclust.training.sampling import ArrayRows as ArrayRows
