@@ -75,7 +75,7 @@ def export(config: RunConfig, out: str | None) -> list[str]:
     if Manifests(config).of("figures") is None:  # else nobody's lease is needed: reading is free
         run_stage("figures", config)
     run, seals = Run(config.run), Manifests(config)
-    chosen = seals.of(SELECT_K) if config.is_open else None
+    chosen = seals.of(SELECT_K) if config.needs_selection else None
     selection = read_json_output(run, SELECT_K, run.selection) if chosen is not None else None
     folder = numbers(run, "") if out is None else filesystem.absolute(out)
     files = {f"{drawn.key}.svg": svg.standalone(drawn.svg, drawn.text).encode() for drawn in drawings(run, selection)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
-from rayclust.runtime.cluster import connect, cpus, encode_workers, label_selector, plain_errors, task_labels
-from rayclust.runtime.inputs import input_shards, listing
+from rayclust.runtime.cluster import connect, cpus, encode_workers, label_selector, plain_errors
+from rayclust.runtime.inputs import input_shards, list_shards, plan_inputs
 from rayclust.runtime.models import encoder_shape, load_run_encoder, worker_device
-from rayclust.runtime.pipeline import StageContext, StageResult
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
 from rayclust.runtime.rows import Moments, MomentsInOrder, renumber, write_shard
 from rayclust.runtime.tasks import (
@@ -37,6 +36,7 @@ from rayclust.runtime.tasks import (
     Task,
     TaskResult,
     finished_tasks,
+    map_tasks,
     report_resume,
     run_and_mark,
     run_tasks,
@@ -80,8 +80,6 @@ def _writers(context: StageContext, dimension: int) -> list[Any]:
     """Actors that gather the chunks of shards."""
     import ray
 
-    # FOLD
-
     config = context.config
     where = label_selector("tasks", config.resources.placement.tasks)
     Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **where)(ShardWriter)
@@ -91,9 +89,6 @@ def _writers(context: StageContext, dimension: int) -> list[Any]:
 def _pipeline(context: StageContext, todo: Sequence[Task], preprocess: Preprocess, writers: list[Any]) -> Any:
     """Shards through decoders and encoders to `encode_worker.COUNTS`, as a data set of Ray's."""
     import ray.data
-
-    # FOLD
-    # FOLD
 
     config, places = context.config, context.config.resources.placement
     crew, gpus = Crew.of(config), config.resources.gpus_per_worker
@@ -166,7 +161,7 @@ def _configure_ray_data(shape: tuple[int, int, int], batch: int) -> None:
 def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
     """One row per unfinished shard; the shard itself is written beside the markers, so that the driver stays small."""
     wanted = {unit.index: unit for unit in todo}
-    shards = (found for found in listing(context.config) if found[0].index in wanted)
+    shards = (found for found in list_shards(context.config, _settings(context.config)) if found[0].index in wanted)
 
     def item(found: tuple[Shard, str]) -> dict[str, str]:
         shard, digest = found
@@ -225,7 +220,7 @@ def _import_rows(context: StageContext, units: list[Task], moments: MomentsInOrd
         ]
         return write_shard(run, unit, unit.payload.first, records, rows.embeddings, rows.rejects)
 
-    return run_tasks(run, "encode", units, take_over, take=moments.take)
+    return run_tasks(run, "encode", units, take_over, on_result=moments.take)
 
 
 def _first_width(config: RunConfig) -> int:
@@ -321,20 +316,9 @@ def _number_rows(run: Run, results: Sequence[TaskResult]) -> list[TaskResult]:
 
 def _renumbered(run: Run, starts: dict[int, int]) -> Iterator[TaskResult]:
     """The results, in order, of the parts whose first rows are given."""
-    import ray
-
     connect()
-    labels = task_labels()
-    again = ray.remote(num_cpus=1, max_retries=5, **label_selector("tasks", labels))(renumber)
-    waiting, running = iter(starts.items()), deque[Any]()
-    with plain_errors():
-        while True:
-            # A few more than there are CPUs, so that none waits for the driver; never all, so that it stays small.
-            for part, row in islice(waiting, max(0, 2 * cpus(labels) - len(running))):
-                running.append(again.remote(run, part, row))
-            if not running:
-                return
-            yield ray.get(running.popleft())
+    for _, result in map_tasks(lambda item: renumber(run, *item), starts.items(), in_order=True):
+        yield result
 
 
 def _stage_result(results: Sequence[TaskResult], total: Moments) -> StageResult:
@@ -539,3 +523,11 @@ class ShardWriter:
     def ping(self) -> bool:
         """Answers once the actor is up."""
         return True
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    images = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
+    return {"images": settings_of(config.images, *images), "encoder": settings_of(config.encoder)}
+
+
+STAGE = Stage("encode", _settings, run, plan=lambda config: plan_inputs(config, _settings(config)))

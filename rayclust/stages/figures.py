@@ -20,7 +20,7 @@ from rayclust.report.projection import planar_map
 from rayclust.runtime.artefacts import Outputs, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
-from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
 from rayclust.runtime.rows import features_at, labels_at, row_starts, transform_of
 from rayclust.store import tables
 from rayclust.store.layout import Run
@@ -214,3 +214,10 @@ def _precision(job: _Job, spaces: dict[str, np.ndarray], rows: np.ndarray, place
         return {}
     codes = np.unique(np.array([label or "" for label in labels])[known], return_inverse=True)[1]
     return {name: neighbor_precision(x[places[known]], codes, PRECISION_AT) for name, x in spaces.items()}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"features": settings_of(config.features), "seed": config.seed}
+
+
+STAGE = Stage("figures", _settings, run, needs=("encode", "train", "assign"))

@@ -40,15 +40,22 @@ from rayclust.runtime.cluster import (
     worker_range,
 )
 from rayclust.runtime.models import save_method
-from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
+from rayclust.runtime.pipeline import (
+    CHOSEN,
+    SELECT_K,
+    Stage,
+    StageContext,
+    StageResult,
+    method_settings,
+    settings_of,
+)
 from rayclust.runtime.progress import Progress
-from rayclust.runtime.rows import drop_cache
-from rayclust.stages.cell_rows import CellRows, rows_of
+from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache
 from rayclust.store import checked, filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.training.checkpoints import Every
-from rayclust.training.loop import CROSSED, Trainer
+from rayclust.training.loop import Trainer
 
 # Where a worker posts its newest row of metrics for the driver to show.
 
@@ -216,8 +223,6 @@ def run(context: StageContext) -> StageResult:
     summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
     if result["loss"] is not None:
         summary += f", loss {result['loss']:.4f}"
-    if result["crossed"] is not None:
-        summary += f", {result['crossed']:.1%} of pairs drawn again for a neighbour at hand"
     return StageResult(result["outputs"], {"rows": rows, "steps": result["steps"]}, {}, summary)
 
 
@@ -250,15 +255,13 @@ def fit(job: Job) -> dict[str, Any]:
     """Fits a method on the cluster, from the newest checkpoint if there is one, and writes it.
 
     Returns:
-        `outputs`, `steps`, `loss` (None for a method without rows of metrics), `crossed` (None where workers hold all).
+        `outputs`, `steps`, `loss` (None for a method without rows of metrics).
     """
     connect()
     # Ray Train wants a folder for checkpoints; it gets none, ours lie below the run.
     folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
     with no_rows_left(job.digest), folder as storage, plain_errors(), _Watch(job.stage) as board:
         result = _fit(job, board, storage)
-    if result["division"] is not None:
-        logger.info("%s: %s", job.stage, result["division"])
     filesystem.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
 
@@ -312,7 +315,7 @@ def _require_any_number(job: Job, fewest: int, most: int) -> None:
     device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
     for count in range(fewest, most + 1):
         try:
-            job.config.fitted().outlook(rows, dimension, count, device)
+            job.config.method.outlook(rows, dimension, count, device)
         except ConfigError as error:
             raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
 
@@ -327,8 +330,9 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     device = (
         torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else torch.device("cpu")
     )
-    rows = rows_of(config, job.encode, job.digest, device)
-    method = build(config.fitted(), rows.dimension, rows.count, config.seed)
+    workers = collectives.world_size()
+    rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), rank, workers)
+    method = build(config.method, rows.dimension, rows.count, config.seed)
     store = StoredCheckpoints(run, job.digest)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config) if rank == 0 and job.stage == "train" else None
@@ -347,16 +351,14 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     drop_cache(job.digest)
     if rank:
         return None
-    division = rows.tally if isinstance(rows, CellRows) else None
-    return write_fit(run, job.folder, method, trainer.history) | {"division": division}
+    return write_fit(run, job.folder, method, trainer.history)
 
 
 def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Writes a fitted method and its rows of metrics; see `fit` for what is returned."""
     outputs = save_method(run, method.export(), folder) | _write_metrics(run, folder, history)
     last = history[-1] if history else {}
-    told = {"steps": int(last.get("step", 0)), "loss": last.get("loss"), "crossed": last.get(CROSSED)}
-    return {"outputs": outputs, **told}
+    return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
 
 
 def _write_metrics(run: Run, folder: str, history: list[dict[str, Any]]) -> Outputs:
@@ -440,3 +442,18 @@ class _Watch:
             if row:
                 loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
                 self._progress.at(int(row.get("step", 0)), row.get("steps"), loss)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"method": method_settings(config), "features": settings_of(config.features), "seed": config.seed}
+
+
+STAGE = Stage(
+    "train",
+    _settings,
+    run,
+    needs=("encode",),
+    pair_needs=("neighbors",),
+    needs_choice=True,
+    reads_entry={SELECT_K: CHOSEN},
+)

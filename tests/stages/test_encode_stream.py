@@ -9,10 +9,9 @@ import ray
 
 from rayclust.config import validate
 from rayclust.errors import DataError
-from rayclust.runtime.inputs import plan_inputs
 from rayclust.runtime.pipeline import StageContext
 from rayclust.runtime.tasks import Task
-from rayclust.stages.encode import Crew, _items
+from rayclust.stages.encode import STAGE, Crew, _items
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.sources import Shard
@@ -26,7 +25,7 @@ def images(tmp_path: Path) -> Path:
 
 def planned(images: Path) -> tuple[StageContext, list[Task]]:
     config = validate(tree(str(images.parent / "run"), str(images)))
-    listed = plan_inputs(config)
+    listed = STAGE.plan(config)
     units = [Task(shard.index, digest, shard) for shard, digest in zip(listed.shards, listed.digests, strict=True)]
     return StageContext(config, Run(config.run), "digest", {}, listed), units
 
