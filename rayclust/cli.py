@@ -1,4 +1,4 @@
-"""The command line: one command a stage, and the few that run or show a whole run.
+"""Command line: one command a stage, and the few that run or show a whole run.
 
 Exit codes: 0 done; 2 the user's mistake, with one line that says what to do; 1 anything else. `-v` shows the traceback.
 """
@@ -14,22 +14,21 @@ from typing import Any
 
 import click
 
+from rayclust import stages
 from rayclust.errors import ConfigError, RayclustError
 from rayclust.report.formats import clean
 
-STAGE_NAMES = ("encode", "neighbors", "select-k", "train", "assign", "label", "index", "evaluate", "report")
+STAGE_COMMANDS = tuple(name for name in stages.NAMES if name != "figures")
 """Stages whose command takes a RUN.yaml; figures has one of its own."""
-LATER_STAGES = ("counterparts",)
-"""Stages of the contract that this version does not have."""
 
 
 def main() -> None:
-    """Runs the command line and exits."""
+    """Run the command line and exit."""
     sys.exit(run_command(sys.argv[1:]))
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Runs one command and gives its exit code."""
+    """Run one command and return its exit code."""
     verbose = bool({"-v", "--verbose"} & set(arguments))
     try:
         result = commands.main(list(arguments), standalone_mode=False)
@@ -42,7 +41,8 @@ def run_command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted: run the same line again to go on", 1)
     except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left becomes one line and exit code 1
-        return _fail(f"unexpected {type(error).__name__}: {_last_line(error)} (-v shows the traceback)", 1, verbose)
+        line = (str(error).strip().splitlines() or ["no message"])[-1]
+        return _fail(f"unexpected {type(error).__name__}: {line} (-v shows the traceback)", 1, verbose)
     return result if isinstance(result, int) else 0
 
 
@@ -53,13 +53,8 @@ def _fail(message: str, code: int, verbose: bool = False) -> int:
     return code
 
 
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else "no message"
-
-
 def _configure_logging(verbose: bool) -> None:
-    # Loud libraries say nothing that a user of rayclust can act on.
+    # Ray warns of things that a user of rayclust cannot act on.
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     handler: logging.Handler
@@ -87,7 +82,7 @@ def commands(verbose: bool) -> None:
     _configure_logging(verbose)
 
 
-_FORCE = click.option("--force", is_flag=True, help="Run again even what is sealed.")
+_FORCE = click.option("--force", is_flag=True, help="Run again even what is done.")
 _VERBOSE = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, is_eager=True, help="Show the traceback of an error."
 )
@@ -104,7 +99,7 @@ _VERBOSE = click.option(
 @click.option("--encoder", default=None, help="open_clip/ARCH, timm/ARCH or pixels.  [default: open_clip/ViT-B-32]")
 @_VERBOSE
 def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, method: str, encoder: str | None) -> None:
-    """Everything in one line: encode IMAGES, cluster, name, measure, and write a report below --out."""
+    """Do everything in one line: encode IMAGES, cluster, name, measure, and write a report below --out."""
     from rayclust.runtime.api import quick as run_quick
 
     _show_result(run_quick(images, out, clusters=clusters, method=method, encoder=encoder, overrides=overrides))
@@ -116,7 +111,7 @@ def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, meth
 @_FORCE
 @_VERBOSE
 def run(config: str, overrides: tuple[str, ...], force: bool) -> None:
-    """All stages of the run in CONFIG (RUN.yaml, or - for standard input) that are not done yet."""
+    """Run all stages of the run in CONFIG (RUN.yaml, or - for standard input) that are not done yet."""
     from rayclust.runtime.pipeline import run_all
 
     settings = _load(config, overrides)
@@ -134,21 +129,11 @@ def _stage_command(name: str) -> click.Command:
 
         run_stage(name, _load(config, overrides), force=force)
 
-    return click.command(name, help=f"The stage {name} of the run in CONFIG (RUN.yaml).")(command)
+    return click.command(name, help=f"Run the stage {name} of the run in CONFIG (RUN.yaml).")(command)
 
 
-def _later_command(name: str) -> click.Command:
-    @click.argument("arguments", nargs=-1)
-    def command(arguments: tuple[str, ...]) -> None:
-        raise ConfigError(f"{name}: this stage is not in this version")
-
-    return click.command(name, hidden=True)(command)
-
-
-for _name in STAGE_NAMES:
+for _name in STAGE_COMMANDS:
     commands.add_command(_stage_command(_name))
-for _name in LATER_STAGES:
-    commands.add_command(_later_command(_name))
 
 
 @commands.command()
@@ -169,28 +154,39 @@ def check(config: str, overrides: tuple[str, ...]) -> int:
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--address", default=None, help="The cluster's dashboard, http://HOST:8265; else RAY_API_SERVER_ADDRESS.")
-@click.option("--no-wait", "action", flag_value="send", help="Submit, and do not follow the job.")
+@click.option("--no-wait", "action", flag_value="no-wait", help="Submit, and do not follow the job.")
 @click.option("--follow", "action", flag_value="follow", help="Submit nothing; follow the last job of this run.")
 @click.option("--stop", "action", flag_value="stop", help="End this run's job; what it finished stays.")
-@click.option("--stage", default=None, type=click.Choice(STAGE_NAMES), help="Only this stage.")
+@click.option("--stage", default=None, type=click.Choice(STAGE_COMMANDS), help="Only this stage.")
 @click.option("--shared-paths", is_flag=True, help="The cluster's nodes see this machine's paths.")
 @_VERBOSE
-def submit(config: str, overrides: tuple[str, ...], address: str | None, action: Any, **how: Any) -> int:
-    """`run` as a job of a Ray cluster: submit it, show its log, end with its exit code.
+def submit(
+    config: str,
+    overrides: tuple[str, ...],
+    *,
+    address: str | None,
+    action: str | None,
+    stage: str | None,
+    shared_paths: bool,
+) -> int:
+    """Submit `run` as a job of a Ray cluster, show its log, end with its exit code.
 
     The same line again follows a job that is under way, and goes on after one that failed.
     """
-    from rayclust.runtime.jobs import Submission, address_of, submit_run
+    from rayclust.runtime.jobs import Submission, address_of, stop_run, submit_run
 
-    place, submission = address_of(address), Submission(_load(config, overrides), how["stage"] or "run")
-    return submit_run(submission, place, action or "submit", _show_text, shared_paths=how["shared_paths"])
+    url, submission = address_of(address), Submission(_load(config, overrides), stage or "run")
+    if action == "stop":
+        return stop_run(submission, url)
+    send, wait = action != "follow", action != "no-wait"
+    return submit_run(submission, url, _show_text, send=send, wait=wait, shared_paths=shared_paths)
 
 
 @commands.command()
 @click.argument("run_uri", metavar="RUN")
 @_VERBOSE
 def status(run_uri: str) -> None:
-    """What of RUN is sealed, what is missing, rates and rejects, health of the clusters."""
+    """Show what of RUN is done and what is missing, rates and rejects, health of the clusters."""
     from rayclust.runtime.status import lines
 
     for line in lines(run_uri):
@@ -205,7 +201,7 @@ def status(run_uri: str) -> None:
 @click.option("--space", default="encoder", show_default=True, type=click.Choice(["z", "encoder", "both"]))
 @_VERBOSE
 def search(run_uri: str, image: str | None, text: str | None, top: int, space: str) -> None:
-    """The images of RUN nearest to an image or to words; z is the method's own space, for images alone."""
+    """Find the images of RUN nearest to an image or to words; z is the method's own space, for images alone."""
     from rayclust.stages.search import as_lines
     from rayclust.stages.search import search as run_search
 
@@ -218,7 +214,7 @@ def search(run_uri: str, image: str | None, text: str | None, top: int, space: s
 @click.option("--out", default=None, help="Folder or URI to write to.  [default: RUN/figures]")
 @_VERBOSE
 def figures(run_uri: str, out: str | None) -> None:
-    """The figures of RUN (a run, or its RUN.yaml) as SVG files, with the numbers behind them."""
+    """Write the figures of RUN (a run, or its RUN.yaml) as SVG files, with the numbers behind them."""
     from rayclust.stages.figures import export
 
     is_file = run_uri.lower().endswith((".yaml", ".yml"))
@@ -232,7 +228,7 @@ def figures(run_uri: str, out: str | None) -> None:
 @click.option("--out", required=True, help="Table to write: .parquet or .csv, a path or URI.")
 @_VERBOSE
 def predict(run_uri: str, images: str, out: str) -> None:
-    """Clusters of new IMAGES by the frozen RUN."""
+    """Assign new IMAGES to the clusters of the frozen RUN."""
     from rayclust.stages.predict import predict as run_predict
 
     counts = run_predict(_load_run(run_uri), images, out)
@@ -243,7 +239,7 @@ def predict(run_uri: str, images: str, out: str) -> None:
 @click.option("--out", default="demo", show_default=True, help="Folder or s3:// URI for images, run and report.")
 @_VERBOSE
 def demo(out: str) -> None:
-    """The whole path on images that need no download: scanned digits, k-means and TEMI side by side."""
+    """Run everything on images that need no download: scanned digits, k-means and TEMI side by side."""
     from rayclust.runtime.demo import demo as run_demo
     from rayclust.runtime.demo import table
     from rayclust.store.layout import Run
@@ -256,7 +252,7 @@ def demo(out: str) -> None:
 @commands.command()
 @click.option("--method", default=None, help="Only the settings of this method.")
 def schema(method: str | None) -> None:
-    """JSON schema of RUN.yaml, for editors."""
+    """Print the JSON schema of RUN.yaml, for editors."""
     from rayclust.config import RunConfig
     from rayclust.methods import CONFIGS
 

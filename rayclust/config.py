@@ -1,7 +1,7 @@
-"""RUN.yaml as a frozen tree: what a whole run is asked to do.
+"""RUN.yaml as a tree of frozen models: every setting of a run.
 
 A method's own settings live in the method's file; the encoder's in `encoders/options.py`. `parse` is the one reader. It
-refuses what it does not know by full key, with the value, the bound and the nearest known key, in one line.
+refuses unknown keys and bad values in one line, with the full key, the value, the bound and the nearest known key.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from rayclust.methods import CONFIGS, AnyMethodConfig
 from rayclust.metrics.selection import grid
 from rayclust.settings import Config, format_error
 
-# Which numbers of clusters a run tries, and by what rule it takes one of them.
+# The number of clusters.
 #
-# `method.clusters: auto` or a list opens the number of clusters: written there because that is where the number would
-# stand, and read as `select_k.candidates` because it is a setting of the search and of no method.
-
+# `method.clusters: auto` or a list leaves it to select-k: written there because that is where the number would stand,
+# and read as `select_k.candidates` because it is a setting of the search and of no method.
 
 Rule = Literal[
     "vote",
@@ -48,7 +47,8 @@ Rule = Literal[
 ]
 
 PLACEHOLDER = 2
-LIST = "a list of integers such as [5, 8, 10]"
+"""Number in `method.clusters` while it is `auto`; nothing reads it."""
+_LIST = "a list of integers such as [5, 8, 10]"
 
 
 class SelectKConfig(Config):
@@ -64,7 +64,7 @@ class SelectKConfig(Config):
     rounds: int = Field(2, ge=0, le=10)
     """Times that `auto` tries numbers between the best so far and its neighbours, after its first, geometric grid."""
     seeds: int = Field(2, ge=1, le=100)
-    """Fits of each number, from `seed` on; their agreement is its stability. With 1 nothing is said about it."""
+    """Fits of each number, from `seed` on; their agreement is its stability. With 1 it is not measured."""
     rule: Rule = "vote"
     """vote: the middle, in ratio, of what the criteria pick. knee: where the curve of coding lengths bends most.
     Any other: the number that is best by that criterion."""
@@ -77,7 +77,7 @@ class SelectKConfig(Config):
     gpus_per_trial: float | Literal["auto"] = "auto"
     """GPUs of each trial; 0 computes on the CPU. auto: as many as `resources.gpus_per_worker`."""
     max_concurrent: int | Literal["auto"] = "auto"
-    """Trials at a time. auto: as many as the cluster holds when the stage begins."""
+    """Trials at a time. auto: as many as the cluster has room for when the stage begins."""
 
     @model_validator(mode="after")
     def _bounded(self) -> SelectKConfig:
@@ -92,7 +92,7 @@ class SelectKConfig(Config):
         return self
 
     def refuse_above(self, rows: int) -> None:
-        """Refuses numbers that there are too few rows for.
+        """Refuse candidates above the number of rows.
 
         Raises:
             ConfigError: a candidate, or the least that `auto` tries, is above the number of rows.
@@ -104,13 +104,13 @@ class SelectKConfig(Config):
             raise ConfigError(f"method.clusters = {shown}: {max(shown)} is above the number of rows, {rows}")
 
     def first(self, rows: int) -> tuple[int, ...]:
-        """What is tried first on so many rows: the list, or for `auto` a geometric grid."""
+        """Return the candidates of the first round on so many rows: the list, or for `auto` a geometric grid."""
         if isinstance(self.candidates, tuple):
             return self.candidates
         return grid(min(self.least, rows), self.largest(rows))
 
     def largest(self, rows: int) -> int:
-        """The largest number that is tried on so many rows."""
+        """Return the largest candidate on so many rows."""
         if isinstance(self.candidates, tuple):
             return max(self.candidates)
         most = math.ceil(2 * math.sqrt(rows)) if self.most == "auto" else self.most
@@ -118,23 +118,23 @@ class SelectKConfig(Config):
 
 
 def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """A RUN.yaml's tree with an open number of clusters where it is read: `select_k.candidates`.
+    """Move an open number of clusters from `method.clusters` to `select_k.candidates`.
 
     Args:
         tree: as written; not changed.
 
     Returns:
-        The tree, with a number in `method.clusters` in any case: an open one is stood in for by its largest candidate,
-        or by 2 for `auto`.
+        The tree with a number in `method.clusters` in any case: for an open one the largest candidate, or 2 for `auto`.
 
     Raises:
-        ValueError: candidates that are none, by full key; or both keys are set.
+        ValueError: a candidate is no number of clusters, or both keys are set.
     """
     method, group = tree.get("method"), tree.get("select_k", {})
     if not isinstance(method, dict) or not isinstance(group, dict):
         return tree
     clusters, candidates = method.get("clusters"), group.get("candidates")
-    if isinstance(clusters, str | list | tuple) and not _is_number(clusters):
+    is_number = isinstance(clusters, str) and clusters.strip().isdecimal()
+    if isinstance(clusters, str | list | tuple) and not is_number:
         if candidates is not None:
             raise ValueError(f"select_k.candidates = {candidates}: method.clusters = {clusters} says it already")
         key, candidates = "method.clusters", clusters
@@ -150,7 +150,7 @@ def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `opened`: a dumped tree as a person would write it."""
+    """Return the inverse of `normalize_clusters`: a dumped tree as a person would write it."""
     group = dict(tree.get("select_k") or {})
     candidates = group.pop("candidates", None)
     if candidates is None:
@@ -161,7 +161,7 @@ def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_schema(method: dict[str, Any]) -> None:
-    """Lets a method's JSON schema take what `opened` reads: `clusters` open, or left to `select_k.candidates`."""
+    """Extend a method's JSON schema to what `normalize_clusters` reads: `clusters` open, or `select_k.candidates`."""
     clusters = method["properties"]["clusters"]
     number = {key: clusters.pop(key) for key in ("type", "minimum")}
     candidates = {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
@@ -169,22 +169,18 @@ def open_schema(method: dict[str, Any]) -> None:
     method["required"] = [key for key in method.get("required", []) if key != "clusters"]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, str) and value.strip().isdecimal()
-
-
 def _validate_clusters(key: str, value: Any) -> tuple[int, ...] | Literal["auto"]:
     if value == "auto":
         return "auto"
     if not isinstance(value, list | tuple):
         one = "an integer, " if key == "method.clusters" else ""
-        raise ValueError(f"{key} = {value!r}: must be {one}auto, or {LIST}")
+        raise ValueError(f"{key} = {value!r}: must be {one}auto, or {_LIST}")
     shown = list(value)
     if not shown:
-        raise ValueError(f"{key} = []: names no candidate; write auto, or {LIST}")
+        raise ValueError(f"{key} = []: names no candidate; write auto, or {_LIST}")
     for one in shown:
         if not isinstance(one, int) or isinstance(one, bool):
-            raise ValueError(f"{key} = {shown}: {one!r} is no integer; write auto, or {LIST}")
+            raise ValueError(f"{key} = {shown}: {one!r} is no integer; write auto, or {_LIST}")
         if one < 2:
             raise ValueError(f"{key} = {shown}: {one} must be at least 2")
         if shown.count(one) > 1:
@@ -192,8 +188,7 @@ def _validate_clusters(key: str, value: Any) -> tuple[int, ...] | Literal["auto"
     return tuple(sorted(shown))
 
 
-# Which nodes of a cluster do what, by the labels that the nodes carry.
-
+# The machine or cluster.
 
 _WORD = r"[A-Za-z0-9]([A-Za-z0-9_.\-]{0,61}[A-Za-z0-9])?"
 _Key = Annotated[str, StringConstraints(pattern=rf"^([a-z0-9.\-]{{1,253}}/)?{_WORD}$")]
@@ -203,7 +198,7 @@ Labels = dict[_Key, _Value]
 
 
 class PlacementConfig(Config):
-    """Labels that the nodes of each kind of work must carry; {} is any node. Changes no result."""
+    """Labels that a node must carry to get a kind of work; {} is any node. Changes no result."""
 
     decode: Labels = Field(default_factory=dict)
     """Actors that read and decode images."""
@@ -218,25 +213,22 @@ class PlacementConfig(Config):
 
 
 def has_labels(node: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Whether a node's labels are all that is wanted."""
+    """Return whether a node carries all wanted labels."""
     return all(node.get(key) == value for key, value in wanted.items())
 
 
 def are_disjoint(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
-    """Whether no node can carry both."""
+    """Return whether no node can carry both sets of labels."""
     return any(others.get(key, value) != value for key, value in some.items())
 
 
 def format_labels(labels: Mapping[str, str]) -> str:
-    """Labels as a person reads them: pool=cpu,market=spot."""
+    """Return labels as people write them, such as market=spot,pool=cpu."""
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
-# What a run may use of the machine or cluster, and who holds what there.
-
-
 class ResourcesConfig(Config):
-    """What a run may use of the machine or cluster."""
+    """Resources of the machine or cluster that a run may use."""
 
     workers: int | Literal["auto"] = "auto"
     """Workers of encode and train. auto: one per GPU; without GPUs, encode takes every CPU and train one worker."""
@@ -250,10 +242,17 @@ class ResourcesConfig(Config):
     """Times a lost training worker is replaced before the stage fails."""
     checkpoint_seconds: float = Field(30, gt=0)
     """Seconds between two checkpoints of a training."""
-    rows: Literal["whole", "cells"] = "whole"
-    """What a training worker holds. whole: all rows, mapped from one file per node. cells: those of its own coarse
-    cells alone, for rows beyond a node's disk; pairs that two workers hold are left out, and their share is told."""
     placement: PlacementConfig = PlacementConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_rows(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and "rows" in tree:
+            raise ValueError(
+                f"rows = {tree['rows']}: was removed, training workers map all rows; for rows beyond a node's disk, "
+                "train on a seeded sample and assign all with `rayclust predict`"
+            )
+        return tree
 
     @model_validator(mode="after")
     def _positive(self) -> ResourcesConfig:
@@ -266,28 +265,27 @@ class ResourcesConfig(Config):
         return self
 
 
-# Kinds of nodes that can be rented, as whoever pays for them says: nothing here is known to rayclust by itself.
-
-
 class NodePrice(Config):
-    """One kind of node, for what `check` reckons; a run does not depend on it."""
+    """Kind of node that can be rented, for the estimates of `check`; a run does not depend on it."""
 
     dollars_per_hour: float = Field(ge=0)
-    """What one such node costs, as its provider states it today."""
+    """Price of one such node, as its provider states it today."""
     cpus: int = Field(ge=1)
     """CPUs of one node."""
     gpus: int = Field(0, ge=0)
     """GPUs of one node."""
     images_per_second: float | None = Field(None, gt=0)
     """Images that one of its GPUs (without GPUs: one of its CPUs) encodes in a second, as an earlier run shows.
-    None: as many as on the machine that checks, where that has the like."""
+    None: as many as on the machine that checks, if that has a GPU as well."""
 
+
+# The stages.
 
 MEBIBYTE = 1 << 20
 
 
 class ImagesConfig(Config):
-    """Where the images come from and what is refused."""
+    """Source of the images, and limits above which they are rejected."""
 
     uri: str = Field(min_length=1)
     """A folder tree, *.tar shards, *.parquet, a table of embeddings (local or s3://), or `dataset:NAME`."""
@@ -308,7 +306,7 @@ class ImagesConfig(Config):
 
 
 class FeaturesConfig(Config):
-    """What methods see of the embeddings."""
+    """Transform from embeddings to the features that methods see."""
 
     center: bool = False
     """Subtract the mean embedding of the run."""
@@ -369,7 +367,7 @@ class ReportConfig(Config):
 
 
 class TrackingConfig(Config):
-    """Who can follow a training while it runs; changes no result."""
+    """Services that show a training while it runs; changes no result."""
 
     to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """tensorboard: event files in `tensorboard/` below the run. wandb, mlflow: need their package, and find server and
@@ -399,46 +397,35 @@ class RunConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
     resources: ResourcesConfig = ResourcesConfig()
     prices: dict[str, NodePrice] = Field(default_factory=dict)
-    """Kinds of nodes by name, with what they cost: for what `check` reckons. No price is known without."""
+    """Kinds of nodes by name, with their prices, for the estimates of `check`. No price is built in."""
 
     @model_validator(mode="before")
     @classmethod
     def _open(cls, tree: Any) -> Any:
         return normalize_clusters(tree) if isinstance(tree, dict) else tree
 
-    @model_validator(mode="after")
-    def _divides(self) -> RunConfig:
-        if self.is_open and self.resources.rows == "cells":
-            raise ValueError("resources.rows = cells: select-k's trials hold all rows, give one number of clusters")
-        self.fitted()
-        return self
-
     @model_serializer(mode="wrap")
     def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return denormalize_clusters(handler(self))
 
     @property
-    def is_open(self) -> bool:
-        """Whether the number of clusters is left to select-k; `method.clusters` is then a stand-in that nobody uses."""
+    def needs_selection(self) -> bool:
+        """True if `select-k` chooses the number of clusters. `method.clusters` is then a placeholder."""
         return self.select_k.candidates is not None
 
-    def fitted(self) -> AnyMethodConfig:
-        """The method's settings as training workers take them.
+    def with_clusters(self, clusters: int) -> RunConfig:
+        """Return this config with a number of clusters, as if it had been written so.
 
         Raises:
-            ConfigError: they ask for what workers that hold a part of the rows cannot do.
+            ConfigError: the method refuses the number.
         """
-        return self.method.dividing_rows() if self.resources.rows == "cells" else self.method
-
-    def closed(self, clusters: int) -> RunConfig:
-        """This config with a number of clusters, as if it had been written so."""
         tree = self.model_dump(mode="json", exclude_unset=True)
         tree["method"]["clusters"] = clusters
         return validate(tree)
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The schema of what may be written: `method.clusters` may also be open."""
+        """Return the JSON schema of RUN.yaml, in which `method.clusters` may also be open."""
         schema = super().model_json_schema(*args, **kwargs)
         for method in CONFIGS.values():
             open_schema(schema["$defs"][method.__name__])
@@ -446,12 +433,12 @@ class RunConfig(Config):
 
 
 def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") -> RunConfig:
-    """Reads a run's config.
+    """Read a run's config.
 
     Args:
         text: YAML.
         overrides: `KEY=VALUE` items; KEY is dotted, VALUE is YAML. They win over `text`.
-        source: what to call `text` in messages.
+        source: name of `text` in messages.
 
     Raises:
         ConfigError: the text is not a YAML mapping, or a key or value is refused; one line.
@@ -463,7 +450,7 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") ->
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:
-    """The config in a plain tree of dicts, lists and scalars.
+    """Return the config of a tree of dicts, lists and scalars.
 
     Raises:
         ConfigError: a key or value is refused; one line.
@@ -475,7 +462,7 @@ def validate(tree: dict[str, Any]) -> RunConfig:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, refusing a key given twice: the second would silently win."""
+    """YAML's safe loader, which refuses a key given twice: the second would silently win."""
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -530,7 +517,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def known_keys() -> list[str]:
-    """All dotted keys of RUN.yaml, those of every method among them."""
+    """Return all dotted keys of RUN.yaml, those of every method among them."""
     keys: list[str] = []
 
     def visit(model: type[BaseModel], prefix: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +107,38 @@ def s3_bucket(s3_endpoint: str) -> str:
     client = botocore.session.get_session().create_client("s3", endpoint_url=s3_endpoint)
     client.create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3_endpoint: str) -> Iterator[None]:
+    """One local Ray for all tests; its workers know the mock store."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages work in this process instead of a cluster."""
+    from tests.stages.in_process import without_ray
+
+    without_ray(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def pictures_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A `Sealed` run over pictures; read only."""
+    from tests.sealed import sealed_pictures
+
+    yield from sealed_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def vectors_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A `Sealed` run over ready embeddings; read only."""
+    from tests.sealed import sealed_vectors
+
+    yield from sealed_vectors(tmp_path_factory.mktemp("vectors"))

@@ -1,9 +1,27 @@
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import pytest
 
-from rayclust.config import RunConfig, known_keys, parse, validate
+from rayclust.config import (
+    NodePrice,
+    PlacementConfig,
+    Rule,
+    RunConfig,
+    SelectKConfig,
+    are_disjoint,
+    denormalize_clusters,
+    format_labels,
+    has_labels,
+    known_keys,
+    normalize_clusters,
+    parse,
+    validate,
+)
 from rayclust.errors import ConfigError
+from rayclust.metrics.selection import CRITERIA, RULES
+from tests.stages.runs import tree
 
 GOOD = """
 run: runs/photos
@@ -110,6 +128,8 @@ BAD_VALUES = {
     "resources.workers=0": ["workers = 0", "at least 1"],
     "resources.min_workers=0": ["resources.min_workers = 0", "greater than or equal to 1"],
     "resources.gpus_per_worker=-1": ["resources.gpus_per_worker = -1"],
+    "resources.rows=cells": ["resources.rows = cells: was removed", "a seeded sample"],
+    "resources.rows=whole": ["resources.rows = whole: was removed"],
     "resources.gpus=1": ["resources.gpus: unknown key", "gpus_per_worker"],
     "clusters=5": ["clusters: unknown key", "method.clusters"],
     "epochs=5": ["epochs: unknown key", "method.epochs"],
@@ -143,11 +163,11 @@ OPEN = {
 @pytest.mark.parametrize("override", OPEN)
 def test_an_open_number_of_clusters_is_a_list_of_candidates_and_is_written_as_it_was_read(override: str):
     config = parse(GOOD, [override])
-    assert config.is_open
+    assert config.needs_selection
     assert config.select_k.candidates == OPEN[override]
-    for tree in (config.model_dump(mode="json", exclude_unset=True), config.model_dump(mode="json")):
-        assert validate(tree).select_k == config.select_k
-        assert validate(tree).method == config.method
+    for dumped in (config.model_dump(mode="json", exclude_unset=True), config.model_dump(mode="json")):
+        assert validate(dumped).select_k == config.select_k
+        assert validate(dumped).method == config.method
     written = config.model_dump(mode="json", exclude_unset=True)
     assert written["method"]["clusters"] == (list(OPEN[override]) if override != "method.clusters=auto" else "auto")
     assert "select_k" not in written
@@ -166,11 +186,11 @@ def test_candidates_may_be_given_under_either_key():
         parse(GOOD, ["select_k.candidates=auto", "method.clusters=[5]"])
 
 
-def test_a_settled_config_is_the_one_with_the_number():
-    settled = parse(GOOD, ["method.clusters=auto", "select_k.seeds=3", "method.heads=7"]).closed(12)
-    assert settled == parse(GOOD, ["method.clusters=12", "select_k.seeds=3", "method.heads=7"])
-    assert settled.method.model_fields_set == {"name", "clusters", "heads"}
-    assert not settled.is_open
+def test_a_config_with_its_number_is_the_one_with_the_number():
+    chosen = parse(GOOD, ["method.clusters=auto", "select_k.seeds=3", "method.heads=7"]).with_clusters(12)
+    assert chosen == parse(GOOD, ["method.clusters=12", "select_k.seeds=3", "method.heads=7"])
+    assert chosen.method.model_fields_set == {"name", "clusters", "heads"}
+    assert not chosen.needs_selection
 
 
 def test_the_schema_takes_what_the_reader_takes():
@@ -208,3 +228,126 @@ def test_the_fewest_workers_are_no_more_than_the_workers():
     assert parse(GOOD, ["resources.min_workers=2"]).resources.workers == "auto"
     with pytest.raises(ConfigError, match=r"resources\.min_workers = 3: must be at most workers, 2"):
         parse(GOOD, ["resources.workers=2", "resources.min_workers=3"])
+
+
+def test_every_rule_that_choices_are_made_by_can_be_asked_for():
+    assert set(get_args(Rule)) == {*RULES, *CRITERIA}
+
+
+def test_auto_tries_up_to_twice_the_root_of_the_rows():
+    config = SelectKConfig(candidates="auto")
+    assert [config.largest(rows) for rows in (2, 3, 100, 1797, 10_000)] == [2, 3, 20, 85, 200]
+    assert SelectKConfig(candidates="auto", most=50).largest(10_000) == 50
+    assert SelectKConfig(candidates="auto", most=50).largest(30) == 30
+    assert SelectKConfig(candidates="auto", least=20).largest(25) == 20
+    assert SelectKConfig(candidates=(5, 80)).largest(1_000_000) == 80
+
+
+def test_a_list_is_tried_as_it_is_and_auto_begins_with_a_grid():
+    assert SelectKConfig(candidates=(3, 9)).first(100) == (3, 9)
+    grid = SelectKConfig(candidates="auto", least=4, most=40).first(1000)
+    assert (grid[0], grid[-1]) == (4, 40)
+    assert list(grid) == sorted(set(grid))
+    assert SelectKConfig(candidates="auto").first(2) == (2,)
+
+
+TREES: dict[str, dict[str, Any]] = {
+    "a number": {"method": {"name": "kmeans", "clusters": 4}},
+    "a number as text": {"method": {"clusters": "4"}},
+    "no number": {"method": {"name": "kmeans"}},
+    "a method that is none": {"method": "kmeans"},
+    "a group that is none": {"method": {"clusters": "auto"}, "select_k": 3},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_what_leaves_nothing_open_is_left_as_it_is(name: str):
+    assert normalize_clusters(TREES[name]) == TREES[name]
+
+
+def test_a_number_is_written_as_it_is():
+    written = {"method": {"clusters": 4}, "select_k": {"seeds": 3}}
+    assert denormalize_clusters(written) == written
+
+
+def test_candidates_are_sorted_and_stood_in_for_by_their_largest():
+    written = {"method": {"name": "kmeans", "clusters": [9, 3]}, "seed": 1}
+    read = normalize_clusters(written)
+    assert read == {
+        "method": {"name": "kmeans", "clusters": 9},
+        "select_k": {"candidates": (3, 9)},
+        "seed": 1,
+    }
+    assert written["method"] == {"name": "kmeans", "clusters": [9, 3]}, "the tree given was changed"
+    assert denormalize_clusters(read) == {"method": {"name": "kmeans", "clusters": [3, 9]}, "seed": 1}
+
+
+def test_other_settings_of_the_group_stay():
+    written = {"method": {"clusters": "auto"}, "select_k": {"seeds": 5}}
+    assert denormalize_clusters(normalize_clusters(written)) == written
+
+
+def test_the_stability_of_one_fit_cannot_choose():
+    with pytest.raises(ValueError, match=r"rule = stability: needs select_k\.seeds of at least 2"):
+        SelectKConfig(rule="stability", seeds=1)
+
+
+def test_a_node_must_carry_every_label_that_is_wanted():
+    node = {"pool": "gpu", "market": "spot", "ray.io/node-id": "1"}
+    assert has_labels(node, {})
+    assert has_labels(node, {"pool": "gpu", "market": "spot"})
+    assert not has_labels(node, {"pool": "cpu"})
+    assert not has_labels(node, {"pool": "gpu", "zone": "a"})
+
+
+def test_work_is_apart_where_no_node_can_carry_both_labels():
+    assert are_disjoint({"pool": "cpu"}, {"pool": "gpu", "market": "spot"})
+    assert not are_disjoint({"pool": "cpu"}, {"market": "spot"})
+    assert not are_disjoint({}, {"pool": "gpu"})
+
+
+def test_labels_are_shown_in_one_order():
+    assert (
+        format_labels({"pool": "cpu", "market": "spot"})
+        == format_labels({"market": "spot", "pool": "cpu"})
+        == "market=spot,pool=cpu"
+    )
+
+
+def test_by_default_any_node_will_do():
+    assert all(getattr(PlacementConfig(), name) == {} for name in PlacementConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    "labels", [{"pool": ""}, {"": "cpu"}, {"po ol": "cpu"}, {"pool": "in(a, b)"}, {"pool": "!cpu"}]
+)
+def test_what_no_node_can_carry_is_refused(labels: dict[str, str]):
+    with pytest.raises(ConfigError, match=r"resources\.placement\.decode"):
+        validate(tree("/run", "/images", resources={"placement": {"decode": labels}}))
+
+
+def test_an_unknown_kind_of_work_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"resources\.placement\.decoder.*decode"):
+        validate(tree("/run", "/images", resources={"placement": {"decoder": {"pool": "cpu"}}}))
+
+
+def test_kinds_of_nodes_are_named_by_whoever_pays():
+    config = parse(GOOD, ["prices.spot={dollars_per_hour: 0.5, cpus: 16, gpus: 1}"])
+    assert config.prices == {"spot": NodePrice(dollars_per_hour=0.5, cpus=16, gpus=1)}
+    assert parse(GOOD).prices == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("prices.spot={cpus: 16}", "prices.spot.dollars_per_hour: this key is required"),
+        ("prices.spot={dollars_per_hour: -1, cpus: 16}", "prices.spot.dollars_per_hour = -1"),
+        ("prices.spot={dollars_per_hour: 1, cpus: 0}", "prices.spot.cpus = 0"),
+        ("prices.spot={dollars_per_hour: 1, cpus: 1, cores: 1}", "prices.spot.cores: unknown key"),
+    ],
+)
+def test_an_impossible_price_is_one_line(override: str, words: str):
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD, [override])
+    assert str(caught.value).startswith(words)

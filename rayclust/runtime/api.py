@@ -1,4 +1,4 @@
-"""quick: one line from images to a report; and how a run's config is read."""
+"""Read configs and runs, and run everything from Python (`rayclust.run`, `rayclust.load`) or in one line (`quick`)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,116 @@ DEFAULT_ENCODER = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
 """Small enough for a laptop's CPU."""
 
 
+# Configs.
+
+
+def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a RUN.yaml and make its local paths absolute.
+
+    Args:
+        uri: a path, a URI, or `-` for standard input.
+        overrides: `KEY=VALUE` items.
+
+    Raises:
+        DataError: there is no such file.
+        ConfigError: a key or value in it is refused.
+    """
+    data = sys.stdin.buffer.read() if uri == "-" else filesystem.read_bytes(uri)
+    source = "standard input" if uri == "-" else uri
+    return with_absolute_paths(parse(data.decode("utf-8", "replace"), overrides, source))
+
+
+def load_run(uri: str) -> RunConfig:
+    """Return the config that the run at `uri` was last started with.
+
+    Raises:
+        ArtefactError: there is no run.
+    """
+    run = filesystem.absolute(uri)
+    try:
+        tree = filesystem.read_json(Run(run).config)
+    except filesystem.MissingError:
+        raise ArtefactError(f"{uri}: no run there: give the folder or URI that RUN.yaml names as `run`") from None
+    return validate(tree | {"run": run})
+
+
+def as_yaml(config: RunConfig) -> str:
+    """Return what was set of a config as a RUN.yaml."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+
+
+def local_paths(config: RunConfig) -> dict[str, str]:
+    """Return every path and URI in a config by its full key."""
+    found = {"run": config.run}
+    if not config.images.uri.startswith("dataset:"):
+        found["images.uri"] = config.images.uri
+    if isinstance(config.images.classes, str):
+        found["images.classes"] = config.images.classes
+    if config.encoder.weights_uri is not None:
+        found["encoder.pretrained"] = config.encoder.weights_uri
+    for position, name in enumerate(config.label.lists):
+        if kind_of(name) in ("text", "embeddings"):
+            is_one = isinstance(config.label.vocabulary, str)
+            found["label.vocabulary" if is_one else f"label.vocabulary.{position}"] = name
+    return found
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with absolute local paths: workers do not share the directory of the command.
+
+    Raises:
+        DataError: a scheme is not supported.
+    """
+    for key, path in local_paths(config).items():
+        config = _replaced(config, key.split("."), filesystem.absolute(path))
+    return config
+
+
+def _replaced(node: Any, keys: Sequence[str], value: str) -> Any:
+    """Return a copy of a config, or of a list in one, with one value replaced; nothing is validated again."""
+    if not keys:
+        return value
+    if isinstance(node, tuple):
+        position = int(keys[0])
+        return (*node[:position], value, *node[position + 1 :])
+    return node.model_copy(update={keys[0]: _replaced(getattr(node, keys[0]), keys[1:], value)})
+
+
+# Runs.
+
+
+def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = ()) -> RunTables:
+    """Run every stage that is not complete.
+
+    Args:
+        config: a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`.
+        overrides: `KEY=VALUE` items, for a path or URI.
+
+    Returns:
+        The run's tables.
+
+    Raises:
+        RayclustError: with the line that the command would show.
+    """
+    if isinstance(config, str):
+        settings = load_config(config, overrides)
+    else:
+        settings = with_absolute_paths(config if isinstance(config, RunConfig) else validate(dict(config)))
+    run_all(settings)
+    return load(settings.run)
+
+
 def quick(
     images: str, out: str, *, clusters: str, method: str, encoder: str | None, overrides: Sequence[str] = ()
 ) -> str:
-    """Runs everything with settings for a first look, and leaves the RUN.yaml it used in the run.
+    """Run everything with settings for a first look, and leave the RUN.yaml in the run.
 
     Args:
         images: anything that `images.uri` takes.
         out: folder or URI of the run.
         clusters: a number, `auto`, or candidates with commas between.
-        method: its name.
-        encoder: its name; None takes the default.
+        method: name of the method.
+        encoder: name of the encoder; None takes the default.
         overrides: `KEY=VALUE` items for RUN.yaml.
 
     Returns:
@@ -47,100 +146,16 @@ def quick(
         "method": {"name": method},
     }
     text = yaml.safe_dump(tree, sort_keys=False)
-    open_or_not = f"[{clusters}]" if "," in clusters and "[" not in clusters else clusters
-    config = with_absolute_paths(parse(text, [f"method.clusters={open_or_not}", *overrides]))
+    number_or_list = f"[{clusters}]" if "," in clusters and "[" not in clusters else clusters
+    config = with_absolute_paths(parse(text, [f"method.clusters={number_or_list}", *overrides]))
     with held(Run(config.run)):
         filesystem.write_bytes(filesystem.join(config.run, "RUN.yaml"), as_yaml(config).encode())
         run_all(config)
     return config.run
 
 
-def as_yaml(config: RunConfig) -> str:
-    """What was set of a config, as a RUN.yaml."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
-
-
-def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in a RUN.yaml: a path, a URI, or `-` for what comes on standard input.
-
-    Raises:
-        DataError: there is no such file.
-        ConfigError: a key or value in it is refused.
-    """
-    data = sys.stdin.buffer.read() if uri == "-" else filesystem.read_bytes(uri)
-    source = "standard input" if uri == "-" else uri
-    return with_absolute_paths(parse(data.decode("utf-8", "replace"), overrides, source))
-
-
-def local_paths(config: RunConfig) -> dict[str, str]:
-    """Every path and URI in a config by its full key."""
-    found = {"run": config.run}
-    if not config.images.uri.startswith("dataset:"):
-        found["images.uri"] = config.images.uri
-    if isinstance(config.images.classes, str):
-        found["images.classes"] = config.images.classes
-    if config.encoder.weights_uri is not None:
-        found["encoder.pretrained"] = config.encoder.weights_uri
-    for place, name in enumerate(config.label.lists):
-        if kind_of(name) in ("text", "embeddings"):
-            found["label.vocabulary" if isinstance(config.label.vocabulary, str) else f"label.vocabulary.{place}"] = (
-                name
-            )
-    return found
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The config with every local path absolute: workers do not share the directory that the command was given in."""
-    tree = config.model_dump(mode="json", exclude_unset=True)
-    for key, place in local_paths(config).items():
-        *groups, last = key.split(".")
-        node: Any = tree
-        for group in groups:
-            node = node[group]
-        node[int(last) if isinstance(node, list) else last] = filesystem.absolute(place)
-    return validate(tree)
-
-
-def load_run(uri: str) -> RunConfig:
-    """The config that the run at `uri` was last started with.
-
-    Raises:
-        ArtefactError: there is no run.
-    """
-    run = filesystem.absolute(uri)
-    try:
-        tree = filesystem.read_json(Run(run).config)
-    except filesystem.MissingError:
-        raise ArtefactError(f"{uri}: no run there: give the folder or URI that RUN.yaml names as `run`") from None
-    return validate(tree | {"run": run})
-
-
-# `rayclust.run` and `rayclust.load`: a run from Python.
-
-
-def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = ()) -> RunTables:
-    """Runs every stage that is not done.
-
-    Args:
-        config: a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`.
-        overrides: `KEY=VALUE` items, for a path or URI.
-
-    Returns:
-        The run's tables.
-
-    Raises:
-        RayclustError: what the command line would say.
-    """
-    if isinstance(config, str):
-        settings = load_config(config, overrides)
-    else:
-        settings = with_absolute_paths(config if isinstance(config, RunConfig) else validate(dict(config)))
-    run_all(settings)
-    return load(settings.run)
-
-
 def load(run: str) -> RunTables:
-    """The run below a folder or URI; tables are read when they are asked for.
+    """Open the run below a folder or URI; tables are read when they are asked for.
 
     Raises:
         ArtefactError: there is no run.
@@ -149,15 +164,19 @@ def load(run: str) -> RunTables:
 
 
 class RunTables:
-    """What a run has written so far."""
+    """Artefacts of a run, read on demand.
+
+    Args:
+        config: of the run.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        """What the run was last started with."""
+        """As the run was last started."""
         self._run = Run(config.run)
 
     def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The parts of a table in order, one at a time.
+        """Yield the parts of a table in order.
 
         Args:
             name: embeddings, rejects, neighbors or assignments.
@@ -169,7 +188,7 @@ class RunTables:
         return tables.iter_tables((uri for _, uri in parts(self._run.at(name))), columns)
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A whole table in memory; see `iter`.
+        """Return a whole table; see `iter`.
 
         Raises:
             ArtefactError: the stage that writes it has not begun.
@@ -181,12 +200,12 @@ class RunTables:
 
     @cached_property
     def clusters(self) -> pa.Table:
-        """One line a cluster: size, name, score, runners-up, exemplars, outliers."""
+        """One row per cluster: size, name, score, runners-up, exemplars, outliers."""
         return tables.read_table(self._run.clusters)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """Scores.
+        """Scores by name.
 
         Raises:
             ArtefactError: the stage evaluate has not run.

@@ -1,41 +1,55 @@
-"""Writes an artefact and says what was written, for the manifest."""
+"""Write artefacts with their checksums, and find those that are missing or damaged."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from rayclust.store import filesystem, tables
 from rayclust.store.filesystem import FileStat
-from rayclust.store.layout import STAGES, Run, parts
+from rayclust.store.layout import Run, parts
 from rayclust.store.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 8 << 20
+READ_BYTES = 8 << 20
+"""Bytes read at a time to compute a checksum."""
 
 Outputs = dict[str, dict[str, Any]]
 """Path below the run → {digest, size, stamp}."""
 
 
 def put_bytes(run: Run, uri: str, data: bytes) -> Outputs:
-    """Writes `data` at `uri`, which lies below the run."""
+    """Write `data` at `uri`, which lies below the run."""
     stamp = filesystem.write_bytes(uri, data)
     return {run.path(uri): {"digest": hashlib.sha256(data).hexdigest(), "size": len(data), "stamp": stamp}}
 
 
 def put_table(run: Run, uri: str, table: pa.Table) -> Outputs:
-    """Writes a table at `uri`, which lies below the run."""
+    """Write a table as Parquet at `uri`, which lies below the run."""
     return put_bytes(run, uri, tables.encode_table(table))
 
 
+def put_json(run: Run, uri: str, value: Any) -> Outputs:
+    """Write canonical JSON at `uri`, which lies below the run."""
+    return put_bytes(run, uri, filesystem.canonical_json(value).encode())
+
+
 def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, similarity: np.ndarray) -> Outputs:
-    """Writes the table of neighbours of one part: Int64[B] rows, Int64[B k] neighbours, Float[B k] similarities."""
+    """Write the neighbours of one part.
+
+    Args:
+        run: the run.
+        part: index of the part.
+        rows: Int64[B].
+        neighbors: Int[B M], rows of the neighbours.
+        similarity: Float[B M], cosines; stored as float16.
+    """
     columns = [
         pa.array(rows),
         tables.fixed_list(neighbors.astype(np.int64)),
@@ -44,44 +58,56 @@ def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, 
     return put_table(run, run.neighbors(part), pa.table(columns, schema=tables.NEIGHBORS(neighbors.shape[1])))
 
 
-def put_json(run: Run, uri: str, value: Any) -> Outputs:
-    """Writes canonical JSON at `uri`, which lies below the run."""
-    return put_bytes(run, uri, filesystem.canonical_json(value).encode())
-
-
 def drop_stale_parts(folder: str, count: int) -> None:
-    """Removes the tables of an earlier, longer input from a folder: readers take every part that is there."""
+    """Remove the parts of an earlier, longer input from a folder: readers take every part that is there.
+
+    Args:
+        folder: URI of a folder of tables.
+        count: number of parts to keep.
+    """
     for index, uri in parts(folder):
         if index >= count:
             filesystem.remove(uri)
 
 
-def drop_damaged(run: Run, said: str) -> tuple[str, str] | None:
-    """Removes a file that an error speaks of, if its checksum is another than was written, so that it is made again.
+class Removed(NamedTuple):
+    """A damaged file that was removed."""
+
+    uri: str
+    stage: str
+    """The stage that writes it."""
+
+
+def remove_damaged(run: Run, stages: Iterable[str], message: str) -> Removed | None:
+    """Remove the file that an error names, if its checksum differs from the manifest's, so that it is written again.
 
     Args:
         run: the run.
-        said: the error's line, which names the file by its URI.
+        stages: names of all stages.
+        message: of the error, which holds the file's URI.
 
     Returns:
-        The file's URI and the stage that makes it; None where no file of a sealed stage is both named and damaged.
+        None if no file of a complete stage is both named and damaged.
     """
-    for stage in STAGES:
-        sealed = read_manifest(run, stage)
-        for path, written in sealed.outputs.items() if sealed else ():
+    for stage in stages:
+        manifest = read_manifest(run, stage)
+        for path, written in manifest.outputs.items() if manifest else ():
             uri = run.at(path)
-            if uri in said and _digest(uri) != written.digest:
+            if uri in message and _digest(uri) != written.digest:
                 logger.warning("%s: is damaged, its checksum is another than was written: made again", uri)
                 filesystem.remove(uri)
-                return uri, stage
+                return Removed(uri, stage)
     return None
 
 
 class FileListing:
-    """Which files of a run are there as they were written; each folder is listed once, when it is first asked for.
+    """Files of a run as they are now; each folder is listed once, when it is first asked for.
 
-    A file that still has the stamp of its writing is taken for what was written. One with another stamp, because it was
-    copied or because somebody changed it, is read, and its digest decides.
+    A file with the stamp of its manifest is taken as unchanged. One with another stamp, because it was copied or
+    edited, is read and its digest decides.
+
+    Args:
+        run: the run.
     """
 
     def __init__(self, run: Run) -> None:
@@ -89,7 +115,7 @@ class FileListing:
         self._found: dict[str, dict[str, FileStat]] = {}
 
     def has(self, path: str, written: Mapping[str, Any]) -> bool:
-        """Whether the file at `path` below the run is the one that was written."""
+        """Return whether the file at `path` below the run is the one that was written; log a warning if not."""
         found = self.find(path)
         if found is None or found.size != written["size"]:
             fault = "is missing" if found is None else f"has {found.size:,} bytes instead of {written['size']:,}"
@@ -101,7 +127,7 @@ class FileListing:
         return False
 
     def find(self, path: str) -> FileStat | None:
-        """The file at `path` below the run as it is now."""
+        """Return size and stamp of the file at `path` below the run; None if there is none."""
         folder, _, name = path.partition("/")
         if not name:
             return filesystem.stat(self._run.at(path))
@@ -112,11 +138,11 @@ class FileListing:
 
 
 def _digest(uri: str) -> str:
-    """SHA-256 of a file, read block by block."""
+    """Return the SHA-256 of a file, "" if it is missing."""
     digest = hashlib.sha256()
     try:
         with filesystem.open_input(uri) as file:
-            while block := file.read(_BLOCK):
+            while block := file.read(READ_BYTES):
                 digest.update(block)
     except filesystem.MissingError:
         return ""

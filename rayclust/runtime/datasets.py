@@ -1,7 +1,7 @@
-"""Named data sets, `dataset:cifar10` and the like: fetched once, kept in a cache as Parquet with images and labels.
+"""Fetch named data sets, `dataset:cifar10` and the like, once; keep them in a cache as Parquet with images and labels.
 
-The archives are the authors' binary versions, plain records of pixels: the Python versions are pickles, and nothing
-that is read from storage is unpickled here.
+The archives are the authors' binary versions, plain records of pixels. The Python versions, which torchvision reads,
+are pickles, and nothing that is read from storage is unpickled here.
 """
 
 from __future__ import annotations
@@ -24,65 +24,30 @@ from rayclust.errors import DataError
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import PART
 
-# Images that need no download: scikit-learn's scanned digits, written as webdataset shards.
-
-
-SHARDS = 6
-"""Tar files that the digits are spread over."""
-SCALE = 4
-"""Each of the 8 × 8 scanned values becomes a square of so many pixels, so that a person can see the digit."""
-
-
-def write_digits(folder: str) -> None:
-    """Writes scikit-learn's 1,797 scanned digits as webdataset shards of PNG images with their classes.
-
-    The same bytes on every call, so that a second demo finds its work done.
-
-    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for shard in range(SHARDS):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for number in range(shard, len(digits.target), SHARDS):
-                _add(tar, f"{number:06d}.png", _png_digits(digits.images[number]))
-                _add(tar, f"{number:06d}.cls", str(int(digits.target[number])).encode())
-        filesystem.write_bytes(filesystem.join(folder, f"digits-{shard:02d}.tar"), buffer.getvalue())
-
-
-def _png_digits(values: np.ndarray) -> bytes:
-    """White on black, as in most collections of digits; values 0 to 16 become 0 to 255."""
-    pixels = np.kron(np.round(values * (255 / 16)).astype(np.uint8), np.ones((SCALE, SCALE), np.uint8))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
 logger = logging.getLogger(__name__)
 
 SCHEME = "dataset:"
 DIGITS = "digits"
-"""The one that no archive is needed for."""
+"""Name of the one that needs no archive."""
+SHARDS = 6
+"""Tar files that the digits are spread over."""
+SCALE = 4
+"""Side of the square, in pixels, that each of the 8 × 8 scanned values of a digit becomes: people must see it."""
 PART_IMAGES = 1000
 """Images per Parquet file, each of which becomes one shard."""
 _FORMAT = 1
-"""Goes up when an export's content changes, so that older ones are made again."""
+"""Raised when the content of an export changes, so that older ones are made again."""
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
 
+Blocks = Iterator[tuple[np.ndarray, np.ndarray]]
+"""UInt8[n H W 3] pixels and Int64[n] labels."""
+
 
 @dataclass(frozen=True)
 class Archive:
-    """Where a data set is published, and the MD5 that its authors state."""
+    """Published archive, with the MD5 that its authors state."""
 
     url: str
     md5: str
@@ -95,21 +60,28 @@ class Archive:
 
 @dataclass(frozen=True)
 class Dataset:
-    """How to read one data set from its archive."""
+    """Data set and how it is read from its archive."""
 
     archive: Archive
     splits: dict[str, tuple[str, ...]]
     """By split, the members of the archive that hold it."""
-    read: Callable[[tarfile.TarFile, str], Iterator[tuple[np.ndarray, np.ndarray]]]
-    """Blocks of UInt8[n H W 3] pixels and Int[n] labels from one member."""
+    read: Callable[[tarfile.TarFile, str], Blocks]
+    """Read one member."""
     names: str | tuple[str, ...]
     """The classes, or the member that lists them, one a line."""
 
 
-def _records(archive: tarfile.TarFile, member: str, head: int, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of records of `head` label bytes and three planes of side × side bytes."""
+def _open(archive: tarfile.TarFile, member: str) -> IO[bytes]:
+    stream = archive.extractfile(member)
+    if stream is None:
+        raise KeyError(member)
+    return stream
+
+
+def _records(archive: tarfile.TarFile, member: str, head: int, side: int) -> Blocks:
+    """Yield UInt8[n 3 side side] planes and UInt8[n head] label bytes."""
     size = head + 3 * side * side
-    stream = _stream(archive, member)
+    stream = _open(archive, member)
     while data := stream.read(PART_IMAGES * size):
         if len(data) % size:
             raise DataError(f"{member}: ends within a record; fetch the archive again")
@@ -117,28 +89,23 @@ def _records(archive: tarfile.TarFile, member: str, head: int, side: int) -> Ite
         yield block[:, head:].reshape(-1, 3, side, side), block[:, :head]
 
 
-def _cifar(head: int, label: int) -> Callable[[tarfile.TarFile, str], Iterator[tuple[np.ndarray, np.ndarray]]]:
-    def read(archive: tarfile.TarFile, member: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _cifar(head: int, label: int) -> Callable[[tarfile.TarFile, str], Blocks]:
+    """Return a reader of records with `head` label bytes, of which that at `label` counts."""
+
+    def read(archive: tarfile.TarFile, member: str) -> Blocks:
         for planes, heads in _records(archive, member, head, 32):
             yield planes.transpose(0, 2, 3, 1), heads[:, label].astype(np.int64)
 
     return read
 
 
-def _stl10(archive: tarfile.TarFile, member: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pixels lie column by column, and labels, which count from 1, in a file of their own."""
-    labels = np.frombuffer(_stream(archive, member.replace("_X", "_y")).read(), np.uint8).astype(np.int64) - 1
+def _stl10(archive: tarfile.TarFile, member: str) -> Blocks:
+    """Yield pixels, which lie column by column, and labels, which count from 1 in a file of their own."""
+    labels = np.frombuffer(_open(archive, member.replace("_X", "_y")).read(), np.uint8).astype(np.int64) - 1
     start = 0
     for planes, _ in _records(archive, member, 0, 96):
         yield planes.transpose(0, 3, 2, 1), labels[start : start + len(planes)]
         start += len(planes)
-
-
-def _stream(archive: tarfile.TarFile, member: str) -> IO[bytes]:
-    stream = archive.extractfile(member)
-    if stream is None:
-        raise KeyError(member)
-    return stream
 
 
 _CIFAR100_ARCHIVE = Archive(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8")
@@ -173,7 +140,7 @@ DATASETS = {
 
 
 def local_folder(uri: str) -> str:
-    """Where the images of an input lie: those of a named data set in the cache, any other where they are.
+    """Return the folder of an input: that of a named data set in the cache, any other as it is.
 
     Args:
         uri: an input; `dataset:NAME` holds all labelled images, `dataset:NAME/train` and `dataset:NAME/test` one split.
@@ -185,7 +152,12 @@ def local_folder(uri: str) -> str:
         return uri
     name, _, split = uri.removeprefix(SCHEME).partition("/")
     if name == DIGITS and not split:
-        return _digits()
+        folder = filesystem.join(cache_root(), DIGITS)
+        marker = filesystem.join(folder, "dataset.json")
+        if not filesystem.exists(marker):
+            write_digits(folder)
+            filesystem.write_json(marker, {"format": _FORMAT, "name": DIGITS})
+        return folder
     if name not in DATASETS or split not in ("", *DATASETS[name].splits):
         known = ", ".join(f"{SCHEME}{known}" for known in DATASETS)
         raise DataError(
@@ -197,12 +169,12 @@ def local_folder(uri: str) -> str:
 
 
 def cache_root() -> str:
-    """The folder of the cache: RAYCLUST_CACHE, else `~/.cache/rayclust`. On a cluster every node must see it."""
+    """Return the cache: RAYCLUST_CACHE, else `~/.cache/rayclust`. On a cluster every node must see it."""
     return filesystem.absolute(os.environ.get("RAYCLUST_CACHE") or "~/.cache/rayclust")
 
 
 def export(name: str, cache: str | None = None) -> str:
-    """Writes a data set as Parquet with key, image (PNG) and label, unless the cache holds it already.
+    """Write a data set as Parquet with key, image (PNG) and label, unless the cache holds it already.
 
     Args:
         name: a key of `DATASETS`.
@@ -212,35 +184,40 @@ def export(name: str, cache: str | None = None) -> str:
         The folder, with one folder per split below it. Every export writes the same bytes.
 
     Raises:
-        DataError: the archive is not there and cannot be fetched, or does not hold what it should.
+        DataError: the archive is missing and cannot be fetched, or does not hold what it should.
     """
-    dataset, folder = DATASETS[name], filesystem.join(cache or cache_root(), name)
+    cache = cache or cache_root()
+    dataset, folder = DATASETS[name], filesystem.join(cache, name)
     marker = filesystem.join(folder, "dataset.json")
     if filesystem.exists(marker) and filesystem.read_json(marker).get("format") == _FORMAT:
         return folder
-    path = _fetch(name, dataset.archive, cache or cache_root())
+    path = _fetch(name, dataset.archive, cache)
     logger.info("%s%s: writing its images to %s", SCHEME, name, folder)
+    counts = {}
     try:
         with tarfile.open(path) as archive:
-            counts = {split: _write_split(dataset, archive, folder, split) for split in dataset.splits}
+            names = dataset.names
+            if isinstance(names, str):
+                names = tuple(_open(archive, names).read().decode().split())
+            for split, members in dataset.splits.items():
+                counts[split] = 0
+                blocks = (block for member in members for block in dataset.read(archive, member))
+                for part, (pixels, labels) in enumerate(blocks):
+                    columns = {
+                        "key": [f"{split}/{counts[split] + i:06d}" for i in range(len(pixels))],
+                        "image": pa.array([_png(image) for image in pixels], pa.binary()),
+                        "label": [names[label] for label in labels],
+                    }
+                    tables.write_table(filesystem.join(folder, split, PART.format(part)), pa.table(columns))
+                    counts[split] += len(pixels)
     except (KeyError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: does not hold {name} as published ({error}); remove it and run again") from error
     filesystem.write_json(marker, {"format": _FORMAT, "name": name, "images": counts})
     return folder
 
 
-def _digits() -> str:
-    """The folder of scikit-learn's scanned digits, written unless the cache holds them already."""
-    folder = filesystem.join(cache_root(), DIGITS)
-    marker = filesystem.join(folder, "dataset.json")
-    if not filesystem.exists(marker):
-        write_digits(folder)
-        filesystem.write_json(marker, {"format": _FORMAT, "name": DIGITS})
-    return folder
-
-
 def _fetch(name: str, archive: Archive, cache: str) -> Path:
-    """The archive on this machine, checked against its MD5."""
+    """Return the archive on this machine, checked against its MD5, downloading it if it is missing."""
     from torchvision.datasets.utils import check_integrity, download_url
 
     local = cache if not filesystem.is_remote(cache) else filesystem.absolute("~/.cache/rayclust")
@@ -256,25 +233,28 @@ def _fetch(name: str, archive: Archive, cache: str) -> Path:
     return path
 
 
-def _write_split(dataset: Dataset, archive: tarfile.TarFile, folder: str, split: str) -> int:
-    names = _class_names(dataset, archive)
-    blocks = (block for member in dataset.splits[split] for block in dataset.read(archive, member))
-    written = 0
-    for part, (pixels, labels) in enumerate(blocks):
-        columns = {
-            "key": [f"{split}/{written + i:06d}" for i in range(len(pixels))],
-            "image": pa.array([_png(image) for image in pixels], pa.binary()),
-            "label": [names[label] for label in labels],
-        }
-        tables.write_table(filesystem.join(folder, split, PART.format(part)), pa.table(columns))
-        written += len(pixels)
-    return written
+def write_digits(folder: str) -> None:
+    """Write scikit-learn's 1,797 scanned digits as webdataset shards of PNG images with their classes.
 
+    Every call writes the same bytes, so that a second demo finds its work done.
 
-def _class_names(dataset: Dataset, archive: tarfile.TarFile) -> tuple[str, ...]:
-    if not isinstance(dataset.names, str):
-        return dataset.names
-    return tuple(_stream(archive, dataset.names).read().decode().split())
+    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for shard in range(SHARDS):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in range(shard, len(digits.target), SHARDS):
+                # White on black, as in most collections of digits; values 0 to 16 become 0 to 255.
+                values = np.round(digits.images[number] * (255 / 16)).astype(np.uint8)
+                image = _png(np.kron(values, np.ones((SCALE, SCALE), np.uint8)))
+                for suffix, data in (("png", image), ("cls", str(int(digits.target[number])).encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        filesystem.write_bytes(filesystem.join(folder, f"digits-{shard:02d}.tar"), buffer.getvalue())
 
 
 def _png(pixels: np.ndarray) -> bytes:

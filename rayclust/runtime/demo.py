@@ -1,4 +1,4 @@
-"""demo: the whole path on images that need no download: scanned digits."""
+"""Run the demo: every stage on scanned digits, which need no download, once per method and seed."""
 
 from __future__ import annotations
 
@@ -17,64 +17,56 @@ from rayclust.store.lease import held
 from rayclust.store.manifest import digest_of
 
 SEEDS = (2, 1, 0)
-"""The last one is what the report shows."""
+"""The report shows the last one."""
 SCORES = ("accuracy", "nmi", "ari")
 
 
 def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, dict[str, list[dict[str, float]]]]:
-    """Runs every stage on the digits, once per method and seed; what does not depend on them is done once.
+    """Run every stage on the digits for each method and seed; stages that depend on neither run once.
+
+    A demo that was killed goes on from the last finished method and seed.
 
     Args:
         out: folder or URI; images and run go below it.
-        methods: the last one is what the report shows.
+        methods: their names; the report shows the last one.
 
     Returns:
-        The run's URI, and the scores of each method, one dict per seed.
+        The run's URI, and by method its scores, one dict per seed.
     """
     out = filesystem.absolute(out)
     images, run = filesystem.join(out, "images"), Run(filesystem.join(out, "run"))
+    plan = [(method, seed) for method in methods for seed in SEEDS]
+
+    def by_method(scores: Sequence[dict[str, float]]) -> dict[str, list[dict[str, float]]]:
+        grouped: dict[str, list[dict[str, float]]] = {}
+        for (method, _), score in zip(plan, scores, strict=False):
+            grouped.setdefault(method, []).append(score)
+        return grouped
+
     with held(run):
         write_digits(images)
-        return run.uri, _run_plan(images, run, methods)
-
-
-def _run_plan(images: str, run: Run, methods: Sequence[str]) -> dict[str, list[dict[str, float]]]:
-    plan = [(method, seed) for method in methods for seed in SEEDS]
-    configs = [validate(demo_tree(images, run.uri, method, seed)) for method, seed in plan]
-    digest = digest_of([config.model_dump(mode="json") for config in configs])
-    scores = _known(run, digest)
-    for config in configs[len(scores) :]:
-        last = config is configs[-1]
-        if last:  # what the report shows beside its own method
-            filesystem.write_json(run.at("beside.json"), _by_method(plan, scores))
-        run_all(config, stop_after=None if last else "evaluate")
-        metrics = filesystem.read_json(run.metrics)
-        scores.append({name: metrics[name] for name in SCORES})
-        filesystem.write_json(run.at("demo.json"), {"digest": digest, "scores": scores})
-    run_all(configs[-1])
-    return _by_method(plan, scores)
-
-
-def _known(run: Run, digest: str) -> list[dict[str, float]]:
-    """Scores of an earlier, perhaps killed, demo with the same settings, in the order of its plan."""
-    try:
-        content = filesystem.read_json(run.at("demo.json"))
-    except (filesystem.MissingError, ArtefactError):
-        return []
-    return list(content["scores"]) if content["digest"] == digest else []
-
-
-def _by_method(
-    plan: Sequence[tuple[str, int]], scores: Sequence[dict[str, float]]
-) -> dict[str, list[dict[str, float]]]:
-    grouped: dict[str, list[dict[str, float]]] = {}
-    for (method, _), score in zip(plan, scores, strict=False):
-        grouped.setdefault(method, []).append(score)
-    return grouped
+        configs = [validate(demo_tree(images, run.uri, method, seed)) for method, seed in plan]
+        digest = digest_of([config.model_dump(mode="json") for config in configs])
+        scores: list[dict[str, float]] = []
+        try:
+            content = filesystem.read_json(run.at("demo.json"))
+            scores += content["scores"] if content["digest"] == digest else []
+        except (filesystem.MissingError, ArtefactError):
+            pass
+        for config in configs[len(scores) :]:
+            last = config is configs[-1]
+            if last:  # the report shows the other methods beside its own
+                filesystem.write_json(run.at("beside.json"), by_method(scores))
+            run_all(config, stop_after=None if last else "evaluate")
+            metrics = filesystem.read_json(run.metrics)
+            scores.append({name: metrics[name] for name in SCORES})
+            filesystem.write_json(run.at("demo.json"), {"digest": digest, "scores": scores})
+        run_all(configs[-1])
+        return run.uri, by_method(scores)
 
 
 def demo_tree(images: str, run: str, method: str, seed: int) -> dict[str, Any]:
-    """The demo's RUN.yaml."""
+    """Return the RUN.yaml of one method and seed."""
     return {
         "run": run,
         "seed": seed,
@@ -87,7 +79,7 @@ def demo_tree(images: str, run: str, method: str, seed: int) -> dict[str, Any]:
 
 
 def table(scores: dict[str, list[dict[str, float]]]) -> str:
-    """The methods side by side: mean and standard deviation over seeds, in percent."""
+    """Return the methods side by side: mean and standard deviation of the scores over seeds, in percent."""
     lines = [f"{'method':<10}" + "".join(f"{name.upper()[:3]:>16}" for name in SCORES)]
     for method, runs in scores.items():
         cells = []

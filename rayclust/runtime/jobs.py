@@ -1,4 +1,8 @@
-"""submit: a run as a job of a Ray cluster, followed to its end. The same line again follows it, or goes on after it."""
+"""Submit a run as a job of a Ray cluster and follow it to its end; the same line again follows it, or goes on after it.
+
+Ray's own client does the talking. Added here: one name per config, so that a second submission finds the first; a log
+that survives lost connections; the driver's exit code; and one line for each of the server's refusals.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +13,49 @@ import os
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
+from rayclust.report.formats import duration
 from rayclust.runtime.api import as_yaml, local_paths
-from rayclust.runtime.progress import LOG_INTERVAL, duration
+from rayclust.runtime.cluster import unreachable
+from rayclust.runtime.progress import LOG_INTERVAL
 from rayclust.store import filesystem
 from rayclust.store.holder import SUBMISSION_VARIABLE
 from rayclust.store.manifest import digest_of
 
-# The job server of a Ray cluster: how it is reached, and what its refusals mean to the person who asked.
-
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobDetails, JobSubmissionClient
-
 logger = logging.getLogger(__name__)
 
 PORT = 8265
-"""Where a Ray dashboard listens unless told otherwise."""
-PATIENCE_SECONDS = 10.0
-"""How long the server may take to let itself be called."""
-STARTING_SECONDS = 60.0
-"""How long a cluster that has just started may take until it takes jobs."""
+"""Default port of a Ray dashboard."""
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+STARTING_SECONDS = 60.0
+"""How long a cluster that has just started may take until it accepts jobs."""
+POLL_SECONDS = 1.0
+"""Between two looks at a job that waits or is asked to end."""
+AWAY_SECONDS = 300.0
+"""How long the job server may be away while a job is followed."""
+STOP_SECONDS = 60.0
+"""How long a job that is asked to end may take."""
+_PREAMBLE_WITHIN = 2000
+"""Characters that Ray may write before it says what it runs."""
 _TOKEN_ADVICE = "set RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH"  # noqa: S105
 
 
+# The server.
+
+
 def address_of(given: str | None) -> str:
-    """The server's URL, from what was given or else from the environment.
+    """Return the job server's URL.
+
+    Args:
+        given: HOST, HOST:PORT or a URL; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
     Raises:
         ConfigError: there is none, or it is no address of a job server.
@@ -66,7 +78,7 @@ def address_of(given: str | None) -> str:
 
 
 def is_here(address: str) -> bool:
-    """Whether an address is this machine's own, so that its paths can mean something there."""
+    """Return whether an address is this machine's own, so that its paths can mean something there."""
     host = urlsplit(address).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -75,7 +87,7 @@ def is_here(address: str) -> bool:
 
 
 class JobServer:
-    """Jobs of one cluster.
+    """Jobs of one cluster, through Ray's client.
 
     Args:
         address: URL of its dashboard, as `address_of` gives it.
@@ -86,34 +98,49 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        headers = _auth_headers(address)
-        _refuse_silent(address)
-        with self._explained(), _only_this(address):
-            from ray.job_submission import JobSubmissionClient
+        headers = auth_headers(address)
+        place = urlsplit(address)
+        has_proxy = any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ)
+        if not has_proxy or is_here(address):
+            error = unreachable(place.hostname or "", place.port or 443)
+            if error is not None:
+                raise ConfigError(
+                    f"--address {address}: nobody answers there ({error}); is the cluster up, and its dashboard's port "
+                    "open?"
+                )
+        before = os.environ.get(ADDRESS_VARIABLE)
+        os.environ[ADDRESS_VARIABLE] = address  # the client prefers the variable to its argument
+        try:
+            with self._plain_errors():
+                from ray.job_submission import JobSubmissionClient
 
-            logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
-            self._client: JobSubmissionClient = JobSubmissionClient(address, headers=headers)
+                logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
+                self._client = JobSubmissionClient(address, headers=headers)
+        finally:
+            os.environ.pop(ADDRESS_VARIABLE)
+            if before is not None:
+                os.environ[ADDRESS_VARIABLE] = before
 
-    def jobs(self) -> dict[str, JobDetails]:
-        """Every job that was submitted to the cluster, by its submission id."""
-        with self._explained():
+    def jobs(self) -> dict[str, Any]:
+        """Return the details of every submitted job, by submission id."""
+        with self._plain_errors():
             return {job.submission_id: job for job in self._client.list_jobs() if job.submission_id}
 
-    def job(self, submission: str) -> JobDetails:
-        """What is known of one job now."""
-        with self._explained():
+    def job(self, submission: str) -> Any:
+        """Return the details of one job."""
+        with self._plain_errors():
             return self._client.get_job_info(submission)
 
     def submit(self, submission: str, entrypoint: str, metadata: Mapping[str, str]) -> bool:
-        """Submits a job that runs on the head; False where the id has been used before.
+        """Submit a job that runs on the head; return False if the id has been used before.
 
         Raises:
-            DataError: the server does not take it; a cluster that has just started is given a while.
+            DataError: the server refuses it; a cluster that has just started is given a while.
         """
         deadline = time.monotonic() + STARTING_SECONDS
         while True:
             try:
-                with self._explained():
+                with self._plain_errors():
                     self._client.submit_job(entrypoint=entrypoint, submission_id=submission, metadata=dict(metadata))
                 return True
             except DataError as error:
@@ -124,57 +151,60 @@ class JobServer:
             time.sleep(1.0)
 
     def stop(self, submission: str) -> None:
-        """Asks a job to end; it is given a few seconds."""
-        with self._explained():
+        """Ask a job to end; it is given a few seconds."""
+        with self._plain_errors():
             self._client.stop_job(submission)
 
     def tail(self, submission: str) -> Iterator[str]:
-        """What a job writes, from its first line on and as it comes, until it ends.
+        """Yield the log of a job from its first line on, as it comes, until the job ends.
 
         Raises:
             DataError: the connection is lost.
         """
-        chunks: AsyncIterator[str] = self._client.tail_job_logs(submission)
-        loop = asyncio.new_event_loop()
-        try:
-            with self._explained():
-                while True:
-                    try:
-                        yield loop.run_until_complete(anext(chunks))
-                    except StopAsyncIteration:
-                        return
-        finally:
-            loop.run_until_complete(_cancel())
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+        chunks = self._client.tail_job_logs(submission)
+
+        async def next_chunk() -> str | None:
+            return await anext(chunks, None)
+
+        with self._plain_errors(), asyncio.Runner() as runner:
+            while (chunk := runner.run(next_chunk())) is not None:
+                yield chunk
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _plain_errors(self) -> Iterator[None]:
         import requests
         from aiohttp import ClientError
         from ray.exceptions import AuthenticationError
 
+        def line(error: Exception) -> str:
+            text = " ".join(str(error).split()) or type(error).__name__
+            return text if len(text) <= 300 else text[:297] + "..."
+
         try:
             yield
         except AuthenticationError as error:
-            raise ConfigError(_refused(self.address, str(error))) from None
+            is_missing = str(error).startswith("Authentication required")
+            fault = "the cluster asks for a token" if is_missing else "the cluster has another token than this one"
+            raise ConfigError(f"{self.address}: {fault}; {_TOKEN_ADVICE}") from None
         except (requests.JSONDecodeError, RuntimeError, KeyError) as error:
-            raise DataError(f"{self.address}: not what a Ray job server says: {_line(error)}") from None
+            raise DataError(f"{self.address}: not what a Ray job server says: {line(error)}") from None
         except (requests.RequestException, ClientError, OSError) as error:
-            raise DataError(f"{self.address}: the job server does not answer: {_line(error)}") from None
+            raise DataError(f"{self.address}: the job server does not answer: {line(error)}") from None
 
 
-def _auth_headers(address: str) -> dict[str, str] | None:
-    """The token as a header, where this environment has one to show; None leaves it to Ray's own modes.
+def auth_headers(address: str) -> dict[str, str] | None:
+    """Return the cluster's token as a header, looked for where Ray looks; None leaves it to Ray's own modes.
 
     Raises:
         ConfigError: a token is asked for and there is none.
     """
-    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if mode not in ("", "token") or (not mode and not named):
+    mode, token = os.environ.get("RAY_AUTH_MODE", "").lower(), os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if mode not in ("", "token") or (not mode and not token and not path):
         return None
-    token = _token()
+    if not token:
+        with suppress(OSError):
+            token = Path(path or "~/.ray/auth_token").expanduser().read_text().strip()
     if not token:
         raise ConfigError(f"RAY_AUTH_MODE = token: no token is found; {_TOKEN_ADVICE}")
     if urlsplit(address).scheme == "http" and not is_here(address):
@@ -182,151 +212,73 @@ def _auth_headers(address: str) -> dict[str, str] | None:
     return {"Authorization": f"Bearer {token}"}
 
 
-def _token() -> str:
-    """The token in the order in which Ray looks for it; empty where there is none."""
-    if given := os.environ.get("RAY_AUTH_TOKEN"):
-        return given.strip()
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _refused(address: str, text: str) -> str:
-    if text.startswith("Authentication required"):
-        return f"{address}: the cluster asks for a token; {_TOKEN_ADVICE}"
-    return f"{address}: the cluster has another token than this one; {_TOKEN_ADVICE}"
-
-
-def _refuse_silent(address: str) -> None:
-    """Ray's client itself waits for minutes where nobody answers."""
-    place = urlsplit(address)
-    if any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ) and not is_here(address):
-        return
-    try:
-        socket.create_connection((place.hostname or "", place.port or 443), PATIENCE_SECONDS).close()
-    except OSError as error:
-        raise ConfigError(
-            f"--address {address}: nobody answers there ({error}); is the cluster up, and its dashboard's port open?"
-        ) from None
-
-
-@contextmanager
-def _only_this(address: str) -> Iterator[None]:
-    """Ray's client takes what stands in its environment variable before what it is given."""
-    before = os.environ.get(ADDRESS_VARIABLE)
-    os.environ[ADDRESS_VARIABLE] = address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ADDRESS_VARIABLE]
-        else:
-            os.environ[ADDRESS_VARIABLE] = before
-
-
-async def _cancel() -> None:
-    """Ends what the loop still waits for, such as the next line of a log that nobody reads any more."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _line(error: Any) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobDetails
-
-
-POLL_SECONDS = 1.0
-"""Between two looks at a job that waits or is asked to end."""
-AWAY_SECONDS = 300.0
-"""How long the job server may be away while a job is followed."""
-STOP_SECONDS = 60.0
-"""How long a job that is asked to end may take."""
-_BEFORE_PREAMBLE = 2000
-"""Characters that Ray may write before it says what it runs."""
-_MARK = "END_OF_RUN_YAML"
-
-
-Action = Literal["submit", "send", "follow", "stop"]
-"""What is asked of the job server."""
+# A run as a job.
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A run as a job: the same config has the same name, whoever submits it from wherever."""
+    """Run as a job: the same config has the same name, wherever it is submitted from."""
 
     config: RunConfig
-    """Paths in it are absolute."""
+    """Its paths are absolute."""
     command: str = "run"
     """`run`, or the name of one stage."""
 
     @property
-    def text(self) -> str:
-        """The RUN.yaml that travels with the job."""
-        return as_yaml(self.config)
-
-    @property
     def digest(self) -> str:
-        """Of the command and everything that is set in the config."""
+        """Digest of the command and of everything that is set in the config."""
         return digest_of({"command": self.command, "config": self.config.model_dump(mode="json", exclude_unset=True)})
 
     @property
     def name(self) -> str:
-        """What the ids of all attempts begin with: the run's last part for people, the digest for the rest."""
+        """Prefix of the ids of all attempts: the run's last part for people, the digest for the rest."""
         word = re.sub(r"[^a-z0-9]+", "-", self.config.run.rstrip("/").rpartition("/")[2].lower()).strip("-")
         return f"rayclust-{self.command}-{word[:40] or 'run'}-{self.digest[:12]}"
 
     def id(self, attempt: int) -> str:
-        """Submission id; a cluster takes each once."""
+        """Return the submission id of an attempt; a cluster accepts each once."""
         return f"{self.name}-{attempt}"
 
     def entrypoint(self, attempt: int) -> str:
-        """The shell's line on the head node: the config comes with it, so no directory has to be sent."""
+        """Return the shell line for the head node; the RUN.yaml comes with it, so no directory has to be sent."""
         command = f"exec env {SUBMISSION_VARIABLE}={self.id(attempt)} python -m rayclust {self.command} -"
-        mark = _MARK
-        while mark in self.text:  # no text may end itself and go on as a command
+        text, mark = as_yaml(self.config), "END_OF_RUN_YAML"
+        while mark in text:  # no text may end itself and go on as a command
             mark += "_"
-        return f"{command} <<'{mark}'\n{self.text}{mark}\n"
+        return f"{command} <<'{mark}'\n{text}{mark}\n"
 
-    def attempts(self, jobs: dict[str, JobDetails]) -> list[int]:
-        """Numbers of the attempts that the cluster knows, ascending."""
+    def attempts(self, jobs: Mapping[str, Any]) -> list[int]:
+        """Return the numbers of the attempts among a cluster's jobs, ascending."""
         pattern = re.compile(re.escape(self.name) + r"-([1-9]\d*)")
         return sorted(int(found[1]) for job in jobs if (found := pattern.fullmatch(job)))
 
 
 def refuse_far_paths(config: RunConfig, address: str, *, shared_paths: bool = False) -> None:
-    """Makes sure that a cluster can see what a config names.
+    """Refuse local paths that the nodes of a cluster do not see.
 
     Args:
         config: with absolute paths.
         address: URL of the job server.
-        shared_paths: whether the cluster's nodes see this machine's paths.
+        shared_paths: True if the nodes see this machine's paths.
 
     Raises:
-        ConfigError: it names local paths, which the nodes do not see.
+        ConfigError: the config names local paths, and the server is not on this machine.
     """
-    local = {key: place for key, place in local_paths(config).items() if not filesystem.is_remote(place)}
+    local = {key: path for key, path in local_paths(config).items() if not filesystem.is_remote(path)}
     if not local or shared_paths:
         return
-    key, place = next(iter(local.items()))
+    key, path = next(iter(local.items()))
     others = f", like {', '.join(list(local)[1:])}" if len(local) > 1 else ""
     if not is_here(address):
         raise ConfigError(
-            f"{key} = {place}: is local{others}, and the nodes of {address} do not see it: use s3://, or give "
+            f"{key} = {path}: is local{others}, and the nodes of {address} do not see it: use s3://, or give "
             "--shared-paths if they mount the same file system"
         )
-    logger.warning("%s = %s: is local%s: right if %s is this machine and no tunnel", key, place, others, address)
+    logger.warning("%s = %s: is local%s: right if %s is this machine and no tunnel", key, path, others, address)
 
 
 def submit(server: JobServer, submission: Submission) -> str:
-    """Submits the run's next attempt, unless one is under way.
+    """Submit the run's next attempt, unless one is under way.
 
     Returns:
         Id of the attempt that is under way now.
@@ -336,7 +288,8 @@ def submit(server: JobServer, submission: Submission) -> str:
         attempts = submission.attempts(jobs)
         last = submission.id(attempts[-1]) if attempts else None
         if last is not None and not jobs[last].status.is_terminal():
-            logger.info("job %s is under way since %s: followed", last, _since(jobs[last]))
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime((jobs[last].start_time or 0) / 1000))
+            logger.info("job %s is under way since %s: followed", last, since)
             return last
         attempt = attempts[-1] + 1 if attempts else 1
         metadata = {"rayclust_run": submission.config.run, "rayclust_config": submission.digest}
@@ -346,44 +299,8 @@ def submit(server: JobServer, submission: Submission) -> str:
             return submission.id(attempt)
 
 
-def submit_run(
-    submission: Submission, address: str, action: Action, show: Callable[[str], None], *, shared_paths: bool = False
-) -> int:
-    """What the command line does: `submit` and follow, only `send`, only `follow`, or `stop`.
-
-    Args:
-        submission: what to run.
-        address: URL of the job server, as `address_of` gives it.
-        action: which of the four.
-        show: takes the job's log, piece by piece.
-        shared_paths: as `refuse_far_paths` takes it.
-
-    Returns:
-        An exit code: the driver's own where it was followed.
-
-    Raises:
-        ConfigError: the config or the address cannot be used.
-        DataError: the job server is away for too long.
-    """
-    if action in ("submit", "send"):
-        refuse_far_paths(submission.config, address, shared_paths=shared_paths)
-    server = JobServer(address)
-    if action == "stop":
-        job = stop(server, submission)
-        logger.info("job %s stopped" if job else "%s no job of this config is under way", job or f"{address}:")
-        return 0
-    job = newest(server, submission) if action == "follow" else submit(server, submission)
-    if action == "send":
-        return 0
-    try:
-        return follow(server, job, show)
-    except KeyboardInterrupt:
-        logger.info("job %s goes on; the same line follows it again, and with --stop ends it", job)
-        return 1
-
-
 def newest(server: JobServer, submission: Submission) -> str:
-    """Id of the last attempt, under way or not.
+    """Return the id of the last attempt, under way or not.
 
     Raises:
         ConfigError: the cluster knows of none.
@@ -395,10 +312,10 @@ def newest(server: JobServer, submission: Submission) -> str:
 
 
 def stop(server: JobServer, submission: Submission) -> str | None:
-    """Ends the attempt that is under way and waits for it; what it has finished stays.
+    """End the attempt that is under way and wait for it; what it has finished stays.
 
     Returns:
-        Its id; None where none was under way.
+        Its id; None if none was under way.
 
     Raises:
         DataError: it does not end.
@@ -407,46 +324,62 @@ def stop(server: JobServer, submission: Submission) -> str | None:
     if server.job(job).status.is_terminal():
         return None
     server.stop(job)
-    deadline = time.monotonic() + STOP_SECONDS
-    while not server.job(job).status.is_terminal():
-        if time.monotonic() > deadline:
-            raise DataError(f"job {job}: has not ended within {STOP_SECONDS:g} s; look at {server.address}")
-        time.sleep(POLL_SECONDS)
+    if not _wait_for_end(server, job).status.is_terminal():
+        raise DataError(f"job {job}: has not ended within {STOP_SECONDS:g} s; look at {server.address}")
     return job
 
 
 def follow(server: JobServer, job: str, show: Callable[[str], None]) -> int:
-    """Shows what a job writes until it ends, over lost connections.
+    """Show the log of a job until it ends, over lost connections.
 
     Args:
         server: of the cluster.
         job: submission id.
-        show: takes the text, piece by piece.
+        show: called with each piece of text.
 
     Returns:
-        The driver's exit code; 1 where the job ended without one.
+        The driver's exit code; 1 if the job ended without one.
 
     Raises:
-        DataError: the server is away for longer than anybody waits.
+        DataError: the server is away for longer than `AWAY_SECONDS`.
     """
-    _wait_for_start(server, job)
-    preamble = f"Running entrypoint for job {job}: {server.job(job).entrypoint}\n"
-    for text in _without(preamble, _lines(server, job)):
-        show(text)
-    return _exit_code(job, _ended(server, job))
-
-
-def _wait_for_start(server: JobServer, job: str) -> None:
-    started = said = time.monotonic()
+    # 1. Wait until the job starts.
+    started = logged = time.monotonic()
     while (info := server.job(job)).status == "PENDING":
-        if time.monotonic() - said >= LOG_INTERVAL:
-            said = time.monotonic()
-            logger.info("job %s: waits since %s: %s", job, duration(said - started), info.message)
+        if time.monotonic() - logged >= LOG_INTERVAL:
+            logged = time.monotonic()
+            logger.info("job %s: waits since %s: %s", job, duration(logged - started), info.message)
         time.sleep(POLL_SECONDS)
 
+    # 2. Show its log without Ray's preamble: the whole entrypoint, and with it the RUN.yaml.
+    preamble = f"Running entrypoint for job {job}: {info.entrypoint}\n"
+    head: str | None = ""
+    for text in _reconnecting_log(server, job):
+        if head is None:
+            show(text)
+            continue
+        head += text
+        if preamble in head or len(head) > len(preamble) + _PREAMBLE_WITHIN:
+            show(head.replace(preamble, "", 1))
+            head = None
+    if head:
+        show(head.replace(preamble, "", 1))
 
-def _lines(server: JobServer, job: str) -> Iterator[str]:
-    """The job's log; after a lost connection it goes on behind what has been seen."""
+    # 3. Its exit code. The log may end a moment before the job does.
+    info = _wait_for_end(server, job)
+    code = info.driver_exit_code
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.status == "FAILED" and code:
+        logger.info("job %s: failed with exit code %d; the same line submits it again and goes on", job, code)
+        return int(code) if code > 0 else 128 - int(code)
+    message = (info.message or "").strip().splitlines()
+    logger.info("job %s: %s%s", job, info.status.lower(), f": {message[0]}" if message else "")
+    return 1
+
+
+def _reconnecting_log(server: JobServer, job: str) -> Iterator[str]:
+    """Yield a job's log; after a lost connection, continue behind what has been seen."""
     seen, lost = 0, None
     while True:
         skip = seen
@@ -467,40 +400,55 @@ def _lines(server: JobServer, job: str) -> Iterator[str]:
             time.sleep(5 * POLL_SECONDS)
 
 
-def _without(preamble: str, texts: Iterable[str]) -> Iterator[str]:
-    """The texts without what Ray writes at the start: the whole entrypoint, and with it the RUN.yaml."""
-    start, waiting = "", True
-    for text in texts:
-        if not waiting:
-            yield text
-            continue
-        start += text
-        if preamble in start or len(start) > len(preamble) + _BEFORE_PREAMBLE:
-            yield start.replace(preamble, "", 1)
-            waiting = False
-    if waiting and start:
-        yield start.replace(preamble, "", 1)
-
-
-def _ended(server: JobServer, job: str) -> JobDetails:
-    """The job's details once they say how it ended: the log may end a moment earlier."""
+def _wait_for_end(server: JobServer, job: str) -> Any:
+    """Return a job's details once it has ended, or after `STOP_SECONDS`."""
     deadline = time.monotonic() + STOP_SECONDS
     while not (info := server.job(job)).status.is_terminal() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     return info
 
 
-def _exit_code(job: str, info: JobDetails) -> int:
-    code = info.driver_exit_code
-    if info.status == "SUCCEEDED":
+def submit_run(
+    submission: Submission,
+    address: str,
+    show: Callable[[str], None],
+    *,
+    send: bool = True,
+    wait: bool = True,
+    shared_paths: bool = False,
+) -> int:
+    """Submit a run and follow its job.
+
+    Args:
+        submission: the run.
+        address: URL of the job server, as `address_of` gives it.
+        show: called with each piece of the job's log.
+        send: False follows the last attempt and submits nothing.
+        wait: False submits and does not follow.
+        shared_paths: True if the nodes see this machine's paths.
+
+    Returns:
+        An exit code: the driver's own if it was followed.
+
+    Raises:
+        ConfigError: the config or the address cannot be used.
+        DataError: the job server is away for too long.
+    """
+    if send:
+        refuse_far_paths(submission.config, address, shared_paths=shared_paths)
+    server = JobServer(address)
+    job = submit(server, submission) if send else newest(server, submission)
+    if not wait:
         return 0
-    if info.status == "FAILED" and code:
-        logger.info("job %s: failed with exit code %d; the same line submits it again and goes on", job, code)
-        return int(code) if code > 0 else 128 - int(code)
-    said = (info.message or "").strip().splitlines()
-    logger.info("job %s: %s%s", job, info.status.lower(), f": {said[0]}" if said else "")
-    return 1
+    try:
+        return follow(server, job, show)
+    except KeyboardInterrupt:
+        logger.info("job %s goes on; the same line follows it again, and with --stop ends it", job)
+        return 1
 
 
-def _since(info: JobDetails) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime((info.start_time or 0) / 1000))
+def stop_run(submission: Submission, address: str) -> int:
+    """End a run's job and log it; return exit code 0."""
+    job = stop(JobServer(address), submission)
+    logger.info("job %s stopped" if job else "%s no job of this config is under way", job or f"{address}:")
+    return 0

@@ -1,13 +1,11 @@
-"""The encoder of a run and its fitted method, from where they are stored."""
+"""Load a run's encoder and its fitted method, and save the latter."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -25,18 +23,16 @@ from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.manifest import read_manifest, read_unchanged
 
-logger = logging.getLogger(__name__)
-
 
 def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
-    """The run's encoder with the run's limits.
+    """Load the run's encoder with the run's limits.
 
     Args:
-        config: the run's.
+        config: of the run.
         device: None takes a GPU where `resources` gives one, else the CPU.
 
     Raises:
-        ConfigError: its weights are not to be had; the line says what to fetch and where to put it.
+        ConfigError: its weights are missing; the message says what to fetch and where to put it.
     """
     if device is None:
         device = "cuda" if config.resources.gpus_per_worker and torch.cuda.is_available() else "cpu"
@@ -44,7 +40,8 @@ def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
     if device == "cpu" and settings.precision == "fp16" and config.resources.gpus_per_worker:
         # The run's GPUs are elsewhere: one query, or the words, on a machine without.
         settings = settings.model_copy(update={"precision": "fp32"})
-    with _weights(config) as path:
+    uri = settings.weights_uri
+    with filesystem.local_copy(uri) if uri is not None else nullcontext() as path:
         encoder = load_encoder(settings, weights=path, device=device)
     images = config.images
     encoder.preprocess = replace(encoder.preprocess, max_bytes=images.max_bytes, max_pixels=images.max_pixels)
@@ -52,10 +49,10 @@ def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
 
 
 def worker_device(config: RunConfig) -> str:
-    """Where a worker of encode computes.
+    """Return the device of an encode worker, "cpu" or "cuda".
 
     Raises:
-        ConfigError: the worker was given a GPU that torch does not see; the CPU would take hours at a GPU's price.
+        ConfigError: torch does not see the GPU of the worker; the CPU would take hours at a GPU's price.
     """
     if not config.resources.gpus_per_worker:
         return "cpu"
@@ -68,14 +65,14 @@ def worker_device(config: RunConfig) -> str:
 
 
 def encoder_shape(config: RunConfig) -> tuple[Preprocess, int]:
-    """What the run's encoder takes and how wide its rows are, found on this machine's CPU."""
+    """Return the preprocessing of the run's encoder and the width D of its rows, found on this machine's CPU."""
     plain = config.encoder.model_copy(update={"precision": "fp32", "compile": False})
     encoder = load_run_encoder(config.model_copy(update={"encoder": plain}), device="cpu")
     return encoder.preprocess, encoder.dimension
 
 
 def weights_stamp(config: RunConfig) -> str:
-    """What changes when the encoder's weights do: a hub tag, or a file's size and time or ETag.
+    """Return what changes with the encoder's weights: a hub tag, or the stamp of a file (size and time, or ETag).
 
     Raises:
         ConfigError: there is no such file.
@@ -89,18 +86,8 @@ def weights_stamp(config: RunConfig) -> str:
     return found.stamp
 
 
-@contextmanager
-def _weights(config: RunConfig) -> Iterator[Path | None]:
-    uri = config.encoder.weights_uri
-    if uri is None:
-        yield None
-        return
-    with filesystem.local_copy(uri) as path:
-        yield path
-
-
 def save_method(run: Run, export: Export, folder: str) -> Outputs:
-    """Writes a fitted method to a folder below the run: safetensors and JSON, never a pickle."""
+    """Write a fitted method to a folder below the run: safetensors and JSON, never a pickle."""
     tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
     weights = put_bytes(run, filesystem.join(folder, "weights.safetensors"), safetensors.torch.save(tensors))
     return weights | put_json(run, filesystem.join(folder, "config.json"), export.settings)
@@ -108,7 +95,11 @@ def save_method(run: Run, export: Export, folder: str) -> Outputs:
 
 @lru_cache(2)
 def load_method(uri: str, digest: str) -> Method:
-    """The fitted method of the run at `uri`; `digest` is its train stage's, so that a new model is read anew.
+    """Load the fitted method of a run; the two most recent stay in memory.
+
+    Args:
+        uri: of the run.
+        digest: content digest of its train stage, so that a new model is read anew.
 
     Raises:
         ArtefactError: the model is missing or damaged.
@@ -119,12 +110,12 @@ def load_method(uri: str, digest: str) -> Method:
 
 
 def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = None) -> Method:
-    """The fitted method in a folder that `stage` wrote.
+    """Load the fitted method in a folder.
 
     Args:
         folder: URI.
-        stage: who makes it again.
-        digests: SHA-256 by path, of files that must be as they were written; None compares nothing.
+        stage: name of the stage that writes the folder, for messages.
+        digests: SHA-256 by path of the files as they were written; None compares nothing.
 
     Raises:
         ArtefactError: the model is missing or damaged.
@@ -140,12 +131,12 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
 
 
 def transform_rows(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:
-    """Float32[B d]: rows in the method's own space.
+    """Return Float32[B d], rows in the method's own space.
 
     Args:
         method: fitted, with a space of its own.
         features: Float32[B D].
-        block: rows at once.
+        block: rows transformed at once.
     """
     with torch.inference_mode():
         rows = [method.represent(part).float().numpy() for part in torch.from_numpy(features).split(block)]

@@ -1,310 +1,154 @@
-"""How a stage is run, skipped or run again."""
+"""Run the stages of a run in order: skip what is complete, run again what is not, and write each manifest last."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
-from rayclust.language.vocabulary import kind_of
 from rayclust.methods import has_own_space
-from rayclust.runtime import progress
-from rayclust.runtime.artefacts import FileListing, Outputs, drop_damaged
+from rayclust.report.formats import duration
+from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
 from rayclust.runtime.cluster import scheduling
-from rayclust.runtime.progress import duration
+from rayclust.runtime.progress import collect_timings
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import Lease, held
 from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, seal, versions
 
-# The graph of stages: which there are, what of the config each depends on, and which others it reads.
-
+logger = logging.getLogger(__name__)
 
 SELECT_K = "select-k"
 CHOSEN = "chosen"
-"""Entry of select-k's `extra`: the number of clusters and the files of its model, which is all that train reads."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: what of the config it depends on and which stages it reads."""
-
-    name: str
-    needs: tuple[str, ...]
-    settings: Callable[[RunConfig], dict[str, Any]]
-    """The part of the config that its results depend on."""
-    revision: int = 1
-    """Raised when the stage's results change for the same config."""
-    for_own_space: tuple[str, ...] = ()
-    """Stages that it reads besides where the method has a space of its own."""
-    for_pairs: tuple[str, ...] = ()
-    """Stages that it reads besides where the method draws pairs of neighbours."""
-    reads_choice: bool = False
-    """Whether it reads select-k as well, in a run that leaves the number of clusters open."""
-    takes: Mapping[str, str] = field(default_factory=dict)
-    """Inputs of which it reads no more than one entry of their manifest's `extra`, and which."""
-
-    @property
-    def module(self) -> Any:
-        """The stage's file, imported when it is first needed: it brings torch and Ray."""
-        return importlib.import_module(f"rayclust.stages.{self.name.replace('-', '_')}")
-
-    def inputs(self, config: RunConfig) -> tuple[str, ...]:
-        """The stages that it reads in a run of this config."""
-        own = self.for_own_space if has_own_space(config.method.name) else ()
-        pairs = self.for_pairs if config.method.draws_pairs else ()
-        choice = (SELECT_K,) if self.reads_choice and config.is_open else ()
-        return (*self.needs, *own, *pairs, *choice)
-
-
-def _part(config: Any, *keys: str) -> dict[str, Any]:
-    dumped: dict[str, Any] = config.model_dump(mode="json")
-    return {key: dumped[key] for key in keys} if keys else dumped
-
-
-_ROOM = ("worker_memory",)
-
-
-def _method(config: RunConfig) -> dict[str, Any]:
-    # What was set by hand matters besides the values: a preset fills only what was left open.
-    # What a worker has room for bounds who holds what, as their number does, and not what comes out.
-    method = {key: value for key, value in _part(config.method).items() if key not in _ROOM}
-    return {"all": method, "set": sorted(config.method.model_fields_set.difference(_ROOM))}
-
-
-def _words(config: RunConfig) -> dict[str, Any]:
-    content: dict[str, Any] = {"label": _part(config.label), "encoder": _part(config.encoder)}
-    files = [name for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
-    if files:
-        found = [filesystem.stat(name) for name in files]
-        content["words"] = [file.stamp if file else None for file in found]
-    return content
-
-
-def candidate_settings(config: RunConfig) -> dict[str, Any]:
-    """What one candidate of select-k depends on, besides its number of clusters: not which others there are."""
-    method = _method(config)
-    method["all"].pop("clusters")
-    method["set"] = [key for key in method["set"] if key != "clusters"]
-    measured = _part(config.select_k, "seeds", "rows", "distortion")
-    return {"method": method, "measured": measured, "features": _part(config.features), "seed": config.seed}
-
-
-def _index(config: RunConfig) -> dict[str, Any]:
-    settings = {"index": _part(config.index), "seed": config.seed}
-    return settings | ({"features": _part(config.features)} if has_own_space(config.method.name) else {})
-
-
-def _division(config: RunConfig) -> dict[str, Any]:
-    # Cells leave some pairs out; all rows on every worker are the same training whatever the resources.
-    return {"rows": "cells"} if config.resources.rows == "cells" else {}
-
-
-def _levels(config: RunConfig) -> dict[str, Any]:
-    return {"levels": config.assign.levels, "seed": config.seed} if config.assign.levels else {}
-
-
-_SEARCH = ("candidates", "least", "most", "rounds", "rule")
-_IMAGES = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
-
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("encode", (), lambda c: {"images": _part(c.images, *_IMAGES), "encoder": _part(c.encoder)}),
-        Stage(
-            "neighbors",
-            ("encode",),
-            lambda c: {"neighbors": _part(c.neighbors), "features": _part(c.features)},
-            revision=2,
-        ),
-        Stage(
-            SELECT_K,
-            ("encode", "neighbors"),
-            lambda c: {"candidate": candidate_settings(c), "search": _part(c.select_k, *_SEARCH)},
-        ),
-        Stage(
-            "train",
-            ("encode",),
-            lambda c: {"method": _method(c), "features": _part(c.features), "seed": c.seed} | _division(c),
-            for_pairs=("neighbors",),
-            reads_choice=True,
-            takes={SELECT_K: CHOSEN},
-        ),
-        Stage("assign", ("encode", "train"), lambda c: {"features": _part(c.features)} | _levels(c)),
-        Stage("label", ("encode", "assign"), lambda c: _words(c) | {"features": _part(c.features), "seed": c.seed}),
-        Stage("index", ("encode",), _index, for_own_space=("train",)),
-        Stage(
-            "evaluate",
-            ("encode", "neighbors", "assign"),
-            lambda c: {"evaluate": _part(c.evaluate), "features": _part(c.features), "seed": c.seed},
-            for_own_space=("train",),
-        ),
-        Stage("figures", ("encode", "train", "assign"), lambda c: {"features": _part(c.features), "seed": c.seed}),
-        Stage(
-            "report",
-            ("encode", "train", "assign", "label", "evaluate", "figures"),
-            lambda c: {"report": _part(c.report)},
-            for_own_space=("index",),
-            reads_choice=True,
-        ),
-    )
-}
-
-
-def stages_of(config: RunConfig) -> tuple[str, ...]:
-    """The stages of a run of this config, in order: all, and select-k only where the number of clusters is open."""
-    return tuple(name for name in STAGES if name != SELECT_K or config.is_open)
-
-
-logger = logging.getLogger(__name__)
+"""Entry of select-k's `extra`: the number of clusters and the files of its model, all that train reads of it."""
 
 
 @dataclass
 class StageContext:
-    """What a stage's `run` is given."""
+    """Arguments of a stage's `run`."""
 
     config: RunConfig
-    """With the number of clusters that was chosen, for stages that come after the choice."""
+    """Of the run. Stages after select-k see the chosen number of clusters."""
     run: Run
     digest: str
-    """Of the config and all inputs; units of work carry it in their markers."""
+    """Of the config and all inputs; the marks of finished tasks carry it."""
     inputs: dict[str, Manifest]
-    """The manifests of the stages that it reads."""
+    """Manifests of the stages that it reads, by name."""
     plan: Any = None
-    """The encode stage's plan of input shards."""
+    """What the stage's `plan` has listed."""
 
 
 @dataclass
 class StageResult:
-    """What a stage hands back to be sealed."""
+    """Return value of a stage's `run`, which goes into its manifest."""
 
     outputs: Outputs
     counts: dict[str, int]
     extra: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
-    """One line for the log."""
+    """End of the log line, "" for none."""
 
 
-class DamagedInputError(ArtefactError):
-    """A file of an earlier stage was damaged; it is removed, so that its stage makes it again."""
+@dataclass(frozen=True)
+class Stage:
+    """Declaration of a stage: its work, what it reads, and which settings its results depend on."""
+
+    name: str
+    settings: Callable[[RunConfig], dict[str, Any]]
+    """Select the part of the config that goes into the stage's digest."""
+    run: Callable[[StageContext], StageResult]
+    needs: tuple[str, ...] = ()
+    """Stages that it reads in every run."""
+    revision: int = 1
+    """Raised when the results change for the same config."""
+    own_space_needs: tuple[str, ...] = ()
+    """Further stages that it reads where the method has a space of its own."""
+    pair_needs: tuple[str, ...] = ()
+    """Further stages that it reads where the method draws pairs of neighbours."""
+    needs_choice: bool = False
+    """True if it reads select-k as well, in runs that leave the number of clusters open."""
+    reads_entry: Mapping[str, str] = field(default_factory=dict)
+    """By stage, the one entry of its manifest's `extra` that is read; all outputs of the stages that are not named."""
+    plan: Callable[[RunConfig], Any] | None = None
+    """List what the stage reads from outside of the run; the plan's `digest` goes into the stage's."""
+
+    def inputs(self, config: RunConfig) -> tuple[str, ...]:
+        """Return the stages that it reads in a run with this config."""
+        own = self.own_space_needs if has_own_space(config.method.name) else ()
+        pairs = self.pair_needs if config.method.draws_pairs else ()
+        choice = (SELECT_K,) if self.needs_choice and config.needs_selection else ()
+        return (*self.needs, *own, *pairs, *choice)
 
 
-def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
-    """Runs one stage, unless it is sealed for the same config and inputs.
+class _Registry(Mapping[str, Stage]):
+    """Stages by name, in order. Each file is imported when its stage is first asked for: most bring torch."""
 
-    Raises:
-        ArtefactError: a stage that it reads is not sealed.
-        HeldError: another process works on the run.
-        RayclustError: whatever the stage raises.
+    def __getitem__(self, name: str) -> Stage:
+        if name not in self._names():
+            raise KeyError(name)
+        stage: Stage = importlib.import_module(f"rayclust.stages.{name.replace('-', '_')}").STAGE
+        return stage
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    @staticmethod
+    def _names() -> tuple[str, ...]:
+        names: tuple[str, ...] = importlib.import_module("rayclust.stages").NAMES
+        return names
+
+
+STAGES: Mapping[str, Stage] = _Registry()
+"""Every stage by name, in the order in which a run does them."""
+
+
+def stages_of(config: RunConfig) -> tuple[str, ...]:
+    """Return the names of a run's stages in order; select-k is one only if the number of clusters is open."""
+    return tuple(name for name in STAGES if name != SELECT_K or config.needs_selection)
+
+
+# Settings and digests.
+
+
+def settings_of(group: Any, *keys: str) -> dict[str, Any]:
+    """Return a group of settings as JSON, for a stage's digest.
+
+    Args:
+        group: part of a config.
+        keys: the fields to take; none takes all.
     """
-    with held(Run(config.run)) as lease:
-        return _run_locked(name, config, lease, force)
+    dumped: dict[str, Any] = group.model_dump(mode="json")
+    return {key: dumped[key] for key in keys} if keys else dumped
 
 
-def _run_locked(
-    name: str, config: RunConfig, lease: Lease, force: bool, *, inputs_are_checked: bool = False
-) -> Manifest:
-    stage, run = STAGES[name], Run(config.run)
-    if name not in stages_of(config):
-        logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
-        return Manifest(stage=name, digest="")
-    seals = Manifests(config)
-    inputs, settled = _complete_inputs(seals, config, stage), seals.settled(name)
-    plan = _list_inputs(config) if name == "encode" else None
-    digest = stage_digest(stage, settled, inputs, plan)
-    manifest, listing = read_manifest(run, name), FileListing(run)
-    if manifest and manifest.digest == digest and not force and outputs_present(run, manifest, listing):
-        save_config(config)
-        logger.info("%s: done before, skipped", name)
-        return _refresh_stamps(run, manifest, listing)
-    if not inputs_are_checked:
-        _refuse_damaged(name, run, inputs)
-    filesystem.remove(run.manifest(name))
-    save_config(config)  # only now: what is still sealed was made with the config that was there
-    if force:
-        filesystem.remove_tree(run.at("manifests", name))
-    logger.info("%s: started", name)
-    started = time.monotonic()
-    with scheduling(config.resources.placement), progress.collect_timings() as measured:
-        result = _result(stage, StageContext(settled, run, digest, inputs, plan))
-    seconds = time.monotonic() - started
-    manifest = Manifest(
-        stage=name,
-        digest=digest,
-        inputs=_input_digests(stage, inputs) | _settings_digest(stage, settled),
-        counts=result.counts,
-        outputs={path: Output(**written) for path, written in result.outputs.items()},
-        versions=versions(),
-        seconds=round(seconds, 3),
-        measured=tuple(part.sealed() for part in measured),
-        extra=result.extra,
-    )
-    lease.check()
-    seal(run, manifest)
-    logger.info("%s: done in %s%s", name, duration(seconds), f", {result.summary}" if result.summary else "")
-    return manifest
+def method_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the method's settings for a digest.
 
-
-def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
-    """Runs every stage that is not done, in order, up to and with `stop_after`.
-
-    Where a stage finds that bits of what it reads have turned, the stage that wrote it comes first again, once a file.
+    Which of them were set by hand counts besides their values, since a preset fills only what was left open. A worker's
+    memory decides which worker holds what, not what comes out, and is left out.
     """
-    sealed, told = dict[str, Manifest](), set[str]()
-    with held(Run(config.run)) as lease:
-        while True:
-            try:
-                for name in stages_of(config):
-                    # What a stage reads was looked at when it was this command's turn to make it.
-                    forced = force and name not in sealed
-                    sealed[name] = _run_locked(name, config, lease, forced, inputs_are_checked=True)
-                    if name == stop_after:
-                        break
-                return sealed
-            except DamagedInputError as error:
-                if str(error) in told:
-                    raise
-                told.add(str(error))
-
-
-def _result(stage: Stage, context: StageContext) -> StageResult:
-    """What a stage makes.
-
-    Raises:
-        DamagedInputError: a file that it read is not what its stage wrote.
-    """
-    try:
-        result: StageResult = stage.module.run(context)
-    except ArtefactError as error:
-        dropped = drop_damaged(context.run, str(error))
-        if dropped is None:
-            raise
-        uri, maker = dropped
-        raise DamagedInputError(
-            f"{stage.name}: {uri} was damaged and is removed: run `rayclust {maker} RUN.yaml` first, "
-            "which makes it again"
-        ) from error
-    return result
-
-
-def save_config(config: RunConfig) -> None:
-    """Keeps the config with the run, so that `status`, `search` and `predict` need the run alone."""
-    run, content = Run(config.run), config.model_dump(mode="json", exclude_unset=True)
-    try:
-        if filesystem.read_json(run.config) == content:
-            return
-    except (filesystem.MissingError, ArtefactError):
-        pass
-    filesystem.write_json(run.config, content)
+    memory = ("worker_memory",)
+    values = {key: value for key, value in settings_of(config.method).items() if key not in memory}
+    return {"all": values, "set": sorted(config.method.model_fields_set.difference(memory))}
 
 
 def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], plan: Any = None) -> str:
-    """The digest that a sealed manifest must carry to be good for this config and these inputs."""
+    """Return the digest that a manifest must carry to be valid for a config and inputs.
+
+    Args:
+        stage: the stage.
+        config: resolved for the stage; see `Manifests.resolved`.
+        inputs: manifests of the stages that it reads.
+        plan: what its `plan` has listed.
+    """
     return digest_of(
         {
             "stage": stage.name,
@@ -317,35 +161,223 @@ def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], p
 
 
 def content_digest(manifest: Manifest) -> str:
-    """Digest of what a stage wrote, so that equal bytes from another config make nothing run again."""
+    """Return the digest of what a stage wrote. Equal bytes from another config make no later stage run again."""
     files = {path: written.model_dump(include={"digest", "size"}) for path, written in manifest.outputs.items()}
     return digest_of({"outputs": files, "extra": manifest.extra})
 
 
 def _input_digests(stage: Stage, inputs: dict[str, Manifest]) -> dict[str, str]:
     return {
-        need: digest_of(sealed.extra[stage.takes[need]]) if need in stage.takes else content_digest(sealed)
-        for need, sealed in inputs.items()
+        need: digest_of(manifest.extra[stage.reads_entry[need]])
+        if need in stage.reads_entry
+        else content_digest(manifest)
+        for need, manifest in inputs.items()
     }
 
 
-def outputs_present(run: Run, manifest: Manifest, listing: FileListing | None = None) -> bool:
-    """Whether every file that the manifest lists is there as it was written; one listing per folder."""
-    listing = listing or FileListing(run)
-    return all(listing.has(path, written.model_dump()) for path, written in manifest.outputs.items())
+class Manifests:
+    """Valid manifests of a run; each is read once.
+
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._run = config, Run(config.run)
+        self._found: dict[str, Manifest | None] = {}
+
+    def of(self, name: str) -> Manifest | None:
+        """Return a stage's manifest; None if it is missing or was written for another config or other inputs.
+
+        Whether the images themselves have changed is not known here: only a stage's `plan` tells.
+        """
+        if name not in self._found:
+            manifest = read_manifest(self._run, name)
+            self._found[name] = manifest if manifest and self._is_valid(STAGES[name], manifest) else None
+        return self._found[name]
+
+    def resolved(self, name: str) -> RunConfig:
+        """Return the config as a stage is given it: with the chosen number of clusters, once there is one."""
+        chosen = self.of(SELECT_K) if self._config.needs_selection and self._follows_choice(name) else None
+        return self._config if chosen is None else self._config.with_clusters(chosen.extra[CHOSEN]["clusters"])
+
+    def _follows_choice(self, name: str) -> bool:
+        needs = STAGES[name].inputs(self._config)
+        return SELECT_K in needs or any(self._follows_choice(need) for need in needs)
+
+    def _is_valid(self, stage: Stage, manifest: Manifest) -> bool:
+        needs = stage.inputs(self._config)
+        if not needs:
+            # The digest holds the plan, which is not listed here: the digest of the settings alone must do.
+            wanted = digest_of(stage.settings(self._config))
+            return manifest.inputs.get("settings", wanted) == wanted
+        inputs = {need: found for need in needs if (found := self.of(need)) is not None}
+        if len(inputs) < len(needs):
+            return False
+        return manifest.digest == stage_digest(stage, self.resolved(stage.name), inputs)
 
 
-def _refuse_damaged(name: str, run: Run, inputs: dict[str, Manifest]) -> None:
-    for need, manifest in inputs.items():
-        if not outputs_present(run, manifest):
+# Running.
+
+
+class DamagedInputError(ArtefactError):
+    """A file of an earlier stage was damaged and has been removed; its stage writes it again."""
+
+
+def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
+    """Run one stage, unless it is complete for the same config and inputs.
+
+    Args:
+        name: of the stage.
+        config: of the run.
+        force: run it even if it is complete.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        ArtefactError: a stage that it reads is not complete.
+        HeldError: another process works on the run.
+        RayclustError: the stage itself fails.
+    """
+    with held(Run(config.run)) as lease:
+        return _run_or_skip(name, config, lease, force=force)
+
+
+def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
+    """Run every stage that is not complete, in order.
+
+    If a stage finds a damaged file of an earlier one, the loop begins again and that stage writes the file once more.
+
+    Args:
+        config: of the run.
+        force: run all stages, complete or not.
+        stop_after: the last stage to run; None runs all.
+
+    Returns:
+        Manifests by stage.
+
+    Raises:
+        HeldError: another process works on the run.
+        RayclustError: a stage fails, or the same file is found damaged twice.
+    """
+    done, damaged = dict[str, Manifest](), set[str]()
+    with held(Run(config.run)) as lease:
+        while True:
+            try:
+                for name in stages_of(config):
+                    forced = force and name not in done
+                    # Inputs were checked a moment ago, when this loop ran or skipped their stages.
+                    done[name] = _run_or_skip(name, config, lease, force=forced, check_inputs=False)
+                    if name == stop_after:
+                        break
+                return done
+            except DamagedInputError as error:
+                if str(error) in damaged:
+                    raise
+                damaged.add(str(error))
+
+
+def _run_or_skip(name: str, config: RunConfig, lease: Lease, *, force: bool, check_inputs: bool = True) -> Manifest:
+    stage, run, manifests = STAGES[name], Run(config.run), Manifests(config)
+    if name not in stages_of(config):
+        logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
+        return Manifest(stage=name, digest="")
+
+    # 1. The manifests of its inputs, and with them the digest that its own must carry.
+    inputs = dict[str, Manifest]()
+    for need in stage.inputs(config):
+        found = manifests.of(need)
+        if found is None:
+            raise ArtefactError(
+                f"{name}: the stage {need} of {config.run} is not finished for this config: "
+                f"run `rayclust {need} RUN.yaml` first"
+            )
+        inputs[need] = found
+    resolved = manifests.resolved(name)
+    plan = stage.plan(config) if stage.plan is not None else None
+    digest = stage_digest(stage, resolved, inputs, plan)
+
+    # 2. Skip what is complete.
+    manifest, listing = read_manifest(run, name), FileListing(run)
+    if manifest and manifest.digest == digest and not force and outputs_present(run, manifest, listing):
+        save_config(config)
+        logger.info("%s: done before, skipped", name)
+        return _refresh_stamps(run, manifest, listing)
+    for need, found in inputs.items() if check_inputs else ():
+        if not outputs_present(run, found):
             raise ArtefactError(
                 f"{name}: a file of the stage {need} of {run.uri} is missing or damaged: "
                 f"run `rayclust {need} RUN.yaml` first, which makes it again"
             )
 
+    # 3. Run it. The config is saved only now: what is complete so far was made with the config that was there.
+    filesystem.remove(run.manifest(name))
+    save_config(config)
+    if force:
+        filesystem.remove_tree(run.at("manifests", name))
+    logger.info("%s: started", name)
+    started = time.monotonic()
+    with scheduling(config.resources.placement), collect_timings() as timings:
+        result = _run(stage, StageContext(resolved, run, digest, inputs, plan))
+    seconds = time.monotonic() - started
+
+    # 4. The manifest comes last, and only from the process that still holds the run.
+    manifest = Manifest(
+        stage=name,
+        digest=digest,
+        inputs=_input_digests(stage, inputs) | {"settings": digest_of(stage.settings(resolved))},
+        counts=result.counts,
+        outputs={path: Output(**written) for path, written in result.outputs.items()},
+        versions=versions(),
+        seconds=round(seconds, 3),
+        measured=tuple(timing.section() for timing in timings),
+        extra=result.extra,
+    )
+    lease.check()
+    seal(run, manifest)
+    logger.info("%s: done in %s%s", name, duration(seconds), f", {result.summary}" if result.summary else "")
+    return manifest
+
+
+def _run(stage: Stage, context: StageContext) -> StageResult:
+    try:
+        return stage.run(context)
+    except ArtefactError as error:
+        removed = remove_damaged(context.run, STAGES, str(error))
+        if removed is None:
+            raise
+        raise DamagedInputError(
+            f"{stage.name}: {removed.uri} was damaged and is removed: run `rayclust {removed.stage} RUN.yaml` first, "
+            "which makes it again"
+        ) from error
+
+
+def save_config(config: RunConfig) -> None:
+    """Write the config to the run, so that `status`, `search` and `predict` need the run alone."""
+    run, content = Run(config.run), config.model_dump(mode="json", exclude_unset=True)
+    try:
+        if filesystem.read_json(run.config) == content:
+            return
+    except (filesystem.MissingError, ArtefactError):
+        pass
+    filesystem.write_json(run.config, content)
+
+
+def outputs_present(run: Run, manifest: Manifest, listing: FileListing | None = None) -> bool:
+    """Return whether every file that a manifest lists is there as it was written.
+
+    Args:
+        run: the run.
+        manifest: of one of its stages.
+        listing: of the run, to list each folder once for several manifests; None lists anew.
+    """
+    listing = listing or FileListing(run)
+    return all(listing.has(path, written.model_dump()) for path, written in manifest.outputs.items())
+
 
 def _refresh_stamps(run: Run, manifest: Manifest, listing: FileListing) -> Manifest:
-    """The manifest of outputs that are all there, sealed anew where they were copied: they need not be read again."""
+    """Write the manifest again with today's stamps, so that files which were copied are not read again next time."""
     stamps = {path: found.stamp for path in manifest.outputs if (found := listing.find(path)) is not None}
     outputs = {
         path: written.model_copy(update={"stamp": stamps.get(path, "")}) for path, written in manifest.outputs.items()
@@ -354,62 +386,3 @@ def _refresh_stamps(run: Run, manifest: Manifest, listing: FileListing) -> Manif
         manifest = manifest.model_copy(update={"outputs": outputs})
         seal(run, manifest)
     return manifest
-
-
-def _list_inputs(config: RunConfig) -> Any:
-    """The input as it is now; imported late, for what it brings."""
-    return importlib.import_module("rayclust.runtime.inputs").plan_inputs(config)
-
-
-class Manifests:
-    """The manifests of a run that hold for a config and for what their own inputs hold now; each is read once."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self._config, self._run = config, Run(config.run)
-        self._found: dict[str, Manifest | None] = {}
-
-    def of(self, name: str) -> Manifest | None:
-        """The stage's manifest; None where it is missing or was sealed for another config or other inputs.
-
-        Whether the images themselves have changed only their listing tells, which is not done here.
-        """
-        if name not in self._found:
-            manifest = read_manifest(self._run, name)
-            self._found[name] = manifest if manifest and self._holds(STAGES[name], manifest) else None
-        return self._found[name]
-
-    def settled(self, name: str) -> RunConfig:
-        """The config as a stage is given it: with the number of clusters that was chosen, once it has been."""
-        chosen = self.of(SELECT_K) if self._config.is_open and self._is_after_choice(name) else None
-        return self._config if chosen is None else self._config.closed(chosen.extra[CHOSEN]["clusters"])
-
-    def _is_after_choice(self, name: str) -> bool:
-        needs = STAGES[name].inputs(self._config)
-        return SELECT_K in needs or any(self._is_after_choice(need) for need in needs)
-
-    def _holds(self, stage: Stage, manifest: Manifest) -> bool:
-        needs = stage.inputs(self._config)
-        if not needs:
-            wanted = _settings_digest(stage, self._config)["settings"]
-            return manifest.inputs.get("settings", wanted) == wanted
-        inputs = {need: found for need in needs if (found := self.of(need)) is not None}
-        if len(inputs) < len(needs):
-            return False
-        return manifest.digest == stage_digest(stage, self.settled(stage.name), inputs)
-
-
-def _settings_digest(stage: Stage, config: RunConfig) -> dict[str, str]:
-    return {"settings": digest_of(stage.settings(config))}
-
-
-def _complete_inputs(seals: Manifests, config: RunConfig, stage: Stage) -> dict[str, Manifest]:
-    inputs = dict[str, Manifest]()
-    for need in stage.inputs(config):
-        manifest = seals.of(need)
-        if manifest is None:
-            raise ArtefactError(
-                f"{stage.name}: the stage {need} of {config.run} is not finished for this config: "
-                f"run `rayclust {need} RUN.yaml` first"
-            )
-        inputs[need] = manifest
-    return inputs

@@ -1,4 +1,4 @@
-"""The rows of a run as its workers hold them: features and neighbours, mapped from a file on the worker's node."""
+"""Embeddings of a run as artefacts, as features, and as the tensors that methods train on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest
 
-# One input shard's embeddings as an artefact: part, rejects, moments, and the marker that vouches for them.
+BLOCK = 8192
+"""Rows that a method is given at once."""
+
+
+# Moments of the embeddings.
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class Moments:
 
     count: int
     total: np.ndarray
+    """Float64[D]."""
     squares: np.ndarray
+    """Float64[D]."""
 
     @classmethod
     def of(cls, embeddings: np.ndarray) -> Moments:
-        """The moments of Float16[N D] rows."""
+        """Compute the moments of Float16[N D] rows."""
         rows = embeddings.astype(np.float64)
         return cls(len(rows), rows.sum(0), (rows**2).sum(0))
 
@@ -49,19 +55,23 @@ class Moments:
         return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
 
     def to_json(self) -> dict[str, Any]:
-        """Exact: the sums travel as the bytes of their float64s."""
-        return {"count": self.count, "total": _packed(self.total), "squares": _packed(self.squares)}
+        """Return exact JSON: the sums as base64 of their little-endian float64s."""
+        total, squares = (
+            base64.b64encode(values.astype("<f8").tobytes()).decode() for values in (self.total, self.squares)
+        )
+        return {"count": self.count, "total": total, "squares": squares}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Moments:
-        """The inverse of `to_json`."""
-        return cls(content["count"], _unpacked(content["total"]), _unpacked(content["squares"]))
+        """Return the inverse of `to_json`."""
+        total, squares = (np.frombuffer(base64.b64decode(content[name]), "<f8").copy() for name in ("total", "squares"))
+        return cls(content["count"], total, squares)
 
 
 class MomentsInOrder:
-    """The moments of all parts, summed in the order of the parts whatever order they end in: same rows, same bytes.
+    """Sum of the moments of all parts in the order of the parts, whatever order they end in: same rows, same bytes.
 
-    Results lose theirs as they are seen: some 21 D bytes a part would be most of what the driver holds.
+    Results lose their own moments when they are seen: about 21 D bytes a part would be most of the driver's memory.
     """
 
     def __init__(self) -> None:
@@ -69,11 +79,11 @@ class MomentsInOrder:
         self._next = 0
         self._sum: Moments | None = None
 
-    def take(self, unit: Task, result: TaskResult) -> None:
-        """Sees one part's result; a part that is read again changes nothing."""
+    def take(self, task: Task, result: TaskResult) -> None:
+        """Add one part's moments (an `OnResult`); a part that comes again changes nothing."""
         moments = Moments.from_json(result.extra.pop("moments"))
-        if unit.index >= self._next:
-            self._waiting[unit.index] = moments if result.counts["rows"] else None
+        if task.index >= self._next:
+            self._waiting[task.index] = moments if result.counts["rows"] else None
         while self._next in self._waiting:
             found = self._waiting.pop(self._next)
             if found is not None:
@@ -82,106 +92,97 @@ class MomentsInOrder:
 
     @property
     def sum(self) -> Moments:
-        """Of all parts.
+        """Moments of all rows.
 
         Raises:
-            ArtefactError: a part before one that was seen was not, or no part has rows.
+            ArtefactError: a part is missing among those that were seen, or no part has rows.
         """
         if self._sum is None or self._waiting:
             raise ArtefactError("encode: the moments of a part are missing; run encode again")
         return self._sum
 
 
-def _packed(values: np.ndarray) -> str:
-    return base64.b64encode(values.astype("<f8").tobytes()).decode()
-
-
-def _unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f8").copy()
+# Writing embeddings.
 
 
 def write_shard(
     run: Run,
-    unit: Task,
+    task: Task,
     row_start: int,
     records: Sequence[dict[str, Any]],
     embeddings: np.ndarray,
     rejects: Sequence[dict[str, Any]],
 ) -> TaskResult:
-    """Writes one shard's part and rejects; the caller marks the unit afterwards.
+    """Write embeddings and rejects of one input shard; the caller marks the task afterwards.
 
     Args:
-        run: where.
-        unit: index and digest of the shard.
-        row_start: the row of its first record, as far as is known; `renumber` mends it.
-        records: key, uri and label of each kept image, in order of key.
+        run: the run.
+        task: index and digest of the shard.
+        row_start: row of its first record, as far as is known; `renumber` corrects it.
+        records: key, uri and label of each image, in order of key.
         embeddings: Float16[n D], their embeddings. Rows that are not finite become rejects.
         rejects: key, uri, reason and detail of each image left out.
     """
     finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float32)).all(axis=1))
-    kept = [record for record, good in zip(records, finite, strict=True) if good]
-    lost = [_not_finite(record) for record, good in zip(records, finite, strict=True) if not good]
-    rejects = sorted([*rejects, *lost], key=lambda reject: reject["key"])
+    kept, rejects = [], list(rejects)
+    for record, is_finite in zip(records, finite, strict=True):
+        if is_finite:
+            kept.append(record)
+        else:
+            detail = "the embedding has an infinite or undefined value"
+            rejects.append({"key": record["key"], "uri": record["uri"], "reason": "not_finite", "detail": detail})
     embeddings = embeddings[finite]
-    outputs = put_table(run, run.embeddings(unit.index), _part(row_start, kept, embeddings))
+    rejects.sort(key=lambda reject: reject["key"])
+    columns = [
+        pa.array(np.arange(row_start, row_start + len(kept), dtype=np.int64)),
+        *(pa.array([record[name] for record in kept], pa.string()) for name in ("key", "uri", "label")),
+        tables.fixed_list(embeddings.astype(np.float16)),
+    ]
+    outputs = put_table(
+        run, run.embeddings(task.index), pa.table(columns, schema=tables.EMBEDDINGS(embeddings.shape[1]))
+    )
     if rejects:
-        outputs |= put_table(run, run.rejects(unit.index), pa.Table.from_pylist(rejects, schema=tables.REJECTS))
+        outputs |= put_table(run, run.rejects(task.index), pa.Table.from_pylist(rejects, schema=tables.REJECTS))
     else:
-        filesystem.remove(run.rejects(unit.index))
+        filesystem.remove(run.rejects(task.index))
+    reasons = dict.fromkeys(sorted({reject["reason"] for reject in rejects}), 0)
+    for reject in rejects:
+        reasons[reject["reason"]] += 1
     return TaskResult(
         outputs,
         {"rows": len(kept), "rejects": len(rejects), "labelled": sum(r["label"] is not None for r in kept)},
-        {"row_start": row_start, "reasons": _tally(rejects), "moments": Moments.of(embeddings).to_json()},
+        {"row_start": row_start, "reasons": reasons, "moments": Moments.of(embeddings).to_json()},
     )
 
 
 def renumber(run: Run, index: int, row_start: int) -> TaskResult:
-    """Rewrites a part so that its rows begin at `row_start`; the same bytes whenever it is run again."""
-    marker = read_mark(run.shard_manifest(index))
-    if marker is None:
-        raise ArtefactError(f"{run.shard_manifest(index)}: is missing or damaged; run encode again")
-    digest, result = marker
+    """Rewrite a part so that its rows begin at `row_start`; idempotent.
+
+    Raises:
+        ArtefactError: the part has no mark.
+    """
+    uri = run.shard_manifest(index)
+    mark = read_mark(uri)
+    if mark is None:
+        raise ArtefactError(f"{uri}: is missing or damaged; run encode again")
+    digest, result = mark
     table = tables.read_table(run.embeddings(index))
     rows = pa.array(np.arange(row_start, row_start + table.num_rows, dtype=np.int64))
     table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
-    # Until the part is whole its marker names no row: after a kill half-way it could name one that the part has not.
+    # Until the part is whole its mark names no row: after a kill half-way it could name one that the part has not.
     result.extra["row_start"] = None
-    write_mark(run.shard_manifest(index), Task(index, digest), result)
+    write_mark(uri, Task(index, digest), result)
     result.outputs |= put_table(run, run.embeddings(index), table)
     result.extra["row_start"] = row_start
-    write_mark(run.shard_manifest(index), Task(index, digest), result)
+    write_mark(uri, Task(index, digest), result)
     return result
 
 
-def _part(row_start: int, records: Sequence[dict[str, Any]], embeddings: np.ndarray) -> pa.Table:
-    columns = [
-        pa.array(np.arange(row_start, row_start + len(records), dtype=np.int64)),
-        *(pa.array([record[name] for record in records], pa.string()) for name in ("key", "uri", "label")),
-        tables.fixed_list(embeddings.astype(np.float16)),
-    ]
-    return pa.table(columns, schema=tables.EMBEDDINGS(embeddings.shape[1]))
-
-
-def _not_finite(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "key": record["key"],
-        "uri": record["uri"],
-        "reason": "not_finite",
-        "detail": "the embedding has an infinite or undefined value",
-    }
-
-
-def _tally(rejects: Sequence[dict[str, Any]]) -> dict[str, int]:
-    reasons = sorted({reject["reason"] for reject in rejects})
-    return {reason: sum(reject["reason"] == reason for reject in rejects) for reason in reasons}
-
-
-BLOCK = 8192
-"""Rows handed to a method at once."""
+# Reading features.
 
 
 def transform_of(encode: Manifest, features: FeaturesConfig) -> FeatureTransform:
-    """Embeddings to features, by the moments that the encode stage sealed."""
+    """Return the transform from embeddings to features, by the moments in encode's manifest."""
     moments = Moments.from_json(encode.extra["moments"])
     return FeatureTransform.from_moments(
         moments.count,
@@ -194,66 +195,81 @@ def transform_of(encode: Manifest, features: FeaturesConfig) -> FeatureTransform
 
 
 def row_starts(encode: Manifest) -> list[int]:
-    """The row at which each part begins, and N at the end."""
+    """Return the row at which each part begins, and N at the end."""
     return [0, *np.cumsum(encode.extra["parts"]).tolist()]
 
 
 def part_features(run: Run, index: int, transform: FeatureTransform) -> np.ndarray:
-    """Float32[B D]: the features of the rows of one part."""
+    """Return Float32[B D], the features of the rows of one part."""
     table = tables.read_table(run.embeddings(index), ["embedding"])
     return transform(tables.matrix(table["embedding"]))
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows scaled to length 1, whatever `features` left them at: neighbours are by cosine."""
+    """Scale rows to length 1 whatever `features` left them at: neighbours are by cosine."""
     return torch.nn.functional.normalize(x, dim=1)
 
 
 def blocks(run: Run, starts: list[int], transform: FeatureTransform) -> Iterator[tuple[Tensor, Tensor]]:
-    """Unit features and rows of every part, in order."""
+    """Yield Float32[B D] unit features and Int64[B] rows of every part that has rows, in order."""
     for part in range(len(starts) - 1):
         if starts[part + 1] > starts[part]:
             features = torch.from_numpy(part_features(run, part, transform))
             yield unit_rows(features), torch.arange(starts[part], starts[part + 1])
 
 
-def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
-    """Float32[n D]: the features of some rows, Int64[n] sorted; only the parts that hold them are read."""
-    gathered = []
-    for part, own in _by_part(starts, rows):
-        embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
-        gathered.append(transform(embeddings[own]))
-    return np.concatenate(gathered)
+def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each part that holds some of the rows, with their positions in it.
 
-
-def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]:
-    """The labels of some rows, Int64[n] sorted."""
-    found: list[str | None] = []
-    for part, own in _by_part(starts, rows):
-        found += tables.read_table(run.embeddings(part), ["label"])["label"].take(pa.array(own)).to_pylist()
-    return found
-
-
-def _by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Each part that holds some of the rows, with their places in it."""
+    Args:
+        starts: as `row_starts` gives them.
+        rows: Int64[n], sorted.
+    """
     for part, start in enumerate(starts[:-1]):
         own = rows[(rows >= start) & (rows < starts[part + 1])] - start
         if len(own):
             yield part, own
 
 
-class StoredRows:
-    """A run's rows for the methods (`methods.base.Rows`).
+def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
+    """Return Float32[n D], the features of some rows; only the parts that hold them are read.
 
-    The first worker on a node copies the rows into a file there, once; all workers of the node map it, so that rows
-    beyond memory stream from disk and the page cache is shared.
+    Args:
+        run: the run.
+        starts: as `row_starts` gives them.
+        transform: from embeddings to features.
+        rows: Int64[n], sorted.
+    """
+    gathered = []
+    for part, own in rows_by_part(starts, rows):
+        embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
+        gathered.append(transform(embeddings[own]))
+    return np.concatenate(gathered)
+
+
+def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]:
+    """Return the labels of some rows, Int64[n] sorted; None for a row without one."""
+    found: list[str | None] = []
+    for part, own in rows_by_part(starts, rows):
+        found += tables.read_table(run.embeddings(part), ["label"])["label"].take(pa.array(own)).to_pylist()
+    return found
+
+
+# Rows for training.
+
+
+class StoredRows:
+    """Rows of a run for the methods (`methods.base.Rows`), mapped from a file on the worker's node.
+
+    The first worker on a node copies the rows into the file; all workers of the node map it, so that rows beyond memory
+    stream from disk and the page cache is shared.
 
     Args:
         run: the run.
         encode: manifest of its embeddings.
-        features: what to make of them.
+        features: settings of the features.
         cache: folder for this training's files on this node.
-        worker: this worker's number.
+        worker: rank of this worker.
         workers: number of workers.
     """
 
@@ -268,23 +284,23 @@ class StoredRows:
 
     @property
     def count(self) -> int:
-        """N."""
+        """Number of rows, N."""
         return self._starts[-1]
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """Width of a row, D."""
         return self._dimension
 
     def owned(self) -> None:
-        """None: every worker holds all rows."""
+        """Return None: every worker holds all rows."""
 
     def tensor(self) -> Tensor:
-        """Float32[N D], mapped."""
+        """Return Float32[N D], mapped."""
         return torch.from_numpy(self._features())
 
     def blocks(self) -> Iterator[Tensor]:
-        """Float32[B D]s of this worker's contiguous share of the rows."""
+        """Yield Float32[B D] blocks of this worker's contiguous share of the rows."""
         features = self._features()
         first = self.count * self._worker // self._workers
         end = self.count * (self._worker + 1) // self._workers
@@ -292,7 +308,7 @@ class StoredRows:
             yield torch.from_numpy(features[start : min(start + BLOCK, end)])
 
     def neighbors(self) -> Tensor:
-        """Int64[N M], mapped."""
+        """Return Int64[N M], mapped."""
         width = tables.read_table(self._run.neighbors(0), ["neighbors"]).schema.field("neighbors").type.list_size
 
         def fill(array: np.ndarray) -> None:
@@ -312,23 +328,37 @@ class StoredRows:
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.ndarray], None]) -> np.ndarray:
-    """An array mapped from a file that is filled by whoever comes first; the others wait.
+    """Map an array from a file, which the first process that asks fills while the others wait.
 
     Args:
-        path: the file; there only once it is whole.
+        path: the file; it exists only once it is complete.
         shape: of the array.
         dtype: of the array.
         fill: writes the array's content.
+
+    Raises:
+        DataError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            for left in path.parent.glob(f"{path.stem}.*.unfinished"):  # by whoever was killed with the lock
+            for left in path.parent.glob(f"{path.stem}.*.unfinished"):  # by a process that was killed with the lock
                 left.unlink(missing_ok=True)
             unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
             array = np.lib.format.open_memmap(unfinished, "w+", dtype, shape)
-            _reserve(unfinished)
+            try:
+                # A mapped file that finds the disk full later kills its process: take all bytes now.
+                with unfinished.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, unfinished.stat().st_size)
+            except OSError as error:
+                # Other errors: this file system cannot reserve.
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    unfinished.unlink(missing_ok=True)
+                    raise DataError(
+                        f"{unfinished}: no space left for the rows of the training; free some, or set RAYCLUST_SCRATCH "
+                        "to another disk"
+                    ) from error
             fill(array)
             array.flush()
             del array
@@ -337,37 +367,23 @@ def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.n
     return np.load(path, mmap_mode="c")
 
 
-def _reserve(path: Path) -> None:
-    """Takes all of a file's bytes from the disk: a mapped file that finds it full later kills its process."""
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return  # this file system cannot
-        path.unlink(missing_ok=True)
-        raise DataError(
-            f"{path}: no space left for the rows of the training; free some, set RAYCLUST_SCRATCH to another disk, or "
-            "resources.rows to cells"
-        ) from error
-
-
 def cache_folder(digest: str) -> Path:
-    """This user's folder on this node for the files of one training."""
+    """Return this user's folder on this node for the files of one training.
+
+    Raises:
+        ConfigError: the folder below the temporary one, where anybody can create it first, is not this user's alone.
+    """
     root = os.environ.get("RAYCLUST_SCRATCH")
-    base = Path(root) if root else _own_folder(Path(tempfile.gettempdir()) / f"rayclust-{os.getuid()}")
-    return base / "rows" / digest
-
-
-def _own_folder(path: Path) -> Path:
-    """A folder that nobody else can write to, in a place where everybody can make one of that name first."""
+    if root:
+        return Path(root) / "rows" / digest
+    path = Path(tempfile.gettempdir()) / f"rayclust-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise ConfigError(f"{path}: belongs to somebody else, or others may write there: set RAYCLUST_SCRATCH")
-    return path
+    return path / "rows" / digest
 
 
 def drop_cache(digest: str) -> None:
-    """Removes the files of one training from this node."""
+    """Remove the files of one training from this node."""
     shutil.rmtree(cache_folder(digest), ignore_errors=True)

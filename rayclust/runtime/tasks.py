@@ -1,4 +1,4 @@
-"""A stage's work in units that finish one by one: each leaves a marker last, and a marked unit is not done again."""
+"""Run the work of a stage as resumable tasks: each writes its mark last, and a marked task is not done again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from rayclust.errors import ArtefactError
-from rayclust.runtime import progress
 from rayclust.runtime.artefacts import FileListing, Outputs
 from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, task_labels
-from rayclust.runtime.progress import Progress
+from rayclust.runtime.progress import Progress, timed_section, worker_name
 from rayclust.store import checked, filesystem
 from rayclust.store.filesystem import MissingError
 from rayclust.store.layout import Run
@@ -22,7 +21,10 @@ from rayclust.store.layout import Run
 logger = logging.getLogger(__name__)
 
 STORAGE_THREADS = 16
-"""Requests under way at once when many small objects are read or written."""
+"""Concurrent requests when many small objects are read or written."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Task:
 
 @dataclass
 class TaskResult:
-    """What a unit wrote and counted."""
+    """Files that a task wrote, and its counts."""
 
     outputs: Outputs = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -47,134 +49,146 @@ class TaskResult:
 
 
 OnResult = Callable[[Task, TaskResult], None]
-"""Sees a unit's result as soon as the driver has it, in any order, and more than once where markers are read again.
-What it takes out of `extra` need not be kept for every unit until the last has ended."""
+"""Callback for each finished task, in completion order. May run twice for one task; pop bulky fields from `extra` here
+so that the driver does not keep them."""
 
 
 def read_mark(uri: str) -> tuple[str, TaskResult] | None:
-    """The digest and result in a marker; None where there is none or it is damaged."""
+    """Return digest and result of a finished task; None if there is no mark or it is damaged."""
     try:
-        marker = checked.read(uri)
-        return marker["digest"], TaskResult(marker["outputs"], marker["counts"], marker["extra"])
+        mark = checked.read(uri)
+        return mark["digest"], TaskResult(mark["outputs"], mark["counts"], mark["extra"])
     except (MissingError, ArtefactError, KeyError, TypeError):
         return None
 
 
-def write_mark(uri: str, unit: Task, result: TaskResult) -> None:
-    """Writes a unit's marker, after everything that it vouches for."""
-    content = {"digest": unit.digest, "outputs": result.outputs, "counts": result.counts, "extra": result.extra}
+def write_mark(uri: str, task: Task, result: TaskResult) -> None:
+    """Write the mark of a finished task; call it after all of the task's outputs are written."""
+    content = {"digest": task.digest, "outputs": result.outputs, "counts": result.counts, "extra": result.extra}
     checked.write(uri, content)
 
 
-def run_and_mark(uri: str, unit: Task, work: Callable[[], TaskResult]) -> TaskResult:
-    """Does a unit's work and marks it at `uri`.
+def run_and_mark(uri: str, task: Task, work: Callable[[], TaskResult]) -> TaskResult:
+    """Do a task's work and write its mark at `uri`.
 
-    A marker of other work goes first: its part, overwritten by half of this work, would pass for whole if its settings
-    came back.
+    A mark of other work is removed first: outputs that this work has half overwritten would pass for whole if the old
+    settings came back.
     """
-    marker = read_mark(uri)
-    if marker is not None and marker[0] != unit.digest:
+    mark = read_mark(uri)
+    if mark is not None and mark[0] != task.digest:
         filesystem.remove(uri)
     result = work()
-    write_mark(uri, unit, result)
+    write_mark(uri, task, result)
     return result
 
 
 def done_marks(run: Run, stage: str) -> list[tuple[int, str]]:
-    """Index and digest of every unit that a stage has marked, whatever it was done for."""
+    """Return index and digest of every mark of a stage, valid or not."""
     files = filesystem.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
     read = [(int(file.key[5:-5]), read_mark(file.uri)) for file in files if file.key.startswith("part-")]
-    return [(index, marker[0]) for index, marker in read if marker is not None]
+    return [(index, mark[0]) for index, mark in read if mark is not None]
 
 
-def finished_tasks(run: Run, stage: str, units: Sequence[Task], take: OnResult | None = None) -> dict[int, TaskResult]:
-    """Results, by index, of the units whose markers match and whose outputs are all there; `take` sees each."""
+def finished_tasks(
+    run: Run, stage: str, tasks: Sequence[Task], on_result: OnResult | None = None
+) -> dict[int, TaskResult]:
+    """Return results, by index, of the tasks whose mark matches and whose outputs are all there.
 
-    def read(unit: Task) -> TaskResult | None:
-        marker = read_mark(run.shard_manifest(unit.index, stage))
-        return marker[1] if marker and marker[0] == unit.digest else None
+    Args:
+        run: the run.
+        stage: name of the stage.
+        tasks: to look for.
+        on_result: called for each of them.
+    """
+
+    def read(task: Task) -> TaskResult | None:
+        mark = read_mark(run.shard_manifest(task.index, stage))
+        return mark[1] if mark and mark[0] == task.digest else None
 
     listing, results = FileListing(run), dict[int, TaskResult]()
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        for unit, result in zip(units, threads.map(read, units), strict=True):
+        for task, result in zip(tasks, threads.map(read, tasks), strict=True):
             if result is not None and all(listing.has(path, written) for path, written in result.outputs.items()):
-                if take is not None:
-                    take(unit, result)
-                results[unit.index] = result
+                if on_result is not None:
+                    on_result(task, result)
+                results[task.index] = result
     return results
 
 
 def run_tasks(
     run: Run,
     stage: str,
-    units: Sequence[Task],
+    tasks: Sequence[Task],
     function: Callable[[Task], TaskResult],
-    take: OnResult | None = None,
+    on_result: OnResult | None = None,
     section: str = "parts",
 ) -> list[TaskResult]:
-    """Runs the units that are not marked, over the cluster, and marks each as it ends.
+    """Run the tasks that have no mark on the cluster, and mark each as it ends.
 
     Args:
-        run: where markers and outputs lie.
-        stage: name, for the markers and the progress.
-        units: the whole work, in order of index.
-        function: does one unit; runs in a Ray worker with one CPU.
-        take: sees each result, once in a call.
-        section: of the stage's time, where a stage has several kinds of units; shown beside its progress.
+        run: holds marks and outputs.
+        stage: name, for the marks and the progress.
+        tasks: the whole work, in order of index.
+        function: does one task; runs in a Ray worker with one CPU.
+        on_result: called once for each task.
+        section: name of the timing, where a stage has several kinds of tasks; shown beside its progress.
 
     Returns:
-        All results, those of earlier runs among them, in the order of `units`.
+        All results, those of earlier calls among them, in the order of `tasks`.
     """
-    results = finished_tasks(run, stage, units, take)
-    todo = [unit for unit in units if unit.index not in results]
-    report_resume(stage, len(units), len(results))
+    results = finished_tasks(run, stage, tasks, on_result)
+    todo = [task for task in tasks if task.index not in results]
+    report_resume(stage, len(tasks), len(results))
+
+    def timed(task: Task) -> tuple[TaskResult, float, str]:
+        started = time.monotonic()
+        result = run_and_mark(run.shard_manifest(task.index, stage), task, lambda: function(task))
+        return result, time.monotonic() - started, worker_name()
+
     if todo:
         connect()
-        done = sum(unit.size for unit in units if unit.index in results)
-        with (
-            Progress(stage, "rows", sum(unit.size for unit in units), done) as bar,
-            progress.timed_section(section) as measured,
-        ):
+        done = sum(task.size for task in tasks if task.index in results)
+        bar = Progress(stage, "rows", sum(task.size for task in tasks), done)
+        with bar, timed_section(section) as timing:
             bar.advance(note=section if section != "parts" else None)
-            for unit, result in _submit(run, stage, todo, function, section):
-                if take is not None:
-                    take(unit, result)
-                results[unit.index] = result
-                bar.advance(unit.size)
-                measured.done += result.counts.get("rows", unit.size)  # a table may not say its rows beforehand
-    return [results[unit.index] for unit in units]
+            for task, (result, seconds, worker) in map_tasks(timed, todo):
+                timing.add("working", seconds, worker)
+                if on_result is not None:
+                    on_result(task, result)
+                results[task.index] = result
+                bar.advance(task.size)
+                timing.done += result.counts.get("rows", task.size)  # the rows of a table may not be known beforehand
+    return [results[task.index] for task in tasks]
 
 
 def report_resume(stage: str, total: int, done: int) -> None:
-    """Says in the log what an earlier run has left to do."""
+    """Log how many tasks an earlier call has left to do."""
     if done:
         logger.info("%s: %d of %d parts were finished before, %d left", stage, done, total, total - done)
 
 
-def _submit(
-    run: Run, stage: str, units: Iterable[Task], function: Callable[[Task], TaskResult], section: str
-) -> Iterator[tuple[Task, TaskResult]]:
+def map_tasks(
+    function: Callable[[Item], Result], items: Iterable[Item], *, in_order: bool = False
+) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with `function(item)`, computed by Ray tasks of one CPU each.
+
+    Args:
+        function: runs in a Ray worker; must give the same result if it runs twice.
+        items: taken as they are needed: two per CPU are under way, so that no CPU waits and the driver stays small.
+        in_order: yield in the order of `items`, else as results come.
+    """
     import ray
 
     labels = task_labels()
-
-    @ray.remote(num_cpus=1, max_retries=5, **label_selector("tasks", labels))
-    def work(unit: Task, marker: str) -> tuple[TaskResult, float, str]:
-        started = time.monotonic()
-        result = run_and_mark(marker, unit, lambda: function(unit))
-        return result, time.monotonic() - started, progress.worker_name()
-
-    waiting = iter(units)
-    running: dict[Any, Task] = {}
+    remote = ray.remote(num_cpus=1, max_retries=5, **label_selector("tasks", labels))(function)
+    waiting, running = iter(items), dict[Any, Item]()
     with plain_errors():
         while True:
-            # A few more than there are CPUs, so that none waits for the driver; never all, so that it stays small.
-            for unit in islice(waiting, max(0, 2 * cpus(labels) - len(running))):  # a cluster may shrink
-                running[work.remote(unit, run.shard_manifest(unit.index, stage))] = unit
+            for item in islice(waiting, max(0, 2 * cpus(labels) - len(running))):  # a cluster may shrink
+                running[remote.remote(item)] = item
             if not running:
                 return
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=60)
+            ready = [next(iter(running))] if in_order else ray.wait(list(running), num_returns=1, timeout=60)[0]
             for reference in ready:
-                result, seconds, worker = ray.get(reference)
-                progress.current_timing(section).add("working", seconds, worker)
+                result = ray.get(reference)
                 yield running.pop(reference), result

@@ -1,8 +1,7 @@
-"""The words of a run: its vocabulary with embeddings, and the names that its clusters got."""
+"""Read a run's vocabulary with its embeddings, and the names that its clusters were given."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -20,11 +19,9 @@ from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import read_manifest
 
-logger = logging.getLogger(__name__)
-
 
 def cluster_names(run: Run) -> dict[int, str | None]:
-    """Names by cluster; empty before the stage label, and after another assignment."""
+    """Return names by cluster; {} before the stage label, and after another assignment."""
     label, assign = read_manifest(run, "label"), read_manifest(run, "assign")
     if label is None or assign is None or label.inputs.get("assign") != content_digest(assign):
         return {}
@@ -33,8 +30,10 @@ def cluster_names(run: Run) -> dict[int, str | None]:
 
 
 def vocabulary_kinds(config: RunConfig) -> dict[str, vocabulary.Kind]:
-    """The lists that names are to be taken from and what each is, `auto` resolved: ImageNet's names where the encoder
-    reads text, else none. Empty where no names are wanted.
+    """Return the kind of each list of words, `auto` resolved: ImageNet's names if the encoder reads text, else none.
+
+    Returns:
+        {} if no names are wanted.
     """
     found = {name: vocabulary.kind_of(name) for name in config.label.lists}
     if "auto" in found:
@@ -43,41 +42,61 @@ def vocabulary_kinds(config: RunConfig) -> dict[str, vocabulary.Kind]:
 
 
 def read_lists(config: RunConfig, labels: Callable[[], Iterable[str]] | None = None) -> list[Vocabulary]:
-    """The run's lists of words, with embeddings where they come with them; none where no names are wanted.
+    """Read the run's lists of words, with embeddings if they come with them.
 
     Args:
-        config: the run's.
-        labels: gives those of its rows, for the list `classes`; None leaves that list out.
+        config: of the run.
+        labels: returns the labels of its rows, for the list `classes`; None leaves that list out.
+
+    Returns:
+        [] if no names are wanted.
 
     Raises:
         ConfigError: words are not shipped, the encoder cannot read them, or there are no classes.
         DataError: a file cannot be used.
     """
-    found = vocabulary_kinds(config)
-    return [
-        _list(config, name, kind, labels) for name, kind in found.items() if kind != "classes" or labels is not None
-    ]
+    lists = []
+    for name, kind in vocabulary_kinds(config).items():
+        if kind == "wordnet":
+            raise vocabulary.wordnet_refusal()
+        if kind == "embeddings":
+            lists.append(_read_embeddings(name))
+        elif kind == "classes":
+            if labels is not None:
+                lists.append(vocabulary.from_labels(labels()))
+        elif config.encoder.family != "open_clip":
+            raise ConfigError(
+                f"label.vocabulary = {name}: the encoder {config.encoder.name} reads no text; take an open_clip one, "
+                "a parquet of words with embeddings, or none"
+            )
+        elif kind == "imagenet":
+            lists.append(vocabulary.imagenet())
+        else:
+            lists.append(vocabulary.from_text(filesystem.read_bytes(name), name))
+    return lists
 
 
-def _list(
-    config: RunConfig, name: str, kind: vocabulary.Kind, labels: Callable[[], Iterable[str]] | None
-) -> Vocabulary:
-    if kind == "wordnet":
-        raise vocabulary.wordnet_refusal()
-    if kind == "embeddings":
-        return _with_rows(name)
-    if kind == "classes":
-        return vocabulary.from_labels(labels() if labels is not None else ())
-    if config.encoder.family != "open_clip":
-        raise ConfigError(
-            f"label.vocabulary = {name}: the encoder {config.encoder.name} reads no text; take an open_clip one, "
-            "a parquet of words with embeddings, or none"
-        )
-    return vocabulary.imagenet() if kind == "imagenet" else vocabulary.from_text(filesystem.read_bytes(name), name)
+def _read_embeddings(uri: str) -> Vocabulary:
+    try:
+        with filesystem.open_input(uri) as source:
+            table = pq.read_table(source)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"label.vocabulary = {uri}: is not a readable parquet file ({error})") from None
+    missing = [name for name in ("word", "embedding") if name not in table.column_names]
+    if missing:
+        have = ", ".join(table.column_names)
+        raise DataError(f"label.vocabulary = {uri}: needs the columns word and embedding; it has {have}")
+    try:
+        rows = np.array(table["embedding"].to_pylist(), np.float32)
+    except ValueError:
+        raise DataError(f"label.vocabulary = {uri}: the embeddings are not numbers of one width") from None
+    if rows.ndim != 2:
+        raise DataError(f"label.vocabulary = {uri}: the column embedding must hold lists of numbers, at least one")
+    return vocabulary.from_rows([str(word) for word in table["word"].to_pylist()], rows, uri)
 
 
 def check_classes(config: RunConfig) -> None:
-    """Refuses `classes` where there are none, or where nothing places their names among images.
+    """Refuse the list `classes` if there are no classes, or nothing to embed their names.
 
     Raises:
         ConfigError: so it is.
@@ -95,10 +114,10 @@ def check_classes(config: RunConfig) -> None:
 
 
 def word_embeddings(config: RunConfig, words: Candidates) -> np.ndarray:
-    """Float32[V D]: the words' rows; those that came with none are read by the encoder.
+    """Return Float32[V D], the embeddings of words; those that came with none are encoded.
 
     Raises:
-        ConfigError: it reads no text; or rows of its own and rows made for features stand side by side.
+        ConfigError: the encoder reads no text, or embeddings of the encoder and of other features would be mixed.
     """
     missing = [word for word, has_row in zip(words.words, words.has_row, strict=True) if not has_row]
     if not missing:
@@ -124,22 +143,3 @@ def word_embeddings(config: RunConfig, words: Candidates) -> np.ndarray:
     found = words.embeddings.copy()
     found[~words.has_row] = rows
     return found
-
-
-def _with_rows(uri: str) -> Vocabulary:
-    try:
-        with filesystem.open_input(uri) as source:
-            table = pq.read_table(source)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"label.vocabulary = {uri}: is not a readable parquet file ({error})") from None
-    missing = [name for name in ("word", "embedding") if name not in table.column_names]
-    if missing:
-        have = ", ".join(table.column_names)
-        raise DataError(f"label.vocabulary = {uri}: needs the columns word and embedding; it has {have}")
-    try:
-        rows = np.array(table["embedding"].to_pylist(), np.float32)
-    except ValueError:
-        raise DataError(f"label.vocabulary = {uri}: the embeddings are not numbers of one width") from None
-    if rows.ndim != 2:
-        raise DataError(f"label.vocabulary = {uri}: the column embedding must hold lists of numbers, at least one")
-    return vocabulary.from_rows([str(word) for word in table["word"].to_pylist()], rows, uri)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import torch
 
 from rayclust.clustering import hierarchy
+from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
 from rayclust.methods.base import Method
 from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
-from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
@@ -34,7 +37,7 @@ def run(context: StageContext) -> StageResult:
     def add(unit: Task, result: TaskResult) -> None:  # K numbers for each of many parts would be as much as rows
         np.add(sizes, result.extra.pop("sizes"), out=sizes)
 
-    results = run_tasks(context.run, "assign", units, work.assign, take=add)
+    results = run_tasks(context.run, "assign", units, work.assign, on_result=add)
     drop_stale_parts(context.run.assignments_folder, len(units))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     occupied = int((sizes > 0).sum())
@@ -104,3 +107,11 @@ def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray
     with torch.inference_mode():
         probability, cluster = method.assign(torch.from_numpy(features)).max(dim=1)
     return cluster.numpy().astype(np.int32), probability.float().numpy()
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    levels = {"levels": config.assign.levels, "seed": config.seed} if config.assign.levels else {}
+    return {"features": settings_of(config.features)} | levels
+
+
+STAGE = Stage("assign", _settings, run, needs=("encode", "train"))

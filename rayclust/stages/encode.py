@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
-from rayclust.runtime.cluster import connect, cpus, encode_workers, label_selector, plain_errors, task_labels
-from rayclust.runtime.inputs import input_shards, listing
+from rayclust.runtime.cluster import connect, cpus, encode_workers, label_selector, plain_errors
+from rayclust.runtime.inputs import input_shards, list_shards, plan_inputs
 from rayclust.runtime.models import encoder_shape, load_run_encoder, worker_device
-from rayclust.runtime.pipeline import StageContext, StageResult
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
 from rayclust.runtime.rows import MomentsInOrder, renumber, write_shard
 from rayclust.runtime.tasks import (
@@ -40,6 +40,7 @@ from rayclust.runtime.tasks import (
     Task,
     TaskResult,
     finished_tasks,
+    map_tasks,
     report_resume,
     run_and_mark,
     run_tasks,
@@ -128,7 +129,7 @@ def _import_rows(context: StageContext, units: list[Task], moments: MomentsInOrd
         ]
         return write_shard(run, unit, unit.payload.first, records, rows.embeddings, rows.rejects)
 
-    return run_tasks(run, "encode", units, copy_rows, take=moments.take)
+    return run_tasks(run, "encode", units, copy_rows, on_result=moments.take)
 
 
 def _first_width(config: RunConfig) -> int:
@@ -202,20 +203,8 @@ def _number_rows(run: Run, results: Sequence[TaskResult]) -> list[TaskResult]:
 
 def _renumbered(run: Run, starts: dict[int, int]) -> Iterator[TaskResult]:
     """Yield the results, in order, of renumbering the parts whose first rows are given."""
-    import ray
-
-    connect()
-    labels = task_labels()
-    again = ray.remote(num_cpus=1, max_retries=5, **label_selector("tasks", labels))(renumber)
-    waiting, running = iter(starts.items()), deque[Any]()
-    with plain_errors():
-        while True:
-            # A few more than there are CPUs, so that none waits for the driver; never all, so that it stays small.
-            for part, row in islice(waiting, max(0, 2 * cpus(labels) - len(running))):
-                running.append(again.remote(run, part, row))
-            if not running:
-                return
-            yield ray.get(running.popleft())
+    for _, result in map_tasks(lambda item: renumber(run, *item), starts.items(), in_order=True):
+        yield result
 
 
 def stream(
@@ -313,7 +302,7 @@ class ActorPools:
 def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
     """Return a row per unfinished shard; the shard itself is written to storage, so that the driver stays small."""
     wanted = {unit.index: unit for unit in todo}
-    shards = (found for found in listing(context.config) if found[0].index in wanted)
+    shards = (found for found in list_shards(context.config, _settings(context.config)) if found[0].index in wanted)
 
     def item(found: tuple[Shard, str]) -> dict[str, str]:
         shard, digest = found
@@ -470,3 +459,11 @@ class ShardWriter:
             return write_shard(self._run, shard, named["row_start"], records, embeddings, rejects)
 
         run_and_mark(self._run.shard_manifest(shard.index), shard, write)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    images = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
+    return {"images": settings_of(config.images, *images), "encoder": settings_of(config.encoder)}
+
+
+STAGE = Stage("encode", _settings, run, plan=lambda config: plan_inputs(config, _settings(config)))

@@ -15,7 +15,7 @@ from rayclust.metrics.probes import linear_probe_accuracy
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
-from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
 from rayclust.runtime.rows import features_at, row_starts, transform_of
 from rayclust.store import tables
 from rayclust.store.layout import Run
@@ -182,3 +182,14 @@ def _probe(run: Run, starts: list[int], codes: np.ndarray, neighbors: int) -> fl
 def _sample(count: int, config: RunConfig) -> np.ndarray:
     wanted = min(config.evaluate.silhouette_rows, count)
     return np.sort(np.random.default_rng(config.seed).choice(count, wanted, replace=False))
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {
+        "evaluate": settings_of(config.evaluate),
+        "features": settings_of(config.features),
+        "seed": config.seed,
+    }
+
+
+STAGE = Stage("evaluate", _settings, run, needs=("encode", "neighbors", "assign"), own_space_needs=("train",))

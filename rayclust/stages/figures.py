@@ -38,7 +38,16 @@ from rayclust.report.model import Drawing
 from rayclust.runtime.artefacts import Outputs, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
-from rayclust.runtime.pipeline import SELECT_K, Manifests, StageContext, StageResult, content_digest, run_stage
+from rayclust.runtime.pipeline import (
+    SELECT_K,
+    Manifests,
+    Stage,
+    StageContext,
+    StageResult,
+    content_digest,
+    run_stage,
+    settings_of,
+)
 from rayclust.runtime.rows import features_at, labels_at, row_starts, transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.store import filesystem, tables
@@ -279,7 +288,7 @@ def export(config: RunConfig, out: str | None) -> list[str]:
     if Manifests(config).of("figures") is None:  # else nobody's lease is needed: reading is free
         run_stage("figures", config)
     run, seals = Run(config.run), Manifests(config)
-    chosen = seals.of(SELECT_K) if config.is_open else None
+    chosen = seals.of(SELECT_K) if config.needs_selection else None
     selection = read_json_output(run, SELECT_K, run.selection) if chosen is not None else None
     folder = numbers(run, "") if out is None else filesystem.absolute(out)
     files = {f"{drawn.key}.svg": svg.standalone(drawn.svg, drawn.text).encode() for drawn in drawings(run, selection)}
@@ -418,3 +427,10 @@ def _selection(selection: Mapping[str, Any]) -> Drawing:
     )
     drawn = charts.criteria(found, int(selection["chosen"]), title)
     return Drawing(key="selection", title=title, text=text, svg=drawn, is_wide=True)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"features": settings_of(config.features), "seed": config.seed}
+
+
+STAGE = Stage("figures", _settings, run, needs=("encode", "train", "assign"))

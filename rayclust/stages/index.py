@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from rayclust.config import IndexConfig
+from rayclust.config import IndexConfig, RunConfig
 from rayclust.features import FeatureTransform
+from rayclust.methods import has_own_space
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
-from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
 from rayclust.runtime.rows import blocks, features_at, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.index import VectorIndex, build_index
@@ -154,3 +155,11 @@ class _OwnSpace:
 
     def _at(self, part: int) -> str:
         return filesystem.join(self.folder, f"part-{part:05d}.parquet")
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    features = {"features": settings_of(config.features)} if has_own_space(config.method.name) else {}
+    return {"index": settings_of(config.index), "seed": config.seed} | features
+
+
+STAGE = Stage("index", _settings, run, needs=("encode",), own_space_needs=("train",))

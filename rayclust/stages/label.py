@@ -14,10 +14,10 @@ from scipy import sparse
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.language.naming import ClusterName, TopRows, cluster_votes, name_clusters, typicality
-from rayclust.language.vocabulary import merged, same_name
+from rayclust.language.vocabulary import kind_of, merged, same_name
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
-from rayclust.runtime.pipeline import StageContext, StageResult
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
@@ -316,3 +316,15 @@ def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName
     filesystem.remove_tree(context.run.at("manifests", "label"))
     filesystem.remove_tree(context.run.at("label"))
     return names, facts
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    content: dict[str, Any] = {"label": settings_of(config.label), "encoder": settings_of(config.encoder)}
+    files = [name for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
+    if files:
+        found = [filesystem.stat(name) for name in files]
+        content["words"] = [file.stamp if file else None for file in found]
+    return content | {"features": settings_of(config.features), "seed": config.seed}
+
+
+STAGE = Stage("label", _settings, run, needs=("encode", "assign"))

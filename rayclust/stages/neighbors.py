@@ -12,7 +12,7 @@ import torch
 from rayclust.errors import DataError
 from rayclust.features import FeatureTransform
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors
-from rayclust.runtime.pipeline import StageContext, StageResult
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.rows import blocks, part_features, row_starts, transform_of, unit_rows
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.knn import RunningTopK
@@ -104,3 +104,10 @@ class _Exact:
             outputs |= put_neighbors(self.run, part, *(column.numpy() for column in found))
             done = some.stop
         return TaskResult(outputs, {"rows": len(rows)})
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"neighbors": settings_of(config.neighbors), "features": settings_of(config.features)}
+
+
+STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2)

@@ -34,7 +34,16 @@ from rayclust.runtime import cluster
 from rayclust.runtime.artefacts import Outputs, put_json
 from rayclust.runtime.cluster import connect, on_every_node, require_label
 from rayclust.runtime.models import read_method
-from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult, candidate_settings, content_digest
+from rayclust.runtime.pipeline import (
+    CHOSEN,
+    SELECT_K,
+    Stage,
+    StageContext,
+    StageResult,
+    content_digest,
+    method_settings,
+    settings_of,
+)
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import BLOCK, StoredRows, cache_folder, drop_cache
 from rayclust.runtime.tasks import (
@@ -122,7 +131,7 @@ def examine(search: Search, clusters: int) -> TaskResult:
     """
     run, threads = search.run, search.config.select_k.cpus_per_trial
     torch.set_num_threads(threads)
-    config = search.config.closed(clusters)
+    config = search.config.with_clusters(clusters)
     rows = StoredRows(run, search.encode, config.features, cache_folder(search.digest))
     labels, kept = list[IntArray](), None
     for method, history in _fits(search, config, rows):
@@ -385,7 +394,7 @@ def _fit_once(search: Search) -> TaskResult:
     found = finished_tasks(run, SELECT_K, [unit])
     if found:
         return found[FIT]
-    job = Job(SELECT_K, search.config.closed(largest), unit.digest, search.encode, run.selection_fit)
+    job = Job(SELECT_K, search.config.with_clusters(largest), unit.digest, search.encode, run.selection_fit)
     return run_and_mark(run.shard_manifest(FIT, SELECT_K), unit, lambda: TaskResult(fit(job)["outputs"]))
 
 
@@ -450,3 +459,20 @@ def _drop_outdated(search: Search, tried: Iterable[int]) -> None:
             filesystem.remove_tree(run.candidate(k))
             filesystem.remove(run.candidate(k) + ".json")
             filesystem.remove(run.shard_manifest(k, SELECT_K))
+
+
+def candidate_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that one candidate depends on besides its number of clusters; not the other candidates."""
+    method = method_settings(config)
+    method["all"].pop("clusters")
+    method["set"] = [key for key in method["set"] if key != "clusters"]
+    measured = settings_of(config.select_k, "seeds", "rows", "distortion")
+    return {"method": method, "measured": measured, "features": settings_of(config.features), "seed": config.seed}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    search = settings_of(config.select_k, "candidates", "least", "most", "rounds", "rule")
+    return {"candidate": candidate_settings(config), "search": search}
+
+
+STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"))

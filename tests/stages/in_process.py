@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from rayclust.runtime import tasks
-from rayclust.runtime.rows import renumber
-from rayclust.runtime.tasks import Task, TaskResult
+from rayclust.runtime.tasks import Task
 from rayclust.stages import assign, encode, evaluate, figures, index, label, select_k, train
 from rayclust.stages.encode import ReadAndDecode, ShardWriter
 from rayclust.stages.select_k import Search, examine
-from rayclust.store.layout import Run
 
 
 class Metrics:
@@ -35,9 +33,9 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "run_remotely", lambda function, *arguments: function(*arguments))
     for module in (tasks, encode, train):
         patch.setattr(module, "connect", lambda: None)
-    patch.setattr(tasks, "_submit", _submit)
+    patch.setattr(tasks, "map_tasks", _map)
+    patch.setattr(encode, "map_tasks", _map)
     patch.setattr(encode, "stream", _stream)
-    patch.setattr(encode, "_renumbered", lambda run, starts: [renumber(run, i, row) for i, row in starts.items()])
     patch.setattr(select_k, "run_trials", _try_all)
     for module in (select_k, train):
         patch.setattr(module, "on_every_node", lambda function, *arguments: function(*arguments))
@@ -47,11 +45,8 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def _submit(
-    run: Run, stage: str, todo: Sequence[Task], function: Callable[[Task], TaskResult], section: str
-) -> Iterator[tuple[Task, TaskResult]]:
-    for unit in todo:
-        yield unit, tasks.run_and_mark(run.shard_manifest(unit.index, stage), unit, lambda unit=unit: function(unit))
+def _map(function: Callable[[Any], Any], items: Iterable[Any], *, in_order: bool = False) -> Iterator[tuple[Any, Any]]:
+    return ((item, function(item)) for item in items)
 
 
 def _try_all(search: Search, candidates: Sequence[int], on_change: Callable[[Sequence[int], int], None]) -> None:

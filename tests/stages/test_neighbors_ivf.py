@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,13 +273,19 @@ def test_killed_and_harmed_the_bytes_are_the_same(seed: int, joined: tuple):
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sections of which units are done from now on."""
-    seen, submit = [], tasks._submit
+    seen, sections = list[str](), list[str]()
+    submit, timed = tasks.map_tasks, tasks.timed_section
 
-    def note(*arguments: object) -> object:
-        seen.extend([arguments[-1]] * len(arguments[2]))  # type: ignore[arg-type]
-        return submit(*arguments)  # type: ignore[arg-type]
+    def name(section: str) -> Any:
+        sections.append(section)
+        return timed(section)
 
-    monkeypatch.setattr(tasks, "_submit", note)
+    def note(function: Any, items: Any) -> Any:
+        seen.extend([sections[-1]] * len(items))
+        return submit(function, items)
+
+    monkeypatch.setattr(tasks, "timed_section", name)
+    monkeypatch.setattr(tasks, "map_tasks", note)
     return seen
 
 

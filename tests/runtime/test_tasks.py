@@ -1,4 +1,4 @@
-"""Units that are marked are not done again; whatever casts doubt on a marker has its unit done again."""
+"""Tasks with a mark are not done again; whatever casts doubt on a mark has its task done again."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_what_is_taken_out_of_a_result_is_seen_once_a_call_and_not_held(in_proce
         assert unit.index not in taken
         taken[unit.index] = result.extra.pop("payload")
 
-    results = run_tasks(run, "stage", units, lambda unit: work(run, unit), take=take)
+    results = run_tasks(run, "stage", units, lambda unit: work(run, unit), on_result=take)
     assert taken == {0: 0, 1: 1, 2: 2}
     assert [result.extra for result in results] == [{}, {}, {}]
     found = read_mark(run.shard_manifest(0, "stage"))

@@ -15,7 +15,7 @@ from rayclust.runtime import vocabularies as words_module
 from rayclust.runtime.vocabularies import check_classes, cluster_names, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
-from tests.stages.conftest import Sealed
+from tests.sealed import Sealed
 from tests.stages.runs import tree
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 
@@ -35,8 +36,8 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [
-        (0, "0.0 s"), (3.24, "3.2 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (250, "4 min 10 s"), (3599, "59 min 59 s"),
-        (3600, "1 h 0 min"), (7512, "2 h 5 min"), (360_000, "100 h 0 min"),
+        (0, "0.0 s"), (3.24, "3.2 s"), (59.4, "59 s"), (60, "1 min 00 s"), (250, "4 min 10 s"), (3599, "59 min 59 s"),
+        (3600, "1 h 00 min"), (7512, "2 h 05 min"), (360_000, "100 h 00 min"),
     ],
 )  # fmt: skip
 def test_durations_read_as_a_person_says_them(seconds: float, shown: str):
@@ -57,7 +58,7 @@ def test_a_log_gets_one_line_every_interval_with_rate_note_and_time_left(clock: 
         for _ in range(int(LOG_INTERVAL) + 4):
             clock.now += 1
             shown.advance(100, "3 rejects")
-    assert lines.messages == ["encode: 7,000 of 10,000 images, 100 images/s, 3 rejects, 30.0 s left"]
+    assert lines.messages == ["encode: 7,000 of 10,000 images, 100 images/s, 3 rejects, 30 s left"]
     clock.now += LOG_INTERVAL
     shown.advance()
     assert len(lines.messages) == 2
@@ -74,7 +75,7 @@ def test_without_a_total_or_a_rate_no_time_left_is_made_up(clock: Clock, lines: 
     resumed.advance(0)
     assert lines.messages == [
         "train: 60 steps, 2 steps/s, loss 1.5",
-        "train: 60 of 120 steps, 1 steps/s, loss 1.5, 1 min 0 s left",
+        "train: 60 of 120 steps, 1 steps/s, loss 1.5, 1 min 00 s left",
         "assign: 10 of 10 rows, 0 rows/s",
     ]
 
@@ -89,3 +90,45 @@ def test_a_terminal_gets_a_bar_and_no_lines(clock: Clock, lines: pytest.LogCaptu
         assert (task.completed, task.total) == (4, 10)
         assert "1 reject" in task.fields["note"]
     assert lines.messages == []
+
+
+def test_what_workers_are_busy_with_adds_up_by_kind():
+    with progress.collect_timings() as found, progress.timed_section("decoders", unit="images") as measured:
+        measured.add("reading", 1.0, "a:1")
+        measured.add("decoding", 2.0, "a:1")
+        with progress.timed_section("decoders") as again:
+            again.add("decoding", 4.0, "b:1")
+        measured.done += 7
+    [sealed] = [part.section() for part in found]
+    assert sealed.busy == {"decoding": 6.0, "reading": 1.0}
+    assert (sealed.name, sealed.workers, sealed.done, sealed.unit) == ("decoders", 2, 7, "images")
+
+
+def test_a_known_number_of_workers_counts_those_that_did_nothing():
+    with progress.collect_timings() as found, progress.timed_section("writers", 3) as measured:
+        measured.add("writing", 1.0, "")
+    assert found[0].section().workers == 3
+
+
+def test_one_of_the_same_name_goes_on(monkeypatch: pytest.MonkeyPatch):
+    ticks = iter([0.0, 2.0, 10.0, 13.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
+    with progress.collect_timings() as found:
+        for _ in range(2):
+            with progress.timed_section("parts") as measured:
+                measured.add("working", 1.0, "a:1")
+    assert len(found) == 1
+    assert found[0].section().seconds == 5.0
+    assert found[0].section().busy == {"working": 2.0}
+
+
+def test_outside_of_a_stage_nothing_is_kept():
+    with progress.timed_section("parts") as measured:
+        measured.add("working", 1.0, "a:1")
+    with progress.collect_timings() as found:
+        pass
+    assert found == []
+
+
+def test_a_worker_is_named_by_machine_and_process():
+    assert progress.worker_name().endswith(f":{os.getpid()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ import pytest
 from rayclust.cli import run_command
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, HeldError
+from rayclust.methods import METHODS, build
+from rayclust.methods.base import Pairing
 from rayclust.runtime.pipeline import (
+    SELECT_K,
     STAGES,
     Manifests,
     content_digest,
@@ -25,13 +29,14 @@ from rayclust.runtime.pipeline import (
     stage_digest,
     stages_of,
 )
+from rayclust.stages import NAMES as ORDER
+from rayclust.stages.select_k import candidate_settings
 from rayclust.store import filesystem
 from rayclust.store.holder import Holder, birth, myself
-from rayclust.store.layout import STAGES as ORDER
 from rayclust.store.layout import Run
 from rayclust.store.lease import Lease
 from rayclust.store.manifest import Manifest, Output
-from tests.stages.conftest import Sealed
+from tests.sealed import Sealed
 from tests.stages.runs import tree, write_tars, write_yaml
 
 
@@ -45,9 +50,9 @@ def digests(settings: RunConfig) -> dict[str, str]:
 
 def test_stages_come_after_what_they_read_and_in_the_promised_order():
     names = list(STAGES)
-    assert names == [name for name in ORDER if name in STAGES]
+    assert tuple(names) == ORDER
     for name, stage in STAGES.items():
-        assert all(names.index(need) < names.index(name) for need in stage.needs + stage.for_own_space)
+        assert all(names.index(need) < names.index(name) for need in stage.needs + stage.own_space_needs)
 
 
 OF_FEATURES = {"neighbors", "select-k", "train", "assign", "label", "evaluate", "figures"}
@@ -120,8 +125,8 @@ def test_what_was_written_decides_about_later_stages_not_when_or_from_what():
     assert content_digest(manifest(seconds=9.0, digest="y", versions={"torch": "9"}, inputs={"a": "b"})) == digest
     assert content_digest(manifest(outputs={"a": Output(digest="e", size=1)})) != digest
     assert content_digest(manifest(extra={"parts": [1]})) != digest
-    train, changed = STAGES["train"], manifest(extra={"parts": [1]})
-    assert stage_digest(train, config(), {"encode": manifest()}) != stage_digest(train, config(), {"encode": changed})
+    train, longer = STAGES["train"], manifest(extra={"parts": [1]})
+    assert stage_digest(train, config(), {"encode": manifest()}) != stage_digest(train, config(), {"encode": longer})
 
 
 def test_outputs_must_be_there_with_their_sizes(tmp_path: Path):
@@ -271,3 +276,70 @@ def test_a_driver_that_lost_the_run_meanwhile_does_not_seal(
     with pytest.raises(HeldError, match="taken over"):
         run_stage("encode", settings)
     assert not filesystem.exists(run.manifest("encode"))
+
+
+def test_a_run_with_a_number_has_no_choice_and_one_without_has():
+    assert stages_of(config()) == tuple(name for name in ORDER if name != SELECT_K)
+    assert stages_of(config(method={"clusters": "auto"})) == ORDER
+
+
+def test_the_choice_is_read_by_train_and_report_where_there_is_one():
+    for settings, readers in ((config(), set()), (config(method={"clusters": [2, 3]}), {"train", "report"})):
+        assert {name for name, stage in STAGES.items() if SELECT_K in stage.inputs(settings)} == readers
+        assert all(set(stage.needs) <= set(stage.inputs(settings)) for stage in STAGES.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_waits_for_neighbors_only_where_the_method_draws_them(name: str):
+    method = config(method={"name": name, "clusters": 3}).method
+    drawn = getattr(build(method, 8, 40, seed=0), "pairing", Pairing())
+    assert method.draws_pairs == (drawn.columns > 0)
+    assert ("neighbors" in STAGES["train"].inputs(config(method={"name": name, "clusters": 3}))) == method.draws_pairs
+
+
+def test_every_stage_has_its_file():
+    assert all(stage.name == name and callable(stage.run) for name, stage in STAGES.items())
+    with pytest.raises(KeyError):
+        STAGES["counterparts"]
+
+
+SAME = {
+    "other candidates": {"method": {"clusters": [2, 9]}},
+    "auto": {"method": {"clusters": "auto"}},
+    "the rule": {"select_k": {"rule": "knee"}},
+    "the resources of a trial": {"select_k": {"cpus_per_trial": 4}},
+}
+OTHER = {
+    "the method": {"method": {"temperature": 0.2}},
+    "the seeds": {"select_k": {"seeds": 5}},
+    "the sample": {"select_k": {"rows": 50}},
+    "the distortion": {"select_k": {"distortion": 0.5}},
+    "the features": {"features": {"center": False}},
+    "the seed": {"seed": 3},
+}
+
+
+@pytest.mark.parametrize("name", [*SAME, *OTHER])
+def test_a_candidate_depends_on_what_it_is_made_and_measured_by_and_not_on_the_others(name: str):
+    groups = dict((SAME | OTHER)[name])
+    groups["method"] = {"clusters": [2, 3]} | groups.get("method", {})  # type: ignore[operator]
+    before = candidate_settings(config(method={"clusters": [2, 3]}))
+    assert (candidate_settings(config(**groups)) == before) == (name in SAME)
+
+
+def test_a_training_does_not_depend_on_what_a_worker_has_room_for():
+    settings = STAGES["train"].settings
+    temi = {"name": "temi", "clusters": 3}
+    assert settings(config(method=temi | {"worker_memory": 80})) == settings(config(method=temi))
+    assert settings(config(method=temi | {"heads": 3})) != settings(config(method=temi))
+
+
+PINNED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("stage_digests.json").read_text())
+"""Digests that earlier versions have written: another one would run finished stages again."""
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_equal_configs_keep_the_digests_of_earlier_versions(name: str):
+    settings = validate(PINNED[name]["config"])
+    found = {stage: stage_digest(STAGES[stage], settings, {}) for stage in stages_of(settings)}
+    assert found == PINNED[name]["digests"]

@@ -1,3 +1,5 @@
+"""What `check` finds, and estimates worked out by hand."""
+
 from __future__ import annotations
 
 import tarfile
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from rayclust.config import RunConfig, validate
-from rayclust.runtime.preflight import check
+from rayclust.runtime.preflight import Sample, check, costs, traffic, work
 from tests.stages.runs import picture, tree, write_folder, write_tars
 
 
@@ -125,12 +127,6 @@ def test_the_plan_of_a_training_is_told_and_one_that_cannot_be_is_found(tmp_path
     resources = {"workers": 2}
     [told] = [f for f in check(config(tmp_path, method=method, resources=resources)) if f.subject == "method"]
     assert told.text.startswith("temi on 192 values a row, rows of a batch over 2 workers: ")
-    divided = config(tmp_path, method=method | {"parallel": "clusters"}, resources=resources)
-    assert method_line(divided).startswith("temi on 192 values a row, clusters over 2 workers: ")
-    assert "GB of weights and optimiser, " in method_line(divided)
-    assert " MB sent a step, " in method_line(divided)
-    wrong = bad(config(tmp_path, method=method | {"parallel": "1x1x4"}, resources={"workers": 4}))
-    assert "method.parallel = 1x1x4: 3 clusters cannot be divided over 4 workers" in wrong["method"]
     wrong = bad(config(tmp_path, method=method | {"parallel": "2x3"}, resources=resources))
     assert "method.parallel = 2x3: is for 6 workers, there are 2" in wrong["method"]
 
@@ -155,3 +151,66 @@ def test_candidates_above_the_images_are_found(tmp_path: Path):
     write_folder(tmp_path / "images", per_class=1)
     found = bad(config(tmp_path, method={"clusters": [2, 4]}))
     assert found == {"method": "method.clusters = [2, 4]: 4 is above the number of rows, 3"}
+
+
+IMAGES = 7_200_000
+GPU = Sample(file_bytes=100_000, decode_seconds=1e-3, encode_seconds=0.5e-3, on_gpu=True)
+CPU = Sample(file_bytes=100_000, decode_seconds=1e-3, encode_seconds=9e-3, on_gpu=False)
+
+
+def priced(gpus: float, **prices: Any) -> RunConfig:
+    return validate(
+        tree("s3://b/r", "s3://b/i", neighbors={"k": 50}, resources={"gpus_per_worker": gpus}, prices=prices)
+    )
+
+
+def test_bytes():
+    assert traffic(priced(1), IMAGES, 768, GPU) == (
+        "reads 720.00 GB of images; 11.06 GB of embeddings and 3.60 GB of neighbours in storage, 22.12 GB of rows per "
+        "training node"
+    )
+    assert traffic(priced(0), 0, 768, None).startswith("0.00 GB of embeddings")
+
+
+def test_two_hours_of_a_cpu_to_one_of_a_gpu():
+    assert work(priced(1), IMAGES, GPU) == (
+        "decode 2 h 00 min of CPU time and encode 1 h 00 min of GPU time at this machine's speed: "
+        "2.0 CPUs keep one GPU busy"
+    )
+    assert work(priced(0), IMAGES, CPU).startswith("decode 2 h 00 min and encode 18 h 00 min of CPU time")
+    assert "cannot be seen" in work(priced(1), IMAGES, CPU)
+
+
+def test_the_slower_of_cpus_and_gpus_bounds_a_node():
+    prices = {
+        "wide": {"dollars_per_hour": 3, "cpus": 16, "gpus": 1},
+        "narrow": {"dollars_per_hour": 2, "cpus": 1, "gpus": 1},
+        "fast": {"dollars_per_hour": 8, "cpus": 16, "gpus": 4, "images_per_second": 8000},
+        "plain": {"dollars_per_hour": 1, "cpus": 32},
+    }
+    assert list(costs(priced(1, **prices), IMAGES, GPU)) == [
+        "wide: 1.00 node hours, $3.00, 1.00 GPU hours; its GPUs bound it, 2.0 of 16.0 CPUs a GPU are busy",
+        "narrow: 2.00 node hours, $4.00, 1.00 GPU hours; its CPUs bound it, 2.0 a GPU are needed and 1.0 are there: "
+        "add CPU nodes",
+        "fast: 0.12 node hours, $1.00, 0.25 GPU hours; its CPUs bound it, 8.0 a GPU are needed and 4.0 are there: "
+        "add CPU nodes",
+        "plain: decoding alone takes 0.06 node hours, $0.06",
+    ]
+
+
+def test_without_gpus_the_cpus_do_both():
+    prices = {
+        "plain": {"dollars_per_hour": 1.5, "cpus": 10},
+        "known": {"dollars_per_hour": 1, "cpus": 10, "images_per_second": 1000},
+    }
+    assert list(costs(priced(0, **prices), IMAGES, CPU)) == [
+        "plain: 2.00 node hours, $3.00",
+        "known: 0.40 node hours, $0.40",
+    ]
+
+
+def test_a_gpu_that_is_not_here_is_not_guessed():
+    prices = {"far": {"dollars_per_hour": 1, "cpus": 16, "gpus": 1}}
+    [line] = costs(priced(1, **prices), IMAGES, CPU)
+    assert line.startswith("far: not known, set prices.far.images_per_second")
+    assert "$" not in line

@@ -10,12 +10,12 @@ import pytest
 from rayclust.config import validate
 from rayclust.errors import ArtefactError
 from rayclust.runtime.pipeline import save_config, stages_of
-from rayclust.runtime.status import _sealed, bottleneck, lines
+from rayclust.runtime.status import bottleneck, describe_manifest, lines
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
 from rayclust.store.lease import held
 from rayclust.store.manifest import Manifest, Section
-from tests.stages.conftest import Sealed
+from tests.sealed import Sealed
 from tests.stages.runs import tree
 
 
@@ -74,22 +74,22 @@ def test_the_busiest_workers_are_named_with_what_they_did():
     decoders = Section(name="decoders", workers=4, seconds=10, busy={"reading": 3.0, "decoding": 33.0})
     encoders = Section(name="encoders", workers=1, seconds=10, busy={"encoding": 5.0})
     idle = Section(name="writers", workers=1, seconds=0.0, busy={})
-    assert bottleneck([encoders, decoders, idle]) == "decoding (decoders: 4 workers, busy 90 % of 10.0 s)"
+    assert bottleneck([encoders, decoders, idle]) == "decoding (decoders: 4 workers, busy 90 % of 10 s)"
     assert bottleneck([idle]) == bottleneck([]) == ""
 
 
-def test_a_rate_is_of_the_call_that_sealed_the_stage():
+def test_a_rate_is_of_the_call_thatdescribe_manifest_the_stage():
     parts = Section(name="parts", workers=2, seconds=9, busy={"working": 16.0}, done=100)
     sealed = Manifest(stage="assign", digest="", seconds=10, counts={"rows": 1000}, measured=(parts,))
-    assert "1,000 rows, 10 a second (100 in the call that sealed it), held up by" in _sealed(sealed)
+    assert "1,000 rows, 10 a second (100 in the call that sealed it), held up by" in describe_manifest(sealed)
     whole = sealed.model_copy(update={"measured": (parts.model_copy(update={"done": 1000}),)})
-    assert "1,000 rows, 100 a second, held up by" in _sealed(whole)
-    assert _sealed(sealed.model_copy(update={"measured": ()})).endswith("1,000 rows, 100 a second")
+    assert "1,000 rows, 100 a second, held up by" in describe_manifest(whole)
+    assert describe_manifest(sealed.model_copy(update={"measured": ()})).endswith("1,000 rows, 100 a second")
 
 
 def test_workers_that_were_idle_for_the_most_part_waited():
     decoders = Section(name="decoders", workers=1, seconds=10, busy={"decoding": 0.9})
-    assert bottleneck([decoders]) == "starting and waiting, then decoding (decoders: 1 worker, busy 9 % of 10.0 s)"
+    assert bottleneck([decoders]) == "starting and waiting, then decoding (decoders: 1 worker, busy 9 % of 10 s)"
 
 
 def test_a_long_phase_counts_more_than_a_short_busy_one():

@@ -8,8 +8,15 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
-from rayclust.runtime.inputs import listing, plan_inputs
+from rayclust.runtime.inputs import InputPlan, list_shards
+from rayclust.stages.encode import STAGE
 from tests.stages.runs import tree, write_folder, write_tars
+
+
+def plan_inputs(settings: RunConfig) -> InputPlan:
+    assert STAGE.plan is not None
+    found: InputPlan = STAGE.plan(settings)
+    return found
 
 
 def config(source: Path, run: str = "/runs/one", /, **groups: Any) -> RunConfig:
@@ -23,7 +30,7 @@ def test_a_plan_names_shards_and_forgets_their_images(tmp_path: Path):
     assert all(shard.members == () for shard in found.shards)
     assert len(set(found.digests)) == 3
     assert plan_inputs(config(images)) == found
-    listed = list(listing(config(images)))
+    listed = list(list_shards(config(images), STAGE.settings(config(images))))
     assert [digest for _, digest in listed] == list(found.digests)
     assert [len(shard.members) for shard, _ in listed] == [16, 16, 4]
 

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayclust.runtime.artefacts import FileListing, drop_damaged, drop_stale_parts, put_bytes, put_json, put_table
+from rayclust.runtime.artefacts import FileListing, drop_stale_parts, put_bytes, put_json, put_table, remove_damaged
+from rayclust.stages import NAMES
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, Output, seal
@@ -88,8 +89,8 @@ def test_what_an_error_names_is_removed_only_where_a_manifest_says_that_it_was_a
     (tmp_path / "model" / "c").write_bytes(b"of nobody")
     seal(run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()}))
     (tmp_path / "model" / "b").write_bytes(b"35")
-    assert drop_damaged(run, f"{run.at('model', 'a')}: is said to be damaged") is None
-    assert drop_damaged(run, f"{run.at('model', 'c')}: is said to be damaged") is None
-    assert drop_damaged(run, "no file is named") is None
-    assert drop_damaged(run, f"{run.at('model', 'b')}: is damaged") == (run.at("model", "b"), "train")
+    assert remove_damaged(run, NAMES, f"{run.at('model', 'a')}: is said to be damaged") is None
+    assert remove_damaged(run, NAMES, f"{run.at('model', 'c')}: is said to be damaged") is None
+    assert remove_damaged(run, NAMES, "no file is named") is None
+    assert remove_damaged(run, NAMES, f"{run.at('model', 'b')}: is damaged") == (run.at("model", "b"), "train")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["a", "c"]
