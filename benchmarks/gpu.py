@@ -372,9 +372,9 @@ def _cpp_step(rounds: int) -> None:
 def kmeans(small: bool) -> None:
     """Lloyd's passes and the seeding."""
     import torch
-    from rayclust.clustering.seeding import kmeans_plusplus
 
     from rayclust.clustering import kmeans as library
+    from rayclust.clustering.row_stats import compute
 
     rates = matmul_rates(small)
     shapes = ((2000, 16, 10),) if small else ((500_000, 256, 1000), (200_000, 768, 10_000))
@@ -382,7 +382,7 @@ def kmeans(small: bool) -> None:
         x, _ = planted(count, width, clusters, 1.0)
         options = library.KMeansOptions(clusters=clusters, restarts=1, max_iterations=8, tolerance=0)
         start = time.perf_counter()
-        population = row_stats.compute(lambda x=x: [x], options.metric)
+        population = compute(lambda x=x: [x], options.metric)
         wait()
         print(f"  N = {count:,}, D = {width}, K = {clusters:,}, cosine; statistics {time.perf_counter() - start:.3f} s")
         init = x[torch.randperm(count, device=x.device, generator=torch.Generator(x.device).manual_seed(1))[:clusters]]
@@ -407,7 +407,7 @@ def kmeans(small: bool) -> None:
         print(f"  assign       {milliseconds(times)} ms: {shares(operations, times[0], rates)}", flush=True)
         sample = x[: max(65_536, 32 * clusters)]
         start = time.perf_counter()
-        kmeans_plusplus(sample, clusters, [(0, 0)])
+        library.kmeans_plusplus(sample, clusters, [(0, 0)])
         wait()
         print(f"  k-means++ of {len(sample):,} rows, 1 restart: {time.perf_counter() - start:.2f} s", flush=True)
 

@@ -114,6 +114,9 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         x = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return torch.from_numpy(self.features_(x))
 
+    method_: Any
+    """The fitted method, of the class that the estimator wraps."""
+
     def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
         """Fit `method_` and widen it to float64, so that a row's result does not depend on other rows of a call."""
         method = fit_arrays(x, neighbors, config, self._seed(), self._device())
@@ -261,7 +264,7 @@ class TEMI(_Estimator):
     def _probabilities(self, x: Tensor) -> NDArray[np.float64]:
         if self.method_ is None:
             return np.ones((len(x), 1))
-        probabilities: NDArray[np.float64] = self.method_.assign(x.double()).numpy()
+        probabilities: NDArray[np.float64] = self.method_.predict_proba(x.double()).cpu().numpy()
         return probabilities[:, self._order]
 
 
@@ -324,15 +327,15 @@ class CPP(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # typ
         x = self._features(X)
         if self.method_ is None:
             raise ConfigError("n_samples = 1: at least 2 are needed to learn features")
-        z: NDArray[np.float64] = self.method_.represent(x.double()).numpy()
+        z: NDArray[np.float64] = self.method_.transform(x.double()).cpu().numpy()
         return z
 
     def _labels(self, x: Tensor) -> NDArray[np.int64]:
         if self.method_ is None or self.n_clusters == 1:
             return np.zeros(len(x), dtype=np.int64)
-        labels: NDArray[np.int64] = self.method_.assign(x.double()).argmax(dim=1).numpy()
+        labels: NDArray[np.int64] = self.method_.predict_proba(x.double()).argmax(dim=1).cpu().numpy()
         return labels
 
     @property
     def _n_features_out(self) -> int:
-        return int(self.method_.own_space or 0) if self.method_ is not None else 0
+        return int(self.method_.width) if self.method_ is not None else 0

@@ -425,6 +425,3 @@ class FusedStep(Protocol):
         Returns:
             What `training_step` gives, detached.
         """
-
-
-Export = MethodState  # old name, until stages are migrated

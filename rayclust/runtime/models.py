@@ -17,7 +17,7 @@ from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.load import load_encoder
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import load
-from rayclust.methods.base import Export, Method
+from rayclust.methods.base import Method, MethodState, Transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json
 from rayclust.store import filesystem
 from rayclust.store.layout import Run
@@ -86,11 +86,11 @@ def weights_stamp(config: RunConfig) -> str:
     return found.stamp
 
 
-def save_method(run: Run, export: Export, folder: str) -> Outputs:
+def save_method(run: Run, state: MethodState, folder: str) -> Outputs:
     """Write a fitted method to a folder below the run: safetensors and JSON, never a pickle."""
-    tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
     weights = put_bytes(run, filesystem.join(folder, "weights.safetensors"), safetensors.torch.save(tensors))
-    return weights | put_json(run, filesystem.join(folder, "config.json"), export.settings)
+    return weights | put_json(run, filesystem.join(folder, "config.json"), state.settings)
 
 
 @lru_cache(2)
@@ -125,7 +125,7 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
     settings = filesystem.parse_json(read_unchanged(config, known.get("config.json"), stage), config)
     data = read_unchanged(weights, known.get("weights.safetensors"), stage)
     try:
-        return load(Export(settings, safetensors.torch.load(data))).eval()
+        return load(MethodState(settings, safetensors.torch.load(data)))
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ArtefactError(f"{folder}: the model is damaged ({error}); run {stage} again with --force") from error
 
@@ -138,6 +138,8 @@ def transform_rows(method: Method, features: np.ndarray, block: int = 4096) -> n
         features: Float32[B D].
         block: rows transformed at once.
     """
+    if not isinstance(method, Transform):
+        raise ConfigError(f"method.name = {method.config.name}: has no space of its own")
     with torch.inference_mode():
-        rows = [method.represent(part).float().numpy() for part in torch.from_numpy(features).split(block)]
-    return np.concatenate(rows) if rows else np.zeros((0, method.own_space or 0), np.float32)
+        rows = [method.transform(part).float().numpy() for part in torch.from_numpy(features).split(block)]
+    return np.concatenate(rows) if rows else np.zeros((0, method.width), np.float32)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
-from rayclust.methods import has_own_space
+from rayclust.methods import has_transform
 from rayclust.report.formats import duration
 from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
 from rayclust.runtime.cluster import scheduling
@@ -79,7 +79,7 @@ class Stage:
 
     def inputs(self, config: RunConfig) -> tuple[str, ...]:
         """Return the stages that it reads in a run with this config."""
-        own = self.own_space_needs if has_own_space(config.method.name) else ()
+        own = self.own_space_needs if has_transform(config.method.name) else ()
         pairs = self.pair_needs if config.method.draws_pairs else ()
         choice = (SELECT_K,) if self.needs_choice and config.needs_selection else ()
         return (*self.needs, *own, *pairs, *choice)

@@ -12,7 +12,7 @@ from rayclust.clustering import hierarchy
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
-from rayclust.methods.base import Method
+from rayclust.methods.base import Method, Prototypes
 from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
@@ -64,10 +64,9 @@ def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.nd
         ConfigError: the sizes do not fall, or the method's clusters have no prototypes.
     """
     method = load_method(uri, model)
-    prototypes = method.prototypes()
-    if prototypes is None:
+    if not isinstance(method, Prototypes):
         raise ConfigError(f"assign.levels = {sizes}: {method.config.name} has no prototypes, remove the levels")
-    levels = hierarchy.nest(prototypes, sizes, seed)
+    levels = hierarchy.nest(method.prototypes(), sizes, seed)
     return {size: level.numpy().astype(np.int32) for size, level in zip(sizes, levels, strict=True)}
 
 
@@ -105,7 +104,7 @@ def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if not len(features):
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
     with torch.inference_mode():
-        probability, cluster = method.assign(torch.from_numpy(features)).max(dim=1)
+        probability, cluster = method.predict_proba(torch.from_numpy(features)).max(dim=1)
     return cluster.numpy().astype(np.int32), probability.float().numpy()
 
 

@@ -10,6 +10,7 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
+from rayclust.methods.base import Membership
 from rayclust.metrics import external, geometry, internal
 from rayclust.metrics.probes import linear_probe_accuracy
 from rayclust.runtime.artefacts import put_json, put_table
@@ -78,15 +79,16 @@ def _membership(
 ) -> dict[str, float]:
     """Measure the membership Π of a sample of rows (labelled ones where there are), for methods that have one."""
     torch.set_num_threads(1)
+    method = load_method(run.uri, model)
+    if not isinstance(method, Membership):
+        return {}
     _, codes, classes = _columns(run, starts)
     is_labelled = len(classes) > 1
     known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
     count = min(MEMBERSHIP_ROWS, len(known))
     rows = np.sort(np.random.default_rng(config.seed).choice(known, count, replace=False))
     with torch.inference_mode():
-        found = load_method(run.uri, model).membership(torch.from_numpy(features_at(run, starts, transform, rows)))
-    if found is None:
-        return {}
+        found = method.membership(torch.from_numpy(features_at(run, starts, transform, rows)))
     matrix, least = found.double().numpy(), EDGE / count
     measured = {
         "membership_nonzeros": geometry.nonzeros(matrix, least),

@@ -22,6 +22,7 @@ from rayclust.arrays import FloatArray, require_matrix
 from rayclust.config import RunConfig
 from rayclust.estimators import KMeans
 from rayclust.features import FeatureTransform
+from rayclust.methods.base import Membership, Transform
 from rayclust.metrics.geometry import (
     absolute_gram,
     directions,
@@ -200,7 +201,7 @@ def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
     features = features_at(run, job.starts, job.transform, rows)
     method = load_method(run.uri, job.model)
     spaces = {FEATURES: features}
-    if method.own_space is not None:
+    if isinstance(method, Transform):
         spaces[OWN] = transform_rows(method, features)
     last = spaces[list(spaces)[-1]]
     spread = np.searchsorted(rows, drawn.spread)
@@ -212,7 +213,7 @@ def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
     groups = {keys[i]: members[keys[i]][: shares[keys[i]]] for i in order}
     places = np.concatenate(list(groups.values()))
     with torch.inference_mode():
-        codes = method.membership(torch.from_numpy(features[places]))
+        codes = method.membership(torch.from_numpy(features[places])) if isinstance(method, Membership) else None
     kernel = kernel_membership(features[places], KERNEL_TEMPERATURE)
     heat: dict[str, Any] = {
         "row": rows[places],

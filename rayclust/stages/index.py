@@ -12,7 +12,7 @@ import torch
 
 from rayclust.config import IndexConfig, RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.methods import has_own_space
+from rayclust.methods import has_transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
@@ -158,7 +158,7 @@ class _OwnSpace:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    features = {"features": settings_of(config.features)} if has_own_space(config.method.name) else {}
+    features = {"features": settings_of(config.features)} if has_transform(config.method.name) else {}
     return {"index": settings_of(config.index), "seed": config.seed} | features
 
 

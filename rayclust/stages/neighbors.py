@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayclust.config import RunConfig
 from rayclust.errors import DataError
 from rayclust.features import FeatureTransform
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors

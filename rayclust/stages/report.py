@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayclust.config import RunConfig
 from rayclust.report.model import (
     Cluster,
     Contingency,
@@ -25,7 +26,7 @@ from rayclust.report.page import PageLimits, featured, render
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.api import as_yaml, load_run
 from rayclust.runtime.artefacts import put_bytes
-from rayclust.runtime.pipeline import SELECT_K, StageContext, StageResult, stages_of
+from rayclust.runtime.pipeline import SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
 from rayclust.runtime.rows import row_starts
 from rayclust.runtime.tasks import STORAGE_THREADS
 from rayclust.stages.evaluate import contingency_uri
@@ -245,3 +246,17 @@ def _rejects(run: Run, encode: Manifest) -> list[RejectGroup]:
                 known.append(Reject(key=reject["key"], uri=reject["uri"], detail=reject["detail"]))
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return [RejectGroup(reason=reason, count=count, examples=tuple(examples[reason])) for reason, count in ordered]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"report": settings_of(config.report)}
+
+
+STAGE = Stage(
+    "report",
+    _settings,
+    run,
+    needs=("encode", "train", "assign", "label", "evaluate", "figures"),
+    own_space_needs=("index",),
+    needs_choice=True,
+)

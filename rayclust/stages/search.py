@@ -15,7 +15,7 @@ from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.methods import has_own_space
+from rayclust.methods import has_transform
 from rayclust.report.formats import abbreviate, shorten
 from rayclust.runtime.models import load_method, load_run_encoder, transform_rows
 from rayclust.runtime.pipeline import Manifests, content_digest
@@ -113,7 +113,7 @@ def _not_indexed(run: Run) -> ArtefactError:
 
 
 def _refuse_own(config: RunConfig, text: str | None) -> None:
-    if not has_own_space(config.method.name):
+    if not has_transform(config.method.name):
         raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")
     if text is not None:
         raise ConfigError("--text: words live in the encoder's space alone; use --space encoder, or search by --image")

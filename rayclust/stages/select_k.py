@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rayclust import errors
 from rayclust.arrays import FloatArray, IntArray
 from rayclust.config import RunConfig
-from rayclust.errors import RayclustError
-from rayclust.methods import METHODS, build
-from rayclust.methods.base import Method
+from rayclust.errors import ArtefactError, RayclustError
+from rayclust.methods import build, is_recuttable
+from rayclust.methods.base import Method, Recuttable, Transform
 from rayclust.metrics import internal, selection
 from rayclust.metrics.internal import CriteriaOptions, measure, size_summary
 from rayclust.metrics.selection import Candidate, Choice
@@ -119,8 +120,7 @@ class Search:
 
 def refits(config: RunConfig) -> bool:
     """Return whether the method needs a fit for each number of clusters."""
-    found: bool = METHODS[config.method.name][1].refits_for_clusters
-    return found
+    return not is_recuttable(config.method.name)
 
 
 def examine(search: Search, clusters: int) -> TaskResult:
@@ -162,9 +162,11 @@ def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple
         marked = read_mark(search.run.shard_manifest(FIT, SELECT_K))
         digests = {path: written["digest"] for path, written in marked[1].outputs.items()} if marked else {}
         fitted = read_method(folder, SELECT_K, digests)
-        yield fitted.repartition(clusters), history
+        if not isinstance(fitted, Recuttable):
+            raise ArtefactError(f"{folder}: holds another method; run select-k again with --force")
+        yield fitted.recut(clusters), history
         for seed in range(1, config.select_k.seeds):
-            yield fitted.repartition(clusters, config.seed + seed), history
+            yield fitted.recut(clusters, config.seed + seed), history
         return
     device = "cuda" if search.gpus else "cpu"
     for seed in range(config.select_k.seeds):
@@ -184,7 +186,7 @@ def _labels(method: Method, rows: StoredRows) -> IntArray:
     """Return the most probable cluster of each row, Int32[N]."""
     device = _device(method)
     with torch.inference_mode():
-        found = [method.assign(block.to(device)).argmax(dim=1).int().cpu().numpy() for block in rows.blocks()]
+        found = [method.predict_proba(block.to(device)).argmax(dim=1).int().cpu().numpy() for block in rows.blocks()]
     return np.concatenate(found)
 
 
@@ -223,8 +225,7 @@ def _space(method: Method, x: Tensor, sample: IntArray) -> FloatArray:
     with torch.inference_mode():
         for start in range(0, len(sample), BLOCK):
             block = x[torch.from_numpy(sample[start : start + BLOCK])].to(device)
-            own = method.own_space is not None
-            z = method.represent(block) if own else torch.nn.functional.normalize(block, dim=1)
+            z = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
             blocks.append(z.float().cpu().numpy())
     return np.concatenate(blocks)
 

@@ -40,7 +40,15 @@ from rayclust.runtime.cluster import (
     worker_range,
 )
 from rayclust.runtime.models import save_method
-from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
+from rayclust.runtime.pipeline import (
+    CHOSEN,
+    SELECT_K,
+    Stage,
+    StageContext,
+    StageResult,
+    method_settings,
+    settings_of,
+)
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache
 from rayclust.store import checked, filesystem
@@ -163,7 +171,7 @@ def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
     device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
     for count in range(fewest, most + 1):
         try:
-            job.config.fitted().outlook(rows, dimension, count, device)
+            job.config.method.describe_plan(rows, dimension, count, device)
         except ConfigError as error:
             raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
 
@@ -179,7 +187,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     )
     cache, workers = cache_folder(job.digest), distributed.world_size()
     rows = StoredRows(run, job.encode, config.features, cache, rank, workers)
-    method = build(config.fitted(), rows.dimension, rows.count, config.seed)
+    method = build(config.method, rows.dimension, rows.count, config.seed)
     store = StoredCheckpoints(run, job.digest)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config) if rank == 0 and job.stage == "train" else None
@@ -207,7 +215,7 @@ def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
     names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
     table = pa.table({name: [row.get(name) for row in rows] for name in names or ["epoch"]})
-    outputs = save_method(run, method.export(), folder)
+    outputs = save_method(run, method.state(), folder)
     outputs |= put_table(run, filesystem.join(folder, "metrics.parquet"), table)
     last = history[-1] if history else {}
     return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
@@ -414,3 +422,18 @@ def _imported(package: str, name: str) -> Any:
 
 
 _TRACKERS: dict[str, Callable[[RunConfig], Any]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"method": method_settings(config), "features": settings_of(config.features), "seed": config.seed}
+
+
+STAGE = Stage(
+    "train",
+    _settings,
+    run,
+    needs=("encode",),
+    pair_needs=("neighbors",),
+    needs_choice=True,
+    reads_entry={SELECT_K: CHOSEN},
+)
