@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.clustering.neighborhood import modularity, modularity_terms
-from rayclust.methods import warm_start
+from rayclust.methods import temi_init
 from rayclust.methods.heads import Heads, HeadShape
-from rayclust.methods.warm_start import StartOptions, best_by_modularity, start_from_kmeans
+from rayclust.methods.temi_init import StartOptions, best_by_modularity, start_from_kmeans
 from rayclust.search.knn import top_k
-from rayclust.training.pairs import ArrayRows
+from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers
 
 K = 4
@@ -61,8 +61,8 @@ def test_heads_with_other_parts_start_too(part: str):
 
 def test_large_sets_start_from_a_sample_with_its_own_neighbours(monkeypatch: pytest.MonkeyPatch):
     labels, rows = planted(400)
-    monkeypatch.setattr(warm_start, "SAMPLE_ROWS", 100)
-    monkeypatch.setattr(warm_start, "SAMPLE_ROWS_PER_CLUSTER", 1)
+    monkeypatch.setattr(temi_init, "SAMPLE_ROWS", 100)
+    monkeypatch.setattr(temi_init, "SAMPLE_ROWS_PER_CLUSTER", 1)
     heads = new_heads()
     start_from_kmeans(heads, rows, OPTIONS, seed=0)
     assert agreement(labels, heads(rows.tensor())[0].argmax(-1)) > 0.97
@@ -103,28 +103,50 @@ def test_two_workers_start_as_one():
             assert other.allclose(one, rtol=0, atol=1e-10)
 
 
-def _parts_of_heads(rank: int, world: int) -> dict[str, list[Tensor]]:
-    """A start and a choice where workers divide the clusters, and a choice where they divide the heads."""
+def _parts_of_heads(rank: int, world: int) -> list[Tensor]:
+    """A choice where workers divide the heads."""
     _, rows = planted()
-    everyone, found = collectives.everyone(), {}
-    clusters, few = collectives.stretches(K, world)[rank], collectives.stretches(3, world)[rank]
+    heads = distributed.even_slices(3, world)[rank]
     shape = HeadShape(3, 8, K, hidden=32, bottleneck=16)
-    some = replace(shape, clusters=clusters.stop - clusters.start, first_cluster=clusters.start, all_clusters=K)
-    with collectives.sharing_rows(collectives.Team()):
-        heads = Heads(some, seed=0).double()
-        start_from_kmeans(heads, rows, OPTIONS, seed=0, stack=everyone)
-        _, values = best_by_modularity(heads, rows, 5, seed=0, stack=everyone)
-        found["clusters"] = [*(p.detach() for p in (*heads.weights, *heads.biases)), values]
-        heads = Heads(replace(shape, heads=few.stop - few.start, first=few.start), seed=0).double()
-        best, values = best_by_modularity(heads, rows, 5, seed=0, column=everyone)
-    return found | {"heads": [torch.tensor(best), values]}
+    with distributed.data_parallel(distributed.ProcessGroup()):
+        own = Heads(replace(shape, heads=heads.stop - heads.start, first=heads.start), seed=0).double()
+        best, values = best_by_modularity(own, rows, 5, seed=0, group=distributed.world())
+    return [torch.tensor(best), values]
 
 
-def test_two_workers_with_parts_of_heads_start_and_choose_as_one(monkeypatch: pytest.MonkeyPatch):
+def test_two_workers_with_parts_of_the_heads_choose_as_one(monkeypatch: pytest.MonkeyPatch):
     alone = _parts_of_heads(0, 1)
-    monkeypatch.setattr(warm_start, "_LOGITS", 7 * 3 * K)  # seven rows at once
-    in_blocks = _parts_of_heads(0, 1)
-    for found in (*on_two_workers(_parts_of_heads), in_blocks):
-        for name, wanted in alone.items():
-            for one, other in zip(wanted, found[name], strict=True):
-                assert other.allclose(one, rtol=0, atol=1e-10), name
+    monkeypatch.setattr(temi_init, "_MAX_LOGITS", 7 * 3 * K)  # seven rows at once
+    for found in (*on_two_workers(_parts_of_heads), _parts_of_heads(0, 1)):
+        for one, other in zip(alone, found, strict=True):
+            assert other.allclose(one, rtol=0, atol=1e-10)
+
+
+def test_the_best_partitions_start_the_heads(monkeypatch: pytest.MonkeyPatch):
+    """Of k-means partitions with one good among bad ones, as many heads as there are good ones get it first."""
+    labels, rows = planted()
+    bad = torch.arange(len(labels)) // (len(labels) // K)  # cuts through all planted clusters
+    partitions = iter([bad, bad, labels, bad, bad.flip(0), bad])
+    monkeypatch.setattr(temi_init.kmeans, "assign", lambda x, centers: (next(partitions), None))
+    chosen: list[Tensor] = []
+    monkeypatch.setattr(temi_init, "_solve", lambda heads, x, labels: chosen.append(labels))
+    start_from_kmeans(new_heads(), rows, OPTIONS, seed=0)
+    assert chosen[0][0].equal(labels)
+    assert all(not one.equal(labels) for one in chosen[0][1:])
+
+
+@torch.no_grad()
+def test_the_solved_layer_is_that_of_a_plain_ridge_regression():
+    """With one layer its input is the rows: weight and bias from the normal equations, at the length they had."""
+    labels, rows = planted()
+    heads, x = new_heads(layers=1), rows.tensor() + 0.5  # a mean far from zero, so that the bias counts
+    length = heads.weights[0][0].norm()
+    temi_init._solve(heads, x, labels.expand(3, -1))
+    centered, members = x - x.mean(0), torch.nn.functional.one_hot(labels, K).double()
+    gram = centered.mT @ centered / len(x)
+    ridge = temi_init.RIDGE * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)
+    scores = torch.linalg.solve(gram + ridge, centered.mT @ (members - members.mean(0)) / len(x))
+    weight = torch.nn.functional.normalize(heads.direction[0], dim=1).mT @ scores.mT
+    weight = weight * length / weight.norm()
+    torch.testing.assert_close(heads.weights[0][0], weight, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(heads.biases[0][0], -weight @ x.mean(0), rtol=1e-6, atol=1e-8)
