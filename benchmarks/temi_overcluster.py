@@ -10,8 +10,8 @@ Every form runs in a process of its own, on the same batches from the same weigh
 is the process's largest resident memory, on a GPU the most memory that torch has allocated; TFLOP/s counts the matrix
 products of the model alone (`temi.estimate_cost`), also where a form makes some of them twice; its share is of the rate
 of one large bf16 product on the same device. A form that would not fit into the memory that is free is left out, with
-what it would take. Forms: published: a loop over heads in float32 (published_temi.py). whole: all logits under
-autograd. chunks: the chunked losses on plain kernels/pair_softmax.py. kernels: the same with its kernels, on a GPU.
+what it would take. Forms: published: a loop over heads in float32 (published_temi.py). whole: all logits at
+once. chunks: the chunked losses on plain kernels/pair_softmax.py. kernels: the same with its kernels, on a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from published_temi import PublishedTemi
 from temi_step import processor, synchronize
 
 from rayclust.kernels import pair_softmax
-from rayclust.methods import Temi, TemiConfig, build, temi
+from rayclust.losses import information
+from rayclust.methods import Temi, TemiConfig, build
 from rayclust.methods.base import EMBEDDINGS, Batch, Plan
 from rayclust.methods.temi import Cost, Layout, estimate_cost
 from rayclust.training.loop import Stepper
@@ -107,7 +108,8 @@ def stepper(form: str, shape: Shape, device: str) -> Callable[[], float]:
         published = PublishedTemi(x, neighbors, shape.heads, shape.clusters, torch.device(device))
         return lambda: published.step(shape.pairs, beta=1.0)
     name, precision = form.rsplit(" ", 1)
-    temi.CHUNKED_LOGITS = 1 << 60 if name == "whole" else 0
+    if name == "whole":
+        information.CHUNK_BYTES[device] = information.KEPT_BYTES[device] = 1 << 60
     if name == "chunks":
         pair_softmax._kernels = lambda: None
     method = method_of(shape, precision).to(device)

@@ -96,7 +96,7 @@ class Contender:
     seconds: list[float] | None = None
 
     def take_turn(self, device: torch.device) -> None:
-        """Measures once."""
+        """Measure once."""
         synchronize(device)
         start = time.perf_counter()
         for _ in range(self.repeats):
@@ -116,7 +116,7 @@ class Contender:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was told."""
+    """Wait until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -187,7 +187,7 @@ def contenders(shape: tuple[int, int], device: str, compiled: bool) -> list[Cont
 
 
 def measure(shape: tuple[int, int], rounds: int, device: str, compiled: bool) -> None:
-    """Prints the tables of one shape."""
+    """Print the tables of one shape."""
     heads, clusters = shape
     where = torch.device(device)
     parts = products(clusters)
@@ -205,7 +205,7 @@ def measure(shape: tuple[int, int], rounds: int, device: str, compiled: bool) ->
 
 
 def report(shape: tuple[int, int], steps: list[Contender], alone: list[tuple[Product, str, Contender]]) -> None:
-    """Prints times, ratios and rates."""
+    """Print times, ratios and rates."""
     heads, clusters = shape
     operations = heads * sum(part.operations for part, _, _ in alone)
     print(f"\nH = {heads}, K = {clusters}, D = {D}, {B} pairs: {operations / 1e9:.1f} GFLOP in products per step")
@@ -246,7 +246,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    """Measures all shapes on one device."""
+    """Measure all shapes on one device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)

@@ -60,3 +60,6 @@ def load(state: MethodState) -> Method:
     """Build a fitted method from its state."""
     method: Method = METHODS[state.settings["config"]["name"]].from_state(state)
     return method
+
+
+has_own_space = has_transform  # old name, until stages are migrated

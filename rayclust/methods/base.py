@@ -425,3 +425,6 @@ class FusedStep(Protocol):
         Returns:
             What `training_step` gives, detached.
         """
+
+
+Export = MethodState  # old name, until stages are migrated

@@ -141,19 +141,6 @@ def _watch(method: Temi, losses: list[float], world: int) -> None:
     method.training_step = watched  # type: ignore[method-assign]
 
 
-def test_two_workers_train_as_one_does():
-    alone, together = _trained(0, 1), on_two_workers(_trained)
-    for loss, (losses, epochs, state) in alone.items():
-        assert len(losses) == 5
-        assert np.ptp(losses) > 1e-3
-        for found in together:
-            worker_losses, worker_epochs, worker_state = found[loss]
-            assert worker_losses == pytest.approx(losses, rel=0, abs=1e-10)
-            assert worker_epochs == pytest.approx(epochs, rel=0, abs=1e-10)
-            for name, value in state.items():
-                assert worker_state[name].allclose(value, rtol=0, atol=1e-8), name
-
-
 CHANCY: dict[str, Any] = {"dropout": 0.3, "noise": 0.1, "batch_norm": True, "final_teacher_momentum": 1.0}
 
 
@@ -194,8 +181,21 @@ def _stopped_and_resumed(rank: int, world: int) -> tuple[dict[str, Tensor], dict
     return whole, resumed
 
 
-def test_two_workers_resume_to_the_same_bits():
-    for whole, resumed in on_two_workers(_stopped_and_resumed):
+def _trained_and_resumed(rank: int, world: int) -> tuple[Any, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    return _trained(rank, world), _stopped_and_resumed(rank, world)
+
+
+def test_two_workers_train_as_one_does_and_resume_to_the_same_bits():
+    alone = _trained(0, 1)
+    for found, (whole, resumed) in on_two_workers(_trained_and_resumed):
+        for loss, (losses, epochs, state) in alone.items():
+            assert len(losses) == 5
+            assert np.ptp(losses) > 1e-3
+            worker_losses, worker_epochs, worker_state = found[loss]
+            assert worker_losses == pytest.approx(losses, rel=0, abs=1e-10)
+            assert worker_epochs == pytest.approx(epochs, rel=0, abs=1e-10)
+            for name, value in state.items():
+                assert worker_state[name].allclose(value, rtol=0, atol=1e-8), name
         for name, value in whole.items():
             assert resumed[name].equal(value), name
 
@@ -220,7 +220,7 @@ def _apart(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("workers", "parallel", "later", "later_parallel"),
-    [(2, "data", 1, "heads"), (4, "2x2", 1, "data"), (3, "data", 2, "heads")],
+    [(4, "2x2", 1, "data"), (3, "data", 2, "heads")],
 )
 def test_a_training_goes_on_with_another_number_of_workers_to_the_same_end(
     workers: int, parallel: str, later: int, later_parallel: str, monkeypatch: pytest.MonkeyPatch
