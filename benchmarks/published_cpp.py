@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 def compression(z: Tensor, membership: Tensor, distortion: float) -> Tensor:
-    """Return R_c from all groups' weighted rows, n × d × n, with log-determinants by LU and autograd."""
+    """Return R_c with all groups' weighted rows as a tensor n × d × n, determinants by LU, gradients by autograd."""
     count, width = z.shape
     sums = membership.sum(0) + 1e-8
     weighted = z.T[None] * membership.T[:, None, :]

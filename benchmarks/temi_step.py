@@ -1,10 +1,10 @@
 """Time of one TEMI training step: the published form against ours, and ours against the matrix products it is made of.
 
-Claims, in one run on two cores with fast bf16: a step is at least 2.5 times as fast as the published form, and goes at
-70 % or more of the rate of its matrix products alone; in float32 it is no slower than the published form. On a GPU: at
-least 10 times as fast.
+Claims, in one run on two cores with fast bf16: a step is at least 2.5 times as fast as the published form, and in
+float32 no slower. On a GPU: at least 10 times as fast.
 
-    python benchmarks/temi_step.py [--threads 2] [--rounds 9] [--device cpu] [--shape 16,10 --shape 50,1000]
+    python benchmarks/temi_step.py [--threads 2] [--rounds 9] [--device cpu] [--compile]
+        [--shape 16,10 --shape 50,1000]
 
 A step draws a batch of 512 pairs of rows of width 1280, runs teacher and student, back-propagates, and updates both.
 All contenders take turns, round after round, so that a busy machine disturbs all alike; times are the least and, in

@@ -83,7 +83,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
     _config_class: ClassVar[type[Config]]
     _fields: ClassVar[dict[str, str]]
-    method_: Method | None
+    method_: Any
     n_steps_: int
 
     def _config(self, **overrides: Any) -> Any:
@@ -113,9 +113,6 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         x = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return torch.from_numpy(self.features_(x))
-
-    method_: Any
-    """The fitted method, of the class that the estimator wraps."""
 
     def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
         """Fit `method_` and widen it to float64, so that a row's result does not depend on other rows of a call."""

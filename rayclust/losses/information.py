@@ -188,12 +188,10 @@ def information_losses(
     of the second student.
     """
     heads, views, rows, _ = student.units.shape
-    device = student.units.device.type
-    chunk_bytes, kept_bytes = (sizes.get(device, sizes["cuda"]) for sizes in (CHUNK_BYTES, KEPT_BYTES))
     with torch.no_grad():
-        stats, kept = _teacher_forward(teacher, chunk_bytes, kept_bytes)
-        log_marginal = marginal.update(stats.sums, views * rows).to(stats.sums)
-        agreement = stats.agreement.clamp(max=1.0)
+        taught = _teacher_forward(teacher)
+        log_marginal = marginal.update(taught.stats.sums, views * rows).to(taught.stats.sums)
+        agreement = taught.stats.agreement.clamp(max=1.0)
         weights, beta = torch.ones_like(agreement), options.beta
         if options.loss == "temi":
             weights = options.mean_agreement(agreement).expand(heads, -1)
@@ -203,10 +201,8 @@ def information_losses(
             beta, log_marginal = 1.0, torch.zeros_like(log_marginal)
     positive = options.positive_pmi and options.loss != "scan"
     scale = 1.0 / (views * (views - 1) * rows)
-    inputs = PairLossInputs(stats.normalizer, log_marginal, weights, beta, scale, positive)
-    losses: Tensor = _PairLosses.apply(
-        student.units, student.direction, student.scale, student, teacher, kept, inputs, chunk_bytes
-    )
+    inputs = PairLossInputs(taught.stats.normalizer, log_marginal, weights, beta, scale, positive)
+    losses: Tensor = _PairLosses.apply(student.units, student.direction, student.scale, student, taught, inputs)
     if options.entropy_weight and options.loss in ("wmi", "scan"):
         log_q = student.log_probabilities()
         if options.loss == "wmi":
@@ -219,8 +215,20 @@ def information_losses(
     return losses, agreement
 
 
-def _teacher_forward(teacher: LastLayer, chunk_bytes: int, kept_bytes: int) -> tuple[TeacherStats, list[Tensor] | None]:
-    """Compute the teacher's statistics on a batch, and its logits by chunk; None where they are too large to keep."""
+@dataclass(frozen=True)
+class _TeacherPass:
+    """A teacher's forward pass over a batch."""
+
+    layer: LastLayer
+    stats: TeacherStats
+    logits: list[Tensor] | None
+    """By chunk, in the order in which they were made; None where they are too large to keep."""
+    chunk_bytes: int
+
+
+def _teacher_forward(teacher: LastLayer) -> _TeacherPass:
+    device = teacher.units.device.type
+    chunk_bytes, kept_bytes = (sizes.get(device, sizes["cuda"]) for sizes in (CHUNK_BYTES, KEPT_BYTES))
     heads, views, rows, _ = teacher.units.shape
     clusters, new = teacher.direction.shape[1], teacher.units.new_zeros
     stats = TeacherStats(new((heads, views, rows)), new((heads, rows)), new((heads, clusters)))
@@ -236,7 +244,7 @@ def _teacher_forward(teacher: LastLayer, chunk_bytes: int, kept_bytes: int) -> t
             stats.sums[some_heads] += part.sums
             if kept is not None:
                 kept.append(logits)
-    return stats, kept
+    return _TeacherPass(teacher, stats, kept, chunk_bytes)
 
 
 class _PairLosses(torch.autograd.Function):
@@ -249,25 +257,23 @@ class _PairLosses(torch.autograd.Function):
         direction: Tensor,
         scale: Tensor,
         student: LastLayer,
-        teacher: LastLayer,
-        kept: list[Tensor] | None,
+        taught: _TeacherPass,
         inputs: PairLossInputs,
-        chunk_bytes: int,
     ) -> Tensor:
         losses, wants = units.new_zeros(len(units)), any(ctx.needs_input_grad)
         by_units, by_direction, by_scale = (torch.empty_like(x) if wants else x for x in (units, direction, scale))
-        head_slices, row_slices = student.chunks(chunk_bytes)
+        head_slices, row_slices = student.chunks(taught.chunk_bytes)
         for heads in head_slices:
             weights = student.weights(heads)
-            teacher_weights = teacher.weights(heads) if kept is None else weights
+            teacher_weights = taught.layer.weights(heads) if taught.logits is None else weights
             slopes: Tensor | None = None
             for some_rows in row_slices:
                 rows = student.rows(heads, some_rows)
                 logits = student.logits(weights, rows)
-                # The teacher's logits of the chunk, in the order in which they were made.
-                taught = kept.pop(0) if kept is not None else teacher.logits(
-                    teacher_weights, teacher.rows(heads, some_rows)
-                )  # fmt: skip
+                if taught.logits is None:
+                    targets = taught.layer.logits(teacher_weights, taught.layer.rows(heads, some_rows))
+                else:
+                    targets = taught.logits.pop(0)
                 part = PairLossInputs(
                     inputs.normalizer[heads, :, some_rows].contiguous(),
                     inputs.log_marginal[heads],
@@ -276,7 +282,7 @@ class _PairLosses(torch.autograd.Function):
                     inputs.scale,
                     inputs.positive,
                 )
-                losses[heads] += pair_softmax.student_forward_backward(logits, taught, part, wants)
+                losses[heads] += pair_softmax.student_forward_backward(logits, targets, part, wants)
                 if wants:  # the logits are now their gradient
                     gradient = logits.flatten(1, 2)
                     by_rows = torch.bmm(gradient, weights)
@@ -297,4 +303,4 @@ class _PairLosses(torch.autograd.Function):
             gradient.mul_(grads[0].view(-1, *[1] * (gradient.dim() - 1))) if wanted else None
             for wanted, gradient in zip(ctx.needs_input_grad, gradients, strict=False)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None)
