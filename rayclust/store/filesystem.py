@@ -31,16 +31,17 @@ from rayclust.store.storage import (
 )
 
 __all__ = [
+    "FileStat",
+    "MissingError",
+    "UnreadableError",
     "absolute",
     "canonical_json",
     "check_writable",
     "download_tree",
     "exists",
-    "FileStat",
     "is_remote",
     "join",
     "local_copy",
-    "MissingError",
     "open_input",
     "open_whole",
     "parse_json",
@@ -50,7 +51,6 @@ __all__ = [
     "remove",
     "remove_tree",
     "stat",
-    "UnreadableError",
     "upload_tree",
     "walk",
     "write_bytes",

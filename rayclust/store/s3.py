@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 32 << 20
 """Bytes of a part of an upload; objects of less than two parts are put at once."""
 
+PAGE_KEYS = 1000
+"""Keys of a page of a listing, S3's own bound."""
+
 _SETTINGS: dict[str, Any] = {
     "connect_timeout": 10,
     "read_timeout": 30,
@@ -109,7 +112,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
     def list_objects(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield path and properties of every object below bucket/folder by order of keys, with one page in memory."""
         bucket, _, folder = path.partition("/")
-        request = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else ""}
+        request = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else "", "MaxKeys": PAGE_KEYS}
         while True:
             page = sync(self.loop, self._call_s3, "list_objects_v2", **request)
             for found in page.get("Contents", ()):

@@ -398,6 +398,8 @@ def check_writable(uri: str) -> None:
     """
     probe = f".rayclust-{uuid.uuid4().hex}.tmp"
     if is_remote(uri):
+        with translated(uri, "write"):
+            _filesystem(uri)  # refuses a URI without a bucket
         write_bytes(join(uri, probe), b"")
         remove(join(uri, probe))
         return
