@@ -124,7 +124,7 @@ def test_the_storage_failing_is_no_reject(s3_bucket: str, monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> None:
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr("rayclust.store.s3.get", fail)
+    monkeypatch.setattr("rayclust.store.storage._filesystem", fail)
     with pytest.raises(DataError, match="cannot reach"):
         list(read_records(shard))
 
