@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
@@ -31,7 +32,11 @@ _SETTINGS: dict[str, Any] = {
 
 @functools.lru_cache(maxsize=4)
 def connect(pid: int, variables: tuple[tuple[str, str], ...]) -> S3:
-    """Return a process's connection, made anew when an AWS variable changes; credentials come from the AWS chain."""
+    """Return a process's connection, made anew when an AWS variable changes; credentials come from the AWS chain.
+
+    Raises:
+        ValueError: the endpoint holds a login, which requests to S3 can't use and logs would show.
+    """
     settings = dict(variables)
     connection = S3(
         anon=settings.get("AWS_NO_SIGN_REQUEST", "").lower() in {"1", "true", "yes"},
@@ -41,6 +46,8 @@ def connect(pid: int, variables: tuple[tuple[str, str], ...]) -> S3:
         skip_instance_cache=True,
     )
     connection.connect()
+    if "@" in urlsplit(connection.s3.meta.endpoint_url).netloc:
+        raise ValueError("the endpoint's address holds a login; credentials come from the AWS variables and files")
     return connection
 
 

@@ -162,14 +162,19 @@ def test_nobody_at_the_endpoint(s3_endpoint: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
-    [("AWS_ENDPOINT_URL", "nonsense", "nonsense"), ("AWS_PROFILE", "nobody", "AWS_PROFILE")],
+    [
+        ("AWS_ENDPOINT_URL", "nonsense", "nonsense"),
+        ("AWS_ENDPOINT_URL", "http://me:hunter2@127.0.0.1:9", "address holds a login"),
+        ("AWS_PROFILE", "nobody", "AWS_PROFILE"),
+    ],
 )
 def test_wrong_settings(
     s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=words) as caught:
         storage.read_bytes("s3://bucket/x")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_no_credentials(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
