@@ -38,9 +38,10 @@ def connect(pid: int, variables: tuple[tuple[str, str], ...]) -> S3:
         ValueError: the endpoint holds a login, which requests to S3 can't use and logs would show.
     """
     settings = dict(variables)
+    payer = settings.get("AWS_REQUEST_PAYER", "").lower()
     connection = S3(
         anon=settings.get("AWS_NO_SIGN_REQUEST", "").lower() in {"1", "true", "yes"},
-        requester_pays=settings.get("AWS_REQUEST_PAYER", "").lower() == "requester",
+        s3_additional_kwargs={"RequestPayer": "requester"} if payer == "requester" else {},
         config_kwargs=_SETTINGS,
         use_listings_cache=False,  # another worker may have written since
         skip_instance_cache=True,
