@@ -25,6 +25,7 @@ PINS = {canonicalize_name(line.partition("==")[0]): Version(line.partition("==")
 
 NOT_PINNED = {"setuptools": "every environment brings its own"}
 NOT_IN_CI = {"tracking": "services of other people", "gpu": "takes the place of faiss-cpu"}
+NOT_IN_CI |= dict.fromkeys(("gs", "abfs", "hf"), "stores of other people; fsspec's memory stands for them")
 """Extras that are neither pinned nor installed."""
 LOADED_BY_NAME = {"tensorboardx": "stages/train.py"}
 """Declared packages that no import statement names, and who loads them."""

@@ -84,7 +84,7 @@ def test_what_was_left_open_stays_open(tmp_path: Path):
     assert "beta" not in yaml.safe_load(as_yaml(config))["method"]
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x"])
+@pytest.mark.parametrize("uri", ["hdfs://bucket/x", "http://host/x"])
 def test_a_scheme_that_is_not_supported_is_one_line(uri: str):
     with pytest.raises(DataError, match="is not supported"):
         with_absolute_paths(validate(tree(uri, "/images")))
