@@ -22,7 +22,6 @@ from torch import Tensor
 from rayclust.clustering import kmeans
 from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
-from rayclust.methods.base import Method
 from rayclust.methods.cpp import CppConfig
 from rayclust.methods.temi import TemiConfig
 from rayclust.search.knn import top_k

@@ -22,7 +22,7 @@ from rayclust.runtime.cluster import describe_placement
 from rayclust.runtime.inputs import input_shards
 from rayclust.runtime.models import load_run_encoder
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds
-from rayclust.store import filesystem
+from rayclust.store import storage
 from rayclust.store.sources import read_records, read_rows
 
 GIGABYTE = 1e9
@@ -109,7 +109,7 @@ class _Checks:
         return f"method {self.config.method.name}, {clusters} clusters"
 
     def run(self) -> str:
-        filesystem.check_writable(self.config.run)
+        storage.check_writable(self.config.run)
         return f"{self.config.run} can be written"
 
     def list_images(self) -> str:

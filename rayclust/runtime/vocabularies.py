@@ -15,9 +15,9 @@ from rayclust.language.naming import encode_words
 from rayclust.language.vocabulary import Candidates, Vocabulary
 from rayclust.runtime.models import load_run_encoder
 from rayclust.runtime.pipeline import content_digest
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import read_manifest
+from rayclust.store.run import Run
 
 
 def cluster_names(run: Run) -> dict[int, str | None]:
@@ -72,13 +72,13 @@ def read_lists(config: RunConfig, labels: Callable[[], Iterable[str]] | None = N
         elif kind == "imagenet":
             lists.append(vocabulary.imagenet())
         else:
-            lists.append(vocabulary.from_text(filesystem.read_bytes(name), name))
+            lists.append(vocabulary.from_text(storage.read_bytes(name), name))
     return lists
 
 
 def _read_embeddings(uri: str) -> Vocabulary:
     try:
-        with filesystem.open_input(uri) as source:
+        with storage.open_input(uri) as source:
             table = pq.read_table(source)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"label.vocabulary = {uri}: is not a readable parquet file ({error})") from None

@@ -20,8 +20,8 @@ from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
-from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
 
 def run(context: StageContext) -> StageResult:

@@ -45,8 +45,8 @@ from rayclust.runtime.tasks import (
     run_and_mark,
     run_tasks,
 )
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.run import Run
 from rayclust.store.sources import Record, Shard, read_records, read_rows
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def run(context: StageContext) -> StageResult:
     work = _import_rows if listed.shards[0].has_embeddings else _encode_images
     moments = MomentsInOrder()
     results = work(context, units, moments)
-    filesystem.remove_tree(context.run.at("manifests", "encode-inputs"))
+    storage.remove_tree(context.run.at("manifests", "encode-inputs"))
     counts = {name: sum(result.counts[name] for result in results) for name in ("rows", "rejects", "labelled")}
     reasons = Counter[str]()
     for result in results:
@@ -179,7 +179,7 @@ def _check_reject_share(config: RunConfig, rejected: int, total: int | None, rea
         raise DataError(
             f"encode: {rejected} of {total} images rejected{why}, {rejected / total:.1%}, "
             f"above images.max_reject_share = {config.images.max_reject_share:g}: "
-            f"see {filesystem.join(config.run, 'rejects')}, then mend the input or raise the bound"
+            f"see {storage.join(config.run, 'rejects')}, then mend the input or raise the bound"
         )
 
 
@@ -309,7 +309,7 @@ def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
         unit, uri = wanted[shard.index], context.run.at("manifests", "encode-inputs", f"{shard.index:05d}.json")
         if digest != unit.digest:
             raise DataError(f"{shard.uri}: the input has changed since it was listed; run again when it is at rest")
-        filesystem.write_json(uri, shard.to_json())
+        storage.write_json(uri, shard.to_json())
         return {
             "unit": json.dumps({"index": unit.index, "digest": unit.digest, "row_start": shard.first}),
             "shard": uri,
@@ -343,7 +343,7 @@ class ReadAndDecode:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Yield the chunks of each shard named in `batch`, in order."""
         for unit, shard in zip(batch["unit"].to_pylist(), batch["shard"].to_pylist(), strict=True):
-            yield from self._chunks(unit, Shard.from_json(filesystem.read_json(shard)))
+            yield from self._chunks(unit, Shard.from_json(storage.read_json(shard)))
 
     def _chunks(self, unit: str, shard: Shard) -> Iterator[pa.Table]:
         records, started = iter(read_records(shard, self._preprocess.max_bytes)), time.monotonic()

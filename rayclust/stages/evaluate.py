@@ -19,7 +19,7 @@ from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
 from rayclust.runtime.rows import features_at, row_starts, transform_of
 from rayclust.store import tables
-from rayclust.store.layout import Run
+from rayclust.store.run import Run
 
 MEMBERSHIP_ROWS = 1000
 """Rows of the seeded sample on which a method's Π is measured."""

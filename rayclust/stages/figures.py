@@ -51,9 +51,9 @@ from rayclust.runtime.pipeline import (
 )
 from rayclust.runtime.rows import features_at, labels_at, row_starts, transform_of
 from rayclust.runtime.vocabularies import cluster_names
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import read_json_output
+from rayclust.store.run import Run
 
 MAP_ROWS = 3000
 """Rows of the map and of the spectrum of all rows."""
@@ -291,10 +291,10 @@ def export(config: RunConfig, out: str | None) -> list[str]:
     run, seals = Run(config.run), Manifests(config)
     chosen = seals.of(SELECT_K) if config.needs_selection else None
     selection = read_json_output(run, SELECT_K, run.selection) if chosen is not None else None
-    folder = numbers(run, "") if out is None else filesystem.absolute(out)
+    folder = numbers(run, "") if out is None else storage.absolute(out)
     files = {f"{drawn.key}.svg": svg.standalone(drawn.svg, drawn.text).encode() for drawn in drawings(run, selection)}
     for name in _TABLES if out is not None else ():
-        files[name] = filesystem.read_bytes(numbers(run, name))
+        files[name] = storage.read_bytes(numbers(run, name))
     listed = {"map.csv": tables.read_table(numbers(run, "map.parquet"))}
     if selection is not None:
         listed["selection.csv"] = pa.Table.from_pylist(selection["candidates"])
@@ -304,8 +304,8 @@ def export(config: RunConfig, out: str | None) -> list[str]:
         pyarrow.csv.write_csv(table.select(flat), buffer)
         files[name] = buffer.getvalue()
     for name, data in files.items():
-        filesystem.write_bytes(filesystem.join(folder, name), data)
-    return [filesystem.join(folder, name) for name in files]
+        storage.write_bytes(storage.join(folder, name), data)
+    return [storage.join(folder, name) for name in files]
 
 
 def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawing]:

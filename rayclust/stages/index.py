@@ -20,9 +20,9 @@ from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_
 from rayclust.runtime.rows import blocks, features_at, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.index import VectorIndex, build_index
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
 ENCODER, OWN = "encoder", "z"
 """The spaces that a run can be searched in."""
@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageResult:
     if "train" in context.inputs:
         more, extra[OWN], found[OWN] = _own_space(context, job)
         outputs |= more
-        outputs |= put_json(context.run, filesystem.join(context.run.index_folder, RETRIEVAL), found)
+        outputs |= put_json(context.run, storage.join(context.run.index_folder, RETRIEVAL), found)
         summary += f"; in {OWN}: {extra[OWN]['kind']}{_recall(extra[OWN])}"
     return StageResult(outputs, {"rows": starts[-1]}, extra, summary)
 
@@ -89,7 +89,7 @@ def _build(job: _Job, stream: Blocks, name: str) -> tuple[Outputs, dict[str, Any
     if kind == "auto":
         kind = "ivf" if job.starts[-1] > job.config.flat_rows else "flat"
     index = build_index(stream, count=job.starts[-1], kind=kind, seed=job.seed, k=10)
-    outputs = put_bytes(job.run, filesystem.join(job.run.index_folder, name), index.to_bytes())
+    outputs = put_bytes(job.run, storage.join(job.run.index_folder, name), index.to_bytes())
     return outputs, {"kind": kind, "recall": index.recall}, index
 
 
@@ -116,8 +116,8 @@ def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any
     run_tasks(context.run, "index", units, work.represent)
     found: tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]] = run_remotely(work.build)
     # Marks first: without marks the rows are made again, marks without rows would be wrong.
-    filesystem.remove_tree(context.run.at("manifests", "index"))
-    filesystem.remove_tree(context.run.at("index", "scratch"))
+    storage.remove_tree(context.run.at("manifests", "index"))
+    storage.remove_tree(context.run.at("index", "scratch"))
     return found
 
 
@@ -154,7 +154,7 @@ class _OwnSpace:
                 yield UNIT(rows), np.arange(start, starts[part + 1])
 
     def _at(self, part: int) -> str:
-        return filesystem.join(self.folder, f"part-{part:05d}.parquet")
+        return storage.join(self.folder, f"part-{part:05d}.parquet")
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
 FEW_WORDS = 5000
 """With at most so many words, all images vote under `label.voters: auto`."""
@@ -139,7 +139,7 @@ class Votes:
     def _clusters(self, part: int) -> np.ndarray:
         """Return the clusters of one part, Int32[B], −1 for rows that do not vote."""
         clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
-        if filesystem.stat(self._at("voters.parquet")) is None:
+        if storage.stat(self._at("voters.parquet")) is None:
             return clusters
         rows = _voters(self._at("voters.parquet"))
         start, stop = np.searchsorted(rows, self.starts[part : part + 2])
@@ -168,7 +168,7 @@ class Votes:
         return total
 
     def _at(self, name: str) -> str:
-        return filesystem.join(self.folder, name)
+        return storage.join(self.folder, name)
 
 
 def sample_of_each(clusters: np.ndarray, most: int, seed: int) -> np.ndarray:
@@ -313,8 +313,8 @@ def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName
         if naming in names:
             facts[key] = run_remotely(votes.named_as_classes, [name.name for name in names[naming]])
     # Marks first: without marks the votes are counted again, marks without votes would be wrong.
-    filesystem.remove_tree(context.run.at("manifests", "label"))
-    filesystem.remove_tree(context.run.at("label"))
+    storage.remove_tree(context.run.at("manifests", "label"))
+    storage.remove_tree(context.run.at("label"))
     return names, facts
 
 
@@ -322,7 +322,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     content: dict[str, Any] = {"label": settings_of(config.label), "encoder": settings_of(config.encoder)}
     files = [name for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
     if files:
-        found = [filesystem.stat(name) for name in files]
+        found = [storage.stat(name) for name in files]
         content["words"] = [file.stamp if file else None for file in found]
     return content | {"features": settings_of(config.features), "seed": config.seed}
 

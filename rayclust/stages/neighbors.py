@@ -18,9 +18,9 @@ from rayclust.runtime.rows import blocks, part_features, row_starts, transform_o
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.knn import RunningTopK
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def run(context: StageContext) -> StageResult:
         results = run_tasks(context.run, "neighbors", units, _Exact(context.run, starts, transform, k).search)
     drop_stale_parts(context.run.neighbors_folder, len(starts) - 1)
     drop_scratch(context.run, len(units))
-    filesystem.remove(filesystem.join(context.run.neighbors_folder, _OLD_INDEX))
+    storage.remove(storage.join(context.run.neighbors_folder, _OLD_INDEX))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     extra |= {"method": method, "k": k}
     recall = f", recall@{k} {extra['recall']:.3f}" if "recall" in extra else ""

@@ -32,9 +32,9 @@ from rayclust.runtime.tasks import STORAGE_THREADS, Task, TaskResult, finished_t
 from rayclust.search.index import recall_at_k
 from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, train_centers
 from rayclust.search.knn import TopKInt64, unpack_keys
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
 from rayclust.store.manifest import digest_of, read_unchanged
+from rayclust.store.run import Run
 
 THREADS = 16
 """Ranges that a worker reads at once."""
@@ -155,7 +155,7 @@ def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: in
 
 
 def _range(uri: str, kind: np.dtype[Any], head: int, start: int, end: int) -> np.ndarray:
-    data = filesystem.read_range(uri, head + start * kind.itemsize, head + end * kind.itemsize)
+    data = storage.read_range(uri, head + start * kind.itemsize, head + end * kind.itemsize)
     if len(data) != (end - start) * kind.itemsize:
         raise ArtefactError(f"{uri}: is shorter than was written; remove it and run `rayclust neighbors RUN.yaml`")
     return np.frombuffer(data, kind)
@@ -421,11 +421,11 @@ def drop_scratch(run: Run, units: int) -> None:
 
     Marks go first: without marks the files are made again, marks without files would be wrong.
     """
-    markers = filesystem.walk(run.at("manifests", STAGE), suffixes=(".json",), missing_ok=True)
+    markers = storage.walk(run.at("manifests", STAGE), suffixes=(".json",), missing_ok=True)
     stale = [file.uri for file in markers if file.key.startswith("part-") and int(file.key[5:-5]) >= units]
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        list(threads.map(filesystem.remove, stale))
-    filesystem.remove_tree(run.at("neighbors", "scratch"))
+        list(threads.map(storage.remove, stale))
+    storage.remove_tree(run.at("neighbors", "scratch"))
 
 
 class _Phases:

@@ -16,9 +16,9 @@ from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
 from rayclust.runtime.rows import transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.stages.assign import assign
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run, parts
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, digest_of
+from rayclust.store.run import Run, parts
 
 SCHEMA = pa.schema(
     [
@@ -62,14 +62,14 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
     if given != wanted:
         raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
     _write(out, _table(run, scratch, config, encode, content_digest(train)))
-    filesystem.remove_tree(scratch.uri)
+    storage.remove_tree(scratch.uri)
     return {"rows": sealed.counts["rows"], "rejects": sealed.counts["rejects"]}
 
 
 def _scratch(config: RunConfig, images: str) -> tuple[Run, RunConfig]:
     """Return the scratch run of new images and its config: the run's encoder and limits, no labels or classes."""
-    uri = images if images.startswith(SCHEME) else filesystem.absolute(images)
-    scratch = Run(filesystem.join(config.run, "predict", digest_of(uri)))
+    uri = images if images.startswith(SCHEME) else storage.absolute(images)
+    scratch = Run(storage.join(config.run, "predict", digest_of(uri)))
     tree = config.model_dump(mode="json", exclude_unset=True)
     limits = {key: tree["images"][key] for key in ("shard_size", "max_bytes", "max_pixels") if key in tree["images"]}
     tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": "none", "max_reject_share": 1.0} | limits}
@@ -108,4 +108,4 @@ def _write(out: str, table: pa.Table) -> None:
         return
     buffer = io.BytesIO()
     pyarrow.csv.write_csv(table, buffer)
-    filesystem.write_bytes(out, buffer.getvalue())
+    storage.write_bytes(out, buffer.getvalue())

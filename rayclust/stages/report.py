@@ -32,9 +32,9 @@ from rayclust.runtime.tasks import STORAGE_THREADS
 from rayclust.stages.evaluate import contingency_uri
 from rayclust.stages.figures import drawings
 from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run, parts
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, read_json_output, read_manifest
+from rayclust.store.run import Run, parts
 from rayclust.store.sources import fetch_many
 
 EXAMPLES = 20
@@ -55,7 +55,7 @@ def run(context: StageContext) -> StageResult:
     # 1. Pictures of the clusters that have a card, and of the searches that stand side by side.
     near: dict[str, Any] = {}
     if "index" in context.inputs:
-        near = read_json_output(run, "index", filesystem.join(run.index_folder, RETRIEVAL))
+        near = read_json_output(run, "index", storage.join(run.index_folder, RETRIEVAL))
     shown = featured([cluster["size"] for cluster in clusters], limits)
     wanted = {row for k in shown for row in clusters[k]["exemplars"] + clusters[k]["outliers"]}
     wanted |= {hit["row"] for space in (ENCODER, OWN) for hits in near.get(space, ()) for hit in hits}
@@ -66,7 +66,7 @@ def run(context: StageContext) -> StageResult:
         counts = tables.read_table(contingency_uri(run))
     majorities = {} if counts is None else _majorities(counts)
     # 3. The training.
-    history = tables.read_table(filesystem.join(run.model_folder, "metrics.parquet"))
+    history = tables.read_table(storage.join(run.model_folder, "metrics.parquet"))
     notes = _health(history)
     if label.extra.get("true_names"):
         notes.append(
@@ -105,7 +105,7 @@ def run(context: StageContext) -> StageResult:
 def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[MethodResult]:
     """Yield the run's method, its coarser levels, and methods that were run beside it on the same rows."""
     run, method = context.run, context.config.method.name
-    settings = read_json_output(run, "train", filesystem.join(run.model_folder, "config.json"))["config"]
+    settings = read_json_output(run, "train", storage.join(run.model_folder, "config.json"))["config"]
     named = {key: value for key, value in context.inputs["label"].extra.items() if key.startswith("name_accuracy")}
     yield MethodResult(
         name=method,
@@ -118,8 +118,8 @@ def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[MethodR
             metrics={key: value for key, value in level.items() if isinstance(value, float)},
         )
     try:
-        beside = filesystem.read_json(run.at("beside.json"))  # the demo leaves it: scores of each seed
-    except filesystem.MissingError:
+        beside = storage.read_json(run.at("beside.json"))  # the demo leaves it: scores of each seed
+    except storage.MissingError:
         return
     for name, runs in beside.items():
         if name != method:

@@ -23,9 +23,9 @@ from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, read_manifest, read_output
+from rayclust.store.run import Run
 
 _COLUMN_WIDTH = 60
 """Letters of a column where two spaces stand side by side."""
@@ -131,7 +131,7 @@ def _require_index(run: Run, seals: Manifests, space: str) -> None:
 def _nearest(run: Run, query: np.ndarray, space: str, top: int) -> dict[int, float]:
     """Return cosines by row, nearest first."""
     name = OWN_INDEX if space == OWN else ENCODER_INDEX
-    index = load_index(read_output(run, "index", filesystem.join(run.index_folder, name)))
+    index = load_index(read_output(run, "index", storage.join(run.index_folder, name)))
     rows, similarity = index.search(query, top)
     return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
 
@@ -149,7 +149,7 @@ def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray
     """Encode the query, Float32[1 D]."""
     if (image is None) == (text is None):
         raise ConfigError("search: give either --image FILE or --text WORDS")
-    data = filesystem.read_bytes(image) if image is not None else b""
+    data = storage.read_bytes(image) if image is not None else b""
     encoder = load_run_encoder(config)
     if text is not None:
         if not encoder.has_text:

@@ -57,9 +57,9 @@ from rayclust.runtime.tasks import (
     run_and_mark,
 )
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, digest_of
+from rayclust.store.run import Run
 from rayclust.training.loop import CheckpointInterval, Trainer
 
 REVISION = 2
@@ -150,7 +150,7 @@ def examine(search: Search, clusters: int) -> TaskResult:
 def drop_checkpoints(search: Search, clusters: int) -> None:
     """Remove the checkpoints of a candidate's fits."""
     for seed in range(search.config.select_k.seeds):
-        filesystem.remove_tree(search.run.checkpoints(_fit_digest(search, clusters, seed)))
+        storage.remove_tree(search.run.checkpoints(_fit_digest(search, clusters, seed)))
 
 
 def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple[Method, list[dict[str, Any]]]]:
@@ -158,7 +158,7 @@ def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple
     clusters = config.method.clusters
     if not refits(config):
         folder = search.run.selection_fit
-        history = tables.read_table(filesystem.join(folder, "metrics.parquet")).to_pylist()
+        history = tables.read_table(storage.join(folder, "metrics.parquet")).to_pylist()
         marked = read_mark(search.run.shard_manifest(FIT, SELECT_K))
         digests = {path: written["digest"] for path, written in marked[1].outputs.items()} if marked else {}
         fitted = read_method(folder, SELECT_K, digests)
@@ -457,9 +457,9 @@ def _drop_outdated(search: Search, tried: Iterable[int]) -> None:
     run = search.run
     for k, marker in done_marks(run, SELECT_K):
         if k != FIT and k not in tried and marker != search.unit(k).digest:
-            filesystem.remove_tree(run.candidate(k))
-            filesystem.remove(run.candidate(k) + ".json")
-            filesystem.remove(run.shard_manifest(k, SELECT_K))
+            storage.remove_tree(run.candidate(k))
+            storage.remove(run.candidate(k) + ".json")
+            storage.remove(run.shard_manifest(k, SELECT_K))
 
 
 def candidate_settings(config: RunConfig) -> dict[str, Any]:

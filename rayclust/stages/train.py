@@ -51,9 +51,9 @@ from rayclust.runtime.pipeline import (
 )
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache
-from rayclust.store import checked, filesystem
-from rayclust.store.layout import Run
+from rayclust.store import manifest, storage
 from rayclust.store.manifest import Manifest, read_unchanged
+from rayclust.store.run import Run
 from rayclust.training.loop import CheckpointInterval, Trainer
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _copy_chosen(context: StageContext, chosen: dict[str, Any]) -> StageResult:
     run, outputs = context.run, Outputs()
     for path, digest in chosen["outputs"].items():
         data = read_unchanged(run.at(path), digest, SELECT_K)
-        outputs |= put_bytes(run, filesystem.join(run.model_folder, path.rpartition("/")[2]), data)
+        outputs |= put_bytes(run, storage.join(run.model_folder, path.rpartition("/")[2]), data)
     counts = {"rows": context.inputs["encode"].counts["rows"], "steps": chosen["steps"]}
     summary = f"{context.config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
     return StageResult(outputs, counts, {}, summary)
@@ -116,9 +116,9 @@ def fit(job: Job) -> dict[str, Any]:
     connect()
     # Ray Train wants a folder for checkpoints; nothing is put there, ours lie below the run.
     folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
-    with drop_rows_on_error(job.digest), folder as storage, plain_errors(), _WatchMetrics(job.stage) as metrics:
-        result = _fit(job, metrics, storage)
-    filesystem.remove_tree(Run(job.config.run).checkpoints(job.digest))
+    with drop_rows_on_error(job.digest), folder as scratch, plain_errors(), _WatchMetrics(job.stage) as metrics:
+        result = _fit(job, metrics, scratch)
+    storage.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
 
 
@@ -216,7 +216,7 @@ def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any
     names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
     table = pa.table({name: [row.get(name) for row in rows] for name in names or ["epoch"]})
     outputs = save_method(run, method.state(), folder)
-    outputs |= put_table(run, filesystem.join(folder, "metrics.parquet"), table)
+    outputs |= put_table(run, storage.join(folder, "metrics.parquet"), table)
     last = history[-1] if history else {}
     return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
 
@@ -235,30 +235,32 @@ class StoredCheckpoints:
         if not distributed.is_main():
             return
         data = safetensors.torch.save(tensors)
-        filesystem.write_bytes(self._at(step, "tensors.safetensors"), data)
-        checked.write(self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state})
+        storage.write_bytes(self._at(step, "tensors.safetensors"), data)
+        manifest.write_checked(
+            self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state}
+        )
         for old in self._steps()[:-CHECKPOINTS_KEPT]:
-            filesystem.remove_tree(filesystem.join(self._folder, f"step-{old:09d}"))
+            storage.remove_tree(storage.join(self._folder, f"step-{old:09d}"))
 
     def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the newest checkpoint whose tensors match its state, or None."""
         for step in reversed(self._steps()):
             try:
-                content = checked.read(self._at(step, "state.json"))
-                data = filesystem.read_bytes(self._at(step, "tensors.safetensors"))
+                content = manifest.read_checked(self._at(step, "state.json"))
+                data = storage.read_bytes(self._at(step, "tensors.safetensors"))
                 if content["digest"] == hashlib.sha256(data).hexdigest():
                     logger.info("train: resuming at step %d", step)
                     return safetensors.torch.load(data), content["state"]
-            except (filesystem.MissingError, ArtefactError, KeyError, TypeError):
+            except (storage.MissingError, ArtefactError, KeyError, TypeError):
                 continue
         return None
 
     def _at(self, step: int, name: str) -> str:
-        return filesystem.join(self._folder, f"step-{step:09d}", name)
+        return storage.join(self._folder, f"step-{step:09d}", name)
 
     def _steps(self) -> list[int]:
         """Return the steps with a state, in order."""
-        found = filesystem.walk(self._folder, suffixes=("state.json",), missing_ok=True)
+        found = storage.walk(self._folder, suffixes=("state.json",), missing_ok=True)
         return sorted(int(file.key[5:14]) for file in found)
 
 
@@ -377,7 +379,7 @@ class _TensorBoard:
 
     def _upload(self) -> None:
         for file in Path(self._folder.name).iterdir():
-            filesystem.write_bytes(filesystem.join(self._target, file.name), file.read_bytes())
+            storage.write_bytes(storage.join(self._target, file.name), file.read_bytes())
         self._uploaded = time.monotonic()
 
 

@@ -21,8 +21,8 @@ from rayclust.errors import ArtefactError
 from rayclust.methods.base import Batch
 from rayclust.runtime.pipeline import run_all
 from rayclust.stages import train
-from rayclust.store import checked
-from rayclust.store.filesystem import MissingError
+from rayclust.store import manifest
+from rayclust.store.storage import MissingError
 from rayclust.training.sampling import PairBatches
 from tests.chaos.nodes import Nodes, start
 from tests.stages.in_process import Metrics, without_ray
@@ -94,7 +94,7 @@ def newest(run: Path) -> dict[str, Any]:
     """The state in the newest checkpoint that can be read; they come and go."""
     for path in sorted((run / "checkpoints").glob("*/step-*/state.json"), reverse=True):
         try:
-            return dict(checked.read(str(path))["state"])
+            return dict(manifest.read_checked(str(path))["state"])
         except (MissingError, ArtefactError):
             continue
     return {"step": 0, "sharing": 0}

@@ -13,7 +13,7 @@ import rayclust
 from rayclust.config import parse, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime.api import as_yaml, load, load_config, load_run, quick, run, with_absolute_paths
-from rayclust.store import filesystem
+from rayclust.store import storage
 from tests.sealed import Sealed
 from tests.stages.runs import tree, write_folder, write_yaml
 
@@ -121,7 +121,7 @@ def test_a_run_is_found_by_its_folder_from_anywhere(pictures_run: Sealed, monkey
 
 
 def test_a_run_that_was_moved_lies_where_it_lies_now(pictures_run: Sealed, tmp_path: Path):
-    filesystem.write_json(str(tmp_path / "config.json"), filesystem.read_json(pictures_run.run.config))
+    storage.write_json(str(tmp_path / "config.json"), storage.read_json(pictures_run.run.config))
     assert load_run(str(tmp_path)).run == str(tmp_path)
 
 

@@ -31,8 +31,8 @@ from rayclust.stages.encode import (
     _items,
     chunk_rows,
 )
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
+from rayclust.store.run import Run
 from rayclust.store.sources import Shard, plan_shards
 from tests.stages.runs import picture, tree, write_folder, write_tars
 
@@ -56,7 +56,7 @@ def test_an_item_names_unit_and_shard_of_what_is_left(images: Path):
         {"index": 0, "digest": units[0].digest, "row_start": 0},
         {"index": 2, "digest": units[2].digest, "row_start": units[2].payload.first},
     ]
-    shards = [Shard.from_json(filesystem.read_json(item["shard"])) for item in items]
+    shards = [Shard.from_json(storage.read_json(item["shard"])) for item in items]
     assert [shard.name for shard in shards] == ["shard-000", "shard-002"]
 
 
@@ -100,7 +100,7 @@ def chunks(source: Path, rows: int, shard_size: int = 512) -> list[dict[str, Any
     found = []
     for shard in plan_shards(str(source), shard_size=shard_size):
         uri = str(source.parent / f"{shard.index}.json")
-        filesystem.write_json(uri, shard.to_json())
+        storage.write_json(uri, shard.to_json())
         batch = pa.table({"unit": [json.dumps(shard.index)], "shard": [uri]})
         for table in ReadAndDecode(rows, PREPROCESS)(batch):
             assert table.schema.equals(CHUNK)
@@ -145,7 +145,7 @@ def test_an_image_that_vanished_or_grew_since_it_was_listed_is_a_reject(tmp_path
     [shard] = plan_shards(str(images))
     (images / "a.png").unlink()
     (images / "c.png").write_bytes(bytes(100_001))
-    filesystem.write_json(str(tmp_path / "s.json"), shard.to_json())
+    storage.write_json(str(tmp_path / "s.json"), shard.to_json())
     batch = pa.table({"unit": ["u"], "shard": [str(tmp_path / "s.json")]})
     [chunk] = [row for table in ReadAndDecode(10, PREPROCESS)(batch) for row in table.to_pylist()]
     assert [record["key"] for record in chunk["records"]] == ["b.png"]
@@ -286,10 +286,10 @@ def test_a_chunk_that_comes_twice_is_taken_once(tmp_path: Path):
     for number in (0, 0, 2, 1, 1, 0, 2):
         writer.add(unit(0), *CHUNKS[number])
     assert tables.read_table(run.embeddings(0)).num_rows == 5
-    before = filesystem.read_bytes(run.embeddings(0))
-    filesystem.remove(run.embeddings(0))
+    before = storage.read_bytes(run.embeddings(0))
+    storage.remove(run.embeddings(0))
     writer.add(unit(0), *CHUNKS[2])
-    assert not filesystem.exists(run.embeddings(0)), "a late copy of a chunk wrote a whole shard again"
+    assert not storage.exists(run.embeddings(0)), "a late copy of a chunk wrote a whole shard again"
     assert before
 
 

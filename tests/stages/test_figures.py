@@ -25,8 +25,8 @@ from rayclust.stages.figures import (
     planar_map,
     sample,
 )
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
+from rayclust.store.run import Run
 from tests.report.pages import chart, tips, words
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
@@ -53,7 +53,7 @@ def test_of_many_rows_and_clusters_a_seeded_drawn_is_drawn() -> None:
 
 
 def test_the_numbers_of_a_method_without_a_space_of_its_own(vectors_run: Sealed) -> None:
-    summary = filesystem.read_json(numbers(vectors_run.run, "summary.json"))
+    summary = storage.read_json(numbers(vectors_run.run, "summary.json"))
     assert summary["spaces"] == ["features"]
     assert summary["membership"] == "kernel"
     assert (summary["rows"], summary["clusters"]) == (7, 2)
@@ -95,7 +95,7 @@ def own_space(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch
 def test_a_space_of_its_own_stands_beside_the_features(own_space: RunConfig) -> None:
     run_stage("figures", own_space, force=True)
     folder = Path(own_space.run) / "figures"
-    summary = filesystem.read_json(numbers(Run(own_space.run), "summary.json"))
+    summary = storage.read_json(numbers(Run(own_space.run), "summary.json"))
     assert summary["spaces"] == ["features", "z"]
     assert summary["membership"] == "codes"
     assert set(summary["precision"]) == {"features", "z"}

@@ -17,7 +17,7 @@ from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task
 from rayclust.stages import label
 from rayclust.stages.label import FEW_WORDS, VOTERS, WITHOUT_CLASSES, Votes, sample_of_each
-from rayclust.store import filesystem
+from rayclust.store import storage
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
 
@@ -93,7 +93,7 @@ def test_one_word_names_every_cluster(named: RunConfig):
 def test_killed_while_the_votes_are_swept_away_it_names_again(
     named: RunConfig, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ):
-    remove_tree = filesystem.remove_tree
+    remove_tree = storage.remove_tree
 
     def killed(uri: str) -> None:
         if uri.endswith(dies_in):
@@ -101,7 +101,7 @@ def test_killed_while_the_votes_are_swept_away_it_names_again(
         remove_tree(uri)
 
     with monkeypatch.context() as patch:
-        patch.setattr(filesystem, "remove_tree", killed)
+        patch.setattr(storage, "remove_tree", killed)
         with pytest.raises(KeyboardInterrupt):
             run_stage("label", named)
     assert run_stage("label", named).counts["named"] == 2

@@ -35,8 +35,8 @@ from rayclust.stages.neighbors_ivf import (
     row_records,
 )
 from rayclust.store import tables
-from rayclust.store.layout import Run, parts
 from rayclust.store.manifest import Manifest
+from rayclust.store.run import Run, parts
 from tests.chaos.faults import Fault, Killed, artefacts, damage, storage_with
 from tests.references import nearest_rows
 from tests.stages.runs import tree, write_tars

@@ -12,9 +12,9 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.runtime.pipeline import StageContext, run_stage
 from rayclust.stages import report
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
 from rayclust.store.manifest import read_manifest
+from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
 
@@ -59,7 +59,7 @@ def context_of(config: RunConfig) -> StageContext:
 
 def test_methods_run_beside_this_one_are_shown_with_mean_and_spread(copied: RunConfig):
     beside = {"temi": [{"accuracy": 0.5, "nmi": 0.25}, {"accuracy": 0.7, "nmi": 0.25}], "kmeans": [{"accuracy": 0.1}]}
-    filesystem.write_json(Run(copied.run).at("beside.json"), beside)
+    storage.write_json(Run(copied.run).at("beside.json"), beside)
     _, other = report._methods(context_of(copied), {})
     assert other.name == "temi"
     assert other.metrics["accuracy"] == pytest.approx(0.6)

@@ -31,8 +31,8 @@ from rayclust.runtime.tasks import TaskResult
 from rayclust.stages import select_k, train
 from rayclust.stages.select_k import Search, _raise_failure, _trials_of_node, examine
 from rayclust.stages.train import StoredCheckpoints
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.run import Run
 from tests.stages.conftest import Sealed, sealed_run
 from tests.stages.planted import planted, planted_tree
 from tests.stages.runs import tree, write_yaml
@@ -41,7 +41,7 @@ TRUE = 4
 
 
 def chosen(run: str) -> dict[str, Any]:
-    found: dict[str, Any] = filesystem.read_json(Run(run).selection)
+    found: dict[str, Any] = storage.read_json(Run(run).selection)
     return found
 
 
@@ -99,11 +99,11 @@ def test_the_true_number_is_chosen_and_written_with_its_reason(found_run: Sealed
         assert {"coding_length", "silhouette", "calinski_harabasz", "davies_bouldin"} < set(row)
         assert {"neighbor_agreement", "modularity", "stability", "smallest", "largest", "empty"} < set(row)
         assert all(math.isfinite(value) for value in row.values())
-        assert filesystem.read_json(found_run.run.candidate(row["k"]) + ".json")["criteria"].items() <= row.items()
+        assert storage.read_json(found_run.run.candidate(row["k"]) + ".json")["criteria"].items() <= row.items()
 
 
 def test_later_stages_work_with_the_chosen_number_and_every_way_into_the_run_knows_it(found_run: Sealed):
-    assert filesystem.read_json(found_run.run.metrics)["clusters"] == TRUE
+    assert storage.read_json(found_run.run.metrics)["clusters"] == TRUE
     assert len(found_run.manifest("assign").extra["sizes"]) == TRUE
     assert read_method(found_run.run.model_folder, "train").config.clusters == TRUE
     assert load(found_run.config.run).clusters.num_rows == TRUE
@@ -177,10 +177,10 @@ def test_a_number_in_the_place_of_the_candidates_trains_with_it_and_goes_back_fo
 ):
     settled = other(copied, method={"clusters": 3})
     run_all(settled)
-    assert filesystem.read_json(copied.run.metrics)["clusters"] == 3
+    assert storage.read_json(copied.run.metrics)["clusters"] == 3
     assert run_stage("select-k", settled).outputs == {}
     run_all(copied.config)
-    assert filesystem.read_json(copied.run.metrics)["clusters"] == TRUE
+    assert storage.read_json(copied.run.metrics)["clusters"] == TRUE
     assert examined == []
 
 
@@ -338,7 +338,7 @@ def test_a_node_holds_as_many_trials_as_its_scarcest_resource_allows(
 
 
 def read_choice(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = filesystem.read_json(Run(str(folder / "run")).selection)
+    found: dict[str, Any] = storage.read_json(Run(str(folder / "run")).selection)
     return found
 
 
@@ -370,7 +370,7 @@ def test_a_run_finds_its_own_number_and_goes_on_to_the_page(
     assert run_command(["run", str(config)]) == 0
     found = read_choice(tmp_path)
     assert 10 / 1.5 <= found["chosen"] <= 10 * 1.5, "scanned digits are ten classes"
-    metrics = filesystem.read_json(str(tmp_path / "run" / "metrics.json"))
+    metrics = storage.read_json(str(tmp_path / "run" / "metrics.json"))
     assert metrics["clusters"] == found["chosen"]
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert "Number of clusters" in page
@@ -516,6 +516,6 @@ def test_rows_that_are_all_in_one_cluster_have_no_silhouette(rows_run: Sealed, t
     same = np.ones((12, 4), np.float32)
     settings = validate(planted_tree(tmp_path, same, method={"clusters": [2, 3]}))
     run_all(settings, stop_after="select-k")
-    criteria = filesystem.read_json(str(tmp_path / "run" / "selection" / "k-00002.json"))["criteria"]
+    criteria = storage.read_json(str(tmp_path / "run" / "selection" / "k-00002.json"))["criteria"]
     assert "silhouette" not in criteria
     assert criteria["empty"] == 1

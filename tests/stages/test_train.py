@@ -25,7 +25,7 @@ from rayclust.stages.train import (
     Trackers,
     _check_every_worker_count,
 )
-from rayclust.store.layout import Run
+from rayclust.store.run import Run
 from rayclust.training.loop import CLOCK_STEPS
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree

@@ -23,12 +23,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat, UnreadableError
+from rayclust.store import storage
 from rayclust.store.prefetch import prefetch
 from rayclust.store.sources import parquet
 from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text
 from rayclust.store.sources.parquet import EMBEDDING_NAMES, Columns, Footer, RowNames, describe_columns
+from rayclust.store.storage import FileStat, UnreadableError
 
 LoadTensors = Callable[[Path], Any]
 """Reads a `.pt` file without running code in it: a tensor, or dicts and lists of tensors and plain values."""
@@ -122,11 +122,11 @@ def _inspect(file: FileStat) -> _ArrayFile | Footer | None:
     stem, _, ending = file.uri.rpartition(".")
     places = [f"{stem}_labels", f"{stem}-labels", f"{file.uri.rpartition('/')[0]}/labels"]
     endings = dict.fromkeys(["npy", ending.lower()])
-    candidates = (filesystem.stat(f"{place}.{end}") for place in places for end in endings)
+    candidates = (storage.stat(f"{place}.{end}") for place in places for end in endings)
     beside = [next((found for found in candidates if found is not None), None)]
     match = _CLIP_RETRIEVAL.fullmatch(file.uri)
     if match:
-        beside.append(filesystem.stat(f"{match['folder'] or ''}metadata/metadata_{match['number']}.parquet"))
+        beside.append(storage.stat(f"{match['folder'] or ''}metadata/metadata_{match['number']}.parquet"))
     present = [found for found in beside if found is not None]
 
     # 2. A damaged header may claim any number of rows: only those within the file count.
@@ -275,7 +275,7 @@ def read_npy(shard: Shard, width: int | None) -> Rows:
     Rows that a file cut short lacks are one reject, of the shard that holds the last row before them.
     """
     try:
-        header, size = read_npy_header(shard.uri), getattr(filesystem.stat(shard.uri), "size", 0)
+        header, size = read_npy_header(shard.uri), getattr(storage.stat(shard.uri), "size", 0)
         values = read_npy_rows(shard.uri, header, shard.start, shard.count)
     except UnreadableError as error:
         return _unreadable(shard, str(error), width)
@@ -315,7 +315,7 @@ def read_pt(shard: Shard, width: int | None, load_tensors: LoadTensors | None) -
 
 def _named_arrays(uri: str, load_tensors: LoadTensors) -> dict[str, NDArray[Any]]:
     """Load every array in a file by its innermost name; one that stands alone has an empty name."""
-    with filesystem.local_copy(uri) as path:
+    with storage.local_copy(uri) as path:
         try:
             return dict(_walk_tensors(load_tensors(path)))
         except UnreadableError:
@@ -427,7 +427,7 @@ def read_npy_header(uri: str) -> NpyHeader:
         DamagedNpyError: there is none.
         DataError: the array holds Python objects or records, which are not read.
     """
-    start = io.BytesIO(filesystem.read_bytes(uri, _HEADER_BYTES))
+    start = io.BytesIO(storage.read_bytes(uri, _HEADER_BYTES))
     try:
         version = np.lib.format.read_magic(start)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -464,11 +464,11 @@ def read_npy_rows(uri: str, header: NpyHeader, start: int = 0, count: int | None
     total, row_bytes = header.shape[0], header.row_bytes
     end = total if count is None else min(start + count, total)
     if header.is_fortran and len(header.shape) > 1:
-        data = filesystem.read_bytes(uri)[header.offset :]
+        data = storage.read_bytes(uri)[header.offset :]
         if len(data) < total * row_bytes:
             raise DamagedNpyError("the file ends early")
         values = np.frombuffer(data, header.dtype, math.prod(header.shape))
         return np.ascontiguousarray(values.reshape(header.shape, order="F"))[start:end]
-    data = filesystem.read_range(uri, header.offset + start * row_bytes, header.offset + end * row_bytes)
+    data = storage.read_range(uri, header.offset + start * row_bytes, header.offset + end * row_bytes)
     rows = len(data) // row_bytes if row_bytes else 0
     return np.frombuffer(data[: rows * row_bytes], header.dtype).reshape(rows, *header.shape[1:])

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat, MissingError, UnreadableError
+from rayclust.store import storage
 from rayclust.store.manifest import digest_of
 from rayclust.store.prefetch import prefetch
 from rayclust.store.sources.base import IMAGE_SUFFIXES, Member, Record, Shard, folder_label, oversize_detail
+from rayclust.store.storage import FileStat, MissingError, UnreadableError
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
         if member.size > max_bytes:
             return reject("too_large", oversize_detail(member.size, max_bytes))
         try:
-            return Record(member.key, member.uri, filesystem.read_bytes(member.uri), label)
+            return Record(member.key, member.uri, storage.read_bytes(member.uri), label)
         except MissingError:
             return reject("missing", "the file was listed but cannot be opened")
         except UnreadableError as error:
             return reject("unreadable_file", str(error))
 
-    ahead = _CONCURRENT_READS if filesystem.is_remote(shard.uri) else 1
+    ahead = _CONCURRENT_READS if storage.is_remote(shard.uri) else 1
     for _, record in prefetch(read_member, shard.members, ahead):
         yield record

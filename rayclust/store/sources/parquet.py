@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat, UnreadableError
+from rayclust.store import storage
 from rayclust.store.prefetch import prefetch
 from rayclust.store.sources.base import (
     LABEL_NAMES,
@@ -29,6 +28,7 @@ from rayclust.store.sources.base import (
     label_text,
     oversize_detail,
 )
+from rayclust.store.storage import FileStat, UnreadableError
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture", "data", "content")
 EMBEDDING_NAMES = ("embedding", "embeddings", "image_embedding", "img_emb", "features", "feature", "vector", "emb")
@@ -215,7 +215,7 @@ class Footer:
 @contextmanager
 def opened(uri: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file of which only the requested row groups and columns are fetched."""
-    with filesystem.open_input(uri) as source:
+    with storage.open_input(uri) as source:
         metadata = pq.read_metadata(source)
         sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
         # A row group may hold more images than memory. Others are read at once: fewer requests, and a damaged page that

@@ -10,12 +10,12 @@ from functools import lru_cache
 from itertools import islice
 
 from rayclust.errors import ConfigError, DataError
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat, MissingError, UnreadableError
+from rayclust.store import storage
 from rayclust.store.prefetch import prefetch
 from rayclust.store.sources import embeddings, folder, parquet, webdataset
 from rayclust.store.sources.base import MAX_RECORD_BYTES, Record, Rows, Shard
 from rayclust.store.sources.embeddings import LoadTensors
+from rayclust.store.storage import FileStat, MissingError, UnreadableError
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ def detect_format(uri: str) -> str:
     Raises:
         DataError: nothing there can be read, or several of these lie side by side.
     """
-    root = filesystem.absolute(uri)
+    root = storage.absolute(uri)
     first: dict[str, FileStat] = {}
     tables = []
-    for file in islice(filesystem.walk(root), _SAMPLE):
+    for file in islice(storage.walk(root), _SAMPLE):
         kind = _file_kind(file.key)
         if kind == "table":
             tables.append(file)
@@ -129,11 +129,11 @@ def plan_shards(
         raise ConfigError(f"images.format = {format}: must be one of auto, {', '.join(FORMATS)}")
     if shard_size < 1:
         raise ConfigError(f"images.shard_size = {shard_size}: must be at least 1")
-    root = filesystem.absolute(uri)
+    root = storage.absolute(uri)
     kept = read_classes(classes)
     format = detect_format(root) if format == "auto" else format  # noqa: A001
     template = Shard(0, "", root, "", "", labels=labels, classes=None if kept is None else tuple(sorted(kept)))
-    files = filesystem.walk(root)
+    files = storage.walk(root)
     if format == "folder":
         if labels not in ("auto", "none", "folder"):
             raise DataError(
@@ -170,7 +170,7 @@ def read_classes(classes: Sequence[str] | str | None) -> frozenset[str] | None:
     if classes is None:
         return None
     if isinstance(classes, str):
-        text = filesystem.read_bytes(classes).decode("utf-8-sig", "backslashreplace")
+        text = storage.read_bytes(classes).decode("utf-8-sig", "backslashreplace")
         lines = [line.strip() for line in text.splitlines()]
         names = [line for line in lines if line and not line.startswith("#")]
         names = [name.split()[0].rstrip(",:") if _WORDNET_LINE.match(name) else name for name in names]
@@ -252,7 +252,7 @@ def fetch_many(uris: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
         DataError: the storage as a whole cannot be read.
     """
     files, groups = list[str](), dict[str, dict[str, str]]()
-    is_file = lru_cache(None)(lambda file: filesystem.stat(file) is not None)
+    is_file = lru_cache(None)(lambda file: storage.stat(file) is not None)
     for uri in dict.fromkeys(uris):
         match = _CONTAINER.fullmatch(uri)
         if match and is_file(match["file"]):
@@ -262,7 +262,7 @@ def fetch_many(uris: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
 
     def read_file(uri: str) -> bytes | None:
         try:
-            return filesystem.read_bytes(uri)
+            return storage.read_bytes(uri)
         except UnreadableError:
             return None
 

@@ -14,8 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat, UnreadableError
+from rayclust.store import storage
 from rayclust.store.sources.base import (
     IMAGE_SUFFIXES,
     LABEL_NAMES,
@@ -26,7 +25,7 @@ from rayclust.store.sources.base import (
     label_text,
     oversize_detail,
 )
-from rayclust.store.storage import is_hidden
+from rayclust.store.storage import FileStat, UnreadableError, is_hidden
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -104,7 +103,7 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
         DataError: the storage as a whole cannot be read.
     """
     try:
-        archive = filesystem.open_whole(shard.uri)
+        archive = storage.open_whole(shard.uri)
     except UnreadableError as error:
         yield shard.file_reject("unreadable_file", str(error))
         return
@@ -135,7 +134,7 @@ def fetch(uri: str, names: Collection[str]) -> dict[str, bytes]:
         UnreadableError: the tar cannot be read.
     """
     found = dict[str, bytes]()
-    with filesystem.open_whole(uri) as archive, decompress(archive)[0] as plain:
+    with storage.open_whole(uri) as archive, decompress(archive)[0] as plain:
         for member in scan_tar(plain):
             if isinstance(member, TarMember) and (name := escape_invalid(member.name)) in names and name not in found:
                 found[name] = _read_at(plain, member.offset, member.size)

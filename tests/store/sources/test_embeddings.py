@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem, tables
+from rayclust.store import storage, tables
 from rayclust.store.sources import Rows, Shard, plan_shards, read_rows
 from rayclust.store.sources.embeddings import (
     DamagedNpyError,
@@ -201,7 +201,7 @@ def test_a_file_that_is_gone(place: str) -> None:
     write(place, {"x.npy": npy(VALUES), "y.pt": npz(alone=VALUES)})
     shards = list(plan_shards(place))
     for shard in shards:
-        filesystem.remove(shard.uri)
+        storage.remove(shard.uri)
         rows = read_rows(shard, load_tensors=load_npz, width=5)
         assert rows.embeddings.shape == (0, 5)
         assert [(reject["key"], reject["reason"]) for reject in rows.rejects] == [(shard.name, "unreadable_file")]

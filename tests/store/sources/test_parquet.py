@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem
+from rayclust.store import storage
 from rayclust.store.sources import Record, Shard, fetch, parquet, plan_shards, read_records
 from rayclust.store.sources.parquet import Columns, RowNames, class_names
 from tests.store.inputs import image, write
@@ -105,7 +105,7 @@ def test_the_storage_failing_is_no_reject(tmp_path: Path, monkeypatch: pytest.Mo
 
     write(str(tmp_path), {"x.parquet": make({"image": IMAGES})})
     (shard,) = plan_shards(str(tmp_path))
-    monkeypatch.setattr(filesystem, "open_input", lambda _: Unreachable((tmp_path / "x.parquet").read_bytes()))
+    monkeypatch.setattr(storage, "open_input", lambda _: Unreachable((tmp_path / "x.parquet").read_bytes()))
     with pytest.raises(DataError, match="cannot reach"):
         list(read_records(shard))
 
@@ -117,7 +117,7 @@ def test_real_photographs(shared_data: Path) -> None:
     assert record.label == "chain saw"
     assert record.data is not None
     assert record.data[:2] == b"\xff\xd8"
-    assert filesystem.stat(shards[0].uri) is not None
+    assert storage.stat(shards[0].uri) is not None
 
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

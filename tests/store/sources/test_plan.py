@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat
+from rayclust.store import storage
 from rayclust.store.sources import (
     Shard,
     detect_format,
@@ -21,6 +20,7 @@ from rayclust.store.sources import (
     read_records,
     read_rows,
 )
+from rayclust.store.storage import FileStat
 from tests.store.inputs import gz, image, npy, parquet, samples, tar, vectors, write
 
 TAR = {"x.tar": tar(samples(1))}
@@ -107,7 +107,7 @@ def test_shards_come_while_the_listing_goes_on() -> None:
 
 
 def test_memory_does_not_grow_with_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "walk", lambda _: endless_listing(30_000))
+    monkeypatch.setattr(storage, "walk", lambda _: endless_listing(30_000))
     tracemalloc.start()
     shards = plan_shards("s3://b", "folder", shard_size=500)
     peaks = [tracemalloc.get_traced_memory()[1] for shard in shards if shard.index in (5, 59)]
@@ -116,7 +116,7 @@ def test_memory_does_not_grow_with_the_listing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_long_listing_is_not_read_to_its_end_to_know_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "walk", lambda _: endless_listing(10**12))
+    monkeypatch.setattr(storage, "walk", lambda _: endless_listing(10**12))
     assert detect_format("s3://b") == "folder"
 
 
@@ -199,7 +199,7 @@ def test_what_is_not_there(place: str) -> None:
     write(place, FETCHED["tar"] | FETCHED["parquet"] | {"e.npy": npy(vectors(2)), "bad.parquet": b"x"})
     missing = ["none.png", "d.v1/x.tar#none.png", "none.tar#a.png", "x.parquet#99", "x.parquet#x", "e.npy#0"]
     missing += ["bad.parquet#0", "d.v1/x.tar#", "x.parquet#-1"]
-    uris = [filesystem.join(place, name) for name in missing]
+    uris = [storage.join(place, name) for name in missing]
     assert dict(fetch_many(uris)) == dict.fromkeys(uris)
     for uri in uris:
         with pytest.raises(DataError, match="no such image"):
@@ -210,7 +210,7 @@ def test_each_file_is_opened_once(place: str, monkeypatch: pytest.MonkeyPatch) -
     write(place, FETCHED["tar"])
     uris = [r.uri for shard in plan_shards(place) for r in read_records(shard)]
     opened = []
-    open_whole = filesystem.open_whole
-    monkeypatch.setattr(filesystem, "open_whole", lambda uri: (opened.append(uri), open_whole(uri))[1])
+    open_whole = storage.open_whole
+    monkeypatch.setattr(storage, "open_whole", lambda uri: (opened.append(uri), open_whole(uri))[1])
     assert all(data is not None for _, data in fetch_many(reversed(uris)))
     assert len(opened) == 2

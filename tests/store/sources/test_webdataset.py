@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rayclust.store import filesystem
+from rayclust.store import storage
 from rayclust.store.sources import Record, plan_shards, read_records, webdataset
 from rayclust.store.sources.webdataset import Damage, TarMember, decompress, json_label, scan_tar
 from tests.store.inputs import entry, gz, image, special_tar, tar, write
@@ -82,7 +82,7 @@ def test_a_gzipped_archive_whatever_its_name(place: str) -> None:
 def test_a_file_that_is_gone_is_one_reject(place: str) -> None:
     write(place, {"x.tar": tar([])})
     (shard,) = plan_shards(place, "webdataset")
-    filesystem.remove(shard.uri)
+    storage.remove(shard.uri)
     assert reasons(list(read_records(shard))) == [("x", "unreadable_file")]
 
 
