@@ -10,8 +10,6 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.metrics import affinity, external, internal, overclustering
-from rayclust.metrics.linear_probe import linear_probe_accuracy
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
@@ -54,6 +52,8 @@ def contingency_uri(run: Run) -> str:
 
 
 def _score(run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig) -> dict[str, Any]:
+    from rayclust.metrics import internal
+
     clusters, codes, classes = _columns(run, starts)
     metrics: dict[str, Any] = {"rows": len(clusters), "clusters": config.method.clusters}
     labelled = codes >= 0
@@ -77,6 +77,8 @@ def _membership(
     run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, model: str
 ) -> dict[str, float]:
     """What the Π of a sample of rows says, for methods that have one; of labelled rows where there are classes."""
+    from rayclust.metrics import affinity
+
     torch.set_num_threads(1)
     _, codes, classes = _columns(run, starts)
     is_labelled = len(classes) > 1
@@ -115,6 +117,8 @@ def _linear_probe(
     run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, codes: np.ndarray
 ) -> dict[str, float]:
     """Accuracy on the second half of a sample of the labelled rows, after training on the first; where asked for."""
+    from rayclust.metrics.linear_probe import linear_probe_accuracy
+
     known = np.flatnonzero(codes >= 0)
     wanted = min(config.evaluate.linear_probe_rows, len(known))
     if wanted < 2:
@@ -128,6 +132,8 @@ def _linear_probe(
 
 
 def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    from rayclust.metrics import external, overclustering
+
     overclustered = len(np.unique(clusters)) > len(np.unique(codes))
     mapped = {
         "accuracy_held_out": overclustering.halves_accuracy(codes, clusters),
@@ -168,6 +174,8 @@ def _columns(run: Run, starts: list[int], column: str = "cluster") -> tuple[np.n
 
 def _probe(run: Run, starts: list[int], codes: np.ndarray, neighbors: int) -> float:
     """Leave-one-out accuracy of the k-NN vote over all rows, part by part."""
+    from rayclust.metrics import external
+
     right = 0.0
     for part, start in enumerate(starts[:-1]):
         stop = starts[part + 1]

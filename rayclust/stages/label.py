@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import sparse
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.language.exemplars import TopRows, typicality
-from rayclust.language.naming import ClusterName, cluster_votes, name_clusters
 from rayclust.language.vocabulary import kind_of, merged, same_name
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
@@ -25,6 +23,12 @@ from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_
 from rayclust.store import filesystem, tables
 from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of
+
+if TYPE_CHECKING:  # imported where they are used: they bring scipy
+    from scipy import sparse
+
+    from rayclust.language.naming import ClusterName
+
 
 # Names by vote: the images of each part vote for words, the votes are counted together.
 
@@ -73,6 +77,8 @@ class Votes:
 
     def vote(self, unit: Task) -> TaskResult:
         """The votes of one part's images."""
+        from rayclust.language.naming import cluster_votes
+
         table = _words(self._at("words.parquet"))
         nouns = tables.matrix(table["embedding"])
         embeddings = tables.matrix(tables.read_table(self.run.embeddings(unit.index), ["embedding"])["embedding"])
@@ -90,6 +96,8 @@ class Votes:
 
     def count(self) -> tuple[dict[str, list[ClusterName]], int]:
         """The names by all votes together, by naming, and how many images voted."""
+        from rayclust.language.naming import name_clusters
+
         words = tables.read_table(self._at("words.parquet"), ["word"])["word"].to_pylist()
         label, clusters = self.config.label, self.config.method.clusters
         voters = np.zeros(clusters, np.int64)
@@ -160,6 +168,8 @@ class Votes:
         return sample_of_each(clusters, VOTERS if most == "auto" else most, self.config.seed)
 
     def _total(self, naming: str, shape: tuple[int, int]) -> sparse.csr_array:
+        from scipy import sparse
+
         total: Any = sparse.csr_array(shape)
         for index in range(len(self.starts) - 1):
             table = tables.read_table(self._at(f"{naming}-{index:05d}.parquet"))
@@ -284,6 +294,8 @@ def _extremes(job: _Job) -> _Extremes:
 
 def _sums(job: _Job, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Float64[K D] sums of features, Float64[K] of confidence, Int64[K] sizes, Int64[BINS] images by confidence."""
+    from scipy import sparse
+
     confidence, sizes, histogram = np.zeros(count), np.zeros(count, np.int64), np.zeros(BINS, np.int64)
     sums: Any = 0.0
     for index in range(len(job.starts) - 1):
@@ -305,6 +317,8 @@ def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
 
 def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName]], dict[str, Any]]:
     """Each cluster's name by the vote of its images, by naming, and what there is to say about them."""
+    from rayclust.language.naming import ClusterName
+
     found = vocabulary_kinds(job.config)
     if not found:
         return {"all": [ClusterName(None, None, ())] * job.config.method.clusters}, {}

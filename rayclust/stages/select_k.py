@@ -22,9 +22,7 @@ from rayclust.config import RunConfig
 from rayclust.errors import RayclustError
 from rayclust.methods import METHODS, build
 from rayclust.methods.base import Method
-from rayclust.metrics import partition, selection
-from rayclust.metrics.criteria import CriteriaOptions, measure
-from rayclust.metrics.internal import size_summary
+from rayclust.metrics import selection
 from rayclust.metrics.selection import Candidate, Choice
 from rayclust.runtime import cluster
 from rayclust.runtime.artefacts import Outputs, put_json
@@ -191,6 +189,10 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
 
     What a partition cannot have (the silhouette of one occupied cluster, the stability of one fit) is left out.
     """
+    from rayclust.metrics import partition
+    from rayclust.metrics.criteria import CriteriaOptions, measure
+    from rayclust.metrics.internal import size_summary
+
     options = config.select_k
     sample = _sample(rows.count, options.rows, config.seed)
     space = _space(method, rows.tensor(), sample)
