@@ -1,4 +1,4 @@
-"""The rules of the house: mirrored tests, small files and functions, Ray in one folder, pages for every stage."""
+"""Structure of the package: no import circles, documented public names, Ray in two folders, pages for every stage."""
 
 from __future__ import annotations
 
@@ -8,142 +8,126 @@ from pathlib import Path
 
 import pytest
 
-from rayclust.runtime.pipeline import STAGES
+from rayclust.stages import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(path for path in (ROOT / "rayclust").rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
-FILE_LINES, BODY_LINES, PARAMETERS = 300, 40, 6
-
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-def functions(path: Path) -> Iterator[Function]:
-    return (node for node in ast.walk(tree(path)) if isinstance(node, Function))
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "rayclust").rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
 def test_there_are_modules_to_look_at():
     assert len(MODULES) > 80
 
 
-def test_every_module_has_its_test():
-    missing = []
-    for path in MODULES:
-        below = path.relative_to(ROOT / "rayclust")
-        if not (ROOT / "tests" / below.with_name(f"test_{below.name}")).exists():
-            missing.append(name(path))
-    assert missing == []
-
-
-def test_every_test_of_one_module_has_its_module():
-    folders = {path.parent.relative_to(ROOT / "rayclust") for path in MODULES}
-    whole = {"test_house.py", "stages/test_bad_inputs.py", "stages/test_faults.py", "stages/test_whole_run.py"}
-    whole |= {"store/test_bad_inputs.py", "test_real_photos.py", "test_dependencies.py"}
-    orphans = []
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        below = path.relative_to(ROOT / "tests")
-        module = ROOT / "rayclust" / below.with_name(below.name.removeprefix("test_"))
-        if below.as_posix() not in whole and below.parent in folders and not module.exists():
-            orphans.append(below.as_posix())
-    assert orphans == []
-
-
-def test_files_are_read_in_one_sitting():
-    assert {name(path): n for path in MODULES if (n := len(path.read_text().splitlines())) > FILE_LINES} == {}
-
-
-def body_lines(function: Function) -> int:
-    """Lines from the first statement after the docstring to the last."""
-    body = function.body[1:] if ast.get_docstring(function, clean=False) is not None else function.body
-    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
-
-
-def test_functions_fit_on_a_screen():
-    long = {
-        f"{name(path)}:{function.name}": lines
-        for path in MODULES
-        for function in functions(path)
-        if (lines := body_lines(function)) > BODY_LINES
-    }
-    assert long == {}
-
-
-def test_a_body_is_counted_without_its_docstring():
-    [function] = ast.parse('def f():\n    """One.\n\n    Two.\n    """\n    a = 1\n    return a\n').body
-    assert isinstance(function, ast.FunctionDef)
-    assert body_lines(function) == 2
-
-
-def calls(path: Path, wanted: str) -> list[str]:
-    return [
-        f"{name(path)}:{node.lineno}"
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == wanted
-    ]
-
-
-def test_nothing_prints():
-    assert [place for path in MODULES for place in calls(path, "print")] == []
-
-
-def test_callers_mistakes_are_errors_not_assertions():
-    found = [
-        f"{name(path)}:{node.lineno}"
-        for path in MODULES
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Assert)
-    ]
-    assert found == []
-
-
-def imported(path: Path) -> set[str]:
-    """Top-level packages that a module imports anywhere."""
-    found = set[str]()
-    for node in ast.walk(tree(path)):
+def imports(name: str) -> Iterator[tuple[str, int]]:
+    """Modules that a module imports anywhere, also in functions and behind TYPE_CHECKING, with the line."""
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.partition(".")[0])
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in MODULES else node.module), node.lineno
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach each other (Tarjan's strongly connected components of more than one node)."""
+    found, stack, numbers, lows = list[list[str]](), list[str](), dict[str, int](), dict[str, int]()
+
+    def visit(node: str) -> None:
+        numbers[node] = lows[node] = len(numbers)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in numbers:
+                visit(other)
+                lows[node] = min(lows[node], lows[other])
+            elif other in stack:
+                lows[node] = min(lows[node], numbers[other])
+        if lows[node] == numbers[node]:
+            place = stack.index(node)
+            if len(stack) - place > 1:
+                found.append(sorted(stack[place:]))
+            del stack[place:]
+
+    for node in graph:
+        if node not in numbers:
+            visit(node)
     return found
 
 
-def test_ray_is_in_the_stages_only():
-    assert [name(p) for p in MODULES if "ray" in imported(p) and p.parent.name != "stages"] == []
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
 
 
-def test_stages_import_ray_only_where_it_is_used():
+def test_modules_do_not_import_each_other_in_circles():
+    graph = {name: {other for other, _ in imports(name) if other in MODULES and other != name} for name in MODULES}
+    assert circles(graph) == []
+
+
+def undocumented(node: ast.AST, path: str) -> Iterator[str]:
+    """Public classes, functions and methods below a node that have no docstring."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+            if ast.get_docstring(child) is None:
+                yield f"{path}.{child.name}"
+            if isinstance(child, ast.ClassDef):
+                yield from undocumented(child, f"{path}.{child.name}")
+
+
+def test_every_public_name_is_documented():
+    assert [name for name, tree in TREES.items() if ast.get_docstring(tree) is None] == []
+    assert [missing for name, tree in TREES.items() for missing in undocumented(tree, name)] == []
+
+
+def test_ray_is_imported_in_runtime_and_stages_only_and_where_it_is_used():
     """A no-op run, `status` and `search` then start without the seconds that Ray takes."""
+    found = [(name, line) for name in MODULES for other, line in imports(name) if other.partition(".")[0] == "ray"]
+    assert [name for name, _ in found if name.split(".")[1] not in ("runtime", "stages")] == []
     at_the_top = [
-        name(path)
-        for path in MODULES
-        for node in tree(path).body
+        name
+        for name, tree in TREES.items()
+        for node in tree.body
         if isinstance(node, ast.Import | ast.ImportFrom)
         and (getattr(node, "module", None) or node.names[0].name).partition(".")[0] == "ray"
     ]
     assert at_the_top == []
 
 
-@pytest.mark.parametrize("folder", ["store", "report"])
-def test_storage_and_page_do_without_torch(folder: str):
-    assert [name(p) for p in MODULES if p.is_relative_to(ROOT / "rayclust" / folder) and "torch" in imported(p)] == []
+def test_nothing_prints():
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert found == []
+
+
+def test_callers_mistakes_are_errors_not_assertions():
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ]
+    assert found == []
 
 
 def test_only_the_command_line_sets_up_logging():
-    found = [
-        name(path) for path in MODULES if any(word in path.read_text() for word in ("basicConfig(", "StreamHandler("))
-    ]
-    assert set(found) <= {"rayclust/cli.py"}
+    words = ("basicConfig(", "StreamHandler(")
+    found = {name for name, path in MODULES.items() if any(word in path.read_text() for word in words)}
+    assert found <= {"rayclust.cli"}
 
 
 def test_no_module_is_named_after_nothing():
-    assert [name(p) for p in MODULES if p.stem in {"utils", "util", "common", "helpers", "misc"}] == []
+    assert [name for name, path in MODULES.items() if path.stem in {"utils", "util", "common", "helpers", "misc"}] == []
+
+
+def test_every_stage_has_its_file():
+    assert {f"rayclust.stages.{name.replace('-', '_')}" for name in NAMES} <= set(MODULES)
 
 
 @pytest.mark.parametrize(
@@ -155,19 +139,6 @@ def test_pages_are_there(page: str):
 
 def test_docs_and_readme_tell_of_every_stage():
     pages = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
-    for stage in STAGES:
+    for stage in NAMES:
         assert stage in pages["artefacts.md"], stage
         assert any(stage in text for page, text in pages.items() if page != "artefacts.md"), stage
-
-
-def test_functions_take_few_arguments():
-    """Kernels are left out: theirs are the arguments of the code that they call."""
-    many = {
-        f"{name(path)}:{function.name}": count
-        for path in MODULES
-        if path.parent.name != "kernels"
-        for function in functions(path)
-        if (count := len([a for a in function.args.posonlyargs + function.args.args if a.arg not in ("self", "cls")]))
-        > PARAMETERS
-    }
-    assert many == {}
