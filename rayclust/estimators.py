@@ -237,7 +237,7 @@ class TEMI(_Estimator):
             # Neighbours by cosine, without the row itself.
             rows = torch.nn.functional.normalize(x, dim=1).to(self._device())
             ids = torch.arange(len(rows), device=rows.device)
-            count = min(config.settled(len(x), x.shape[1]).neighbors, len(x) - 1)
+            count = min(config.resolved(len(x), x.shape[1]).neighbors, len(x) - 1)
             neighbors, _ = top_k(rows, rows, count, query_ids=ids, database_ids=ids)
             self._train(x, neighbors.cpu(), config)
         # Clusters without rows are numbered last.

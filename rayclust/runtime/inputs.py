@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,16 +18,23 @@ from rayclust.store.sources import Shard, plan_shards
 
 @dataclass(frozen=True)
 class InputPlan:
-    """Input shards as listed, without the names of their images."""
+    """Input shards as listed, once for the whole run."""
 
     digest: str
     shards: tuple[Shard, ...]
+    """Without the names of their images."""
     digests: tuple[str, ...]
     """By shard; see `list_shards`."""
+    packed: tuple[bytes, ...]
+    """By shard: compressed JSON of the whole shard, some bytes per image of a folder."""
+
+    def shard_json(self, index: int) -> bytes:
+        """Return a shard with the names of its images, as JSON that `Shard.from_json` reads."""
+        return zlib.decompress(self.packed[index])
 
 
 def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
-    """List the input. The listing streams: one small record per shard stays in memory.
+    """List the input. The listing streams: one small record per shard, and packed names of images, stay in memory.
 
     Args:
         config: of the run.
@@ -35,11 +44,12 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
         ConfigError: the run lies where its tables would be taken for input.
         DataError: the input is missing, unreadable or empty.
     """
-    shards, digests = [], []
+    shards, digests, packed = [], [], []
     for shard, digest in list_shards(config, settings):
         digests.append(digest)
+        packed.append(zlib.compress(json.dumps(shard.to_json()).encode(), 1))
         shards.append(replace(shard, members=()))
-    return InputPlan(digest_of(digests), tuple(shards), tuple(digests))
+    return InputPlan(digest_of(digests), tuple(shards), tuple(digests), tuple(packed))
 
 
 def list_shards(config: RunConfig, settings: dict[str, Any]) -> Iterator[tuple[Shard, str]]:

@@ -30,7 +30,7 @@ from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
 from rayclust.runtime.cluster import connect, cpus, encode_workers, label_selector, plain_errors
-from rayclust.runtime.inputs import input_shards, list_shards, plan_inputs
+from rayclust.runtime.inputs import input_shards, plan_inputs
 from rayclust.runtime.models import encoder_shape, load_run_encoder, worker_device
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
@@ -300,28 +300,16 @@ class ActorPools:
 
 
 def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
-    """Return a row per unfinished shard; the shard itself is written to storage, so that the driver stays small."""
-    wanted = {unit.index: unit for unit in todo}
-    shards = (found for found in list_shards(context.config, _settings(context.config)) if found[0].index in wanted)
+    """Return a row per unfinished shard; the shard itself is written to storage, so that rows stay small."""
 
-    def item(found: tuple[Shard, str]) -> dict[str, str]:
-        shard, digest = found
-        unit, uri = wanted[shard.index], context.run.at("manifests", "encode-inputs", f"{shard.index:05d}.json")
-        if digest != unit.digest:
-            raise DataError(f"{shard.uri}: the input has changed since it was listed; run again when it is at rest")
-        storage.write_json(uri, shard.to_json())
-        return {
-            "unit": json.dumps({"index": unit.index, "digest": unit.digest, "row_start": shard.first}),
-            "shard": uri,
-        }
+    def item(unit: Task) -> dict[str, str]:
+        uri = context.run.at("manifests", "encode-inputs", f"{unit.index:05d}.json")
+        storage.write_bytes(uri, context.plan.shard_json(unit.index))
+        named = {"index": unit.index, "digest": unit.digest, "row_start": unit.payload.first}
+        return {"unit": json.dumps(named), "shard": uri}
 
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        items: list[dict[str, str]] = []
-        while group := list(islice(shards, 4 * STORAGE_THREADS)):
-            items += threads.map(item, group)
-    if len(items) < len(todo):
-        raise DataError(f"{context.config.images.uri}: the input has changed since it was listed; run again")
-    return items
+        return list(threads.map(item, todo))
 
 
 def chunk_rows(config: RunConfig) -> int:

@@ -319,12 +319,12 @@ class Trainer:
             if step == plan.steps or step % plan.steps_per_epoch == 0:
                 self._end_epoch(stepper, batch.epoch, step, sums)
                 sums.clear()
-                if step == plan.steps or method.stop or self.is_due(batch.epoch + 1):
-                    self._save(stepper, step, sums)
-                if method.stop:
-                    break
-            elif step % CLOCK_STEPS == 0 and self.is_due(None):
+            by_epochs = self.every.epochs is not None and step % plan.steps_per_epoch == 0
+            by_clock = step % CLOCK_STEPS == 0 and self.is_due(None)
+            if step == plan.steps or method.stop or by_clock or (by_epochs and self.is_due(batch.epoch + 1)):
                 self._save(stepper, step, sums)
+            if method.stop:
+                break
         method.eval()
 
     def _end_epoch(self, stepper: Stepper, epoch: int, step: int, sums: dict[str, Tensor]) -> None:

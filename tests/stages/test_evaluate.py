@@ -79,8 +79,8 @@ def test_rows_each_alone_and_no_sample_are_no_errors(
 @pytest.fixture
 def copied(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A copy of the run by a method with a space of its own."""
-    monkeypatch.setattr(KMeans, "own_space", 1)
-    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.sign(x[:, :1]))
+    monkeypatch.setattr(KMeans, "width", 1, raising=False)
+    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
     shutil.copytree(vectors_run.folder, tmp_path / "run")
     return vectors_run.config.model_copy(update={"run": str(tmp_path / "run")})
 
@@ -92,7 +92,7 @@ def measured(config: RunConfig) -> dict[str, float]:
 
 
 def test_a_membership_is_measured_on_the_rows_with_labels(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.full((len(x), len(x)), 1 / len(x)))
+    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.full((len(x), len(x)), 1 / len(x)), raising=False)
     assert measured(copied) == {
         "membership_nonzeros": 6,
         "membership_components": 1,
@@ -110,7 +110,7 @@ def test_without_labels_entries_and_components_are_left(copied: RunConfig, monke
 
     monkeypatch.setattr(evaluate, "_columns", unlabelled)
     monkeypatch.setattr(evaluate, "MEMBERSHIP_ROWS", 5)
-    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.eye(len(x)) + 1e-3)
+    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.eye(len(x)) + 1e-3, raising=False)
     assert measured(copied) == {"membership_nonzeros": 1, "membership_components": 5}
 
 

@@ -84,9 +84,9 @@ def test_spectra_are_of_all_rows_and_of_each_cluster(vectors_run: Sealed) -> Non
 @pytest.fixture
 def own_space(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A copy of the run by a method that sees one direction only, and says which rows belong together."""
-    monkeypatch.setattr(KMeans, "own_space", 1)
-    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.sign(x[:, :1] - x[:, 1:2]))
-    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.full((len(x), len(x)), 1 / len(x)))
+    monkeypatch.setattr(KMeans, "width", 1, raising=False)
+    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1] - x[:, 1:2]), raising=False)
+    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.full((len(x), len(x)), 1 / len(x)), raising=False)
     shutil.copytree(vectors_run.folder, tmp_path / "run")
     groups = {"method": {"clusters": 2}, "features": {"center": False}, "neighbors": {"k": 2}}
     return validate(tree(str(tmp_path / "run"), vectors_run.config.images.uri, **groups))

@@ -44,8 +44,8 @@ def test_auto_takes_an_inverted_file_above_the_bound(copied: RunConfig, flat_row
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind: str, monkeypatch: pytest.MonkeyPatch):
     """The own space here is one direction: rows of colour 0 lie on one side, all others on the other."""
-    monkeypatch.setattr(KMeans, "own_space", 1)
-    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.sign(x[:, :1]))
+    monkeypatch.setattr(KMeans, "width", 1, raising=False)
+    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
     settings = copied.model_copy(update={"index": IndexConfig(kind=kind)})
     manifest = run_stage("index", settings)
     assert set(manifest.outputs) == {f"index/{name}" for name in (ENCODER_INDEX, OWN_INDEX, RETRIEVAL)}
@@ -65,8 +65,8 @@ def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind:
 
 
 def test_pages_show_both_searches_side_by_side(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(KMeans, "own_space", 1)
-    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.sign(x[:, :1]))
+    monkeypatch.setattr(KMeans, "width", 1, raising=False)
+    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
     for stage in ("index", "evaluate", "figures", "report"):
         run_stage(stage, copied, force=stage == "figures")
     page = storage.read_bytes(Run(copied.run).report).decode()

@@ -330,7 +330,7 @@ def test_another_method_leaves_no_scratch_files(joined: tuple):
         run_stage("neighbors", config)
     run = Path(config.run)
     assert (run / "neighbors" / "scratch").exists()
-    (run / "lease.json").unlink()
+    (run / "lease.json").unlink(missing_ok=True)
     (run / "neighbors" / "ivf.faiss").write_bytes(b"of an earlier version")
     run_stage(
         "neighbors", config.model_copy(update={"neighbors": config.neighbors.model_copy(update={"method": "exact"})})

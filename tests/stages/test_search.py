@@ -109,8 +109,9 @@ def test_ready_embeddings_of_another_encoder_are_refused(vectors_run: Sealed, qu
 @pytest.fixture
 def own_space(copied: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """The run, indexed by a method whose own space is the features turned round."""
-    monkeypatch.setattr(KMeans, "own_space", 192)
-    monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.nn.functional.normalize(x.flip(1), dim=1))
+    monkeypatch.setattr(KMeans, "width", 192, raising=False)
+    flipped = lambda self, x: torch.nn.functional.normalize(x.flip(1), dim=1)  # noqa: E731
+    monkeypatch.setattr(KMeans, "transform", flipped, raising=False)
     run_stage("index", copied)
     return copied
 

@@ -20,7 +20,7 @@ from rayclust.cli import run_command
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import METHODS
-from rayclust.methods.kmeans import KMeans, KMeansConfig
+from rayclust.methods.kmeans import KMeans
 from rayclust.metrics.internal import coding_length
 from rayclust.runtime import models, pipeline
 from rayclust.runtime.api import load
@@ -222,9 +222,7 @@ def test_auto_refines_its_grid_around_the_best(tmp_path: Path, in_process: None)
 class CutKMeans(KMeans):
     """k-means of which the first K centres are a partition too: a method that needs no fit for each number."""
 
-    refits_for_clusters = False
-
-    def repartition(self, clusters: int, seed: int | None = None) -> KMeans:
+    def recut(self, clusters: int, seed: int | None = None) -> KMeans:
         cut = CutKMeans(self.config.model_copy(update={"clusters": clusters}), self.dimension, self.count, 0)
         order = torch.arange(len(self.centers)) if seed is None else torch.arange(len(self.centers)).flip(0)
         cut.centers.copy_(self.centers[order[:clusters]])
@@ -235,7 +233,7 @@ class CutKMeans(KMeans):
 def test_a_method_that_is_cut_is_fitted_once_with_the_largest_candidate(
     tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, examined: list[int]
 ):
-    monkeypatch.setitem(METHODS, "kmeans", (KMeansConfig, CutKMeans))
+    monkeypatch.setitem(METHODS, "kmeans", CutKMeans)
     fits, before = list[int](), train.fit
 
     def note(job: train.Job) -> dict[str, Any]:
@@ -432,7 +430,7 @@ def test_criteria_are_those_of_the_first_seeds_partition(rows_run: Sealed, tmp_p
     found = examine(search(rows_run, tmp_path / "run"), 3).extra["criteria"]
     x = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
     method = models.read_method(str(tmp_path / "run" / "selection" / "k-00003"), "select-k")
-    labels = method.assign(select_k.torch.from_numpy(x)).argmax(1).numpy()
+    labels = method.predict_proba(select_k.torch.from_numpy(x)).argmax(1).numpy()
     assert np.bincount(labels).tolist() == [25, 25, 25]
     assert found["coding_length"] == pytest.approx(coding_length(x, labels, 0.1) / len(x), rel=1e-3)
     assert found["silhouette"] == pytest.approx(silhouette_score(x, labels, metric="cosine"), rel=1e-2)
