@@ -23,7 +23,7 @@ from temi_accuracy import FILES, Case, Outcome, cases, run_kmeans, tabulate
 from threadpoolctl import threadpool_limits
 
 from rayclust.methods.cpp import Cpp, CppConfig
-from rayclust.training.arrays import fit_arrays
+from rayclust.training.loop import fit_arrays
 
 PUBLISHED = {"cifar10": (41.1, 26.1, 18.1), "imagenette-a": (87.1, 84.8, 73.4)}
 """ACC, NMI, ARI of the published program's one run."""
@@ -39,7 +39,7 @@ def _cpp(found: Case, seed: int, settings: dict[str, object]) -> Outcome:
         f"h {c.hidden}, d {c.width}, at most {plan.steps} steps of {plan.batch_size}, η {c.temperature:g}, "
         f"rate {c.learning_rate * plan.batch_size / 256:.1e}, start {c.start}"
     )
-    return Outcome(method.assign(torch.from_numpy(found.x)).argmax(1).numpy(), text)
+    return Outcome(method.predict_proba(torch.from_numpy(found.x)).argmax(1).numpy(), text)
 
 
 METHODS: dict[str, Callable[[Case, int], Outcome]] = {
@@ -52,7 +52,7 @@ METHODS: dict[str, Callable[[Case, int], Outcome]] = {
 
 
 def main() -> None:
-    """Runs every method on every set."""
+    """Run every method on every set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--seeds", type=int, default=3)

@@ -28,17 +28,18 @@ from published_cpp import PublishedCpp, compression, membership
 from temi_step import processor
 from torch import Tensor
 
-from rayclust.losses.compression_rate import compression_rate
+from rayclust.losses.coding_rate import compression_rate
 from rayclust.methods import build
-from rayclust.methods.base import Batch
+from rayclust.methods.base import EMBEDDINGS, Batch
 from rayclust.methods.cpp import CppConfig
+from rayclust.training.loop import Stepper
 
 N, D, H, DISTORTION, TEMPERATURE = 1024, 1280, 4096, 0.1, 0.175
 FORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"published": compression, "ours": compression_rate}
 
 
 def problem(width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Unit rows around 10 directions, and their membership; leaves that want gradients."""
+    """Return unit rows around 10 directions and their membership, leaves that require gradients."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(N) % 10
     x = torch.randn(10, width, generator=generator)[labels] + torch.randn(N, width, generator=generator)
@@ -48,13 +49,13 @@ def problem(width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 
 def evaluate(form: str, z: Tensor, pi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value and gradients."""
+    """Return value and gradients."""
     value = FORMS[form](z, pi, DISTORTION)
     return value.detach(), *torch.autograd.grad(value, (z, pi))
 
 
 def peak_bytes(form: str, width: int) -> tuple[float, float]:
-    """Peak memory of one evaluation in a fresh process, less what was held before it; its seconds."""
+    """Measure one evaluation in a fresh process: peak bytes above those held before it, and seconds."""
     command = [sys.executable, __file__, "--alone", form, str(width), "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -64,7 +65,7 @@ def peak_bytes(form: str, width: int) -> tuple[float, float]:
 
 
 def alone(form: str, width: int) -> None:
-    """What the fresh process does."""
+    """Run in the fresh process."""
     z, pi = problem(width)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = held("VmRSS")
@@ -75,13 +76,13 @@ def alone(form: str, width: int) -> None:
 
 
 def held(name: str) -> int:
-    """Bytes of this process's memory now (VmRSS) or at its peak (VmHWM)."""
+    """Return bytes of this process's memory now (VmRSS) or at its peak (VmHWM)."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name + ":"))
 
 
 def turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Least and median milliseconds of each."""
+    """Measure the least and median milliseconds of each, taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
@@ -94,7 +95,7 @@ def turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def table(times: dict[str, tuple[float, float]]) -> None:
-    """Prints times and ratios to the first."""
+    """Print times and ratios to the first."""
     first = next(iter(times.values()))
     for name, (least, median) in times.items():
         ratio = f"{first[0] / least:.1f} ({first[1] / median:.1f})"
@@ -102,7 +103,7 @@ def table(times: dict[str, tuple[float, float]]) -> None:
 
 
 def measure_term(rounds: int) -> None:
-    """D = 128: time and differences."""
+    """Measure time and differences at d = 128."""
     z, pi = problem(128)
     times = turns({form: lambda form=form: evaluate(form, z, pi) for form in FORMS}, rounds)
     print(f"\ncompression term, forward and backward, n = {N}, d = 128, float32")
@@ -117,14 +118,14 @@ def measure_term(rounds: int) -> None:
 
 
 def measure_memory() -> None:
-    """D = 128: peak memory."""
+    """Measure peak memory at d = 128."""
     published, ours = (peak_bytes(form, 128)[0] for form in FORMS)
     print(f"\npeak memory of one evaluation, n = {N}, d = 128")
     print(f"  published {published / 2**20:.0f} MiB, ours {ours / 2**20:.0f} MiB: {ours / published:.0%}")
 
 
 def measure_wide() -> None:
-    """D = 1024: time and peak memory of ours, and its difference."""
+    """Measure time and peak memory of ours at d = 1024, and its difference."""
     peak, seconds = peak_bytes("ours", 1024)
     print(f"\ncompression term, forward and backward, n = {N}, d = 1024, float32")
     print(f"  ours {seconds:.1f} s, peak memory {peak / 2**30:.2f} GiB")
@@ -136,29 +137,28 @@ def measure_wide() -> None:
 
 
 def _column(z: Tensor, column: Tensor) -> Tensor:
-    """One column's term of R_c in the plain form."""
+    """Return one column's term of R_c in the plain form."""
     total = column.sum() + 1e-8
     matrix = torch.eye(z.shape[1]) + z.shape[1] / (total * DISTORTION) * (z.T * column) @ z
     return total / (2 * len(z)) * torch.logdet(matrix)
 
 
 def measure_step(rounds: int) -> None:
-    """The whole joint step at D = 1280, h = 4096, d = 128."""
+    """Measure the whole joint step at D = 1280, h = 4096, d = 128."""
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     published = PublishedCpp(D, H, 128, torch.device("cpu"))
     contenders: dict[str, Callable[[], object]] = {"published, float32": lambda: published.step(x)}
+    batch = Batch({EMBEDDINGS: x[None]}, torch.arange(N), step=1, epoch=0)
     for precision in ("fp32", "bf16"):
         settings = {"clusters": 10, "preset": "none", "precision": precision, "expansion_steps": 0}
-        steps = build(CppConfig.model_validate(settings), D, N, seed=0).own_steps()
-        assert steps is not None
-        batch = Batch(x[None], torch.arange(N), 1, 0)
-        contenders[f"ours, {precision}"] = lambda steps=steps, batch=batch: steps.take(batch, 1e-4, 1e-4)
+        stepper = Stepper(build(CppConfig.model_validate(settings), D, N, seed=0))
+        contenders[f"ours, {precision}"] = lambda stepper=stepper: stepper.step(batch)
     print(f"\ntraining step, n = {N}, D = {D}, h = {H}, d = 128")
     table(turns(contenders, rounds))
 
 
 def main() -> None:
-    """Measures what was asked for."""
+    """Run the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

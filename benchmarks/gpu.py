@@ -147,9 +147,9 @@ def planted(count: int, width: int, groups: int, spread: float, seed: int = 0) -
 def kernels(small: bool) -> None:
     """Worst differences of Triton's kernels from their plain form, and the kernels' rates."""
     import torch
+    from tests.kernels.test_triton_softmax import SIZES, compare_with_the_twin
 
     from rayclust.kernels import pair_softmax
-    from tests.kernels.test_triton_softmax import SIZES, compare_with_the_twin
 
     pair_softmax._kernels = lambda: None  # the twin stays plain on a GPU too
     names = ("normalizer", "agreement", "sums", "sums of halves", "own", "both", "slope", "filling")
@@ -374,8 +374,7 @@ def kmeans(small: bool) -> None:
     import torch
 
     from rayclust.clustering import kmeans as library
-    from rayclust.clustering.population import survey
-    from rayclust.clustering.seeding import kmeans_plusplus
+    from rayclust.clustering.row_stats import compute
 
     rates = matmul_rates(small)
     shapes = ((2000, 16, 10),) if small else ((500_000, 256, 1000), (200_000, 768, 10_000))
@@ -383,9 +382,9 @@ def kmeans(small: bool) -> None:
         x, _ = planted(count, width, clusters, 1.0)
         options = library.KMeansOptions(clusters=clusters, restarts=1, max_iterations=8, tolerance=0)
         start = time.perf_counter()
-        population = survey(lambda x=x: [x], options.metric)
+        population = compute(lambda x=x: [x], options.metric)
         wait()
-        print(f"  N = {count:,}, D = {width}, K = {clusters:,}, cosine; survey {time.perf_counter() - start:.3f} s")
+        print(f"  N = {count:,}, D = {width}, K = {clusters:,}, cosine; statistics {time.perf_counter() - start:.3f} s")
         init = x[torch.randperm(count, device=x.device, generator=torch.Generator(x.device).manual_seed(1))[:clusters]]
         state = library.start(population, options, 0, init)
         found: list[float] = []
@@ -408,7 +407,7 @@ def kmeans(small: bool) -> None:
         print(f"  assign       {milliseconds(times)} ms: {shares(operations, times[0], rates)}", flush=True)
         sample = x[: max(65_536, 32 * clusters)]
         start = time.perf_counter()
-        kmeans_plusplus(sample, clusters, [(0, 0)])
+        library.kmeans_plusplus(sample, clusters, [(0, 0)])
         wait()
         print(f"  k-means++ of {len(sample):,} rows, 1 restart: {time.perf_counter() - start:.2f} s", flush=True)
 
@@ -500,9 +499,9 @@ def encode(small: bool) -> None:
         sys.modules["ftfy"] = types.ModuleType("ftfy")
     import open_clip
 
+    from rayclust.encoders.base import EncoderConfig
     from rayclust.encoders.clip import ClipEncoder
     from rayclust.encoders.decode import Preprocess
-    from rayclust.encoders.options import EncoderConfig
 
     rates = matmul_rates(small)
     batch, rounds = (2, 1) if small else (256, 5)

@@ -30,9 +30,9 @@ from temi_step import processor
 from threadpoolctl import threadpool_limits
 
 from rayclust.methods.temi import Temi, TemiConfig
-from rayclust.metrics import overclustering
+from rayclust.metrics import external
 from rayclust.search.knn import top_k
-from rayclust.training.arrays import fit_arrays
+from rayclust.training.loop import fit_arrays
 
 COLUMNS = ("accuracy_held_out", "accuracy_in_sample", "purity", "nmi", "occupied")
 
@@ -61,14 +61,14 @@ def kmeans(found: Case, clusters: int, seed: int) -> np.ndarray:
 def temi(found: Case, clusters: int, seed: int, steps: int | None, device: str) -> np.ndarray:
     """The preset `auto`, at most `steps` long."""
     config = TemiConfig(clusters=clusters)
-    settled = config.settled(len(found.x), found.x.shape[1])
-    if steps is not None and (settled.steps or steps) > steps:
+    resolved = config.resolved(len(found.x), found.x.shape[1])
+    if steps is not None and (resolved.steps or steps) > steps:
         config = TemiConfig(clusters=clusters, steps=steps)
     method = fit_arrays(found.x, found.neighbors, config, seed, device)
     assert isinstance(method, Temi)
     with torch.inference_mode():
         blocks = torch.from_numpy(found.x).to(device).split(16_384)
-        return torch.cat([method.assign(block).argmax(1) for block in blocks]).cpu().numpy()
+        return torch.cat([method.predict_proba(block).argmax(1) for block in blocks]).cpu().numpy()
 
 
 def measure(found: Case, method: str, clusters: int, arguments: argparse.Namespace) -> None:
@@ -82,7 +82,7 @@ def measure(found: Case, method: str, clusters: int, arguments: argparse.Namespa
             else temi(found, clusters, seed, arguments.steps, arguments.device)
         )
         seconds.append(time.perf_counter() - start)
-        one = overclustering.scores(found.labels, labels, seed=0)
+        one = external.overclustering_scores(found.labels, labels, seed=0)
         scores.append([100 * one[name] if name != "occupied" else one[name] for name in COLUMNS])
     mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
     cells = " | ".join(f"{m:.1f}±{s:.1f}" for m, s in zip(mean, spread, strict=True))

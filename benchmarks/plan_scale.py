@@ -20,7 +20,7 @@ import numpy as np
 
 from rayclust.runtime.rows import Moments
 from rayclust.runtime.tasks import Task, TaskResult
-from rayclust.search.inverted_lists import list_count
+from rayclust.search.ivf import list_count
 from rayclust.stages.neighbors import UNIT_BYTES, unit_size
 from rayclust.stages.neighbors_ivf import QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
 from rayclust.store.manifest import Output

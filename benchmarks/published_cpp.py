@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 def compression(z: Tensor, membership: Tensor, distortion: float) -> Tensor:
-    """R_c with every group's weighted rows as a tensor n × d × n, log-determinants by LU, gradients by autograd."""
+    """Return R_c with all groups' weighted rows as a tensor n × d × n, determinants by LU, gradients by autograd."""
     count, width = z.shape
     sums = membership.sum(0) + 1e-8
     weighted = z.T[None] * membership.T[:, None, :]
@@ -18,7 +18,7 @@ def compression(z: Tensor, membership: Tensor, distortion: float) -> Tensor:
 
 
 def membership(codes: Tensor, temperature: float, half_steps: int) -> Tensor:
-    """n·P of entropic transport with cost −|C Cᵀ|, by updates of both potentials."""
+    """Return n·P of entropic transport with cost −|C Cᵀ|, by updates of both potentials."""
     count = len(codes)
     similarity = (codes @ codes.T).abs()
     u, v = similarity.new_zeros(count), similarity.new_zeros(count)
@@ -52,7 +52,7 @@ class PublishedCpp:
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
     def step(self, x: Tensor) -> Tensor:
-        """One joint step of the single-head program."""
+        """Take one joint step of the single-head program."""
         z = functional.normalize(self.features(self.trunk(x)), dim=1)
         count, width = z.shape
         pi = membership(z, 0.175, 5)

@@ -33,7 +33,8 @@ import torch
 from rayclust import config
 from rayclust.runtime import pipeline
 from rayclust.runtime.cluster import connect
-from rayclust.store import layout, manifest
+from rayclust.store import manifest
+from rayclust.store.run import Run
 
 WIDTH = 64
 FILE_ROWS = 131_072
@@ -120,7 +121,7 @@ def drive(arguments: argparse.Namespace) -> None:
 
 def searched(run: config.RunConfig) -> str:
     """What the neighbors stage says of itself, in a line."""
-    sealed = manifest.read_manifest(layout.Run(run.run), "neighbors")
+    sealed = manifest.read_manifest(Run(run.run), "neighbors")
     if sealed is None:
         raise SystemExit("neighbors is not sealed")
     said = sealed.extra

@@ -33,7 +33,7 @@ from ray.cluster_utils import Cluster
 from rayclust import config
 from rayclust.runtime import pipeline
 from rayclust.runtime.cluster import connect
-from rayclust.store import layout
+from rayclust.store.run import Run
 
 SIDE = 8
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -79,7 +79,7 @@ def measured(title: str, images: int, work: Callable[[], object]) -> None:
     print(f"| {title} | {images:,} | {seconds:.2f} | {images / seconds:,.0f} | {memory('VmHWM'):.0f} |", flush=True)
 
 
-def check(run: layout.Run, shards: int, images: int) -> None:
+def check(run: Run, shards: int, images: int) -> None:
     """Every image has a row of its own, and rows are dense and in order."""
     expected = 0
     for shard in range(shards):
@@ -109,7 +109,7 @@ def encode(arguments: argparse.Namespace, folder: Path) -> None:
     measured("the same again, skipped", total, lambda: pipeline.run_stage("encode", run))
     (folder / "run" / "manifests" / "encode.json").unlink()
     measured("again without the stage's seal", total, lambda: pipeline.run_stage("encode", run))
-    check(layout.Run(run.run), arguments.shards, arguments.images)
+    check(Run(run.run), arguments.shards, arguments.images)
 
 
 def main() -> None:

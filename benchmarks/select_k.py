@@ -29,7 +29,7 @@ from rayclust.clustering import kmeans
 from rayclust.clustering.spectral import SpectralOptions, partition
 from rayclust.config import SelectKConfig
 from rayclust.features import FeatureTransform
-from rayclust.metrics.criteria import CriteriaOptions, measure
+from rayclust.metrics.internal import CriteriaOptions, measure
 from rayclust.metrics.selection import CRITERIA, Candidate, Choice, choose, refine
 from rayclust.search.knn import top_k
 

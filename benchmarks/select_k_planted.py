@@ -24,8 +24,8 @@ import torch
 
 from rayclust.config import validate
 from rayclust.runtime.pipeline import run_all
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.run import Run
 
 CANDIDATES = list(range(2, 13))
 TRUE = (6, 4, 9, 3, 7, 5, 8, 10, 11, 6)
@@ -51,7 +51,7 @@ def choice(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     np.save(folder / "rows" / "rows.npy", groups(TRUE[seed % len(TRUE)], options.rows, seed))
     tree = {"run": str(folder / "run"), "seed": seed, "images": {"uri": str(folder / "rows")}, "neighbors": {"k": 10}}
     run_all(validate(tree | {"method": METHODS[options.method] | {"clusters": CANDIDATES}}), stop_after="select-k")
-    found: dict[str, Any] = filesystem.read_json(Run(str(folder / "run")).selection)
+    found: dict[str, Any] = storage.read_json(Run(str(folder / "run")).selection)
     return found
 
 

@@ -32,7 +32,7 @@ from rayclust.features import FeatureTransform
 from rayclust.methods.temi import Temi, TemiConfig
 from rayclust.metrics.external import accuracy, ari, nmi
 from rayclust.search.knn import top_k
-from rayclust.training.arrays import fit_arrays
+from rayclust.training.loop import fit_arrays
 
 FILES = {
     "cifar10": ("cifar10_test/features_mnv2a_f16.npy", "cifar10_test/labels.npy"),
@@ -130,7 +130,7 @@ def _temi(found: Case, seed: int, config: TemiConfig) -> Outcome:
         f"rate {c.learning_rate * method.plan.batch_size / 256:.1e}, momentum {c.teacher_momentum:g}, "
         f"start {c.warm_start}{f' best of {c.start_restarts}' if c.warm_start == 'kmeans' else ''}, by {c.selection}"
     )
-    return Outcome(method.assign(rows).argmax(1).numpy(), settings)
+    return Outcome(method.predict_proba(rows).argmax(1).numpy(), settings)
 
 
 def run_auto(found: Case, seed: int) -> Outcome:

@@ -8,11 +8,10 @@ than 15 s, in less than 24 GB, and at least 10 times as fast as the published fo
 
 Every form runs in a process of its own, on the same batches from the same weights. Time is the least of the steps; peak
 is the process's largest resident memory, on a GPU the most memory that torch has allocated; TFLOP/s counts the matrix
-products of the model alone (`methods.temi_plan`), also where a form makes some of them twice; its share is of the rate
+products of the model alone (`temi.estimate_cost`), also where a form makes some of them twice; its share is of the rate
 of one large bf16 product on the same device. A form that would not fit into the memory that is free is left out, with
-what it would take. Forms: published: a loop over heads in float32 (published_temi.py). whole: all logits under
-autograd. chunks: losses/chunked.py on kernels/pair_softmax.py. kernels: the same on kernels/triton_softmax.py, on a
-GPU. written out: methods/temi_steps.py, on a CPU.
+what it would take. Forms: published: a loop over heads in float32 (published_temi.py). whole: all logits at
+once. chunks: the chunked losses on plain kernels/pair_softmax.py. kernels: the same with its kernels, on a GPU.
 """
 
 from __future__ import annotations
@@ -35,18 +34,19 @@ import torch
 from published_temi import PublishedTemi
 from temi_step import processor, synchronize
 
-from rayclust.kernels import native, pair_softmax
-from rayclust.methods import Temi, TemiConfig, build, temi_losses
-from rayclust.methods.base import Batch
-from rayclust.methods.temi_plan import Layout, Load, estimate
-from rayclust.training.steps import GradientSteps
+from rayclust.kernels import pair_softmax
+from rayclust.losses import information
+from rayclust.methods import Temi, TemiConfig, build
+from rayclust.methods.base import EMBEDDINGS, Batch, Plan
+from rayclust.methods.temi import Cost, Layout, estimate_cost
+from rayclust.training.loop import Stepper
 
 IMAGENET_ROWS = 1_281_167
 GIGABYTE = 1e9
 BATCHES = 8
 """Drawn ahead of the steps, which take them in turn."""
 FORMS = {
-    "cpu": ("published", "whole fp32", "chunks fp32", "chunks bf16", "written out fp32", "written out bf16"),
+    "cpu": ("published", "whole fp32", "chunks fp32", "chunks bf16"),
     "cuda": ("published", "whole bf16", "chunks bf16", "kernels bf16"),
 }
 COPIES = {"published": 4.0, "whole": 8.0}
@@ -86,13 +86,14 @@ def batches(shape: Shape, device: str) -> Iterator[Batch]:
         x = torch.randn(shape.pairs, shape.dimension, generator=generator)
         y = x + 0.3 * torch.randn(shape.pairs, shape.dimension, generator=generator)
         views = torch.nn.functional.normalize(torch.stack([x, y]), dim=-1)
-        yield Batch(views.to(device), torch.arange(shape.pairs), step, 1)
+        yield Batch({EMBEDDINGS: views.to(device)}, torch.arange(shape.pairs), step, 1)
         step += 1
 
 
 def method_of(shape: Shape, precision: str) -> Temi:
     """Heads whose teachers are sure enough for pairs to have weight."""
     settings = {"clusters": shape.clusters, "heads": shape.heads, "batch_size": shape.pairs, "precision": precision}
+    settings |= {"learning_rate": 2.56e-4, "min_learning_rate": 2.56e-4, "warmup_steps": 0}
     settings |= {"preset": "none", "beta": 1.0, "freeze_last_layer": 0, "hidden": 512, "bottleneck": 256}
     method = build(TemiConfig.model_validate(settings), shape.dimension, IMAGENET_ROWS, seed=0)
     assert isinstance(method, Temi)
@@ -110,14 +111,14 @@ def stepper(form: str, shape: Shape, device: str) -> Callable[[], float]:
         published = PublishedTemi(x, neighbors, shape.heads, shape.clusters, torch.device(device))
         return lambda: published.step(shape.pairs, beta=1.0)
     name, precision = form.rsplit(" ", 1)
-    temi_losses.LEAST_LOGITS = 1 << 60 if name == "whole" else 0
+    if name == "whole":
+        information.CHUNK_BYTES[device] = information.KEPT_BYTES[device] = 1 << 60
     if name == "chunks":
         pair_softmax._kernels = lambda: None
     method = method_of(shape, precision).to(device)
-    steps = method.own_steps() if name == "written out" else GradientSteps(method, method.config)
-    assert steps is not None, "this shape is not written out"
+    steps = Stepper(method)
     drawn = itertools.cycle(list(itertools.islice(batches(shape, device), BATCHES)))  # drawing takes longer than a GPU
-    return lambda: float(steps.take(next(drawn), 1e-3, 1e-4)["loss"])
+    return lambda: float(steps.step(next(drawn))["loss"])
 
 
 def measure(form: str, shape: Shape, device: str, steps: int) -> Measured:
@@ -166,18 +167,18 @@ def matmul_rate(device: str) -> float:
     return float(2 * size**3 / min(seconds))
 
 
-def load_of(shape: Shape) -> Load:
-    """What the shape's training is made of."""
-    method = TemiConfig.model_validate(
+def cost_of(shape: Shape, device: str) -> Cost:
+    """Estimate what the shape's training takes of one worker."""
+    config = TemiConfig.model_validate(
         {"clusters": shape.clusters, "heads": shape.heads, "preset": "none", "batch_size": shape.pairs}
     )
-    return method.layout(IMAGENET_ROWS, shape.dimension, 1)[0]
+    plan = Plan.of(config, IMAGENET_ROWS)
+    return estimate_cost(config.head_shape(shape.dimension), plan, Layout(1, 1), device)
 
 
 def report(shape: Shape, arguments: argparse.Namespace, rate: float) -> None:
     """Prints a shape's table."""
-    load = load_of(shape)
-    found = estimate(load, Layout(1, 1), arguments.device)
+    found = cost_of(shape, arguments.device)
     print(f"\nH = {shape.heads}, K = {shape.clusters:,}, D = {shape.dimension}, {shape.pairs} pairs: ", end="")
     print(
         f"{found.operations / 1e12:.3g} TFLOP a step; all logits in float32 {shape.logits_bytes / GIGABYTE:.2f} GB, ",
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", action="append", help="H,K,D,B; several times for several shapes")
-    parser.add_argument("--forms", nargs="+", help="some of the forms, such as 'written out fp32'")
+    parser.add_argument("--forms", nargs="+", help="some of the forms, such as 'chunks fp32'")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -224,8 +225,7 @@ def main() -> None:
     print(f"{processor()}; {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
     if arguments.device == "cuda":
         print(torch.cuda.get_device_name())
-    compiled = "yes" if native.library() is not None else "no"
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, compiled passes: {compiled}")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}")
     rate = matmul_rate(arguments.device)
     print(f"one bf16 product alone: {rate / 1e12:.2f} TFLOP/s")
     for text in arguments.shape or ["16,25000,768,128", "16,25000,768,1024"]:

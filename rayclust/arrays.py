@@ -20,11 +20,11 @@ IntArray = NDArray[np.integer[Any]]
 
 
 def require_matrix(x: Any, name: str, width: int | None = None) -> None:
-    """Refuses anything but a matrix of the wanted width.
+    """Raise unless `x` is a matrix of the wanted width.
 
     Args:
         x: an array or tensor with `shape`.
-        name: what to call it in the message.
+        name: its name in the message.
         width: wanted size of the second axis; None allows any.
 
     Raises:
@@ -35,3 +35,16 @@ def require_matrix(x: Any, name: str, width: int | None = None) -> None:
         raise ShapeError(f"{name} has shape {shape}: two axes are needed")
     if width is not None and shape[1] != width:
         raise ShapeError(f"{name} has width {shape[1]}: {width} is needed")
+
+
+def unit_rows(rows: FloatArray) -> FloatArray:
+    """Divide rows by their lengths; a zero row stays zero.
+
+    Args:
+        rows: Float[B D].
+
+    Returns:
+        Float[B D] of the same dtype.
+    """
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(lengths > 0, lengths, 1.0))

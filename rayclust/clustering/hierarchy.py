@@ -1,12 +1,16 @@
-"""Clusters of clusters: coarser levels above a fine partition, made from the clusters' prototypes."""
+"""Coarser levels above a fine partition: clusters of the clusters' prototypes.
+
+Apart from k-means because a level is a partition of prototypes: they count once each, however many rows they have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
@@ -18,10 +22,10 @@ RESTARTS = 4
 
 @torch.no_grad()
 def nest(prototypes: Tensor, sizes: Sequence[int], seed: int = 0) -> list[Tensor]:
-    """Levels of which each cluster lies whole in one cluster of the next.
+    """Compute nested levels: each cluster of a level lies whole in one cluster of the next.
 
     Each level is spherical k-means of the prototypes of the one before, whose prototypes are in turn the means of their
-    members'. A prototype counts once, however many rows are near it: a level shows what there is, not how much of it.
+    members'.
 
     Args:
         prototypes: Float[K d], one for each cluster, of any length.
@@ -29,7 +33,7 @@ def nest(prototypes: Tensor, sizes: Sequence[int], seed: int = 0) -> list[Tensor
         seed: of k-means.
 
     Returns:
-        For each level Int64[K]: where each of the K clusters lies.
+        For each level Int64[K]: the cluster of that level in which each of the K clusters lies.
 
     Raises:
         ConfigError: the sizes do not fall, or a level has fewer than 2.
@@ -40,17 +44,12 @@ def nest(prototypes: Tensor, sizes: Sequence[int], seed: int = 0) -> list[Tensor
     for before, size in zip(bounds, sizes, strict=False):
         if not 2 <= size < before:
             raise ConfigError(f"levels = {list(sizes)}: {size} must be from 2 to {before - 1}, finest level first")
-    points = torch.nn.functional.normalize(prototypes.float(), dim=1)
-    places, found = torch.arange(len(points), device=points.device), []
+    points = functional.normalize(prototypes.float(), dim=1)
+    parents, levels = torch.arange(len(points), device=points.device), []
     for level, size in enumerate(sizes):
         options = kmeans.KMeansOptions(clusters=size, restarts=RESTARTS)
-        centers = kmeans.fit(partial(_block, points), options, seed=seed + level).centers
-        parents = kmeans.assign(points, centers)[0]
-        places = parents[places]
-        found.append(places)
+        centers = kmeans.fit(partial(list, (points,)), options, seed=seed + level).centers
+        parents = kmeans.assign(points, centers)[0][parents]
+        levels.append(parents)
         points = centers
-    return found
-
-
-def _block(points: Tensor) -> Iterator[Tensor]:
-    yield points
+    return levels

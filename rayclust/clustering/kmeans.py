@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.arrays import require_matrix
-from rayclust.clustering.lloyd import Blocks, Partitions, half_squares, in_parts, nearest
-from rayclust.clustering.population import Metric, Population, even_sample, gather_rows, survey
-from rayclust.clustering.relocation import relocate
-from rayclust.clustering.seeding import kmeans_plusplus
+from rayclust.clustering import row_stats
+from rayclust.clustering.row_stats import Blocks, Metric, RowStats, even_sample, gather_rows
 from rayclust.errors import ConfigError, ShapeError
-from rayclust.options import Config
+from rayclust.settings import Config
 
 _SAMPLED_PER_CLUSTER = 32
+_SCORES_ON_CPU, _SCORES_ON_GPU = 2**20, 2**26
+_SEEDING_DISTANCES_AT_ONCE = 2**22
+_MOVED_AT_ONCE = 1024
+_MULTIPLIED_AT_ONCE = 512
 
 
 class KMeansOptions(Config):
@@ -41,10 +46,10 @@ class KMeansOptions(Config):
 
 @dataclass(frozen=True)
 class KMeansState:
-    """All restarts after some passes: enough to go on from."""
+    """State of all restarts after some passes; training resumes from it."""
 
     centers: Tensor
-    """Float[R K D], seen from the population's origin; unit vectors for cosine."""
+    """Float[R K D] minus the origin of the row statistics; unit vectors for cosine."""
     iterations: Tensor
     """Int64[R], passes made."""
     running: Tensor
@@ -53,7 +58,7 @@ class KMeansState:
     """Float64[R], sum of squared distances to the nearest of the centres before the last pass; infinite before any."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by name, for a checkpoint; `KMeansState(**tensors)` is its inverse."""
+        """Return the state by name, for a checkpoint; `KMeansState(**tensors)` is its inverse."""
         return dict(vars(self))
 
 
@@ -74,7 +79,7 @@ class KMeansResult:
 
 
 def fit(blocks: Blocks, options: KMeansOptions, *, seed: int = 0, init: Tensor | None = None) -> KMeansResult:
-    """k-means of all workers' rows; every worker gets the same result, which does not depend on how rows are shared.
+    """Run k-means on all workers' rows; the result is the same on every worker and for every sharding of the rows.
 
     Args:
         blocks: this worker's rows; workers hold the rows in order of rank.
@@ -87,67 +92,102 @@ def fit(blocks: Blocks, options: KMeansOptions, *, seed: int = 0, init: Tensor |
         DataError: rows are missing or not finite.
         ShapeError: `init` has the wrong shape.
     """
-    population = survey(blocks, options.metric)
-    state = start(population, options, seed, init)
-    for reached in advance(population, options, state):
+    stats = row_stats.compute(blocks, options.metric)
+    state = start(stats, options, seed, init)
+    for reached in advance(stats, options, state):
         state = reached
-    return finish(population, state)
+    return finish(stats, state)
 
 
-def start(population: Population, options: KMeansOptions, seed: int, init: Tensor | None = None) -> KMeansState:
-    """The state before the first pass; arguments as in `fit`."""
-    if options.clusters > population.count:
-        raise ConfigError(f"clusters = {options.clusters}: at most the number of rows, {population.count}")
+def start(stats: RowStats, options: KMeansOptions, seed: int, init: Tensor | None = None) -> KMeansState:
+    """Return the state before the first pass.
+
+    Args:
+        stats: of all workers' rows.
+        options: settings.
+        seed: of the first centres.
+        init: Float[K D] or Float[R K D], first centres instead of k-means++ and `options.restarts`.
+
+    Raises:
+        ConfigError: more clusters than rows.
+        ShapeError: `init` has the wrong shape.
+    """
+    if options.clusters > stats.count:
+        raise ConfigError(f"clusters = {options.clusters}: at most the number of rows, {stats.count}")
     if init is None:
         size = max(options.seeding_rows, _SAMPLED_PER_CLUSTER * options.clusters)
-        sample = gather_rows(population, even_sample(population.count, size, seed))
+        sample = gather_rows(stats, even_sample(stats.count, size, seed))
         seeds = [(seed, restart) for restart in range(options.restarts)]
-        init = _from_first_worker(sample[kmeans_plusplus(sample, options.clusters, seeds)])
+        # Broadcast rank 0's centres: draws may differ in the last bit on different processors.
+        init = distributed.data_group().broadcast(sample[kmeans_plusplus(sample, options.clusters, seeds)])
     centers = init.clone() if init.ndim == 3 else init[None].clone()
-    wanted = (options.clusters, len(population.origin))
-    if centers.ndim != 3 or tuple(centers.shape[1:]) != wanted:
-        raise ShapeError(f"init has shape {tuple(init.shape)}: the last two axes must be clusters and width, {wanted}")
-    centers = torch.nn.functional.normalize(centers, dim=2) if options.metric == "cosine" else centers
-    R, device = len(centers), population.origin.device
+    expected = (options.clusters, len(stats.origin))
+    if centers.ndim != 3 or tuple(centers.shape[1:]) != expected:
+        raise ShapeError(
+            f"init has shape {tuple(init.shape)}: the last two axes must be clusters and width, {expected}"
+        )
+    centers = functional.normalize(centers, dim=2) if options.metric == "cosine" else centers
+    R, device = len(centers), stats.origin.device
     return KMeansState(
-        centers=(centers.to(device).double() - population.origin).to(centers.dtype),
+        centers=(centers.to(device).double() - stats.origin).to(centers.dtype),
         iterations=torch.zeros(R, dtype=torch.int64, device=device),
         running=torch.ones(R, dtype=torch.bool, device=device),
         inertia=torch.full((R,), torch.inf, dtype=torch.float64, device=device),
     )
 
 
-def advance(population: Population, options: KMeansOptions, state: KMeansState) -> Iterator[KMeansState]:
-    """Lloyd's passes from a state until all restarts have converged or run out of iterations; yields after each."""
+def advance(stats: RowStats, options: KMeansOptions, state: KMeansState) -> Iterator[KMeansState]:
+    """Make Lloyd's passes until all restarts have converged or run out of iterations; yield the state after each.
+
+    Centres are the same to the last bit where no row moved.
+
+    Args:
+        stats: of all workers' rows.
+        options: settings.
+        state: from which to go on.
+    """
     partitions: Partitions | None = None
-    while bool((going := state.running & (state.iterations < options.max_iterations)).any()):
-        old = state.centers[going]
+    while bool((active := state.running & (state.iterations < options.max_iterations)).any()):
+        old = state.centers[active]
         if partitions is None:
-            partitions, members = Partitions(old), going
-        elif not torch.equal(members, going):
-            partitions.keep(going[members])
-            members = going
-        new, inertia = _step(population, options, partitions, old)
-        shift = (new - old).double().square().sum((1, 2))
-        converged = shift <= options.tolerance * population.variance
+            partitions, members = Partitions(old), active
+        elif not torch.equal(members, active):
+            partitions.keep(active[members])
+            members = active
+        # 1. Assign rows and add up clusters, over all workers.
+        local = partitions.assign_and_sum(stats.blocks, old, stats.origin)
+        sums, counts, scores = (distributed.all_reduce(part) for part in local)
+        inertia = (stats.scatter - 2.0 * scores).clamp(min=0)
+        # 2. Fill empty clusters.
+        if bool((counts == 0).any()):
+            sums, counts = relocate(stats, partitions, old, sums, counts)
+        # 3. Move the centres.
+        if options.metric == "cosine":
+            new = functional.normalize(sums, dim=2)
+            is_defined = sums.square().sum(2, keepdim=True) > 0
+        else:
+            new = sums / counts.clamp(min=1)[:, :, None] - stats.origin
+            is_defined = counts[:, :, None] > 0
+        new = torch.where(is_defined, new.to(old.dtype), old)
+        # 4. Stop the restarts that have converged.
+        converged = (new - old).double().square().sum((1, 2)) <= options.tolerance * stats.variance
         centers, running, inertias = state.centers.clone(), state.running.clone(), state.inertia.clone()
-        centers[going], inertias[going] = new, inertia
-        running[going] = ~converged
-        state = replace(state, centers=centers, iterations=state.iterations + going, running=running, inertia=inertias)
+        centers[active], inertias[active], running[active] = new, inertia, ~converged
+        state = replace(state, centers=centers, iterations=state.iterations + active, running=running, inertia=inertias)
         yield state
 
 
-def finish(population: Population, state: KMeansState) -> KMeansResult:
-    """The restart with the least inertia, measured at its last centres; ties go to the smaller number."""
+def finish(stats: RowStats, state: KMeansState) -> KMeansResult:
+    """Return the restart with the least inertia, measured at its last centres; ties go to the smaller number."""
     centers = state.centers
-    bias = half_squares(centers, population.origin)
-    total = bias.new_zeros(len(bias), dtype=torch.float64)
-    for part in in_parts(population.blocks, bias.numel()):
-        total += nearest(part, centers, bias)[0].sum(0, dtype=torch.float64)
-    inertias = _inertia(population, collectives.all_sum(total))
+    bias = half_squares(centers, stats.origin)
+    scores = bias.new_zeros(len(bias), dtype=torch.float64)
+    for part in in_parts(stats.blocks, bias.numel()):
+        scores += nearest(part, centers, bias)[0].sum(0, dtype=torch.float64)
+    inertias = (stats.scatter - 2.0 * distributed.all_reduce(scores)).clamp(min=0)
     best = int(inertias.argmin())
     return KMeansResult(
-        centers=(centers[best].double() + population.origin).to(centers.dtype),
+        centers=(centers[best].double() + stats.origin).to(centers.dtype),
         inertia=float(inertias[best]),
         n_iter=int(state.iterations[best]),
         converged=not bool(state.running[best]),
@@ -156,7 +196,7 @@ def finish(population: Population, state: KMeansState) -> KMeansResult:
 
 
 def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each row; ties go to the smaller id.
+    """Return the nearest centre of each row; ties go to the smaller id.
 
     Args:
         x: Float[N D]; unit rows where centres come from cosine k-means.
@@ -170,11 +210,11 @@ def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """
     require_matrix(x, "x", centers.shape[1])
     origin = centers.double().mean(0)
-    seen = (centers.double() - origin).to(centers.dtype)[None]
-    bias = half_squares(seen, origin)
+    centered = (centers.double() - origin).to(centers.dtype)[None]
+    bias = half_squares(centered, origin)
     labels, distances = [], []
     for part in in_parts(lambda: [x], len(centers)):
-        scores, ids = nearest(part, seen, bias)
+        scores, ids = nearest(part, centered, bias)
         labels.append(ids[:, 0])
         lengths = (part - origin.to(part.dtype)).square().sum(1)
         distances.append((lengths - 2.0 * scores[:, 0]).clamp_(min=0))
@@ -182,7 +222,7 @@ def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_distances(x: Tensor, centers: Tensor) -> Tensor:
-    """Squared distances of rows to all centres.
+    """Return the squared distances of rows to all centres.
 
     Args:
         x: Float[B D].
@@ -196,30 +236,251 @@ def squared_distances(x: Tensor, centers: Tensor) -> Tensor:
     """
     require_matrix(x, "x", centers.shape[1])
     origin = centers.mean(0)  # products far from zero lose digits
-    rows, seen = x - origin, centers - origin
-    lengths = rows.square().sum(1, keepdim=True) + seen.square().sum(1)
-    return torch.addmm(lengths, rows, seen.T, alpha=-2.0).clamp_(min=0)
+    rows, centered = x - origin, centers - origin
+    lengths = rows.square().sum(1, keepdim=True) + centered.square().sum(1)
+    return torch.addmm(lengths, rows, centered.T, alpha=-2.0).clamp_(min=0)
 
 
-def _step(population: Population, options: KMeansOptions, partitions: Partitions, old: Tensor) -> tuple[Tensor, Tensor]:
-    """New centres Float[R K D], the same to the last bit where no row moved; the inertia Float64[R] of the old ones."""
-    own = partitions.assign_and_sum(population.blocks, old, population.origin)
-    sums, counts, total = (collectives.all_sum(part) for part in own)
-    if bool((counts == 0).any()):
-        sums, counts = relocate(population, partitions, old, sums, counts)
-    if options.metric == "cosine":
-        new = torch.nn.functional.normalize(sums, dim=2)
-        keeps = sums.square().sum(2, keepdim=True) > 0
-    else:
-        new = sums / counts.clamp(min=1)[:, :, None] - population.origin
-        keeps = counts[:, :, None] > 0
-    return torch.where(keeps, new.to(old.dtype), old), _inertia(population, total)
+def in_parts(blocks: Blocks, columns: int) -> Iterator[Tensor]:
+    """Split the rows into parts whose scores against `columns` centres fit the processor's caches.
+
+    Args:
+        blocks: this worker's rows.
+        columns: centres that every row is compared with.
+
+    Yields:
+        Float[B D] parts of at most 4096 rows (more on a GPU), half precision widened to float32.
+    """
+    for block in blocks():
+        rows = (_SCORES_ON_GPU if block.is_cuda else _SCORES_ON_CPU) // max(columns, 1)
+        for part in torch.split(block, max(256, min(rows, 2**20 if block.is_cuda else 4096))):
+            yield part if part.dtype in (torch.float32, torch.float64) else part.float()
 
 
-def _inertia(population: Population, scores: Tensor) -> Tensor:
-    return (population.scatter - 2.0 * scores).clamp(min=0)
+def half_squares(centers: Tensor, origin: Tensor) -> Tensor:
+    """Return the bias b for which x·e − b orders centres e by their distance to a row x.
+
+    With y = x − origin, |y − e|² = |y|² − 2·(x·e − b), b = origin·e + ½|e|². Rows far from zero lose few digits,
+    although they are never centred: |origin||e| is rounded, not |origin|².
+
+    Args:
+        centers: Float[R K D] minus the origin.
+        origin: Float64[D].
+
+    Returns:
+        Float[R K] b, in the centres' dtype, summed in float64.
+    """
+    wide = centers.double()
+    return (wide @ origin + 0.5 * wide.square().sum(-1)).to(centers.dtype)
 
 
-def _from_first_worker(x: Tensor) -> Tensor:
-    """Rank 0's values on all workers: draws agree to the last bit even where processors differ."""
-    return collectives.all_sum(x if collectives.rank() == 0 else torch.zeros_like(x))
+def nearest(x: Tensor, centers: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest centre of each row in each of R partitions; ties go to the smaller id.
+
+    Args:
+        x: Float[B D].
+        centers: Float[R K D] minus the origin.
+        bias: Float[R K] of `half_squares`.
+
+    Returns:
+        Float[B R] scores x·e − b of the nearest centres; Int64[B R] their ids.
+    """
+    R, K, D = centers.shape
+    scores = torch.addmm(-bias.reshape(1, R * K), x, centers.reshape(R * K, D).T)
+    best: tuple[Tensor, Tensor] = scores.view(-1, R, K).max(-1)
+    return best
+
+
+class Partitions:
+    """R partitions of this worker's rows into K clusters: labels, and sums and counts of the clusters.
+
+    A pass compares every row with every centre, but adds up only rows that changed cluster since the pass before: after
+    a few passes those are few, and float64 sums do not drift. Rows are read once for all R partitions.
+
+    Args:
+        centers: Float[R K D], for shapes, dtype and device.
+    """
+
+    def __init__(self, centers: Tensor) -> None:
+        R, K, _ = centers.shape
+        self.labels: list[Tensor] = []
+        """Int32[B R] of each part of the rows, in order; empty before the first pass."""
+        self.sums = centers.new_zeros(centers.shape, dtype=torch.float64)
+        """Float64[R K D] over this worker's rows, without an origin."""
+        self.counts = centers.new_zeros((R, K), dtype=torch.int64)
+        """Int64[R K] over this worker's rows."""
+        self.columns = R * K
+        """Argument of `in_parts`; constant, so that parts stay the same when partitions are dropped."""
+
+    def assign_and_sum(self, blocks: Blocks, centers: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Assign every row to its nearest centre and update the sums of the clusters.
+
+        Args:
+            blocks: this worker's rows; the same at every call.
+            centers: Float[R K D] minus the origin.
+            origin: Float64[D].
+
+        Returns:
+            Float64[R K D] sums and Int64[R K] counts of this worker's rows by cluster, not to be changed by the caller;
+            Float64[R] totals of the nearest centres' scores (see `half_squares`).
+        """
+        bias = half_squares(centers, origin)
+        total = centers.new_zeros(len(centers), dtype=torch.float64)
+        for i, part in enumerate(in_parts(blocks, self.columns)):
+            scores, labels = nearest(part, centers, bias)
+            total += scores.sum(0, dtype=torch.float64)
+            self._move(part, labels, self.labels[i] if i < len(self.labels) else None)
+            self.labels[i : i + 1] = [labels.int()]
+        return self.sums, self.counts, total
+
+    def keep(self, chosen: Tensor) -> None:
+        """Drop all partitions but the chosen ones, Bool[R]."""
+        self.labels = [labels[:, chosen] for labels in self.labels]
+        self.sums, self.counts = self.sums[chosen], self.counts[chosen]
+
+    def _move(self, x: Tensor, labels: Tensor, old: Tensor | None) -> None:
+        """Add rows to the clusters they entered and subtract them from those they left."""
+        R, K, _ = self.sums.shape
+        moved = (torch.ones_like(labels, dtype=torch.bool) if old is None else labels != old).nonzero()
+        row, partition = moved.unbind(1)
+        entered = partition * K + labels[row, partition]
+        left = None if old is None else partition * K + old[row, partition].long()
+        counts = self.counts.view(-1)
+        counts += torch.bincount(entered, minlength=R * K)
+        if left is not None:
+            counts -= torch.bincount(left, minlength=R * K)
+        # Measured on AVX-512 cores: a row that moves costs as much as 100 columns of a float64 product for a row.
+        dense = not x.is_cuda and len(row) > len(x) * (0.4 + 0.01 * R * K)
+        (self._add_product if dense else self._add_rows)(x, row, entered, left)
+
+    def _add_rows(self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None) -> None:
+        sums = self.sums.view(-1, x.shape[1])
+        for low in range(0, len(row), _MOVED_AT_ONCE):
+            span = slice(low, low + _MOVED_AT_ONCE)
+            values = x[row[span]].double()
+            sums.index_add_(0, entered[span], values)
+            if left is not None:
+                sums.index_add_(0, left[span], values, alpha=-1)
+
+    def _add_product(self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None) -> None:
+        """Do the same as a product with +1 where a row entered and −1 where it left: faster when most rows move."""
+        sums = self.sums.view(-1, x.shape[1])
+        signs = sums.new_zeros((len(x), len(sums)))
+        signs[row, entered] = 1.0
+        if left is not None:
+            signs[row, left] = -1.0
+        for low in range(0, len(x), _MULTIPLIED_AT_ONCE):
+            span = slice(low, low + _MULTIPLIED_AT_ONCE)
+            sums.addmm_(signs[span].T, x[span].double())
+
+
+def relocate(
+    stats: RowStats, partitions: Partitions, centers: Tensor, sums: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Move one far row into each empty cluster, the farthest row to the smallest id, whatever the sharding of rows.
+
+    A row that is alone in its cluster, or lies on its centre, stays. Costs two passes over the rows.
+
+    Args:
+        stats: of all workers' rows.
+        partitions: labels of this worker's rows under `centers`.
+        centers: Float[R K D] minus the origin.
+        sums: Float64[R K D] over all workers.
+        counts: Int64[R K] over all workers.
+
+    Returns:
+        New Float64[R K D] sums and Int64[R K] counts.
+    """
+    affected = (counts == 0).any(1).nonzero().squeeze(1)
+    A, M = len(affected), int((counts == 0).sum(1).max())
+    absolute = (centers[affected].double() + stats.origin).to(centers.dtype)
+
+    def farthest(candidates: Tensor) -> Tensor:
+        """Float64[3 A M] of Float64[3 A n] distances, positions and labels: the M farthest, ties by position."""
+        order = candidates[1].argsort(dim=1)
+        by_distance = candidates[0].gather(1, order).argsort(dim=1, descending=True, stable=True)
+        return candidates.gather(2, order.gather(1, by_distance)[:, :M].expand(3, -1, -1))
+
+    # 1. This worker's farthest rows. A distance of −1 stands for a missing row, which is never moved.
+    best = centers.new_zeros((3, A, M), dtype=torch.float64)
+    best[0] = -1.0
+    position = stats.first
+    for i, part in enumerate(in_parts(stats.blocks, partitions.columns)):
+        labels = partitions.labels[i][:, affected].T.long()
+        distances = torch.stack([(part - absolute[a][labels[a]]).square().sum(1).double() for a in range(A)])
+        here = torch.arange(position, position + len(part), device=part.device).expand(A, -1)
+        best = farthest(torch.cat([best, torch.stack([distances, here.double(), labels.double()])], 2))
+        position += len(part)
+    # 2. The farthest rows over all workers.
+    merged = farthest(distributed.data_group().all_gather(best).movedim(0, 2).flatten(2))
+    distances, positions, labels = merged[0], merged[1].long(), merged[2].long()
+    unique, where = torch.unique(positions, return_inverse=True)
+    rows = gather_rows(stats, unique.cpu()).double()
+    # 3. Move them, one to each empty cluster.
+    sums, counts = sums.clone(), counts.clone()
+    for a, r in enumerate(affected.tolist()):
+        for rank, k in enumerate((counts[r] == 0).nonzero().squeeze(1).tolist()):
+            old = int(labels[a, rank])
+            if distances[a, rank] <= 0 or counts[r, old] <= 1:
+                continue
+            row = rows[where[a, rank]]
+            sums[r, old] -= row
+            sums[r, k] += row
+            counts[r, old] -= 1
+            counts[r, k] += 1
+    return sums, counts
+
+
+def kmeans_plusplus(x: Tensor, clusters: int, seeds: Sequence[int | tuple[int, ...]]) -> Tensor:
+    """Draw greedy k-means++ seeds of several restarts together.
+
+    Each next seed is the best of 2 + ⌊ln K⌋ rows that are drawn with a probability proportional to their squared
+    distance to the seeds before: the one that leaves the least sum of squared distances; ties go to the first drawn.
+
+    Args:
+        x: Float[N D], on one worker.
+        clusters: K, from 1 to N.
+        seeds: one per restart; a restart's seeds depend on its own seed alone.
+
+    Returns:
+        Int64[R K], positions of the seeds in `x`.
+
+    Raises:
+        ConfigError: there are fewer rows than clusters.
+
+    Source: Arthur & Vassilvitskii 2007, section 2.2, with the local trials of their section 6.
+    """
+    if clusters > len(x):
+        raise ConfigError(f"clusters = {clusters}: at most the number of rows, {len(x)}")
+    trials = 2 + int(math.log(clusters))
+    draws = np.stack([np.random.default_rng(seed).random((clusters, trials)) for seed in seeds])
+    uniform = torch.from_numpy(draws).to(x.device)
+    x = x - x.mean(0)  # distances from products lose digits far from zero
+    squares = x.square().sum(1)
+
+    def distances_to(chosen: Tensor) -> Tensor:
+        """Squared distances Float[R T N] of all rows to chosen rows Int64[R T]."""
+        R, T = chosen.shape
+        flat, step = chosen.reshape(-1), max(1, _SEEDING_DISTANCES_AT_ONCE // (R * T))
+        result = x.new_empty((R * T, len(x)))
+        for low in range(0, len(x), step):
+            span = slice(low, low + step)
+            torch.addmm(squares[None, span], x[flat], x[span].T, alpha=-2.0, out=result[:, span])
+            result[:, span].add_(squares[flat, None]).clamp_(min=0)
+        result.scatter_(1, flat[:, None], 0.0)  # exactly 0 from a row to itself, whatever the rounding
+        return result.view(R, T, len(x))
+
+    restarts = torch.arange(len(seeds), device=x.device)
+    chosen = (uniform[:, 0, :1] * len(x)).long()
+    closest = distances_to(chosen)[:, 0]
+    for k in range(1, clusters):
+        # Draw T candidates with probability ∝ D(x)², by inverting the cumulative sum.
+        cumulative = closest.cumsum(1, dtype=torch.float64)
+        candidates = torch.searchsorted(cumulative, uniform[:, k] * cumulative[:, -1:], right=True)
+        candidates.clamp_(max=len(x) - 1)
+        # Keep the one that lowers the potential most.
+        distances = torch.minimum(distances_to(candidates), closest[:, None])
+        best = distances.sum(2, dtype=torch.float64).argmin(1)
+        closest = distances[restarts, best]
+        chosen = torch.cat([chosen, candidates[restarts, best, None]], dim=1)
+    return chosen

@@ -1,4 +1,4 @@
-"""Rows and partitions seen through the neighbour graph."""
+"""Smoothing of rows and modularity of partitions on the graph of nearest neighbours."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _GATHERED = 2**24
 
 
 def smooth(x: Tensor, neighbors: Tensor, rounds: int = 1) -> Tensor:
-    """Replaces each row's direction by that of the sum of its own and its neighbours', some times over.
+    """Replace each row's direction by that of the sum of itself and its neighbours, repeatedly.
 
-    A low-pass filter of the graph: what neighbours have in common stays, what is each row's own averages out, so that
-    clusters that are not round come closer to it.
+    A low-pass filter of the graph: components that neighbours share are kept, those of single rows average out, so that
+    clusters become rounder.
 
     Args:
         x: Float[N D].
         neighbors: Int[N M], −1 where a row has fewer than M.
-        rounds: how often; 0 gives the directions of `x`.
+        rounds: number of repetitions; 0 returns the directions of `x`.
 
     Returns:
         Float[N D], unit rows; a zero row without neighbours stays zero.
@@ -42,7 +42,7 @@ def smooth(x: Tensor, neighbors: Tensor, rounds: int = 1) -> Tensor:
 
 
 def modularity_terms(labels: Tensor, neighbor_labels: Tensor, clusters: int) -> Tensor:
-    """What modularity needs, as sums that add up over workers and over blocks of rows.
+    """Return the sums of which modularity is made; they add up over workers and over blocks of rows.
 
     Args:
         labels: Int64[R N], R partitions.
@@ -59,11 +59,11 @@ def modularity_terms(labels: Tensor, neighbor_labels: Tensor, clusters: int) -> 
 
 
 def modularity(terms: Tensor) -> Tensor:
-    """How many more of the neighbour pairs a partition keeps together than one of its sizes would by chance.
+    """Return the share of neighbour pairs kept together, less that of a random partition of the same sizes.
 
     Larger is better: below 1, about 0 for a random partition, and 0 for a single cluster. Unlike the share of pairs
-    that is kept, it does not reward one cluster that takes all; unlike the information of the pairs, it asks little
-    for even sizes.
+    that is kept, it does not reward a single cluster with all rows; unlike the mutual information of the pairs, it
+    hardly favours even sizes.
 
     Args:
         terms: Float64[R K+2], from `modularity_terms`.

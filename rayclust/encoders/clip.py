@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,14 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
-from rayclust.encoders.base import TEXT_BATCH, Colour, TorchEncoder, unknown_architecture
+from rayclust.encoders.base import EncoderConfig, TorchEncoder, construction_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
-from rayclust.encoders.hub import HubFile
-from rayclust.encoders.options import EncoderConfig
-from rayclust.encoders.quiet import quiet_root
-from rayclust.encoders.weights import fit, load_state
+from rayclust.encoders.weights import HubFile, load_into, load_state
 from rayclust.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_TEXT_BATCH = 64
 _HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
 
@@ -40,7 +39,7 @@ class ClipEncoder(TorchEncoder):
         return tower
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Rows of phrases, in the space of the images' rows.
+        """Encode phrases, in the space of the images' rows.
 
         Args:
             texts: phrases as the network was trained on, e.g. "a photo of a cat"; words past its context are cut off.
@@ -52,10 +51,10 @@ class ClipEncoder(TorchEncoder):
             ConfigError: the network's tokenizer is not on this machine.
         """
         rows = np.empty((len(texts), self.dimension), np.float32)
-        with self._computing(), self._autocast():
-            for start in range(0, len(texts), TEXT_BATCH):
-                tokens = self._tokenize(list(texts[start : start + TEXT_BATCH])).to(self._device)
-                encoded = self._finished(self._network.encode_text(tokens))
+        with self._inference():
+            for start in range(0, len(texts), _TEXT_BATCH):
+                tokens = self._tokenize(list(texts[start : start + _TEXT_BATCH])).to(self._device)
+                encoded = self._to_rows(self._network.encode_text(tokens))
                 rows[start : start + len(tokens)] = encoded.cpu().numpy()
         return rows
 
@@ -72,33 +71,43 @@ class ClipEncoder(TorchEncoder):
         return tokenizer
 
 
-def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder:
-    """An open_clip encoder with weights from a local file.
+def build_clip(config: EncoderConfig, weights: Path | None, device: str) -> ClipEncoder:
+    """Build an open_clip encoder with weights from a local file.
 
     Size, colours and filter are those that the tag declares, or for a file without a tag those on which all tags of the
-    architecture agree, else OpenAI's. QuickGELU is on where the tag was trained with it, and for OpenAI's own archives;
+    architecture agree, else OpenAI's. QuickGELU is on where the tag was trained with it, and for OpenAI's own weights;
     for any other file the architecture's name decides (ViT-L-14-quickgelu).
 
     Args:
         config: `name` is open_clip/<architecture>.
-        weights: the file.
-        device: cpu, cuda …
+        weights: the file; None on the meta device, where shapes alone are computed.
+        device: cpu, cuda, meta …
 
     Raises:
         ConfigError: unknown architecture, impossible option or image size, or weights that do not fit.
         DataError: the file cannot be read.
     """
     published = _published(config)
-    state = load_state(weights)
+    state = load_state(weights) if weights is not None else {}
     from_openai = state.keys() >= _OPENAI_EXTRAS
-    network = _network(config, quick_gelu=from_openai or bool(published.get("quick_gelu")))
-    extras = {*_OPENAI_EXTRAS, *(key for key in state if key.endswith("attn_mask"))}
-    state = {key: value for key, value in state.items() if key not in extras}
-    try:
-        state = _adapted(network, state)
-    except (AssertionError, KeyError, RuntimeError) as error:
-        logger.info("open_clip could not adapt the names in %s: %s", weights, error)
-    fit(network, state, encoder=config.name, source=config.pretrained or str(weights))
+    built_on = torch.device("meta" if weights is None else "cpu")
+    with construction_errors(config), _quiet_logging(), built_on:
+        network: Any = open_clip.create_model(
+            config.architecture,
+            load_weights=False,
+            pretrained_text=False,
+            force_quick_gelu=from_openai or bool(published.get("quick_gelu")),
+            force_image_size=config.image_size,
+            device=built_on,
+            **config.options,
+        )
+    if weights is not None:
+        state = {k: v for k, v in state.items() if k not in _OPENAI_EXTRAS and not k.endswith("attn_mask")}
+        try:
+            state = _converted(network, state)
+        except (AssertionError, KeyError, RuntimeError) as error:
+            logger.info("open_clip could not adapt the names in %s: %s", weights, error)
+        load_into(network, state, encoder=config.name, source=config.pretrained or str(weights))
     preprocess = Preprocess(
         config.image_size or network.visual.image_size,
         resize=config.resize or ("squash" if published.get("resize_mode") == "squash" else "crop"),
@@ -106,15 +115,13 @@ def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder
         crop_fraction=config.crop_fraction or 1.0,
         jpeg_draft=config.jpeg_draft,
     )
-    colour: tuple[Colour, Colour] = (
-        config.mean or tuple(published.get("mean") or open_clip.OPENAI_DATASET_MEAN),
-        config.std or tuple(published.get("std") or open_clip.OPENAI_DATASET_STD),
-    )
-    return ClipEncoder(network, config, preprocess, colour, device)
+    mean = config.mean or tuple(published.get("mean") or open_clip.OPENAI_DATASET_MEAN)
+    std = config.std or tuple(published.get("std") or open_clip.OPENAI_DATASET_STD)
+    return ClipEncoder(network, config, preprocess, mean=mean, std=std, device=device)
 
 
 def clip_hub_file(config: EncoderConfig) -> HubFile:
-    """Where the weights that a tag names are published.
+    """Look up where the weights that a tag names are published.
 
     Raises:
         ConfigError: unknown architecture or tag.
@@ -143,7 +150,7 @@ def _tag(config: EncoderConfig) -> str:
 
 
 def _published(config: EncoderConfig) -> dict[str, Any]:
-    """What open_clip says about the weights: of the tag, or what all tags of the architecture agree on."""
+    """Return what open_clip declares about the weights: of the tag, or what all tags of the architecture agree on."""
     architecture = config.architecture
     if architecture not in open_clip.list_models():
         raise unknown_architecture(config, open_clip.list_models())
@@ -155,24 +162,24 @@ def _published(config: EncoderConfig) -> dict[str, Any]:
     return {key: known[0][key] for key in shared if known and all(k.get(key) == known[0].get(key) for k in known)}
 
 
-def _network(config: EncoderConfig, *, quick_gelu: bool) -> Any:
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """Disable log lines of all kinds: open_clip logs to the root logger.
+
+    Such a call would also configure logging, which only the command line may do, unless a handler is there.
+    """
+    root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(handler)
+    logging.disable(logging.CRITICAL)
     try:
-        with torch.random.fork_rng(devices=[]), quiet_root():
-            return open_clip.create_model(
-                config.architecture,
-                load_weights=False,
-                pretrained_text=False,
-                force_quick_gelu=quick_gelu,
-                force_image_size=config.image_size,
-                **config.options,
-            )
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, OSError, ImportError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise ConfigError(f"encoder.options = {config.options}: {config.name} cannot be built so: {what}") from error
+        yield
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(handler)
 
 
-def _adapted(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the network's own names and at its image size, as open_clip's own loader would."""
+def _converted(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert weights to the network's own names and image size, as open_clip's own loader would."""
     own = network.state_dict()
     state = convert_state_dict(network, state)
     if "positional_embedding" in state and "positional_embedding" not in own:

@@ -1,60 +1,130 @@
-"""Bytes of one image file to the pixels an encoder takes."""
+"""Decode the bytes of one image file to the pixels that an encoder takes.
+
+Pillow decodes. What it leaves out is done here. It is too lenient in places: a JPEG without its end marker decodes to a
+picture with a grey half, and a PNG with damaged rows to a garbled one, so both are walked by their markers and lengths
+first. It is too strict in others: a damaged or explosive comment costs a good picture, so metadata is cut out.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import math
 import re
 import struct
+import threading
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, Literal
+from functools import cache
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError, _imaging
 
-from rayclust.encoders.colours import flatten
-from rayclust.encoders.containers import picture_only, recognise
-from rayclust.encoders.framing import kept_box, stored_box, turn_of
-from rayclust.encoders.quiet import quiet_pillow
-from rayclust.encoders.undecodable import Undecodable
-from rayclust.errors import ConfigError
-
-__all__ = ["PIXEL_CEILING", "Preprocess", "Undecodable", "decode"]
+from rayclust.errors import ConfigError, DataError
 
 PIXEL_CEILING: Final = 178_956_970
 """The largest `max_pixels`: above it Pillow itself refuses to open a file."""
+MAX_SCANS: Final = 200
+"""Scans allowed in one JPEG; encoders write about ten, and each costs a pass over all pixels."""
 
-_FILTERS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
+Reason = Literal[
+    "empty",  # no bytes
+    "too_large",  # more bytes than `max_bytes`
+    "not_an_image",  # text, HTML, an archive or anything else that is not a picture
+    "unsupported",  # a picture or document of a format that is not read: SVG, PDF, HEIC, PSD, JPEG XL, video
+    "truncated",  # the file ends before its picture does
+    "corrupt",  # the bytes contradict their own format
+    "zero_size",  # the header declares no pixels
+    "too_many_pixels",  # the header declares more than `max_pixels`
+    "bomb",  # metadata or scans that cost far more than a picture does
+    "not_finite",  # a floating-point picture without one finite value
+    "out_of_memory",  # the decoder could not allocate memory
+]
+"""Written to `rejects/` and to counts; the words do not change between versions."""
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom), pixels."""
+
+_SIGNATURES: Final[dict[str, tuple[bytes, ...]]] = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),
+    "JPEG2000": (b"\x00\x00\x00\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+    "ICO": (b"\x00\x00\x01\x00",),
 }
+# Searched in this order in the first 1,024 bytes: formats that are read, which have no reason, then all others.
+_PATTERNS: Final[tuple[tuple[bytes, Reason | None, str], ...]] = (
+    (rb"\ARIFF.{4}WEBP", None, "WEBP"),
+    (rb"\A.{4}ftyp(.{4}){0,60}?avi[fs]", None, "AVIF"),
+    (rb"\AP[1-7fFy]\s", None, "PPM"),
+    (rb"\A%PDF", "unsupported", "a PDF document"),
+    (rb"\A%!PS", "unsupported", "a PostScript document"),
+    (rb"\A8BPS", "unsupported", "a Photoshop file"),
+    (rb"\A(\xff\x0a|\0\0\0\x0cJXL )", "unsupported", "a JPEG XL image"),
+    (rb"\A.{4}ftyp(.{4}){0,60}?(hei[cxms]|hevc|mif1|msf1)", "unsupported", "a HEIC image"),
+    (rb"\A.{4}ftyp", "unsupported", "a video (ISO media file)"),
+    (
+        rb"(?i)<(!doctype )?(html|head|body)\b",
+        "not_an_image",
+        "an HTML page, often the error page of a failed download",
+    ),
+    (rb"(?i)<svg[\s>]", "unsupported", "an SVG drawing"),
+    (rb"\A\s*PK(\x03\x04|\x05\x06)", "not_an_image", "a zip archive"),
+    (rb"\A\s*\x1f\x8b", "not_an_image", "gzip data"),
+    (rb"\A\s*RIFF", "not_an_image", "a RIFF file that is not WebP"),
+    (rb"\A\s*\{", "not_an_image", "JSON or text"),
+    (rb"\A.{128}DICM", "unsupported", "a DICOM file"),
+    (rb"\A[\t\n\r -~\x80-\xf4]+\Z", "not_an_image", "plain text"),
+)
+
+# By EXIF orientation: whether x and y of the file are swapped, whether its x and its y run backwards, and what Pillow
+# calls the operation that makes the image upright.
+_UPRIGHT: Final = (False, False, False, None)
+_ORIENTATIONS: Final[dict[int, tuple[bool, bool, bool, Image.Transpose | None]]] = {
+    2: (False, True, False, Image.Transpose.FLIP_LEFT_RIGHT),
+    3: (False, True, True, Image.Transpose.ROTATE_180),
+    4: (False, False, True, Image.Transpose.FLIP_TOP_BOTTOM),
+    5: (True, False, False, Image.Transpose.TRANSPOSE),
+    6: (True, False, True, Image.Transpose.ROTATE_270),
+    7: (True, True, True, Image.Transpose.TRANSVERSE),
+    8: (True, True, False, Image.Transpose.ROTATE_90),
+}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "nearest")}
 # What Pillow's readers raise on damaged files, found by feeding them such; anything else is a mistake of ours.
 _FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class Undecodable(DataError):  # noqa: N818 - a state of the bytes, and a word that callers read
+    """Bytes that are not an image, or not a whole one within the limits.
+
+    Args:
+        reason: one of `Reason`.
+        detail: what was found, one line, the same on every run.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason: Reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a file becomes pixels: size, way of resizing, limits."""
+    """How a file becomes pixels: size, resizing and limits."""
 
     size: int | tuple[int, int]
     """Side of the square, or (height, width), pixels."""
@@ -96,10 +166,10 @@ class Preprocess:
 
 
 def decode(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """One image file to pixels; the first frame of an animation, upright by its EXIF orientation.
+    """Decode one image file; the first frame of an animation, upright by its EXIF orientation.
 
     The result depends on nothing but the arguments. Palettes, grey, CMYK, alpha (on white), 16-bit and floating samples
-    become 8-bit RGB; colour profiles are left alone. A file is taken whole or not at all.
+    become 8-bit RGB; colour profiles are ignored. A file is taken whole or not at all.
 
     Args:
         data: the whole file, of any name: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, ICO or a portable map.
@@ -109,39 +179,40 @@ def decode(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
         UInt8[H W 3], or [H W 1] with `grayscale`; owned and contiguous.
 
     Raises:
-        Undecodable: with one of the reasons of `rayclust.encoders.undecodable`.
+        Undecodable: with one of the reasons in `Reason`.
     """
     if len(data) > preprocess.max_bytes:
         raise Undecodable("too_large", f"{len(data)} bytes, more than the limit of {preprocess.max_bytes}")
     name = recognise(data)
-    picture = picture_only(data, name)
+    picture = without_metadata(data, name)
+    height, width, _ = preprocess.shape
     with quiet_pillow():
         try:
-            return _decode(picture, name, preprocess)
+            with Image.open(io.BytesIO(picture), formats=(name,)) as image:
+                _check_size(image.size, preprocess.max_pixels)  # of the header, before any pixel is decoded
+                if preprocess.jpeg_draft and name == "JPEG":
+                    shorter = 2 * math.ceil(max(height, width) / preprocess.crop_fraction)
+                    image.draft(None, (shorter, shorter))
+                image.load()
+                _check_size(image.size, preprocess.max_pixels)
+                orientation = 1
+                with suppress(*_FAILURES):  # a damaged EXIF block does not cost the image
+                    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+                    orientation = value if isinstance(value, int) else 1
+                flat = flatten(image, "L" if preprocess.grayscale else "RGB")
+            # Scale along the axes of the file, then turn the small result.
+            is_swapped, _, _, transpose = _ORIENTATIONS.get(orientation, _UPRIGHT)
+            shown = flat.size[::-1] if is_swapped else flat.size
+            box = visible_box(shown, (height, width), preprocess.resize, preprocess.crop_fraction)
+            size = (height, width) if is_swapped else (width, height)
+            small = flat.resize(size, _FILTERS[preprocess.interpolation], stored_box(box, flat.size, orientation))
+            if transpose is not None:
+                small = small.transpose(transpose)
+            return np.array(small, dtype=np.uint8).reshape(preprocess.shape)
+        except Undecodable:
+            raise
         except _FAILURES as error:
-            if isinstance(error, Undecodable):
-                raise
-            raise _explained(error, name) from error
-
-
-def _decode(data: bytes, name: str, p: Preprocess) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data), formats=(name,)) as image:
-        _check_size(image.size, p.max_pixels)
-        if p.jpeg_draft and name == "JPEG":
-            shorter = 2 * math.ceil(max(p.shape[:2]) / p.crop_fraction)
-            image.draft(None, (shorter, shorter))
-        image.load()
-        _check_size(image.size, p.max_pixels)
-        turn, upright = turn_of(_orientation(image))
-        flat = flatten(image, "L" if p.grayscale else "RGB")
-    height, width, _ = p.shape
-    turned = turn[0]
-    box = kept_box(flat.size[::-1] if turned else flat.size, (height, width), p.resize, p.crop_fraction)
-    box = stored_box(box, flat.size, turn)
-    small = flat.resize((height, width) if turned else (width, height), _FILTERS[p.interpolation], box)
-    if upright is not None:
-        small = small.transpose(upright)
-    return np.array(small, dtype=np.uint8).reshape(p.shape)
+            raise _undecodable(error, picture, name) from error
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -152,16 +223,8 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise Undecodable("too_many_pixels", f"{width}×{height} pixels, more than the limit of {max_pixels}")
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; a damaged EXIF block does not cost the image."""
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _FAILURES:
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _explained(error: BaseException, name: str) -> Undecodable:
+def _undecodable(error: BaseException, data: bytes, name: str) -> Undecodable:
+    """Turn an error of Pillow into a reason and a detail."""
     # Pillow names objects by address in some messages: rejects must be the same bytes on every run.
     text = " ".join(re.sub(r"<[^>]*>| at 0x[0-9a-f]+", "", str(error)).split())[:200]
     if isinstance(error, Image.DecompressionBombError):
@@ -169,9 +232,250 @@ def _explained(error: BaseException, name: str) -> Undecodable:
     if isinstance(error, MemoryError):
         return Undecodable("out_of_memory", f"while decoding a {name} file")
     if isinstance(error, UnidentifiedImageError):
-        return Undecodable("corrupt", f"the header of a {name} file cannot be read")
-    if "Decompressed data too large" in text or "Too much memory used for text" in text:
-        return Undecodable("bomb", f"{name}: {text}")
+        # Pillow reads a GIF up to its first frame for this; one that ends with its trailer was not cut.
+        is_cut = name == "GIF" and not data.endswith(b";")
+        return Undecodable("truncated" if is_cut else "corrupt", f"the header of a {name} file cannot be read")
     if re.search("truncated|not enough image data|Not enough|unexpected end|EOF", text, re.IGNORECASE):
         return Undecodable("truncated", f"{name}: {text}")
     return Undecodable("corrupt", f"{name}: {text or type(error).__name__}")
+
+
+def recognise(data: bytes) -> str:
+    """Return the format of an image file, by content; its name does not matter.
+
+    Args:
+        data: the whole file, or at least its first 1,024 bytes.
+
+    Returns:
+        Pillow's word for the format: JPEG PNG GIF WEBP BMP TIFF AVIF JPEG2000 ICO or PPM.
+
+    Raises:
+        Undecodable: `empty`, `truncated` inside the signature, `unsupported` or `not_an_image`.
+    """
+    if not data:
+        raise Undecodable("empty", "0 bytes")
+    for name, signatures in _SIGNATURES.items():
+        if data.startswith(signatures):
+            return name
+        if len(data) > 1 and any(signature.startswith(data) for signature in signatures):
+            raise Undecodable("truncated", f"{len(data)} bytes, not even the signature of a {name} file")
+    for pattern, reason, what in _PATTERNS:
+        if re.search(pattern, data[:1024], re.DOTALL):
+            if reason is None:
+                return what
+            raise Undecodable(reason, what)
+    unknown = f"unknown bytes {data[:8].hex(' ')}" if any(data) else f"{len(data)} zero bytes"
+    raise Undecodable("not_an_image", unknown)
+
+
+def without_metadata(data: bytes, name: str) -> bytes:
+    """Return what a picture and its orientation need of a file; refuse one that ends before its picture does.
+
+    Args:
+        data: the whole file.
+        name: its format, from `recognise`. JPEG, PNG and WebP are checked; Pillow notices the others itself.
+
+    Returns:
+        For JPEG and PNG the file without comments, profiles and further pictures; `data` itself where it has none.
+
+    Raises:
+        Undecodable: `truncated`, `corrupt` or `bomb`.
+    """
+    spans: list[tuple[int, int]] = []
+    if name == "JPEG":
+        spans = _metadata_of_jpeg(data)
+    elif name == "PNG":
+        spans = _metadata_of_png(data)
+    elif name == "WEBP" and (declared := int.from_bytes(data[4:8], "little") + 8) > len(data):
+        raise Undecodable("truncated", f"WebP of {len(data)} bytes that declares {declared}")
+    if not spans:
+        return data
+    starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), len(data)]
+    return b"".join(data[start:end] for start, end in zip(starts, ends, strict=True))
+
+
+def _metadata_of_jpeg(data: bytes) -> list[tuple[int, int]]:
+    """Follow a JPEG's segments to its end-of-image marker; return (start, end) of those that hold metadata."""
+    position, scans, code, spans = 2, 0, 0, list[tuple[int, int]]()
+    while code != 0xD9:
+        # Entropy-coded data behind a scan's header may hold stuffed zeros and restart markers: neither ends it.
+        pattern = rb"\xff+[^\x00\xff\xd0-\xd7]" if code == 0xDA else rb"\xff+[^\x00\xff]"
+        marker = re.compile(pattern, re.DOTALL).search(data, position)
+        if marker is None:
+            raise Undecodable("truncated", f"JPEG of {len(data)} bytes without its end marker")
+        position, code = marker.end(), data[marker.end() - 1]
+        if code == 0x01 or 0xD0 <= code <= 0xD9:
+            continue  # a marker without a segment
+        length = int.from_bytes(data[position : position + 2], "big")
+        if position + max(length, 2) > len(data):
+            raise Undecodable("truncated", f"JPEG of {len(data)} bytes that ends inside a segment")
+        if length < 2:
+            raise Undecodable("corrupt", f"JPEG segment of length {length} at byte {position}")
+        position += length
+        # Comments and application segments, but JFIF (E0), Exif (E1) and Adobe (EE) say how to read the picture.
+        if code in (0xFE, 0xEF) or 0xE2 <= code <= 0xED:
+            spans.append((marker.start(), position))
+        if code == 0xDA:
+            scans += 1
+            if scans > MAX_SCANS:
+                raise Undecodable("bomb", f"JPEG with more than {MAX_SCANS} scans")
+    if scans == 0:
+        raise Undecodable("corrupt", "JPEG without a scan")
+    return spans
+
+
+def _metadata_of_png(data: bytes) -> list[tuple[int, int]]:
+    """Follow a PNG's chunks to IEND and check the sums of those that it needs; return (start, end) of the others."""
+    position, spans = 8, list[tuple[int, int]]()
+    while True:
+        if position + 12 > len(data):
+            raise Undecodable("truncated", f"PNG of {len(data)} bytes without its end chunk")
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if not kind.isalpha():
+            raise Undecodable("corrupt", f"PNG chunk without a name at byte {position}")
+        end = position + 12 + length
+        if end > len(data):
+            raise Undecodable("truncated", f"PNG of {len(data)} bytes that ends inside a chunk")
+        # PNG calls transparency and Exif ancillary (a lower-case first letter); a picture still needs them.
+        if kind[:1].islower() and kind not in (b"tRNS", b"eXIf"):
+            spans.append((position, end))
+        elif zlib.crc32(memoryview(data)[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise Undecodable("corrupt", f"PNG chunk {kind.decode()} at byte {position} has a wrong checksum")
+        if kind == b"IEND":
+            return spans
+        position = end
+
+
+def flatten(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
+    """Convert an image of any colour model to plain RGB or grey, 8 bits.
+
+    Transparency lies on white. Sixteen bits are scaled, not clipped. Floating and 32-bit samples within 0..1, 0..255 or
+    0..65535 keep their meaning, all others are stretched. Colour profiles are ignored, as the encoders' own training
+    pipelines did.
+
+    Args:
+        image: loaded; any mode of Pillow.
+        mode: colour or grey (ITU-R 601 luma).
+
+    Returns:
+        An image of `mode` and the same size.
+
+    Raises:
+        Undecodable: `not_finite`, a floating image without one finite value.
+    """
+    if image.mode in {"I;16", "I;16L", "I;16B", "I;16N"}:
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in {"I", "F"}:
+        values = np.asarray(image).astype(np.float64)
+        finite = values[np.isfinite(values)]
+        if finite.size == 0:
+            raise Undecodable("not_finite", "a floating image without one finite value")
+        low, high = float(finite.min()), float(finite.max())
+        low, high = next(((0.0, top) for top in (1.0, 255.0, 65535.0) if low >= 0 and high <= top), (low, high))
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        scaled = (values - low) / max(high - low, np.finfo(np.float64).tiny)
+        image = Image.fromarray(np.rint(scaled * 255.0).astype(np.uint8))
+    elif image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        # Pillow reads every four-channel JPEG as Adobe's, whose inks are inverted; files of others are not.
+        image = ImageChops.invert(image)
+    elif image.has_transparency_data:
+        colours = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", image.size, (255, 255, 255))
+        image.paste(colours, mask=colours.getchannel("A"))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def visible_box(
+    shown: tuple[int, int], target: tuple[int, int], resize: Literal["crop", "squash"], crop_fraction: float
+) -> Box:
+    """Compute the part of the upright image that is scaled to the wanted size.
+
+    Scaling only what is kept bounds memory for very long images. The arithmetic is that of scaling everything to whole
+    pixels and then cutting at whole pixels.
+
+    Args:
+        shown: (width, height) of the upright image.
+        target: (height, width) wanted.
+        resize: crop or squash.
+        crop_fraction: for crop, the share of the shorter side that is kept; in (0, 1].
+
+    Returns:
+        A box inside the upright image.
+    """
+    width, height = shown
+    if resize == "squash":
+        return 0.0, 0.0, float(width), float(height)
+    rows, columns = target
+    tall, wide = math.floor(rows / crop_fraction), math.floor(columns / crop_fraction)
+    if tall * width >= wide * height:
+        wide = tall * width // height
+    else:
+        tall = wide * height // width
+    left, top = round((wide - columns) / 2), round((tall - rows) / 2)
+    x, y = width / wide, height / tall
+    return left * x, top * y, min((left + columns) * x, width), min((top + rows) * y, height)
+
+
+def stored_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Convert a box of the upright image to the axes of the file.
+
+    Args:
+        box: inside the upright image.
+        size: (width, height) of the file's image.
+        orientation: EXIF orientation; any value but 2 to 8 means upright.
+
+    Returns:
+        A box inside the file's image.
+    """
+    left, top, right, bottom = box
+    is_swapped, is_reversed_x, is_reversed_y, _ = _ORIENTATIONS.get(orientation, _UPRIGHT)
+    if is_swapped:
+        left, top, right, bottom = top, left, bottom, right
+    if is_reversed_x:
+        left, right = max(size[0] - right, 0.0), size[0] - left
+    if is_reversed_y:
+        top, bottom = max(size[1] - bottom, 0.0), size[1] - top
+    return left, top, right, bottom
+
+
+_quiet_lock, _quiet_state, _quiet_depth = threading.Lock(), ExitStack(), 0
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Silence warnings, log lines of Pillow and libtiff's own writing to stderr; safe when several threads decode.
+
+    `warnings.catch_warnings` alone restores the wrong filters when threads overlap, so the first thread in sets them
+    and the last one out restores them.
+    """
+    global _quiet_depth
+    with _quiet_lock:
+        _quiet_depth += 1
+        if _quiet_depth == 1:
+            _quiet_state.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            logger = logging.getLogger("PIL")
+            _quiet_state.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
+            for set_handler in _libtiff_handlers():
+                _quiet_state.callback(set_handler, set_handler(None))
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_depth -= 1
+            if _quiet_depth == 0:
+                _quiet_state.close()
+
+
+@cache
+def _libtiff_handlers() -> tuple[Any, ...]:
+    """Return libtiff's two functions that set where it reports to; none where Pillow is built without it."""
+    try:
+        library = ctypes.CDLL(_imaging.__file__)
+        functions = library.TIFFSetErrorHandler, library.TIFFSetWarningHandler
+    except (AttributeError, OSError):
+        return ()
+    for function in functions:
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+    return functions

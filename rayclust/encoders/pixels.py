@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rayclust.encoders.base import Colour
+from rayclust.encoders.base import Colour, EncoderConfig, no_text_tower
 from rayclust.encoders.decode import Preprocess
-from rayclust.encoders.options import EncoderConfig
-from rayclust.errors import ConfigError, ShapeError
-
-DEFAULT_SIZE = 32
+from rayclust.errors import ShapeError
 
 
 class PixelEncoder:
@@ -23,7 +20,7 @@ class PixelEncoder:
     def __init__(self, config: EncoderConfig) -> None:
         self.name = "pixels"
         self.preprocess = Preprocess(
-            config.image_size or DEFAULT_SIZE,
+            config.image_size or 32,
             resize=config.resize or "squash",
             crop_fraction=config.crop_fraction or 1.0,
             grayscale=config.grayscale,
@@ -35,7 +32,7 @@ class PixelEncoder:
         self._normalize = config.normalize
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Rows of images.
+        """Flatten images to rows.
 
         Args:
             images: UInt8[B H W C], from `decode` with this encoder's `preprocess`.
@@ -59,7 +56,5 @@ class PixelEncoder:
         return rows
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Refused: pixels know no words."""
-        raise ConfigError(
-            "encoder.name = pixels: has no text tower; take an open_clip one, or set label.vocabulary: none"
-        )
+        """Raise: pixels have no text tower."""
+        raise no_text_tower(self.name)

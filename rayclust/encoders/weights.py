@@ -1,32 +1,38 @@
-"""Weights and tables of tensors from files, without running code that a file might carry."""
+"""Weights and tables of tensors: from files, without running code that a file might carry, and from the hub."""
 
 from __future__ import annotations
 
 import argparse
 import pickle
+import urllib.error
+import urllib.request
+import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rayclust.encoders.options import is_hub_tag
-from rayclust.encoders.torchscript import is_torchscript, read_torchscript
 from rayclust.errors import ConfigError, DataError
 
-__all__ = ["fit", "is_hub_tag", "load_state", "load_tensors", "without_prefix"]
-
+HUB_TIMEOUT = 5.0
+"""Seconds to wait for the hub to answer at all, before giving up with one line."""
 # Where training scripts keep the weights that papers evaluate: the averaged copy before the trained one.
 _NESTS = ("state_dict_ema", "model_ema", "teacher", "target_encoder", "state_dict", "model_state_dict", "model", "net")
 _AVERAGED = ("ema", "teacher", "target", "momentum")
 
 
 def load_tensors(path: Path | str) -> Any:
-    """What a file of tensors holds: safetensors, or torch's own format read without unpickling code.
+    """Read a file of tensors: safetensors, or torch's own format without unpickling code.
 
     Args:
         path: a local file; its name does not matter.
@@ -44,15 +50,38 @@ def load_tensors(path: Path | str) -> Any:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     if len(head) > 8 and head[8:9] == b"{":
-        return _safetensors(path)
+        try:
+            return load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise DataError(f"{path}: damaged safetensors file ({error}); fetch it again") from error
     if not head.startswith((b"PK", b"\x80")):
         what = f"starts with {head.hex(' ')}" if head else "is empty"
         raise DataError(f"{path}: {what}: neither a safetensors nor a torch file")
-    return read_torchscript(path) if is_torchscript(path) else _torch_file(path)
+    try:
+        # Training scripts store their arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is refused is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        names = []
+        with suppress(RuntimeError, ValueError, OSError, pickle.UnpicklingError):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        objects = f"objects of {', '.join(names[:3])}" if names else "objects other than tensors"
+        raise DataError(
+            f"{path}: holds {objects}, which are not read; save its tensors alone, as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        what = " ".join(str(error).split())[:120]
+        if "TorchScript" in what:
+            raise DataError(
+                f"{path}: a TorchScript archive, which is a program and is not read; OpenAI's CLIP is on the hub as "
+                "safetensors (encoder.name: open_clip/ViT-L-14.openai), for others save `state_dict()` as safetensors"
+            ) from error
+        raise DataError(f"{path}: damaged torch file ({what}); fetch it again") from error
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:
-    """The weights in a file by name, out of whatever a training script wrapped around them.
+    """Read the weights in a file by name, out of whatever a training script wrapped around them.
 
     Args:
         path: a local file, see `load_tensors`.
@@ -76,7 +105,7 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
 
 
 def without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The part of a checkpoint that is one network of it, under that network's own names.
+    """Select the part of a checkpoint that is one network of it, under that network's own names.
 
     Args:
         state: weights by name, e.g. `backbone.blocks.0.…`.
@@ -96,8 +125,8 @@ def without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[
     return {key[len(best) :]: value for key, value in state.items() if key.startswith(best)}
 
 
-def fit(network: nn.Module, state: Mapping[str, Tensor], *, encoder: str, source: str) -> None:
-    """Loads weights into a network, all of them or none.
+def load_into(network: nn.Module, state: Mapping[str, Tensor], *, encoder: str, source: str) -> None:
+    """Load weights into a network, all of them or none.
 
     Args:
         network: changed in place.
@@ -110,53 +139,74 @@ def fit(network: nn.Module, state: Mapping[str, Tensor], *, encoder: str, source
     """
     own = network.state_dict()
     state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
-    troubles = [
-        _listed("missing", [key for key in own if key not in state]),
-        _listed("not wanted", [key for key in state if key not in own]),
-        _listed(
-            "of another shape",
-            [
-                f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-                for key, value in own.items()
-                if key in state and state[key].shape != value.shape
-            ],
-        ),
+    differences = {
+        "missing": [key for key in own if key not in state],
+        "not wanted": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    found = [
+        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for what, names in differences.items()
+        if names
     ]
-    if any(troubles):
-        found = "; ".join(filter(None, troubles))
-        raise ConfigError(f"encoder.pretrained = {source}: does not fit {encoder}: {found}")
+    if found:
+        raise ConfigError(f"encoder.pretrained = {source}: does not fit {encoder}: {'; '.join(found)}")
     network.load_state_dict(state)
 
 
-def _listed(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what}: {', '.join(names[:3])}{more}" if names else ""
+@dataclass(frozen=True)
+class HubFile:
+    """Weights published in a repository on the Hugging Face Hub."""
+
+    repository: str
+    """owner/name."""
+    names: tuple[str, ...]
+    """File names, the best first; one of them is there."""
+    name: str
+    """`encoder.name` with the tag in it: so what else the tag decides, such as colours, holds for a local copy too."""
+
+    def path(self) -> Path:
+        """Find the file in the hub's cache on this machine, which asks nobody, or fetch it.
+
+        Raises:
+            ConfigError: it is not here and cannot be fetched; one line with what to fetch and where to put it.
+        """
+        for name in self.names:
+            cached = huggingface_hub.try_to_load_from_cache(self.repository, name)
+            if isinstance(cached, str):
+                return Path(cached)
+        reason = "the hub cannot be reached"
+        for name in self.names if hub_answers() else ():
+            try:
+                return Path(huggingface_hub.hf_hub_download(self.repository, name))
+            except (EntryNotFoundError, LocalEntryNotFoundError) as error:
+                reason = type(error).__name__
+            except (HfHubHTTPError, OSError, ValueError) as error:
+                reason = " ".join(str(error).split())[:120]
+                break
+        raise ConfigError(
+            f"encoder.pretrained: the weights of {self.name} are not on this machine and {reason}: fetch "
+            f"{self.names[0]} from the Hugging Face repository {self.repository} on a machine that can, then set "
+            f"encoder.name: {self.name} and encoder.pretrained: <its path or s3:// URI>"
+        )
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def hub_answers() -> bool:
+    """Tell whether the hub (or the mirror that HF_ENDPOINT names) answers within `HUB_TIMEOUT` seconds.
+
+    Asked before the hub's own client, which tries a dead connection six times over half a minute.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged safetensors file ({error}); fetch it again") from error
-    return tensors
-
-
-def _torch_file(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path}: holds {_objects(path)}, which are not read; save its tensors alone, as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        what = " ".join(str(error).split())[:120]
-        raise DataError(f"{path}: damaged torch file ({what}); fetch it again") from error
-
-
-def _objects(path: Path) -> str:
-    try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError):
-        names = []
-    return f"objects of {', '.join(names[:3])}" if names else "objects other than tensors"
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")  # noqa: S310 - the user's own endpoint
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT):  # noqa: S310
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False

@@ -1,78 +1,127 @@
-"""Weight-normalised last layers for matrix products: rows of a given length, and the way back to directions and g.
+"""Weight-normalised last layers: rows of a given length from directions and scales, and the gradient in both.
 
-On a GPU triton_weight_norm.py takes the place of the passes here: one sweep over memory each way.
+Two forms of the same passes: plain torch, and Triton kernels for float32 on a GPU, which sweep once over memory each
+way. Source: arXiv 1602.07868.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-SHORTEST = 1e-12
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a build of torch for CPUs alone
+    triton = None
+
+EPSILON = 1e-12
 """Lengths are not divided by less."""
+ROWS, WARPS = 16, 4
+"""Rows of one head, and warps, of a Triton program."""
 
 
 def scaled_rows(direction: Tensor, scale: Tensor, factor: float, out: Tensor) -> Tensor:
-    """Each direction at the length scale·factor.
+    """Write each direction at the length scale·factor.
 
     Args:
-        direction: Wide[H K I], of any length.
-        scale: Wide[H K].
+        direction: Accum[H K I], of any length.
+        scale: Accum[H K].
         factor: on all lengths.
-        out: Narrow[H P I], P at least K; written, with zeros behind the last row.
+        out: Compute[H P I], P at least K; written, with zeros behind the last row.
 
     Returns:
         `out`.
     """
-    fused = _fused(direction)
-    if fused is not None:
-        fused.scaled_rows(direction, scale, factor, out)
+    heads, clusters, width = direction.shape
+    if _has_kernels(direction):
+        columns = out.shape[1]
+        _scaled_rows_kernel[(triton.cdiv(columns, ROWS), heads)](
+            direction, scale, out, clusters, columns, width, factor,
+            row_block=ROWS, width_block=triton.next_power_of_2(width), num_warps=WARPS,
+        )  # fmt: skip
         return out
-    clusters = direction.shape[1]
     out[:, :clusters] = direction * (scale * factor / _lengths(direction))[..., None]
     out[:, clusters:] = 0
     return out
 
 
 def scaled_rows_backward(slopes: Tensor, direction: Tensor, scale: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """The gradient in direction and scale, from that in the rows that `scaled_rows` made.
+    """Compute the gradient in direction and scale from that in the rows that `scaled_rows` wrote.
 
     Args:
-        slopes: Narrow or Wide[H P I]; rows behind the last cluster play no part.
-        direction: Wide[H K I].
-        scale: Wide[H K].
+        slopes: Compute or Accum[H P I]; rows behind the last cluster are not read.
+        direction: Accum[H K I].
+        scale: Accum[H K].
         factor: as given to `scaled_rows`.
 
     Returns:
-        Wide[H K I] and Wide[H K].
+        Accum[H K I] and Accum[H K].
     """
-    fused = _fused(direction)
-    if fused is not None:
-        found: tuple[Tensor, Tensor] = fused.scaled_rows_backward(slopes, direction, scale, factor)
-        return found
+    heads, clusters, width = direction.shape
+    if _has_kernels(direction):
+        gradient, scale_gradient = torch.empty_like(direction), torch.empty_like(scale)
+        _scaled_rows_backward_kernel[(triton.cdiv(clusters, ROWS), heads)](
+            slopes, direction, scale, gradient, scale_gradient, clusters, slopes.shape[1], width, factor,
+            row_block=ROWS, width_block=triton.next_power_of_2(width), num_warps=WARPS,
+        )  # fmt: skip
+        return gradient, scale_gradient
     lengths = _lengths(direction)
-    unit, slopes = direction / lengths[..., None], slopes[:, : direction.shape[1]].to(direction.dtype)
+    unit, slopes = direction / lengths[..., None], slopes[:, :clusters].to(direction.dtype)
     cosine = (unit * slopes).sum(-1)
     return (slopes - unit * cosine[..., None]) * (scale * factor / lengths)[..., None], cosine * factor
 
 
 def _lengths(direction: Tensor) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(direction, dim=-1).clamp_(min=SHORTEST)
+    lengths: Tensor = torch.linalg.vector_norm(direction, dim=-1).clamp_(min=EPSILON)
     return lengths
 
 
-def _fused(x: Tensor) -> ModuleType | None:
-    """The kernels, for float32 on a GPU."""
-    return _kernels() if x.is_cuda and x.dtype == torch.float32 else None
+def _has_kernels(x: Tensor) -> bool:
+    """Return whether the Triton kernels take these directions."""
+    return x.is_cuda and triton is not None and x.dtype == torch.float32
 
 
-@lru_cache
-def _kernels() -> ModuleType | None:
-    try:
-        from rayclust.kernels import triton_weight_norm
-    except ImportError:  # torch without Triton
-        return None
-    return triton_weight_norm
+if triton is not None:
+    _EPSILON = tl.constexpr(EPSILON)
+
+    @triton.jit
+    def _scaled_rows_kernel(
+        direction, scale, out, clusters, columns, width, factor,
+        row_block: tl.constexpr, width_block: tl.constexpr,
+    ):  # fmt: skip
+        """Scale some rows of one head, each read once."""
+        head = tl.program_id(1).to(tl.int64)
+        row = tl.program_id(0) * row_block + tl.arange(0, row_block)
+        column = tl.arange(0, width_block)
+        is_cluster, inside = row < clusters, (column < width)[None, :]
+        x = tl.load(
+            direction + ((head * clusters + row) * width)[:, None] + column[None, :],
+            mask=is_cluster[:, None] & inside, other=0.0,
+        )  # fmt: skip
+        length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), _EPSILON)
+        ratio = tl.load(scale + head * clusters + row, mask=is_cluster, other=0.0) * factor / length
+        place = out + ((head * columns + row) * width)[:, None] + column[None, :]
+        tl.store(place, (x * ratio[:, None]).to(out.dtype.element_ty), mask=(row < columns)[:, None] & inside)
+
+    @triton.jit
+    def _scaled_rows_backward_kernel(
+        slopes, direction, scale, gradient, scale_gradient, clusters, columns, width, factor,
+        row_block: tl.constexpr, width_block: tl.constexpr,
+    ):  # fmt: skip
+        head = tl.program_id(1).to(tl.int64)
+        row = tl.program_id(0) * row_block + tl.arange(0, row_block)
+        column = tl.arange(0, width_block)
+        is_cluster = row < clusters
+        inside = is_cluster[:, None] & (column < width)[None, :]
+        place = ((head * clusters + row) * width)[:, None] + column[None, :]
+        x = tl.load(direction + place, mask=inside, other=0.0)
+        slope = tl.load(
+            slopes + ((head * columns + row) * width)[:, None] + column[None, :], mask=inside, other=0.0
+        ).to(tl.float32)  # fmt: skip
+        length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), _EPSILON)
+        unit = x / length[:, None]
+        cosine = tl.sum(unit * slope, axis=1)
+        ratio = tl.load(scale + head * clusters + row, mask=is_cluster, other=0.0) * factor / length
+        tl.store(gradient + place, (slope - unit * cosine[:, None]) * ratio[:, None], mask=inside)
+        tl.store(scale_gradient + head * clusters + row, cosine * factor, mask=is_cluster)

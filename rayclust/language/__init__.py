@@ -1,1 +1,1 @@
-"""Where words meet images."""
+"""Names of clusters from words: vocabularies and votes."""

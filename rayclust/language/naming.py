@@ -1,6 +1,6 @@
-"""Names of clusters: every image votes for the words nearest to it.
+"""Names of clusters by votes of their images for the nearest words, and each cluster's typical and odd images.
 
-Votes are sums over images, so shards vote apart and their votes are added. Source: arXiv 2306.05272, Algorithm 2
+Votes are sums over images, so those of shards are counted separately and added. Source: arXiv 2306.05272, Algorithm 2
 (self-labelling), with the released code's softmax scale of 100 and its five words per image.
 """
 
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-from rayclust.arrays import FloatArray, IntArray, require_matrix
+from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.features import FeatureTransform
+
+if TYPE_CHECKING:  # imported where it is used: `status` and a run with nothing to do go without it
+    from scipy import sparse
 
 TEMPLATES = ("a photo of a {}",)
 """The prompt of arXiv 2306.05272."""
@@ -30,7 +32,7 @@ _CANDIDATES = 256
 
 @dataclass(frozen=True)
 class ClusterName:
-    """What a cluster's images call it."""
+    """The name of a cluster."""
 
     name: str | None
     """None where no image voted."""
@@ -47,7 +49,7 @@ def encode_words(
     *,
     normalize_each: bool = True,
 ) -> NDArray[np.float32]:
-    """Words to rows, the mean over prompts.
+    """Encode words as the mean of the rows of their prompts.
 
     Args:
         encode_texts: phrases to Float32[V D], an encoder's.
@@ -66,8 +68,8 @@ def encode_words(
             raise ConfigError(f"label.templates: {template!r} must hold {{}} once, where the name goes")
     prompts = ([template.replace("{}", word) for word in words] for template in templates)
     rows = [encode_texts(texts).astype(np.float64) for texts in prompts]
-    mean = sum((_unit(x) if normalize_each else x for x in rows), np.zeros_like(rows[0]))
-    return _unit(mean).astype(np.float32)
+    mean = sum((unit_rows(x) if normalize_each else x for x in rows), np.zeros_like(rows[0]))
+    return unit_rows(mean).astype(np.float32)
 
 
 def cluster_votes(
@@ -80,7 +82,7 @@ def cluster_votes(
     scale: float = SCALE,
     top: int = TOP,
 ) -> sparse.csr_array:
-    """What some images vote for; add the results of all shards.
+    """Count the votes of some images; votes of several shards are added.
 
     Each image spreads softmax(scale · cosine) over all words, and its `top` largest probabilities count. Equal words
     share their probability; of equal probabilities the first words count.
@@ -90,7 +92,7 @@ def cluster_votes(
         clusters: Int[B], 0 to count − 1; images of −1 do not vote.
         nouns: Float[V D].
         count: K.
-        transform: what images go through first, e.g. centring at the data set's mean; None makes unit rows.
+        transform: applied to images first, e.g. centring at the data set's mean; None makes unit rows.
         scale: of cosines; CLIP's own is 100.
         top: words per image.
 
@@ -100,6 +102,8 @@ def cluster_votes(
     Raises:
         ShapeError: widths or lengths differ, or a cluster is out of range.
     """
+    from scipy import sparse
+
     require_matrix(nouns, "nouns")
     require_matrix(embeddings, "embeddings", nouns.shape[1])
     if len(clusters) != len(embeddings):
@@ -108,14 +112,14 @@ def cluster_votes(
         raise ShapeError(
             f"clusters run from {np.min(clusters)} to {np.max(clusters)}: from -1 to {count - 1} are possible"
         )
-    words = _unit(nouns.astype(np.float32)).T
+    words = unit_rows(nouns.astype(np.float32)).T
     votes = sparse.csr_array((count, len(nouns)), dtype=np.float64)
     block = max(1, _BLOCK // len(nouns))
     member = np.flatnonzero(clusters >= 0)
     for start in range(0, len(member), block):
         rows = member[start : start + block]
         x = embeddings[rows].astype(np.float32)
-        logits = scale * ((_unit(x) if transform is None else transform(x)) @ words)
+        logits = scale * ((unit_rows(x) if transform is None else transform(x)) @ words)
         image, word, mass = _largest(logits, min(top, len(nouns)))
         cells = (clusters[rows][image], word)
         votes = votes + sparse.csr_array((mass, cells), shape=votes.shape)
@@ -125,17 +129,17 @@ def cluster_votes(
 def name_clusters(
     votes: sparse.csr_array, sizes: IntArray, words: Sequence[str], *, unique: bool = False, runners_up: int = 5
 ) -> list[ClusterName]:
-    """Names from votes.
+    """Name clusters by their votes.
 
-    By default two clusters may get one name: that is what a class split in two looks like. With `unique`, names are
-    given so that the sum of scores is largest and none comes twice.
+    By default two clusters may share a name, as when a class is split in two. With `unique`, distinct names are
+    assigned so that the sum of scores is largest.
 
     Args:
         votes: Float64[K V], the sum over all shards.
         sizes: Int[K], members of each cluster.
         words: V names.
-        unique: each name once. A cluster for which no word is left keeps its best with a number behind it.
-        runners_up: how many more names to list.
+        unique: use each name once. A cluster without a word left keeps its best, numbered.
+        runners_up: number of further names to list.
 
     Returns:
         K names, in the order of clusters.
@@ -143,11 +147,19 @@ def name_clusters(
     Raises:
         ShapeError: sizes differ.
     """
+    from scipy import sparse
+
     if votes.shape != (len(sizes), len(words)):
         raise ShapeError(f"votes have shape {votes.shape}: {(len(sizes), len(words))} are needed")
     votes = sparse.csr_array(votes)
     votes.sort_indices()
-    shares = [_ranked(votes, cluster, int(sizes[cluster])) for cluster in range(len(sizes))]
+    # 1. Words of each cluster with their scores, best first, of equal ones the first word first.
+    shares: list[list[tuple[int, float]]] = []
+    for low, high, size in zip(votes.indptr[:-1], votes.indptr[1:], sizes, strict=True):
+        ids, masses = votes.indices[low:high], votes.data[low:high]
+        order = np.lexsort((ids, -masses))[:_CANDIDATES]
+        shares.append([(int(ids[i]), float(masses[i] / max(int(size), 1))) for i in order])
+    # 2. One word for each cluster.
     chosen = _matched(shares, len(words)) if unique else [ranked[0][0] if ranked else None for ranked in shares]
     names, given = [], dict[str, int]()
     for ranked, word in zip(shares, chosen, strict=True):
@@ -164,13 +176,8 @@ def name_clusters(
     return names
 
 
-def _unit(rows: FloatArray) -> FloatArray:
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(lengths > 0, lengths, 1.0)
-
-
 def _largest(logits: FloatArray, top: int) -> tuple[IntArray, IntArray, FloatArray]:
-    """The `top` largest softmax probabilities of each row: its row, column and value. Of equal ones the first."""
+    """Return row, column and value of the `top` largest softmax probabilities of each row, of equal ones the first."""
     least = np.partition(logits, -top, axis=1)[:, -top]
     row, column = np.nonzero(logits >= least[:, None])
     level = logits[row, column] == least[row]
@@ -184,20 +191,85 @@ def _largest(logits: FloatArray, top: int) -> tuple[IntArray, IntArray, FloatArr
     return row, column, mass[row, column].astype(np.float64) / mass.sum(1, dtype=np.float64)[row]
 
 
-def _ranked(votes: sparse.csr_array, cluster: int, size: int) -> list[tuple[int, float]]:
-    """Words of one cluster with their scores, best first, of equal ones the first word first."""
-    place = slice(votes.indptr[cluster], votes.indptr[cluster + 1])
-    words, masses = votes.indices[place], votes.data[place]
-    order = np.lexsort((words, -masses))[:_CANDIDATES]
-    return [(int(words[i]), float(masses[i] / max(size, 1))) for i in order]
-
-
 def _matched(shares: list[list[tuple[int, float]]], width: int) -> list[int | None]:
-    """One word per cluster, none twice, the sum of scores being largest; None where no word is left."""
+    """Match each cluster with a word, none twice, so that the sum of scores is largest; None where none is left."""
+    from scipy import sparse
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
     cells = [(k, word, score) for k, ranked in enumerate(shares) for word, score in ranked if score > 0]
-    # A column of its own, worth next to nothing, lets a cluster go without a word.
+    # A private column of negligible score lets a cluster remain without a word.
     cells += [(k, width + k, 1e-9) for k in range(len(shares))]
     rows, columns, scores = zip(*cells, strict=True)
     matrix = sparse.csr_array((np.array(scores), (rows, columns)), shape=(len(shares), width + len(shares)))
     _, given = min_weight_full_bipartite_matching(matrix, maximize=True)
     return [int(word) if word < width else None for word in given]
+
+
+class TopRows:
+    """The rows of each cluster with the largest scores, merged block by block.
+
+    The result does not depend on the order of blocks; of equal scores the smaller row counts.
+
+    Args:
+        count: rows to keep per cluster.
+        largest: False keeps the smallest scores instead: the outliers.
+    """
+
+    def __init__(self, count: int, *, largest: bool = True) -> None:
+        self._count, self._sign = count, 1.0 if largest else -1.0
+        self._clusters: IntArray = np.empty(0, np.int64)
+        self._rows: IntArray = np.empty(0, np.int64)
+        self._scores: FloatArray = np.empty(0, np.float64)
+
+    def update(self, rows: IntArray, clusters: IntArray, scores: FloatArray) -> None:
+        """Merge some rows.
+
+        Args:
+            rows: Int[B], ids.
+            clusters: Int[B]; rows of −1 are skipped.
+            scores: Float[B], larger is more typical; rows whose score is not a number are skipped.
+
+        Raises:
+            ShapeError: lengths differ.
+        """
+        if not len(rows) == len(clusters) == len(scores):
+            raise ShapeError(
+                f"rows, clusters, scores have lengths {len(rows)}, {len(clusters)}, {len(scores)}: must be equal"
+            )
+        known = (np.asarray(clusters) >= 0) & ~np.isnan(scores)
+        clusters = np.concatenate([self._clusters, np.asarray(clusters)[known]])
+        rows = np.concatenate([self._rows, np.asarray(rows)[known]])
+        scores = np.concatenate([self._scores, self._sign * np.asarray(scores, np.float64)[known]])
+        order = np.lexsort((rows, -scores, clusters))
+        rank = np.arange(len(order)) - np.searchsorted(clusters[order], clusters[order])
+        kept = order[rank < self._count]
+        self._clusters, self._rows, self._scores = clusters[kept], rows[kept], scores[kept]
+
+    def of(self, cluster: int) -> list[int]:
+        """Return the row ids of one cluster, the most typical (for outliers, the oddest) first; at most `count`."""
+        begin, end = np.searchsorted(self._clusters, [cluster, cluster + 1])
+        return [int(row) for row in self._rows[begin:end]]
+
+
+def typicality(embeddings: FloatArray, clusters: IntArray, prototypes: FloatArray) -> FloatArray:
+    """Return the cosine between each row and its cluster's prototype.
+
+    Args:
+        embeddings: Float[B D].
+        clusters: Int[B], below K; −1 gives NaN.
+        prototypes: Float[K D], of any length, e.g. sums of members.
+
+    Returns:
+        Float64[B] in [−1, 1]; 0 for a zero row or prototype.
+
+    Raises:
+        ShapeError: widths or lengths differ, or a cluster is out of range.
+    """
+    require_matrix(prototypes, "prototypes")
+    require_matrix(embeddings, "embeddings", prototypes.shape[1])
+    if len(clusters) != len(embeddings) or (len(clusters) and int(np.max(clusters)) >= len(prototypes)):
+        raise ShapeError(f"{len(clusters)} clusters for {len(embeddings)} embeddings and {len(prototypes)} prototypes")
+    x, centers = embeddings.astype(np.float64), prototypes.astype(np.float64)[clusters]
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(centers, axis=1)
+    cosine = np.einsum("bd,bd->b", x, centers) / np.where(lengths > 0, lengths, 1.0)
+    return np.where(np.asarray(clusters) >= 0, cosine, np.nan)

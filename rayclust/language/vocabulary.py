@@ -1,4 +1,4 @@
-"""The words that clusters can be named by."""
+"""The words that clusters can be named by, and the settings of naming."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.errors import ConfigError, DataError
+from rayclust.settings import Config
 
 Kind = Literal["auto", "none", "imagenet", "wordnet", "classes", "embeddings", "text"]
 
@@ -21,31 +23,76 @@ LONGEST = 200
 _HEADERS = ("word", "lemma", "name", "label", "noun")
 
 
+class LabelConfig(Config):
+    """Names for clusters."""
+
+    vocabulary: str | tuple[str, ...] = "auto"
+    """auto | none | imagenet | wordnet | classes | a text file or URI, one name a line | a parquet of words with
+    embeddings; or a list of them, in which equal names count once.
+
+    `auto` is ImageNet's names when the encoder reads text, else none. `classes` are the true names of the run's labels:
+    what is named by them says so, and beside other lists every cluster is named without them as well.
+    """
+    templates: tuple[str, ...] = ("a photo of a {}",)
+    """Prompts around each name; their embeddings are averaged."""
+    scale: float = Field(100, gt=0)
+    """What cosines between images and words are multiplied by before the softmax; CLIP's own is 100."""
+    space: Literal["auto", "encoder", "features"] = "auto"
+    """Where images meet words: the encoder's unit rows, or what `features` makes of them. auto: features for words that
+    come with embeddings, else encoder."""
+    unique: bool = False
+    """Whether no two clusters may get one name."""
+    voters: int | Literal["auto", "all"] = "auto"
+    """Images per cluster that vote, a seeded sample. auto: all of them for up to 5,000 words, else 300."""
+    runners_up: int = Field(5, ge=0, le=100)
+    """Next best names kept per cluster."""
+    exemplars: int = Field(12, ge=0, le=200)
+    """Most typical images kept per cluster."""
+    outliers: int = Field(6, ge=0, le=200)
+    """Least certain images kept per cluster."""
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Return the lists of names that `vocabulary` gives."""
+        return (self.vocabulary,) if isinstance(self.vocabulary, str) else self.vocabulary
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LabelConfig:
+        if isinstance(self.vocabulary, tuple):
+            alone = [name for name in self.vocabulary if name in ("auto", "none")]
+            if alone or not self.vocabulary:
+                given = f"[{', '.join(self.vocabulary)}]"
+                raise ValueError(f"vocabulary = {given}: a list needs at least one name, and neither auto nor none")
+        if isinstance(self.voters, int) and self.voters < 1:
+            raise ValueError(f"voters = {self.voters}: must be at least 1, all or auto")
+        return self
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """Distinct words, and their rows where they come with them."""
+    """Distinct words, and their embeddings if the list has them."""
 
     words: tuple[str, ...]
     """V names as they are shown: spaces for underscores, the first of those that differ in case only."""
     embeddings: FloatArray | None = None
-    """Float32[V D] in the images' space; None: the encoder's text tower makes them."""
+    """Float32[V D] in the images' space; None: computed by the encoder's text tower."""
 
 
 def kind_of(value: str) -> Kind:
-    """What `label.vocabulary` asks for: one of its words, a parquet file of words with embeddings, or a text file."""
+    """Return the kind of a `label.vocabulary`: a keyword, a parquet file of words with embeddings, or a text file."""
     if value in ("auto", "none", "imagenet", "wordnet", "classes"):
         return value  # type: ignore[return-value]
     return "embeddings" if value.lower().endswith((".parquet", ".pq")) else "text"
 
 
 def from_text(data: bytes, source: str) -> Vocabulary:
-    """A list of names: one a line, or the column `word`, `lemma` or `name` of a .csv or .tsv file with a header.
+    """Read a list of names: one a line, or the column `word`, `lemma` or `name` of a .csv or .tsv file with a header.
 
     Blank lines and lines that begin with # are skipped. `nan` and `null` are words like others.
 
     Args:
         data: the file, UTF-8.
-        source: its path or URI; its suffix tells tables from lists, and messages name it.
+        source: its path or URI; its suffix distinguishes tables from lists; used in messages.
 
     Raises:
         DataError: not UTF-8, no column of names, a line too long to be a name, or no name at all.
@@ -64,7 +111,7 @@ def from_text(data: bytes, source: str) -> Vocabulary:
 
 
 def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) -> Vocabulary:
-    """Names that come with their rows, for encoders without a text tower.
+    """Make a vocabulary of names with embeddings, for encoders without a text tower.
 
     Args:
         words: V names; of equal ones the first counts.
@@ -96,7 +143,7 @@ def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) 
 
 
 def from_labels(labels: Iterable[str]) -> Vocabulary:
-    """The names of the data set's own classes, sorted; names made by their help say so.
+    """Make a vocabulary of the data set's own classes, sorted.
 
     Raises:
         DataError: there is no label.
@@ -109,7 +156,7 @@ def from_labels(labels: Iterable[str]) -> Vocabulary:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The names of several lists, each once: a name that came twice would share its probability with itself."""
+    """The distinct names of several lists: a name that came twice would share its probability with itself."""
 
     words: tuple[str, ...]
     """V names, spelt as in the first list that has them."""
@@ -122,7 +169,7 @@ class Candidates:
 
 
 def merged(lists: Sequence[Vocabulary]) -> Candidates:
-    """The union of lists in their order; names that differ in case only are one.
+    """Merge lists in their order; names that differ in case only are one.
 
     Args:
         lists: at least one.
@@ -152,19 +199,19 @@ def merged(lists: Sequence[Vocabulary]) -> Candidates:
 
 
 def same_name(one: str | None, other: str | None) -> bool:
-    """Whether two names are equal but for case, spaces and underscores; nothing is equal to no name."""
+    """Return whether two names are equal but for case, spaces and underscores; nothing is equal to no name."""
     return one is not None and other is not None and _shown(one).casefold() == _shown(other).casefold()
 
 
 def imagenet() -> Vocabulary:
-    """The names of ImageNet's 1,000 classes as open_clip words them; equal names count once."""
+    """Return the names of ImageNet's 1,000 classes as open_clip words them; equal names count once."""
     from open_clip import IMAGENET_CLASSNAMES
 
     return Vocabulary(_distinct(IMAGENET_CLASSNAMES, "imagenet"))
 
 
 def wordnet_refusal() -> ConfigError:
-    """The error for `wordnet`, whose nouns are not shipped: what to fetch and where to put it."""
+    """Return the error for `wordnet`, whose nouns are not shipped; it says what to fetch and where to put it."""
     return ConfigError(
         "label.vocabulary = wordnet: its nouns are not shipped: fetch a list of them, one a line (the noun lemmas of "
         "Open English WordNet 2022, CC BY 4.0, or TAC's WordNetNouns.csv), and set label.vocabulary to its path or URI"

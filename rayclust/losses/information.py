@@ -1,199 +1,102 @@
-"""Clustering losses built on the information that one view carries about another: TEMI, PMI, WMI, SCAN.
+"""Clustering losses on the information that one view of a row carries about another: TEMI, PMI, WMI and SCAN.
 
-All take log-probabilities with the axes H V B K (heads, views of a row, rows of the batch, clusters). View 0 is the
-row, view 1 its neighbour; a student's view is only ever compared with a teacher's *other* view. Everything stays in
-log space, so a pair that confidently disagrees costs a large number and not an infinite one.
+Axes are H V B K: heads, views of a row, rows of the batch, clusters. View 0 is the row, view 1 its neighbour (of more
+views half belong to each); a student's view is only compared with the teacher's *other* views. Everything stays in log
+space, so that a pair that confidently disagrees costs a large number and not an infinite one.
 
-Where a stack of workers divides the clusters, K is this worker's and every sum over clusters goes through all of them:
-losses are the same on each, and their gradient in its own log-probabilities is whole.
+Losses start from unit rows and last layers, not from logits: where logits of a whole batch would be many, they are made
+in chunks of some rows of some heads, used, and discarded (the teacher's are kept for the student where they fit). The
+teacher goes first, because p̂ and the weights of pairs depend on all rows and heads. The student's gradient is computed
+in the forward pass, while its logits exist: what is kept until backward is as large as rows and weights.
 
 Source: arXiv 2303.17896 (TEMI, PMI, WMI), arXiv 2005.12320 (SCAN).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from rayclust.collectives import Team, all_sum, differentiable_sum
-from rayclust.kernels.divided_softmax import ALONE, log_softmax, logsumexp
+from rayclust.distributed import all_reduce, differentiable_all_reduce, even_slices
+from rayclust.kernels import pair_softmax
+from rayclust.kernels.pair_softmax import PairLossInputs, TeacherStats, accum_dtype, padded_columns
+from rayclust.kernels.weight_norm import scaled_rows, scaled_rows_backward
+
+LossName = Literal["temi", "pmi", "wmi", "scan"]
+CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}
+"""Size of a chunk's logits in their own dtype, by type of device. On a CPU several float32 copies of them are made."""
+KEPT_BYTES = {"cpu": 1 << 31, "cuda": 1 << 33}
+"""Size of the teacher's logits of a batch up to which they are kept for the student; above it they are made twice."""
 
 
 @dataclass(frozen=True)
 class InformationOptions:
-    """What the losses of this file can be told."""
+    """Which loss, and its parameters."""
 
+    loss: LossName = "temi"
+    """temi: pairs weighted by the agreement of all heads. wmi: by each head's own. pmi: all alike. scan: SCAN's."""
     beta: float = 0.6
     """Power on the product of two views' probabilities, above 0. Above 0.5 confident assignments stay best, below 1 the
     uniform answer beats a collapse into one cluster. SCAN has none."""
     positive_pmi: bool = False
     """Whether a pair's information is cut off at 0 from below, so that disagreeing pairs cost nothing more."""
     entropy_weight: float = 0.0
-    """α, what entropy is rewarded with. WMI: the mean entropy of the rows. SCAN: the entropy of the mean student."""
-    pool: Callable[[Tensor], Tensor] = lambda agreement: agreement.mean(0, keepdim=True)
-    """How TEMI makes one trust Float[1 B] of the heads' agreement Float[H B]; another where workers share heads."""
-    stack: Team = ALONE
-    """Those who divide the clusters."""
+    """α, the reward on entropy. WMI: the mean entropy of the rows. SCAN: the entropy of the mean student."""
+    mean_agreement: Callable[[Tensor], Tensor] = lambda agreement: agreement.mean(0, keepdim=True)
+    """The mean over all heads, Float[1 B], of agreement Float[H B]; another one where workers hold different heads."""
 
 
-def log_probabilities(logits: Tensor, temperature: float, stack: Team = ALONE) -> Tensor:
-    """The logarithm of softmax(logits / temperature), in float32 or wider whatever came in.
+@dataclass(frozen=True)
+class LastLayer:
+    """Unit rows and weight-normalised last layers, from which the logits of H heads are made."""
 
-    Args:
-        logits: Float[... K].
-        temperature: above 0.
-        stack: those who divide the clusters.
+    units: Tensor
+    """Accum[H V B I], unit rows of each view."""
+    direction: Tensor
+    """Accum[H K I], of any length."""
+    scale: Tensor
+    """Accum[H K], g."""
+    temperature: float
+    """Divides the logits."""
+    dtype: torch.dtype
+    """Of matrix products and logits: bfloat16, float32 or float64."""
 
-    Returns:
-        Float[... K]; float64 for float64 input, else float32.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return log_softmax(wide / temperature, stack)
+    @property
+    def row_bytes(self) -> int:
+        """Size of the logits of all views of a row under one head."""
+        columns = padded_columns(self.direction.shape[1], self.direction.device.type)
+        return self.units.shape[1] * columns * self.dtype.itemsize
 
+    def weights(self, heads: slice) -> Tensor:
+        """Return Compute[h P I], rows of length |g|/τ padded with zeros."""
+        direction = self.direction[heads]
+        columns = padded_columns(direction.shape[1], direction.device.type)
+        out = direction.new_empty((len(direction), columns, direction.shape[2]), dtype=self.dtype)
+        return scaled_rows(direction, self.scale[heads], 1.0 / self.temperature, out)
 
-def agreement(teacher: Tensor, stack: Team = ALONE) -> Tensor:
-    """The probability that two views of a row fall into one cluster, averaged over the pairs of views.
+    def rows(self, heads: slice, rows: slice) -> Tensor:
+        """Return Compute[h V·b I], the unit rows of a chunk."""
+        return self.units[heads, :, rows].to(self.dtype).flatten(1, 2)
 
-    Args:
-        teacher: Float[H V B K], log-probabilities; V at least 2.
-        stack: those who divide the clusters.
+    def logits(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """Return Compute[h V b P] from weights Compute[h P I] and rows Compute[h V·b I]."""
+        return torch.bmm(rows, weights.mT).view(len(rows), self.units.shape[1], -1, weights.shape[1])
 
-    Returns:
-        Float[H B] in [0, 1]; 1 only where all views are the same one-hot.
-    """
-    views = teacher.shape[1]
-    pairs = [teacher[:, a] + teacher[:, b] for a in range(views) for b in range(a + 1, views)]
-    total = torch.stack([pair.exp().sum(-1) for pair in pairs]).mean(0)
-    return stack.total(total).clamp(max=1.0)
+    def chunks(self, max_bytes: int) -> tuple[list[slice], list[slice]]:
+        """Return slices of heads and of rows such that logits of one of each take at most `max_bytes` if possible."""
+        heads, _, rows, _ = self.units.shape
+        fitting = max(1, max_bytes // self.row_bytes)
+        return even_slices(heads, -(-heads // max(1, fitting // rows))), even_slices(rows, -(-rows // fitting))
 
-
-def pointwise_information(
-    student: Tensor, teacher: Tensor, log_marginal: Tensor, beta: float, stack: Team = ALONE
-) -> Tensor:
-    """Pointwise mutual information of two views, ln Σ_c (q_s(c)·q_t(c))^β / p̂(c).
-
-    Args:
-        student: Float[... K], log-probabilities.
-        teacher: Float[... K], log-probabilities of another view of the same rows.
-        log_marginal: Float[... K], ln p̂, broadcast.
-        beta: the power on the product, above 0.
-        stack: those who divide the clusters.
-
-    Returns:
-        Float[...], nats; at most −ln min p̂ for β = 1.
-
-    Source: arXiv 2303.17896, eq. 5 with β; the power is on the product and not on p̂.
-    """
-    return logsumexp(beta * (student + teacher) - log_marginal, stack)
-
-
-def _other_views(student: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both, so rolled along the views that each student's view meets each other view of the teacher once."""
-    for shift in range(1, student.shape[1]):
-        yield student.roll(shift, dims=1), teacher
-
-
-def _information_losses(student: Tensor, teacher: Tensor, log_marginal: Tensor, options: InformationOptions) -> Tensor:
-    """Float[H B]: −PMI of each row, averaged over the ordered pairs of different views."""
-    total = torch.zeros((), dtype=student.dtype, device=student.device)
-    for mine, theirs in _other_views(student, teacher):
-        information = pointwise_information(mine, theirs, log_marginal[:, None, None], options.beta, options.stack)
-        if options.positive_pmi:
-            information = information.clamp(min=0.0)
-        total = total - information.mean(1)
-    return total / (student.shape[1] - 1)
-
-
-def temi(
-    student: Tensor,
-    teacher: Tensor,
-    log_marginal: Tensor,
-    options: InformationOptions,
-    trust: Tensor | None = None,
-) -> Tensor:
-    """TEMI: each row's loss weighted by how far all teachers together trust its pair.
-
-    Args:
-        student: Float[H V B K], log-probabilities, with gradient.
-        teacher: Float[H V B K], log-probabilities, without gradient.
-        log_marginal: Float[H K], ln p̂ of each head.
-        options: β and the cut-off at 0.
-        trust: Float[H B], the heads' `agreement` where it is known already.
-
-    Returns:
-        Float[H], nats: ½·mean over rows of w·(ℓ(b→a) + ℓ(a→b)); the mean is over rows, not divided by Σ w.
-
-    Source: arXiv 2303.17896, eq. 8.
-    """
-    weights = options.pool(agreement(teacher, options.stack) if trust is None else trust)
-    return (weights * _information_losses(student, teacher, log_marginal, options)).mean(1)
-
-
-def wmi(
-    student: Tensor,
-    teacher: Tensor,
-    log_marginal: Tensor,
-    options: InformationOptions,
-    trust: Tensor | None = None,
-) -> Tensor:
-    """WMI: as `temi` with each head's own trust, and α·mean Σ q ln q of the student where α > 0.
-
-    Source: arXiv 2303.17896, eq. 6.
-    """
-    trust = agreement(teacher, options.stack) if trust is None else trust
-    losses = (trust * _information_losses(student, teacher, log_marginal, options)).mean(1)
-    if options.entropy_weight:
-        negative_entropy = options.stack.total((student.exp() * student).sum(-1).mean((1, 2)))
-        losses = losses + options.entropy_weight * negative_entropy
-    return losses
-
-
-def pmi(
-    student: Tensor,
-    teacher: Tensor,
-    log_marginal: Tensor,
-    options: InformationOptions,
-    trust: Tensor | None = None,
-) -> Tensor:
-    """PMI: as `temi` with weight 1 for each pair. Source: arXiv 2303.17896, eq. 5."""
-    return _information_losses(student, teacher, log_marginal, options).mean(1)
-
-
-def scan(
-    student: Tensor,
-    teacher: Tensor,
-    log_marginal: Tensor,
-    options: InformationOptions,
-    trust: Tensor | None = None,
-) -> Tensor:
-    """SCAN: agreement of neighbours, and an even spread of the mean student over the clusters.
-
-    The mean student p̄ is that of the batch of all workers, and the gradient goes through it: a sum over each worker's
-    own rows would be another loss for each number of workers. `log_marginal` is not used.
-
-    Returns:
-        Float[H], nats: −ln Σ_c q_s q_t over the other views + α·mean over views of Σ_c p̄(c) ln p̄(c).
-
-    Source: arXiv 2005.12320, eq. 2, with the teacher in place of the second student.
-    """
-    losses = torch.zeros((), dtype=student.dtype, device=student.device)
-    for mine, theirs in _other_views(student, teacher):
-        losses = losses - logsumexp(mine + theirs, options.stack).mean((1, 2))
-    losses = losses / (student.shape[1] - 1)
-    rows = all_sum(torch.tensor(float(student.shape[2]), dtype=student.dtype, device=student.device))
-    mean = differentiable_sum(student.exp().sum(2)) / rows
-    tiny = torch.finfo(mean.dtype).tiny
-    negative_entropy = options.stack.total((mean * mean.clamp(min=tiny).log()).sum(-1).mean(1))
-    return losses + options.entropy_weight * negative_entropy
-
-
-InformationLoss = Callable[[Tensor, Tensor, Tensor, InformationOptions, Tensor | None], Tensor]
-
-LOSSES: dict[str, InformationLoss] = {"temi": temi, "pmi": pmi, "wmi": wmi, "scan": scan}
-"""The losses by the name that a config gives them."""
+    def log_probabilities(self) -> Tensor:
+        """Return Accum[H V B K] of the whole batch at once, with gradient in rows and layers."""
+        weights = functional.normalize(self.direction, dim=-1) * (self.scale / self.temperature)[..., None]
+        return log_probabilities(self.logits(weights.to(self.dtype), self.units.to(self.dtype).flatten(1, 2)), 1.0)
 
 
 class Marginal(nn.Module):
@@ -204,54 +107,200 @@ class Marginal(nn.Module):
 
     Args:
         heads: H.
-        clusters: K, those of this worker.
+        clusters: K.
         momentum: m.
-        all_clusters: those of all workers that divide them; None: these are all.
 
     Source: arXiv 2303.17896, section 3.2.
     """
 
     shares: Tensor
 
-    def __init__(self, heads: int, clusters: int, momentum: float = 0.9, all_clusters: int | None = None) -> None:
+    def __init__(self, heads: int, clusters: int, momentum: float = 0.9) -> None:
         super().__init__()
-        self.momentum, self.even = momentum, 1.0 / (all_clusters or clusters)
+        self.momentum, self.even = momentum, 1.0 / clusters
         self.register_buffer("shares", torch.full((heads, clusters), self.even))
 
     @torch.no_grad()
-    def update(self, teacher: Tensor) -> Tensor:
-        """Takes in a batch and gives ln p̂.
-
-        Args:
-            teacher: Float[H V B K], log-probabilities of this worker's rows.
-
-        Returns:
-            Float[H K], ln p̂, finite; the same bits on every worker.
-        """
-        return self.take_in(teacher.exp().sum((1, 2)), teacher.shape[1] * teacher.shape[2])
-
-    @torch.no_grad()
-    def take_in(self, sums: Tensor, rows: int) -> Tensor:
-        """As `update`, from sums.
+    def update(self, sums: Tensor, rows: int) -> Tensor:
+        """Take in a batch and return ln p̂.
 
         Args:
             sums: Float[H K], the teacher's probabilities summed over this worker's rows and views.
             rows: how many were summed.
+
+        Returns:
+            Float[H K], ln p̂, finite; the same bits on every worker.
         """
-        total = all_sum(torch.cat([sums.flatten(), sums.new_full((1,), float(rows))]))
+        total = all_reduce(torch.cat([sums.flatten(), sums.new_full((1,), float(rows))]))
         mean = (total[:-1] / total[-1]).view_as(sums)
         self.shares.lerp_(mean.to(self.shares.dtype), 1.0 - self.momentum)
         return self.log()
 
     def log(self) -> Tensor:
-        """The logarithm of p̂, Float[H K]; the share of a dead cluster counts as the smallest normal number."""
+        """Return ln p̂, Float[H K]; the share of a dead cluster counts as the smallest normal number."""
         return self.shares.clamp(min=torch.finfo(self.shares.dtype).tiny).log()
 
     def entropy(self) -> Tensor:
-        """Float[H], nats, in [0, ln K]: ln K when the clusters are even; adds up over workers that divide them."""
+        """Return the entropy of p̂, Float[H], nats, in [0, ln K]; ln K when the clusters are even."""
         entropy: Tensor = torch.special.entr(self.shares).sum(-1)
         return entropy
 
     def live(self) -> Tensor:
-        """Int[H]: the clusters whose share is above a tenth of an even one; adds up as well."""
+        """Return the number of clusters whose share is above a tenth of an even one, Int[H]."""
         return (self.shares > 0.1 * self.even).sum(-1)
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Return the logarithm of softmax(logits / temperature), in float32 or wider whatever came in.
+
+    Args:
+        logits: Float[... K].
+        temperature: above 0.
+
+    Returns:
+        Float[... K]; float64 for float64 input, else float32.
+    """
+    return functional.log_softmax(logits.to(accum_dtype(logits.dtype)) / temperature, dim=-1)
+
+
+def information_losses(
+    student: LastLayer, teacher: LastLayer, marginal: Marginal, options: InformationOptions
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss of each head on a batch, and update p̂ with it.
+
+    - TEMI, PMI, WMI: mean over rows of w·ℓ, ℓ the mean over ordered pairs of different views of
+      −ln Σ_c (q_s q_t)^β / p̂. The mean is over rows, not divided by Σ w. WMI adds α·mean Σ_c q_s ln q_s.
+    - SCAN: ℓ with β = 1 and without p̂, plus α·mean over views of Σ_c p̄(c) ln p̄(c), p̄ the mean student of the batch of
+      *all* workers, through which the gradient goes: a sum over each worker's rows would be another loss for each
+      number of workers.
+
+    Args:
+        student: with gradient.
+        teacher: of the same rows and heads; no gradient goes into it.
+        marginal: p̂ of these heads.
+        options: which loss, and its parameters.
+
+    Returns:
+        Float[H], nats, differentiable in the student's rows, directions and scales; and the teacher's agreement
+        Float[H B] in [0, 1].
+
+    Source: arXiv 2303.17896, eq. 5 (PMI), 6 (WMI), 8 (TEMI); arXiv 2005.12320, eq. 2 (SCAN), with the teacher in place
+    of the second student.
+    """
+    heads, views, rows, _ = student.units.shape
+    with torch.no_grad():
+        taught = _teacher_forward(teacher)
+        log_marginal = marginal.update(taught.stats.sums, views * rows).to(taught.stats.sums)
+        agreement = taught.stats.agreement.clamp(max=1.0)
+        weights, beta = torch.ones_like(agreement), options.beta
+        if options.loss == "temi":
+            weights = options.mean_agreement(agreement).expand(heads, -1)
+        elif options.loss == "wmi":
+            weights = agreement
+        elif options.loss == "scan":  # −ln Σ_c q_s q_t is −PMI with β = 1 and p̂ = 1
+            beta, log_marginal = 1.0, torch.zeros_like(log_marginal)
+    positive = options.positive_pmi and options.loss != "scan"
+    scale = 1.0 / (views * (views - 1) * rows)
+    inputs = PairLossInputs(taught.stats.normalizer, log_marginal, weights, beta, scale, positive)
+    losses: Tensor = _PairLosses.apply(student.units, student.direction, student.scale, student, taught, inputs)
+    if options.entropy_weight and options.loss in ("wmi", "scan"):
+        log_q = student.log_probabilities()
+        if options.loss == "wmi":
+            negative_entropy = (log_q.exp() * log_q).sum(-1).mean((1, 2))
+        else:
+            count = all_reduce(torch.tensor(float(rows), dtype=log_q.dtype, device=log_q.device))
+            mean = differentiable_all_reduce(log_q.exp().sum(2)) / count
+            negative_entropy = (mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum(-1).mean(1)
+        losses = losses + options.entropy_weight * negative_entropy
+    return losses, agreement
+
+
+@dataclass(frozen=True)
+class _TeacherPass:
+    """A teacher's forward pass over a batch."""
+
+    layer: LastLayer
+    stats: TeacherStats
+    logits: list[Tensor] | None
+    """By chunk, in the order in which they were made; None where they are too large to keep."""
+    chunk_bytes: int
+
+
+def _teacher_forward(teacher: LastLayer) -> _TeacherPass:
+    device = teacher.units.device.type
+    chunk_bytes, kept_bytes = (sizes.get(device, sizes["cuda"]) for sizes in (CHUNK_BYTES, KEPT_BYTES))
+    heads, views, rows, _ = teacher.units.shape
+    clusters, new = teacher.direction.shape[1], teacher.units.new_zeros
+    stats = TeacherStats(new((heads, views, rows)), new((heads, rows)), new((heads, clusters)))
+    kept: list[Tensor] | None = [] if heads * rows * teacher.row_bytes <= kept_bytes else None
+    head_slices, row_slices = teacher.chunks(chunk_bytes)
+    for some_heads in head_slices:
+        weights = teacher.weights(some_heads)
+        for some_rows in row_slices:
+            logits = teacher.logits(weights, teacher.rows(some_heads, some_rows))
+            part = pair_softmax.teacher_forward(logits, clusters)
+            stats.normalizer[some_heads, :, some_rows] = part.normalizer
+            stats.agreement[some_heads, some_rows] = part.agreement
+            stats.sums[some_heads] += part.sums
+            if kept is not None:
+                kept.append(logits)
+    return _TeacherPass(teacher, stats, kept, chunk_bytes)
+
+
+class _PairLosses(torch.autograd.Function):
+    """Weighted −PMI of each head, chunk by chunk, with the gradient computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        units: Tensor,
+        direction: Tensor,
+        scale: Tensor,
+        student: LastLayer,
+        taught: _TeacherPass,
+        inputs: PairLossInputs,
+    ) -> Tensor:
+        losses, wants = units.new_zeros(len(units)), any(ctx.needs_input_grad)
+        by_units, by_direction, by_scale = (torch.empty_like(x) if wants else x for x in (units, direction, scale))
+        head_slices, row_slices = student.chunks(taught.chunk_bytes)
+        for heads in head_slices:
+            weights = student.weights(heads)
+            teacher_weights = taught.layer.weights(heads) if taught.logits is None else weights
+            slopes: Tensor | None = None
+            for some_rows in row_slices:
+                rows = student.rows(heads, some_rows)
+                logits = student.logits(weights, rows)
+                if taught.logits is None:
+                    targets = taught.layer.logits(teacher_weights, taught.layer.rows(heads, some_rows))
+                else:
+                    targets = taught.logits.pop(0)
+                part = PairLossInputs(
+                    inputs.normalizer[heads, :, some_rows].contiguous(),
+                    inputs.log_marginal[heads],
+                    inputs.weights[heads, some_rows],
+                    inputs.beta,
+                    inputs.scale,
+                    inputs.positive,
+                )
+                losses[heads] += pair_softmax.student_forward_backward(logits, targets, part, wants)
+                if wants:  # the logits are now their gradient
+                    gradient = logits.flatten(1, 2)
+                    by_rows = torch.bmm(gradient, weights)
+                    by_units[heads, :, some_rows] = by_rows.view(*logits.shape[:3], -1).to(losses.dtype)
+                    slope = torch.bmm(gradient.mT, rows)
+                    slopes = slope if slopes is None else slopes.to(losses.dtype).add_(slope)
+            if slopes is not None:
+                by_direction[heads], by_scale[heads] = scaled_rows_backward(
+                    slopes, student.direction[heads], student.scale[heads], 1.0 / student.temperature
+                )
+        ctx.gradients = (by_units, by_direction, by_scale) if wants else None
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place below: a second backward would be wrong
+        scaled = [
+            gradient.mul_(grads[0].view(-1, *[1] * (gradient.dim() - 1))) if wanted else None
+            for wanted, gradient in zip(ctx.needs_input_grad, gradients, strict=False)
+        ]
+        return (*scaled, None, None, None)

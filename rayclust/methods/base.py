@@ -1,131 +1,132 @@
-"""What a clustering method is to the rest of the house.
+"""Interface between clustering methods and the rest of the package.
 
-A method is a module with `losses`, `assign`, `after_step` and `fit`. Whoever trains it knows only these; nothing
-anywhere asks which method it is.
+A method is a module with a `training_step`, a `fit` and a `predict_proba`. The training loop and the stages know only
+what is declared here. What only some methods can do are protocols that callers ask for with `isinstance`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from rayclust.methods.configs import BaseMethodConfig, Plan, TrainedConfig
+from rayclust.settings import Config
 
-__all__ = [
-    "FOREIGN",
-    "NONE",
-    "BaseMethodConfig",
-    "Batch",
-    "CheckpointStore",
-    "Every",
-    "Export",
-    "Method",
-    "Pairing",
-    "Plan",
-    "Rows",
-    "Steps",
-    "TrainedConfig",
-    "Trainer",
-]
+NO_NEIGHBOR = -1
+"""Neighbour number that stands behind the last neighbour of a row that has fewer than M."""
+EMBEDDINGS = "embeddings"
+"""Name of the space of a run with one encoder."""
 
 
-NONE, FOREIGN = -1, -2
-"""In place of a neighbour: there is none; another worker holds it."""
+class BaseMethodConfig(Config):
+    """Settings that every method has."""
 
+    draws_pairs: ClassVar[bool] = False
+    """Whether the method's `pairing` asks for neighbours, so that they are searched before it is fitted."""
+    name: str
+    """What the method is called in RUN.yaml."""
+    clusters: int = Field(ge=2)
+    """K, the number of clusters."""
 
-@dataclass(frozen=True)
-class Batch:
-    """This worker's share of a batch."""
-
-    views: Tensor
-    """Float[V B D]. View 0 is the rows themselves, view 1 one neighbour of each; V is 1 for a method without pairs."""
-    rows: Tensor
-    """Int[B], the rows' numbers."""
-    step: int
-    """Optimiser steps done before this one."""
-    epoch: int
-    """From 0."""
-    share: float = 1.0
-    """Workers × this worker's part of the batch's rows; a mean over workers weighted by it is one over rows."""
-    crossed: Tensor | None = None
-    """Float[], share of the rows whose neighbour drawn is with another worker, so that view 1 is another one; None
-    where every worker holds all rows."""
-
-
-class Rows(Protocol):
-    """The rows of a run in feature space, as a worker sees them."""
-
-    @property
-    def count(self) -> int:
-        """N, of all workers together."""
-
-    @property
-    def dimension(self) -> int:
-        """D."""
-
-    def owned(self) -> Tensor | None:
-        """Int64[n], increasing: the numbers of the rows that this worker alone holds; None where each holds all N."""
-
-    def tensor(self) -> Tensor:
-        """Float[n D]: the rows that this worker holds, all N of them unless `owned` says which."""
-
-    def blocks(self) -> Iterator[Tensor]:
-        """Float[B D]s: this worker's share of the rows, each row with exactly one worker."""
-
-    def neighbors(self) -> Tensor:
-        """Int[n M]: each row's nearest others, nearest first, as places in `tensor`; −1 behind the last one where there
-        are fewer than M, −2 for one that another worker holds.
-        """
-
-
-class CheckpointStore(Protocol):
-    """Keeps checkpoints of one training."""
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Keeps a checkpoint; called by every worker at the same step with equal content, so that the first may write.
+    def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
+        """Describe in a few words how the rows will be fitted; may be empty.
 
         Args:
-            step: steps done.
-            tensors: on the CPU, contiguous, sharing no memory with the training.
-            state: JSON.
-        """
+            count: N.
+            dimension: D.
+            workers: W.
+            device: `cpu` or `cuda`, where they compute.
 
-    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest whole checkpoint, the same on every worker, or None."""
+        Raises:
+            ConfigError: they cannot be fitted so.
+        """
+        return ""
+
+
+class TrainedConfig(BaseMethodConfig):
+    """Settings that every method trained by gradient has."""
+
+    epochs: int = Field(100, ge=1)
+    """Passes over the rows; not used when `steps` is set."""
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps; None counts `epochs` instead."""
+    batch_size: int = Field(512, ge=2)
+    """Rows per step over all workers; a smaller set is taken whole."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
+    min_learning_rate: float = Field(1e-4, ge=0)
+    """Learning rate at the end of the cosine, per 256 rows of batch as well."""
+    warmup_epochs: int = Field(20, ge=0)
+    """Epochs in which the learning rate rises linearly from 0; not used when `warmup_steps` is set."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps in which the learning rate rises linearly from 0; None counts `warmup_epochs`."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """adamw (0.9, 0.999), sgd and lars with momentum 0.9."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Decay of matrices at the start; biases and norms have none."""
+    final_weight_decay: float = Field(1e-4, ge=0)
+    """Decay at the end of a cosine."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Longest gradient, all parameters together; None does not cut."""
 
 
 @dataclass(frozen=True)
-class Every:
-    """When checkpoints are due: whichever comes first. The end of a training is always kept."""
+class Plan:
+    """Number and size of the steps of a training."""
 
-    epochs: int | None = 1
-    """Epochs between two; None does not count them."""
-    seconds: float | None = None
-    """Seconds between two, looked at every few steps; None has no clock."""
+    batch_size: int
+    """Rows per step over all workers."""
+    steps_per_epoch: int
+    """Whole batches that the rows give."""
+    steps: int
+    """Steps of the whole training; the last epoch may be cut short."""
+    warmup_steps: int
+    """Steps in which the learning rate rises."""
+
+    @classmethod
+    def of(cls, config: TrainedConfig, count: int) -> Plan:
+        """Return the plan for `count` rows. The rest of an epoch that does not fill a batch is left out, as published.
+
+        Args:
+            config: batch size, steps or epochs, warm-up.
+            count: N.
+        """
+        batch = min(config.batch_size, count)
+        per_epoch = max(1, count // batch)
+        steps = config.steps or config.epochs * per_epoch
+        warmup = config.warmup_epochs * per_epoch if config.warmup_steps is None else config.warmup_steps
+        return cls(batch, per_epoch, steps, min(warmup, steps))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun."""
+        return -(-self.steps // self.steps_per_epoch)
 
 
-class Trainer(Protocol):
-    """Who fits a method by gradient, and to whom a method that fits itself reports."""
+def cosine_schedule(start: float, end: float, step: int, steps: int) -> float:
+    """Return half a cosine from `start` at step 0 towards `end`, which it would reach at step `steps`.
 
-    seed: int
-    device: torch.device
-    store: CheckpointStore | None
-    every: Every
+    Args:
+        start: value at step 0.
+        end: value at and after `steps`.
+        step: from 0.
+        steps: length; 0 is over at once.
 
-    def fit(self, method: Method, rows: Rows, start: Callable[[], None] | None = None) -> None:
-        """Runs all steps of the method's plan; `start` is called before the first one, and not on a resume."""
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Takes one row of metrics."""
+    Source: arXiv 1608.03983, eq. 5, without restarts.
+    """
+    if start == end or step >= steps:
+        return end
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * step / steps))
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """What views of a row a method wants."""
+    """Views of a row that a method's batches hold."""
 
     columns: int = 0
     """Nearest neighbours from which one is drawn each time; 0 asks for the rows alone."""
@@ -136,78 +137,247 @@ class Pairing:
 
 
 @dataclass(frozen=True)
-class Export:
-    """A fitted method as data: what `methods.load` turns back into a method that assigns."""
+class Batch:
+    """One worker's part of a batch."""
 
-    settings: dict[str, Any]
-    """JSON: the config, and what else `build` needs."""
-    tensors: dict[str, Tensor]
-    """The state, without pickles."""
+    views: dict[str, Tensor]
+    """Float[V B D] by space. View 0 is the rows themselves, view 1 one neighbour of each; V is 1 without pairs."""
+    rows: Tensor
+    """Int64[B], the rows' numbers."""
+    step: int
+    """Optimiser steps done before this one."""
+    epoch: int
+    """From 0."""
+    weight: float = 1.0
+    """W·B / batch size: a mean over workers weighted by it is a mean over the rows of the batch."""
+
+    @property
+    def x(self) -> Tensor:
+        """Float[V B D], the views of the only space.
+
+        Raises:
+            ValueError: there are several spaces.
+        """
+        (only,) = self.views.values()
+        return only
 
 
-class Steps(Protocol):
-    """Takes optimiser steps on one method."""
+class Rows(Protocol):
+    """The rows of a run in one space, as a worker sees them."""
 
-    def take(self, batch: Batch, learning_rate: float, weight_decay: float) -> dict[str, Tensor]:
-        """One whole step: losses, gradients over all workers, optimiser, and the method's `after_step`.
+    @property
+    def count(self) -> int:
+        """N."""
 
-        Returns:
-            What `Method.losses` gives, detached.
+    @property
+    def dimension(self) -> int:
+        """D."""
+
+    def tensor(self) -> Tensor:
+        """Return all rows, Float[N D]."""
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield this worker's share of the rows as Float[B D]s; each row belongs to exactly one worker."""
+
+    def neighbors(self) -> Tensor:
+        """Return Int[N M], the numbers of each row's nearest others, nearest first, −1 behind the last one."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Batches of a training; the union of all workers' parts is the same whatever their number."""
+
+    count: int
+    """N."""
+
+    def batches(self, plan: Plan, rank: int, start: int = 0) -> Iterator[Batch]:
+        """Yield one worker's part of each batch.
+
+        Args:
+            plan: batch size and steps.
+            rank: of the worker among those that divide the rows of a batch.
+            start: steps that were done before.
         """
 
-    def state(self) -> dict[str, Tensor]:
-        """The optimiser's state under flat names, enough to go on with the same bits."""
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `state` gave."""
+class Trainer(Protocol):
+    """Fits a method by gradient; keeps metrics and checkpoints, also for methods that fit themselves."""
+
+    seed: int
+    device: torch.device
+    history: list[dict[str, Any]]
+    """Every row of metrics reported so far, those before a resume included."""
+
+    def fit(self, method: Method, data: Rows | Source, start: Callable[[], None] | None = None) -> None:
+        """Run all steps of the method's plan; `start` is called before the first one, and not on a resume."""
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Take one row of metrics: numbers, and lists of numbers."""
+
+    def seconds(self) -> float:
+        """Return the seconds of this fit so far, those before a resume included."""
+
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return tensors and state of the newest checkpoint, if any, and take back its history and seconds."""
+
+    def is_due(self, epochs: int | None) -> bool:
+        """Return whether a checkpoint is due after so many epochs; None within one. Called by all workers together."""
+
+    def save(self, step: int, tensors: dict[str, Tensor], **state: Any) -> None:
+        """Keep a checkpoint with history and seconds; called by all workers with equal content."""
+
+
+@dataclass(frozen=True)
+class MethodState:
+    """A fitted method as data; `methods.load` makes a method of it."""
+
+    settings: dict[str, Any]
+    """JSON: `config`, `dimension` and `count`."""
+    tensors: dict[str, Tensor]
+    """On the CPU, contiguous, without pickles."""
 
 
 class Method(nn.Module):
-    """A clustering method. `plan` is set by those that are trained by gradient."""
+    """A clustering method.
+
+    Args:
+        config: the settings.
+        dimension: D, the width of the rows.
+        count: N, the rows of all workers.
+        seed: of everything random in the method.
+    """
+
+    reads: ClassVar[Literal["embeddings", "pixels"]] = "embeddings"
+    """What its batches hold."""
+    spaces: ClassVar[int | None] = 1
+    """Number of spaces in a batch; None takes any number."""
+    config_type: ClassVar[type[BaseMethodConfig]]
+    """Class of its config."""
 
     config: BaseMethodConfig
     plan: Plan
+    """Set by methods that are trained by gradient."""
     pairing: Pairing = Pairing()
-    refits_for_clusters: bool = True
-    """Whether another number of clusters needs another fit; where not, `repartition` serves."""
-    finished_early: bool = False
-    """Whether training is to end with this epoch; looked at after each, and the same on every worker."""
-    own_space: int | None = None
-    """Width of the rows that `represent` gives; None for a method without a space of its own."""
+    scales_loss: bool = False
+    """Whether gradients are in fp16, so that the loss is scaled before backward."""
+    stop: bool = False
+    """Set by `on_epoch_end` to end the training; the same on every worker, and kept in checkpoints by the loop."""
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The loss of this worker's share and what else to watch.
+    def __init__(self, config: BaseMethodConfig, dimension: int, count: int, seed: int) -> None:
+        super().__init__()
+        self.config, self.dimension, self.count, self.seed = config, dimension, count, seed
+
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the loss of one worker's part of a batch.
+
+        Args:
+            batch: of `spaces` spaces, with the views that `pairing` asks for.
 
         Returns:
-            "loss": Float[], minimised, a mean over the share's rows; every other entry is a metric of any shape.
+            "loss": Float[], minimised, a mean over the part's rows; every other entry is a metric of any shape.
         """
         raise NotImplementedError
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`losses`, under the name by which data-parallel wrappers call it."""
-        return self.losses(batch)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trainable parameters in groups for the optimiser.
 
-    def assign(self, x: Tensor) -> Tensor:
-        """Probabilities of the clusters: Float[B D] to Float[B K], rows sum to 1."""
-        raise NotImplementedError
+        Each group is a dict with these keys, all but the first optional:
 
-    def represent(self, x: Tensor) -> Tensor:
-        """Rows in the method's own space: Float[B D] to unit rows Float[B d], d = `own_space`."""
-        raise NotImplementedError
+        - `params`: list of parameters.
+        - `lr_scale`: factor on the scheduled learning rate; 1 by default.
+        - `weight_decay`: at the first step; the config's by default. 0 also exempts from LARS' adaptive rates.
+        - `final_weight_decay`: at the end of a cosine; by default the config's, or `weight_decay` where that is given.
+        - `stacked`: whether each index of axis 0 is a layer with norms of its own (LARS); False by default.
+        - `frozen_epochs`: epochs at the start in which the group is not trained; 0 by default.
 
-    def membership(self, x: Tensor) -> Tensor | None:
-        """Which rows belong together: Float[B D] to Float[B B], doubly stochastic; None for methods without a Π."""
-        return None
-
-    def prototypes(self) -> Tensor | None:
-        """A unit row for each cluster, near each other where clusters are alike: Float[K d], d the method's own.
-
-        None for a method without any.
+        By default matrices decay, and parameters with one axis or none do not.
         """
-        return None
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "stacked": True}]
+        groups.append({"params": [], "weight_decay": 0.0})
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups[2 if parameter.dim() < 2 else int(parameter.dim() > 2)]["params"].append(parameter)
+        return [group for group in groups if group["params"]]
 
-    def repartition(self, clusters: int, seed: int | None = None) -> Method:
-        """This fitted method with another number of clusters, at most those it was fitted for, without another fit.
+    def on_step_end(self, step: int) -> None:
+        """Run after the optimiser's step number `step`, from 0."""
+
+    def on_epoch_end(self, metrics: dict[str, Tensor]) -> dict[str, Any]:
+        """Run after each epoch; may set `stop`.
+
+        Args:
+            metrics: means of `training_step`'s entries over all rows and workers; of all heads, for `HeadParallel`.
+
+        Returns:
+            More for the epoch's row of metrics: numbers or lists of numbers.
+        """
+        return {}
+
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """Return probabilities of the clusters: Float[B D] to Float[B K], rows sum to 1."""
+        raise NotImplementedError
+
+    def fit(self, rows: Rows, trainer: Trainer) -> None:
+        """Fit the method to the rows; by gradient unless overridden.
+
+        Args:
+            rows: all workers'.
+            trainer: runs the steps, and takes metrics and checkpoints.
+        """
+        trainer.fit(self, rows)
+
+    def state(self) -> MethodState:
+        """Return the fitted method as data."""
+        return MethodState(self._settings(), {n: x.detach().cpu().clone() for n, x in self.state_dict().items()})
+
+    @classmethod
+    def from_state(cls, state: MethodState) -> Self:
+        """Build a fitted method from what `state` gave.
+
+        Raises:
+            KeyError: settings are missing.
+            ValueError: settings are not valid.
+        """
+        settings = state.settings
+        config = cls.config_type.model_validate(settings["config"])
+        method = cls(config, settings["dimension"], settings["count"], seed=0)
+        method._load_tensors(dict(state.tensors))
+        return method.eval()
+
+    def _settings(self) -> dict[str, Any]:
+        return {"config": self.config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}
+
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take the tensors of a state."""
+        self.load_state_dict(tensors)
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A method that learns a space of its own."""
+
+    @property
+    def width(self) -> int:
+        """d, the width of its rows."""
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Map rows into the method's space: Float[B D] to unit rows Float[B d]."""
+
+
+@runtime_checkable
+class Membership(Protocol):
+    """A method with a soft membership of pairs."""
+
+    def membership(self, x: Tensor) -> Tensor:
+        """Return which rows belong together: Float[B D] to Float[B B], doubly stochastic."""
+
+
+@runtime_checkable
+class Recuttable(Protocol):
+    """A method whose fit serves other numbers of clusters."""
+
+    def recut(self, clusters: int, seed: int | None = None) -> Method:
+        """Return the fitted method with another number of clusters, at most those it was fitted for.
 
         Args:
             clusters: K.
@@ -216,58 +386,42 @@ class Method(nn.Module):
         Raises:
             ConfigError: it was fitted for fewer.
         """
-        raise NotImplementedError
 
-    def fit(self, rows: Rows, trainer: Trainer) -> None:
-        """Fits the method to the rows; by gradient unless a method knows better."""
-        trainer.fit(self, rows)
 
-    def own_steps(self) -> Steps | None:
-        """A faster way to take this method's steps than autograd, where there is one on the parameters' device."""
-        return None
+@runtime_checkable
+class Prototypes(Protocol):
+    """A method with a vector for each cluster."""
 
-    def frozen(self, batch: Batch) -> list[nn.Parameter]:
-        """Parameters that this step's optimiser passes over."""
-        return []
+    def prototypes(self) -> Tensor:
+        """Return unit rows Float[K d], near each other where clusters are alike; d is the method's own."""
 
-    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay acts on a parameter: on those with two axes or more."""
-        return parameter.dim() > 1
 
-    def is_stacked(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether a parameter is one layer per first index, each with norms of its own: where it has three axes."""
-        return parameter.dim() > 2
+@runtime_checkable
+class HeadParallel(Protocol):
+    """A method of which each worker may hold some of the heads; tensors have the heads along axis 0."""
 
-    def after_step(self, step: int) -> None:
-        """Called after the optimiser's step number `step`, from 0."""
-
-    def after_epoch(self, means: dict[str, Tensor]) -> dict[str, Any]:
-        """Called after each epoch with the means of what `losses` gave, over all rows and workers, made `whole`.
-
-        Returns:
-            More for the epoch's row of metrics: numbers or lists of numbers.
-        """
-        return {}
-
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named tensors of the whole method, where each worker holds a part; called by all of them together.
+    def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of all heads; called by all workers together.
 
         Args:
-            tensors: this worker's part of the state, of the optimiser's state, or of the metrics of an epoch.
+            tensors: a part of this worker's state, of its optimiser's state, or of the metrics of an epoch, by name.
+        """
+
+    def shard_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this worker's part of what `gather_state` gave."""
+
+
+@runtime_checkable
+class FusedStep(Protocol):
+    """A method that takes whole steps itself, faster than by autograd."""
+
+    def fused_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Take one step: losses, gradients averaged over workers, and optimiser.
+
+        Args:
+            batch: one worker's part.
+            optimizer: over `parameter_groups`, its rates set for this step.
 
         Returns:
-            The same names; the tensors themselves for a method that every worker holds whole.
+            What `training_step` gives, detached.
         """
-        return tensors
-
-    def part(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This worker's part of what `whole` gave."""
-        return tensors
-
-    def export(self) -> Export:
-        """The fitted method as data."""
-        raise NotImplementedError
-
-    def load_exported(self, tensors: dict[str, Tensor]) -> None:
-        """Takes the tensors of an `Export` made by a method of the same config."""
-        self.load_state_dict(tensors)

@@ -11,31 +11,300 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.arrays import require_matrix
-from rayclust.clustering import sinkhorn, spectral
+from rayclust.clustering import spectral
 from rayclust.clustering.spectral import Spectral, SpectralOptions
 from rayclust.errors import ArtefactError
-from rayclust.losses.coding_rate import coding_rate, membership_energy
-from rayclust.losses.compression_rate import compression_rate
-from rayclust.methods.base import Batch, Export, Method, Plan, Rows, Steps, Trainer
-from rayclust.methods.cpp_config import CppConfig
-from rayclust.methods.cpp_network import CppNetwork
-from rayclust.methods.cpp_steps import CppSteps
+from rayclust.losses.coding_rate import CompressionOptions, coding_rate, compression_rate, membership_energy
+from rayclust.methods.base import Batch, Method, MethodState, Plan, Rows, TrainedConfig, Trainer
+from rayclust.methods.heads import StackedNorm, matmul_dtype
 
-__all__ = ["Cpp", "CppConfig"]
+__all__ = ["Cpp", "CppConfig", "CppNetwork"]
 
 logger = logging.getLogger(__name__)
 
-ASSIGN_ROWS = 8192
+PUBLISHED_RATE = 1e-4
+"""Learning rate of every data set, whatever its batch."""
+RATE_ROWS = 256
+"""Rows of batch that a config's learning rate is given for."""
+PAPER: dict[str, dict[str, Any]] = {
+    "cifar10": {"batch_size": 1024, "temperature": 0.175, "epochs": 15, "expansion_steps": 50},
+    "cifar20": {"batch_size": 1024, "temperature": 0.13, "epochs": 15, "expansion_epochs": 1},
+    "cifar100": {"batch_size": 1500, "temperature": 0.10, "epochs": 50, "expansion_epochs": 1},
+    "imagenet": {
+        "batch_size": 1024, "temperature": 0.12, "epochs": 20, "expansion_steps": 2000, "hidden": 2048, "width": 1024
+    },
+}  # fmt: skip
+"""The published program's example commands for CIFAR-10 and ImageNet; Table 8 of the paper for the others."""
+AUTO_BATCH, AUTO_HIDDEN = 512, 512
+AUTO_RATE = 1e-3
+"""At the batch above and d = 32; R's slope grows with d, so that the rate falls as 1/d."""
+AUTO_WIDTHS = (32, 128)
+"""Bounds of d: it leaves each cluster some three dimensions."""
+AUTO_STEPS, AUTO_EPOCHS = (75, 2_000), 4
+"""Bounds of the steps, and the epochs that they are counted from; the loss may end them earlier."""
+
+PREDICT_ROWS = 8192
 """Rows whose hidden units are held at once outside training."""
+UNUSED_SCALE = 1e-2
+"""Scale of the random weights of those outputs for which the rows have no principal component."""
 SPECTRAL = "spectral."
+"""Prefix of the partition's tensors in a state."""
+
+
+class CppConfig(TrainedConfig):
+    """CPP (arXiv 2306.05272): rate reduction on frozen embeddings. A key that is written wins over the preset."""
+
+    name: Literal["cpp"] = "cpp"
+    """Clustering by the principle of rate reduction with pretrained models."""
+    preset: Literal["auto", "cifar10", "cifar20", "cifar100", "imagenet", "none"] = "auto"
+    """auto: few steps from principal components. none: the defaults below. The others: the paper's settings."""
+    variant: Literal["single_head", "two_head"] = "single_head"
+    """single_head: Π comes from z. two_head: from a head of its own, which starts as a copy of z's."""
+    start: Literal["random", "principal"] = "random"
+    """random: torch's default weights, as published. principal: z starts as the rows' principal components."""
+    hidden: int = Field(4096, ge=1)
+    """h, width of the trunk."""
+    width: int = Field(128, ge=2)
+    """d, width of z and of the codes."""
+    distortion: float = Field(0.1, gt=0)
+    """Squared error allowed per row, in squared row lengths. The paper's ε²."""
+    temperature: float = Field(0.175, gt=0)
+    """η of the membership in training. Smaller: each row belongs to fewer others."""
+    half_steps: int | None = Field(5, ge=1)
+    """Sinkhorn half-steps, odd; None goes on until rows and columns sum to 1."""
+    compression_weight: float = Field(1.0, ge=0)
+    """γ, on R_c."""
+    membership_weight: float = Field(0.05, ge=0)
+    """λ, on ½‖Π‖²: pushes Π away from the identity."""
+    expansion_steps: int = Field(50, ge=0)
+    """W, steps that maximise R alone; then the feature head is copied into the cluster head."""
+    extra_expansion_step: bool = True
+    """Whether expansion takes W + 1 steps, as the published program does."""
+    optimizer: Literal["sgd"] = "sgd"
+    """With momentum 0.9, as published."""
+    warmup_epochs: int = Field(0, ge=0)
+    """Epochs in which the learning rate rises linearly from 0; published: none."""
+    learning_rate: float = Field(2.5e-5, gt=0)
+    """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
+    min_learning_rate: float = Field(2.5e-5, ge=0)
+    """Learning rate at the end of the cosine, per 256 rows of batch as well; published: no decay."""
+    batch_size: int = Field(1024, ge=2)
+    """Rows per step over all workers, which Π relates to each other; a smaller set is taken whole."""
+    code_rate: float = Field(1.0, gt=0)
+    """Learning rate of the cluster head, relative to the others'."""
+    code_weight_decay: float = Field(5e-3, ge=0)
+    """Weight decay of the cluster head. All parameters decay, biases as well, as published."""
+    patience: int | None = Field(None, ge=1)
+    """Steps over which the loss is averaged; training ends where the mean is no longer better than the one before by
+    `improvement`. None trains all steps."""
+    improvement: float = Field(1e-3, ge=0)
+    """What counts as better, relative to the loss."""
+    top_entries: int | None = Field(None, ge=1)
+    """Largest entries of each column of Π that R_c keeps; None keeps all, which is exact. Where more than 0.1 % of Π's
+    mass would be left out, all are kept."""
+    memory_gib: float = Field(1.0, gt=0)
+    """Memory that R_c may work in, about."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Matrix products of the network. auto: bf16 where the processor multiplies it fast, else float32. fp16 scales the
+    loss. Membership and log-determinants are float32 in any case."""
+    final_temperature: float | None = Field(None, gt=0)
+    """η of the membership of all rows that is cut into clusters; None is the training's."""
+
+    @model_validator(mode="after")
+    def _half_steps_are_odd(self) -> CppConfig:
+        if self.half_steps is not None and self.half_steps % 2 == 0:
+            raise ValueError(f"half_steps = {self.half_steps}: must be odd, rows are normalised last")
+        return self
+
+    def resolved(self, count: int) -> CppConfig:
+        """Return this config with its preset written out for N = `count` rows; `preset` is then `none`."""
+        written = {key: getattr(self, key) for key in self.model_fields_set}
+        values = preset_values(self.preset, count, self.clusters) | written | {"preset": "none"}
+        if "learning_rate" in written and "min_learning_rate" not in written:
+            values["min_learning_rate"] = self.learning_rate
+        return CppConfig.model_validate(values)
+
+    @property
+    def last_expansion_step(self) -> int:
+        """Number of the step after which the cluster head is copied; −1 where there is none."""
+        return self.expansion_steps - (0 if self.extra_expansion_step else 1)
+
+    @property
+    def compression(self) -> CompressionOptions:
+        """Memory and truncation of R_c."""
+        return CompressionOptions(int(self.memory_gib * 2**30), self.top_entries)
+
+
+def preset_values(preset: str, count: int, clusters: int) -> dict[str, Any]:
+    """Return the settings that a preset stands for.
+
+    Args:
+        preset: one of `CppConfig.preset`. docs/methods.md has the numbers behind each choice of `auto`.
+        count: N.
+        clusters: K; only `auto` depends on it.
+
+    Returns:
+        Config keys and values; empty for `none`.
+    """
+    if preset in PAPER:
+        paper = dict(PAPER[preset])
+        rate = PUBLISHED_RATE * RATE_ROWS / min(paper["batch_size"], max(count, 2))
+        epochs = paper.pop("expansion_epochs", None)
+        if epochs is not None:
+            paper["expansion_steps"] = epochs * max(1, count // paper["batch_size"])
+        return {"hidden": 4096, "width": 128, "learning_rate": rate, "min_learning_rate": rate, **paper}
+    if preset == "none":
+        return {}
+    batch = max(2, min(AUTO_BATCH, count))
+    width = max(AUTO_WIDTHS[0], min(AUTO_WIDTHS[1], 1 << (3 * clusters - 1).bit_length()))
+    rate = AUTO_RATE * RATE_ROWS / AUTO_BATCH * AUTO_WIDTHS[0] / width
+    return {
+        "start": "principal",
+        "hidden": AUTO_HIDDEN,
+        "width": width,
+        "batch_size": batch,
+        "learning_rate": rate,
+        "min_learning_rate": rate,
+        "steps": max(AUTO_STEPS[0], min(AUTO_STEPS[1], AUTO_EPOCHS * (count // batch))),
+        "expansion_steps": 0,
+        "patience": 25,
+        "improvement": 0.1,
+        "final_temperature": 0.1,
+    }
+
+
+class CppNetwork(nn.Module):
+    """Linear → BatchNorm → ReLU → Linear → ReLU, then Linear → unit rows for features and, with two heads, for codes.
+
+    Batch norm takes the statistics of all workers' rows in training and running ones otherwise.
+
+    Args:
+        config: sizes, variant and precision.
+        dimension: D, the width of the rows that come in.
+        seed: of the initial weights, which are torch's default.
+    """
+
+    def __init__(self, config: CppConfig, dimension: int, seed: int) -> None:
+        super().__init__()
+        self.precision = config.precision
+        self.first = nn.Linear(dimension, config.hidden)
+        self.norm = StackedNorm(1, config.hidden)
+        self.second = nn.Linear(config.hidden, config.hidden)
+        self.features = nn.Linear(config.hidden, config.width)
+        self.codes = nn.Linear(config.hidden, config.width) if config.variant == "two_head" else None
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in (self.first, self.second, self.features, self.codes):
+                if layer is not None:
+                    bound = 1.0 / math.sqrt(layer.in_features)
+                    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+                    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+    def forward(self, x: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Map rows to features z and codes c; equal for one head.
+
+        Args:
+            x: Float[B D].
+            training: whether batch norm takes the batch's statistics, and products the training's precision.
+
+        Returns:
+            Unit rows Float[B d] each, in float32 or wider.
+        """
+        x = self._affine(self.first, x, training)
+        x = functional.relu(self.norm(_wide(x)[None], training)[0])
+        x = functional.relu(self._affine(self.second, x, training))
+        z = functional.normalize(_wide(self._affine(self.features, x, training)), dim=1)
+        if self.codes is None:
+            return z, z
+        return z, functional.normalize(_wide(self._affine(self.codes, x, training)), dim=1)
+
+    def _affine(self, layer: nn.Linear, x: Tensor, training: bool) -> Tensor:
+        if not training:
+            return functional.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+        dtype = torch.float16 if self.precision == "fp16" else matmul_dtype(self.precision, layer.weight)
+        return functional.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+    @torch.no_grad()
+    def copy_features_to_codes(self) -> None:
+        """Start the cluster head as the feature head."""
+        if self.codes is not None:
+            self.codes.load_state_dict(self.features.state_dict())
+
+    @torch.no_grad()
+    def start_from_principal(self, blocks: Callable[[], Iterator[Tensor]]) -> None:
+        """Set weights with which z is the direction of the rows' first d principal components.
+
+        Some units of the trunk hold a component's positive and negative part, which the second layer passes on and the
+        feature head subtracts; the others stay random, and the heads' weights on them are zero.
+
+        Args:
+            blocks: yields this worker's rows, Float[B D]s.
+        """
+        directions, deviations, mean = _principal_components(blocks, self.first.weight)
+        count = min(len(self.features.weight), directions.shape[1], len(self.first.weight) // 2)
+        directions, share = directions[:, :count].T, deviations[:count] / deviations[0]
+        pair = torch.cat([directions, -directions])
+        self.first.weight[: 2 * count] = pair / deviations[0]
+        self.first.bias[: 2 * count] = -(pair @ mean) / deviations[0]
+        self.norm.gains[0, : 2 * count] = torch.cat([share, share])
+        self.second.weight[: 2 * count] = torch.eye(2 * count, self.second.in_features)
+        self.second.bias[: 2 * count] = 0.0
+        eye = torch.eye(count).to(share) / share.norm()
+        self.features.weight[:count] = 0.0
+        self.features.weight[:count, : 2 * count] = torch.cat([eye, -eye], dim=1)
+        self.features.weight[count:] *= UNUSED_SCALE
+        self.features.bias.zero_()
+        self.copy_features_to_codes()
+
+    @torch.no_grad()
+    def recompute_running_moments(self, blocks: Callable[[], Iterator[Tensor]]) -> None:
+        """Replace the running statistics by those of all workers' rows: after few steps they lag behind.
+
+        Args:
+            blocks: yields this worker's rows, Float[B D]s.
+        """
+        weight = self.first.weight
+        total = torch.zeros(3, self.norm.running_mean.shape[1], dtype=torch.float64, device=weight.device)
+        for block in blocks():
+            for part in torch.split(block.to(weight), 4096):
+                x = self._affine(self.first, part, False).double() - self.norm.running_mean[0]
+                total += torch.stack([x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))])
+        sums, squares, rows = distributed.all_reduce(total)
+        shift = sums / rows
+        variance = (squares / rows - shift.square()) * rows / (rows - 1).clamp(min=1)
+        self.norm.running_mean += shift.to(weight)
+        self.norm.running_var.copy_(variance[None])
+
+
+def _principal_components(blocks: Callable[[], Iterator[Tensor]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return directions Float[D D] as columns, falling standard deviations Float[D] and the mean Float[D] of rows."""
+    width = like.shape[1]
+    total = torch.zeros(width + 2, width, dtype=torch.float64, device=like.device)
+    for block in blocks():
+        x = block.to(like)
+        total[:width] += x.T @ x
+        total[width] += x.sum(0)
+        total[width + 1] += len(x)
+    total = distributed.all_reduce(total)
+    mean = total[width] / total[width + 1, 0]
+    values, vectors = torch.linalg.eigh(total[:width] / total[width + 1, 0] - mean.outer(mean))
+    deviations = values.flip(0).clamp(min=0).sqrt()
+    deviations = deviations.clamp(min=1e-6 * float(deviations[0]) + 1e-12)
+    return vectors.flip(1).to(like), deviations.to(like), mean.to(like)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Cpp(Method):
@@ -48,118 +317,139 @@ class Cpp(Method):
         seed: of the initial weights and of the final partition.
     """
 
+    config_type = CppConfig
     config: CppConfig
     progress: Tensor
-    refits_for_clusters = False
 
     def __init__(self, config: CppConfig, dimension: int, count: int, seed: int) -> None:
-        super().__init__()
-        self.config = config = config.settled(count)
-        self.dimension, self.count, self.seed = dimension, count, seed
-        self.own_space = config.width
+        config = config.resolved(count)
+        super().__init__(config, dimension, count, seed)
         self.plan = Plan.of(config, count)
+        self.scales_loss = config.precision == "fp16"
         self.network = CppNetwork(config, dimension, seed)
         self.spectral: Spectral | None = None
-        # Sum of losses and steps of the unfinished window, the mean of the last whole one, and whether to stop.
-        self.register_buffer("progress", torch.tensor([0.0, 0.0, math.inf, 0.0], dtype=torch.float64))
+        # Sum of losses and steps of the unfinished window of `patience`, and the mean of the last whole one.
+        self.register_buffer("progress", torch.tensor([0.0, 0.0, math.inf], dtype=torch.float64))
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """−R during expansion, L after it, of all workers' rows; and the terms."""
-        z, codes = self.network(batch.views[0], training=True)
-        z = collectives.differentiable_gather(z)
-        rate = coding_rate(z, self.config.distortion)
-        if batch.step <= self.config.last_expansion_step:
+    @property
+    def width(self) -> int:
+        """d, the width of z."""
+        return self.config.width
+
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute −R during expansion and L after it, of all workers' rows.
+
+        Args:
+            batch: one worker's part, one view.
+
+        Returns:
+            Float[] each: "loss", "rate" (R), "compressed" (R_c) and "energy" (½‖Π‖²), the last two 0 in expansion.
+        """
+        config = self.config
+        z, codes = self.network(batch.x[0], training=True)
+        z = distributed.differentiable_all_gather(z)
+        rate = coding_rate(z, config.distortion)
+        if batch.step <= config.last_expansion_step:
             return {"loss": -rate, "rate": rate, "compressed": torch.zeros_like(rate), "energy": torch.zeros_like(rate)}
-        codes = z if self.network.codes is None else collectives.differentiable_gather(codes)
-        compressed, energy = self._by_columns(z, codes)
-        loss = -rate + self.config.compression_weight * compressed + self.config.membership_weight * energy
+        codes = z if self.network.codes is None else distributed.differentiable_all_gather(codes)
+        membership = spectral.membership(codes, config.temperature, config.half_steps)
+        # Each worker takes its columns of Π; R_c and the energy are sums over columns.
+        own = membership[:, distributed.own_slice(len(z))]
+        terms = torch.stack([compression_rate(z, own, config.distortion, config.compression), membership_energy(own)])
+        compressed, energy = distributed.differentiable_all_reduce(terms)
+        loss = -rate + config.compression_weight * compressed + config.membership_weight * energy
         return {"loss": loss, "rate": rate, "compressed": compressed, "energy": energy}
 
-    def _by_columns(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """R_c and ½‖Π‖², each worker taking its columns of Π."""
-        membership = sinkhorn.membership(codes, self.config.temperature, self.config.half_steps)
-        own = collectives.stretches(len(z), collectives.world_size())[collectives.rank()]
-        compressed = compression_rate(z, membership[:, own], self.config.distortion, self.config.compression())
-        both = collectives.differentiable_sum(torch.stack([compressed, membership_energy(membership[:, own])]))
-        return both[0], both[1]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trunk with the feature head, and the cluster head with its own rate and decay; all decay."""
+        codes = [] if self.network.codes is None else list(self.network.codes.parameters())
+        own = {id(parameter) for parameter in codes}
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.network.parameters() if id(p) not in own]}]
+        if codes:
+            groups.append(
+                {"params": codes, "lr_scale": self.config.code_rate, "weight_decay": self.config.code_weight_decay}
+            )
+        return groups
 
-    def own_steps(self) -> Steps | None:
-        """Two groups of parameters with rates and decays of their own."""
-        return CppSteps(self)
-
-    def after_step(self, step: int) -> None:
-        """The feature head is copied into the cluster head after the last step of expansion."""
+    def on_step_end(self, step: int) -> None:
+        """Copy the feature head into the cluster head after the last step of expansion."""
         if step == self.config.last_expansion_step:
             self.network.copy_features_to_codes()
 
-    @property
-    def finished_early(self) -> bool:  # type: ignore[override]
-        """Whether the loss no longer falls."""
-        return bool(self.progress[3])
+    def on_epoch_end(self, metrics: dict[str, Tensor]) -> dict[str, Any]:
+        """Stop where the loss no longer falls, once expansion is over.
 
-    def after_epoch(self, means: dict[str, Tensor]) -> dict[str, Any]:
-        """Looks whether the loss still falls, once expansion is over; gives the terms."""
-        terms = {name: float(means[name]) for name in ("rate", "compressed", "energy")}
+        Returns:
+            The epoch's mean "rate", "compressed" and "energy".
+        """
+        terms = {name: float(metrics[name]) for name in ("rate", "compressed", "energy")}
         if self.config.patience is not None and terms["compressed"] > 0.0:
-            self._judge(float(means["loss"]), self.config.patience)
+            total, steps, before = self.progress.tolist()
+            total += float(metrics["loss"]) * self.plan.steps_per_epoch
+            steps += self.plan.steps_per_epoch
+            if steps >= self.config.patience:
+                mean = total / steps
+                self.stop = not mean < before - self.config.improvement * abs(mean)
+                total, steps, before = 0.0, 0.0, mean
+            self.progress.copy_(torch.tensor([total, steps, before], dtype=torch.float64))
         return terms
 
-    def _judge(self, loss: float, patience: int) -> None:
-        total, steps, before, stop = self.progress.tolist()
-        total, steps = total + loss * self.plan.steps_per_epoch, steps + self.plan.steps_per_epoch
-        if steps >= patience:
-            mean = total / steps
-            stop = float(not mean < before - self.config.improvement * abs(mean))
-            total, steps, before = 0.0, 0.0, mean
-        self.progress.copy_(torch.tensor([total, steps, before, stop], dtype=torch.float64))
-
     def fit(self, rows: Rows, trainer: Trainer) -> None:
-        """Trains the network and cuts all rows' membership into clusters."""
-        trainer.fit(self, rows, start=lambda: self._start(rows))
-        self.network.settle(rows.blocks)
-        clusters, options = self.config.clusters, self._spectral_options()
-        self.spectral = spectral.partition(lambda: self._codes(rows), clusters, options, self.seed).cut(clusters)
-        logger.info("spectral clusters: %d of %d rows", self.config.clusters, self.count)
+        """Train the network and cut all rows' membership into clusters."""
+        clusters, principal = self.config.clusters, self.config.start == "principal"
+        trainer.fit(self, rows, start=(lambda: self.network.start_from_principal(rows.blocks)) if principal else None)
+        self.network.recompute_running_moments(rows.blocks)
 
-    def _start(self, rows: Rows) -> None:
-        if self.config.start == "principal":
-            self.network.start_from_principal(rows.blocks)
+        def codes() -> Iterator[Tensor]:
+            for block in rows.blocks():
+                yield self._infer(block)[1]
 
-    def _codes(self, rows: Rows) -> Iterator[Tensor]:
-        for block in rows.blocks():
-            yield self._infer(block)[1]
+        self.spectral = spectral.partition(codes, clusters, self._spectral_options(), self.seed).cut(clusters)
+        logger.info("spectral clusters: %d of %d rows", clusters, self.count)
+
+    def _spectral_options(self) -> SpectralOptions:
+        return SpectralOptions(temperature=self.config.final_temperature or self.config.temperature)
 
     @torch.no_grad()
     def _infer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map rows to features and codes in blocks: Float[B D] to unit rows Float[B d] each."""
         require_matrix(x, "x", self.dimension)
         like = self.network.first.weight
-        parts = [self.network(part.to(like)) for part in torch.split(x, ASSIGN_ROWS)]
+        parts = [self.network(part.to(like)) for part in torch.split(x, PREDICT_ROWS)]
         if not parts:
             empty = like.new_zeros((0, self.config.width))
             return empty, empty
         z, codes = zip(*parts, strict=True)
         return torch.cat(z), torch.cat(codes)
 
-    def represent(self, x: Tensor) -> Tensor:
-        """z: Float[B D] to unit rows Float[B d]."""
+    def transform(self, x: Tensor) -> Tensor:
+        """Map rows to z: Float[B D] to unit rows Float[B d]."""
         return self._infer(x)[0]
 
     @torch.no_grad()
     def membership(self, x: Tensor) -> Tensor:
-        """Π of these rows alone: Float[B D] to Float[B B], rows and columns sum to 1."""
-        return sinkhorn.membership(self._infer(x)[1], self.config.temperature, None)
+        """Return Π of these rows alone: Float[B D] to Float[B B], rows and columns sum to 1."""
+        return spectral.membership(self._infer(x)[1], self.config.temperature, None)
 
-    def assign(self, x: Tensor) -> Tensor:
-        """Float[B D] to Float[B K], rows sum to 1; each row's depend on it alone."""
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """Return probabilities of the clusters: Float[B D] to Float[B K]; each row's depend on it alone."""
         return self._partition().assign(self._infer(x)[1], self.config.clusters)
 
     def prototypes(self) -> Tensor:
-        """The clusters' centres among the membership's eigenvectors: unit rows Float[K K]."""
+        """Return the clusters' centres among the membership's eigenvectors: unit rows Float[K K]."""
         clusters = self.config.clusters
-        return torch.nn.functional.normalize(self._partition().centers[clusters][:clusters], dim=1)
+        return functional.normalize(self._partition().centers[clusters][:clusters], dim=1)
 
-    def repartition(self, clusters: int, seed: int | None = None) -> Cpp:
-        """The same network and eigenvectors cut into another number of clusters, or from another seed."""
+    def recut(self, clusters: int, seed: int | None = None) -> Cpp:
+        """Return the same network and eigenvectors cut into another number of clusters, or from another seed.
+
+        Args:
+            clusters: K, at most that of the fit.
+            seed: of the k-means of the eigenvectors' rows; None takes that of the fit.
+
+        Raises:
+            ConfigError: it was fitted for fewer.
+        """
         other = copy.copy(self)
         other.spectral = self._partition().cut(clusters, seed)
         other.config = self.config.model_copy(update={"clusters": clusters})
@@ -170,21 +460,15 @@ class Cpp(Method):
             raise ArtefactError("method = cpp: has no clusters yet, fit it first")
         return self.spectral
 
-    def export(self) -> Export:
-        """Network and spectral partition."""
+    def state(self) -> MethodState:
+        """Return network and spectral partition."""
         tensors = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
         tensors |= {SPECTRAL + name: value for name, value in self._partition().tensors().items()}
-        settings = {"config": self.config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}
         tensors["seed"] = torch.tensor(self._partition().seed)
-        return Export(settings, tensors)
+        return MethodState(self._settings(), tensors)
 
-    def load_exported(self, tensors: dict[str, Tensor]) -> None:
-        """Takes network and partition of an `Export`."""
-        tensors = dict(tensors)
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.seed = int(tensors.pop("seed"))
         partition = {n.removeprefix(SPECTRAL): value for n, value in tensors.items() if n.startswith(SPECTRAL)}
         self.network.load_state_dict({n: value for n, value in tensors.items() if not n.startswith(SPECTRAL)})
         self.spectral = Spectral.from_tensors(partition, self._spectral_options(), self.seed)
-
-    def _spectral_options(self) -> SpectralOptions:
-        return SpectralOptions(temperature=self.config.final_temperature or self.config.temperature)

@@ -1,4 +1,4 @@
-"""Clustering heads: H small networks side by side, in one set of matrix products.
+"""Clustering heads: H small networks side by side, in one set of matrix products, and their moving-average teacher.
 
 Head h is Linear → GELU → … → Linear(bottleneck) → unit rows → a weight-normalised linear layer without bias, so that
 logit_c = g_c · ⟨ŵ_c, x̂⟩ and |logit_c| ≤ |g_c|. The parameters of all heads are stacked along axis H.
@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayclust.arrays import require_matrix
-from rayclust.collectives import Team, all_sum, differentiable_sum
-from rayclust.kernels.divided_softmax import ALONE
-from rayclust.losses.chunked import LastLayer
+from rayclust.distributed import all_reduce, differentiable_all_reduce
+from rayclust.losses.information import LastLayer
 
 Precision = Literal["auto", "fp32", "bf16"]
-_DRAWN = 1 << 16
-"""Clusters of other workers that are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,6 @@ class HeadShape:
     """Whether g is learnt; otherwise it stays 1."""
     first: int = 0
     """Number of the first head, where other workers hold those before it."""
-    first_cluster: int = 0
-    """Number of the first cluster, where other workers hold those before it."""
-    all_clusters: int | None = None
-    """Clusters of all workers that divide them; None: K are all."""
 
     @property
     def widths(self) -> list[int]:
@@ -66,7 +59,7 @@ class HeadShape:
 
 @lru_cache
 def _has_fast_bf16(device_type: str) -> bool:
-    """Whether matrix products of bf16 are much faster there than those of float32."""
+    """Return whether matrix products of bf16 are much faster there than those of float32."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     # Without tiles, AVX-512's own bf16 products still take about half the time of float32's.
@@ -74,7 +67,7 @@ def _has_fast_bf16(device_type: str) -> bool:
 
 
 def matmul_dtype(precision: Precision, x: Tensor) -> torch.dtype:
-    """The dtype that matrix products on `x` take in.
+    """Return the dtype that matrix products on `x` take in.
 
     `auto` is bf16 for float32 rows where the processor multiplies bf16 fast. Sums, softmax and losses stay in float32.
     """
@@ -84,13 +77,13 @@ def matmul_dtype(precision: Precision, x: Tensor) -> torch.dtype:
 
 
 def stacked_affine(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x·wᵀ + b for each head.
+    """Return x·wᵀ + b for each head.
 
     Args:
         x: Float[R I], rows that all heads share, or Float[H R I], rows of each head.
         weight: Float[H O I].
         bias: Float[H O] or None.
-        dtype: what the product takes in and gives out.
+        dtype: of the product's operands and of the result.
 
     Returns:
         Float[H R O] in `dtype`.
@@ -106,7 +99,14 @@ def stacked_affine(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
 
 
 class StackedNorm(nn.Module):
-    """Batch norm of each head's units, with the statistics of the rows of all workers."""
+    """Batch norm of each head's units, with the statistics of the rows of all workers.
+
+    Args:
+        heads: H.
+        width: F.
+        momentum: of the running statistics.
+        epsilon: added to variances.
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -119,20 +119,18 @@ class StackedNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(heads, width))
         self.register_buffer("running_var", torch.ones(heads, width))
 
-    def forward(self, x: Tensor, training: bool, some: slice = slice(None)) -> Tensor:
-        """Float[H R F] to Float[H R F], of the heads that `some` picks; training is for all of them."""
-        mean, var = self._batch_moments(x) if training else (self.running_mean[some], self.running_var[some])
-        scale = self.gains[some] * torch.rsqrt(var + self.epsilon)
-        return x * scale[:, None] + (self.biases[some] - mean * scale)[:, None]
-
-    def _batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = all_sum(torch.tensor(float(x.shape[1]), dtype=x.dtype, device=x.device))
-        mean = differentiable_sum(x.sum(1)) / rows
-        var = differentiable_sum((x - mean[:, None]).square().sum(1)) / rows
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * rows / (rows - 1).clamp(min=1), self.momentum)
-        return mean, var
+    def forward(self, x: Tensor, training: bool, heads: slice = slice(None)) -> Tensor:
+        """Normalise Float[H R F] of the heads picked by `heads`; training is for all of them."""
+        mean, var = self.running_mean[heads], self.running_var[heads]
+        if training:
+            rows = all_reduce(torch.tensor(float(x.shape[1]), dtype=x.dtype, device=x.device))
+            mean = differentiable_all_reduce(x.sum(1)) / rows
+            var = differentiable_all_reduce((x - mean[:, None]).square().sum(1)) / rows
+            with torch.no_grad():  # the running variance is the unbiased one
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * rows / (rows - 1).clamp(min=1), self.momentum)
+        scale = self.gains[heads] * torch.rsqrt(var + self.epsilon)
+        return x * scale[:, None] + (self.biases[heads] - mean * scale)[:, None]
 
 
 class Heads(nn.Module):
@@ -140,7 +138,7 @@ class Heads(nn.Module):
 
     Args:
         shape: sizes and parts.
-        seed: of the initial weights; head h gets the same ones whatever H is, and cluster k those of a whole head.
+        seed: of the initial weights; head h gets the same ones whatever H is.
         precision: of the matrix products in training; see `matmul_dtype`.
     """
 
@@ -154,29 +152,21 @@ class Heads(nn.Module):
         self.norms = nn.ModuleList(norms)
         self.direction = nn.Parameter(torch.empty(shape.heads, shape.clusters, shape.bottleneck))
         self.scale = nn.Parameter(torch.ones(shape.heads, shape.clusters), requires_grad=shape.learn_scale)
-        self._reset(seed)
+        bound = 1.0 / math.sqrt(shape.bottleneck)
+        with torch.no_grad():
+            for head in range(shape.heads):
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + shape.first + head) % 2**63)
+                for weight in self.weights:
+                    nn.init.trunc_normal_(weight[head], std=0.02, a=-2.0, b=2.0, generator=generator)
+                nn.init.uniform_(self.direction[head], -bound, bound, generator=generator)
 
-    @torch.no_grad()
-    def _reset(self, seed: int) -> None:
-        bound = 1.0 / math.sqrt(self.shape.bottleneck)
-        for head in range(self.shape.heads):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + self.shape.first + head) % 2**63)
-            for weight in self.weights:
-                nn.init.trunc_normal_(weight[head], std=0.02, a=-2.0, b=2.0, generator=generator)
-            # The clusters before this worker's are drawn only to be passed over, and need not be there at one time.
-            for start in range(0, self.shape.first_cluster, _DRAWN):
-                passed = min(_DRAWN, self.shape.first_cluster - start)
-                torch.empty(passed, self.shape.bottleneck).uniform_(generator=generator)
-            nn.init.uniform_(self.direction[head], -bound, bound, generator=generator)
-
-    def forward(self, x: Tensor, training: bool = False, head: int | None = None, stack: Team = ALONE) -> Tensor:
-        """Logits, before any temperature.
+    def forward(self, x: Tensor, training: bool = False, head: int | None = None) -> Tensor:
+        """Return logits, before any temperature.
 
         Args:
             x: Float[R D].
             training: whether dropout drops and batch norm looks at the batch.
-            head: the only head to ask; None asks all.
-            stack: those who divide the clusters, whose gradients in what comes before the last layer are summed.
+            head: the only head to evaluate; None evaluates all.
 
         Returns:
             Float[H R K], or Float[1 R K] for one head. Their dtype is that of the products.
@@ -184,59 +174,65 @@ class Heads(nn.Module):
         Raises:
             ShapeError: `x` is not a matrix of width D.
         """
-        require_matrix(x, "x", self.shape.dimension)
-        some = slice(None) if head is None else slice(head, head + 1)
-        dtype = matmul_dtype(self.precision, x) if training else x.dtype
-        bottleneck = stack.spread(self._bottleneck(x, training, some, dtype))
-        return stacked_affine(bottleneck, self._last_weights(some), None, dtype)
+        heads = slice(None) if head is None else slice(head, head + 1)
+        bottleneck, dtype = self._bottleneck(x, training, heads)
+        last = functional.normalize(self.direction[heads], dim=-1) * self.scale[heads, :, None]
+        return stacked_affine(bottleneck, last, None, dtype)
 
-    def last_layer(self, x: Tensor, temperature: float, stack: Team = ALONE) -> LastLayer:
-        """What makes the logits of pairs in training, Float[2 B D], over a temperature, before they are made.
+    def last_layer(self, x: Tensor, temperature: float) -> LastLayer:
+        """Return the inputs and weights of the training logits, which are not computed yet.
 
-        `stack` is as in `forward`.
+        Args:
+            x: Float[V B D], all views.
+            temperature: divides the logits.
         """
-        stacked = x.flatten(0, 1)
-        require_matrix(stacked, "x", self.shape.dimension)
-        dtype = matmul_dtype(self.precision, stacked)
-        units = stack.spread(self._bottleneck(stacked, True, slice(None), dtype))
-        pairs = units.view(len(units), 2, -1, units.shape[2])
-        most = -(-(self.shape.all_clusters or self.shape.clusters) // stack.size)
-        return LastLayer(pairs, self.direction, self.scale, temperature, dtype, stack, most)
-
-    def bottleneck(self, x: Tensor) -> Tensor:
-        """The unit rows before the last layer: Float[R D] to Float[H R 256]."""
-        return self._bottleneck(x, False, slice(None), x.dtype)
+        bottleneck, dtype = self._bottleneck(x.flatten(0, 1), True, slice(None))
+        units = bottleneck.view(len(bottleneck), len(x), -1, bottleneck.shape[2])
+        return LastLayer(units, self.direction, self.scale, temperature, dtype)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What goes into the bottleneck's linear layer: Float[R D] to Float[H R 512]; for one layer the rows."""
+        """Return the input of the bottleneck's linear layer: Float[R D] to Float[H R 512]; for one layer the rows."""
         if len(self.weights) == 1:
             return x.expand(self.shape.heads, *x.shape)
-        for i, (weight, bias) in enumerate(zip(self.weights[:-1], self.biases[:-1], strict=True)):
-            x = self._activate(stacked_affine(x, weight, bias, x.dtype), i, False, slice(None))
-        return x
-
-    def _bottleneck(self, x: Tensor, training: bool, some: slice, dtype: torch.dtype) -> Tensor:
-        last = len(self.weights) - 1
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = stacked_affine(x, weight[some], bias[some], dtype)
-            if i < last:
-                x = self._activate(x, i, training, some)
-        if self.shape.final_gelu:
-            x = functional.gelu(x)
-        return functional.normalize(x if dtype == torch.float64 else x.float(), dim=-1)
-
-    def _activate(self, x: Tensor, layer: int, training: bool, some: slice) -> Tensor:
-        if self.shape.batch_norm:
-            wide = x if x.dtype == torch.float64 else x.float()
-            x = self.norms[layer](wide, training, some).to(x.dtype)
-        x = functional.gelu(x)
-        return functional.dropout(x, self.shape.dropout, training) if self.shape.dropout else x
-
-    def _last_weights(self, some: slice) -> Tensor:
-        """Float[H K 256]: rows of length |g_c|."""
-        direction = functional.normalize(self.direction[some], dim=-1)
-        return direction * self.scale[some, :, None]
+        return self._hidden(x, False, slice(None), x.dtype)
 
     def is_decayed(self, name: str) -> bool:
-        """Whether weight decay acts on a parameter: on matrices and on g (as published), not on biases and norms."""
+        """Return whether weight decay acts on a parameter: on matrices and g (as published), not on biases, norms."""
         return not name.startswith(("biases.", "norms."))
+
+    def _bottleneck(self, x: Tensor, training: bool, heads: slice) -> tuple[Tensor, torch.dtype]:
+        """Return unit rows, Float[H R 256] in float32 or wider, and the dtype of the products."""
+        require_matrix(x, "x", self.shape.dimension)
+        dtype = matmul_dtype(self.precision, x) if training else x.dtype
+        x = self._hidden(x, training, heads, dtype)
+        x = stacked_affine(x, self.weights[-1][heads], self.biases[-1][heads], dtype)
+        if self.shape.final_gelu:
+            x = functional.gelu(x)
+        return functional.normalize(x if dtype == torch.float64 else x.float(), dim=-1), dtype
+
+    def _hidden(self, x: Tensor, training: bool, heads: slice, dtype: torch.dtype) -> Tensor:
+        """Apply all layers before the bottleneck's: linear, batch norm if any, GELU, dropout if any."""
+        for layer in range(len(self.weights) - 1):
+            x = stacked_affine(x, self.weights[layer][heads], self.biases[layer][heads], dtype)
+            if self.shape.batch_norm:
+                x = self.norms[layer](x if x.dtype == torch.float64 else x.float(), training, heads).to(x.dtype)
+            x = functional.gelu(x)
+            if self.shape.dropout:
+                x = functional.dropout(x, self.shape.dropout, training)
+        return x
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """θ_t ← m·θ_t + (1−m)·θ_s over all parameters; buffers stay the teacher's own.
+
+    Args:
+        teacher: changed in place.
+        student: of the same class and sizes.
+        momentum: m in [0, 1]; 1 leaves the teacher as it is.
+
+    Source: arXiv 1703.01780, eq. 2.
+    """
+    if momentum < 1.0:
+        students = [p.detach() for p in student.parameters()]
+        torch._foreach_lerp_(list(teacher.parameters()), students, 1.0 - momentum)

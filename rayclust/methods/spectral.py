@@ -14,11 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rayclust.arrays import require_matrix
-from rayclust.clustering import sinkhorn, spectral
-from rayclust.clustering.affinity import unit
-from rayclust.clustering.spectral import Spectral, SpectralOptions
+from rayclust.clustering import spectral
+from rayclust.clustering.spectral import Spectral, SpectralOptions, unit
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import BaseMethodConfig, Export, Method, Rows, Trainer
+from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Rows, Trainer
 
 
 class SpectralConfig(SpectralOptions, BaseMethodConfig):
@@ -30,7 +29,7 @@ class SpectralConfig(SpectralOptions, BaseMethodConfig):
     """K."""
 
     def options(self) -> SpectralOptions:
-        """What the partition is told."""
+        """Return the settings of the partition."""
         return SpectralOptions.model_validate(self.model_dump(include=set(SpectralOptions.model_fields)))
 
 
@@ -44,16 +43,15 @@ class SpectralClustering(Method):
         seed: of the k-means.
     """
 
+    config_type = SpectralConfig
     config: SpectralConfig
-    refits_for_clusters = False
 
     def __init__(self, config: SpectralConfig, dimension: int, count: int, seed: int) -> None:
-        super().__init__()
-        self.config, self.dimension, self.count, self.seed = config, dimension, count, seed
+        super().__init__(config, dimension, count, seed)
         self.partition: Spectral | None = None
 
     def fit(self, rows: Rows, trainer: Trainer) -> None:
-        """One eigenproblem, on the trainer's device."""
+        """Solve one eigenproblem, on the trainer's device."""
 
         def blocks() -> Iterator[Tensor]:
             for block in rows.blocks():
@@ -64,34 +62,32 @@ class SpectralClustering(Method):
 
     @torch.no_grad()
     def membership(self, x: Tensor) -> Tensor:
-        """Π of these rows alone: Float[B D] to Float[B B], rows and columns sum to 1."""
+        """Return Π of these rows alone: Float[B D] to Float[B B], rows and columns sum to 1."""
         require_matrix(x, "x", self.dimension)
-        return sinkhorn.membership(unit(x), self.config.temperature, None)
+        return spectral.membership(unit(x), self.config.temperature, None)
 
-    def assign(self, x: Tensor) -> Tensor:
-        """Float[B D] to Float[B K], rows sum to 1; each row's depend on it alone."""
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """Return Float[B K] for Float[B D], rows sum to 1; each row's depend on it alone."""
         require_matrix(x, "x", self.dimension)
         return self._fitted().assign(x, self.config.clusters)
 
-    def repartition(self, clusters: int, seed: int | None = None) -> SpectralClustering:
-        """The same eigenvectors cut into another number of clusters, or from another seed."""
+    def recut(self, clusters: int, seed: int | None = None) -> SpectralClustering:
+        """Return the same eigenvectors cut into another number of clusters, or from another seed."""
         other = copy.copy(self)
         other.partition = self._fitted().cut(clusters, seed)
         other.config = self.config.model_copy(update={"clusters": clusters})
         return other
 
+    def state(self) -> MethodState:
+        """Return sites, eigenvectors and centres."""
+        fitted = self._fitted()
+        return MethodState(self._settings(), fitted.tensors() | {"seed": torch.tensor(fitted.seed)})
+
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.seed = int(tensors.pop("seed"))
+        self.partition = Spectral.from_tensors(tensors, self.config.options(), self.seed)
+
     def _fitted(self) -> Spectral:
         if self.partition is None:
             raise ArtefactError("method = spectral: has no clusters yet, fit it first")
         return self.partition
-
-    def export(self) -> Export:
-        """Sites, eigenvectors and centres."""
-        settings = {"config": self.config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}
-        return Export(settings, self._fitted().tensors() | {"seed": torch.tensor(self._fitted().seed)})
-
-    def load_exported(self, tensors: dict[str, Tensor]) -> None:
-        """Takes the partition of an `Export`."""
-        tensors = dict(tensors)
-        self.seed = int(tensors.pop("seed"))
-        self.partition = Spectral.from_tensors(tensors, self.config.options(), self.seed)

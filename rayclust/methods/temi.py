@@ -1,37 +1,478 @@
-"""TEMI: heads on frozen embeddings, taught by their own moving averages to agree on neighbours.
+"""TEMI: heads on frozen embeddings, trained to agree on neighbours with their own moving averages.
 
-Source: arXiv 2303.17896. Departures from the published program are listed in docs/methods.md; the ones that change a
-number are the log space, the kNN that never lists a row itself, and epochs below 30.
+Settings, presets, division over workers, and the method, in this order. Source: arXiv 2303.17896. Departures from the
+published program are listed in docs/methods.md; the ones that change a number are the log space, the kNN that never
+lists a row itself, and epochs below 30.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import Parameter, functional
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.arrays import require_matrix
-from rayclust.losses.information import InformationOptions, Marginal, log_probabilities
-from rayclust.methods import ema, temi_losses, temi_parts
-from rayclust.methods.base import Batch, Export, Method, Pairing, Plan, Rows, Steps, Trainer
-from rayclust.methods.heads import Heads
-from rayclust.methods.temi_config import TemiConfig
-from rayclust.methods.temi_health import Health
-from rayclust.methods.temi_steps import FusedSteps, fits, pays
-from rayclust.methods.warm_start import StartOptions, best_by_modularity, start_from_kmeans
-
-__all__ = ["Temi", "TemiConfig"]
+from rayclust.errors import ConfigError
+from rayclust.losses import information
+from rayclust.losses.information import InformationOptions, Marginal, information_losses, log_probabilities
+from rayclust.methods.base import (
+    Batch,
+    Method,
+    MethodState,
+    Pairing,
+    Plan,
+    Rows,
+    TrainedConfig,
+    Trainer,
+    cosine_schedule,
+)
+from rayclust.methods.heads import Heads, HeadShape, Precision, ema_update
+from rayclust.methods.temi_init import StartOptions, best_by_modularity, start_from_kmeans
 
 logger = logging.getLogger(__name__)
 
-ASSIGN_ROWS = 8192
-"""Rows whose hidden units are held at once when assigning."""
+PREDICT_ROWS = 8192
+"""Rows whose hidden units are held at once in `predict_proba`."""
+COLLAPSE_ENTROPY = 0.5
+"""Part of ln K below which the entropy of a head's shares is a sign of collapse."""
+BETA_STEP = 0.1
+"""Difference between β and the lower one that a warning of collapse proposes."""
+WHOLE_STATE = ("best_head", "head_losses")
+"""Tensors of the state that every worker holds whole, whatever heads it trains."""
+
+
+class TemiConfig(TrainedConfig):
+    """TEMI (arXiv 2303.17896). A key that is written wins over the preset."""
+
+    draws_pairs: ClassVar[bool] = True
+    name: Literal["temi"] = "temi"
+    """Teacher ensemble-weighted pointwise mutual information."""
+    preset: Literal["auto", "readme", "paper", "none"] = "auto"
+    """auto: chosen from N, D and K without labels. readme, paper: the published settings. none: the defaults below."""
+    heads: int = Field(16, ge=1)
+    """H, heads trained side by side; the one with the lowest training loss is kept."""
+    neighbors: int = Field(50, ge=1)
+    """Nearest neighbours of a row among which its partner is drawn."""
+    loss: Literal["temi", "pmi", "wmi", "scan"] = "temi"
+    """What is minimised; see losses/information.py."""
+    beta: float = Field(0.6, gt=0)
+    """β, above 0.5. Lower keeps clusters more even; 1 for many more clusters than classes."""
+    positive_pmi: bool = False
+    """Whether a pair's information is cut off at 0 from below."""
+    entropy_weight: float | None = None
+    """α of WMI's and SCAN's entropy. None: 5 for SCAN, 0 for WMI."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Divides the student's logits."""
+    teacher_temperature: float = Field(0.1, gt=0)
+    """Divides the teacher's logits after its warm-up, and when assigning."""
+    warmup_teacher_temperature: float = Field(0.1, gt=0)
+    """The teacher's temperature in the first epoch."""
+    warmup_teacher_temperature_epochs: int = Field(30, ge=0)
+    """Epochs in which the teacher's temperature moves linearly; longer than the training is allowed."""
+    teacher_momentum: float = Field(0.996, ge=0, le=1)
+    """Momentum of the teacher at the first step."""
+    final_teacher_momentum: float = Field(0.996, ge=0, le=1)
+    """Momentum of the teacher at the end of a cosine."""
+    marginal_momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of the clusters' running shares p̂."""
+    freeze_last_layer: int = Field(1, ge=0)
+    """Epochs at the start in which the last layer is not trained."""
+    hidden: int = Field(512, ge=1)
+    """Width of the hidden layers of a head."""
+    bottleneck: int = Field(256, ge=1)
+    """Width of the unit rows before the last layer."""
+    layers: int = Field(2, ge=1)
+    """Linear layers of a head before the last one."""
+    batch_norm: bool = False
+    """Whether hidden layers are batch-normalised, over all workers."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of hidden units dropped in training."""
+    final_gelu: bool = False
+    """Whether a GELU follows the bottleneck."""
+    learn_scale: bool = True
+    """Whether the length of the last layer's rows is learnt; otherwise it stays 1."""
+    noise: float = Field(0.0, ge=0)
+    """Standard deviation of Gaussian noise added to each value of a view; the published option adds 0.1."""
+    repeats: int = Field(1, ge=1)
+    """Views drawn of a row and of its neighbour, each with its own noise."""
+    warm_start: Literal["none", "kmeans"] = "none"
+    """kmeans: heads start at the best of several k-means partitions of rows averaged with their neighbours."""
+    start_restarts: int = Field(16, ge=1)
+    """k-means partitions from which a warm start chooses by modularity."""
+    start_neighbors: int = Field(10, ge=1)
+    """Nearest neighbours that a warm start averages and that modularity counts."""
+    start_rounds: int = Field(2, ge=0)
+    """How often a warm start averages rows with their neighbours."""
+    selection: Literal["loss", "modularity"] = "loss"
+    """Head that is kept. loss: least training loss in the last epoch, as published. modularity: keeps most neighbours
+    together, by its clusters of all rows; less drawn to even sizes. Neither sees labels."""
+    precision: Precision = "auto"
+    """Matrix products in training. auto: bf16 where the processor multiplies it fast, else float32."""
+    stop_on_collapse: bool = False
+    """Whether training ends with the first epoch in which the best head's clusters have collapsed; else a warning."""
+    parallel: str = Field("auto", pattern=r"^(auto|data|heads|[1-9]\d*x[1-9]\d*)$")
+    """What workers divide. data: the rows of a batch. heads: the heads; next to nothing is sent. RxC: heads in R parts,
+    rows in C. auto: the fastest. All are the same training."""
+    worker_memory: float = Field(24.0, gt=0)
+    """GB, of 10⁹ bytes, that a worker has for heads, optimiser and logits; only `parallel: auto` on several workers
+    refuses heads that do not fit. 24 is an assumption about a GPU: nothing is measured."""
+
+    @field_validator("parallel", mode="before")
+    @classmethod
+    def _refuse_divided_clusters(cls, value: Any) -> Any:
+        if isinstance(value, str) and (value == "clusters" or value.count("x") == 2):
+            raise ValueError("clusters are no longer divided over workers; use auto, data, heads or RxC")
+        return value
+
+    def resolved(self, count: int, dimension: int) -> TemiConfig:
+        """Return this config with its preset written out; `preset` is then `none`.
+
+        Args:
+            count: N.
+            dimension: D.
+        """
+        chosen: dict[str, Any] = {}
+        if self.preset == "auto":
+            chosen = auto_settings(count, dimension, self.clusters, self)
+        elif self.preset != "none":
+            chosen = published_settings(self.preset, count, self.clusters)
+        written = {key: getattr(self, key) for key in self.model_fields_set}
+        config = TemiConfig.model_validate({**chosen, **written, "preset": "none"})
+        if self.preset in ("readme", "paper") and Plan.of(config, count).steps < SHORT_STEPS:
+            config = TemiConfig.model_validate({**chosen, "warm_start": "kmeans", **written, "preset": "none"})
+        return config
+
+    def head_shape(self, dimension: int) -> HeadShape:
+        """Return the sizes and parts of the heads on rows of width `dimension`."""
+        return HeadShape(
+            heads=self.heads,
+            dimension=dimension,
+            clusters=self.clusters,
+            hidden=self.hidden,
+            bottleneck=self.bottleneck,
+            layers=self.layers,
+            batch_norm=self.batch_norm,
+            dropout=self.dropout,
+            final_gelu=self.final_gelu,
+            learn_scale=self.learn_scale,
+        )
+
+    def layout(self, count: int, dimension: int, workers: int) -> Layout:
+        """Return how workers divide the training of this resolved config.
+
+        Raises:
+            ConfigError: they cannot divide it as `parallel` says, or heads do not fit.
+        """
+        if self.clip_norm is not None and self.parallel not in ("auto", "data"):
+            raise ConfigError(f"method.parallel = {self.parallel}: clip_norm needs every head's gradient, set data")
+        shape, plan = self.head_shape(dimension), Plan.of(self, count)
+        layout = choose_layout(shape, plan, workers, self.parallel, self.worker_memory * GIGABYTE)
+        return layout if self.clip_norm is None else Layout(1, workers)
+
+    def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
+        """Describe the layout and its costs in a line; see `BaseMethodConfig`."""
+        config = self.resolved(count, dimension)
+        shape, plan = config.head_shape(dimension), Plan.of(config, count)
+        layout = config.layout(count, dimension, workers)
+        cost = estimate_cost(shape, plan, layout, device)
+        return (
+            f"{layout}: {cost.state_bytes / GIGABYTE:.2f} GB of weights and optimiser, "
+            f"{cost.logits_bytes / GIGABYTE:.2f} GB of logits and {cost.passing_bytes / GIGABYTE:.2f} GB in passing "
+            f"a worker, {cost.sent_bytes / 1e6:.3g} MB sent a step, {plan.steps:,} steps of "
+            f"{cost.operations / 1e12:.3g} TFLOP ({cost.operations * plan.steps / 1e15:.3g} PFLOP a worker)"
+        )
+
+
+# Published settings.
+
+OVERCLUSTERED_ROWS, OVERCLUSTERED_CLUSTERS = 200, 1_000
+"""Rows per cluster below which, and clusters from which, a partition counts as much finer than the classes (ImageNet at
+25,000 has 51 rows each)."""
+IMAGENET_ROWS = 1_500
+"""Rows per cluster up to which a set counts as ImageNet or one of its subsets (1,281 a class; CIFAR-10 has 5,000)."""
+IMAGENET_MIN_ROWS = 50_000
+"""Rows above which a set can be ImageNet or a subset of it (IN50 has 64,000; CIFAR-100 50,000 at 500 a class)."""
+TINY_ROWS = 6_000
+"""Rows up to which the paper's STL-10 settings hold (5,000 images, 800 epochs)."""
+SHORT_STEPS = 3_000
+"""Steps below which heads start from k-means, unless `warm_start: none` is written: random ones do not settle in them.
+On the sets that were published on, all trainings are longer."""
+
+
+def is_overclustered(count: int, clusters: int) -> bool:
+    """Return whether a partition of `count` rows is much finer than classes."""
+    return clusters >= OVERCLUSTERED_CLUSTERS and count / clusters < OVERCLUSTERED_ROWS
+
+
+def published_settings(preset: Literal["readme", "paper"], count: int, clusters: int) -> dict[str, Any]:
+    """Return published config values for N rows in K clusters.
+
+    Args:
+        preset: readme: the example commands of the published program; 16 heads, 100 epochs, batch 1024 (128 when
+            over-clustering). paper: Table 10; 50 heads, 200 epochs (800 on STL-10), batch 512 (1024 on ImageNet), and
+            β 0.55 for CIFAR-20, for which a set is taken by its 20 clusters of at least 2,000 rows.
+        count: N.
+        clusters: K.
+    """
+    imagenet = count > IMAGENET_MIN_ROWS and count / clusters <= IMAGENET_ROWS
+    fine = is_overclustered(count, clusters)
+    values: dict[str, Any] = {
+        "learning_rate": 1e-4,
+        "min_learning_rate": 1e-4,
+        "weight_decay": 1e-4,
+        "final_weight_decay": 1e-4,
+        "teacher_momentum": 0.996,
+        "final_teacher_momentum": 0.996,
+        "neighbors": 25 if imagenet else 50,
+        "warmup_epochs": 20,
+    }
+    if preset == "readme":
+        return {
+            **values,
+            "heads": 16,
+            "epochs": 100,
+            "batch_size": 128 if fine else 1024,
+            "beta": 1.0 if fine else 0.6,
+        }
+    coarse = clusters == 20 and count / clusters >= 2_000
+    return {
+        **values,
+        "heads": 50,
+        "epochs": 800 if count <= TINY_ROWS else 200,
+        "batch_size": 1024 if imagenet else 512,
+        "warmup_epochs": 10 if imagenet else 20,
+        "beta": 1.0 if fine else 0.55 if coarse else 0.6,
+    }
+
+
+# Settings from the size of the data, without labels. The published ones count epochs of sets of 50,000 rows and more;
+# on 3,000 rows they give 1,000 steps, in which random heads do not settle. Here steps are counted, and heads start from
+# k-means, so that a few hundred steps do. docs/methods.md has the numbers behind each choice.
+
+STEPS_PER_CLUSTER = 30
+"""Steps of a training that starts warm, for each cluster; twice as many change little."""
+MIN_STEPS = 200
+PUBLISHED_EPOCHS = 200
+PUBLISHED_RATE = 2e-4
+"""The published learning rate at batch 512."""
+PUBLISHED_STEPS = 3_000
+"""Steps from which the published rate and momentum are kept; shorter trainings move faster."""
+MAX_SPEED = 10.0
+"""Largest factor on the published rate, and divisor of the published horizon of the teacher."""
+START_OPERATIONS = 2e12
+"""Multiplications that a warm start may take: some ten seconds of a laptop."""
+START_LIMIT = 2e13
+"""Multiplications of one k-means partition above which heads start from random weights."""
+MIN_RESTARTS, MAX_RESTARTS = 4, 64
+
+
+def auto_settings(count: int, dimension: int, clusters: int, config: TemiConfig) -> dict[str, Any]:
+    """Choose config values for N rows of width D in K clusters; keys that the config sets itself win over them.
+
+    Args:
+        count: N.
+        dimension: D.
+        clusters: K.
+        config: as written; what depends on its batch size and steps uses them.
+    """
+    # 1. Start: as many k-means partitions as ten seconds allow; none where a single one takes too long.
+    operations = 25.0 * min(count, max(65_536, 64 * clusters)) * clusters * dimension
+    warm = operations <= START_LIMIT
+    restarts = max(MIN_RESTARTS, min(MAX_RESTARTS, int(START_OPERATIONS / operations))) if warm else 1
+    # 2. Batch: a quarter of the rows, as a power of 2 between 64 and 512; 1024 from 200,000 rows, as published.
+    batch = 1024 if count >= 200_000 else max(64, min(512, 1 << max(0, (count // 4).bit_length() - 1)))
+    batch = max(2, min(config.batch_size if "batch_size" in config.model_fields_set else batch, count))
+    # 3. Steps: as published from random heads; fewer from warm ones, in proportion to the clusters.
+    published = max(MIN_STEPS, PUBLISHED_EPOCHS * max(1, count // batch))
+    steps = max(MIN_STEPS, min(published, STEPS_PER_CLUSTER * clusters)) if warm else max(published, PUBLISHED_STEPS)
+    steps = config.steps or steps
+    # 4. Speed: short trainings move faster.
+    speed = min(MAX_SPEED, max(1.0, PUBLISHED_STEPS / steps))
+    rate = PUBLISHED_RATE * speed * 256 / batch
+    momentum = 1.0 - 0.004 * min(speed, 5.0)
+    # 5. Neighbours: √(N / K), enough to walk through a cluster, too few to leave it.
+    columns = max(1, min(round(min(50.0, max(3.0, math.sqrt(count / clusters)))), count - 1))
+    # 6. β: 1 for partitions finer than classes, as published from random heads; warm ones need less push to evenness.
+    beta = 1.0 if is_overclustered(count, clusters) else 0.8 if warm else 0.6
+    return {
+        "heads": 16,
+        "steps": steps,
+        "batch_size": batch,
+        "learning_rate": rate,
+        "min_learning_rate": rate,
+        "warmup_steps": max(1, min(steps // 15, 20_000)),
+        "teacher_momentum": momentum,
+        "final_teacher_momentum": momentum,
+        "beta": beta,
+        "neighbors": columns,
+        "freeze_last_layer": 0 if warm else 1,
+        "warm_start": "kmeans" if warm else "none",
+        "start_restarts": restarts,
+        "start_neighbors": min(10, columns),
+        "start_rounds": 2,
+        "selection": "modularity",
+    }
+
+
+# Division over workers. Rows divided: every worker holds all heads, and all gradients are summed in every step. Heads
+# divided: every worker sees the whole batch, and all that is summed is one number a pair. Both are the same training.
+
+OPERATIONS_PER_BYTE_SENT = 4000.0
+"""Operations of matrix products in the time of a byte between workers: 400 TFLOP/s and 100 GB/s; CPUs have as many."""
+OPERATIONS_PER_BYTE_HELD = 150.0
+"""The same for a byte of memory that the optimiser reads or writes."""
+MIN_GRADIENT_BYTES = 1 << 24
+"""Bytes of gradients below which the rows are divided, whatever is faster."""
+STATE_COPIES = 5
+"""Student, teacher, gradient and the optimiser's two averages."""
+OPTIMIZER_BYTES = 36
+"""Read and written per parameter and step."""
+FLOAT, NARROW = 4, 2
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Workers in a mesh of `head_parts` × `row_parts`."""
+
+    head_parts: int
+    """Parts into which the heads are divided."""
+    row_parts: int
+    """Parts into which the rows of a batch are divided."""
+
+    @property
+    def workers(self) -> int:
+        """W."""
+        return self.head_parts * self.row_parts
+
+    def __str__(self) -> str:
+        if self.workers == 1:
+            return "one worker"
+        parts = {"heads": self.head_parts, "rows of a batch": self.row_parts}
+        return " and ".join(f"{what} over {count}" for what, count in parts.items() if count > 1) + " workers"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the most loaded worker of a layout needs."""
+
+    state_bytes: float
+    """Parameters, their teacher, gradients and the optimiser's averages."""
+    logits_bytes: float
+    """Logits that are there at one time."""
+    passing_bytes: float
+    """Last layers as matrix products take them."""
+    sent_bytes: float
+    """Sent and received per step."""
+    operations: float
+    """Of matrix products per step."""
+
+    @property
+    def held_bytes(self) -> float:
+        """Memory, at most at one time."""
+        return self.state_bytes + self.logits_bytes + self.passing_bytes
+
+    @property
+    def step_operations(self) -> float:
+        """Time of a step, in operations."""
+        held = self.state_bytes / (STATE_COPIES * FLOAT) * OPTIMIZER_BYTES
+        return self.operations + OPERATIONS_PER_BYTE_SENT * self.sent_bytes + OPERATIONS_PER_BYTE_HELD * held
+
+
+def estimate_cost(shape: HeadShape, plan: Plan, layout: Layout, device: str = "cuda") -> Cost:
+    """Estimate what a layout takes of each worker.
+
+    Args:
+        shape: of all heads.
+        plan: of the training.
+        layout: its division.
+        device: `cpu` or `cuda`, where the workers compute.
+    """
+    heads, pairs = -(-shape.heads // layout.head_parts), -(-plan.batch_size // layout.row_parts)
+    layers = list(pairwise(shape.widths))
+    parameters = heads * (sum(o * i + o for i, o in layers) + shape.clusters * (shape.bottleneck + 1))
+    # Products of a pair: teacher and student forward, both sides of the student back; rows get no gradient, so that the
+    # first layer has one product less.
+    products = 4 * sum(o * i for i, o in layers) - shape.widths[0] * shape.widths[1]
+    products += 4 * shape.clusters * shape.bottleneck
+    # Logits of the teacher, kept where they fit, and of a chunk of the student; last layers of that chunk's heads.
+    logits = 2 * pairs * shape.clusters * NARROW
+    kept, chunk = information.KEPT_BYTES[device], information.CHUNK_BYTES[device]
+    last = min(heads, max(1, chunk // logits)) * shape.clusters * shape.bottleneck
+    # Numbers sent: gradients and p̂ over rows, agreement over heads; a ring sends each about twice.
+    ring_rows, ring_heads = (2 * (parts - 1) / parts for parts in (layout.row_parts, layout.head_parts))
+    return Cost(
+        state_bytes=float(FLOAT * STATE_COPIES * parameters),
+        logits_bytes=float(min(heads * logits, kept) + min(heads * logits, chunk)),
+        passing_bytes=float((2 * NARROW + FLOAT) * last),
+        sent_bytes=FLOAT * ((parameters + heads * shape.clusters) * ring_rows + pairs * ring_heads),
+        operations=float(heads * pairs * 4 * products),
+    )
+
+
+def choose_layout(
+    shape: HeadShape, plan: Plan, workers: int, wanted: str = "auto", memory: float = float("inf")
+) -> Layout:
+    """Return the layout that is wanted or, for `auto`, the one with the fastest steps.
+
+    Args:
+        shape: of all heads.
+        plan: of the training.
+        workers: W.
+        wanted: `auto`, `data`, `heads`, or `RxC`: heads in R parts, rows in C.
+        memory: bytes that a worker has, for `auto` on several workers.
+
+    Raises:
+        ConfigError: the workers do not make up that mesh, some would have no head, or a head does not fit.
+    """
+    if wanted != "auto":
+        words = {"data": (1, workers), "heads": (workers, 1)}
+        layout = Layout(*words.get(wanted) or (int(number) for number in wanted.split("x")))
+        if layout.workers != workers:
+            raise ConfigError(
+                f"method.parallel = {wanted}: is for {layout.workers} workers, there are {workers}; "
+                "set resources.workers, or auto"
+            )
+        if layout.head_parts > shape.heads:
+            raise ConfigError(
+                f"method.parallel = {wanted}: {shape.heads} heads cannot be divided over {layout.head_parts} workers; "
+                "use fewer, or data"
+            )
+        return layout
+    layouts = [Layout(parts, workers // parts) for parts in range(1, workers + 1) if workers % parts == 0]
+    layouts = [grid for grid in layouts if grid.head_parts <= shape.heads and grid.row_parts <= plan.batch_size]
+    gradient_bytes = estimate_cost(shape, plan, Layout(1, 1)).state_bytes / STATE_COPIES
+    if not layouts or gradient_bytes < MIN_GRADIENT_BYTES:
+        return Layout(1, workers)
+    head_bytes = estimate_cost(replace(shape, heads=1), plan, Layout(1, 1)).held_bytes
+    if workers > 1 and head_bytes > memory:
+        raise ConfigError(
+            f"method.clusters = {shape.clusters}: a head takes {head_bytes / GIGABYTE:.1f} GB, a worker has "
+            f"{memory / GIGABYTE:g}; use fewer clusters, or raise method.worker_memory"
+        )
+    return min(layouts, key=lambda grid: (estimate_cost(shape, plan, grid).step_operations, grid.head_parts))
+
+
+def collapsed_heads(entropy: Tensor, live: Tensor, clusters: int) -> Tensor:
+    """Return which heads have put most rows into few clusters: Bool[H].
+
+    Low entropy alone is no collapse: classes may be of very different size. Half of the clusters must be dead as well.
+
+    Args:
+        entropy: Float[H], nats, of the clusters' shares.
+        live: Int[H], clusters with more than a tenth of an even share.
+        clusters: K.
+    """
+    return (entropy < COLLAPSE_ENTROPY * math.log(clusters)) & (2 * live <= clusters)
 
 
 class Temi(Method):
@@ -44,182 +485,190 @@ class Temi(Method):
         seed: of the initial weights.
     """
 
+    config_type = TemiConfig
     config: TemiConfig
     best_head: Tensor
     head_losses: Tensor
 
     def __init__(self, config: TemiConfig, dimension: int, count: int, seed: int) -> None:
-        super().__init__()
-        self.config = config = config.settled(count, dimension)
-        self.dimension, self.count, self.seed = dimension, count, seed
+        config = config.resolved(count, dimension)
+        super().__init__(config, dimension, count, seed)
         self.plan = Plan.of(config, count)
         self.pairing = Pairing(config.neighbors, config.noise, config.repeats)
-        _, layout = config.layout(count, dimension, collectives.world_size())
-        self._hold(collectives.Grid.of(layout.head_parts, layout.cluster_parts))
+        layout = config.layout(count, dimension, distributed.world_size())
+        self._build_heads(distributed.DeviceMesh.of(layout.head_parts))
         self._momentum = config.teacher_momentum
         self.register_buffer("best_head", torch.tensor(0))
         self.register_buffer("head_losses", torch.zeros(config.heads, dtype=torch.float64))
 
-    def _hold(self, grid: collectives.Grid) -> None:
-        """Makes the part of the heads that this worker trains in a grid."""
-        config, self.grid = self.config, grid
-        self.parts = temi_parts.Parts(grid, config.heads, config.clusters)
-        heads, clusters = self.parts.own_heads, self.parts.own_clusters
-        shape = replace(
-            config.head_shape(self.dimension),
-            heads=heads.stop - heads.start,
-            first=heads.start,
-            clusters=clusters.stop - clusters.start,
-            first_cluster=clusters.start,
-            all_clusters=config.clusters,
-        )
+    def _build_heads(self, mesh: distributed.DeviceMesh) -> None:
+        """Build the part of the heads that this worker trains in a mesh."""
+        config, self.mesh = self.config, mesh
+        self._own_heads = distributed.even_slices(config.heads, mesh.heads.size)[mesh.heads.rank]
+        first, last = self._own_heads.start, self._own_heads.stop
+        shape = replace(config.head_shape(self.dimension), heads=last - first, first=first)
         self.student = Heads(shape, self.seed, config.precision)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.marginal = Marginal(shape.heads, shape.clusters, config.marginal_momentum, config.clusters)
-
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the heads and clusters of other workers behind or before this one's; a loss is the sum of all heads'."""
-        return self.parts.whole(tensors, temi_parts.by_cluster(self, tensors))
-
-    def part(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This worker's heads and their clusters."""
-        return self.parts.part(tensors, temi_parts.by_cluster(self, tensors))
-
-    def _join(self) -> None:
-        """Every worker takes in the heads and clusters of the others; on the CPU where clusters were divided."""
-        if self.grid.column.size * self.grid.stack.size > 1:
-            state, like = self.whole(self.state_dict()), self.student.direction
-            device = like.device if self.grid.stack.size == 1 else torch.device("cpu")
-            self._hold(collectives.Grid(row=collectives.everyone()))
-            self.to(device, like.dtype).load_state_dict(state)
+        self.marginal = Marginal(shape.heads, shape.clusters, config.marginal_momentum)
 
     def fit(self, rows: Rows, trainer: Trainer) -> None:
-        """Warm start, where asked for, the plan's steps, and the choice of a head."""
-        with collectives.sharing_rows(self.grid.row):
-            trainer.fit(self, rows, start=lambda: self._warm_start(rows))
-            if self.config.selection == "modularity":
-                teams = self.grid.column, self.grid.stack
-                best, values = best_by_modularity(self.teacher, rows, self.config.start_neighbors, self.seed, *teams)
+        """Start warm, where asked for, take the plan's steps, and choose a head; then every worker holds all heads."""
+        c = self.config
+
+        def warm_start() -> None:
+            if c.warm_start == "kmeans":
+                options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds)
+                start_from_kmeans(self.student, rows, options, self.seed)
+                self.teacher.load_state_dict(self.student.state_dict())
+
+        with distributed.data_parallel(self.mesh.data):
+            trainer.fit(self, rows, start=warm_start)
+            if c.selection == "modularity":
+                best, values = best_by_modularity(self.teacher, rows, c.start_neighbors, self.seed, self.mesh.heads)
                 self.best_head.fill_(best)
                 logger.info("best head: %d, modularity %.3f", best, float(values[best]))
-        self._join()
+        if self.mesh.heads.size > 1:
+            state, like = self.gather_state(self.state_dict()), self.student.direction
+            self._build_heads(distributed.DeviceMesh(data=distributed.world()))
+            self.to(like.device, like.dtype).load_state_dict(state)
 
-    def _warm_start(self, rows: Rows) -> None:
-        c = self.config
-        if c.warm_start == "kmeans":
-            options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds)
-            start_from_kmeans(self.student, rows, options, self.seed, self.grid.stack)
-            self.teacher.load_state_dict(self.student.state_dict())
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the mean of all heads' losses, this worker's part of it; and of each head loss and agreement.
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The mean of all heads' losses, this worker's part of it; and of each head, Float[H], loss and agreement."""
-        many = temi_losses.goes_in_chunks(self, batch)
-        return self.told(*(temi_losses.in_chunks if many else temi_losses.whole)(self, batch))
-
-    def told(self, losses: Tensor, trust: Tensor) -> dict[str, Tensor]:
-        """What a step tells, from each head's loss, Float[H], and its trust in each pair, Float[H B]."""
+        Returns:
+            "loss": Float[], nats; "head_loss" and "head_agreement": Float[H].
+        """
+        c, views = self.config, batch.x
+        alpha = c.entropy_weight if c.entropy_weight is not None else 5.0 if c.loss == "scan" else 0.0
+        options = InformationOptions(c.loss, c.beta, c.positive_pmi, alpha, self.mean_agreement)
+        with torch.no_grad():
+            teacher = self.teacher.last_layer(views, self.teacher_temperature(batch.epoch))
+        student = self.student.last_layer(views, c.student_temperature)
+        losses, agreements = information_losses(student, teacher, self.marginal, options)
         return {
-            "loss": losses.sum() / self.config.heads,
+            "loss": losses.sum() / c.heads,
             "head_loss": losses.detach(),
-            "head_agreement": trust.detach().mean(1),
+            "head_agreement": agreements.detach().mean(1),
         }
 
-    def loss_options(self) -> InformationOptions:
-        """What the loss is told."""
-        config = self.config
-        alpha = config.entropy_weight
-        if alpha is None:
-            alpha = 5.0 if config.loss == "scan" else 0.0
-        return InformationOptions(config.beta, config.positive_pmi, alpha, self.pool, self.grid.stack)
-
-    def pool(self, trust: Tensor) -> Tensor:
-        """The trust of all heads in each pair, Float[1 B], from that of this worker's, Float[H B]."""
-        return self.grid.column.all_sum(trust.sum(0, keepdim=True)) / self.config.heads
+    def mean_agreement(self, agreements: Tensor) -> Tensor:
+        """Return the mean over all workers' heads, Float[1 B], from those of this worker's, Float[H B]."""
+        return self.mesh.heads.all_reduce(agreements.sum(0, keepdim=True)) / self.config.heads
 
     def teacher_temperature(self, epoch: int) -> float:
-        """τ_t: linear over the first epochs, then constant."""
+        """Return τ_t: linear over the first epochs, then constant."""
         start, end = self.config.warmup_teacher_temperature, self.config.teacher_temperature
         length = self.config.warmup_teacher_temperature_epochs
         return end if epoch >= length - 1 else start + (end - start) * epoch / (length - 1)
 
     def teacher_momentum(self, step: int) -> float:
-        """The momentum m after step number `step`: a cosine over the whole training."""
-        return ema.cosine(self.config.teacher_momentum, self.config.final_teacher_momentum, step, self.plan.steps)
+        """Return the momentum m after step number `step`: a cosine over the whole training."""
+        c = self.config
+        return cosine_schedule(c.teacher_momentum, c.final_teacher_momentum, step, self.plan.steps)
 
-    def own_steps(self) -> Steps | None:
-        """Steps written out for the CPU, where the config is the usual one and heads are large enough."""
-        return FusedSteps(self) if fits(self) and pays(self) else None
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the last layer, frozen in the first epochs; the other matrices; and biases and norms without decay.
 
-    def frozen(self, batch: Batch) -> list[nn.Parameter]:
-        """The last layer, in the first epochs."""
-        last = [self.student.direction, self.student.scale]
-        return last if batch.epoch < self.config.freeze_last_layer else []
+        All are stacked: heads are trained as if each were alone.
+        """
+        last, matrices, others = list[Parameter](), list[Parameter](), list[Parameter]()
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                is_last = name in ("direction", "scale")
+                (last if is_last else matrices if self.student.is_decayed(name) else others).append(parameter)
+        return [
+            {"params": last, "stacked": True, "frozen_epochs": self.config.freeze_last_layer},
+            {"params": matrices, "stacked": True},
+            {"params": others, "stacked": True, "weight_decay": 0.0},
+        ]
 
-    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
-        """Matrices and g; see `Heads.is_decayed`."""
-        return self.student.is_decayed(name.removeprefix("student."))
-
-    def is_stacked(self, name: str, parameter: nn.Parameter) -> bool:
-        """All by heads, g among them: heads are trained as if each were alone."""
-        return True
-
-    def after_step(self, step: int) -> None:
-        """The teacher follows the student."""
+    def on_step_end(self, step: int) -> None:
+        """Move the teacher towards the student."""
         self._momentum = self.teacher_momentum(step)
-        ema.follow(self.teacher, self.student, self._momentum)
+        ema_update(self.teacher, self.student, self._momentum)
 
-    def after_epoch(self, means: dict[str, Tensor]) -> dict[str, Any]:
-        """Keeps the head with the lowest mean loss of this epoch; labels play no part."""
-        self.head_losses.copy_(means["head_loss"])
+    def on_epoch_end(self, metrics: dict[str, Tensor]) -> dict[str, Any]:
+        """Keep the head with the lowest mean loss of this epoch, without labels; warn if its clusters collapse."""
+        c = self.config
+        self.head_losses.copy_(metrics["head_loss"])
         self.best_head.copy_(self.head_losses.argmin())
-        best, told = int(self.best_head), self.parts.health(self.marginal)
-        health = Health(**told, agreement=means["head_agreement"], clusters=self.config.clusters)
-        self.parts.agree((self.student, self.teacher))
-        self.finished_early = health.watch(best, self.config) and self.config.stop_on_collapse
+        best = int(self.best_head)
+        health = {"entropy": self.marginal.entropy(), "live": self.marginal.live()}
+        health = self.gather_state({**health, "largest": self.marginal.shares.amax(1)})
+        entropy, live, largest = health["entropy"], health["live"], health["largest"]
+        collapsed = collapsed_heads(entropy, live, c.clusters)
+        if bool(collapsed[best]):
+            lower = max(0.51, round(c.beta - BETA_STEP, 2))
+            advice = (
+                f"set method.beta below {c.beta:g}, such as {lower:g}: a lower β keeps clusters more even"
+                if c.beta > lower and c.loss != "scan"
+                else "lower method.learning_rate, or ask for fewer clusters"
+            )
+            logger.warning(
+                "clusters collapse: head %d has %d live clusters of %d, entropy %.2f of %.2f, largest share %.0f %%; "
+                "%s", best, int(live[best]), c.clusters, float(entropy[best]), math.log(c.clusters),
+                100 * float(largest[best]), advice,
+            )  # fmt: skip
+            self.stop = c.stop_on_collapse
         return {
             "teacher_momentum": self._momentum,
             "head_losses": self.head_losses.tolist(),
             "best_head": best,
-            **health.row(best),
+            "head_entropies": entropy.tolist(),
+            "head_live_clusters": live.tolist(),
+            "head_largest_shares": largest.tolist(),
+            "head_agreements": metrics["head_agreement"].tolist(),
+            "collapsed_heads": int(collapsed.sum()),
+            "collapsed": int(collapsed[best]),
+            "marginal_entropy": float(entropy[best]),
+            "live_clusters": int(live[best]),
+            "largest_share": float(largest[best]),
+            "agreement": float(metrics["head_agreement"][best]),
         }
 
-    @torch.no_grad()
-    def assign(self, x: Tensor) -> Tensor:
-        """The teacher's best head, in float32: Float[B D] to Float[B K], rows sum to 1."""
-        return self._teacher_probabilities(x, int(self.best_head))[0]
+    def gather_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of all heads; see `HeadParallel`. A loss is the sum of all heads'."""
+        group, gathered = self.mesh.heads, {}
+        for name, x in tensors.items():
+            is_by_head = x.dim() > 0 and name not in WHOLE_STATE
+            gathered[name] = group.all_gather_cat(x, self.config.heads) if is_by_head else x
+            if name == "loss":
+                gathered[name] = group.all_reduce(x)
+        return gathered
+
+    def shard_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this worker's heads of what `gather_state` gave; a loss stays with the first worker along `heads`."""
+        if self.mesh.heads.size == 1:
+            return tensors
+        shards = {}
+        for name, x in tensors.items():
+            shards[name] = x[self._own_heads] if x.dim() and name not in WHOLE_STATE else x
+            if name == "loss" and self.mesh.heads.rank:
+                shards[name] = torch.zeros_like(x)
+        return shards
 
     @torch.no_grad()
-    def assign_all(self, x: Tensor) -> Tensor:
-        """Every head of the teacher: Float[B D] to Float[H B K], rows sum to 1."""
-        return self._teacher_probabilities(x, None)
-
-    def _teacher_probabilities(self, x: Tensor, head: int | None) -> Tensor:
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """Return the teacher's best head's probabilities, in float32: Float[B D] to Float[B K], rows sum to 1."""
         require_matrix(x, "x", self.dimension)
         like = self.teacher.direction
-        logits = [self.teacher(block.to(like), head=head) for block in torch.split(x, ASSIGN_ROWS)]
-        return log_probabilities(torch.cat(logits, dim=1), self.config.teacher_temperature).exp()
+        blocks = torch.split(x, PREDICT_ROWS)
+        logits = [self.teacher(block.to(like), head=int(self.best_head))[0] for block in blocks]
+        return log_probabilities(torch.cat(logits), self.config.teacher_temperature).exp()
 
     def prototypes(self) -> Tensor:
-        """The teacher's best head: the directions of its last layer, with which unit rows are compared."""
+        """Return the directions of the best head's last layer, with which the bottleneck's unit rows are compared."""
         return functional.normalize(self.teacher.direction[int(self.best_head)].detach(), dim=1)
 
-    def export(self, all_heads: bool = False) -> Export:
-        """The teacher's best head alone, or all heads with the best one marked.
-
-        Args:
-            all_heads: keep every head, so that `assign_all` works after loading.
-        """
+    def state(self) -> MethodState:
+        """Return the teacher's best head alone."""
         best = int(self.best_head)
-        some = slice(None) if all_heads else slice(best, best + 1)
-        tensors = {name: value[some].detach().cpu().clone() for name, value in self.teacher.state_dict().items()}
-        tensors["best_head"] = torch.tensor(best if all_heads else 0)
-        config = self.config.model_copy(update={} if all_heads else {"heads": 1})
-        settings = {"config": config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}
-        return Export(settings, tensors)
+        tensors = {name: x[best : best + 1].detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
+        tensors["best_head"] = torch.tensor(0)
+        settings = self._settings()
+        return MethodState({**settings, "config": {**settings["config"], "heads": 1}}, tensors)
 
-    def load_exported(self, tensors: dict[str, Tensor]) -> None:
-        """Takes the heads of an `Export` as teacher and student."""
-        tensors = dict(tensors)
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.best_head.copy_(tensors.pop("best_head"))
         self.teacher.load_state_dict(tensors)
         self.student.load_state_dict(tensors)

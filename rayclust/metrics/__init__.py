@@ -1,1 +1,1 @@
-"""Measures of a partition, with and without labels."""
+"""Measures of partitions and embeddings, with and without labels."""

@@ -2,35 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.special import xlogy
+from sklearn import metrics
 
-from rayclust.arrays import FloatArray, IntArray, require_matrix
-from rayclust.errors import DataError, ShapeError
+from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
+from rayclust.errors import ConfigError, DataError, ShapeError
+from rayclust.metrics.external import ari
 
-_DISTANCES_AT_ONCE = 2**22
+DISTORTION = 0.1
+"""ε² of the published program, for unit rows."""
+_ROWS_AT_ONCE = 8192
 
 
-def silhouette(
-    x: FloatArray,
-    labels: IntArray,
-    *,
-    metric: Literal["cosine", "euclidean"] = "cosine",
-    rows: int | None = None,
-    seed: int = 0,
-) -> float:
-    """Mean of (b − a) / max(a, b): a the mean distance to the own cluster's other rows, b that to the nearest other's.
+@dataclass(frozen=True)
+class CriteriaOptions:
+    """Settings of `measure`."""
 
-    From −1 to 1, larger is better; about 0 for clusters that overlap or labels at random. Labels' names play no part.
-    Rows alone in their cluster count 0. Costs N·K·D for cosine, N²·D in blocks for Euclidean.
+    distortion: float = DISTORTION
+    """ε² of the coding length, in squared row lengths."""
+    silhouette_rows: int = 10_000
+    """Rows of the seeded sample on which the silhouette is taken."""
+    seed: int = 0
+    """Of that sample."""
+
+
+def measure(
+    x: FloatArray, partitions: Sequence[IntArray], neighbors: IntArray | None, options: CriteriaOptions
+) -> dict[str, float]:
+    """Compute all criteria of one candidate number of clusters.
 
     Args:
-        x: Float[N D].
+        x: Float[N D], unit rows: z for a method with a space of its own, else the features.
+        partitions: label sets Int[N] of several seeds; the first is the one that would be kept, and all criteria but
+            the stability are its own.
+        neighbors: Int[N M], each row's nearest others, −1 where there are fewer; None leaves out what needs them.
+        options: settings.
+
+    Returns:
+        `coding_length` in nats per row; `silhouette`; `calinski_harabasz` (1974) and `davies_bouldin` (1979),
+        Euclidean, as in scikit-learn; `neighbor_agreement`, `modularity` and `map_equation` where there are neighbours;
+        `stability` where there are two label sets; `occupied`, `smallest`, `median`, `largest`, `entropy` of the sizes.
+        What is not defined for one cluster is left out.
+
+    Raises:
+        DataError: there are no partitions.
+        ShapeError: arrays disagree.
+    """
+    if not partitions:
+        raise DataError("partitions = 0: criteria need at least one label set")
+    labels = np.unique(partitions[0], return_inverse=True)[1]
+    criteria = {"coding_length": coding_length(x, labels, options.distortion) / max(len(labels), 1)}
+    clusters = int(labels.max(initial=-1)) + 1
+    if 2 <= clusters < len(labels):
+        wide = x.astype(np.float64)
+        try:
+            criteria["silhouette"] = silhouette(x, labels, rows=options.silhouette_rows, seed=options.seed)
+        except DataError:  # the sample lies in one cluster
+            criteria["silhouette"] = 0.0
+        criteria["calinski_harabasz"] = float(metrics.calinski_harabasz_score(wide, labels))
+        criteria["davies_bouldin"] = float(metrics.davies_bouldin_score(wide, labels))
+    if neighbors is not None:
+        criteria["neighbor_agreement"] = neighbor_agreement(labels, neighbors)
+        criteria["modularity"] = modularity(labels, neighbors)
+        criteria["map_equation"] = map_equation(labels, neighbors)
+    if len(partitions) > 1:
+        criteria["stability"] = stability(partitions)
+    return criteria | size_summary(labels, clusters)
+
+
+def silhouette(x: FloatArray, labels: IntArray, *, rows: int | None = None, seed: int = 0) -> float:
+    """Return the mean of (b − a) / max(a, b), a the mean distance within and b that to the nearest other cluster.
+
+    The distance is 1 − cosine. From −1 to 1, larger is better; about 0 for clusters that overlap or labels at random.
+    Labels' names play no part. Rows alone in their cluster count 0. Costs N·K·D.
+
+    Args:
+        x: Float[N D], which need not be unit rows.
         labels: Int[N].
-        metric: `cosine`: 1 − cosine of the rows, which need not be unit rows. `euclidean`: their distance.
-        rows: size of a seeded sample to take it on, against itself; None takes all.
+        rows: size of a seeded sample on which it is computed; None uses all rows.
         seed: of the sample.
 
     Raises:
@@ -40,22 +94,34 @@ def silhouette(
     Source: Rousseeuw 1987.
     """
     require_matrix(x, "x")
-    labels = np.asarray(labels)
-    if labels.shape != (len(x),):
-        raise ShapeError(f"labels has shape {labels.shape}: one label for each of {len(x)} rows is needed")
+    labels = _one_per_row(labels, len(x))
     if rows is not None and rows < len(x):
         chosen = np.sort(np.random.default_rng(seed).choice(len(x), rows, replace=False))
         x, labels = x[chosen], labels[chosen]
     clusters, codes = np.unique(labels, return_inverse=True)
     if len(clusters) < 2:
         raise DataError(f"silhouette: {len(clusters)} cluster among {len(x)} rows: at least 2 are needed")
-    sizes = np.bincount(codes)
-    sums = _cosine_sums(x, codes, sizes) if metric == "cosine" else _euclidean_sums(x, codes, len(sizes))
-    return float(_widths(sums, codes, sizes).mean())
+    each, sizes = np.arange(len(x)), np.bincount(codes)
+    wide = unit_rows(x.astype(np.float64))
+    # Sums of 1 − cosine to each cluster's rows: the mean of cosines is the cosine with the mean, without an N×N matrix.
+    totals = np.zeros((len(sizes), x.shape[1]))
+    np.add.at(totals, codes, wide)
+    sums = np.asarray(sizes - wide @ totals.T, dtype=np.float64)
+    sums[each, codes] -= 1.0 - np.square(wide).sum(axis=1)  # 0 from a row to itself
+    sums = np.maximum(sums, 0.0)
+    # a and b of each row.
+    own = sizes[codes]
+    inside = sums[each, codes] / np.maximum(own - 1, 1)
+    means = sums / sizes
+    means[each, codes] = np.inf
+    outside = means.min(axis=1)
+    larger = np.maximum(inside, outside)
+    widths = np.divide(outside - inside, larger, out=np.zeros_like(larger), where=larger > 0)
+    return float(np.where(own > 1, widths, 0.0).mean())
 
 
 def size_summary(labels: IntArray, clusters: int) -> dict[str, float]:
-    """How even the clusters are.
+    """Summarise the sizes of the clusters.
 
     Args:
         labels: Int[N], from 0 to K − 1.
@@ -77,43 +143,138 @@ def size_summary(labels: IntArray, clusters: int) -> dict[str, float]:
     }
 
 
-def _cosine_sums(x: FloatArray, codes: IntArray, sizes: IntArray) -> NDArray[np.float64]:
-    """Sums Float64[N K] of 1 − cosine from each row to each cluster's rows; a row is at no distance from itself."""
-    wide = x.astype(np.float64)
-    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    wide /= np.where(lengths > 0, lengths, 1.0)
-    totals = np.zeros((len(sizes), x.shape[1]))
-    np.add.at(totals, codes, wide)
-    # The mean of cosines is the cosine with the mean: no row meets another.
-    sums = np.asarray(sizes - wide @ totals.T, dtype=np.float64)
-    sums[np.arange(len(x)), codes] -= 1.0 - np.square(wide).sum(axis=1)
-    return np.maximum(sums, 0.0)
+def coding_length(z: FloatArray, labels: IntArray, distortion: float = DISTORTION) -> float:
+    """Return the nats that code the rows when each cluster has its own code: Σ_k ℓ(Z_k) − N_k ln(N_k / N).
+
+    A cluster of m rows costs ℓ(X) = (m + d)/2 · ln det(I + d/(ε² m) XᵀX). Smaller is better. Labels' names play no
+    part. Holds one d×d or m×m matrix at a time, whichever is smaller; log-determinants are taken in float64.
+
+    Args:
+        z: Float[N d], unit rows for the usual distortion.
+        labels: Int[N].
+        distortion: ε², squared error allowed per row, in squared row lengths; above 0.
+
+    Raises:
+        ConfigError: `distortion` is not above 0.
+        ShapeError: `z` is no matrix or `labels` has another length.
+
+    Source: arXiv 2306.05272, Algorithm 1; Ma, Derksen, Hong & Wright 2007, eq. 11.
+    """
+    require_matrix(z, "z")
+    labels = _one_per_row(labels, len(z))
+    if not distortion > 0:
+        raise ConfigError(f"distortion = {distortion}: must be above 0")
+    if len(labels) == 0:
+        return 0.0
+    order, d = np.argsort(labels, kind="stable"), z.shape[1]
+    starts = np.unique(labels[order], return_index=True)[1]
+    total, sizes = 0.0, np.diff([*starts, len(labels)]).astype(np.float64)
+    for rows in np.split(order, starts[1:]):
+        m = len(rows)
+        if m >= d:
+            gram = np.zeros((d, d))
+            for low in range(0, m, _ROWS_AT_ONCE):
+                part = z[rows[low : low + _ROWS_AT_ONCE]].astype(np.float64)
+                gram += part.T @ part
+        else:  # XXᵀ has the same determinant (Sylvester)
+            own = z[rows].astype(np.float64)
+            gram = own @ own.T
+        # At least the identity, so that Cholesky needs no jitter.
+        factor = np.linalg.cholesky(np.eye(len(gram)) + d / (distortion * m) * gram)
+        total += float((m + d) * np.log(factor.diagonal()).sum())
+    return total + float(-(sizes * np.log(sizes / sizes.sum())).sum()) + 0.0
 
 
-def _euclidean_sums(x: FloatArray, codes: IntArray, clusters: int) -> NDArray[np.float64]:
-    """Sums Float64[N K] of distances from each row to each cluster's rows."""
-    wide = x.astype(np.float64)
-    wide -= wide.mean(axis=0)  # products far from zero lose digits
-    squares = np.square(wide).sum(axis=1)
-    members = np.eye(clusters)[codes]
-    sums = np.empty((len(x), clusters))
-    size = max(1, _DISTANCES_AT_ONCE // len(x))
-    for start in range(0, len(x), size):
-        span = slice(start, start + size)
-        distances = squares[span, None] + squares - 2.0 * wide[span] @ wide.T
-        distances[np.arange(len(distances)), np.arange(start, start + len(distances))] = 0.0
-        sums[span] = np.sqrt(np.maximum(distances, 0.0)) @ members
-    return sums
+def neighbor_agreement(labels: IntArray, neighbors: IntArray) -> float:
+    """Return the share of the pairs of a row and one of its nearest neighbours that lie in one cluster.
+
+    From 0 to 1, larger is better, but 1 for a single cluster and less with more clusters; see `modularity`.
+
+    Args:
+        labels: Int[N].
+        neighbors: Int[N M], −1 where a row has fewer than M.
+
+    Raises:
+        ShapeError: `neighbors` is no matrix or of another length.
+    """
+    require_matrix(neighbors, "neighbors")
+    labels = _one_per_row(labels, len(neighbors))
+    kept = pairs = 0
+    for start in range(0, len(labels), _ROWS_AT_ONCE):
+        ids = neighbors[start : start + _ROWS_AT_ONCE]
+        there = ids >= 0
+        same = labels[np.where(there, ids, 0)] == labels[start : start + _ROWS_AT_ONCE, None]
+        kept, pairs = kept + int((same & there).sum()), pairs + int(there.sum())
+    return kept / max(pairs, 1)
 
 
-def _widths(sums: NDArray[np.float64], codes: IntArray, sizes: IntArray) -> NDArray[np.float64]:
-    """Silhouette of each row, Float64[N], from its summed distances to clusters."""
-    each = np.arange(len(codes))
-    own = sizes[codes]
-    inside = sums[each, codes] / np.maximum(own - 1, 1)
-    means = sums / sizes
-    means[each, codes] = np.inf
-    outside = means.min(axis=1)
-    larger = np.maximum(inside, outside)
-    widths = np.divide(outside - inside, larger, out=np.zeros_like(larger), where=larger > 0)
-    return np.where(own > 1, widths, 0.0)
+def modularity(labels: IntArray, neighbors: IntArray) -> float:
+    """Return `neighbor_agreement` less what a partition of the same sizes keeps by chance, Σ_c (share of rows)².
+
+    Below 1, larger is better; 0 for a single cluster and about 0 for random labels. The form for several workers is
+    `clustering.neighborhood.modularity`.
+
+    Args:
+        labels: Int[N].
+        neighbors: Int[N M], −1 where a row has fewer than M.
+
+    Raises:
+        ShapeError: `neighbors` is no matrix or of another length.
+
+    Source: Newman & Girvan 2004, eq. 5, for a graph in which every row has equally many neighbours.
+    """
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return neighbor_agreement(labels, neighbors) - float(np.square(shares).sum())
+
+
+def map_equation(labels: IntArray, neighbors: IntArray) -> float:
+    """Return the nats per step that describe a random walk in the neighbour graph with a code book per cluster.
+
+    At least 0, smaller is better. With too few clusters the code words of rows are long, with too many the walk leaves
+    clusters often. Edges count in both directions.
+
+    Args:
+        labels: Int[N].
+        neighbors: Int[N M], −1 where a row has fewer than M.
+
+    Raises:
+        ShapeError: `neighbors` is no matrix or of another length.
+
+    Source: Rosvall & Bergstrom 2008, eq. 4, of the two-level description.
+    """
+    require_matrix(neighbors, "neighbors")
+    codes = np.unique(_one_per_row(labels, len(neighbors)), return_inverse=True)[1]
+    there = neighbors >= 0
+    ends = neighbors[there]
+    starts = np.repeat(np.arange(len(codes)), there.sum(axis=1))
+    # p_α of each row, q_i of each cluster, and q_i + Σ_{α ∈ i} p_α.
+    visits = np.bincount(np.concatenate([starts, ends]), minlength=len(codes)) / max(2 * len(ends), 1)
+    crossing = codes[starts] != codes[ends]
+    across = np.concatenate([codes[starts][crossing], codes[ends][crossing]])
+    leaving = np.bincount(across, minlength=int(codes.max(initial=-1)) + 1) / max(2 * len(ends), 1)
+    used = leaving + np.bincount(codes, weights=visits)
+    index = xlogy(leaving.sum(), leaving.sum()) - 2.0 * xlogy(leaving, leaving).sum()
+    return float(index - xlogy(visits, visits).sum() + xlogy(used, used).sum()) + 0.0
+
+
+def stability(partitions: Sequence[IntArray]) -> float:
+    """Return the mean ARI of every two of several partitions of the same rows, such as those of several seeds.
+
+    At most 1, larger is better; about 0 for independent random labels of any K.
+
+    Args:
+        partitions: each Int[N].
+
+    Raises:
+        DataError: fewer than two partitions.
+    """
+    if len(partitions) < 2:
+        raise DataError(f"stability: {len(partitions)} partition: at least 2 are needed")
+    return float(np.mean([ari(a, b) for a, b in itertools.combinations(partitions, 2)]))
+
+
+def _one_per_row(labels: IntArray, rows: int) -> IntArray:
+    labels = np.asarray(labels)
+    if labels.shape != (rows,):
+        raise ShapeError(f"labels has shape {labels.shape}: one label for each of {rows} rows is needed")
+    return labels

@@ -1,4 +1,4 @@
-"""Numbers and strings as the page writes them."""
+"""Formatting of numbers and strings, for the page and for commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u20
 
 
 def clean(text: str) -> str:
-    """Text that UTF-8 and HTML can hold: control characters and lone surrogates become U+FFFD.
+    """Replace control characters and lone surrogates by U+FFFD, so that UTF-8, HTML and XML can hold the text.
 
     Keys come from file names, which may hold any byte. Controls of the writing direction go too: they show `exe.jpg`
     for a file that ends with `gpj.exe`.
@@ -20,7 +20,7 @@ def clean(text: str) -> str:
 
 
 def shorten(text: str, limit: int = 120) -> str:
-    """At most `limit` characters, with an ellipsis in the middle, so that the end of a path stays readable."""
+    """Cut to `limit` characters, with an ellipsis in the middle, so that the end of a path stays readable."""
     if len(text) <= limit:
         return text
     tail = (limit - 1) // 2
@@ -28,29 +28,29 @@ def shorten(text: str, limit: int = 120) -> str:
 
 
 def abbreviate(text: str, limit: int = 24) -> str:
-    """At most `limit` characters, with an ellipsis at the end: for names, which tell most by their beginning."""
+    """Cut to `limit` characters, with an ellipsis at the end: for names, whose beginning matters most."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def last_part(path: str) -> str:
-    """What follows the last slash, or the whole where nothing does."""
+    """Return the text after the last slash, or the whole where there is none."""
     return path.rstrip("/").rpartition("/")[2] or path
 
 
 def count(value: float) -> str:
-    """12345 as `12,345`."""
+    """Write 12345 as `12,345`."""
     return f"{value:,.0f}"
 
 
 def percent(value: float | None) -> str:
-    """A share in [0, 1] as `94.3%`; a dash where there is none."""
+    """Write a share in [0, 1] as `94.3%`; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{100 * value:.1f}%"
 
 
 def short_percent(value: float | None) -> str:
-    """A share as `94%`, never rounded up to 100% nor down to 0%."""
+    """Write a share as `94%`, never rounded up to 100% nor down to 0%."""
     if value is None or not math.isfinite(value):
         return "–"
     rounded = round(100 * value)
@@ -60,7 +60,7 @@ def short_percent(value: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number to `digits` significant digits, without trailing zeros; a dash where there is none."""
+    """Write a number to `digits` significant digits, without trailing zeros; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == round(value) and abs(value) < 1e15:
@@ -73,7 +73,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `0.4 s`, `12 s`, `3 min 05 s` or `2 h 07 min`."""
+    """Write seconds as `0.4 s`, `12 s`, `3 min 05 s` or `2 h 07 min`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -86,14 +86,14 @@ def duration(seconds: float) -> str:
 
 
 def rate(done: int | None, seconds: float, unit: str) -> str:
-    """`done` per second as `1,234 images/s`; empty where nothing was counted."""
+    """Write `done` per second as `1,234 images/s`; empty where nothing was counted."""
     if done is None or seconds <= 0:
         return ""
     return f"{number(done / seconds, 3)} {unit}/s"
 
 
 def setting(value: Any) -> str:
-    """One setting's value as YAML would write it."""
+    """Write one setting's value as YAML does."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -104,7 +104,7 @@ def setting(value: Any) -> str:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as (dotted key, value) pairs, in their own order."""
+    """Yield nested settings as (dotted key, value) pairs, in their own order."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:

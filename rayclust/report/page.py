@@ -1,20 +1,28 @@
-"""One self-contained HTML page of a run: it loads nothing, runs anywhere, and is the same text for the same report."""
+"""One self-contained HTML page of a run: it loads nothing, runs anywhere, and is the same text for the same report.
+
+`PageLimits` bound how much of a report is shown, so that a page opens quickly whatever the run's size; `SCORES` lists
+the metrics with their names and formats.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import Field
 
-from rayclust.report import figures, formats, scores, thumbnails
-from rayclust.report.budget import CONFIG_CHARACTERS, PageLimits, Selection, fit_pictures, select, without_pictures
-from rayclust.report.contents import Cluster, Picture, ReportData
+from rayclust.report import charts, formats, thumbnails
+from rayclust.report.formats import number, percent
+from rayclust.report.model import Cluster, MethodResult, Picture, RejectGroup, ReportData
+from rayclust.settings import Config
 
 logger = logging.getLogger(__name__)
 
@@ -22,16 +30,246 @@ CLASSES_DRAWN = 60
 """The table of classes against clusters is drawn for at most so many classes …"""
 CLUSTERS_DRAWN = 100
 """… and so many clusters: beyond, its cells are too small to read."""
-
 CHOICE = "selection"
 """Key of the drawing that has a section of its own: how the number of clusters was chosen."""
+ROW_BYTES = 400
+"""Room for a row of the table: the longest shown name and class, and the numbers."""
+TAG_BYTES = 120
+"""Room for the tag around a picture's data."""
+CONFIG_CHARACTERS = 100_000
 
-NOTE_BYTES = 300
-"""Room for the sentence that counts the pictures left out."""
+
+class PageLimits(Config):
+    """How much one page shows; what does not fit is counted on the page."""
+
+    cards: int = Field(200, ge=0)
+    """Clusters shown with pictures, the largest ones; the others stand in the table alone."""
+    exemplars: int = Field(9, ge=0)
+    """Typical images per cluster."""
+    outliers: int = Field(6, ge=0)
+    """Least typical images per cluster."""
+    rows: int = Field(25_000, ge=0)
+    """Rows in the table of all clusters, the largest ones."""
+    rejects: int = Field(10, ge=0)
+    """Examples per reason in the table of rejects."""
+    reasons: int = Field(50, ge=1)
+    """Reasons in the table of rejects, the most frequent ones."""
+    bytes: int = Field(20_000_000, ge=200_000)
+    """Size of the page in bytes; pictures that would exceed it are left out, first the least typical ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The part of a report that its page shows.
+
+    Attributes:
+        cards: clusters with pictures, largest first.
+        rows: clusters in the table, largest first.
+        rejects: most frequent reason first, each with a few examples.
+        other_reasons: reasons that are not in `rejects`.
+        dropped_pictures: pictures left out to keep the page small.
+    """
+
+    cards: tuple[Cluster, ...]
+    rows: tuple[Cluster, ...]
+    rejects: tuple[RejectGroup, ...]
+    other_reasons: int = 0
+    dropped_pictures: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one metric is shown.
+
+    Attributes:
+        key: its key in `metrics.json`.
+        short: the column's head.
+        meaning: one sentence with range and chance level.
+        is_share: written in percent.
+        larger_is_better: which end of the range is good; None marks no winner.
+    """
+
+    key: str
+    short: str
+    meaning: str
+    is_share: bool = True
+    larger_is_better: bool | None = True
+
+    def write(self, value: float | None, spread: float | None = None) -> str:
+        """Return the value as text, with ± its spread over seeds where there is one."""
+        written = percent(value) if self.is_share else number(value)
+        if spread is None or value is None:
+            return written
+        if self.is_share:
+            return f"{100 * value:.1f} ± {100 * spread:.1f}%"
+        return f"{written} ± {number(spread, 2)}"
+
+
+SCORES = (
+    Score("accuracy", "ACC", "Images in the right class when clusters are matched to classes one to one. 0 to 100%."),
+    Score(
+        "accuracy_held_out",
+        "ACC, map from other half",
+        "Images whose cluster's most common class is theirs; that class comes from the other half of the images.",
+    ),
+    Score(
+        "accuracy_in_sample",
+        "ACC, map from same images",
+        "As published for many clusters: the map is fitted on the images that it scores and rises with more.",
+        larger_is_better=None,
+    ),
+    Score("nmi", "NMI", "Mutual information of clusters and classes over their mean entropy. 0 to 100%."),
+    Score("ari", "ARI", "Agreement over all pairs of images, corrected for chance. 0% is chance, 100% perfect."),
+    Score("ami", "AMI", "Mutual information corrected for chance. 0% is chance, 100% perfect."),
+    Score("purity", "Purity", "Images that belong to their cluster's most common class. Rises with more clusters."),
+    Score(
+        "linear_probe", "Linear probe", "Images whose class a linear layer tells after seeing others with their labels."
+    ),
+    Score("knn_accuracy", "kNN probe", "Images whose class their nearest neighbours tell: what the encoder sees."),
+    Score(
+        "name_accuracy",
+        "Names",
+        "Images whose cluster is named exactly as their class. Only as good as the list of names.",
+    ),
+    Score(
+        "name_accuracy_without_classes",
+        "Names, blind",
+        "The same where the data set's own class names were not among the candidates.",
+    ),
+    Score(
+        "silhouette",
+        "Silhouette",
+        "How much closer images lie to their own cluster than to the next one, on a sample. -1 to 1. Needs no labels.",
+        is_share=False,
+    ),
+    Score(
+        "coding_length",
+        "Coding length",
+        "How long a description the embeddings need when their clusters are known. Smaller is better. Needs no labels.",
+        is_share=False,
+        larger_is_better=False,
+    ),
+    Score(
+        "membership_detection_error",
+        "Π outside class",
+        "How much of an image's membership, on a sample, goes to images of other classes. Smaller is better.",
+        larger_is_better=False,
+    ),
+    Score(
+        "membership_wrong_edges",
+        "Π wrong edges",
+        "Pairs of images that belong together by the membership, but not by their classes. Smaller is better.",
+        larger_is_better=False,
+    ),
+    Score(
+        "membership_nonzeros",
+        "Π entries",
+        "Images of the sample, itself included, to which an image belongs: more than a tenth of an even share.",
+        is_share=False,
+        larger_is_better=None,
+    ),
+    Score(
+        "membership_components",
+        "Π components",
+        "Groups of the sample's images between which there is no membership. Needs no labels.",
+        is_share=False,
+        larger_is_better=None,
+    ),
+)
+
+
+def columns(methods: Iterable[MethodResult]) -> list[Score]:
+    """Return the scores that at least one method has: known ones in the usual order, then the others as they come."""
+    keys = {key: None for method in methods for key, value in method.metrics.items() if value is not None}
+    known = [score for score in SCORES if score.key in keys]
+    names = {score.key for score in known}
+    return known + [Score(key, key, "", is_share=False, larger_is_better=None) for key in keys if key not in names]
+
+
+def best(score: Score, methods: Iterable[MethodResult]) -> float | None:
+    """Return the best value among methods.
+
+    Args:
+        score: the metric.
+        methods: whose values are compared.
+
+    Returns:
+        None where the score has no better end or fewer than two methods have it.
+    """
+    given = [method.metrics.get(score.key) for method in methods]
+    values = [value for value in given if value is not None and math.isfinite(value)]
+    if len(values) < 2 or score.larger_is_better is None:
+        return None
+    return max(values) if score.larger_is_better else min(values)
+
+
+def featured(sizes: Sequence[int], limits: PageLimits | None = None) -> list[int]:
+    """Return the clusters that get pictures: whoever gathers a report fetches images for these alone.
+
+    Args:
+        sizes: K numbers of images; the place is the cluster.
+        limits: None takes the defaults.
+
+    Returns:
+        Cluster numbers, largest first, the smaller number first among equals; empty clusters get no pictures.
+    """
+    filled = (cluster for cluster, size in enumerate(sizes) if size > 0)
+    return sorted(filled, key=lambda cluster: (-sizes[cluster], cluster))[: (limits or PageLimits()).cards]
+
+
+def select(data: ReportData, limits: PageLimits) -> Selection:
+    """Return the largest clusters, the commonest rejects and no more pictures per cluster than allowed."""
+    largest = sorted(data.clusters, key=lambda cluster: (-cluster.size, cluster.id))
+    filled = [cluster for cluster in largest if cluster.size > 0]
+    groups = sorted(data.rejects, key=lambda group: (-group.count, group.reason))
+    return Selection(
+        cards=tuple(
+            replace(c, exemplars=c.exemplars[: limits.exemplars], outliers=c.outliers[: limits.outliers])
+            for c in filled[: limits.cards]
+        ),
+        rows=tuple(largest[: min(limits.rows, limits.bytes // 2 // ROW_BYTES)]),
+        rejects=tuple(replace(g, examples=g.examples[: limits.rejects]) for g in groups[: limits.reasons]),
+        other_reasons=max(0, len(groups) - limits.reasons),
+    )
+
+
+def fit_pictures(selection: Selection, room: int) -> Selection:
+    """Keep the pictures that fit, every cluster's first ones before any cluster's later ones.
+
+    Args:
+        selection: what the page shows.
+        room: bytes for pictures, base64 and all; negative keeps none.
+
+    Returns:
+        The selection with the thumbnails that do not fit taken out, and their number.
+    """
+    # Exemplars 0, 1 and 2 of all clusters, then exemplar 3 and outlier 0, and so on.
+    queue = sorted(
+        (place + 3 * kind, index, kind)
+        for index, card in enumerate(selection.cards)
+        for kind, pictures in enumerate((card.exemplars, card.outliers))
+        for place, picture in enumerate(pictures)
+        if picture.thumbnail is not None
+    )
+    kept = [([*card.exemplars], [*card.outliers]) for card in selection.cards]
+    dropped = 0
+    for rank, index, kind in queue:
+        pictures, place = kept[index][kind], rank - 3 * kind
+        cost = TAG_BYTES + 4 * math.ceil(len(pictures[place].thumbnail or b"") / 3)
+        if dropped or cost > room:
+            dropped += 1
+            pictures[place] = replace(pictures[place], thumbnail=None)
+        else:
+            room -= cost
+    cards = tuple(
+        replace(card, exemplars=tuple(exemplars), outliers=tuple(outliers))
+        for card, (exemplars, outliers) in zip(selection.cards, kept, strict=True)
+    )
+    return replace(selection, cards=cards, dropped_pictures=dropped)
 
 
 def render(report: ReportData, limits: PageLimits | None = None) -> str:
-    """The page of a run.
+    """Return the page of a run.
 
     Every string of the report is shown as text and escaped; a key or a name can hold anything. The page forbids itself,
     by its content security policy, to load or send anything.
@@ -45,53 +283,48 @@ def render(report: ReportData, limits: PageLimits | None = None) -> str:
     """
     limits = limits or PageLimits()
     shown = select(report, limits)
-    text_bytes = len(_html(report, without_pictures(shown)).encode())
-    fitted = fit_pictures(shown, limits.bytes - text_bytes - NOTE_BYTES)
-    html = _html(report, fitted)
+    style, script = _asset("page.css"), _asset("page.js")
+    context = {
+        "report": report,
+        "title": report.title or formats.last_part(report.run) or "run",
+        "headline": _headline(report),
+        "columns": columns(report.methods),
+        "charts": _charts(report),
+        "choice": [drawing for drawing in report.drawings if drawing.key == CHOICE],
+        "drawings": [drawing for drawing in report.drawings if drawing.key != CHOICE],
+        "empty": sum(cluster.size == 0 for cluster in report.clusters),
+        "named": any(cluster.name for cluster in report.clusters),
+        "confident": any(cluster.confidence is not None for cluster in report.clusters),
+        "config": formats.shorten(report.config, CONFIG_CHARACTERS),
+        "style": style,
+        "script": script,
+        "style_hash": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    template = _environment().get_template("page.html.j2")
+    text_bytes = len(template.render(context, shown=fit_pictures(shown, -1)).encode())
+    fitted = fit_pictures(shown, limits.bytes - text_bytes)
+    html = template.render(context, shown=fitted)
+    size = f"{len(html.encode()) / 1e6:.1f} MB"
+    pictures = sum(p.thumbnail is not None for card in fitted.cards for p in card.exemplars + card.outliers)
     logger.info(
-        "report: %d of %d clusters with %d pictures, %.1f MB",
-        len(fitted.cards),
-        len(report.clusters),
-        fitted.pictures,
-        len(html.encode()) / 1e6,
+        "report: %d of %d clusters with %d pictures, %s", len(fitted.cards), len(report.clusters), pictures, size
     )
     return html
 
 
-def _html(report: ReportData, shown: Selection) -> str:
-    template = _environment().get_template("page.html.j2")
-    return template.render(
-        report=report,
-        shown=shown,
-        title=report.title or formats.last_part(report.run) or "run",
-        headline=_headline(report),
-        columns=scores.columns(report.methods),
-        charts=_charts(report),
-        choice=[(drawing, _svg(drawing.svg)) for drawing in report.drawings if drawing.key == CHOICE],
-        drawings=[(drawing, _svg(drawing.svg)) for drawing in report.drawings if drawing.key != CHOICE],
-        empty=sum(cluster.size == 0 for cluster in report.clusters),
-        named=any(cluster.name for cluster in report.clusters),
-        confident=any(cluster.confidence is not None for cluster in report.clusters),
-        config=formats.shorten(report.config, CONFIG_CHARACTERS),
-        style=_asset("page.css"),
-        script=_asset("page.js"),
-        style_hash=_policy_hash("page.css"),
-        script_hash=_policy_hash("page.js"),
-    )
-
-
 def _headline(report: ReportData) -> list[tuple[str, str, str]]:
-    """(label, value, hint) of the numbers on the first screen."""
+    """Return (label, value, hint) of the numbers on the first screen."""
     tiles = [
         ("Images", formats.count(report.images), ""),
         ("Clusters", formats.count(len(report.clusters)), ""),
     ]
-    measured = scores.columns(report.methods[:1])
+    measured = columns(report.methods[:1])
     wanted = [score for score in measured if score.key in ("accuracy", "nmi", "ari", "silhouette")]
     tiles += [(s.short, s.write(report.method.metrics.get(s.key)), s.meaning) for s in wanted[:3]]
     if report.rejected or report.images:
         share = report.rejected / max(1, report.rejected + report.images)
-        hint = f"{formats.percent(share)} of the inputs could not be used" if report.rejected else ""
+        hint = f"{percent(share)} of the inputs could not be used" if report.rejected else ""
         tiles.append(("Rejected", formats.count(report.rejected), hint))
     seconds = sum(stage.seconds for stage in report.stages)
     if seconds:
@@ -100,29 +333,25 @@ def _headline(report: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _charts(report: ReportData) -> dict[str, list[tuple[str, Markup]]]:
-    """Section to (caption, drawing)."""
-    charts: dict[str, list[tuple[str, Markup]]] = {"scores": [], "sizes": [], "training": []}
-    drawn = report.contingency
-    if drawn is not None and 0 < len(drawn.classes) <= CLASSES_DRAWN and 0 < len(drawn.clusters) <= CLUSTERS_DRAWN:
+    """Return section to (caption, chart)."""
+    drawn: dict[str, list[tuple[str, Markup]]] = {"scores": [], "sizes": [], "training": []}
+    table = report.contingency
+    if table is not None and 0 < len(table.classes) <= CLASSES_DRAWN and 0 < len(table.clusters) <= CLUSTERS_DRAWN:
         titles = {cluster.id: cluster.title for cluster in report.clusters}
-        names = [titles.get(cluster, f"Cluster {cluster}") for cluster in drawn.clusters]
+        names = [titles.get(cluster, f"Cluster {cluster}") for cluster in table.clusters]
         caption = "True classes (rows) against clusters (columns), in percent of each class"
-        charts["scores"].append((caption, _svg(figures.contingency(drawn.counts, drawn.classes, names))))
+        drawn["scores"].append((caption, charts.contingency(table.counts, table.classes, names)))
     if report.clusters:
         sizes = [cluster.size for cluster in report.clusters]
-        caption = "Images per cluster" if len(sizes) <= figures.LABELLED_BARS else "Clusters by size"
+        caption = "Images per cluster" if len(sizes) <= charts.LABELLED_BARS else "Clusters by size"
         names = [cluster.title for cluster in report.clusters]
-        charts["sizes"].append((caption, _svg(figures.size_histogram(sizes, names))))
+        drawn["sizes"].append((caption, charts.size_histogram(sizes, names)))
     if report.confidence:
-        charts["sizes"].append(("Images by confidence", _svg(figures.confidence_histogram(report.confidence))))
+        drawn["sizes"].append(("Images by confidence", charts.confidence_histogram(report.confidence)))
     for curve in report.curves:
-        drawing = figures.curve(curve.series, curve.title, curve.x_label, start=curve.start, step=curve.step)
-        charts["training"].append((curve.title, _svg(drawing)))
-    return charts
-
-
-def _svg(drawing: str) -> Markup:
-    return Markup(drawing)  # noqa: S704 - figures escape every string that they draw
+        chart = charts.curve(curve.series, curve.title, curve.x_label, start=curve.start, step=curve.step)
+        drawn["training"].append((curve.title, chart))
+    return drawn
 
 
 @lru_cache(maxsize=1)
@@ -133,49 +362,27 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_printable,
+        finalize=lambda text: formats.clean(text) if isinstance(text, str) and not isinstance(text, Markup) else text,
     )
-    filters: Sequence[Callable[..., object]] = (
-        formats.count,
-        formats.percent,
-        formats.short_percent,
-        formats.number,
-        formats.duration,
-        formats.shorten,
-        formats.last_part,
-        formats.flatten,
-    )
-    environment.filters.update({function.__name__: function for function in filters})
-    environment.globals.update(
-        rate=formats.rate, best=scores.best, image=_image, grade=_grade, search_text=_search_text
-    )
+    filters = ("count", "percent", "short_percent", "number", "duration", "shorten", "last_part", "flatten")
+    environment.filters.update({name: getattr(formats, name) for name in filters})
+    environment.globals.update(rate=formats.rate, best=best, image=_image, search_text=_search_text)
     return environment
 
 
-def _printable(value: object) -> object:
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return formats.clean(value)
-    return value
-
-
 def _image(picture: Picture) -> Markup | None:
-    """The picture as an `img` tag; None where there is none, or none that a page may show."""
+    """Return the picture as an `img` tag; None where there is none, or none that a page may show."""
     found = picture.thumbnail and thumbnails.describe(picture.thumbnail)
     if not picture.thumbnail or not found:
         return None
     media_type, width, height = found
-    source = thumbnails.data_uri(picture.thumbnail, media_type)
+    source = f"data:{media_type};base64,{base64.b64encode(picture.thumbnail).decode('ascii')}"
     tag = '<img src="{}" alt="{}" width="{}" height="{}" decoding="async">'
     return Markup(tag).format(source, formats.clean(formats.shorten(picture.key)), width, height)  # noqa: S704 - a constant
 
 
-def _grade(share: float) -> str:
-    """Class name of a share's colour; the number always stands beside it."""
-    return "good" if share >= 0.8 else "fair" if share >= 0.5 else "poor"
-
-
 def _search_text(cluster: Cluster) -> str:
-    """What the search box looks in."""
+    """Return the text that the search box looks in."""
     names = [cluster.title, f"#{cluster.id}", cluster.majority or "", *(name for name, _ in cluster.runners_up)]
     return formats.shorten(" ".join(names).casefold(), 400)
 
@@ -183,7 +390,3 @@ def _search_text(cluster: Cluster) -> str:
 def _asset(name: str) -> Markup:
     text = resources.files("rayclust.report").joinpath("templates", name).read_text(encoding="utf-8")
     return Markup(text)  # noqa: S704 - our own file
-
-
-def _policy_hash(name: str) -> str:
-    return base64.b64encode(hashlib.sha256(_asset(name).encode()).digest()).decode("ascii")

@@ -1,123 +1,274 @@
-"""SVG as escaped text: elements, axes and rounding.
+"""matplotlib's figures as SVG that any page can inline, in the colours of a light or a dark theme.
 
-Colours are set twice on purpose: as attributes, so that a figure stands alone, and as classes (`fg`, `muted`, `grid`,
-`series-0` …), so that a page's style sheet, which wins over attributes, can follow a dark or a light theme.
+matplotlib is imported when the first chart is drawn. `write` rewrites its SVG: no ids, inline styles, scripts or
+references, coordinates in two decimals, tooltips as `title` elements. A colour is set twice: as an attribute, so that
+a chart stands alone, and as a class (`fg`, `muted`, `grid`, `hue-0` …), so that a style sheet, which wins over
+attributes, can follow the theme.
 """
 
 from __future__ import annotations
 
-import math
+import base64
+import io
+import re
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
+from xml.etree import ElementTree as ET
 
+import numpy as np
 from markupsafe import Markup, escape
+from PIL import Image
 
-from rayclust.report.formats import clean, shorten
+from rayclust.arrays import FloatArray
+from rayclust.report.formats import abbreviate, clean, number, shorten
 
-PALETTE = ("#4f63d9", "#d9822b", "#1f9d83", "#c2449b", "#7a8a99")
-"""Colours of the series, told apart by colour-blind readers too; the page has a brighter set for the dark theme."""
+if TYPE_CHECKING:  # imported where a chart is drawn: it takes half a second
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc5fa0", "#56b4e9", "#e69f00", "#7b5fc4", "#8a7a5c")
-"""Colours of clusters: Okabe and Ito's for colour-blind readers, yellow and black, which one of two themes swallows,
-replaced. Classes `hue-0` … (areas) and `line-hue-0` … (strokes)."""
+"""Colours of clusters and series: Okabe and Ito's for colour-blind readers, yellow and black, which one of two themes
+swallows, replaced. Classes `hue-0` … (areas) and `line-hue-0` … (strokes)."""
 DARK_HUES = ("#4f9fe0", "#ff8a4c", "#3fc79a", "#ea8fc0", "#9bdcff", "#ffc555", "#b29bf0", "#b8a98c")
 """The same on a dark ground."""
-GREY = "#7d8590"
-FONT = "ui-sans-serif, system-ui, sans-serif"
+INK, GREY, ON_HUE, HEAT = "#1b1d21", "#7d8590", "#ffffff", "#4450c8"
+"""Colours of names, of other text and lines, of text on a hue, and of heat-maps."""
+SHADES = 16
+"""Levels of a heat-map, half a byte each: more cannot be told apart in a field of dots, and noise does not compress."""
+HALO = "halo"
+"""`gid` of a text with an outline in the colour of the ground."""
 
-Attribute = str | int | float | None
+_TIP = "tip:"
+_FILLS = {INK: "fg", GREY: "muted", ON_HUE: "on-series"} | {hue: f"hue-{i}" for i, hue in enumerate(HUES)}
+_STROKES = {GREY: "grid"} | {hue: f"line-hue-{i}" for i, hue in enumerate(HUES)}
+_ATTRIBUTES = (
+    *("fill", "stroke", "stroke-width", "stroke-linecap", "stroke-dasharray", "opacity", "fill-opacity"),
+    *("stroke-opacity", "text-anchor", "font-weight", "font-size"),
+)
+_DEFAULTS = {"text-anchor": "start", "font-size": "12px", "stroke-width": "1"}
+_ROOT = {"role": "img", "font-family": "ui-sans-serif, system-ui, sans-serif", "font-size": "12"}
+_DARK_RULES = "".join(f".hue-{i}{{fill:{hue}}}.line-hue-{i}{{stroke:{hue}}}" for i, hue in enumerate(DARK_HUES))
+_STANDALONE = f"""
+.fg{{fill:{INK}}}.muted{{fill:#5d646d}}.halo{{stroke:#fff;stroke-width:3.5px;stroke-linejoin:round;paint-order:stroke}}
+@media (prefers-color-scheme:dark){{.fg{{fill:#ececea}}.muted{{fill:#a0a6ae}}.halo{{stroke:{INK}}}.ground{{fill:{INK}}}
+.heat{{filter:brightness(1.6)}}{_DARK_RULES}}}
+"""
+_SETTINGS: dict[str, Any] = {
+    "svg.hashsalt": "rayclust",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "path.simplify": False,  # it would merge dots
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so that text has the same size on every machine
+    "font.size": 12,
+    **dict.fromkeys(("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 12),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor", "grid.color"), GREY),
+    **dict.fromkeys(("xtick.bottom", "ytick.left", "legend.frameon"), False),
+    "axes.titlecolor": INK,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 1.0,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+}
+_DRAWING = threading.Lock()  # matplotlib's settings are global while a chart is drawn
+_P = ParamSpec("_P")
 
 
-def coordinate(value: float) -> str:
-    """At most two decimals and no trailing zeros: the same text on every machine."""
-    text = f"{value:.2f}".rstrip("0").rstrip(".")
-    return "0" if text in ("-0", "") else text
+def styled(draw: Callable[_P, Markup]) -> Callable[_P, Markup]:
+    """Run a chart function under matplotlib's defaults and our settings, and restore those of the process."""
+
+    @wraps(draw)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Markup:
+        import matplotlib as mpl
+
+        with _DRAWING, mpl.rc_context(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font lacks: the reader's browser has them
+            mpl.rcdefaults()
+            mpl.rcParams.update(_SETTINGS)
+            return draw(*args, **kwargs)
+
+    return wrapped
 
 
-def element(tag: str, *children: str, **attributes: Attribute) -> Markup:
-    """One element with escaped attributes and children.
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure without a ground.
 
     Args:
-        tag: the element's name.
-        children: text, which is escaped and cut to 300 characters, or other elements.
-        attributes: `class_` stands for `class`, other underscores for hyphens; None leaves an attribute out.
+        width: units; one is a pixel where the page has room.
+        height: units.
     """
-    written = []
-    for name, value in attributes.items():
-        if value is None:
-            continue
-        text = coordinate(value) if isinstance(value, float) else clean(str(value))
-        written.append(f' {name.rstrip("_").replace("_", "-")}="{escape(text)}"')
-    inner = "".join(
-        child if isinstance(child, Markup) else str(escape(clean(shorten(child, 300)))) for child in children
-    )
-    return Markup(f"<{tag}{''.join(written)}>{inner}</{tag}>")  # noqa: S704 - every part is escaped above
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / 72, height / 72), dpi=72, frameon=False)
 
 
-def figure(width: float, height: float, title: str, *children: str) -> Markup:
-    """A drawing of `width` × `height` units that scales to its place and tells its title to a screen reader."""
-    return element(
-        "svg",
-        element("title", title),
-        *children,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {coordinate(width)} {coordinate(height)}",
-        width=coordinate(width),
-        height=coordinate(height),
-        role="img",
-        font_family=FONT,
-        font_size=12,
-    )
+def add_axes(
+    figure: Figure,
+    left: float,
+    top: float,
+    width: float,
+    height: float,
+    *,
+    x: tuple[float, float],
+    y: tuple[float, float] = (0, 1),
+    y_ticks: Sequence[float] = (),
+    is_log: bool = False,
+) -> Axes:
+    """Add axes without a frame.
+
+    Args:
+        figure: by `new_figure`.
+        left: units from the left edge.
+        top: units from the upper edge.
+        width: units.
+        height: units.
+        x: span of the horizontal axis.
+        y: span of the vertical axis, from the bottom to the top.
+        y_ticks: numbers with a grid, which span the vertical axis instead.
+        is_log: whether the horizontal axis is logarithmic.
+    """
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    across, down = figure.get_size_inches() * 72
+    axes = figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+    axes.set(xscale="log" if is_log else "linear", xlim=x, ylim=(y_ticks[0], y_ticks[-1]) if y_ticks else y)
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 6)))
+    axes.set_yticks(y_ticks)
+    axes.grid(visible=bool(y_ticks), axis="y")
+    return axes
 
 
-_DARK_RULES = "".join(
-    f".hue-{place}{{fill:{hue}}}.line-hue-{place}{{stroke:{hue}}}" for place, hue in enumerate(DARK_HUES)
-)
-STANDALONE = f"""
-.fg{{fill:#1b1d21}}.muted{{fill:#5d646d}}.halo{{stroke:#fff}}
-@media (prefers-color-scheme:dark){{.fg{{fill:#ececea}}.muted{{fill:#a0a6ae}}.halo{{stroke:#1b1d21}}
-.heat{{fill:#b9c3ff}}.heat-stop{{stop-color:#b9c3ff}}.ground{{fill:#1b1d21}}{_DARK_RULES}}}
-"""
-"""What a figure in a file of its own knows of themes; on a page the page's style sheet says more."""
+def shade(axes: Axes, shares: FloatArray) -> None:
+    """Fill axes with a matrix in shades of one colour, and frame them.
 
-
-def standalone(drawing: str, description: str = "") -> str:
-    """A drawing made by `figure`, as a file of its own: on a ground, in a light or a dark theme, with its caption."""
-    head, _, rest = drawing.partition(">")
-    ground = '<rect class="ground" width="100%" height="100%" fill="#ffffff"/>'
-    caption = f"<desc>{escape(clean(description))}</desc>" if description else ""
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}><style>{STANDALONE}</style>{caption}{ground}{rest}\n'
-
-
-def text(x: float, y: float, content: str, *, anchor: str = "start", class_: str = "muted") -> Markup:
-    """A line of text whose baseline begins, ends or has its middle at (x, y)."""
-    return element("text", content, x=float(x), y=float(y), text_anchor=anchor, class_=class_, fill=GREY)
-
-
-def rectangle(x: float, y: float, width: float, height: float, title: str, *, series: int = 0) -> Markup:
-    """A bar with a tooltip."""
-    return element(
-        "rect",
-        element("title", title),
-        x=float(x),
-        y=float(y),
-        width=float(width),
-        height=float(height),
-        rx=2,
-        class_=f"series-{series % len(PALETTE)}",
-        fill=PALETTE[series % len(PALETTE)],
-    )
-
-
-def rule(x1: float, y1: float, x2: float, y2: float) -> Markup:
-    """A thin line of a grid."""
-    ends = {"x1": float(x1), "y1": float(y1), "x2": float(x2), "y2": float(y2)}
-    return element("line", class_="grid", stroke=GREY, stroke_opacity=0.25, **ends)
+    Args:
+        axes: by `add_axes`.
+        shares: Float[n m], 0 is clear and 1 and above the full colour.
+    """
+    levels = np.rint(np.clip(np.nan_to_num(shares), 0, 1) * (SHADES - 1)) * (255 // (SHADES - 1))
+    pixels = np.zeros((*levels.shape, 4), np.uint8)
+    pixels[..., :3], pixels[..., 3] = tuple(bytes.fromhex(HEAT[1:])), levels
+    if pixels.size:
+        axes.imshow(pixels, extent=(*axes.get_xlim(), *axes.get_ylim()), aspect="auto", interpolation="none")
+    axes.patch.set(visible=True, facecolor="none", edgecolor=GREY, linewidth=1, alpha=0.5)
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, about `wanted` of them, a 1-2-5 step apart."""
+    """Return round numbers a 1-2-5 step apart that cover a range.
+
+    Args:
+        low: the first one is at most this.
+        high: the last one is at least this; a range of one value is widened.
+        wanted: about how many.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     if not high > low:
         high = low + (abs(low) or 1.0)
-    raw = (high - low) / max(1, wanted - 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(multiple for multiple in (1, 2, 5, 10) if power * multiple >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
+    found = MaxNLocator(max(1, wanted - 1), steps=[1, 2, 5, 10]).tick_values(float(low), float(high))
+    return [float(tick) + 0.0 for tick in found]  # no -0
+
+
+def one_line(text: str, limit: int = 24) -> str:
+    """Return a name as one short line that XML can hold."""
+    return abbreviate(" ".join(clean(text).split()), limit)
+
+
+def tooltip(text: str) -> str:
+    """Return the `gid` that gives a shape a tooltip."""
+    return _TIP + shorten(clean(text), 300)
+
+
+def write(figure: Figure, title: str) -> Markup:
+    """Return a figure as one `svg` element that scales to its container.
+
+    Args:
+        figure: by `new_figure`.
+        title: what is drawn, for screen readers.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    width, height = (_short(f"{inches * 72:f}") for inches in figure.get_size_inches())
+    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
+    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size, **_ROOT, "stroke-linejoin": "round"})
+    ET.SubElement(root, "title").text = shorten(clean(title), 300)
+    root.extend(_inlined(ET.fromstring(buffer.getvalue())))  # noqa: S314 - our own text
+    return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - ElementTree escapes every string
+
+
+def standalone(chart: str, description: str = "") -> str:
+    """Return a chart as a file of its own: on a ground, in a light or a dark theme, with its caption.
+
+    Args:
+        chart: by `write`.
+        description: how to read it.
+    """
+    head, _, rest = chart.partition(">")
+    ground = f'<rect class="ground" width="100%" height="100%" fill="{ON_HUE}"/>'
+    caption = f"<desc>{escape(clean(description))}</desc>" if description else ""
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}><style>{_STANDALONE}</style>{caption}{ground}{rest}\n'
+
+
+def _inlined(node: ET.Element) -> list[ET.Element]:
+    """Return the shapes, texts and images of an element; groups dissolve, and their ids become tooltips or classes."""
+    tag, group = node.tag.rpartition("}")[2], node.get("id", "")
+    if tag in ("path", "text", "image"):
+        return [_inlined_shape(node, tag)]
+    if tag not in ("svg", "g"):
+        return []
+    shapes = [shape for inner in node for shape in _inlined(inner)]
+    if group.startswith(_TIP):
+        for shape in shapes[:1]:
+            ET.SubElement(shape, "title").text = group.removeprefix(_TIP)
+    elif group == HALO:
+        for shape in shapes:
+            shape.set("class", f"{shape.get('class', '')} {HALO}".strip())
+    return shapes
+
+
+def _inlined_shape(node: ET.Element, tag: str) -> ET.Element:
+    given = dict(part.split(": ", 1) for part in node.get("style", "").split("; ") if ": " in part)
+    given = {name: given[name] for name in _ATTRIBUTES if name in given and given[name] != _DEFAULTS.get(name)}
+    if tag == "image":
+        given |= _small_image(node)
+    else:
+        given |= {name: _short(node.attrib[name]) for name in ("d", "x", "y", "transform") if name in node.attrib}
+        if given.get("transform", "").startswith("rotate(0 "):
+            del given["transform"]
+        classes = [_FILLS.get(given.get("fill", "")), _STROKES.get(given.get("stroke", ""))]
+        given |= {"class": " ".join(filter(None, classes))} if any(classes) else {}
+    shape = ET.Element(tag, given)
+    shape.text = node.text if tag == "text" else None
+    return shape
+
+
+def _small_image(node: ET.Element) -> dict[str, str]:
+    """Return the attributes of a heat-map's image in half a byte a pixel; matplotlib takes four."""
+    encoded = node.attrib["{http://www.w3.org/1999/xlink}href"].partition(",")[2]
+    alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).getchannel("A"))
+    step, buffer = 255 // (SHADES - 1), io.BytesIO()
+    picture = Image.fromarray(alpha // step).convert("P")
+    picture.putpalette(bytes.fromhex(HEAT[1:]) * SHADES)
+    picture.save(buffer, "PNG", optimize=True, bits=4, transparency=bytes(range(0, 256, step)))
+    across, _, _, down, x, y = map(float, re.findall(r"[-.\d]+", node.attrib["transform"]))
+    box = {"x": x, "y": y, "width": across * alpha.shape[1], "height": down * alpha.shape[0]}
+    found = {name: _short(f"{value:f}") for name, value in box.items()}
+    found |= {"href": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), "class": "heat"}
+    return found | {"preserveAspectRatio": "none", "image-rendering": "pixelated" if len(alpha) < 100 else "auto"}
+
+
+def _short(text: str) -> str:
+    """Round the numbers of an attribute to two decimals, and drop the spaces and lines that a path can do without."""
+    text = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), text)
+    text = re.sub(r" ?([MLCQz]) ?", r"\1", re.sub(r"-0(?![.\d])", "0", " ".join(text.split())))
+    return re.sub(r"M(\S+) (\S+)L\1 \2(?=M|$)", r"M\1 \2h0", text)  # a line of no length, with round ends, is a dot

@@ -1,8 +1,7 @@
-"""Small pictures for the page, with Pillow alone: whatever a file holds, a thumbnail comes out."""
+"""Thumbnails for the page, with Pillow alone: a file that cannot be read gets a placeholder."""
 
 from __future__ import annotations
 
-import base64
 import io
 import warnings
 from functools import lru_cache
@@ -11,19 +10,19 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 MAX_PIXELS = 200_000_000
-"""Larger images get the placeholder: they are bombs or maps, and a page is no place to find out."""
+"""Larger images get the placeholder: they may be decompression bombs."""
 MAX_ASPECT = 1.5
 """A thumbnail is at most so many times longer than wide; the rest is cropped at both ends."""
 QUALITY = 76
 
 _MEDIA_TYPES = {"WEBP": "image/webp", "JPEG": "image/jpeg", "PNG": "image/png"}
-# Pillow's decoders raise any of these on damaged files; SyntaxError is its word for a broken PNG
+# Pillow's decoders raise any of these on damaged files; SyntaxError for a broken PNG
 _DECODING = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, ArithmeticError, EOFError)
 _REFUSED = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
 
 
 def thumbnail(data: bytes, size: int = 128) -> bytes:
-    """An image in small: upright, RGB, on white where it was transparent, and never enlarged.
+    """Shrink an image: upright, RGB, on white where it was transparent, and never enlarged.
 
     Args:
         data: an encoded image of any kind that Pillow reads; of an animation the first frame is taken.
@@ -64,7 +63,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretched(image: Image.Image) -> Image.Image:
-    """Deep greys over the range that they fill: a 16-bit scan that uses 12 bits is not shown black."""
+    """Stretch deep greys over the range that they fill: a 16-bit scan that uses 12 bits is not shown black."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
     grey = np.zeros_like(values) if high == low else (values - low) / (high - low)
@@ -80,7 +79,7 @@ def _encode(image: Image.Image) -> bytes:
 
 @lru_cache(maxsize=8)
 def placeholder(size: int = 128) -> bytes:
-    """The picture of a missing picture: a grey frame with hills and a sun, as webp with a clear ground.
+    """Draw the placeholder of a missing picture: a grey frame with hills and a sun, as webp with a clear ground.
 
     Args:
         size: pixels on each side, at least 1.
@@ -102,7 +101,7 @@ _HILLS = [(0.31, 0.63), (0.42, 0.52), (0.50, 0.60), (0.59, 0.48), (0.69, 0.61)]
 
 
 def describe(data: bytes) -> tuple[str, int, int] | None:
-    """A thumbnail's media type, width and height in pixels, from its header; None unless it is webp, jpeg or png."""
+    """Return a thumbnail's media type, width and height in pixels, from its header; None unless webp, jpeg or png."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -110,8 +109,3 @@ def describe(data: bytes) -> tuple[str, int, int] | None:
                 return _MEDIA_TYPES[image.format or ""], image.width, image.height
     except (*_DECODING, *_REFUSED):
         return None
-
-
-def data_uri(data: bytes, media_type: str) -> str:
-    """The bytes as a `data:` URI, which loads nothing from anywhere."""
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"

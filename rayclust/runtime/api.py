@@ -14,10 +14,10 @@ from rayclust.config import RunConfig, parse, validate
 from rayclust.errors import ArtefactError
 from rayclust.language.vocabulary import kind_of
 from rayclust.runtime.pipeline import run_all
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run, parts
-from rayclust.store.lease import held
+from rayclust.store import storage, tables
+from rayclust.store.lock import run_lock
 from rayclust.store.manifest import read_json_output
+from rayclust.store.run import Run, parts
 
 DEFAULT_ENCODER = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
 """Small enough for a laptop's CPU."""
@@ -37,7 +37,7 @@ def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
         DataError: there is no such file.
         ConfigError: a key or value in it is refused.
     """
-    data = sys.stdin.buffer.read() if uri == "-" else filesystem.read_bytes(uri)
+    data = sys.stdin.buffer.read() if uri == "-" else storage.read_bytes(uri)
     source = "standard input" if uri == "-" else uri
     return with_absolute_paths(parse(data.decode("utf-8", "replace"), overrides, source))
 
@@ -48,10 +48,10 @@ def load_run(uri: str) -> RunConfig:
     Raises:
         ArtefactError: there is no run.
     """
-    run = filesystem.absolute(uri)
+    run = storage.absolute(uri)
     try:
-        tree = filesystem.read_json(Run(run).config)
-    except filesystem.MissingError:
+        tree = storage.read_json(Run(run).config)
+    except storage.MissingError:
         raise ArtefactError(f"{uri}: no run there: give the folder or URI that RUN.yaml names as `run`") from None
     return validate(tree | {"run": run})
 
@@ -84,7 +84,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         DataError: a scheme is not supported.
     """
     for key, path in local_paths(config).items():
-        config = _replaced(config, key.split("."), filesystem.absolute(path))
+        config = _replaced(config, key.split("."), storage.absolute(path))
     return config
 
 
@@ -148,8 +148,8 @@ def quick(
     text = yaml.safe_dump(tree, sort_keys=False)
     number_or_list = f"[{clusters}]" if "," in clusters and "[" not in clusters else clusters
     config = with_absolute_paths(parse(text, [f"method.clusters={number_or_list}", *overrides]))
-    with held(Run(config.run)):
-        filesystem.write_bytes(filesystem.join(config.run, "RUN.yaml"), as_yaml(config).encode())
+    with run_lock(Run(config.run)):
+        storage.write_bytes(storage.join(config.run, "RUN.yaml"), as_yaml(config).encode())
         run_all(config)
     return config.run
 
@@ -212,7 +212,7 @@ class RunTables:
         """
         try:
             scores: dict[str, Any] = read_json_output(self._run, "evaluate", self._run.metrics)
-        except filesystem.MissingError:
+        except storage.MissingError:
             raise ArtefactError(f"{self._run.metrics}: is missing: run evaluate first") from None
         return scores
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from rayclust.store import filesystem, tables
-from rayclust.store.filesystem import FileStat
-from rayclust.store.layout import Run, parts
+from rayclust.store import storage, tables
 from rayclust.store.manifest import read_manifest
+from rayclust.store.run import Run, parts
+from rayclust.store.storage import FileStat
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ Outputs = dict[str, dict[str, Any]]
 
 def put_bytes(run: Run, uri: str, data: bytes) -> Outputs:
     """Write `data` at `uri`, which lies below the run."""
-    stamp = filesystem.write_bytes(uri, data)
+    stamp = storage.write_bytes(uri, data)
     return {run.path(uri): {"digest": hashlib.sha256(data).hexdigest(), "size": len(data), "stamp": stamp}}
 
 
@@ -37,7 +37,7 @@ def put_table(run: Run, uri: str, table: pa.Table) -> Outputs:
 
 def put_json(run: Run, uri: str, value: Any) -> Outputs:
     """Write canonical JSON at `uri`, which lies below the run."""
-    return put_bytes(run, uri, filesystem.canonical_json(value).encode())
+    return put_bytes(run, uri, storage.canonical_json(value).encode())
 
 
 def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, similarity: np.ndarray) -> Outputs:
@@ -67,7 +67,7 @@ def drop_stale_parts(folder: str, count: int) -> None:
     """
     for index, uri in parts(folder):
         if index >= count:
-            filesystem.remove(uri)
+            storage.remove(uri)
 
 
 class Removed(NamedTuple):
@@ -95,7 +95,7 @@ def remove_damaged(run: Run, stages: Iterable[str], message: str) -> Removed | N
             uri = run.at(path)
             if uri in message and _digest(uri) != written.digest:
                 logger.warning("%s: is damaged, its checksum is another than was written: made again", uri)
-                filesystem.remove(uri)
+                storage.remove(uri)
                 return Removed(uri, stage)
     return None
 
@@ -130,9 +130,9 @@ class FileListing:
         """Return size and stamp of the file at `path` below the run; None if there is none."""
         folder, _, name = path.partition("/")
         if not name:
-            return filesystem.stat(self._run.at(path))
+            return storage.stat(self._run.at(path))
         if folder not in self._found:
-            files = filesystem.walk(self._run.at(folder), missing_ok=True)
+            files = storage.walk(self._run.at(folder), missing_ok=True)
             self._found[folder] = {file.key: file for file in files}
         return self._found[folder].get(name)
 
@@ -141,9 +141,9 @@ def _digest(uri: str) -> str:
     """Return the SHA-256 of a file, "" if it is missing."""
     digest = hashlib.sha256()
     try:
-        with filesystem.open_input(uri) as file:
+        with storage.open_input(uri) as file:
             while block := file.read(READ_BYTES):
                 digest.update(block)
-    except filesystem.MissingError:
+    except storage.MissingError:
         return ""
     return digest.hexdigest()

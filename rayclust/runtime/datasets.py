@@ -21,8 +21,8 @@ import pyarrow as pa
 from PIL import Image
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import PART
+from rayclust.store import storage, tables
+from rayclust.store.run import PART
 
 logger = logging.getLogger(__name__)
 
@@ -152,11 +152,11 @@ def local_folder(uri: str) -> str:
         return uri
     name, _, split = uri.removeprefix(SCHEME).partition("/")
     if name == DIGITS and not split:
-        folder = filesystem.join(cache_root(), DIGITS)
-        marker = filesystem.join(folder, "dataset.json")
-        if not filesystem.exists(marker):
+        folder = storage.join(cache_root(), DIGITS)
+        marker = storage.join(folder, "dataset.json")
+        if not storage.exists(marker):
             write_digits(folder)
-            filesystem.write_json(marker, {"format": _FORMAT, "name": DIGITS})
+            storage.write_json(marker, {"format": _FORMAT, "name": DIGITS})
         return folder
     if name not in DATASETS or split not in ("", *DATASETS[name].splits):
         known = ", ".join(f"{SCHEME}{known}" for known in DATASETS)
@@ -165,12 +165,12 @@ def local_folder(uri: str) -> str:
             "/train or /test"
         )
     folder = export(name)
-    return filesystem.join(folder, split) if split else folder
+    return storage.join(folder, split) if split else folder
 
 
 def cache_root() -> str:
     """Return the cache: RAYCLUST_CACHE, else `~/.cache/rayclust`. On a cluster every node must see it."""
-    return filesystem.absolute(os.environ.get("RAYCLUST_CACHE") or "~/.cache/rayclust")
+    return storage.absolute(os.environ.get("RAYCLUST_CACHE") or "~/.cache/rayclust")
 
 
 def export(name: str, cache: str | None = None) -> str:
@@ -187,9 +187,9 @@ def export(name: str, cache: str | None = None) -> str:
         DataError: the archive is missing and cannot be fetched, or does not hold what it should.
     """
     cache = cache or cache_root()
-    dataset, folder = DATASETS[name], filesystem.join(cache, name)
-    marker = filesystem.join(folder, "dataset.json")
-    if filesystem.exists(marker) and filesystem.read_json(marker).get("format") == _FORMAT:
+    dataset, folder = DATASETS[name], storage.join(cache, name)
+    marker = storage.join(folder, "dataset.json")
+    if storage.exists(marker) and storage.read_json(marker).get("format") == _FORMAT:
         return folder
     path = _fetch(name, dataset.archive, cache)
     logger.info("%s%s: writing its images to %s", SCHEME, name, folder)
@@ -208,11 +208,11 @@ def export(name: str, cache: str | None = None) -> str:
                         "image": pa.array([_png(image) for image in pixels], pa.binary()),
                         "label": [names[label] for label in labels],
                     }
-                    tables.write_table(filesystem.join(folder, split, PART.format(part)), pa.table(columns))
+                    tables.write_table(storage.join(folder, split, PART.format(part)), pa.table(columns))
                     counts[split] += len(pixels)
     except (KeyError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: does not hold {name} as published ({error}); remove it and run again") from error
-    filesystem.write_json(marker, {"format": _FORMAT, "name": name, "images": counts})
+    storage.write_json(marker, {"format": _FORMAT, "name": name, "images": counts})
     return folder
 
 
@@ -220,7 +220,7 @@ def _fetch(name: str, archive: Archive, cache: str) -> Path:
     """Return the archive on this machine, checked against its MD5, downloading it if it is missing."""
     from torchvision.datasets.utils import check_integrity, download_url
 
-    local = cache if not filesystem.is_remote(cache) else filesystem.absolute("~/.cache/rayclust")
+    local = cache if not storage.is_remote(cache) else storage.absolute("~/.cache/rayclust")
     path = Path(local) / "archives" / archive.name
     if check_integrity(str(path), archive.md5):
         return path
@@ -254,7 +254,7 @@ def write_digits(folder: str) -> None:
                     member = tarfile.TarInfo(f"{number:06d}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-        filesystem.write_bytes(filesystem.join(folder, f"digits-{shard:02d}.tar"), buffer.getvalue())
+        storage.write_bytes(storage.join(folder, f"digits-{shard:02d}.tar"), buffer.getvalue())
 
 
 def _png(pixels: np.ndarray) -> bytes:

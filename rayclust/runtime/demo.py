@@ -11,10 +11,10 @@ from rayclust.config import validate
 from rayclust.errors import ArtefactError
 from rayclust.runtime.datasets import write_digits
 from rayclust.runtime.pipeline import run_all
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
-from rayclust.store.lease import held
+from rayclust.store import storage
+from rayclust.store.lock import run_lock
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
 SEEDS = (2, 1, 0)
 """The report shows the last one."""
@@ -33,8 +33,8 @@ def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, di
     Returns:
         The run's URI, and by method its scores, one dict per seed.
     """
-    out = filesystem.absolute(out)
-    images, run = filesystem.join(out, "images"), Run(filesystem.join(out, "run"))
+    out = storage.absolute(out)
+    images, run = storage.join(out, "images"), Run(storage.join(out, "run"))
     plan = [(method, seed) for method in methods for seed in SEEDS]
 
     def by_method(scores: Sequence[dict[str, float]]) -> dict[str, list[dict[str, float]]]:
@@ -43,24 +43,24 @@ def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, di
             grouped.setdefault(method, []).append(score)
         return grouped
 
-    with held(run):
+    with run_lock(run):
         write_digits(images)
         configs = [validate(demo_tree(images, run.uri, method, seed)) for method, seed in plan]
         digest = digest_of([config.model_dump(mode="json") for config in configs])
         scores: list[dict[str, float]] = []
         try:
-            content = filesystem.read_json(run.at("demo.json"))
+            content = storage.read_json(run.at("demo.json"))
             scores += content["scores"] if content["digest"] == digest else []
-        except (filesystem.MissingError, ArtefactError):
+        except (storage.MissingError, ArtefactError):
             pass
         for config in configs[len(scores) :]:
             last = config is configs[-1]
             if last:  # the report shows the other methods beside its own
-                filesystem.write_json(run.at("beside.json"), by_method(scores))
+                storage.write_json(run.at("beside.json"), by_method(scores))
             run_all(config, stop_after=None if last else "evaluate")
-            metrics = filesystem.read_json(run.metrics)
+            metrics = storage.read_json(run.metrics)
             scores.append({name: metrics[name] for name in SCORES})
-            filesystem.write_json(run.at("demo.json"), {"digest": digest, "scores": scores})
+            storage.write_json(run.at("demo.json"), {"digest": digest, "scores": scores})
         run_all(configs[-1])
         return run.uri, by_method(scores)
 

@@ -26,8 +26,8 @@ from rayclust.report.formats import duration
 from rayclust.runtime.api import as_yaml, local_paths
 from rayclust.runtime.cluster import unreachable
 from rayclust.runtime.progress import LOG_INTERVAL
-from rayclust.store import filesystem
-from rayclust.store.holder import SUBMISSION_VARIABLE
+from rayclust.store import storage
+from rayclust.store.lock import SUBMISSION_VARIABLE
 from rayclust.store.manifest import digest_of
 
 logger = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ def refuse_far_paths(config: RunConfig, address: str, *, shared_paths: bool = Fa
     Raises:
         ConfigError: the config names local paths, and the server is not on this machine.
     """
-    local = {key: path for key, path in local_paths(config).items() if not filesystem.is_remote(path)}
+    local = {key: path for key, path in local_paths(config).items() if not storage.is_remote(path)}
     if not local or shared_paths:
         return
     key, path = next(iter(local.items()))

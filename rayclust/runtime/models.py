@@ -17,11 +17,11 @@ from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.load import load_encoder
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import load
-from rayclust.methods.base import Export, Method
+from rayclust.methods.base import Method, MethodState, Transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
 from rayclust.store.manifest import read_manifest, read_unchanged
+from rayclust.store.run import Run
 
 
 def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
@@ -41,7 +41,7 @@ def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
         # The run's GPUs are elsewhere: one query, or the words, on a machine without.
         settings = settings.model_copy(update={"precision": "fp32"})
     uri = settings.weights_uri
-    with filesystem.local_copy(uri) if uri is not None else nullcontext() as path:
+    with storage.local_copy(uri) if uri is not None else nullcontext() as path:
         encoder = load_encoder(settings, weights=path, device=device)
     images = config.images
     encoder.preprocess = replace(encoder.preprocess, max_bytes=images.max_bytes, max_pixels=images.max_pixels)
@@ -80,17 +80,17 @@ def weights_stamp(config: RunConfig) -> str:
     uri = config.encoder.weights_uri
     if uri is None:
         return str(config.encoder.pretrained)
-    found = filesystem.stat(uri)
+    found = storage.stat(uri)
     if found is None:
         raise ConfigError(f"encoder.pretrained = {uri}: no such file; give a tag, a path or a URI")
     return found.stamp
 
 
-def save_method(run: Run, export: Export, folder: str) -> Outputs:
+def save_method(run: Run, state: MethodState, folder: str) -> Outputs:
     """Write a fitted method to a folder below the run: safetensors and JSON, never a pickle."""
-    tensors = {name: tensor.contiguous() for name, tensor in export.tensors.items()}
-    weights = put_bytes(run, filesystem.join(folder, "weights.safetensors"), safetensors.torch.save(tensors))
-    return weights | put_json(run, filesystem.join(folder, "config.json"), export.settings)
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
+    weights = put_bytes(run, storage.join(folder, "weights.safetensors"), safetensors.torch.save(tensors))
+    return weights | put_json(run, storage.join(folder, "config.json"), state.settings)
 
 
 @lru_cache(2)
@@ -120,12 +120,12 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
     Raises:
         ArtefactError: the model is missing or damaged.
     """
-    config, weights = (filesystem.join(folder, name) for name in ("config.json", "weights.safetensors"))
+    config, weights = (storage.join(folder, name) for name in ("config.json", "weights.safetensors"))
     known = {path.rpartition("/")[2]: digest for path, digest in (digests or {}).items()}
-    settings = filesystem.parse_json(read_unchanged(config, known.get("config.json"), stage), config)
+    settings = storage.parse_json(read_unchanged(config, known.get("config.json"), stage), config)
     data = read_unchanged(weights, known.get("weights.safetensors"), stage)
     try:
-        return load(Export(settings, safetensors.torch.load(data))).eval()
+        return load(MethodState(settings, safetensors.torch.load(data)))
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ArtefactError(f"{folder}: the model is damaged ({error}); run {stage} again with --force") from error
 
@@ -138,6 +138,8 @@ def transform_rows(method: Method, features: np.ndarray, block: int = 4096) -> n
         features: Float32[B D].
         block: rows transformed at once.
     """
+    if not isinstance(method, Transform):
+        raise ConfigError(f"method.name = {method.config.name}: has no space of its own")
     with torch.inference_mode():
-        rows = [method.represent(part).float().numpy() for part in torch.from_numpy(features).split(block)]
-    return np.concatenate(rows) if rows else np.zeros((0, method.own_space or 0), np.float32)
+        rows = [method.transform(part).float().numpy() for part in torch.from_numpy(features).split(block)]
+    return np.concatenate(rows) if rows else np.zeros((0, method.width), np.float32)

@@ -11,15 +11,15 @@ from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
-from rayclust.methods import has_own_space
+from rayclust.methods import has_transform
 from rayclust.report.formats import duration
 from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
 from rayclust.runtime.cluster import scheduling
 from rayclust.runtime.progress import collect_timings
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
-from rayclust.store.lease import Lease, held
+from rayclust.store import storage
+from rayclust.store.lock import RunLock, run_lock
 from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, seal, versions
+from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Stage:
 
     def inputs(self, config: RunConfig) -> tuple[str, ...]:
         """Return the stages that it reads in a run with this config."""
-        own = self.own_space_needs if has_own_space(config.method.name) else ()
+        own = self.own_space_needs if has_transform(config.method.name) else ()
         pairs = self.pair_needs if config.method.draws_pairs else ()
         choice = (SELECT_K,) if self.needs_choice and config.needs_selection else ()
         return (*self.needs, *own, *pairs, *choice)
@@ -240,7 +240,7 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
         HeldError: another process works on the run.
         RayclustError: the stage itself fails.
     """
-    with held(Run(config.run)) as lease:
+    with run_lock(Run(config.run)) as lease:
         return _run_or_skip(name, config, lease, force=force)
 
 
@@ -262,7 +262,7 @@ def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = 
         RayclustError: a stage fails, or the same file is found damaged twice.
     """
     done, damaged = dict[str, Manifest](), set[str]()
-    with held(Run(config.run)) as lease:
+    with run_lock(Run(config.run)) as lease:
         while True:
             try:
                 for name in stages_of(config):
@@ -278,7 +278,7 @@ def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = 
                 damaged.add(str(error))
 
 
-def _run_or_skip(name: str, config: RunConfig, lease: Lease, *, force: bool, check_inputs: bool = True) -> Manifest:
+def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, check_inputs: bool = True) -> Manifest:
     stage, run, manifests = STAGES[name], Run(config.run), Manifests(config)
     if name not in stages_of(config):
         logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
@@ -312,10 +312,10 @@ def _run_or_skip(name: str, config: RunConfig, lease: Lease, *, force: bool, che
             )
 
     # 3. Run it. The config is saved only now: what is complete so far was made with the config that was there.
-    filesystem.remove(run.manifest(name))
+    storage.remove(run.manifest(name))
     save_config(config)
     if force:
-        filesystem.remove_tree(run.at("manifests", name))
+        storage.remove_tree(run.at("manifests", name))
     logger.info("%s: started", name)
     started = time.monotonic()
     with scheduling(config.resources.placement), collect_timings() as timings:
@@ -357,11 +357,11 @@ def save_config(config: RunConfig) -> None:
     """Write the config to the run, so that `status`, `search` and `predict` need the run alone."""
     run, content = Run(config.run), config.model_dump(mode="json", exclude_unset=True)
     try:
-        if filesystem.read_json(run.config) == content:
+        if storage.read_json(run.config) == content:
             return
-    except (filesystem.MissingError, ArtefactError):
+    except (storage.MissingError, ArtefactError):
         pass
-    filesystem.write_json(run.config, content)
+    storage.write_json(run.config, content)
 
 
 def outputs_present(run: Run, manifest: Manifest, listing: FileListing | None = None) -> bool:

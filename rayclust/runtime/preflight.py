@@ -16,13 +16,13 @@ from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import DataError, RayclustError
 from rayclust.language.vocabulary import merged
-from rayclust.methods import METHODS
+from rayclust.methods import is_recuttable
 from rayclust.report.formats import duration
 from rayclust.runtime.cluster import describe_placement
 from rayclust.runtime.inputs import input_shards
 from rayclust.runtime.models import load_run_encoder
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds
-from rayclust.store import filesystem
+from rayclust.store import storage
 from rayclust.store.sources import read_records, read_rows
 
 GIGABYTE = 1e9
@@ -109,7 +109,7 @@ class _Checks:
         return f"method {self.config.method.name}, {clusters} clusters"
 
     def run(self) -> str:
-        filesystem.check_writable(self.config.run)
+        storage.check_writable(self.config.run)
         return f"{self.config.run} can be written"
 
     def list_images(self) -> str:
@@ -183,7 +183,7 @@ class _Checks:
         options.refuse_above(self.images)
         first = options.first(self.images)
         largest = self._describe_fit(config.with_clusters(first[-1]))
-        if not METHODS[config.method.name][1].refits_for_clusters:
+        if is_recuttable(config.method.name):
             return f"one fit of {largest}, cut into {len(first)} candidates up to {first[-1]} clusters"
         most = REFINED_PER_ROUND * options.rounds
         more = f", and up to {most} candidates more" if options.candidates == "auto" else ""
@@ -198,7 +198,7 @@ class _Checks:
         workers, resources = config.resources.workers, config.resources
         count = workers if isinstance(workers, int) else 1  # `auto` is the cluster's number of GPUs, not known here
         device = "cuda" if resources.gpus_per_worker else "cpu"
-        plan = config.method.outlook(self.images, self.dimension, count, device)
+        plan = config.method.describe_plan(self.images, self.dimension, count, device)
         return f"{known}, {plan}" if plan else known
 
     def vocabulary(self) -> str:

@@ -24,9 +24,9 @@ from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.features import FeatureTransform
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest
+from rayclust.store.run import Run
 
 BLOCK = 8192
 """Rows that a method is given at once."""
@@ -144,7 +144,7 @@ def write_shard(
     if rejects:
         outputs |= put_table(run, run.rejects(task.index), pa.Table.from_pylist(rejects, schema=tables.REJECTS))
     else:
-        filesystem.remove(run.rejects(task.index))
+        storage.remove(run.rejects(task.index))
     reasons = dict.fromkeys(sorted({reject["reason"] for reject in rejects}), 0)
     for reject in rejects:
         reasons[reject["reason"]] += 1

@@ -9,10 +9,10 @@ import numpy as np
 from rayclust.report.formats import duration
 from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import SELECT_K, Manifests, stages_of
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
-from rayclust.store.lease import holder_of
+from rayclust.store import storage
+from rayclust.store.lock import lock_owner
 from rayclust.store.manifest import Manifest, Section, read_manifest
+from rayclust.store.run import Run
 
 BUSY_SHARE = 0.5
 """Share of the time above which a group of workers counts as busy."""
@@ -40,7 +40,7 @@ def lines(uri: str) -> Iterator[str]:
     for stage in stages_of(config):
         manifest = read_manifest(run, stage)
         if manifest is None:
-            marks = filesystem.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
+            marks = storage.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
             done = sum(mark.key.startswith("part-") for mark in marks)
             yield f"  {stage:<10} {f'not finished, {done} parts done' if done else 'not started'}"
         else:
@@ -58,7 +58,7 @@ def lines(uri: str) -> Iterator[str]:
             f"entropy {entropy:.2f} of {np.log(len(sizes)):.2f} nats"
         )
 
-    holder = holder_of(run)
+    holder = lock_owner(run)
     if holder is not None:
         yield f"  {'driver':<10} {holder}{', which has ended' if holder.has_ended() else ''}"
 

@@ -14,9 +14,9 @@ from rayclust.errors import ArtefactError
 from rayclust.runtime.artefacts import FileListing, Outputs
 from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, task_labels
 from rayclust.runtime.progress import Progress, timed_section, worker_name
-from rayclust.store import checked, filesystem
-from rayclust.store.filesystem import MissingError
-from rayclust.store.layout import Run
+from rayclust.store import manifest, storage
+from rayclust.store.run import Run
+from rayclust.store.storage import MissingError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ so that the driver does not keep them."""
 def read_mark(uri: str) -> tuple[str, TaskResult] | None:
     """Return digest and result of a finished task; None if there is no mark or it is damaged."""
     try:
-        mark = checked.read(uri)
+        mark = manifest.read_checked(uri)
         return mark["digest"], TaskResult(mark["outputs"], mark["counts"], mark["extra"])
     except (MissingError, ArtefactError, KeyError, TypeError):
         return None
@@ -65,7 +65,7 @@ def read_mark(uri: str) -> tuple[str, TaskResult] | None:
 def write_mark(uri: str, task: Task, result: TaskResult) -> None:
     """Write the mark of a finished task; call it after all of the task's outputs are written."""
     content = {"digest": task.digest, "outputs": result.outputs, "counts": result.counts, "extra": result.extra}
-    checked.write(uri, content)
+    manifest.write_checked(uri, content)
 
 
 def run_and_mark(uri: str, task: Task, work: Callable[[], TaskResult]) -> TaskResult:
@@ -76,7 +76,7 @@ def run_and_mark(uri: str, task: Task, work: Callable[[], TaskResult]) -> TaskRe
     """
     mark = read_mark(uri)
     if mark is not None and mark[0] != task.digest:
-        filesystem.remove(uri)
+        storage.remove(uri)
     result = work()
     write_mark(uri, task, result)
     return result
@@ -84,7 +84,7 @@ def run_and_mark(uri: str, task: Task, work: Callable[[], TaskResult]) -> TaskRe
 
 def done_marks(run: Run, stage: str) -> list[tuple[int, str]]:
     """Return index and digest of every mark of a stage, valid or not."""
-    files = filesystem.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
+    files = storage.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
     read = [(int(file.key[5:-5]), read_mark(file.uri)) for file in files if file.key.startswith("part-")]
     return [(index, mark[0]) for index, mark in read if mark is not None]
 

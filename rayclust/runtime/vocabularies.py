@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.language import vocabulary
+from rayclust.language.naming import encode_words
 from rayclust.language.vocabulary import Candidates, Vocabulary
 from rayclust.runtime.models import load_run_encoder
 from rayclust.runtime.pipeline import content_digest
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import read_manifest
+from rayclust.store.run import Run
 
 
 def cluster_names(run: Run) -> dict[int, str | None]:
@@ -71,13 +72,13 @@ def read_lists(config: RunConfig, labels: Callable[[], Iterable[str]] | None = N
         elif kind == "imagenet":
             lists.append(vocabulary.imagenet())
         else:
-            lists.append(vocabulary.from_text(filesystem.read_bytes(name), name))
+            lists.append(vocabulary.from_text(storage.read_bytes(name), name))
     return lists
 
 
 def _read_embeddings(uri: str) -> Vocabulary:
     try:
-        with filesystem.open_input(uri) as source:
+        with storage.open_input(uri) as source:
             table = pq.read_table(source)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"label.vocabulary = {uri}: is not a readable parquet file ({error})") from None
@@ -132,8 +133,6 @@ def word_embeddings(config: RunConfig, words: Candidates) -> np.ndarray:
             "label.vocabulary: some lists come with embeddings and some are read by the encoder: say with label.space "
             "(encoder or features) where both lie"
         )
-    from rayclust.language.naming import encode_words  # brings scipy
-
     rows = encode_words(load_run_encoder(config).encode_texts, missing, config.label.templates)
     if not words.has_row.any():
         return rows

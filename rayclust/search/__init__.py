@@ -1,1 +1,1 @@
-"""Nearest neighbours."""
+"""Nearest neighbours: exact, by inverted lists, and in an index."""

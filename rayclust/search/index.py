@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix
 from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.search.ivf import list_count
 from rayclust.search.knn import RunningTopK
 
 logger = logging.getLogger(__name__)
 
 Stream = Callable[[], Iterator[tuple[FloatArray, IntArray]]]
-"""Gives all rows in blocks, Float[B D] and their ids Int64[B], in the same order at every call."""
+"""Returns all rows in blocks, Float[B D] and their ids Int64[B], in the same order at every call."""
 
-_ROWS_PER_LIST = 39
-"""Fewest rows per inverted list; faiss asks for as many to train a list's centre."""
 _TRAINING_ROWS_PER_LIST = 64
 _RECALL_QUERIES = 1000
 
@@ -38,21 +37,21 @@ class VectorIndex:
 
     @property
     def count(self) -> int:
-        """Rows in the index."""
+        """Count the rows in the index."""
         return int(self.faiss_index.ntotal)
 
     @property
     def nlist(self) -> int:
-        """Inverted lists; 0 for flat."""
+        """Return the number of inverted lists; 0 for flat."""
         return int(getattr(self.faiss_index, "nlist", 0))
 
     @property
     def nprobe(self) -> int:
-        """Lists looked into for one query; 0 for flat."""
+        """Return the number of lists probed for one query; 0 for flat."""
         return int(getattr(self.faiss_index, "nprobe", 0))
 
     def search(self, vectors: FloatArray, top: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The rows with the greatest inner product with each vector.
+        """Return the rows with the greatest inner product with each vector.
 
         Args:
             vectors: Float[B D].
@@ -72,18 +71,12 @@ class VectorIndex:
         return ids, np.where(ids < 0, np.float32(-np.inf), similarity)
 
     def to_bytes(self) -> bytes:
-        """The index as the bytes of a faiss file."""
+        """Return the index as the bytes of a faiss file."""
         return bytes(faiss.serialize_index(self.faiss_index).tobytes())
-
-    def on_gpus(self) -> VectorIndex:
-        """A copy on all GPUs; the index itself where there is none or faiss was built without them."""
-        if _gpus() == 0:
-            return self
-        return VectorIndex(faiss.index_cpu_to_all_gpus(self.faiss_index), self.recall)
 
 
 def load_index(data: bytes) -> VectorIndex:
-    """An index from the bytes of a faiss file.
+    """Load an index from the bytes of a faiss file.
 
     Raises:
         ArtefactError: the bytes are not an index.
@@ -103,18 +96,18 @@ def build_index(
     k: int = 10,
     min_recall: float = 0.95,
 ) -> VectorIndex:
-    """Builds an index over all rows of a stream.
+    """Build an index over all rows of a stream.
 
-    An inverted file is built with 4·√N lists and opens as few of them per query as the wanted recall takes, measured on
-    up to 1000 of the rows against exact search. Rows are kept there as float16.
+    An inverted file has 4·√N lists and probes as few of them per query as the wanted recall needs, measured on up to
+    1000 of the rows against exact search. Rows are kept there as float16.
 
     Args:
         stream: all rows; read once for flat, three times for ivf.
         count: N.
-        kind: flat is exact and compares with all rows; ivf looks into a few lists.
+        kind: `flat` is exact and compares with all rows; `ivf` probes a few lists.
         seed: of the samples and of the lists' centres.
         k: neighbours on which the recall is measured.
-        min_recall: wanted recall@k, from 0 to 1. Where it is out of reach all lists are opened; see `recall`.
+        min_recall: wanted recall@k, from 0 to 1. If it is out of reach all lists are probed; see `recall`.
 
     Raises:
         DataError: the stream does not hold `count` rows, or holds none.
@@ -123,14 +116,41 @@ def build_index(
         first = next(iter(stream()), None)
         if first is None:
             raise DataError("index: there are no rows")
-        flat = VectorIndex(faiss.IndexIDMap2(faiss.IndexFlatIP(first[0].shape[1])), recall=1.0)
-        return _filled(flat, stream, count)
+        return _fill(VectorIndex(faiss.IndexIDMap2(faiss.IndexFlatIP(first[0].shape[1])), recall=1.0), stream, count)
+    # 1. Train the lists' centres on a sample.
     rng = np.random.default_rng(seed)
-    nlist = max(1, min(int(4 * count**0.5), count // _ROWS_PER_LIST))
+    nlist = list_count(count)
     training, _ = _rows_at(stream, _sample(rng, count, _TRAINING_ROWS_PER_LIST * nlist))
-    index = _filled(VectorIndex(_trained(training, nlist, seed)), stream, count)
-    _tune(index, stream, _sample(rng, count, _RECALL_QUERIES), min(k, count - 1), min_recall)
-    return index
+    width = training.shape[1]
+    ivf: Any = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(width), width, nlist, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    )
+    ivf.by_residual = False
+    ivf.cp.seed, ivf.cp.spherical, ivf.cp.min_points_per_centroid = seed, True, 1
+    if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus():
+        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(width))
+    ivf.train(training)
+    # 2. Add all rows.
+    index = _fill(VectorIndex(ivf), stream, count)
+    # 3. Probe the smallest power of two of lists, or all, that reaches the recall on a sample.
+    k = min(k, count - 1)
+    if k < 1:
+        index.recall = 1.0
+        return index
+    queries, query_ids = _rows_at(stream, _sample(rng, count, _RECALL_QUERIES))
+    exact = RunningTopK(torch.from_numpy(queries), torch.from_numpy(query_ids), k)
+    for block, ids in stream():
+        exact.update(torch.from_numpy(np.asarray(block, np.float32)), torch.from_numpy(np.asarray(ids, np.int64)))
+    truth, truth_similarity = (part.numpy() for part in exact.result())
+    nprobe = 1
+    while True:
+        index.faiss_index.nprobe = min(nprobe, index.nlist)
+        found = without_self(*index.search(queries, k + 1), query_ids)
+        index.recall = recall_at_k(*found, truth, truth_similarity)
+        logger.debug("nprobe %d of %d: recall@%d %.4f", index.nprobe, index.nlist, k, index.recall)
+        if index.recall >= min_recall or nprobe >= index.nlist:
+            return index
+        nprobe *= 2
 
 
 def recall_at_k(
@@ -140,7 +160,7 @@ def recall_at_k(
     truth_similarity: FloatArray,
     tolerance: float = 1e-6,
 ) -> float:
-    """Share of the true k nearest rows that a search found; a row that ties with the last of them is as good.
+    """Return the share of the true k nearest rows that a search found; a row that ties with the last is as good.
 
     Range 0 to 1, larger is better; k/N by chance. Not symmetric.
 
@@ -151,15 +171,15 @@ def recall_at_k(
         truth_similarity: Float[B k].
         tolerance: similarities as near as this tie.
     """
-    wanted = (truth >= 0).sum(axis=1)
+    expected = (truth >= 0).sum(axis=1)
     last = np.where(truth >= 0, truth_similarity, np.inf).min(axis=1, keepdims=True)
     hits = (found[:, :, None] == truth[:, None, :]).any(axis=2) | (found_similarity >= last - tolerance)
-    counted = np.minimum((hits & (found >= 0)).sum(axis=1), wanted)
-    return float(counted.sum() / max(wanted.sum(), 1))
+    counted = np.minimum((hits & (found >= 0)).sum(axis=1), expected)
+    return float(counted.sum() / max(expected.sum(), 1))
 
 
 def without_self(ids: IntArray, similarity: FloatArray, own: IntArray) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """What is found beside the query itself.
+    """Remove the query itself from its results.
 
     Args:
         ids: Int64[B k+1] found.
@@ -167,16 +187,12 @@ def without_self(ids: IntArray, similarity: FloatArray, own: IntArray) -> tuple[
         own: Int64[B], the queries' ids.
 
     Returns:
-        Int64[B k], Float32[B k]: without the own id, or without the last where the own id was not found.
+        Int64[B k], Float32[B k]: without the query's id, or without the last result where that was not found.
     """
     drop = ids == own[:, None]
     drop[~drop.any(axis=1), -1] = True
     shape = (len(ids), ids.shape[1] - 1)
     return ids[~drop].reshape(shape).astype(np.int64), similarity[~drop].reshape(shape).astype(np.float32)
-
-
-def _gpus() -> int:
-    return int(faiss.get_num_gpus()) if hasattr(faiss, "index_cpu_to_all_gpus") else 0
 
 
 def _sample(rng: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
@@ -189,55 +205,21 @@ def _sample(rng: np.random.Generator, count: int, size: int) -> NDArray[np.int64
 def _rows_at(stream: Stream, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Rows and their ids at sorted positions of the stream."""
     rows, ids, start = [], [], 0
-    for block, own in stream():
+    for block, block_ids in stream():
         low, high = np.searchsorted(positions, [start, start + len(block)])
-        some = positions[low:high] - start
-        rows.append(np.asarray(block[some], dtype=np.float32))
-        ids.append(np.asarray(own[some], dtype=np.int64))
+        chosen = positions[low:high] - start
+        rows.append(np.asarray(block[chosen], dtype=np.float32))
+        ids.append(np.asarray(block_ids[chosen], dtype=np.int64))
         start += len(block)
     if start <= int(positions.max(initial=-1)) or not rows:
         raise DataError(f"index: {start} rows came where more than {int(positions.max(initial=0))} were expected")
     return np.concatenate(rows), np.concatenate(ids)
 
 
-def _trained(training: NDArray[np.float32], nlist: int, seed: int) -> Any:
-    width = training.shape[1]
-    index: Any = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(width), width, nlist, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-    )
-    index.by_residual = False
-    index.cp.seed, index.cp.spherical, index.cp.min_points_per_centroid = seed, True, 1
-    if _gpus():
-        index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(width))
-    index.train(training)
-    return index
-
-
-def _filled(index: VectorIndex, stream: Stream, count: int) -> VectorIndex:
+def _fill(index: VectorIndex, stream: Stream, count: int) -> VectorIndex:
     for block, ids in stream():
         rows = np.ascontiguousarray(block, dtype=np.float32)
         index.faiss_index.add_with_ids(rows, np.ascontiguousarray(ids, dtype=np.int64))
     if index.count != count:
         raise DataError(f"index: {index.count} rows came where {count} were expected")
     return index
-
-
-def _tune(index: VectorIndex, stream: Stream, positions: NDArray[np.int64], k: int, min_recall: float) -> None:
-    """Sets the smallest power of two, or then all, of lists that reaches the recall."""
-    if k < 1:
-        index.recall = 1.0
-        return
-    queries, own = _rows_at(stream, positions)
-    exact = RunningTopK(torch.from_numpy(queries), torch.from_numpy(own), k)
-    for block, ids in stream():
-        exact.update(torch.from_numpy(np.asarray(block, np.float32)), torch.from_numpy(np.asarray(ids, np.int64)))
-    truth, truth_similarity = (part.numpy() for part in exact.result())
-    nprobe = 1
-    while True:
-        index.faiss_index.nprobe = min(nprobe, index.nlist)
-        found = without_self(*index.search(queries, k + 1), own)
-        index.recall = recall_at_k(*found, truth, truth_similarity)
-        logger.debug("nprobe %d of %d: recall@%d %.4f", index.nprobe, index.nlist, k, index.recall)
-        if index.recall >= min_recall or nprobe >= index.nlist:
-            return
-        nprobe *= 2

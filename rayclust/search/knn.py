@@ -1,29 +1,48 @@
-"""Exact nearest neighbours by inner product: blocks of the database with a running merge."""
+"""Exact nearest neighbours by inner product: blocks of the database with a running merge.
+
+`RunningTopK` and `top_k` compare large blocks, on any device. `TopKInt64` is for many small products on a CPU: a
+similarity and an id are one integer, so that a merge is one sort and ties need no care.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.errors import ConfigError, ShapeError
 
 _SCORES_ON_CPU, _SCORES_ON_GPU = 2**24, 2**28
 _QUERIES_AT_ONCE = 1024
-_NONE = -1
+_NO_ID = -1
+
+_ID_BITS = 37
+_MAX_IDS = 1 << _ID_BITS
+_STEPS = 2**24
+"""Steps of a similarity between 0 and 1: float32 has as many between one half and one."""
+_NO_KEY = torch.iinfo(torch.int64).min
+_KEYED_SCORES_AT_ONCE = 2**18
+"""Measured: at 2**21 a product took twice the time for each score, for it left the processor's cache."""
+_GROUP = 16
 
 
 class RunningTopK:
-    """The k nearest rows of a database that comes block by block, in any order.
+    """The k nearest rows of a database that is read block by block, in any order.
 
-    Greater similarity first; ties go to the smaller id. A query never finds the row of its own id, wherever that comes.
+    Greater similarity first; ties go to the smaller id. A query never finds the row of its own id.
     The result does not depend on how the database is cut, except that similarities which differ by less than a float32
     product's rounding may change places.
 
     Args:
         queries: Float[B D], unit rows for cosine.
-        query_ids: Int64[B], ids that are not to be found; None where queries are not rows of the database.
+        query_ids: Int64[B], excluded ids; None where queries are not rows of the database.
         k: how many, above 0.
+
+    Raises:
+        ConfigError: `k` is below 1.
+        ShapeError: `queries` is no matrix, or ids are not one per query.
     """
 
     def __init__(self, queries: Tensor, query_ids: Tensor | None, k: int) -> None:
@@ -38,7 +57,7 @@ class RunningTopK:
         self._ids = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
 
     def update(self, block: Tensor, ids: Tensor) -> None:
-        """Takes one block of the database.
+        """Compare the queries with one block of the database.
 
         Args:
             block: Float[B' D], on any device.
@@ -55,25 +74,44 @@ class RunningTopK:
         device = self._queries.device
         scores = _SCORES_ON_GPU if self._queries.is_cuda else _SCORES_ON_CPU
         size = max(self._k + 1, scores // len(self._queries))
-        for rows, own in zip(torch.split(block, size), torch.split(ids, size), strict=True):
+        for rows, row_ids in zip(torch.split(block, size), torch.split(ids, size), strict=True):
             if len(rows):
-                self._take(rows.to(device).float(), own.to(device))
+                self._merge(rows.to(device).float(), row_ids.to(device))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Int64[B k] ids and Float32[B k] similarities, nearest first; −1 and −inf after the last row seen."""
+        """Return Int64[B k] ids and Float32[B k] similarities, nearest first; −1 and −inf after the last row seen."""
         missing = self._k - self._ids.shape[1]
-        similarity = torch.nn.functional.pad(self._similarity, (0, missing), value=-torch.inf)
-        ids = torch.nn.functional.pad(self._ids, (0, missing), value=_NONE)
-        return ids.masked_fill(similarity == -torch.inf, _NONE), similarity
+        similarity = functional.pad(self._similarity, (0, missing), value=-torch.inf)
+        ids = functional.pad(self._ids, (0, missing), value=_NO_ID)
+        return ids.masked_fill(similarity == -torch.inf, _NO_ID), similarity
 
-    def _take(self, block: Tensor, ids: Tensor) -> None:
-        similarity = self._queries @ block.T
+    def _merge(self, block: Tensor, ids: Tensor) -> None:
+        k, similarity = self._k, self._queries @ block.T
+        # 1. A query does not find its own row.
         if self._own is not None:
-            _hide_own(similarity, self._own, ids)
-        best, found = _block_top(similarity, ids, self._k)
-        self._similarity, self._ids = _merged(
-            torch.cat([self._similarity, best], dim=1), torch.cat([self._ids, found], dim=1), self._k
-        )
+            ordered, order = ids.sort()
+            place = torch.searchsorted(ordered, self._own).clamp_(max=len(ids) - 1)
+            here = (ordered[place] == self._own).nonzero().squeeze(1)
+            similarity[here, order[place[here]]] = -torch.inf
+        # 2. The block's k greatest, with the smaller ids where a tie crosses the cut.
+        best, where = similarity.topk(min(k + 1, len(ids)), dim=1)
+        best_ids = ids[where]
+        if len(ids) > k:
+            # topk keeps any of the columns that tie at the cut: choose again where there is such a tie.
+            cut = best[:, k - 1 : k]
+            crossed = (best[:, k] == cut[:, 0]).nonzero().squeeze(1)
+            best, best_ids = best[:, :k], best_ids[:, :k]
+            for rows in torch.split(crossed, 64):
+                tied = torch.where(similarity[rows] == cut[rows], ids, torch.iinfo(torch.int64).max)
+                smallest = tied.topk(k, dim=1, largest=False)[0]
+                above = best[rows] > cut[rows]
+                place = torch.arange(k, device=ids.device) - above.sum(1, keepdim=True)
+                best_ids[rows] = torch.where(above, best_ids[rows], smallest.gather(1, place.clamp(min=0)))
+        # 3. Merge with the running result: sort by id, then stably by similarity.
+        best, best_ids = torch.cat([self._similarity, best], dim=1), torch.cat([self._ids, best_ids], dim=1)
+        best_ids, order = best_ids.sort(dim=1)
+        best, by_similarity = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+        self._similarity, self._ids = best[:, :k], best_ids.gather(1, by_similarity)[:, :k]
 
 
 def top_k(
@@ -85,13 +123,13 @@ def top_k(
     database_ids: Tensor | None = None,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k rows of the database with the greatest inner product with each query, exactly.
+    """Return the k rows of the database with the greatest inner product with each query, exactly.
 
     Args:
         queries: Float[B D], unit rows for cosine.
         database: Float[N D].
         k: how many; at most N, or N − 1 with `query_ids`.
-        query_ids: Int64[B], the queries' own ids in the database, which are not to be found; None looks at all rows.
+        query_ids: Int64[B], the queries' own ids in the database, which are excluded; None excludes nothing.
         database_ids: Int64[N], at least 0; None numbers the rows from 0.
         block: rows of the database compared at once; None fits the memory. Does not change the result.
 
@@ -99,7 +137,7 @@ def top_k(
         Int64[B k] ids, Float32[B k] similarities; greater similarity first, then smaller id.
 
     Raises:
-        ConfigError: `k` is below 1 or above what the database can give.
+        ConfigError: `k` is below 1 or above the number of rows that can be found.
         ShapeError: widths or numbers of ids differ.
     """
     require_matrix(database, "database", queries.shape[-1])
@@ -107,47 +145,96 @@ def top_k(
     if k > available:
         raise ConfigError(f"k = {k}: at most {available} of {len(database)} rows can be neighbours")
     ids = torch.arange(len(database)) if database_ids is None else database_ids
-    found = []
+    size = block or max(len(database), 1)
+    results = []
     for start in range(0, max(len(queries), 1), _QUERIES_AT_ONCE):
-        some = slice(start, start + _QUERIES_AT_ONCE)
-        best = RunningTopK(queries[some], None if query_ids is None else query_ids[some], k)
-        size = block or max(len(database), 1)
-        for rows, own in zip(torch.split(database, size), torch.split(ids, size), strict=True):
-            best.update(rows, own)
-        found.append(best.result())
-    return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+        span = slice(start, start + _QUERIES_AT_ONCE)
+        best = RunningTopK(queries[span], None if query_ids is None else query_ids[span], k)
+        for rows, row_ids in zip(torch.split(database, size), torch.split(ids, size), strict=True):
+            best.update(rows, row_ids)
+        results.append(best.result())
+    return torch.cat([part[0] for part in results]), torch.cat([part[1] for part in results])
 
 
-def _hide_own(similarity: Tensor, own: Tensor, ids: Tensor) -> None:
-    """Sets the similarity of each query to the row of its own id to −inf, in place."""
-    ordered, order = ids.sort()
-    place = torch.searchsorted(ordered, own).clamp_(max=len(ids) - 1)
-    here = (ordered[place] == own).nonzero().squeeze(1)
-    similarity[here, order[place[here]]] = -torch.inf
+class TopKInt64:
+    """The k nearest rows of each query, kept as int64 keys that order by similarity, then by smaller id.
+
+    As `RunningTopK`, for many small products: each update compares some of the queries with some rows, and one
+    comparison with a query's k-th best discards most of them. Similarities are kept in steps of 2⁻²⁴, what float32
+    resolves below 1.
+
+    Args:
+        queries: number of queries.
+        k: how many, above 0.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k = k
+        self.keys = torch.full((queries, k), _NO_KEY, dtype=torch.int64)
+        """Int64[Q k], nearest first; see `unpack_keys`."""
+
+    def update(self, places: Tensor, queries: Tensor, own: Tensor, rows: Tensor, ids: Tensor) -> None:
+        """Compare some queries with some rows, each pair once.
+
+        Args:
+            places: Int64[q], which queries, each at most once.
+            queries: Float32[q D], unit or zero rows, up to rounding.
+            own: Int64[q], excluded ids.
+            rows: Float32[m D], unit or zero rows, up to rounding.
+            ids: Int64[m], from 0 to 2³⁷ − 1.
+        """
+        if len(rows) == 0:
+            return
+        lowest = int(ids.min())
+        size = max(16, _KEYED_SCORES_AT_ONCE // len(rows))
+        for start in range(0, len(places), size):
+            span = slice(start, start + size)
+            kept = self.keys[places[span]]
+            scores = queries[span] @ rows.T
+            # 1. Rows that may enter, as a sparse list: place among the queries, in order, and key.
+            may_enter = scores >= self._floor(scores, kept[:, -1], lowest)[:, None]
+            flat = torch.from_numpy(np.flatnonzero(may_enter.numpy()))
+            if not len(flat):
+                continue
+            row = flat // scores.shape[1]
+            near = ids[flat - row * scores.shape[1]]
+            key = pack_keys(scores.view(-1)[flat], near).masked_fill_(near == own[span][row], _NO_KEY)
+            # 2. Pad the list to a matrix and keep the k greatest keys.
+            counts = torch.bincount(row, minlength=len(kept))
+            column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+            entered = kept.new_full((len(kept), int(counts.max())), _NO_KEY)
+            entered[row, column] = key
+            self.keys[places[span]] = torch.cat([kept, entered], dim=1).topk(self.k, dim=1)[0]
+
+    def _floor(self, scores: Tensor, last: Tensor, lowest: int) -> Tensor:
+        """Float32[q]: the least similarity with which a row may enter."""
+        ids, similarity = unpack_keys(last)
+        # A row that ties with the last enters if its id is smaller, which is known for the whole block at once mostly.
+        floor = similarity + torch.where(ids < lowest, 0.5, -0.5) / _STEPS
+        if bool((last == _NO_KEY).any()):
+            # Of the maxima of groups, one more than k (the query may be among them) are at least as large as this.
+            group = min(_GROUP, scores.shape[1] // (2 * (self.k + 1)))
+            if group > 1:
+                whole = scores.shape[1] // group * group
+                maxima = scores[:, :whole].reshape(len(scores), group, -1).amax(1)
+                floor = torch.maximum(floor, maxima.topk(self.k + 1, dim=1)[0][:, -1] - 0.5 / _STEPS)
+        return floor
 
 
-def _block_top(similarity: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest of each row, Float[B k], and their ids; where ties cross the cut, the smaller ids stay."""
-    values, where = similarity.topk(min(k + 1, len(ids)), dim=1)
-    found = ids[where]
-    if len(ids) <= k:
-        return values, found
-    # topk keeps any of the columns that tie at the cut: choose again where there is such a tie.
-    cut = values[:, k - 1 : k]
-    crossed = (values[:, k] == cut[:, 0]).nonzero().squeeze(1)
-    values, found = values[:, :k], found[:, :k]
-    for rows in torch.split(crossed, 64):
-        tied = torch.where(similarity[rows] == cut[rows], ids, torch.iinfo(torch.int64).max)
-        smallest = tied.topk(k, dim=1, largest=False)[0]
-        above = values[rows] > cut[rows]
-        place = torch.arange(k, device=ids.device) - above.sum(1, keepdim=True)
-        found[rows] = torch.where(above, found[rows], smallest.gather(1, place.clamp(min=0)))
-    return values, found
+def pack_keys(similarity: Tensor, ids: Tensor) -> Tensor:
+    """Return Int64[...] keys that order by similarity, then by smaller id.
+
+    Args:
+        similarity: Float[...], from −1.5 to 1.5, as the products of rounded unit rows may pass 1.
+        ids: Int64[...], from 0 to 2³⁷ − 1.
+    """
+    steps = (similarity.clamp(-1.5, 1.5) * _STEPS).round().long()
+    return steps * _MAX_IDS + (_MAX_IDS - 1 - ids)
 
 
-def _merged(similarity: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k of each row by greater similarity, then by smaller id."""
-    ids, order = ids.sort(dim=1)
-    similarity = similarity.gather(1, order)
-    similarity, order = similarity.sort(dim=1, descending=True, stable=True)
-    return similarity[:, :k], ids.gather(1, order)[:, :k]
+def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Int64[...] ids and Float32[...] similarities of Int64[...] keys; −1 and −inf for an empty key."""
+    steps = keys >> _ID_BITS
+    ids = _MAX_IDS - 1 - (keys - (steps << _ID_BITS))
+    missing = keys == _NO_KEY
+    return ids.masked_fill(missing, _NO_ID), (steps.float() / _STEPS).masked_fill(missing, -torch.inf)

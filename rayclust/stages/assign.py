@@ -1,4 +1,4 @@
-"""assign: the cluster of every row, with the probability that the method gives it."""
+"""Stage `assign`: the cluster of every row, with the probability that the method gives it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rayclust.clustering import hierarchy
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
-from rayclust.methods.base import Method
+from rayclust.methods.base import Method, Prototypes
 from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
@@ -20,12 +20,12 @@ from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
-from rayclust.store.layout import Run
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
 
 def run(context: StageContext) -> StageResult:
-    """Assigns part by part."""
+    """Assign part by part."""
     encode = context.inputs["encode"]
     transform = transform_of(encode, context.config.features)
     model = content_digest(context.inputs["train"])
@@ -48,7 +48,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def _levels(context: StageContext, model: str) -> dict[int, np.ndarray]:
-    """Int32[K] by number of clusters: where each cluster lies in each coarser level."""
+    """Return Int32[K] by number of clusters: each cluster's parent in each coarser level."""
     clusters = context.config.method.clusters
     sizes = [size for place, size in enumerate(context.config.assign.levels) if place or size != clusters]
     if not sizes:
@@ -58,27 +58,26 @@ def _levels(context: StageContext, model: str) -> dict[int, np.ndarray]:
 
 
 def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.ndarray]:
-    """Levels above the clusters of a fitted method; see `clustering.hierarchy.nest`.
+    """Return the levels above the clusters of a fitted method; see `clustering.hierarchy.nest`.
 
     Raises:
         ConfigError: the sizes do not fall, or the method's clusters have no prototypes.
     """
     method = load_method(uri, model)
-    prototypes = method.prototypes()
-    if prototypes is None:
+    if not isinstance(method, Prototypes):
         raise ConfigError(f"assign.levels = {sizes}: {method.config.name} has no prototypes, remove the levels")
-    levels = hierarchy.nest(prototypes, sizes, seed)
+    levels = hierarchy.nest(method.prototypes(), sizes, seed)
     return {size: level.numpy().astype(np.int32) for size, level in zip(sizes, levels, strict=True)}
 
 
 class _Assignment:
-    """What a unit's worker needs to know."""
+    """Assigns one part in a worker."""
 
     def __init__(self, run: Run, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray]) -> None:
         self._run, self._transform, self._model, self._levels = run, transform, model, levels
 
     def assign(self, unit: Task) -> TaskResult:
-        """Writes the assignments of one part."""
+        """Write the assignments of one part."""
         torch.set_num_threads(1)
         method = load_method(self._run.uri, self._model)
         table = tables.read_table(self._run.embeddings(unit.index), ["row", "key", "embedding"])
@@ -93,7 +92,7 @@ class _Assignment:
 
 
 def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The most probable cluster of each row and its probability.
+    """Return the most probable cluster of each row and its probability.
 
     Args:
         method: fitted.
@@ -105,7 +104,7 @@ def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if not len(features):
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
     with torch.inference_mode():
-        probability, cluster = method.assign(torch.from_numpy(features)).max(dim=1)
+        probability, cluster = method.predict_proba(torch.from_numpy(features)).max(dim=1)
     return cluster.numpy().astype(np.int32), probability.float().numpy()
 
 

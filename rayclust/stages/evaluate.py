@@ -1,4 +1,4 @@
-"""evaluate: how good the partition is, against labels where there are any and by itself."""
+"""Stage `evaluate`: metrics of the partition, against labels where there are any and without."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
+from rayclust.methods.base import Membership
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
 from rayclust.runtime.rows import features_at, row_starts, transform_of
 from rayclust.store import tables
-from rayclust.store.layout import Run
+from rayclust.store.run import Run
 
 MEMBERSHIP_ROWS = 1000
 """Rows of the seeded sample on which a method's Π is measured."""
 EDGE = 0.1
-"""Entries of Π, n × n, count as not zero above this share of an even Π's 1/n: no entry of a softmax is 0 itself."""
+"""Entries of Π, n × n, count as non-zero above this share of 1/n, the value of a uniform Π."""
 
 
 def run(context: StageContext) -> StageResult:
-    """Scores the run in one worker: two whole numbers a row are all it holds of N."""
+    """Score the run in one worker, which holds two integers per row."""
     encode = context.inputs["encode"]
     starts = row_starts(encode)
     transform = transform_of(encode, context.config.features)
@@ -47,7 +48,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def contingency_uri(run: Run) -> str:
-    """The table of how many images of which class are in which cluster; only where labels exist."""
+    """Return the URI of the contingency table of classes and clusters; it exists only where labels do."""
     return run.at("evaluation", "contingency.parquet")
 
 
@@ -76,32 +77,33 @@ def _score(run: Run, starts: list[int], transform: FeatureTransform, config: Run
 def _membership(
     run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, model: str
 ) -> dict[str, float]:
-    """What the Π of a sample of rows says, for methods that have one; of labelled rows where there are classes."""
-    from rayclust.metrics import affinity
+    """Measure the membership Π of a sample of rows (labelled ones where there are), for methods that have one."""
+    from rayclust.metrics import geometry
 
     torch.set_num_threads(1)
+    method = load_method(run.uri, model)
+    if not isinstance(method, Membership):
+        return {}
     _, codes, classes = _columns(run, starts)
     is_labelled = len(classes) > 1
     known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
     count = min(MEMBERSHIP_ROWS, len(known))
     rows = np.sort(np.random.default_rng(config.seed).choice(known, count, replace=False))
     with torch.inference_mode():
-        found = load_method(run.uri, model).membership(torch.from_numpy(features_at(run, starts, transform, rows)))
-    if found is None:
-        return {}
+        found = method.membership(torch.from_numpy(features_at(run, starts, transform, rows)))
     matrix, least = found.double().numpy(), EDGE / count
     measured = {
-        "membership_nonzeros": affinity.nonzeros(matrix, least),
-        "membership_components": float(affinity.components(matrix, least)),
+        "membership_nonzeros": geometry.nonzeros(matrix, least),
+        "membership_components": float(geometry.components(matrix, least)),
     }
     if is_labelled:
-        measured["membership_detection_error"] = affinity.detection_error(matrix, codes[rows])
-        measured["membership_wrong_edges"] = affinity.wrong_edges(matrix, codes[rows], least)
+        measured["membership_detection_error"] = geometry.detection_error(matrix, codes[rows])
+        measured["membership_wrong_edges"] = geometry.wrong_edges(matrix, codes[rows], least)
     return measured
 
 
 def _levels(run: Run, starts: list[int], levels: list[int]) -> list[dict[str, Any]]:
-    """Scores of the coarser levels, finest first."""
+    """Score the coarser levels, finest first."""
     found = []
     for size in levels:
         clusters, codes, classes = _columns(run, starts, tables.level_column(size))
@@ -116,8 +118,8 @@ def _levels(run: Run, starts: list[int], levels: list[int]) -> list[dict[str, An
 def _linear_probe(
     run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, codes: np.ndarray
 ) -> dict[str, float]:
-    """Accuracy on the second half of a sample of the labelled rows, after training on the first; where asked for."""
-    from rayclust.metrics.linear_probe import linear_probe_accuracy
+    """Train a linear probe on half of a sample of the labelled rows and return its accuracy on the other half."""
+    from rayclust.metrics.probes import linear_probe_accuracy
 
     known = np.flatnonzero(codes >= 0)
     wanted = min(config.evaluate.linear_probe_rows, len(known))
@@ -132,12 +134,12 @@ def _linear_probe(
 
 
 def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    from rayclust.metrics import external, overclustering
+    from rayclust.metrics import external
 
     overclustered = len(np.unique(clusters)) > len(np.unique(codes))
     mapped = {
-        "accuracy_held_out": overclustering.halves_accuracy(codes, clusters),
-        "accuracy_in_sample": overclustering.in_sample_accuracy(codes, clusters),
+        "accuracy_held_out": external.halves_accuracy(codes, clusters),
+        "accuracy_in_sample": external.in_sample_accuracy(codes, clusters),
     }
     return (mapped if overclustered else {}) | {
         "accuracy": external.accuracy(codes, clusters),
@@ -149,13 +151,13 @@ def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]
 
 
 def _contingency(codes: np.ndarray, clusters: np.ndarray, classes: list[str]) -> pa.Table:
-    """The cells that are not empty, by class and cluster."""
+    """Return the cells that are not empty, by class and cluster."""
     pairs, counts = np.unique(np.stack([codes, clusters]), axis=1, return_counts=True)
     return pa.table({"label": [classes[code] for code in pairs[0]], "cluster": pairs[1], "count": counts})
 
 
 def _columns(run: Run, starts: list[int], column: str = "cluster") -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Int32[N] clusters, Int32[N] label codes (−1 without a label), and the labels in order of their codes."""
+    """Return Int32[N] clusters, Int32[N] label codes (−1 without a label), and the labels in order of their codes."""
     clusters = np.empty(starts[-1], np.int32)
     codes = np.full(starts[-1], -1, np.int32)
     known: dict[str, int] = {}
@@ -173,7 +175,7 @@ def _columns(run: Run, starts: list[int], column: str = "cluster") -> tuple[np.n
 
 
 def _probe(run: Run, starts: list[int], codes: np.ndarray, neighbors: int) -> float:
-    """Leave-one-out accuracy of the k-NN vote over all rows, part by part."""
+    """Return the leave-one-out accuracy of the k-NN vote over all rows, part by part."""
     from rayclust.metrics import external
 
     right = 0.0

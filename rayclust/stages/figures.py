@@ -1,29 +1,58 @@
-"""figures: the numbers behind the figures of a run, on seeded samples of its rows; the report draws them."""
+"""figures: the numbers behind a run's figures, on seeded samples of its rows, and the figures drawn from them.
+
+The stage measures; the report and `rayclust figures` draw, with the names that the clusters have by then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import torch
+from numpy.typing import NDArray
 
+from rayclust.arrays import FloatArray, require_matrix
 from rayclust.config import RunConfig
-from rayclust.estimators import KMeans
 from rayclust.features import FeatureTransform
-from rayclust.methods.base import Method
-from rayclust.metrics.affinity import absolute_gram, kernel_membership, neighbor_precision, similar_order
-from rayclust.metrics.spectra import directions, singular_values
-from rayclust.report.projection import planar_map
+from rayclust.methods.base import Membership, Transform
+from rayclust.metrics.geometry import (
+    absolute_gram,
+    directions,
+    kernel_membership,
+    neighbor_precision,
+    quantiles,
+    similar_order,
+    singular_values,
+)
+from rayclust.metrics.selection import CRITERIA
+from rayclust.report import charts, svg
+from rayclust.report.formats import count, percent
+from rayclust.report.model import Drawing
 from rayclust.runtime.artefacts import Outputs, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
+from rayclust.runtime.pipeline import (
+    SELECT_K,
+    Manifests,
+    Stage,
+    StageContext,
+    StageResult,
+    content_digest,
+    run_stage,
+    settings_of,
+)
 from rayclust.runtime.rows import features_at, labels_at, row_starts, transform_of
-from rayclust.store import tables
-from rayclust.store.layout import Run
+from rayclust.runtime.vocabularies import cluster_names
+from rayclust.store import storage, tables
+from rayclust.store.manifest import read_json_output
+from rayclust.store.run import Run
 
 MAP_ROWS = 3000
 """Rows of the map and of the spectrum of all rows."""
@@ -36,23 +65,47 @@ CLUSTER_ROWS = 200
 KERNEL_TEMPERATURE = 0.1
 """Of the softmax that stands for Π where a method has none."""
 PRECISION_AT = 10
+FEW = 8
+"""Up to so many rows are mapped by their principal components: too few to have neighbourhoods."""
 
 FEATURES, OWN = "features", "z"
 """The spaces: what methods see of the encoder's rows, and the method's own."""
+_TITLES = {FEATURES: "encoder features", OWN: "z"}
+_TABLES = ("map.parquet", "heat.parquet", "spectra.parquet")
+_MEASURED = {
+    "coding_length": "Coding length, nats per image",
+    "silhouette": "Silhouette",
+    "calinski_harabasz": "Calinski–Harabasz",
+    "davies_bouldin": "Davies–Bouldin",
+    "neighbor_agreement": "Neighbour agreement",
+    "modularity": "Modularity",
+    "map_equation": "Map equation",
+    "stability": "Stability over seeds",
+}
+"""Criteria of `selection.json` that are drawn, in order; sizes are left to the file."""
 
 
-def run(context: StageContext) -> StageResult:
-    """Measures in one worker; two whole numbers a row are all it holds of N, besides the samples."""
-    encode, config = context.inputs["encode"], context.config
-    model = content_digest(context.inputs["train"])
-    job = _Job(context.run, config, row_starts(encode), transform_of(encode, config.features), model)
-    outputs, summary = run_remotely(_measure, job)
-    return StageResult(outputs, {"rows": summary["rows"]}, {}, f"of {summary['rows']:,} rows")
+@dataclass(frozen=True)
+class Sample:
+    """The rows that are measured.
+
+    Attributes:
+        spread: Int64[m], sorted: evenly from all rows.
+        members: cluster → Int64[m], sorted: rows of the clusters drawn.
+    """
+
+    spread: np.ndarray
+    members: dict[int, np.ndarray]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """All of them, sorted, each once."""
+        return np.unique(np.concatenate([self.spread, *self.members.values()]))
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the worker needs to know."""
+    """The arguments of the worker."""
 
     run: Run
     config: RunConfig
@@ -61,23 +114,22 @@ class _Job:
     model: str
 
 
-@dataclass(frozen=True)
-class Lot:
-    """The rows that were drawn."""
-
-    spread: np.ndarray
-    """Int64[m], sorted: evenly from all rows."""
-    members: dict[int, np.ndarray]
-    """Cluster → Int64[m], sorted: rows of the clusters drawn."""
-
-    @property
-    def rows(self) -> np.ndarray:
-        """All of them, sorted, each once."""
-        return np.unique(np.concatenate([self.spread, *self.members.values()]))
+def run(context: StageContext) -> StageResult:
+    """Measure in one worker, which holds two whole numbers a row of N, besides the samples."""
+    encode, config = context.inputs["encode"], context.config
+    model = content_digest(context.inputs["train"])
+    job = _Job(context.run, config, row_starts(encode), transform_of(encode, config.features), model)
+    outputs, summary = run_remotely(_measure, job)
+    return StageResult(outputs, {"rows": summary["rows"]}, {}, f"of {summary['rows']:,} rows")
 
 
-def draw(clusters: np.ndarray, seed: int) -> Lot:
-    """Draws rows, and of many clusters some.
+def numbers(run: Run, name: str) -> str:
+    """Return the URI of `map.parquet`, `heat.parquet`, `spectra.parquet` or `summary.json`."""
+    return run.at("figures", name)
+
+
+def sample(clusters: np.ndarray, seed: int) -> Sample:
+    """Draw rows, and of many clusters some.
 
     Args:
         clusters: Int[N].
@@ -86,109 +138,134 @@ def draw(clusters: np.ndarray, seed: int) -> Lot:
     rng = np.random.default_rng(seed)
     spread = np.sort(rng.choice(len(clusters), min(MAP_ROWS, len(clusters)), replace=False))
     occupied = np.unique(clusters)
-    some = np.sort(rng.choice(occupied, min(CLUSTERS, len(occupied)), replace=False))
     members = {}
-    for cluster in some.tolist():
-        own = np.flatnonzero(clusters == cluster)
-        members[cluster] = np.sort(rng.choice(own, min(CLUSTER_ROWS, len(own)), replace=False))
-    return Lot(spread, members)
+    for cluster in np.sort(rng.choice(occupied, min(CLUSTERS, len(occupied)), replace=False)).tolist():
+        rows = np.flatnonzero(clusters == cluster)
+        members[cluster] = np.sort(rng.choice(rows, min(CLUSTER_ROWS, len(rows)), replace=False))
+    return Sample(spread, members)
+
+
+def planar_map(x: FloatArray, seed: int = 0) -> NDArray[np.float32]:
+    """Return rows on a plane so that neighbours stay neighbours: t-SNE of up to 50 principal components.
+
+    It starts from the first two components and computes on one thread, so that equal rows and seeds give equal maps on
+    equal machines. Distances between far groups mean little.
+
+    Args:
+        x: Float[N D]; thousands of rows, not more.
+        seed: of what is random.
+
+    Returns:
+        Float32[N 2] within [−1, 1], centred, both axes to one scale.
+
+    Source: van der Maaten and Hinton 2008, by the Barnes-Hut form of scikit-learn.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    require_matrix(x, "x")
+    rows = np.asarray(x, dtype=np.float64)
+    if len(rows) < 2:
+        return np.zeros((len(rows), 2), np.float32)
+    components = min(50, *rows.shape)
+    differ = bool(np.ptp(rows, axis=0).any())
+    with threadpool_limits(1):
+        # 1. Principal components.
+        solver = "covariance_eigh" if rows.shape[1] <= 4 * len(rows) else "full"
+        pca = PCA(components, svd_solver=solver)
+        rows = np.asarray(pca.fit_transform(rows)) if differ else np.zeros((len(rows), components))
+        # 2. t-SNE from the first two, as small as the authors' start.
+        if len(rows) > FEW and components > 1 and np.ptp(rows, axis=0).any():
+            start = rows[:, :2] / (rows[:, 0].std() or 1.0) * 1e-4
+            settings = {"perplexity": min(30.0, (len(rows) - 1) / 3), "max_iter": 750, "n_jobs": 1}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of rows that are equal
+                rows = np.asarray(TSNE(2, init=start, random_state=seed, **settings).fit_transform(rows), np.float64)
+    # 3. Centre, and scale both axes alike.
+    rows = np.pad(rows, ((0, 0), (0, max(0, 2 - rows.shape[1]))))[:, :2]
+    rows = rows - (rows.min(axis=0) + rows.max(axis=0)) / 2
+    return np.asarray(rows / (np.abs(rows).max() or 1.0), dtype=np.float32)
 
 
 def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
     torch.set_num_threads(1)
-    clusters = _clusters(job)
-    lot = draw(clusters, job.config.seed)
-    rows = lot.rows
-    features = features_at(job.run, job.starts, job.transform, rows)
-    method = load_method(job.run.uri, job.model)
+    run, seed = job.run, job.config.seed
+    clusters = np.empty(job.starts[-1], np.int32)
+    for part, start in enumerate(job.starts[:-1]):
+        clusters[start : job.starts[part + 1]] = tables.read_table(run.assignments(part), ["cluster"])["cluster"]
+    # 1. Draw rows, and give them in every space; from here on `spread` and `members` are places among them.
+    drawn = sample(clusters, seed)
+    rows = drawn.rows
+    features = features_at(run, job.starts, job.transform, rows)
+    method = load_method(run.uri, job.model)
     spaces = {FEATURES: features}
-    if method.own_space is not None:
+    if isinstance(method, Transform):
         spaces[OWN] = transform_rows(method, features)
-    at = {int(row): place for place, row in enumerate(rows)}
-    spread = np.array([at[row] for row in lot.spread.tolist()])
-    members = {k: np.array([at[row] for row in own.tolist()]) for k, own in lot.members.items()}
-    groups = _heat_groups(spaces[list(spaces)[-1]], members)
-    heat, membership = _heat(spaces, groups, method, rows)
-    places = planar_map(spaces[list(spaces)[-1]][spread], job.config.seed)
-    columns = {"row": lot.spread, "cluster": clusters[lot.spread], "x": places[:, 0], "y": places[:, 1]}
-    spectra = _spectra(spaces, spread, members, job.config.method.clusters, job.config.seed)
+    last = spaces[list(spaces)[-1]]
+    spread = np.searchsorted(rows, drawn.spread)
+    members = {k: np.searchsorted(rows, own) for k, own in drawn.members.items()}
+    # 2. Heat-maps: clusters in an order in which alike ones are side by side, each with its share of the rows.
+    keys, total = list(members), sum(map(len, members.values()))
+    order = similar_order(np.stack([last[members[k]].mean(axis=0) for k in keys]))
+    shares = {k: max(2, round(HEAT_ROWS * len(members[k]) / max(total, HEAT_ROWS))) for k in keys}
+    groups = {keys[i]: members[keys[i]][: shares[keys[i]]] for i in order}
+    places = np.concatenate(list(groups.values()))
+    with torch.inference_mode():
+        codes = method.membership(torch.from_numpy(features[places])) if isinstance(method, Membership) else None
+    kernel = kernel_membership(features[places], KERNEL_TEMPERATURE)
+    heat: dict[str, Any] = {
+        "row": rows[places],
+        "cluster": np.concatenate([np.full(len(own), k, np.int32) for k, own in groups.items()]),
+    }
+    matrices = {name: absolute_gram(x[places]) for name, x in spaces.items()}
+    matrices["membership"] = kernel if codes is None else codes.double().numpy()
+    heat |= {name: tables.fixed_list(matrix.astype(np.float16)) for name, matrix in matrices.items()}
+    # 3. The map, with the share of neighbours in it that have a row's own class.
+    flat = planar_map(last[spread], seed)
+    dots = {"row": drawn.spread, "cluster": clusters[drawn.spread], "x": flat[:, 0], "y": flat[:, 1]}
+    labels = labels_at(run, job.starts, drawn.spread)
+    known = np.array([label is not None for label in labels])
+    precision = {}
+    if known.sum() > 1:
+        classes = np.unique(np.array([label or "" for label in labels])[known], return_inverse=True)[1]
+        precision = {name: neighbor_precision(x[spread[known]], classes, PRECISION_AT) for name, x in spaces.items()}
     summary = {
         "rows": len(rows),
         "spaces": list(spaces),
-        "membership": membership,
+        "membership": "kernel" if codes is None else "codes",
         "clusters": len(np.unique(clusters)),
-        "precision": _precision(job, spaces, lot.spread, spread),
+        "precision": precision,
         "directions": {name: directions(singular_values(x[spread])) for name, x in spaces.items()},
     }
-    found = {"map": pa.table(columns), "heat": heat, "spectra": spectra}
-    outputs: Outputs = put_json(job.run, numbers(job.run, "summary.json"), summary)
-    for name, table in found.items():
-        outputs |= put_table(job.run, numbers(job.run, f"{name}.parquet"), table)
+    lines = _spectra(spaces, spread, members, job.config.method.clusters, seed)
+    outputs: Outputs = put_json(run, numbers(run, "summary.json"), summary)
+    for name, table in zip(_TABLES, (pa.table(dots), pa.table(heat), lines), strict=True):
+        outputs |= put_table(run, numbers(run, name), table)
     return outputs, summary
-
-
-def numbers(run: Run, name: str) -> str:
-    """Where numbers behind figures lie: `map.parquet`, `heat.parquet`, `spectra.parquet`, `summary.json`."""
-    return run.at("figures", name)
-
-
-def _clusters(job: _Job) -> np.ndarray:
-    """Int32[N]."""
-    clusters = np.empty(job.starts[-1], np.int32)
-    for part, start in enumerate(job.starts[:-1]):
-        clusters[start : job.starts[part + 1]] = tables.read_table(job.run.assignments(part), ["cluster"])["cluster"]
-    return clusters
-
-
-def _heat_groups(x: np.ndarray, members: dict[int, np.ndarray]) -> list[tuple[int, np.ndarray]]:
-    """Clusters in an order in which alike ones are side by side, each with its share of the rows, at least two."""
-    total = sum(map(len, members.values()))
-    keys = list(members)
-    order = similar_order(np.stack([x[members[k]].mean(axis=0) for k in keys]))
-    shares = {k: max(2, round(HEAT_ROWS * len(members[k]) / max(total, HEAT_ROWS))) for k in keys}
-    return [(keys[i], members[keys[i]][: shares[keys[i]]]) for i in order]
-
-
-def _heat(
-    spaces: dict[str, np.ndarray], groups: Sequence[tuple[int, np.ndarray]], method: Method, rows: np.ndarray
-) -> tuple[pa.Table, str]:
-    """The matrices of the heat-maps as a table of rows, and where Π comes from: the method's `codes` or a `kernel`."""
-    places = np.concatenate([own for _, own in groups])
-    columns: dict[str, Any] = {
-        "row": rows[places],
-        "cluster": np.concatenate([np.full(len(own), k, np.int32) for k, own in groups]),
-    }
-    for name, x in spaces.items():
-        columns[name] = _halves(absolute_gram(x[places]))
-    with torch.inference_mode():
-        found = method.membership(torch.from_numpy(spaces[FEATURES][places]))
-    kernel = kernel_membership(spaces[FEATURES][places], KERNEL_TEMPERATURE)
-    columns["membership"] = _halves(kernel if found is None else found.double().numpy())
-    return pa.table(columns), "kernel" if found is None else "codes"
-
-
-def _halves(matrix: np.ndarray) -> pa.Array:
-    return tables.fixed_list(matrix.astype(np.float16))
 
 
 def _spectra(
     spaces: dict[str, np.ndarray], spread: np.ndarray, members: dict[int, np.ndarray], count: int, seed: int
 ) -> pa.Table:
-    """Singular values of all rows drawn and of each cluster drawn: space, membership, cluster (null: all), values."""
-    lines: list[dict[str, Any]] = []
+    """Return singular values of all rows and of each cluster: space, membership, cluster (null: all), values."""
+    from rayclust.estimators import KMeans
 
-    def add(space: str, membership: str, groups: dict[int, np.ndarray]) -> None:
-        for cluster, own in groups.items():
-            values = singular_values(spaces[space][own]).astype(np.float32)
-            lines.append({"space": space, "membership": membership, "cluster": cluster, "values": values})
-
-    for space, x in spaces.items():
-        values = singular_values(x[spread]).astype(np.float32)
-        lines.append({"space": space, "membership": None, "cluster": None, "values": values})
-        add(space, "own", members)
+    wanted: list[tuple[str, str | None, int | None, np.ndarray]] = []
+    for space in spaces:
+        wanted.append((space, None, None, spread))
+        wanted += [(space, "own", cluster, own) for cluster, own in members.items()]
     if OWN in spaces and 2 <= count <= len(spread) // 20:
         # The paper compares the method's clusters of z with what k-means makes of the encoder's rows.
-        add(FEATURES, "kmeans", dict(_kmeans_members(spaces[FEATURES], spread, count, seed)))
+        labels = KMeans(n_clusters=count, random_state=seed).fit_predict(spaces[FEATURES][spread])
+        for cluster in np.unique(labels)[:CLUSTERS].tolist():
+            wanted.append((FEATURES, "kmeans", cluster, spread[labels == cluster][:CLUSTER_ROWS]))
+    columns = {
+        "space": pa.array([space for space, *_ in wanted], pa.string()),
+        "membership": pa.array([membership for _, membership, *_ in wanted], pa.string()),
+        "cluster": pa.array([cluster for *_, cluster, _ in wanted], pa.int32()),
+        "values": pa.array([singular_values(spaces[space][own]).astype(np.float32) for space, *_, own in wanted]),
+    }
     schema = pa.schema(
         [
             pa.field("space", pa.string(), nullable=False),
@@ -197,23 +274,161 @@ def _spectra(
             pa.field("values", pa.list_(pa.field("element", pa.float32())), nullable=False),
         ]
     )
-    return pa.Table.from_pylist(lines, schema=schema)
+    return pa.table(columns).cast(schema)
 
 
-def _kmeans_members(x: np.ndarray, spread: np.ndarray, count: int, seed: int) -> Iterator[tuple[int, np.ndarray]]:
-    labels = KMeans(n_clusters=count, random_state=seed).fit_predict(x[spread])
-    for cluster in np.unique(labels)[:CLUSTERS].tolist():
-        yield cluster, spread[labels == cluster][:CLUSTER_ROWS]
+def export(config: RunConfig, out: str | None) -> list[str]:
+    """Write the figures of a run as SVG files with the numbers behind them, after the stage figures where needed.
+
+    Args:
+        config: the run's.
+        out: folder or URI; None takes the run's own `figures/`.
+
+    Returns:
+        URIs of the files.
+    """
+    if Manifests(config).of("figures") is None:  # else nobody's lease is needed: reading is free
+        run_stage("figures", config)
+    run, seals = Run(config.run), Manifests(config)
+    chosen = seals.of(SELECT_K) if config.needs_selection else None
+    selection = read_json_output(run, SELECT_K, run.selection) if chosen is not None else None
+    folder = numbers(run, "") if out is None else storage.absolute(out)
+    files = {f"{drawn.key}.svg": svg.standalone(drawn.svg, drawn.text).encode() for drawn in drawings(run, selection)}
+    for name in _TABLES if out is not None else ():
+        files[name] = storage.read_bytes(numbers(run, name))
+    listed = {"map.csv": tables.read_table(numbers(run, "map.parquet"))}
+    if selection is not None:
+        listed["selection.csv"] = pa.Table.from_pylist(selection["candidates"])
+    for name, table in listed.items():
+        flat = [column for column in table.column_names if not pa.types.is_nested(table.schema.field(column).type)]
+        buffer = io.BytesIO()
+        pyarrow.csv.write_csv(table.select(flat), buffer)
+        files[name] = buffer.getvalue()
+    for name, data in files.items():
+        storage.write_bytes(storage.join(folder, name), data)
+    return [storage.join(folder, name) for name in files]
 
 
-def _precision(job: _Job, spaces: dict[str, np.ndarray], rows: np.ndarray, places: np.ndarray) -> dict[str, float]:
-    """Precision@10 within the rows drawn from all, by space; nothing without labels."""
-    labels = labels_at(job.run, job.starts, rows)
-    known = np.array([label is not None for label in labels])
-    if known.sum() < 2:
-        return {}
-    codes = np.unique(np.array([label or "" for label in labels])[known], return_inverse=True)[1]
-    return {name: neighbor_precision(x[places[known]], codes, PRECISION_AT) for name, x in spaces.items()}
+def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawing]:
+    """Return the figures of a run whose stage figures is sealed.
+
+    Args:
+        run: the run.
+        selection: `selection.json` where the number of clusters was chosen.
+    """
+    summary = read_json_output(run, "figures", numbers(run, "summary.json"))
+    dots, heat, lines = (tables.read_table(numbers(run, name)) for name in _TABLES)
+    points = np.stack([dots["x"].to_numpy(), dots["y"].to_numpy()], axis=1)
+    of_dots, of_heat = dots["cluster"].to_numpy(), heat["cluster"].to_numpy()
+    # A name that two clusters have is told apart by their numbers.
+    given = cluster_names(run)
+    often = Counter(given.values())
+    names = {
+        k: f"Cluster {k}" if not (name := given.get(k)) else name if often[name] == 1 else f"{name} #{k}"
+        for k in sorted({*of_dots.tolist(), *of_heat.tolist()})
+    }
+    hues = charts.hues(charts.centers(points, of_dots))
+    found, first, sizes = np.unique(of_heat, return_index=True, return_counts=True)
+    groups = [
+        charts.Group(names[k := int(found[i])], int(sizes[i]), hues.get(k, k % len(svg.HUES))) for i in first.argsort()
+    ]
+    space = _TITLES[summary["spaces"][-1]]
+    text = (
+        f"t-SNE of {space} of {count(dots.num_rows)} images, in the colours of their clusters. Neighbours are alike; "
+        "distances between far groups mean little."
+    )
+    if summary["precision"]:
+        shares = ", ".join(f"{percent(share)} for {_TITLES[name]}" for name, share in summary["precision"].items())
+        text += f" Of the {PRECISION_AT} nearest among them, so many have the image's own class: {shares}."
+    title = f"Map of {space}"
+    chart = charts.scatter(points, of_dots, names, title=title)
+    drawn = [*_heat_maps(heat, summary, groups), Drawing(key="map", title=title, text=text, svg=chart)]
+    drawn.append(_spectra_drawing(lines, summary))
+    return drawn if selection is None else [*drawn, _selection(selection)]
+
+
+def _heat_maps(heat: pa.Table, summary: Mapping[str, Any], groups: Sequence[charts.Group]) -> list[Drawing]:
+    """Return the drawings of |ZᵀZ| and of Π."""
+    lot = ""
+    if len(groups) != summary["clusters"]:
+        lot = f" of {count(len(groups))} clusters, drawn by lot from {count(summary['clusters'])}"
+    spaces = {space: tables.matrix(heat[space]).astype(np.float64) for space in summary["spaces"]}
+    beside = (
+        "Left: what the encoder gives. Right: the method's own space z."
+        if OWN in spaces
+        else "The method has no space of its own: these are the features that it saw."
+    )
+    gram_title, title = "Cosines between images, sorted by cluster", "Membership Π, sorted by cluster"
+    gram_text = (
+        f"Absolute cosines between {count(heat.num_rows)} images{lot}. {beside} "
+        "Blocks that stand out on the diagonal are clusters in directions of their own."
+    )
+    source = (
+        "by entropic optimal transport between the method's codes"
+        if summary["membership"] == "codes"
+        else f"for want of codes, by a softmax of cosine / {KERNEL_TEMPERATURE} of the features over each row"
+    )
+    text = (
+        f"How much each image belongs with each other one, {source}; 1 is what chance gives. "
+        f"The same {count(heat.num_rows)} images{lot}."
+    )
+    panels = [charts.Panel(f"|ZᵀZ| of {_TITLES[space]}", matrix) for space, matrix in spaces.items()]
+    gram = charts.heatmap(panels, groups, ceiling=min(1.0, _ceiling(list(spaces.values()))), title=gram_title)
+    matrix = tables.matrix(heat["membership"]).astype(np.float64) * heat.num_rows
+    membership = charts.heatmap([charts.Panel("n Π", matrix)], groups, ceiling=_ceiling([matrix]), title=title)
+    return [
+        Drawing(key="gram", title=gram_title, text=gram_text, svg=gram, is_wide=len(panels) > 1),
+        Drawing(key="membership", title=title, text=text, svg=membership),
+    ]
+
+
+def _ceiling(matrices: list[np.ndarray]) -> float:
+    """Return a round value that all but the most extreme entries off the diagonal stay below."""
+    high = [np.quantile(m[~np.eye(len(m), dtype=bool)], 0.995) for m in matrices if len(m) > 1]
+    return svg.ticks(0.0, max([1e-6, *high]), 11)[-1]
+
+
+def _spectra_drawing(lines: pa.Table, summary: Mapping[str, Any]) -> Drawing:
+    found: dict[tuple[str, str | None], list[np.ndarray]] = {}
+    for line in lines.to_pylist():
+        found.setdefault((line["space"], line["membership"]), []).append(np.array(line["values"]))
+    series = []
+    for place, space in enumerate(summary["spaces"]):
+        own = quantiles(found[space, "own"], (0.1, 0.5, 0.9))
+        series.append(charts.Spectrum(_TITLES[space], place, found[space, None][0], own))
+    if (FEATURES, "kmeans") in found:
+        values = quantiles(found[FEATURES, "kmeans"], (0.1, 0.5, 0.9))
+        series.append(charts.Spectrum("encoder features, clusters of k-means", 2, None, values, is_dashed=True))
+    title = "Singular values, over the largest"
+    needed = [f"{_TITLES[space]} {n}" for space, n in summary["directions"].items()]
+    text = (
+        "The faster a line falls, the fewer directions the rows take up. At the right the median over clusters, with "
+        "the band that holds four fifths of them. Directions that hold 90% of the energy of all rows: "
+        f"{', '.join(needed)}."
+    )
+    return Drawing(key="singular-values", title=title, text=text, svg=charts.spectra(series, title), is_wide=True)
+
+
+def _selection(selection: Mapping[str, Any]) -> Drawing:
+    table: dict[str, dict[int, float]] = {}
+    for candidate in selection["candidates"]:
+        for name in _MEASURED:
+            if candidate.get(name) is not None:
+                table.setdefault(name, {})[int(candidate["k"])] = float(candidate[name])
+    knee = selection.get("picks", {}).get("knee")
+    found = []
+    for name, values in table.items():
+        better = CRITERIA[name].larger_is_better if name in CRITERIA else None
+        arrow = {True: " ↑", False: " ↓", None: ""}[better]
+        bend = knee if name == "coding_length" else None
+        found.append(charts.Criterion(_MEASURED[name] + arrow, values, better, knee=bend))
+    title = "Criteria against the number of clusters"
+    text = (
+        f"{count(selection['chosen'])} clusters were chosen (dashed): {selection['reason'].rstrip('.')}. Arrows say "
+        "which end is better, large orange dots are each criterion's own best, a large green one is the knee."
+    )
+    drawn = charts.criteria(found, int(selection["chosen"]), title)
+    return Drawing(key="selection", title=title, text=text, svg=drawn, is_wide=True)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""index: faiss indexes whose ids are rows, over unit embeddings and over the method's own space where there is one."""
+"""Stage `index`: faiss indexes with rows as ids, over unit embeddings and over the method's own space if it has one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from rayclust.config import IndexConfig, RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.methods import has_own_space
+from rayclust.methods import has_transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
@@ -20,9 +20,9 @@ from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_
 from rayclust.runtime.rows import blocks, features_at, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.index import VectorIndex, build_index
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
 ENCODER, OWN = "encoder", "z"
 """The spaces that a run can be searched in."""
@@ -39,7 +39,7 @@ Blocks = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 def run(context: StageContext) -> StageResult:
-    """Builds the indexes, each in one worker."""
+    """Build the indexes, each in one worker."""
     starts = row_starts(context.inputs["encode"])
     job = _Job(context.run, starts, context.config.index, context.config.seed)
     outputs, extra, found = run_remotely(_encoder, job)
@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageResult:
     if "train" in context.inputs:
         more, extra[OWN], found[OWN] = _own_space(context, job)
         outputs |= more
-        outputs |= put_json(context.run, filesystem.join(context.run.index_folder, RETRIEVAL), found)
+        outputs |= put_json(context.run, storage.join(context.run.index_folder, RETRIEVAL), found)
         summary += f"; in {OWN}: {extra[OWN]['kind']}{_recall(extra[OWN])}"
     return StageResult(outputs, {"rows": starts[-1]}, extra, summary)
 
@@ -58,7 +58,7 @@ def _recall(extra: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the workers need to know."""
+    """Inputs of the workers."""
 
     run: Run
     starts: list[int]
@@ -67,13 +67,13 @@ class _Job:
 
     @property
     def queries(self) -> np.ndarray:
-        """Int64[q], sorted: rows that are looked up in either space."""
+        """Int64[q], sorted: example queries of the report, the same in both spaces."""
         count = self.starts[-1]
         return np.sort(np.random.default_rng(self.seed).choice(count, min(QUERIES, count), replace=False))
 
 
 def _encoder(job: _Job) -> tuple[Outputs, dict[str, Any], dict[str, Any]]:
-    """The index over the encoder's space, and what it finds for the queries."""
+    """Build the index over the encoder's space and search it for the queries."""
 
     def stream() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for block, ids in blocks(job.run, job.starts, UNIT):
@@ -89,12 +89,12 @@ def _build(job: _Job, stream: Blocks, name: str) -> tuple[Outputs, dict[str, Any
     if kind == "auto":
         kind = "ivf" if job.starts[-1] > job.config.flat_rows else "flat"
     index = build_index(stream, count=job.starts[-1], kind=kind, seed=job.seed, k=10)
-    outputs = put_bytes(job.run, filesystem.join(job.run.index_folder, name), index.to_bytes())
+    outputs = put_bytes(job.run, storage.join(job.run.index_folder, name), index.to_bytes())
     return outputs, {"kind": kind, "recall": index.recall}, index
 
 
 def _nearest(index: VectorIndex, queries: np.ndarray, own: np.ndarray) -> list[list[dict[str, Any]]]:
-    """For each query the rows nearest to it, itself left out, with their cosines."""
+    """Return each query's nearest rows, itself left out, with their cosines."""
     ids, similarity = index.search(queries, SHOWN + 1)
     return [
         [
@@ -107,7 +107,7 @@ def _nearest(index: VectorIndex, queries: np.ndarray, own: np.ndarray) -> list[l
 
 
 def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
-    """The index over the method's own space: rows are represented part by part, then indexed in one worker."""
+    """Transform all rows to the method's own space part by part, then index them in one worker."""
     encode = context.inputs["encode"]
     transform = transform_of(encode, context.config.features)
     model = content_digest(context.inputs["train"])
@@ -115,15 +115,15 @@ def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any
     units = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
     run_tasks(context.run, "index", units, work.represent)
     found: tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]] = run_remotely(work.build)
-    # Markers first: without them rows are represented again, without the rows they would stand for nothing.
-    filesystem.remove_tree(context.run.at("manifests", "index"))
-    filesystem.remove_tree(context.run.at("index", "scratch"))
+    # Marks first: without marks the rows are made again, marks without rows would be wrong.
+    storage.remove_tree(context.run.at("manifests", "index"))
+    storage.remove_tree(context.run.at("index", "scratch"))
     return found
 
 
 @dataclass(frozen=True)
 class _OwnSpace:
-    """Rows of the own space, part by part, in a folder that goes when they are indexed: that may read them thrice."""
+    """Rows in the own space, part by part, in a scratch folder: building the index may read them three times."""
 
     job: _Job
     transform: FeatureTransform
@@ -131,7 +131,7 @@ class _OwnSpace:
     folder: str
 
     def represent(self, unit: Task) -> TaskResult:
-        """Writes the rows of one part."""
+        """Write the rows of one part."""
         torch.set_num_threads(1)
         run = self.job.run
         rows = transform_rows(load_method(run.uri, self.model), part_features(run, unit.index, self.transform))
@@ -139,7 +139,7 @@ class _OwnSpace:
         return TaskResult(put_table(run, self._at(unit.index), table), {"rows": len(rows)})
 
     def build(self) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
-        """Indexes all rows and looks the queries up."""
+        """Index all rows and search the queries."""
         job = self.job
         outputs, extra, index = _build(job, self._stream, OWN_INDEX)
         method = load_method(job.run.uri, self.model)
@@ -154,11 +154,11 @@ class _OwnSpace:
                 yield UNIT(rows), np.arange(start, starts[part + 1])
 
     def _at(self, part: int) -> str:
-        return filesystem.join(self.folder, f"part-{part:05d}.parquet")
+        return storage.join(self.folder, f"part-{part:05d}.parquet")
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    features = {"features": settings_of(config.features)} if has_own_space(config.method.name) else {}
+    features = {"features": settings_of(config.features)} if has_transform(config.method.name) else {}
     return {"index": settings_of(config.index), "seed": config.seed} | features
 
 

@@ -1,4 +1,4 @@
-"""label: what each cluster shows: its most typical images, its least certain ones, a name where words are given."""
+"""Stage `label`: each cluster's most typical and least certain images, and its name by vote where words are given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.language.exemplars import TopRows, typicality
+from rayclust.language.naming import ClusterName, TopRows, cluster_votes, name_clusters, typicality
 from rayclust.language.vocabulary import kind_of, merged, same_name
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
@@ -20,32 +20,30 @@ from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
-if TYPE_CHECKING:  # imported where they are used: they bring scipy
+if TYPE_CHECKING:  # imported where it is used: `status` and a run with nothing to do go without it
     from scipy import sparse
 
-    from rayclust.language.naming import ClusterName
-
-
-# Names by vote: the images of each part vote for words, the votes are counted together.
-
-
 FEW_WORDS = 5000
-"""Up to so many words, `label.voters: auto` lets all images vote …"""
+"""With at most so many words, all images vote under `label.voters: auto`."""
 VOTERS = 300
-"""… and of more words so many images a cluster."""
+"""With more words, so many images per cluster vote."""
 WITHOUT_CLASSES = "without_classes"
-"""The naming by all lists but the data set's own class names."""
+"""Key of the names by all lists but the data set's own class names."""
+logger = logging.getLogger(__name__)
+
+BINS = 20
+"""Equal bins of the histogram of confidence over [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Votes:
-    """Votes of each part as tables (cluster, word, mass) in a folder that goes when they are counted.
+    """Votes of each part as tables (cluster, word, mass) in a scratch folder.
 
-    A run that asks for its own class names beside other lists is named twice, with and without them.
+    A run with its own class names beside other lists is named twice, with and without them.
     """
 
     run: Run
@@ -56,12 +54,12 @@ class Votes:
 
     @property
     def namings(self) -> tuple[str, ...]:
-        """What clusters are named by: `all` lists, and without the classes where there are others."""
+        """Keys of the namings: by `all` lists, and without the classes where there are others."""
         found = vocabulary_kinds(self.config)
         return ("all", WITHOUT_CLASSES) if "classes" in found.values() and len(found) > 1 else ("all",)
 
     def prepare(self) -> int:
-        """Writes the words with their embeddings, and who votes, once, for all workers; gives the number of words."""
+        """Write the words with their embeddings and the rows that vote; return the number of words."""
         check_classes(self.config)
         lists = read_lists(self.config, self._labels)
         words = merged(lists)
@@ -76,9 +74,7 @@ class Votes:
         return len(words.words)
 
     def vote(self, unit: Task) -> TaskResult:
-        """The votes of one part's images."""
-        from rayclust.language.naming import cluster_votes
-
+        """Write the votes of one part's images."""
         table = _words(self._at("words.parquet"))
         nouns = tables.matrix(table["embedding"])
         embeddings = tables.matrix(tables.read_table(self.run.embeddings(unit.index), ["embedding"])["embedding"])
@@ -95,9 +91,7 @@ class Votes:
         return result
 
     def count(self) -> tuple[dict[str, list[ClusterName]], int]:
-        """The names by all votes together, by naming, and how many images voted."""
-        from rayclust.language.naming import name_clusters
-
+        """Return the names by all votes together, by naming, and how many images voted."""
         words = tables.read_table(self._at("words.parquet"), ["word"])["word"].to_pylist()
         label, clusters = self.config.label, self.config.method.clusters
         voters = np.zeros(clusters, np.int64)
@@ -111,7 +105,7 @@ class Votes:
         }, int(voters.sum())
 
     def named_as_classes(self, names: list[str | None]) -> float | None:
-        """Share of the labelled images whose cluster is named as their class; None without labels."""
+        """Return the share of the labelled images whose cluster has their class's name; None without labels."""
         right = labelled = 0
         for part in self._parts():
             column = tables.read_table(self.run.embeddings(part), ["label"])["label"]
@@ -141,13 +135,13 @@ class Votes:
         return found
 
     def _parts(self) -> list[int]:
-        """The parts that hold rows."""
+        """Return the parts that hold rows."""
         return [part for part, start in enumerate(self.starts[:-1]) if self.starts[part + 1] > start]
 
     def _clusters(self, part: int) -> np.ndarray:
-        """Int32[B] clusters of one part, −1 for those who do not vote."""
+        """Return the clusters of one part, Int32[B], −1 for rows that do not vote."""
         clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
-        if filesystem.stat(self._at("voters.parquet")) is None:
+        if storage.stat(self._at("voters.parquet")) is None:
             return clusters
         rows = _voters(self._at("voters.parquet"))
         start, stop = np.searchsorted(rows, self.starts[part : part + 2])
@@ -157,7 +151,7 @@ class Votes:
         return silent
 
     def _voters(self, words: int) -> np.ndarray | None:
-        """Int64[n], sorted: a seeded sample of each cluster's rows; None lets all vote."""
+        """Return a seeded sample of each cluster's rows, Int64[n], sorted; None if all vote."""
         most = self.config.label.voters
         if most == "all" or (most == "auto" and words <= FEW_WORDS):
             return None
@@ -178,11 +172,11 @@ class Votes:
         return total
 
     def _at(self, name: str) -> str:
-        return filesystem.join(self.folder, name)
+        return storage.join(self.folder, name)
 
 
 def sample_of_each(clusters: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """A seeded sample of each cluster's rows.
+    """Draw a seeded sample of each cluster's rows.
 
     Args:
         clusters: Int[N].
@@ -199,7 +193,7 @@ def sample_of_each(clusters: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 @lru_cache(1)
 def _words(uri: str) -> pa.Table:
-    """The words for a worker that votes for many parts; the URI holds the stage's digest."""
+    """Return the words, cached for a worker that votes for many parts; the URI holds the stage's digest."""
     return tables.read_table(uri)
 
 
@@ -208,17 +202,11 @@ def _voters(uri: str) -> np.ndarray:
     return tables.read_table(uri)["row"].to_numpy()
 
 
-logger = logging.getLogger(__name__)
-
-BINS = 20
-"""Equal bins of the histogram of confidence over [0, 1]."""
-
-
 def run(context: StageContext) -> StageResult:
-    """Finds exemplars and outliers in one worker, lets the images vote part by part, and writes one line a cluster."""
+    """Find exemplars and outliers in one worker, count votes part by part, and write a row per cluster."""
     encode, config = context.inputs["encode"], context.config
     job = _Job(context.run, config, row_starts(encode), transform_of(encode, config.features))
-    names, said = _names(context, job)
+    names, facts = _names(context, job)
     found: _Extremes = run_remotely(_extremes, job)
     sizes = context.inputs["assign"].extra["sizes"]
     blind = names.get(WITHOUT_CLASSES)
@@ -238,22 +226,22 @@ def run(context: StageContext) -> StageResult:
     ]
     outputs = put_table(context.run, context.run.clusters, pa.Table.from_pylist(rows, schema=tables.CLUSTERS))
     named = sum(name.name is not None for name in names["all"])
-    extra = {"confidence": found.histogram, "mean_confidence": found.confidence} | said
-    return StageResult(outputs, {"clusters": len(rows), "named": named}, extra, _summary(named, len(rows), said))
+    extra = {"confidence": found.histogram, "mean_confidence": found.confidence} | facts
+    return StageResult(outputs, {"clusters": len(rows), "named": named}, extra, _summary(named, len(rows), facts))
 
 
-def _summary(named: int, clusters: int, said: dict[str, Any]) -> str:
+def _summary(named: int, clusters: int, facts: dict[str, Any]) -> str:
     if not named:
         return f"{clusters} clusters, no vocabulary"
     text = f"{named} of {clusters} clusters named"
-    if said["name_accuracy"] is not None:
-        text += f", {said['name_accuracy']:.1%} of the images by their class's name"
-    return text + (", with the data set's own class names among the words" if said["true_names"] else "")
+    if facts["name_accuracy"] is not None:
+        text += f", {facts['name_accuracy']:.1%} of the images by their class's name"
+    return text + (", with the data set's own class names among the words" if facts["true_names"] else "")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the workers need to know."""
+    """Inputs of the workers."""
 
     run: Run
     config: RunConfig
@@ -261,7 +249,7 @@ class _Job:
     transform: FeatureTransform
 
     def part(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Float16[B D] embeddings, Int32[B] clusters and Float32[B] confidence of one part."""
+        """Return embeddings Float16[B D], clusters Int32[B] and confidence Float32[B] of one part."""
         embeddings = tables.matrix(tables.read_table(self.run.embeddings(index), ["embedding"])["embedding"])
         assigned = tables.read_table(self.run.assignments(index), ["cluster", "confidence"])
         return embeddings, assigned["cluster"].to_numpy(), assigned["confidence"].to_numpy()
@@ -277,7 +265,7 @@ class _Extremes:
 
 
 def _extremes(job: _Job) -> _Extremes:
-    """Two passes: the clusters' mean directions, then each image's cosine to its own."""
+    """Find exemplars and outliers in two passes: the clusters' mean directions, then each image's cosine to its own."""
     count, label = job.config.method.clusters, job.config.label
     typical, odd = TopRows(label.exemplars), TopRows(label.outliers, largest=False)
     sums, confidence, sizes, histogram = _sums(job, count)
@@ -293,7 +281,7 @@ def _extremes(job: _Job) -> _Extremes:
 
 
 def _sums(job: _Job, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Float64[K D] sums of features, Float64[K] of confidence, Int64[K] sizes, Int64[BINS] images by confidence."""
+    """Return sums of features Float64[K D] and confidence Float64[K], sizes Int64[K], histogram Int64[BINS]."""
     from scipy import sparse
 
     confidence, sizes, histogram = np.zeros(count), np.zeros(count, np.int64), np.zeros(BINS, np.int64)
@@ -310,15 +298,13 @@ def _sums(job: _Job, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
-    """Outliers of a cluster so small that its exemplars are all there is would show the same images twice."""
+    """Drop outliers that are exemplars as well, but keep one: small clusters would show the same images twice."""
     others = [row for row in outliers if row not in set(exemplars)]
     return others or outliers[:1]
 
 
 def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName]], dict[str, Any]]:
-    """Each cluster's name by the vote of its images, by naming, and what there is to say about them."""
-    from rayclust.language.naming import ClusterName
-
+    """Return each cluster's name by the vote of its images, by naming, and facts for the manifest."""
     found = vocabulary_kinds(job.config)
     if not found:
         return {"all": [ClusterName(None, None, ())] * job.config.method.clusters}, {}
@@ -328,21 +314,21 @@ def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName
     units = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
     run_tasks(context.run, "label", units, votes.vote)
     names, voters = run_remotely(votes.count)
-    said: dict[str, Any] = {"words": words, "voters": voters, "true_names": "classes" in found.values()}
+    facts: dict[str, Any] = {"words": words, "voters": voters, "true_names": "classes" in found.values()}
     for naming, key in (("all", "name_accuracy"), (WITHOUT_CLASSES, f"name_accuracy_{WITHOUT_CLASSES}")):
         if naming in names:
-            said[key] = run_remotely(votes.named_as_classes, [name.name for name in names[naming]])
-    # Markers first: without them the votes are cast again, without the votes they would stand for nothing.
-    filesystem.remove_tree(context.run.at("manifests", "label"))
-    filesystem.remove_tree(context.run.at("label"))
-    return names, said
+            facts[key] = run_remotely(votes.named_as_classes, [name.name for name in names[naming]])
+    # Marks first: without marks the votes are counted again, marks without votes would be wrong.
+    storage.remove_tree(context.run.at("manifests", "label"))
+    storage.remove_tree(context.run.at("label"))
+    return names, facts
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     content: dict[str, Any] = {"label": settings_of(config.label), "encoder": settings_of(config.encoder)}
     files = [name for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
     if files:
-        found = [filesystem.stat(name) for name in files]
+        found = [storage.stat(name) for name in files]
         content["words"] = [file.stamp if file else None for file in found]
     return content | {"features": settings_of(config.features), "seed": config.seed}
 

@@ -1,4 +1,4 @@
-"""neighbors: each row's nearest other rows by cosine, exact or through inverted lists with measured recall."""
+"""Stage `neighbors`: each row's nearest other rows by cosine, exact or through inverted lists with measured recall."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rayclust.runtime.rows import blocks, part_features, row_starts, transform_o
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.knn import RunningTopK
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,12 @@ UNIT_ROWS = 2048
 """Rows of the smallest unit; larger sets take N / 64, so that each unit's pass over all rows is worth its reading."""
 UNIT_BYTES = 2**28
 """Most bytes of a unit's rows in float16 and their neighbours: beyond, there are more units."""
-_OF_OLD = "ivf.faiss"
-"""Index over all rows that earlier versions left beside the tables."""
+_OLD_INDEX = "ivf.faiss"
+"""Index that earlier versions left beside the tables."""
 
 
 def run(context: StageContext) -> StageResult:
-    """Searches unit by unit; a unit is a run of embedding parts."""
+    """Search unit by unit; a unit is a range of consecutive parts."""
     config, encode = context.config, context.inputs["encode"]
     starts = row_starts(encode)
     count, width = starts[-1], int(encode.extra["dimension"])
@@ -41,7 +41,9 @@ def run(context: StageContext) -> StageResult:
     if k < 1:
         raise DataError(f"neighbors: the run has {count} row: at least 2 are needed")
     transform = transform_of(encode, config.features)
-    method, extra = _method(config, count), dict[str, Any]()
+    method, extra = config.neighbors.method, dict[str, Any]()
+    if method == "auto":
+        method = "ivf" if count > config.neighbors.exact_rows else "exact"
     rows = unit_size(count, width, k)
     units = _units(encode.extra["parts"], context.digest, rows)
     if method == "ivf":
@@ -49,33 +51,22 @@ def run(context: StageContext) -> StageResult:
         results, extra = search_ivf(layout, transform, config.neighbors.min_recall, units)
     else:
         results = run_tasks(context.run, "neighbors", units, _Exact(context.run, starts, transform, k).search)
-    _drop_stale(context.run, len(starts) - 1, len(units))
+    drop_stale_parts(context.run.neighbors_folder, len(starts) - 1)
+    drop_scratch(context.run, len(units))
+    storage.remove(storage.join(context.run.neighbors_folder, _OLD_INDEX))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     extra |= {"method": method, "k": k}
     recall = f", recall@{k} {extra['recall']:.3f}" if "recall" in extra else ""
     return StageResult(outputs, {"rows": count}, extra, f"{k} neighbours of {count:,} rows ({method}{recall})")
 
 
-def _method(config: RunConfig, count: int) -> str:
-    chosen = config.neighbors.method
-    if chosen != "auto":
-        return chosen
-    return "ivf" if count > config.neighbors.exact_rows else "exact"
-
-
-def _drop_stale(run: Run, parts: int, units: int) -> None:
-    drop_stale_parts(run.neighbors_folder, parts)
-    drop_scratch(run, units)
-    filesystem.remove(filesystem.join(run.neighbors_folder, _OF_OLD))
-
-
 def unit_size(count: int, width: int, k: int) -> int:
-    """Rows of a unit: of N rows of width D with k neighbours each, and of nothing else."""
+    """Return the rows of a unit, from N, D and k alone."""
     return max(UNIT_ROWS, min(count // 64, UNIT_BYTES // (2 * width + 8 * (k + 1))))
 
 
 def _units(parts: list[int], digest: str, wanted: int) -> list[Task]:
-    """Groups of consecutive parts with at least so many rows each; the same for any number of workers."""
+    """Group consecutive parts with at least `wanted` rows each, the same for any number of workers."""
     units: list[Task] = []
     group: list[int] = []
     rows = 0
@@ -90,7 +81,7 @@ def _units(parts: list[int], digest: str, wanted: int) -> list[Task]:
 
 @dataclass(frozen=True)
 class _Exact:
-    """What a worker that compares all pairs needs to know."""
+    """Exact search in a worker."""
 
     run: Run
     starts: list[int]
@@ -98,7 +89,7 @@ class _Exact:
     k: int
 
     def search(self, unit: Task) -> TaskResult:
-        """The neighbours of the rows of the unit's parts, written part by part."""
+        """Search the neighbours of the rows of the unit's parts and write them part by part."""
         torch.set_num_threads(1)
         queries = torch.from_numpy(np.concatenate([part_features(self.run, p, self.transform) for p in unit.payload]))
         rows = torch.cat([torch.arange(self.starts[p], self.starts[p + 1]) for p in unit.payload])

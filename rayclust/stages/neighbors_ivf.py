@@ -1,15 +1,13 @@
-"""The inverted-file route of neighbors, over workers: rows are sorted into lists and searched shard by shard.
+"""Neighbours by inverted lists over workers: rows are sorted into lists and searched shard by shard.
 
-The phases work in units whose number follows from the rows alone; each reads and writes an amount linear in them:
+The tasks of each phase follow from the rows alone; each phase reads and writes an amount linear in them:
 
-1. centres: k-means of a sample gives the lists, in one worker.
+1. centres: k-means of a sample in one worker gives the lists.
 2. sorting: each group of parts writes its rows in order of their lists, and which are nearest to a few queries.
 3. probing: what all groups found are the queries' true neighbours; where these lie tells how many lists to open.
 4. sharding: equally many rows in order of the lists, from all groups.
 5. searching: the rows of a shard look into their lists, most of which lie in it.
-6. collecting: each group of parts takes its rows' neighbours from the shards.
-
-The last three are in `list_search`.
+6. collecting: each group of parts reads its rows' neighbours from the shards.
 """
 
 from __future__ import annotations
@@ -32,24 +30,43 @@ from rayclust.runtime.artefacts import Outputs, put_bytes, put_neighbors
 from rayclust.runtime.rows import features_at, part_features, unit_rows
 from rayclust.runtime.tasks import STORAGE_THREADS, Task, TaskResult, finished_tasks, run_tasks
 from rayclust.search.index import recall_at_k
-from rayclust.search.inverted_lists import ListCenters, Probing, choose_probes, list_count, train_centers
-from rayclust.search.packed import PackedTopK, unpack
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, train_centers
+from rayclust.search.knn import TopKInt64, unpack_keys
+from rayclust.store import storage
 from rayclust.store.manifest import digest_of, read_unchanged
-
-# Scratch files of the join over inverted lists: records, read in ranges, and arrays, read whole.
-
+from rayclust.store.run import Run
 
 THREADS = 16
 """Ranges that a worker reads at once."""
 _BOUND = np.dtype("<i8")
+BLOCK_BYTES = 2**25
+"""Rows that are read at once from other shards."""
+PAIRS_AT_ONCE = 2**22
+"""Pairs of a row and a list that a worker keeps."""
+QUERIES_AT_ONCE = 2**14
+logger = logging.getLogger(__name__)
+
+STAGE = "neighbors"
+SEED = 0
+"""Seed of the samples and the first centres; not the run's, since the recall that they give is measured."""
+QUERIES = 1000
+"""Most rows on which the recall is measured."""
+SAMPLED_PER_LIST = 64
+SAMPLE_BYTES = 2**32
+"""Most bytes of the sample that trains the centres, as float32."""
+SAMPLED_PARTS = 512
+"""Most parts that the sample is read from."""
+
+
+# Scratch files: records, read in ranges, and arrays, read whole.
+
+
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class IvfLayout:
-    """Where the rows of a join lie: in parts, in groups of parts, and in shards of equally many rows."""
+    """Division of the rows into parts, groups of parts, and shards of equally many rows."""
 
     run: Run
     digest: str
@@ -75,31 +92,31 @@ class IvfLayout:
         return -(-self.count // self.shard_rows)
 
     def span(self, group: int) -> tuple[int, int]:
-        """The first row of a group, and the one behind its last."""
+        """Return the first row of a group and the one behind its last."""
         parts = self.groups[group]
         return self.starts[parts[0]], self.starts[parts[-1] + 1]
 
     def places(self, shard: int) -> tuple[int, int]:
-        """The first place of a shard in the order of the lists, and the one behind its last."""
+        """Return the first position of a shard in the order of the lists and the one behind its last."""
         return shard * self.shard_rows, min(self.count, (shard + 1) * self.shard_rows)
 
     def at(self, kind: str, index: int = 0) -> str:
-        """A scratch file: of a group (sorted, nearest), of a shard (shard, found), or of all (centers, lists)."""
+        """Return the URI of a file of a group (sorted, nearest), a shard (shard, found) or all (centers, lists)."""
         return self.run.at("neighbors", "scratch", self.digest, f"{kind}-{index:05d}")
 
 
 def row_records(width: int) -> np.dtype[Any]:
-    """A row's number and its unit features."""
+    """Return the record of a row: its number and unit features."""
     return np.dtype([("row", "<i8"), ("unit", "<f2", (width,))])
 
 
 def found_records(k: int) -> np.dtype[Any]:
-    """A row's number and the keys of its neighbours, as `packed.pack` makes them."""
+    """Return the record of a result: the row and its neighbours' keys (similarity and row in one integer)."""
     return np.dtype([("row", "<i8"), ("keys", "<i8", (k,))])
 
 
 def put_records(run: Run, uri: str, records: np.ndarray, bounds: np.ndarray | None = None) -> Outputs:
-    """Writes records behind the bounds of their groups.
+    """Write records behind the bounds of their groups.
 
     Args:
         run: the run.
@@ -112,7 +129,7 @@ def put_records(run: Run, uri: str, records: np.ndarray, bounds: np.ndarray | No
 
 
 def read_bounds(uri: str, first: int, last: int) -> np.ndarray:
-    """Int64[last − first + 1]: where the groups `first` … `last` − 1 begin, and where the last of them ends.
+    """Return where the groups `first` … `last` − 1 begin and the last of them ends, Int64[last − first + 1].
 
     Raises:
         ArtefactError: the file is shorter than that.
@@ -121,7 +138,7 @@ def read_bounds(uri: str, first: int, last: int) -> np.ndarray:
 
 
 def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: int | None = None) -> np.ndarray:
-    """Records `start` … `end` − 1 of a file.
+    """Return the records `start` … `end` − 1 of a file.
 
     Args:
         uri: the file.
@@ -138,19 +155,19 @@ def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: in
 
 
 def _range(uri: str, kind: np.dtype[Any], head: int, start: int, end: int) -> np.ndarray:
-    data = filesystem.read_range(uri, head + start * kind.itemsize, head + end * kind.itemsize)
+    data = storage.read_range(uri, head + start * kind.itemsize, head + end * kind.itemsize)
     if len(data) != (end - start) * kind.itemsize:
         raise ArtefactError(f"{uri}: is shorter than was written; remove it and run `rayclust neighbors RUN.yaml`")
     return np.frombuffer(data, kind)
 
 
 def put_tensors(run: Run, uri: str, tensors: Mapping[str, Tensor]) -> Outputs:
-    """Writes arrays by name."""
+    """Write arrays by name."""
     return put_bytes(run, uri, safetensors.torch.save({name: own.contiguous() for name, own in tensors.items()}))
 
 
 def read_tensors(uri: str, digest: str) -> dict[str, Tensor]:
-    """Arrays by name.
+    """Return arrays by name.
 
     Raises:
         ArtefactError: the file's SHA-256 is not `digest`.
@@ -159,28 +176,21 @@ def read_tensors(uri: str, digest: str) -> dict[str, Tensor]:
 
 
 kept_tensors = lru_cache(1)(read_tensors)
-"""The same for a file that a worker reads for each of its units."""
+"""Cached, for the file that a worker reads for each of its tasks."""
 
 
 def map_threads(function: Callable[[int], _T], items: Iterable[int]) -> list[_T]:
-    """The function's results for some items, in their order, several at a time."""
+    """Map a function over items in threads; results are in the order of the items."""
     with ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(function, items))
 
 
-# The join over inverted lists from the sorted groups on: shards in order of the lists, their search, the parts.
-
-
-BLOCK_BYTES = 2**25
-"""Rows that are read at once from other shards."""
-PAIRS_AT_ONCE = 2**22
-"""Pairs of a row and a list that a worker keeps."""
-QUERIES_AT_ONCE = 2**14
+# Sharding, searching and collecting.
 
 
 @dataclass(frozen=True)
 class ListSearch:
-    """The lists over all rows and how they are searched; what the workers need to know."""
+    """The lists over all rows and the parameters of their search."""
 
     layout: IvfLayout
     digest: str
@@ -190,7 +200,7 @@ class ListSearch:
     nprobe: int
 
     def shard(self, shard: int) -> TaskResult:
-        """Writes the rows of a shard, in order of (list, row), from what the groups have sorted."""
+        """Merge the sorted groups into one shard, in order of (list, row)."""
         layout, bounds = self.layout, self._tensors()["bounds"].numpy()
         low, high = layout.places(shard)
         kind = row_records(layout.width)
@@ -215,12 +225,12 @@ class ListSearch:
         return TaskResult(put_records(layout.run, layout.at("shard", shard), records), {"rows": high - low})
 
     def search(self, shard: int) -> TaskResult:
-        """The neighbours of a shard's rows in order of the row, and the recall of the queries among them."""
+        """Search the neighbours of a shard's rows, and count the hits of the queries among them."""
         torch.set_num_threads(1)
         layout, known = self.layout, self._tensors()
         low, high = layout.places(shard)
         own = _read(layout, low, high)
-        best, halo = PackedTopK(high - low, layout.k), 0
+        best, halo = TopKInt64(high - low, layout.k), 0
         most = max(1024, PAIRS_AT_ONCE // self.nprobe)
         for start in range(low, high, most):
             places, lists = self._pairs(own, known, start, min(high, start + most))
@@ -240,9 +250,9 @@ class ListSearch:
         return kept_tensors(self.layout.at("lists"), self.digest)
 
     def _pairs(self, own: _Block, known: dict[str, Tensor], start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Int64[p] rows, by their places in the shard, and Int64[p] lists that they look into.
+        """Return Int64[p] rows (positions in the shard) and Int64[p] lists that they probe.
 
-        In order of the list, but first each row's own: what is found there keeps most of the others out.
+        In order of the list, but each row's own list first: its results prune most candidates of the others.
         """
         bounds = known["bounds"]
         probing = Probing(known["centers"], bounds.diff(), self.layout.k, self.reach, self.nprobe)
@@ -259,7 +269,7 @@ class ListSearch:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows that follow each other in the order of the lists."""
+    """Consecutive rows in the order of the lists."""
 
     low: int
     """Place of the first."""
@@ -269,17 +279,17 @@ class _Block:
     """Float16[m D]."""
 
     def has(self, low: int, high: int) -> bool:
-        """Whether all rows at these places are among them."""
+        """Return whether it holds all rows at these positions."""
         return self.low <= low and high <= self.low + len(self.rows)
 
     def part(self, low: int, high: int) -> tuple[Tensor, Tensor]:
-        """Int64[n] rows at these places, and Float32[n D]."""
+        """Return the rows at these positions, Int64[n], and their features, Float32[n D]."""
         some = slice(low - self.low, high - self.low)
         return self.rows[some], self.units[some].float()
 
 
 def _read(layout: IvfLayout, low: int, high: int) -> _Block:
-    """The rows at these places, from all shards that hold some."""
+    """Read the rows at these positions from the shards that hold them."""
     kind, size = row_records(layout.width), layout.shard_rows
     parts = [
         read_records(layout.at("shard", shard), kind, max(low - start, 0), min(high, start + size) - start)
@@ -293,12 +303,12 @@ def _read(layout: IvfLayout, low: int, high: int) -> _Block:
 def _blocks(
     layout: IvfLayout, own: _Block, places: Tensor, lists: Tensor, bounds: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The rows of lists, with those who look into them; lists side by side in another shard are read together.
+    """Yield the rows of lists with the rows that probe them; adjacent lists of another shard are read together.
 
     Args:
         layout: of the rows.
         own: rows of a shard.
-        places: Int64[p] of those who look.
+        places: Int64[p], positions of the rows that probe.
         lists: Int64[p], equal ones side by side.
         bounds: Int64[L + 1].
 
@@ -319,7 +329,7 @@ def _blocks(
 
 
 def _run_end(end: int, spans: list[list[int]], most: int) -> int:
-    """How far rows can be read in one go for lists that follow, up to a place."""
+    """Return the end of the range that can be read at once for the lists that follow, at most `most`."""
     for low, high in spans:
         if low != end or high > most:
             break
@@ -328,14 +338,14 @@ def _run_end(end: int, spans: list[list[int]], most: int) -> int:
 
 
 def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
-    """How many rows of some lists, Int64[l], lie before or behind these places."""
+    """Count the rows of lists, Int64[l], that lie outside these positions."""
     first, end = bounds[lists], bounds[lists + 1]
     inside = (end.clamp(max=high) - first.clamp(min=low)).clamp(min=0)
     return int((end - first - inside).sum())
 
 
 def _measured(records: np.ndarray, query: Tensor, keys: Tensor) -> dict[str, Any]:
-    """How many true neighbours the queries among the rows have, and how many of these were found.
+    """Count the true neighbours of the queries among the rows, and how many of these were found.
 
     Args:
         records: of `found_records`, sorted by row.
@@ -345,18 +355,18 @@ def _measured(records: np.ndarray, query: Tensor, keys: Tensor) -> dict[str, Any
     at = np.searchsorted(records["row"], query.numpy())
     is_here = records["row"][np.minimum(at, len(records) - 1)] == query.numpy()
     (found, near), (truth, nearest) = (
-        (part.numpy() for part in unpack(own))
+        (part.numpy() for part in unpack_keys(own))
         for own in (torch.from_numpy(records["keys"][at[is_here]]), keys[torch.from_numpy(is_here)])
     )
     return {"wanted": truth.size, "hits": round(recall_at_k(found, near, truth, nearest) * truth.size)}
 
 
-def collect(layout: IvfLayout, said: dict[str, Any], unit: Task) -> TaskResult:
-    """The tables of a group's parts, from what was found for the rows of all shards.
+def collect(layout: IvfLayout, summary: dict[str, Any], unit: Task) -> TaskResult:
+    """Write the tables of a group's parts from the results of all shards.
 
     Args:
         layout: of the rows.
-        said: what the search has to say; kept in the marker, which is there when the scratch files have gone.
+        summary: recall and parameters; kept in the mark, which outlives the scratch files.
         unit: a group.
     """
     group, kind = unit.index, found_records(layout.k)
@@ -373,36 +383,22 @@ def collect(layout: IvfLayout, said: dict[str, Any], unit: Task) -> TaskResult:
     outputs: Outputs = {}
     for part in layout.groups[group]:
         some = records[layout.starts[part] - first : layout.starts[part + 1] - first]
-        neighbors, similarity = unpack(torch.from_numpy(some["keys"].copy()))
+        neighbors, similarity = unpack_keys(torch.from_numpy(some["keys"].copy()))
         cosine = similarity.clamp(-1, 1)  # float16 makes some rows a little longer than 1
         outputs |= put_neighbors(layout.run, part, some["row"].copy(), neighbors.numpy(), cosine.numpy())
-    return TaskResult(outputs, {"rows": end - first}, said)
-
-
-logger = logging.getLogger(__name__)
-
-STAGE = "neighbors"
-SEED = 0
-"""Of the samples and the first centres; not the run's, since the recall that they give is measured."""
-QUERIES = 1000
-"""Most rows on which the recall is measured."""
-SAMPLED_PER_LIST = 64
-SAMPLE_BYTES = 2**32
-"""Most bytes of the sample that trains the centres, as float32."""
-SAMPLED_PARTS = 512
-"""Most parts that the sample is read from."""
+    return TaskResult(outputs, {"rows": end - first}, summary)
 
 
 def search_ivf(
     layout: IvfLayout, transform: FeatureTransform, min_recall: float, units: Sequence[Task]
 ) -> tuple[list[TaskResult], dict[str, Any]]:
-    """The neighbours of all rows, written part by part.
+    """Search the neighbours of all rows and write them part by part.
 
     Args:
         layout: of the rows.
         transform: embeddings to features.
         min_recall: wanted recall@k, from 0 to 1.
-        units: the layout's groups, numbered from 0; their markers stay when the scratch files go.
+        units: the layout's groups, numbered from 0; their marks outlive the scratch files.
 
     Returns:
         What `units` wrote; recall, nlist, nprobe, and the halo: rows read from other shards for each row.
@@ -411,29 +407,29 @@ def search_ivf(
         DataError: the recall that was found is below the wanted one.
     """
     done = finished_tasks(layout.run, STAGE, units)
-    if len(done) == len(units):  # a run that ended while the scratch files went
+    if len(done) == len(units):  # killed while the scratch files were removed
         results = [done[unit.index] for unit in units]
     else:
-        said = _Phases(layout, transform, min_recall, units).run()
-        collect_group = partial(collect, layout, said)
+        summary = _Phases(layout, transform, min_recall, units).run()
+        collect_group = partial(collect, layout, summary)
         results = run_tasks(layout.run, STAGE, units, collect_group, section="collecting")
     return results, results[0].extra
 
 
 def drop_scratch(run: Run, units: int) -> None:
-    """Removes scratch files, and the markers of all but the first so many units.
+    """Remove scratch files, and the marks of all but the first `units` tasks.
 
-    Markers go first: without them the files are made again, without the files they would stand for nothing.
+    Marks go first: without marks the files are made again, marks without files would be wrong.
     """
-    markers = filesystem.walk(run.at("manifests", STAGE), suffixes=(".json",), missing_ok=True)
+    markers = storage.walk(run.at("manifests", STAGE), suffixes=(".json",), missing_ok=True)
     stale = [file.uri for file in markers if file.key.startswith("part-") and int(file.key[5:-5]) >= units]
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        list(threads.map(filesystem.remove, stale))
-    filesystem.remove_tree(run.at("neighbors", "scratch"))
+        list(threads.map(storage.remove, stale))
+    storage.remove_tree(run.at("neighbors", "scratch"))
 
 
 class _Phases:
-    """The phases before the last, one after the other; their units are numbered behind those of the last."""
+    """The phases before the last; their tasks are numbered behind those of the last."""
 
     def __init__(
         self, layout: IvfLayout, transform: FeatureTransform, min_recall: float, units: Sequence[Task]
@@ -443,7 +439,7 @@ class _Phases:
         self._groups, self._next = units, len(units)
 
     def run(self) -> dict[str, Any]:
-        """What there is to say of the search, whose results lie in the scratch files."""
+        """Run the phases and return recall and parameters; results lie in the scratch files."""
         layout = self._layout
         rows = [unit.size for unit in self._groups]
         own = [min(layout.shard_rows, layout.count - layout.places(shard)[0]) for shard in range(layout.shards)]
@@ -460,14 +456,14 @@ class _Phases:
         return {"recall": recall, "nlist": lists.nlist, "nprobe": lists.nprobe, "halo": halo}
 
     def _do(self, section: str, sizes: Sequence[int], work: Callable[[int], TaskResult]) -> list[TaskResult]:
-        """One phase: a unit for each of its files."""
+        """Run one phase, a task for each of its files."""
         first, digest = self._next, self._layout.digest
         self._next += len(sizes)
         units = [Task(first + i, digest_of([digest, section, i]), i, size) for i, size in enumerate(sizes)]
         return run_tasks(self._layout.run, STAGE, units, lambda unit: work(unit.payload), section=section)
 
     def _recall(self, measured: Sequence[dict[str, int]]) -> float:
-        """Of the search's own results, over the queries of all shards."""
+        """Return the recall of the search's own results, over the queries of all shards."""
         hits, wanted = (sum(found[name] for found in measured) for name in ("hits", "wanted"))
         recall = hits / wanted
         if recall < self._min_recall:
@@ -496,7 +492,7 @@ class _Sorting:
     transform: FeatureTransform
 
     def train(self, index: int) -> TaskResult:
-        """The lists' centres, and the queries on which the recall is measured."""
+        """Train the lists' centres and draw the queries on which the recall is measured."""
         torch.set_num_threads(1)
         layout, wanted = self.layout, list_count(self.layout.count)
         random = np.random.default_rng(SEED)
@@ -523,12 +519,12 @@ class _Sorting:
         return unit_rows(torch.from_numpy(np.concatenate(found)))
 
     def sort(self, centers: str, group: int) -> TaskResult:
-        """The rows of a group in order of (list, row), behind the lists' bounds; the nearest of them to the queries."""
+        """Sort the rows of a group by (list, row), and find the nearest of them to the queries."""
         torch.set_num_threads(1)
         layout, found = self.layout, kept_tensors(self.layout.at("centers"), centers)
         lists = ListCenters(found["centers"], found["parents"], found["starts"])
         queries, query_rows = found["query_unit"].float(), found["query"]
-        nearest, everyone = PackedTopK(len(queries), layout.k), torch.arange(len(queries))
+        nearest, everyone = TopKInt64(len(queries), layout.k), torch.arange(len(queries))
         first, end = layout.span(group)
         units = torch.empty((end - first, layout.width), dtype=torch.float16)
         homes = torch.empty(end - first, dtype=torch.int64)
@@ -544,7 +540,7 @@ class _Sorting:
         records["row"], records["unit"] = (first + order).numpy(), units[order].numpy()
         bounds = np.searchsorted(homes[order].numpy(), np.arange(len(lists.centers) + 1))
         outputs = put_records(layout.run, layout.at("sorted", group), records, bounds)
-        ids, _ = unpack(nearest.keys)
+        ids, _ = unpack_keys(nearest.keys)
         tensors = {
             "keys": nearest.keys,
             "lists": _at_rows(homes, ids - first),
@@ -556,7 +552,7 @@ class _Sorting:
 
 
 def _at_rows(homes: Tensor, places: Tensor) -> Tensor:
-    """The lists of some rows, −1 for those that are not among the group's."""
+    """Return the lists of rows, −1 for rows outside the group."""
     own = (places >= 0) & (places < len(homes))
     if not len(homes):
         return places.new_full(places.shape, -1)
@@ -564,7 +560,7 @@ def _at_rows(homes: Tensor, places: Tensor) -> Tensor:
 
 
 def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: float, index: int) -> TaskResult:
-    """The lists' bounds over all rows, the queries' true neighbours, and how many lists to open."""
+    """Compute the lists' bounds over all rows, the queries' true neighbours, and how many lists to probe."""
     torch.set_num_threads(1)
     found = read_tensors(layout.at("centers"), centers)
     nlist = len(found["centers"])
@@ -588,8 +584,8 @@ def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: 
 
 
 def _truth(layout: IvfLayout, nearest: Sequence[str], queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the queries: Int64[q k] keys of the nearest of all rows, Int64[q k] lists of these, Int64[q] own lists."""
-    best = PackedTopK(queries, layout.k).keys
+    """Return the queries' true neighbours: keys Int64[q k], their lists Int64[q k], the queries' own lists Int64[q]."""
+    best = TopKInt64(queries, layout.k).keys
     lists, homes = torch.full_like(best, -1), torch.full((queries,), -1)
     for group, digest in enumerate(nearest):
         own = read_tensors(layout.at("nearest", group), digest)

@@ -1,4 +1,4 @@
-"""predict: clusters of new images by a frozen run."""
+"""Command `predict`: clusters of new images by a finished run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
 from rayclust.runtime.rows import transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.stages.assign import assign
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run, parts
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, digest_of
+from rayclust.store.run import Run, parts
 
 SCHEMA = pa.schema(
     [
@@ -34,12 +34,12 @@ SCHEMA = pa.schema(
 
 
 def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
-    """Encodes `images` as the run did, assigns them to its clusters, and writes a table.
+    """Encode `images` as the run did, assign them to its clusters, and write a table.
 
-    The encoding is kept below the run while it goes on, so that a killed prediction continues.
+    Embeddings are kept below the run until the table is written, so that a killed prediction resumes.
 
     Args:
-        config: the frozen run's.
+        config: the run's.
         images: a folder or URI in any format that `images` takes.
         out: a .parquet or .csv file or URI.
 
@@ -62,14 +62,14 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
     if given != wanted:
         raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
     _write(out, _table(run, scratch, config, encode, content_digest(train)))
-    filesystem.remove_tree(scratch.uri)
+    storage.remove_tree(scratch.uri)
     return {"rows": sealed.counts["rows"], "rejects": sealed.counts["rejects"]}
 
 
 def _scratch(config: RunConfig, images: str) -> tuple[Run, RunConfig]:
-    """Where new images are encoded, and as what: with the run's encoder and limits, without its labels and classes."""
-    uri = images if images.startswith(SCHEME) else filesystem.absolute(images)
-    scratch = Run(filesystem.join(config.run, "predict", digest_of(uri)))
+    """Return the scratch run of new images and its config: the run's encoder and limits, no labels or classes."""
+    uri = images if images.startswith(SCHEME) else storage.absolute(images)
+    scratch = Run(storage.join(config.run, "predict", digest_of(uri)))
     tree = config.model_dump(mode="json", exclude_unset=True)
     limits = {key: tree["images"][key] for key in ("shard_size", "max_bytes", "max_pixels") if key in tree["images"]}
     tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": "none", "max_reject_share": 1.0} | limits}
@@ -96,7 +96,7 @@ def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: s
 
 
 def _filled(columns: dict[str, Any]) -> pa.Table:
-    """A table of `SCHEMA` with nulls where no column is given."""
+    """Return a table of `SCHEMA` with nulls where no column is given."""
     count = len(columns["key"])
     arrays = [columns[field.name] if field.name in columns else pa.nulls(count, field.type) for field in SCHEMA]
     return pa.table(arrays, schema=SCHEMA)
@@ -108,4 +108,4 @@ def _write(out: str, table: pa.Table) -> None:
         return
     buffer = io.BytesIO()
     pyarrow.csv.write_csv(table, buffer)
-    filesystem.write_bytes(out, buffer.getvalue())
+    storage.write_bytes(out, buffer.getvalue())

@@ -1,4 +1,4 @@
-"""search: the images of a run that are nearest to an image or to words."""
+"""Command `search`: the images of a run that are nearest to an image or to words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.methods import has_own_space
+from rayclust.methods import has_transform
 from rayclust.report.formats import abbreviate, shorten
 from rayclust.runtime.models import load_method, load_run_encoder, transform_rows
 from rayclust.runtime.pipeline import Manifests, content_digest
@@ -23,11 +23,11 @@ from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, read_manifest, read_output
+from rayclust.store.run import Run
 
-_BESIDE = 60
+_COLUMN_WIDTH = 60
 """Letters of a column where two spaces stand side by side."""
 
 
@@ -49,7 +49,7 @@ class Hit:
 def search(
     config: RunConfig, *, image: str | None, text: str | None, top: int, space: str = ENCODER
 ) -> dict[str, list[Hit]]:
-    """The `top` nearest images, nearest first, by space.
+    """Return the `top` nearest images, nearest first, by space.
 
     Args:
         config: the run's.
@@ -75,7 +75,7 @@ def search(
     row = _query(config, image, text)
     require_matrix(row, "the query", int(encode.extra["dimension"]))
     found = {
-        wanted: _nearest(run, _placed(config, seals, row, wanted), wanted, min(top, encode.counts["rows"]))
+        wanted: _nearest(run, _in_space(config, seals, row, wanted), wanted, min(top, encode.counts["rows"]))
         for wanted in spaces
     }
     hits = _hits(run, encode, set().union(*found.values()), is_assigned=seals.of("assign") is not None)
@@ -86,7 +86,7 @@ def search(
 
 
 def as_lines(found: dict[str, list[Hit]]) -> Iterator[str]:
-    """Hits as text: one space with all that is known of them, two spaces side by side with the keys."""
+    """Yield hits as lines of text: all columns for one space, keys side by side for two."""
     if len(found) == 1:
         [hits] = found.values()
         yield f"{'similarity':>10}  {'cluster':>7}  {'name':<24}  uri"
@@ -94,18 +94,18 @@ def as_lines(found: dict[str, list[Hit]]) -> Iterator[str]:
             cluster = "" if hit.cluster is None else str(hit.cluster)
             yield f"{hit.similarity:>10.4f}  {cluster:>7}  {hit.name or '':<24}  {hit.uri}"
         return
-    yield "rank  " + "  ".join(f"{space:<{_BESIDE}}" for space in found).rstrip()
+    yield "rank  " + "  ".join(f"{space:<{_COLUMN_WIDTH}}" for space in found).rstrip()
     for rank, beside in enumerate(zip_longest(*found.values()), 1):
-        yield f"{rank:>4}  " + "  ".join(f"{_short(hit):<{_BESIDE}}" for hit in beside).rstrip()
+        yield f"{rank:>4}  " + "  ".join(f"{_short(hit):<{_COLUMN_WIDTH}}" for hit in beside).rstrip()
 
 
 def _short(hit: Hit | None) -> str:
-    """Cosine, cluster and key, at most as wide as its column; nothing where an index found fewer."""
+    """Format cosine, cluster and key to the column's width; empty where an index found fewer."""
     if hit is None:
         return ""
     cluster = "" if hit.cluster is None else hit.name or f"cluster {hit.cluster}"
     head = f"{hit.similarity:.4f}  {abbreviate(cluster, 18):<18}  "
-    return head + shorten(hit.key, _BESIDE - len(head))
+    return head + shorten(hit.key, _COLUMN_WIDTH - len(head))
 
 
 def _not_indexed(run: Run) -> ArtefactError:
@@ -113,14 +113,14 @@ def _not_indexed(run: Run) -> ArtefactError:
 
 
 def _refuse_own(config: RunConfig, text: str | None) -> None:
-    if not has_own_space(config.method.name):
+    if not has_transform(config.method.name):
         raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")
     if text is not None:
         raise ConfigError("--text: words live in the encoder's space alone; use --space encoder, or search by --image")
 
 
 def _require_index(run: Run, seals: Manifests, space: str) -> None:
-    """Settings of the index may have changed since; its rows, and the model that placed them, may not."""
+    """Refuse an index of other rows or of another model; other settings of the index are accepted."""
     index = read_manifest(run, "index")
     for need in ("encode", "train") if space == OWN else ("encode",):
         sealed = seals.of(need)
@@ -129,15 +129,15 @@ def _require_index(run: Run, seals: Manifests, space: str) -> None:
 
 
 def _nearest(run: Run, query: np.ndarray, space: str, top: int) -> dict[int, float]:
-    """Row → cosine, nearest first."""
+    """Return cosines by row, nearest first."""
     name = OWN_INDEX if space == OWN else ENCODER_INDEX
-    index = load_index(read_output(run, "index", filesystem.join(run.index_folder, name)))
+    index = load_index(read_output(run, "index", storage.join(run.index_folder, name)))
     rows, similarity = index.search(query, top)
     return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
 
 
-def _placed(config: RunConfig, seals: Manifests, row: np.ndarray, space: str) -> np.ndarray:
-    """The query in a space: unit rows of the encoder's, or on through the features to the method's own."""
+def _in_space(config: RunConfig, seals: Manifests, row: np.ndarray, space: str) -> np.ndarray:
+    """Transform the query to a space: unit rows for the encoder's, features and the method's transform for its own."""
     encode, train = seals.of("encode"), seals.of("train")
     if space == ENCODER or encode is None or train is None:
         return _unit(row)
@@ -146,10 +146,10 @@ def _placed(config: RunConfig, seals: Manifests, row: np.ndarray, space: str) ->
 
 
 def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray:
-    """Float32[1 D]: what the encoder makes of the query."""
+    """Encode the query, Float32[1 D]."""
     if (image is None) == (text is None):
         raise ConfigError("search: give either --image FILE or --text WORDS")
-    data = filesystem.read_bytes(image) if image is not None else b""
+    data = storage.read_bytes(image) if image is not None else b""
     encoder = load_run_encoder(config)
     if text is not None:
         if not encoder.has_text:
@@ -171,7 +171,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _hits(run: Run, encode: Manifest, wanted: set[int], *, is_assigned: bool) -> dict[int, Hit]:
-    """The hits by row, without their cosines; each part that holds one is read once."""
+    """Return hits by row, without their cosines; each part that holds one is read once."""
     names, starts = cluster_names(run), row_starts(encode)
     rows = np.array(sorted(wanted), np.int64)
     found: dict[int, Hit] = {}

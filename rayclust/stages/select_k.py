@@ -1,4 +1,9 @@
-"""select-k: the number of clusters, by criteria of candidates that are tried over the cluster with Ray Tune."""
+"""Stage `select-k`: choose the number of clusters by criteria of candidates, fitted over the cluster with Ray Tune.
+
+A finished candidate leaves a mark, like a task of any other stage, and is not fitted again for the same number under
+the same settings: neither after a kill nor from another list of candidates. Tune places and repeats the trials;
+results go to the run's own files, and nothing is read back from Tune's folder, which is temporary.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rayclust import errors
 from rayclust.arrays import FloatArray, IntArray
 from rayclust.config import RunConfig
-from rayclust.errors import RayclustError
-from rayclust.methods import METHODS, build
-from rayclust.methods.base import Method
+from rayclust.errors import ArtefactError, RayclustError
+from rayclust.methods import build, is_recuttable
+from rayclust.methods.base import Method, Recuttable, Transform
 from rayclust.metrics import selection
 from rayclust.metrics.selection import Candidate, Choice
 from rayclust.runtime import cluster
@@ -49,28 +55,30 @@ from rayclust.runtime.tasks import (
     report_resume,
     run_and_mark,
 )
-from rayclust.stages.train import Job, StoredCheckpoints, fit, no_rows_left, write_fit
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, digest_of
-from rayclust.training.checkpoints import Every
-from rayclust.training.loop import Trainer
-
-# One candidate number of clusters: fitted, assigned to every row, measured, and written. What a trial does.
-#
-# A finished candidate leaves a marker, as a unit of any other stage does, and is not done again by whoever asks for the
-# same number under the same settings: neither after a kill nor from another list of candidates.
-
+from rayclust.store.run import Run
+from rayclust.training.loop import CheckpointInterval, Trainer
 
 REVISION = 2
 """Raised when a candidate's result changes for the same settings."""
 FIT = 0
 """Index of the one fit among the units, where a method needs no fit for each number of clusters."""
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no tables of their own for every trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the stage, not the experiment alone
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other kind of output prints a table whatever it is told
+}
+logger = logging.getLogger(__name__)
+
+
+# One candidate: fit, assign every row, measure, write.
 
 
 @dataclass(frozen=True)
 class Search:
-    """What every trial is told."""
+    """Inputs that all trials share."""
 
     config: RunConfig
     """The run's, its number of clusters open."""
@@ -86,7 +94,7 @@ class Search:
 
     @classmethod
     def of(cls, context: StageContext) -> Search:
-        """The search that a stage is asked for."""
+        """Build the search from a stage's context."""
         config, inputs = context.config, context.inputs
         largest = config.select_k.largest(inputs["encode"].counts["rows"])
         content = {
@@ -101,22 +109,21 @@ class Search:
 
     @property
     def run(self) -> Run:
-        """Where everything lies."""
+        """The run."""
         return Run(self.config.run)
 
     def unit(self, clusters: int) -> Task:
-        """A candidate as a unit of work: its index is its number of clusters."""
+        """Return the task of a candidate; its index is its number of clusters."""
         return Task(clusters, digest_of([self.settings, clusters]))
 
 
 def refits(config: RunConfig) -> bool:
-    """Whether the run's method needs a fit of its own for each number of clusters."""
-    found: bool = METHODS[config.method.name][1].refits_for_clusters
-    return found
+    """Return whether the method needs a fit for each number of clusters."""
+    return not is_recuttable(config.method.name)
 
 
 def examine(search: Search, clusters: int) -> TaskResult:
-    """Fits, measures and writes one candidate.
+    """Fit, measure and write one candidate.
 
     Returns:
         The files written; `criteria` in `extra`.
@@ -140,29 +147,31 @@ def examine(search: Search, clusters: int) -> TaskResult:
 
 
 def drop_checkpoints(search: Search, clusters: int) -> None:
-    """Removes what a candidate's fits would go on from."""
+    """Remove the checkpoints of a candidate's fits."""
     for seed in range(search.config.select_k.seeds):
-        filesystem.remove_tree(search.run.checkpoints(_fit_digest(search, clusters, seed)))
+        storage.remove_tree(search.run.checkpoints(_fit_digest(search, clusters, seed)))
 
 
 def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple[Method, list[dict[str, Any]]]]:
-    """The candidate's fits and their rows of metrics, one seed after the other: the first is the run's own."""
+    """Yield the candidate's fits and their metrics, one per seed; the first seed is the run's own."""
     clusters = config.method.clusters
     if not refits(config):
         folder = search.run.selection_fit
-        history = tables.read_table(filesystem.join(folder, "metrics.parquet")).to_pylist()
+        history = tables.read_table(storage.join(folder, "metrics.parquet")).to_pylist()
         marked = read_mark(search.run.shard_manifest(FIT, SELECT_K))
         digests = {path: written["digest"] for path, written in marked[1].outputs.items()} if marked else {}
         fitted = read_method(folder, SELECT_K, digests)
-        yield fitted.repartition(clusters), history
+        if not isinstance(fitted, Recuttable):
+            raise ArtefactError(f"{folder}: holds another method; run select-k again with --force")
+        yield fitted.recut(clusters), history
         for seed in range(1, config.select_k.seeds):
-            yield fitted.repartition(clusters, config.seed + seed), history
+            yield fitted.recut(clusters, config.seed + seed), history
         return
     device = "cuda" if search.gpus else "cpu"
     for seed in range(config.select_k.seeds):
         method = build(config.method, rows.dimension, rows.count, config.seed + seed)
         store = StoredCheckpoints(search.run, _fit_digest(search, clusters, seed))
-        every = Every(epochs=None, seconds=config.resources.checkpoint_seconds)
+        every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
         trainer = Trainer(config.seed + seed, device, None, store, every)
         method.fit(rows, trainer)
         yield method.eval(), trainer.history
@@ -173,10 +182,10 @@ def _fit_digest(search: Search, clusters: int, seed: int) -> str:
 
 
 def _labels(method: Method, rows: StoredRows) -> IntArray:
-    """Int32[N]: the most probable cluster of each row."""
+    """Return the most probable cluster of each row, Int32[N]."""
     device = _device(method)
     with torch.inference_mode():
-        found = [method.assign(block.to(device)).argmax(dim=1).int().cpu().numpy() for block in rows.blocks()]
+        found = [method.predict_proba(block.to(device)).argmax(dim=1).int().cpu().numpy() for block in rows.blocks()]
     return np.concatenate(found)
 
 
@@ -185,13 +194,12 @@ def _device(method: Method) -> torch.device:
 
 
 def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[IntArray]) -> dict[str, float]:
-    """Every criterion: what needs the rows' space on a sample of them, the others on all.
+    """Compute every criterion: those in the rows' space on a sample, the others on all rows.
 
-    What a partition cannot have (the silhouette of one occupied cluster, the stability of one fit) is left out.
+    Undefined ones (the silhouette of one occupied cluster, the stability of one fit) are left out.
     """
-    from rayclust.metrics import partition
-    from rayclust.metrics.criteria import CriteriaOptions, measure
-    from rayclust.metrics.internal import size_summary
+    from rayclust.metrics import internal
+    from rayclust.metrics.internal import CriteriaOptions, measure, size_summary
 
     options = config.select_k
     sample = _sample(rows.count, options.rows, config.seed)
@@ -199,11 +207,11 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     chosen = CriteriaOptions(options.distortion, silhouette_rows=options.rows, seed=config.seed)
     found = measure(space, [labels[0][sample]], None, chosen)
     neighbors = rows.neighbors().numpy()
-    found["neighbor_agreement"] = partition.neighbor_agreement(labels[0], neighbors)
-    found["modularity"] = partition.modularity(labels[0], neighbors)
-    found["map_equation"] = partition.map_equation(labels[0], neighbors)
+    found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
+    found["modularity"] = internal.modularity(labels[0], neighbors)
+    found["map_equation"] = internal.map_equation(labels[0], neighbors)
     if len(labels) > 1:
-        found["stability"] = partition.stability(labels)
+        found["stability"] = internal.stability(labels)
     found |= size_summary(labels[0], config.method.clusters)
     found["empty"] = config.method.clusters - found["occupied"]
     return {name: float(value) for name, value in found.items() if np.isfinite(value)}
@@ -214,39 +222,28 @@ def _sample(count: int, wanted: int, seed: int) -> IntArray:
 
 
 def _space(method: Method, x: Tensor, sample: IntArray) -> FloatArray:
-    """Float32[n d]: some rows in the method's own space where it has one, else unit features."""
+    """Return the sample in the method's own space where it has one, else as unit features; Float32[n d]."""
     blocks, device = [], _device(method)
     with torch.inference_mode():
         for start in range(0, len(sample), BLOCK):
             block = x[torch.from_numpy(sample[start : start + BLOCK])].to(device)
-            own = method.own_space is not None
-            z = method.represent(block) if own else torch.nn.functional.normalize(block, dim=1)
+            z = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
             blocks.append(z.float().cpu().numpy())
     return np.concatenate(blocks)
 
 
-# Candidates over the cluster: one Ray Tune trial each, as many at a time as there is room for.
-#
-# Tune places, watches and repeats the trials. What they find goes to the run's own files, and nothing is ever read back
-# from Tune's: its folder is a scratch one.
-
-
-QUIET = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no tables of their own for every trial
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the stage, not the experiment alone
-    "RAY_AIR_NEW_OUTPUT": "0",  # the other kind of output prints a table whatever it is told
-}
+# Candidates over the cluster: one Ray Tune trial each.
 
 OnChange = Callable[[Sequence[int], int], None]
-"""Told which candidates are being tried, and how many more have been finished."""
+"""Callback with the candidates that are running and the number that just finished."""
 
 
 def run_trials(search: Search, candidates: Sequence[int], on_change: OnChange) -> None:
-    """Examines candidates on the cluster.
+    """Fit and measure candidates on the cluster.
 
     Args:
         search: what they have in common.
-        candidates: numbers of clusters; each leaves its marker.
+        candidates: numbers of clusters; each leaves its mark.
         on_change: called whenever a trial begins or ends.
 
     Raises:
@@ -255,13 +252,13 @@ def run_trials(search: Search, candidates: Sequence[int], on_change: OnChange) -
     connect()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it has to say of a failed trial is said below
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are reported below
     folder = tempfile.TemporaryDirectory(prefix="rayclust-select-k-", ignore_cleanup_errors=True)
     with folder as storage:
         results = _tuner(search, candidates, storage, on_change).fit()
         # In the order of the candidates; fewer where Tune stopped before it had made a trial of each.
         for k, result in zip(candidates, results, strict=False):
-            _refuse_failed(k, result)
+            _raise_failure(k, result)
 
 
 def _tuner(search: Search, candidates: Sequence[int], storage: str, on_change: OnChange) -> Any:
@@ -287,7 +284,7 @@ def _tuner(search: Search, candidates: Sequence[int], storage: str, on_change: O
 
 
 def _trial(search: Search, space: dict[str, Any]) -> None:
-    """One candidate, in its worker; what is refused on purpose is reported and not tried again."""
+    """Run one candidate in its worker; our own errors are reported and not retried."""
     from ray import tune
 
     unit = search.unit(int(space["k"]))
@@ -300,22 +297,21 @@ def _trial(search: Search, space: dict[str, Any]) -> None:
 
 
 def concurrent(search: Search) -> int:
-    """How many trials may run at a time."""
+    """Return how many trials may run at a time."""
     options = search.config.select_k
     if options.max_concurrent != "auto":
         return options.max_concurrent
     nodes = cluster.live_nodes(search.config.resources.placement.trials)
-    return max(1, sum(_room(node, options.cpus_per_trial, search.gpus) for node in nodes))
+    return max(1, sum(_trials_of_node(node, options.cpus_per_trial, search.gpus) for node in nodes))
 
 
-def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
-    """Trials that a node holds."""
-    room = int(node.get("CPU", 0) / cpus)
-    return min(room, int(node.get("GPU", 0) / gpus)) if gpus else room
+def _trials_of_node(node: dict[str, float], cpus: float, gpus: float) -> int:
+    fits = int(node.get("CPU", 0) / cpus)
+    return min(fits, int(node.get("GPU", 0) / gpus)) if gpus else fits
 
 
-def _refuse_failed(k: int, result: Any) -> None:
-    """Raises what a trial was refused for, or what it ended of."""
+def _raise_failure(k: int, result: Any) -> None:
+    """Raise the error that a trial reported or died of."""
     if result.error is not None:
         raise RayclustError(f"select-k: the candidate k = {k} failed: {_cause(result.error)}")
     if (result.metrics or {}).get("refused"):
@@ -324,14 +320,14 @@ def _refuse_failed(k: int, result: Any) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The line of a trial's error that names it: the last that reads as an exception, else the first."""
+    """Return the line of a trial's error that names it: the last that reads as an exception, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
     return (named[-1:] or lines[:1] or [type(error).__name__])[0]
 
 
 def _error_callback() -> Any:
-    """Stops every trial once one has been refused: the stage fails in any case."""
+    """Return a stopper that ends all trials after the first error: the stage fails in any case."""
     from ray import tune
 
     class Refusals(tune.Stopper):
@@ -352,7 +348,7 @@ def _watcher(on_change: OnChange) -> Any:
     from ray.tune.progress_reporter import TrialProgressCallback
 
     class Watcher(TrialProgressCallback):
-        """Tells `on_change` what the driver sees of the trials, in the place of the lines that Tune prints."""
+        """Calls `on_change` in place of the lines that Tune prints."""
 
         def __init__(self, on_change: OnChange) -> None:
             super().__init__()
@@ -362,7 +358,7 @@ def _watcher(on_change: OnChange) -> Any:
             return {}  # Tune keeps a copy of its settings, which is never read back
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-            """Says nothing."""
+            """Print nothing."""
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._running.add(trial.config["k"])
@@ -379,11 +375,8 @@ def _watcher(on_change: OnChange) -> Any:
     return Watcher(on_change)
 
 
-logger = logging.getLogger(__name__)
-
-
 def run(context: StageContext) -> StageResult:
-    """Tries every candidate that has not been tried, chooses, and writes the choice with its reason."""
+    """Fit every candidate that is not done, choose one, and write the choice with its reason."""
     config, rows = context.config, context.inputs["encode"].counts["rows"]
     config.select_k.refuse_above(rows)
     search = Search.of(context)
@@ -392,13 +385,13 @@ def run(context: StageContext) -> StageResult:
     _drop_outdated(search, tried)
     for result in tried.values():
         outputs |= result.outputs
-    outputs |= put_json(context.run, context.run.selection, _written(choice, tried))
+    outputs |= put_json(context.run, context.run.selection, _selection(choice, tried))
     extra = {CHOSEN: _model(tried[choice.k]), "rule": choice.rule, "reason": choice.reason}
     return StageResult(outputs, {"candidates": len(tried)}, extra, choice.reason)
 
 
 def _fit_once(search: Search) -> TaskResult:
-    """The one fit of which every candidate is cut."""
+    """Run the one fit from which every candidate is cut."""
     run, largest = search.run, search.largest
     unit = Task(FIT, digest_of([search.settings, "fit", largest]))
     found = finished_tasks(run, SELECT_K, [unit])
@@ -409,13 +402,14 @@ def _fit_once(search: Search) -> TaskResult:
 
 
 def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
-    """All candidates with their results, by number, and the choice among them."""
+    """Return all candidates with their results, by number, and the choice among them."""
     options, tried = search.config.select_k, dict[int, TaskResult]()
     wanted = options.first(rows)
-    with no_rows_left(search.digest), Progress(SELECT_K, "candidates", total=0) as progress:
+    with drop_rows_on_error(search.digest), Progress(SELECT_K, "candidates", total=0) as progress:
         for number in range(1 + (options.rounds if options.candidates == "auto" else 0)):
-            tried |= _tried(search, wanted, progress)
-            choice = _choice(tried, options.rule)
+            tried |= _fit_candidates(search, wanted, progress)
+            measured = [Candidate(k, result.extra["criteria"]) for k, result in tried.items()]
+            choice = selection.choose(measured, options.rule)
             wanted = selection.refine(list(tried), choice.k)
             if not wanted:
                 break
@@ -427,15 +421,19 @@ def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
     return dict(sorted(tried.items())), choice
 
 
-def _tried(search: Search, candidates: Sequence[int], progress: Progress) -> dict[int, TaskResult]:
-    """Results of candidates; those without one are sent to the cluster."""
+def _fit_candidates(search: Search, candidates: Sequence[int], progress: Progress) -> dict[int, TaskResult]:
+    """Return the results of candidates; those without one are fitted on the cluster."""
     run, units = search.run, [search.unit(k) for k in candidates]
     before = finished_tasks(run, SELECT_K, units)
     progress.more(len(units), done=len(before))
     report_resume(SELECT_K, len(units), len(before))
     missing = [k for k in candidates if k not in before]
     if missing:
-        run_trials(search, missing, lambda running, ended: progress.advance(ended, note=_trying(running)))
+
+        def show(running: Sequence[int], ended: int) -> None:
+            progress.advance(ended, note="trying k = " + ", ".join(map(str, running)) if running else "")
+
+        run_trials(search, missing, show)
     results = finished_tasks(run, SELECT_K, units)
     for k in candidates:
         if k not in results:
@@ -443,35 +441,27 @@ def _tried(search: Search, candidates: Sequence[int], progress: Progress) -> dic
     return results
 
 
-def _trying(running: Sequence[int]) -> str:
-    return "trying k = " + ", ".join(map(str, running)) if running else ""
-
-
-def _choice(tried: dict[int, TaskResult], rule: str) -> Choice:
-    return selection.choose([Candidate(k, result.extra["criteria"]) for k, result in tried.items()], rule)
-
-
 def _model(result: TaskResult) -> dict[str, Any]:
-    """What train takes of the chosen candidate."""
+    """Return what train reads of the chosen candidate."""
     criteria = f"{result.extra['k']:05d}.json"
     files = {path: file["digest"] for path, file in sorted(result.outputs.items()) if not path.endswith(criteria)}
     return {"clusters": result.extra["k"], "steps": result.counts["steps"], "outputs": files}
 
 
-def _written(choice: Choice, tried: dict[int, TaskResult]) -> dict[str, Any]:
+def _selection(choice: Choice, tried: dict[int, TaskResult]) -> dict[str, Any]:
     candidates = [{"k": k, **result.extra["criteria"]} for k, result in tried.items()]
     reason = {"chosen": choice.k, "rule": choice.rule, "reason": choice.reason}
     return reason | {"picks": dict(choice.picks), "candidates": candidates}
 
 
 def _drop_outdated(search: Search, tried: Iterable[int]) -> None:
-    """Removes candidates of other settings; those of these settings from another list stay for when it comes back."""
+    """Remove candidates of other settings; those of these settings from another list are kept for reuse."""
     run = search.run
     for k, marker in done_marks(run, SELECT_K):
         if k != FIT and k not in tried and marker != search.unit(k).digest:
-            filesystem.remove_tree(run.candidate(k))
-            filesystem.remove(run.candidate(k) + ".json")
-            filesystem.remove(run.shard_manifest(k, SELECT_K))
+            storage.remove_tree(run.candidate(k))
+            storage.remove(run.candidate(k) + ".json")
+            storage.remove(run.shard_manifest(k, SELECT_K))
 
 
 def candidate_settings(config: RunConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""train: fits the method to the run's rows with Ray Train, one process per worker.
+"""Stage `train`: fit the method to the run's rows with Ray Train, one process per worker.
 
-Checkpoints are ours: safetensors and JSON below the run, written by worker 0. A lost worker, a lost driver or a lost
-cluster all go on from the newest whole one. Ray Train only places, watches and replaces the workers.
+Checkpoints are ours: safetensors and JSON below the run, written by worker 0. After the loss of a worker, the driver or
+the cluster, training resumes from the newest complete one. Ray Train only places, watches and replaces the workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rayclust import collectives
+from rayclust import distributed
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
@@ -51,48 +51,270 @@ from rayclust.runtime.pipeline import (
 )
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache
-from rayclust.store import checked, filesystem
-from rayclust.store.layout import Run
+from rayclust.store import manifest, storage
 from rayclust.store.manifest import Manifest, read_unchanged
-from rayclust.training.checkpoints import Every
-from rayclust.training.loop import Trainer
+from rayclust.store.run import Run
+from rayclust.training.loop import CheckpointInterval, Trainer
 
-# Where a worker posts its newest row of metrics for the driver to show.
+logger = logging.getLogger(__name__)
+
+UPLOAD_SECONDS = 10.0
+"""Least time between two uploads of TensorBoard's event files."""
+CHECKPOINTS_KEPT = 2
+"""The newest, and the one before it while the newest is being written."""
+ELASTIC_START_SECONDS = "30"
+"""Timeout for starting a group of workers where fewer would do. Ray refreshes its view of the nodes every 20 s, so that
+just after a loss it may still ask for the resources of a lost node; its own timeout is 60 s."""
+
+
+def run(context: StageContext) -> StageResult:
+    """Train on the cluster; where select-k has fitted this very model, copy it."""
+    config, encode = context.config, context.inputs["encode"]
+    rows = encode.counts["rows"]
+    if rows < config.method.clusters:  # refused here, not after every worker has tried
+        raise ConfigError(f"method.clusters = {config.method.clusters}: must be at most the number of rows, {rows}")
+    if SELECT_K in context.inputs:
+        return _copy_chosen(context, context.inputs[SELECT_K].extra[CHOSEN])
+    result = fit(Job("train", config, context.digest, encode, context.run.model_folder))
+    summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
+    if result["loss"] is not None:
+        summary += f", loss {result['loss']:.4f}"
+    return StageResult(result["outputs"], {"rows": rows, "steps": result["steps"]}, {}, summary)
+
+
+def _copy_chosen(context: StageContext, chosen: dict[str, Any]) -> StageResult:
+    """Copy the chosen candidate's model, which has the same settings and seed."""
+    run, outputs = context.run, Outputs()
+    for path, digest in chosen["outputs"].items():
+        data = read_unchanged(run.at(path), digest, SELECT_K)
+        outputs |= put_bytes(run, storage.join(run.model_folder, path.rpartition("/")[2]), data)
+    counts = {"rows": context.inputs["encode"].counts["rows"], "steps": chosen["steps"]}
+    summary = f"{context.config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
+    return StageResult(outputs, counts, {}, summary)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fit, as it is sent to every worker."""
+
+    stage: str
+    """The stage that asks for it, for the progress display."""
+    config: RunConfig
+    digest: str
+    """Of everything that the fit depends on; names its checkpoints."""
+    encode: Manifest
+    folder: str
+    """Folder of the model, below the run."""
+
+
+def fit(job: Job) -> dict[str, Any]:
+    """Fit a method on the cluster, from the newest checkpoint if there is one, and write it.
+
+    Returns:
+        `outputs`, `steps`, and `loss` (None for a method without metrics).
+    """
+    connect()
+    # Ray Train wants a folder for checkpoints; nothing is put there, ours lie below the run.
+    folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
+    with drop_rows_on_error(job.digest), folder as scratch, plain_errors(), _WatchMetrics(job.stage) as metrics:
+        result = _fit(job, metrics, scratch)
+    storage.remove_tree(Run(job.config.run).checkpoints(job.digest))
+    return result
+
+
+@contextmanager
+def drop_rows_on_error(digest: str) -> Iterator[None]:
+    """Remove the rows' copies from every node on an error of ours; after a kill they stay for the run that resumes."""
+    try:
+        yield
+    except RayclustError:
+        on_every_node(drop_cache, digest)
+        raise
+
+
+def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources, (fewest, workers) = job.config.resources, worker_range(job.config)
+    if fewest < workers:
+        _check_every_worker_count(job, fewest, workers)
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
+    labels = resources.placement.train
+    require_label("train", labels)
+    cores = 1 if resources.gpus_per_worker else cores_per_worker(workers, labels)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "metrics": metrics, "threads": cores},
+        scaling_config=ScalingConfig(
+            num_workers=(fewest, workers) if fewest < workers else workers,
+            use_gpu=bool(resources.gpus_per_worker),
+            resources_per_worker={"CPU": cores}
+            | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            label_selector=dict(labels) or None,
+        ),
+        run_config=RunConfig(
+            # A name of its own each time: what is resumed is our checkpoint, never Ray's idea of a finished run.
+            name=f"rayclust-{job.digest[:12]}-{time.time_ns()}",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    result: dict[str, Any] = trainer.fit().return_value
+    return result
+
+
+def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
+    """Refuse settings that some of the possible numbers of workers cannot fit, before a worker is lost."""
+    rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
+    device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
+    for count in range(fewest, most + 1):
+        try:
+            job.config.method.describe_plan(rows, dimension, count, device)
+        except ConfigError as error:
+            raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
+
+
+def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Fit in one worker; worker 0 writes the model and returns the result."""
+    job: Job = settings["job"]
+    torch.set_num_threads(settings["threads"])
+    config, run = job.config, Run(job.config.run)
+    rank = distributed.rank()
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else torch.device("cpu")
+    )
+    cache, workers = cache_folder(job.digest), distributed.world_size()
+    rows = StoredRows(run, job.encode, config.features, cache, rank, workers)
+    method = build(config.method, rows.dimension, rows.count, config.seed)
+    store = StoredCheckpoints(run, job.digest)
+    total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
+    trackers = Trackers(config) if rank == 0 and job.stage == "train" else None
+
+    def on_row(row: dict[str, Any]) -> None:
+        settings["metrics"].report.remote(row | total)
+        if trackers is not None:
+            trackers.log(row)
+
+    every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
+    trainer = Trainer(config.seed, device, on_row if rank == 0 else None, store, every)
+    method.fit(rows, trainer)
+    if trackers is not None:
+        trackers.close()
+    distributed.barrier()
+    drop_cache(job.digest)
+    if rank:
+        return None
+    return write_fit(run, job.folder, method, trainer.history)
+
+
+def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write a fitted method and its table of metrics; return what `fit` does."""
+    # Seconds and rates differ from run to run; they stay out so that the same training gives the same bytes.
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
+    names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
+    table = pa.table({name: [row.get(name) for row in rows] for name in names or ["epoch"]})
+    outputs = save_method(run, method.state(), folder)
+    outputs |= put_table(run, storage.join(folder, "metrics.parquet"), table)
+    last = history[-1] if history else {}
+    return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
+
+
+class StoredCheckpoints:
+    """Checkpoints below the run (`training.checkpoints.CheckpointStore`).
+
+    The tensors are written first and the state last, with their digest: a state without its tensors does not count.
+    """
+
+    def __init__(self, run: Run, digest: str) -> None:
+        self._folder = run.checkpoints(digest)
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write on worker 0; return at once on the others."""
+        if not distributed.is_main():
+            return
+        data = safetensors.torch.save(tensors)
+        storage.write_bytes(self._at(step, "tensors.safetensors"), data)
+        manifest.write_checked(
+            self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state}
+        )
+        for old in self._steps()[:-CHECKPOINTS_KEPT]:
+            storage.remove_tree(storage.join(self._folder, f"step-{old:09d}"))
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest checkpoint whose tensors match its state, or None."""
+        for step in reversed(self._steps()):
+            try:
+                content = manifest.read_checked(self._at(step, "state.json"))
+                data = storage.read_bytes(self._at(step, "tensors.safetensors"))
+                if content["digest"] == hashlib.sha256(data).hexdigest():
+                    logger.info("train: resuming at step %d", step)
+                    return safetensors.torch.load(data), content["state"]
+            except (storage.MissingError, ArtefactError, KeyError, TypeError):
+                continue
+        return None
+
+    def _at(self, step: int, name: str) -> str:
+        return storage.join(self._folder, f"step-{step:09d}", name)
+
+    def _steps(self) -> list[int]:
+        """Return the steps with a state, in order."""
+        found = storage.walk(self._folder, suffixes=("state.json",), missing_ok=True)
+        return sorted(int(file.key[5:14]) for file in found)
 
 
 class MetricsActor:
-    """Where worker 0 posts its newest row of metrics; a Ray actor."""
+    """Ray actor to which worker 0 reports its newest row of metrics."""
 
     def __init__(self) -> None:
         self._row: dict[str, Any] | None = None
 
-    def post(self, row: dict[str, Any]) -> None:
-        """Takes a row."""
+    def report(self, row: dict[str, Any]) -> None:
+        """Replace the row."""
         self._row = row
 
-    def read(self) -> dict[str, Any] | None:
-        """The newest row."""
+    def latest(self) -> dict[str, Any] | None:
+        """Return the newest row."""
         return self._row
 
 
-# Where a training's metrics can be followed while it runs: TensorBoard, Weights & Biases, MLflow.
-#
-# TensorBoard's event files lie below the run, in `tensorboard/`; one more for each time a training was continued. They
-# are no artefact: no manifest lists them, and nothing reads them.
+class _WatchMetrics:
+    """Thread that shows the reported metrics while the driver waits for the workers."""
 
+    def __init__(self, stage: str) -> None:
+        import ray
 
-logger = logging.getLogger(__name__)
+        self._metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
+        self._progress = Progress(stage, "steps")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
 
-Send = Callable[[dict[str, float], int], None]
-"""Takes numbers by name, and the optimiser steps done."""
-PUBLISHED_SECONDS = 10.0
-"""Between two uploads of TensorBoard's events, at least."""
-PLACES = ("epoch", "step", "steps")
-"""Keys of a row that say when, not what."""
+    def __enter__(self) -> Any:
+        self._progress.__enter__()
+        self._thread.start()
+        return self._metrics
+
+    def __exit__(self, *error: Any) -> None:
+        self._over.set()
+        self._thread.join(timeout=5)
+        self._progress.__exit__(None, None, None)
+
+    def _follow(self) -> None:
+        import ray
+
+        while not self._over.wait(1.0):
+            try:
+                row = ray.get(self._metrics.latest.remote(), timeout=5)
+            except ray.exceptions.RayError:
+                continue
+            if row:
+                loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
+                self._progress.at(int(row.get("step", 0)), row.get("steps"), loss)
 
 
 class Trackers:
-    """Sends each epoch's row to everything that follows the training; a failure of one of them is told and no more.
+    """Sends each epoch's metrics to the services of `tracking.to`; one that fails is logged and dropped.
 
     Args:
         config: the run's.
@@ -105,17 +327,24 @@ class Trackers:
         self._open: dict[str, Any] = {name: _TRACKERS[name](config) for name in config.tracking.to}
 
     def log(self, row: dict[str, Any]) -> None:
-        """A row of metrics: numbers, and lists of numbers."""
-        numbers = dict(_numbers(row))
+        """Send a row of metrics: numbers, and lists of numbers as name/index."""
+        numbers = dict[str, float]()
+        for key, value in row.items():
+            if key in ("epoch", "step", "steps"):  # the time axis, not a metric
+                continue
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                numbers |= {f"{key}/{place}": float(each) for place, each in enumerate(value)}
+            elif isinstance(value, int | float):
+                numbers[key] = float(value)
         for name, tracker in list(self._open.items()):
-            self._tried(name, partial(tracker.send, numbers, int(row.get("step", 0))))
+            self._attempt(name, partial(tracker.send, numbers, int(row.get("step", 0))))
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Send what is left."""
         for name, tracker in list(self._open.items()):
-            self._tried(name, tracker.close)
+            self._attempt(name, tracker.close)
 
-    def _tried(self, name: str, action: Callable[[], None]) -> None:
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:  # noqa: BLE001 - whatever a tracker's service does, the training goes on
@@ -123,46 +352,39 @@ class Trackers:
             self._open.pop(name, None)
 
 
-def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in row.items():
-        if key in PLACES:
-            continue
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            yield from ((f"{key}/{place}", float(each)) for place, each in enumerate(value))
-        elif isinstance(value, int | float):
-            yield key, float(value)
-
-
 class _TensorBoard:
-    """Event files, written here and copied below the run."""
+    """Event files, written to a local folder and copied to `tensorboard/` below the run; one more after each resume.
+
+    They are no artefact: no manifest lists them and nothing reads them.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._target = Run(config.run).at("tensorboard")
         self._folder = tempfile.TemporaryDirectory(prefix="rayclust-tensorboard-", ignore_cleanup_errors=True)
         self._writer = _imported("tensorboardX", "tensorboard").SummaryWriter(
-            self._folder.name, flush_secs=int(PUBLISHED_SECONDS) // 2
+            self._folder.name, flush_secs=int(UPLOAD_SECONDS) // 2
         )
-        self._published = time.monotonic()
+        self._uploaded = time.monotonic()
 
     def send(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
-        if time.monotonic() - self._published >= PUBLISHED_SECONDS:
-            self._publish()
+        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self._upload()
 
     def close(self) -> None:
         self._writer.close()  # waits for what is still on its way to the file, which a flush does not
-        self._publish()
+        self._upload()
         self._folder.cleanup()
 
-    def _publish(self) -> None:
+    def _upload(self) -> None:
         for file in Path(self._folder.name).iterdir():
-            filesystem.write_bytes(filesystem.join(self._target, file.name), file.read_bytes())
-        self._published = time.monotonic()
+            storage.write_bytes(storage.join(self._target, file.name), file.read_bytes())
+        self._uploaded = time.monotonic()
 
 
 class _WandB:
-    """Weights & Biases; it finds its key in its own variables."""
+    """Weights & Biases, configured by its own environment variables."""
 
     def __init__(self, config: RunConfig) -> None:
         wandb = _imported("wandb", "wandb")
@@ -177,7 +399,7 @@ class _WandB:
 
 
 class _MLflow:
-    """MLflow; it finds its server in its own variables."""
+    """MLflow, configured by its own environment variables."""
 
     def __init__(self, config: RunConfig) -> None:
         self._mlflow = _imported("mlflow", "mlflow")
@@ -202,246 +424,6 @@ def _imported(package: str, name: str) -> Any:
 
 
 _TRACKERS: dict[str, Callable[[RunConfig], Any]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
-
-
-KEPT = 2
-"""Checkpoints kept: the newest, and the one before it while the newest is being written."""
-STALE_SECONDS = "30"
-"""How long a group of workers waits for its places, where fewer would do. Ray counts the cluster's nodes every 20 s, so
-that just after a loss it may still ask for the places of a lost node, and would do so for 60 s."""
-
-
-def run(context: StageContext) -> StageResult:
-    """Trains on the cluster and seals the model; where select-k has fitted this very model, takes it."""
-    config, encode = context.config, context.inputs["encode"]
-    rows = encode.counts["rows"]
-    if rows < config.method.clusters:  # said at once, not after every worker has tried
-        raise ConfigError(f"method.clusters = {config.method.clusters}: must be at most the number of rows, {rows}")
-    if SELECT_K in context.inputs:
-        return _adopt(context, context.inputs[SELECT_K].extra[CHOSEN])
-    result = fit(Job("train", config, context.digest, encode, context.run.model_folder))
-    summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
-    if result["loss"] is not None:
-        summary += f", loss {result['loss']:.4f}"
-    return StageResult(result["outputs"], {"rows": rows, "steps": result["steps"]}, {}, summary)
-
-
-def _adopt(context: StageContext, chosen: dict[str, Any]) -> StageResult:
-    """The chosen candidate's model, made from the same settings and seed."""
-    run, outputs = context.run, Outputs()
-    for path, digest in chosen["outputs"].items():
-        data = read_unchanged(run.at(path), digest, SELECT_K)
-        outputs |= put_bytes(run, filesystem.join(run.model_folder, path.rpartition("/")[2]), data)
-    counts = {"rows": context.inputs["encode"].counts["rows"], "steps": chosen["steps"]}
-    summary = f"{context.config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
-    return StageResult(outputs, counts, {}, summary)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One fit, as every worker is told."""
-
-    stage: str
-    """The stage that wants it, for the progress."""
-    config: RunConfig
-    digest: str
-    """Of everything that the fit depends on: the name of its checkpoints."""
-    encode: Manifest
-    folder: str
-    """Where the model goes, below the run."""
-
-
-def fit(job: Job) -> dict[str, Any]:
-    """Fits a method on the cluster, from the newest checkpoint if there is one, and writes it.
-
-    Returns:
-        `outputs`, `steps`, `loss` (None for a method without rows of metrics).
-    """
-    connect()
-    # Ray Train wants a folder for checkpoints; it gets none, ours lie below the run.
-    folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
-    with no_rows_left(job.digest), folder as storage, plain_errors(), _Watch(job.stage) as board:
-        result = _fit(job, board, storage)
-    filesystem.remove_tree(Run(job.config.run).checkpoints(job.digest))
-    return result
-
-
-@contextmanager
-def no_rows_left(digest: str) -> Iterator[None]:
-    """Removes the rows' copies from every node where the work on them is refused; a kill leaves them to who goes on."""
-    try:
-        yield
-    except RayclustError:
-        on_every_node(drop_cache, digest)
-        raise
-
-
-def _fit(job: Job, board: Any, storage: str) -> dict[str, Any]:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    resources, (fewest, workers) = job.config.resources, worker_range(job.config)
-    if fewest < workers:
-        _require_any_number(job, fewest, workers)
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", STALE_SECONDS)
-    labels = resources.placement.train
-    require_label("train", labels)
-    cores = 1 if resources.gpus_per_worker else cores_per_worker(workers, labels)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": job, "board": board, "threads": cores},
-        scaling_config=ScalingConfig(
-            num_workers=(fewest, workers) if fewest < workers else workers,
-            use_gpu=bool(resources.gpus_per_worker),
-            resources_per_worker={"CPU": cores}
-            | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
-            label_selector=dict(labels) or None,
-        ),
-        run_config=RunConfig(
-            # A name of its own each time: what is resumed is our checkpoint, never Ray's idea of a finished run.
-            name=f"rayclust-{job.digest[:12]}-{time.time_ns()}",
-            storage_path=storage,
-            failure_config=FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    result: dict[str, Any] = trainer.fit().return_value
-    return result
-
-
-def _require_any_number(job: Job, fewest: int, most: int) -> None:
-    """Refuses settings that only some number of workers can fit, before a worker is lost."""
-    rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
-    device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
-    for count in range(fewest, most + 1):
-        try:
-            job.config.method.outlook(rows, dimension, count, device)
-        except ConfigError as error:
-            raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
-
-
-def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """One worker: its rows, the method, the fit; worker 0 writes the model."""
-    job: Job = settings["job"]
-    board = settings["board"]
-    torch.set_num_threads(settings["threads"])
-    config, run = job.config, Run(job.config.run)
-    rank = collectives.rank()
-    device = (
-        torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else torch.device("cpu")
-    )
-    workers = collectives.world_size()
-    rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), rank, workers)
-    method = build(config.method, rows.dimension, rows.count, config.seed)
-    store = StoredCheckpoints(run, job.digest)
-    total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
-    trackers = Trackers(config) if rank == 0 and job.stage == "train" else None
-
-    def on_row(row: dict[str, Any]) -> None:
-        board.post.remote(row | total)
-        if trackers is not None:
-            trackers.log(row)
-
-    every = Every(epochs=None, seconds=config.resources.checkpoint_seconds)
-    trainer = Trainer(config.seed, device, on_row if rank == 0 else None, store, every)
-    method.fit(rows, trainer)
-    if trackers is not None:
-        trackers.close()
-    collectives.barrier()
-    drop_cache(job.digest)
-    if rank:
-        return None
-    return write_fit(run, job.folder, method, trainer.history)
-
-
-def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes a fitted method and its rows of metrics; see `fit` for what is returned."""
-    outputs = save_method(run, method.export(), folder) | _write_metrics(run, folder, history)
-    last = history[-1] if history else {}
-    return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
-
-
-def _write_metrics(run: Run, folder: str, history: list[dict[str, Any]]) -> Outputs:
-    # Seconds and rates differ from run to run; they stay out so that the same training gives the same bytes.
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
-    names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
-    table = pa.table({name: [row.get(name) for row in rows] for name in names or ["epoch"]})
-    return put_table(run, filesystem.join(folder, "metrics.parquet"), table)
-
-
-class StoredCheckpoints:
-    """Checkpoints below the run (`training.checkpoints.CheckpointStore`).
-
-    The tensors are written first and the state last, with their digest: a state without its tensors does not count.
-    """
-
-    def __init__(self, run: Run, digest: str) -> None:
-        self._folder = run.checkpoints(digest)
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Worker 0 writes; the others go on."""
-        if not collectives.is_first():
-            return
-        data = safetensors.torch.save(tensors)
-        filesystem.write_bytes(self._at(step, "tensors.safetensors"), data)
-        checked.write(self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state})
-        for old in self._steps()[:-KEPT]:
-            filesystem.remove_tree(filesystem.join(self._folder, f"step-{old:09d}"))
-
-    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint whose tensors match its state."""
-        for step in reversed(self._steps()):
-            try:
-                content = checked.read(self._at(step, "state.json"))
-                data = filesystem.read_bytes(self._at(step, "tensors.safetensors"))
-                if content["digest"] == hashlib.sha256(data).hexdigest():
-                    logger.info("train: resuming at step %d", step)
-                    return safetensors.torch.load(data), content["state"]
-            except (filesystem.MissingError, ArtefactError, KeyError, TypeError):
-                continue
-        return None
-
-    def _at(self, step: int, name: str) -> str:
-        return filesystem.join(self._folder, f"step-{step:09d}", name)
-
-    def _steps(self) -> list[int]:
-        """Steps with a state, in order."""
-        found = filesystem.walk(self._folder, suffixes=("state.json",), missing_ok=True)
-        return sorted(int(file.key[5:14]) for file in found)
-
-
-class _Watch:
-    """Shows what the board says, from a thread, while the driver waits for the workers."""
-
-    def __init__(self, stage: str) -> None:
-        import ray
-
-        self._board = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
-        self._progress = Progress(stage, "steps")
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> Any:
-        self._progress.__enter__()
-        self._thread.start()
-        return self._board
-
-    def __exit__(self, *error: Any) -> None:
-        self._over.set()
-        self._thread.join(timeout=5)
-        self._progress.__exit__(None, None, None)
-
-    def _follow(self) -> None:
-        import ray
-
-        while not self._over.wait(1.0):
-            try:
-                row = ray.get(self._board.read.remote(), timeout=5)
-            except ray.exceptions.RayError:
-                continue
-            if row:
-                loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
-                self._progress.at(int(row.get("step", 0)), row.get("steps"), loss)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 import platform
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, ValidationError
 
 from rayclust.errors import ArtefactError
-from rayclust.options import Config
-from rayclust.store import checked, filesystem
-from rayclust.store.layout import Run
+from rayclust.settings import Config
+from rayclust.store import storage
+from rayclust.store.run import Run
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+CHECKSUM = "checksum"
+"""Key, in JSON that carries its own checksum, of the digest of everything else."""
 
 _RECORDED = ("rayclust", "ray", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "pyarrow", "faiss-cpu")
 
@@ -48,6 +52,130 @@ class Section(Config):
     """What is counted."""
 
 
+class StageOutputs(Config):
+    """What a stage has to say of its results beside counts and files; the base is of stages that say nothing.
+
+    Only fields that were set are written, so that a manifest keeps the bytes it had before a field was added.
+    """
+
+    stage: ClassVar[str] = ""
+    """Name of the stage, for messages."""
+
+    def to_extra(self) -> dict[str, Any]:
+        """Return the JSON of `Manifest.extra`."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class PackedMoments(Config):
+    """Count, sum and sum of squares of rows."""
+
+    count: int = Field(ge=0)
+    """N."""
+    total: str
+    """Float64[D], little-endian, in base64."""
+    squares: str
+    """Float64[D], little-endian, in base64."""
+
+
+class EncodeOutputs(StageOutputs):
+    """Of encode: the shape of the embeddings."""
+
+    stage = "encode"
+    dimension: int = Field(ge=1)
+    """D."""
+    parts: tuple[int, ...]
+    """Rows of each part."""
+    moments: PackedMoments
+    """Of all embeddings."""
+    reasons: dict[str, int]
+    """Rejects by reason."""
+
+
+class NeighborsOutputs(StageOutputs):
+    """Of neighbors: how they were searched."""
+
+    stage = "neighbors"
+    method: str
+    """exact or ivf."""
+    k: int = Field(ge=1)
+    """Neighbours of each row."""
+    recall: float | None = None
+    """recall@k of inverted lists, 0 to 1, on a sample."""
+    nlist: int | None = None
+    """Inverted lists."""
+    nprobe: int | None = None
+    """Lists that a row is searched in."""
+    halo: float | None = None
+    """Rows read from other shards for each row."""
+
+
+class ChosenModel(Config):
+    """The chosen candidate of select-k: all that train reads."""
+
+    clusters: int = Field(ge=1)
+    """K."""
+    steps: int = Field(ge=0)
+    """Of its training."""
+    outputs: dict[str, str]
+    """SHA-256 of each of its files, by path relative to the run."""
+
+
+class SelectKOutputs(StageOutputs):
+    """Of select-k: the choice."""
+
+    stage = "select-k"
+    chosen: ChosenModel
+    rule: str
+    """That decided."""
+    reason: str
+    """One line for people."""
+
+
+class AssignOutputs(StageOutputs):
+    """Of assign: the clusters' sizes."""
+
+    stage = "assign"
+    sizes: tuple[int, ...]
+    """Rows of each cluster."""
+    levels: tuple[int, ...] = ()
+    """Numbers of clusters of the coarser levels."""
+
+
+class LabelOutputs(StageOutputs):
+    """Of label: how certain images and names are. Without a vocabulary only the first two are set."""
+
+    stage = "label"
+    confidence: tuple[int, ...]
+    """Images by confidence, in equal bins of [0, 1]."""
+    mean_confidence: tuple[float | None, ...]
+    """Of each cluster, 0 to 1; None for an empty one."""
+    words: int | None = None
+    """Words in the vocabulary."""
+    voters: int | None = None
+    """Images that voted."""
+    true_names: bool | None = None
+    """Whether the data set's own class names were among the words."""
+    name_accuracy: float | None = None
+    """Share of labelled images whose cluster carries their class's name; None without labels."""
+    name_accuracy_without_classes: float | None = None
+    """The same where the class names are left out of the words."""
+
+
+class IndexOutputs(StageOutputs):
+    """Of index: the index over the encoder's space, and over the method's own."""
+
+    stage = "index"
+    kind: str
+    """flat or ivf."""
+    recall: float | None
+    """recall@10, 0 to 1; None where it was not measured."""
+    z: IndexOutputs | None = None
+    """Of the index over the method's own space."""
+
+
+AnyOutputs = TypeVar("AnyOutputs", bound=StageOutputs)
+
+
 class Manifest(Config):
     """The seal of a stage, or of one input shard within it."""
 
@@ -69,16 +197,35 @@ class Manifest(Config):
     """Where the time went in the call that sealed the stage. Like `seconds` it differs from call to call, and enters no
     digest."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """What only this stage has to say."""
+    """What only this stage has to say: the JSON of its `StageOutputs`."""
+
+    def outputs_of(self, kind: type[AnyOutputs]) -> AnyOutputs:
+        """Return what the stage has to say of its results.
+
+        Args:
+            kind: the stage's class.
+
+        Raises:
+            ArtefactError: the manifest does not hold it.
+        """
+        try:
+            return kind.model_validate(self.extra)
+        except ValidationError as error:
+            wrong = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
+            raise ArtefactError(
+                f"the manifest of {self.stage} is of another version ({wrong}): "
+                f"run `rayclust {self.stage} RUN.yaml --force`"
+            ) from error
 
 
 def digest_of(value: Any) -> str:
-    """The first 32 hexadecimal digits of the SHA-256 of a JSON-able value's canonical text."""
-    return checked.digest_of(value)
+    """Return the first 32 hexadecimal digits of the SHA-256 of a JSON-able value's canonical text."""
+    text = json.dumps(json.loads(storage.canonical_json(value)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that decide about results."""
+    """Return the versions of Python and of the installed packages that decide about results."""
     found = {"python": platform.python_version()}
     for name in _RECORDED:
         try:
@@ -88,17 +235,41 @@ def versions() -> dict[str, str]:
     return found
 
 
-def seal(run: Run, manifest: Manifest, shard: int | None = None) -> None:
-    """Writes the manifest of a stage, or of input shard `shard` of it; call it after everything else is written.
+def write_checked(uri: str, content: dict[str, Any]) -> None:
+    """Write JSON with its own checksum: a manifest or marker, whose damage would pass for truth.
 
     Raises:
         DataError: it cannot be written.
     """
-    checked.write(_uri(run, manifest.stage, shard), manifest.model_dump(mode="json"))
+    storage.write_json(uri, content | {CHECKSUM: digest_of(content)})
+
+
+def read_checked(uri: str) -> dict[str, Any]:
+    """Return what `write_checked` was given; JSON without a checksum, of before there was one, is taken as it is.
+
+    Raises:
+        MissingError: there is no such file.
+        ArtefactError: it is damaged.
+    """
+    content = storage.read_json(uri)
+    checksum = content.pop(CHECKSUM, None) if isinstance(content, dict) else ""
+    if checksum is not None and checksum != digest_of(content):
+        raise ArtefactError(f"{uri}: is damaged (its checksum is another); remove it and run its stage again")
+    found: dict[str, Any] = content
+    return found
+
+
+def seal(run: Run, manifest: Manifest, shard: int | None = None) -> None:
+    """Write the manifest of a stage, or of input shard `shard` of it; call it after everything else is written.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    write_checked(_uri(run, manifest.stage, shard), manifest.model_dump(mode="json"))
 
 
 def read_manifest(run: Run, stage: str, shard: int | None = None) -> Manifest | None:
-    """The manifest of a stage, or of one shard of it.
+    """Return the manifest of a stage, or of one shard of it.
 
     Returns:
         None where there is none, or none that can be read: the work counts as not done.
@@ -108,21 +279,21 @@ def read_manifest(run: Run, stage: str, shard: int | None = None) -> Manifest | 
     """
     uri = _uri(run, stage, shard)
     try:
-        return Manifest.model_validate(checked.read(uri))
-    except filesystem.MissingError:
+        return Manifest.model_validate(read_checked(uri))
+    except storage.MissingError:
         return None
     except (ArtefactError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        log.warning("%s: is not a manifest (%s); the work that it sealed counts as not done", uri, reason)
+        logger.warning("%s: is not a manifest (%s); the work that it sealed counts as not done", uri, reason)
         return None
 
 
 def read_output(run: Run, stage: str, uri: str) -> bytes:
-    """A file that a stage wrote, compared with its manifest: bits that turn on a disk change no stamp.
+    """Return a file that a stage wrote, compared with its manifest: bits that turn on a disk change no stamp.
 
     Args:
         run: the run.
-        stage: who wrote the file.
+        stage: that wrote the file.
         uri: the file, below the run.
 
     Raises:
@@ -135,18 +306,18 @@ def read_output(run: Run, stage: str, uri: str) -> bytes:
 
 
 def read_json_output(run: Run, stage: str, uri: str) -> Any:
-    """The value in a JSON file that a stage wrote; see `read_output`."""
-    return filesystem.parse_json(read_output(run, stage, uri), uri)
+    """Return the value in a JSON file that a stage wrote; see `read_output`."""
+    return storage.parse_json(read_output(run, stage, uri), uri)
 
 
 def read_unchanged(uri: str, digest: str | None, stage: str) -> bytes:
-    """A file's bytes, whose SHA-256 must be `digest`, where it is known; `stage` makes the file.
+    """Return a file's bytes, whose SHA-256 must be `digest`, where it is known; `stage` makes the file.
 
     Raises:
         MissingError: there is no such file.
         ArtefactError: they have another.
     """
-    data = filesystem.read_bytes(uri)
+    data = storage.read_bytes(uri)
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
         raise ArtefactError(
             f"{uri}: is damaged (its checksum is another than was written); "

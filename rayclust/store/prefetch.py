@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[tuple[Item, Result]]:
-    """`(item, function(item))` in the order of `items`, with at most `ahead` calls under way or waiting to be taken.
+    """Yield `(item, function(item))` in order of `items`, with at most `ahead` calls under way or waiting to be taken.
 
     Args:
         function: may be called from several threads at once; what it raises comes out at its item's place.

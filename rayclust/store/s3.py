@@ -1,219 +1,130 @@
-"""Objects of S3 and of what speaks like it, configured by the standard AWS variables and files."""
+"""S3 as s3fs has it, with what s3fs leaves out: one layer of retries, bodies with their ETag, listings by the page."""
 
 from __future__ import annotations
 
-import io
-import tempfile
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
 
-from botocore import exceptions as aws
+from fsspec.asyn import sync
+from s3fs import S3FileSystem
 
-from rayclust.errors import DataError
-from rayclust.store import local, multipart
-from rayclust.store.connection import call, client, get
-from rayclust.store.patience import codes
-from rayclust.store.s3_errors import SCHEME, split, translate, translated
-from rayclust.store.storage import FileStat, MissingError, is_hidden
+from rayclust.store.failures import ExhaustedError, names, retry
 
-__all__ = ["SCHEME", "client", "split", "translate", "translated"]
+logger = logging.getLogger(__name__)
 
-_READ_AHEAD = 1 << 20
-_DOWNLOAD_BLOCK = 32 << 20
-_NO_RANGE = frozenset({"InvalidRange", "416"})
+PART_BYTES = 32 << 20
+"""Bytes of a part of an upload; objects of less than two parts are put at once."""
+
+PAGE_KEYS = 1000
+"""Keys of a page of a listing, S3's own bound."""
+
+_SETTINGS: dict[str, Any] = {
+    "connect_timeout": 10,
+    "read_timeout": 30,
+    "max_pool_connections": 64,
+    # Requests are made again in one place, `retry`: layers of retries multiply into hours of a hang.
+    "retries": {"mode": "standard", "total_max_attempts": 1},
+}
 
 
-class S3Storage:
-    """Objects below `s3://bucket/prefix`, where a folder is whatever comes before a `/`."""
+@functools.lru_cache(maxsize=4)
+def connect(pid: int, variables: tuple[tuple[str, str], ...]) -> S3:
+    """Return a process's connection, made anew when an AWS variable changes; credentials come from the AWS chain.
 
-    def stat(self, uri: str) -> FileStat | None:
-        """The object at `uri`, or None."""
-        bucket, key = split(uri)
-        if not key or key.endswith("/"):
-            return None
-        with translated(uri, "read"):
-            try:
-                head = call("head_object", Bucket=bucket, Key=key)
-            except FileNotFoundError:
-                return None
-        return _file_stat(key.rpartition("/")[2], uri, int(head["ContentLength"]), head.get("ETag", ""))
+    Raises:
+        ValueError: the endpoint holds a login, which requests to S3 can't use and logs would show.
+    """
+    settings = dict(variables)
+    payer = settings.get("AWS_REQUEST_PAYER", "").lower()
+    connection = S3(
+        anon=settings.get("AWS_NO_SIGN_REQUEST", "").lower() in {"1", "true", "yes"},
+        s3_additional_kwargs={"RequestPayer": "requester"} if payer == "requester" else {},
+        config_kwargs=_SETTINGS,
+        use_listings_cache=False,  # another worker may have written since
+        skip_instance_cache=True,
+    )
+    connection.connect()
+    if "@" in urlsplit(connection.s3.meta.endpoint_url).netloc:
+        raise ValueError("the endpoint's address holds a login; credentials come from the AWS variables and files")
+    return connection
 
-    def exists(self, uri: str) -> bool:
-        """Whether there is an object, or any object below."""
-        return self.stat(uri) is not None or next(_objects(uri, _folder(uri), page=1), None) is not None
 
-    def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes from `start` up to `end`, in one request."""
-        return self._read(uri, start, end)
+class S3(S3FileSystem):  # type: ignore[misc]
+    """A connection to S3 or to what speaks like it; any thread may use it, and each process has its own."""
 
-    def _read(self, uri: str, start: int, end: int | None, etag: str = "") -> bytes:
-        bucket, key = split(uri)
-        if end is not None and end <= start:
-            return b""
-        request = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
-        if etag:
-            request["IfMatch"] = etag
-        with translated(uri, "read"):
-            try:
-                return get(bucket, key, **request)[0]
-            except (OSError, aws.ClientError) as error:
-                if codes(error) & _NO_RANGE:  # an empty object, or a start beyond the end, has no range
-                    return b""
-                raise
+    retries = 1
 
-    def write(self, uri: str, data: bytes) -> str:
-        """One put, or an upload in parts that appears when complete."""
-        bucket, key = split(uri)
-        with translated(uri, "write"):
-            etag = multipart.put(bucket, key, len(data), lambda start, end: data[start:end])
-        return _stamp(len(data), etag)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._call_s3 = retry(super()._call_s3)
+        self._get_object = retry(self._get_object_once)
 
-    def open(self, uri: str) -> BinaryIO:
-        """A buffered file over ranged requests; long reads are one request each."""
-        return cast(BinaryIO, io.BufferedReader(_RangeFile(self._known(uri), self._read), _READ_AHEAD))
+    def get_object(self, path: str, start: int = 0, end: int | None = None, etag: str = "") -> tuple[bytes, str]:
+        """Return bytes of an object and its ETag, of one request, so that they belong together.
 
-    def walk(self, uri: str) -> Iterator[FileStat]:
-        """One page of the listing in memory; S3 lists in order of keys."""
-        prefix = _folder(uri)
-        is_missing = bool(prefix)
-        for found in _objects(uri, prefix):
-            is_missing = False
-            key = found["Key"][len(prefix) :]
-            if key and not key.endswith("/") and not is_hidden(key):
-                yield _file_stat(key, f"{uri.rstrip('/')}/{key}", int(found["Size"]), found.get("ETag", ""))
-        if is_missing:
-            single = self.stat(uri)
-            if single is None:
-                raise MissingError(f"{uri}: no such object or folder; check the bucket and path")
-            yield single
-
-    def remove(self, uri: str) -> None:
-        """Deletes one object."""
-        bucket, key = split(uri)
-        with translated(uri, "remove"):
-            call("delete_object", Bucket=bucket, Key=key)
-
-    def remove_tree(self, uri: str) -> None:
-        """Deletes the object and all below it, a thousand in one request."""
-        bucket, key = split(uri)
-        if not key.strip("/"):
-            raise DataError(f"{uri}: a whole bucket is not removed; name a folder in it")
-        self.remove(uri.rstrip("/"))
-        batch: list[dict[str, str]] = []
-        for found in _objects(uri, _folder(uri)):
-            batch.append({"Key": found["Key"]})
-            if len(batch) == 1000:
-                self._delete(uri, bucket, batch)
-                batch = []
-        self._delete(uri, bucket, batch)
-
-    def _delete(self, uri: str, bucket: str, batch: list[dict[str, str]]) -> None:
-        if not batch:
-            return
-        with translated(uri, "remove"):
-            answer = call("delete_objects", Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
-        for failed in answer.get("Errors", []):
-            self.remove(f"{SCHEME}{bucket}/{failed['Key']}")  # again, alone, for as long as the error may pass
-
-    def check_writable(self, uri: str) -> None:
-        """Puts an empty object below `uri` and deletes it."""
-        probe = f"{uri.rstrip('/')}/.rayclust-{uuid.uuid4().hex}.tmp"
-        self.write(probe, b"")
-        self.remove(probe)
-
-    @contextmanager
-    def local_copy(self, uri: str) -> Iterator[Path]:
-        """A temporary file, streamed from the object, removed at the end."""
-        with tempfile.TemporaryDirectory(prefix="rayclust-") as folder:
-            path = Path(folder) / (uri.rpartition("/")[2][-100:] or "object")
-            self.download(uri, path)
-            yield path
-
-    def download(self, uri: str, path: Path) -> None:
-        """Fetches the object block by block."""
-        found = self._known(uri)
-        with local.translated(str(path), "write"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                for start in range(0, found.size, _DOWNLOAD_BLOCK):
-                    file.write(self._read(uri, start, min(start + _DOWNLOAD_BLOCK, found.size), _etag(found)))
-
-    def upload(self, path: Path, uri: str) -> None:
-        """Puts `path`, a large one in parts."""
-        bucket, key = split(uri)
-
-        def block(start: int, end: int) -> bytes:
-            with path.open("rb") as file:
-                file.seek(start)
-                return file.read(end - start)
-
-        with translated(uri, "write"):
-            multipart.put(bucket, key, path.stat().st_size, block)
-
-    def _known(self, uri: str) -> FileStat:
-        found = self.stat(uri)
-        if found is None:
-            raise MissingError(f"{uri}: no such object; check the bucket and path")
+        Args:
+            path: bucket/key.
+            start: first byte.
+            end: the byte behind the last, or None.
+            etag: that the object must have.
+        """
+        found: tuple[bytes, str] = sync(self.loop, self._get_object, path, start, end, etag)
         return found
 
+    async def _get_object_once(self, path: str, start: int, end: int | None, etag: str) -> tuple[bytes, str]:
+        # s3fs sends a request again, but does not read again where the body breaks off.
+        bucket, _, key = path.partition("/")
+        request = {"IfMatch": etag} if etag else {}
+        if start or end is not None:
+            request["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        answer = await super()._call_s3("get_object", Bucket=bucket, Key=key, **request)
+        try:
+            body = await answer["Body"].read()
+        finally:
+            answer["Body"].close()
+        if len(body) != answer["ContentLength"]:
+            raise ConnectionError(f"the body broke off after {len(body)} of {answer['ContentLength']} bytes")
+        return body, str(answer.get("ETag", ""))
 
-class _RangeFile(io.RawIOBase):
-    """An object as a file whose errors are translated, whoever reads it; one that is replaced meanwhile is an error."""
+    async def _pipe_file(self, path: str, data: bytes, mode: str = "overwrite", **condition: Any) -> dict[str, Any]:
+        """Write an object, from two parts on by an upload that appears when it is complete; return its ETag."""
+        bucket, _, key = path.partition("/")
+        answer: dict[str, Any]
+        if len(data) < 2 * PART_BYTES:
+            condition |= {"IfNoneMatch": "*"} if mode == "create" else {}
+            answer = await self._call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            return answer
+        await self._abort_forgotten(bucket, key)
+        try:
+            await super()._pipe_file(path, data, chunksize=PART_BYTES, max_concurrency=4)
+        except FileNotFoundError as error:
+            # The last request, sent again after its answer was lost, finds no upload because the object is there.
+            if "NoSuchUpload" not in names(error) or (await self._get_object(path, 0, None, ""))[0] != data:
+                raise
+        answer = await self._call_s3("head_object", Bucket=bucket, Key=key)
+        return answer
 
-    def __init__(self, found: FileStat, read: Callable[[str, int, int, str], bytes]) -> None:
-        super().__init__()
-        self._found, self._read, self._position = found, read, 0
+    async def _abort_forgotten(self, bucket: str, key: str) -> None:
+        """Abort the uploads that killed writers of an object left: they are paid for and never seen."""
+        try:
+            listed = await self._call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)
+            for found in listed.get("Uploads") or ():
+                if found["Key"] == key:
+                    await self._abort_mpu(bucket, key, found["UploadId"])
+        except (OSError, ExhaustedError) as error:  # a store that cannot tell is no error
+            logger.debug("s3://%s/%s: forgotten uploads are not aborted: %s", bucket, key, error)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._found.size}[whence]
-        self._position = max(0, offset + base)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._found.size)
-        data = self._read(self._found.uri, self._position, end, _etag(self._found))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-def _etag(found: FileStat) -> str:
-    etag = found.stamp.partition("-")[2]
-    return f'"{etag}"' if etag else ""
-
-
-def _folder(uri: str) -> str:
-    key = split(uri)[1].rstrip("/")
-    return f"{key}/" if key else ""
-
-
-def _objects(uri: str, prefix: str, page: int = 1000) -> Iterator[dict[str, Any]]:
-    """What `list_objects_v2` says of every key that begins with `prefix`, page after page."""
-    request = {"Bucket": split(uri)[0], "Prefix": prefix, "MaxKeys": page}
-    while True:
-        with translated(uri, "list"):
-            answer = call("list_objects_v2", **request)
-        yield from answer.get("Contents", [])
-        if not answer.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = answer["NextContinuationToken"]
-
-
-def _file_stat(key: str, uri: str, size: int, etag: str) -> FileStat:
-    return FileStat(key, uri, size, _stamp(size, etag))
-
-
-def _stamp(size: int, etag: str) -> str:
-    return f"{size}-{etag.strip(chr(34))}"
+    def list_objects(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield path and properties of every object below bucket/folder by order of keys, with one page in memory."""
+        bucket, _, folder = path.partition("/")
+        request = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else "", "MaxKeys": PAGE_KEYS}
+        while True:
+            page = sync(self.loop, self._call_s3, "list_objects_v2", **request)
+            for found in page.get("Contents", ()):
+                yield f"{bucket}/{found['Key']}", {"size": found["Size"], "ETag": found.get("ETag", "")}
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]

@@ -1,25 +1,50 @@
-"""What every place of storage offers: the statistics of a file, the rule of what is hidden, one protocol."""
+"""Files by URI, the same on every kind of storage.
+
+Local paths and `file://` are read and written by the operating system; `s3://`, and with their extras `gs://`, `abfs://`
+and `hf://`, by fsspec. A missing bucket or folder, refused access or an unreachable endpoint raises DataError with the
+URI and what to do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import socket
+import stat as modes
+import tempfile
+import uuid
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from rayclust.errors import DataError
+from rayclust.errors import ArtefactError, DataError
+from rayclust.store.failures import MissingError, UnreadableError, names, translated
 
+__all__ = ["MissingError", "UnreadableError"]
+
+SCHEMES = ("s3", "gs", "abfs", "hf", "memory")
+"""What is not local. The extras of rayclust that bring `gs`, `abfs` and `hf` are named after them."""
 IGNORED_NAMES = frozenset({"__MACOSX", "Thumbs.db"})
 """What operating systems leave behind in folders and archives."""
 
-
-class UnreadableError(DataError):
-    """One file cannot be read, while others beside it may be: listings of images go on without it."""
-
-
-class MissingError(UnreadableError):
-    """A file, object, folder or bucket is not there."""
+_BLOCK, _READ_AHEAD = 32 << 20, 1 << 20
+"""Bytes of one request of a download, and of a file that is read in order."""
+_DELETES = 32
+"""Requests under way at once when a folder is removed."""
+_STALE_SECONDS = 3600.0
+"""A temporary file that has not changed for so long has lost its writer, on whichever host that was."""
+_REFUSED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409", "FileExistsError", "NoSuchKey"})
+"""Answers to a conditional put whose condition does not hold."""
 
 
 @dataclass(frozen=True)
@@ -35,48 +60,587 @@ class FileStat:
     stamp: str
     """Changes whenever the content does: size with the ETag, or with the time of change in nanoseconds."""
 
-
-class Storage(Protocol):
-    """Files below local folders, or objects in buckets; every error is one of rayclust's with the URI in it."""
-
-    def stat(self, uri: str) -> FileStat | None:
-        """The file at `uri` itself, or None; folders have none."""
-
-    def exists(self, uri: str) -> bool:
-        """Whether `uri` is a file or a folder with something in it."""
-
-    def read(self, uri: str, start: int, end: int | None) -> bytes:
-        """Bytes from `start` up to `end`, or to the end of the file."""
-
-    def write(self, uri: str, data: bytes) -> str:
-        """Replaces the whole file at once: a reader sees the old content or the new, never a part. Gives its stamp."""
-
-    def open(self, uri: str) -> BinaryIO:
-        """A seekable file for reading."""
-
-    def walk(self, uri: str) -> Iterator[FileStat]:
-        """Visible files below `uri`, streamed in order of their keys' UTF-8 bytes."""
-
-    def remove(self, uri: str) -> None:
-        """Removes one file; a missing one is no error."""
-
-    def remove_tree(self, uri: str) -> None:
-        """Removes everything below `uri`, hidden files too; a missing folder is no error."""
-
-    def check_writable(self, uri: str) -> None:
-        """Raises unless files can be written below `uri`; leaves nothing behind."""
-
-    def local_copy(self, uri: str) -> AbstractContextManager[Path]:
-        """The file as a local path for as long as the context lasts."""
-
-    def download(self, uri: str, path: Path) -> None:
-        """Copies one file to a local path."""
-
-    def upload(self, path: Path, uri: str) -> None:
-        """Copies a local file; as whole as `write`."""
+    @property
+    def etag(self) -> str:
+        """The ETag of an object of S3; elsewhere empty."""
+        etag = self.stamp.partition("-")[2]
+        return f'"{etag}"' if etag and self.uri.startswith("s3://") else ""
 
 
 def is_hidden(key: str) -> bool:
-    """Whether listings leave `key` out: some part starts with a dot or is what operating systems leave behind."""
+    """Return whether listings leave `key` out: a part starts with a dot or is one of `IGNORED_NAMES`."""
     parts = (part for part in key.split("/") if part not in {".", ".."})
     return any(part.startswith(".") or part in IGNORED_NAMES for part in parts)
+
+
+def is_remote(uri: str) -> bool:
+    """Return whether `uri` has a scheme other than `file://`."""
+    scheme, separator, _ = uri.partition("://")
+    return bool(separator) and "/" not in scheme and scheme != "file"
+
+
+def absolute(uri: str) -> str:
+    """Return `uri` without a trailing `/`, and a local one as an absolute path, which means the same from anywhere."""
+    if is_remote(uri):
+        _check_scheme(uri)
+        return uri.rstrip("/") if not uri.rstrip("/").endswith(":") else uri
+    return os.path.abspath(to_path(uri))  # noqa: PTH100 - resolves `..` without following links
+
+
+def join(uri: str, *parts: str) -> str:
+    """Return `uri` with `parts` below it."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def to_path(uri: str) -> Path:
+    """Return the path of a local URI, taken character by character; `~/` is the home folder.
+
+    Raises:
+        DataError: it is empty or holds a zero character.
+    """
+    if not uri:
+        raise DataError("'': an empty path; give a folder or an s3:// URI")
+    if "\0" in uri:
+        raise DataError(f"{uri!r}: a path cannot hold a zero character")
+    path = Path(uri.removeprefix("file://"))
+    return path.expanduser() if uri.startswith("~/") else path
+
+
+def stat(uri: str) -> FileStat | None:
+    """Return the file at `uri`, or None where there is none; a folder has none."""
+    if is_remote(uri):
+        info, name = _info(uri), uri.rpartition("/")[2]
+        return _remote_stat(name, uri, info) if info and info["type"] == "file" and name else None
+    path = to_path(uri)
+    with translated(uri, "read"):
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return _local_stat(path.name, uri, found) if modes.S_ISREG(found.st_mode) else None
+
+
+def exists(uri: str) -> bool:
+    """Return whether `uri` is a file, or a folder (in object storage: one with something in it)."""
+    return _info(uri) is not None if is_remote(uri) else to_path(uri).exists()
+
+
+def read_bytes(uri: str, limit: int | None = None) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        uri: the file.
+        limit: at most so many bytes from the start; None for all.
+
+    Raises:
+        MissingError: there is no such file (a DataError).
+        DataError: it cannot be read.
+    """
+    return _read(uri, 0, limit)[0]
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Return bytes `start` up to `end` of a file, fewer where it ends before.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: it cannot be read.
+    """
+    return _read(uri, start, end)[0]
+
+
+def read_versioned(uri: str) -> tuple[bytes, str] | None:
+    """Return the content of a file and its version, which `put_if_match` compares; None where there is no file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        data, etag = _read(uri)
+    except MissingError as error:
+        if "NoSuchBucket" in names(error):
+            raise
+        return None
+    return data, etag or hashlib.sha256(data).hexdigest()
+
+
+def write_bytes(uri: str, data: bytes) -> str:
+    """Replace a file at once: readers, during the write or after a crash, find the old content or the new.
+
+    Returns:
+        The stamp of what was written, as `FileStat.stamp`.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    if is_remote(uri):
+        with translated(uri, "write"):
+            fs, where = _filesystem(uri)
+            answer = fs.pipe_file(where, data)
+            info = {**answer, "size": len(data)} if uri.startswith("s3://") else fs.info(where)
+        return _remote_stat("", uri, info).stamp
+    path = to_path(uri)
+    with translated(uri, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f"{temporary_prefix(path)}{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with temporary.open("xb") as file:
+                _remove_orphans(path, os.fstat(file.fileno()).st_mtime)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a network drive gives the time of change with the last bytes
+                found = os.fstat(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return _local_stat("", "", found).stamp
+
+
+def put_if_match(uri: str, data: bytes, version: str | None) -> str | None:
+    """Replace a file only if it still has the version that was read (compare-and-swap).
+
+    S3 compares by itself (`If-None-Match`, `If-Match`), see `lock.check_conditional_puts`; locally the folder is locked
+    meanwhile. On other stores to create a file is atomic, while to replace one compares first.
+
+    Args:
+        uri: a small file.
+        data: its new content.
+        version: as `read_versioned` gave it; None to create the file where there is none.
+
+    Returns:
+        The new version; None where another writer was first, and nothing was written.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    if not is_remote(uri):
+        with _folder_locked(uri):
+            found = read_versioned(uri)
+            if (found[1] if found else None) != version:
+                return None
+            write_bytes(uri, data)
+            return hashlib.sha256(data).hexdigest()
+    if version is not None:
+        found = read_versioned(uri)
+        if found is None or found[1] != version:
+            return None
+    condition = {"mode": "create"} if version is None else {"IfMatch": version} if uri.startswith("s3://") else {}
+    with translated(uri, "write"):
+        fs, path = _filesystem(uri)
+        try:
+            answer = fs.pipe_file(path, data, **condition)
+        except Exception as error:
+            if not names(error) & _REFUSED:
+                raise
+            # A request that was sent again, its answer lost, is refused because of itself.
+            found = read_versioned(uri)
+            return found[1] if found and found[0] == data else None
+    return str(answer["ETag"]) if uri.startswith("s3://") else hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def _folder_locked(uri: str) -> Iterator[None]:
+    """Lock a local file's folder against other processes; no lock file is left behind."""
+    with translated(uri, "write"):
+        folder = to_path(uri).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network drives lock no folders: there the moment is only short
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # unlocks it too
+
+
+def canonical_json(value: Any) -> str:
+    """Return `value` as JSON with sorted keys, the same text for equal values; NaN and infinities become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if hasattr(value, "tolist"):  # numpy scalars and arrays
+            return plain(value.tolist())
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write `canonical_json(value)`."""
+    write_bytes(uri, canonical_json(value).encode())
+
+
+def read_json(uri: str) -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        MissingError: there is no such file.
+        ArtefactError: it does not hold JSON.
+    """
+    return parse_json(read_bytes(uri), uri)
+
+
+def parse_json(data: bytes, uri: str) -> Any:
+    """Return the value in the bytes of a JSON file.
+
+    Raises:
+        ArtefactError: they do not hold JSON.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{uri}: is not readable JSON ({error}); remove it and run its stage again") from error
+
+
+def open_input(uri: str) -> BinaryIO:
+    """Open a seekable binary file; the caller closes it. Remote ones read ranges.
+
+    An object of S3 that is replaced between two reads raises UnreadableError.
+    """
+    if is_remote(uri):
+        return cast(BinaryIO, io.BufferedReader(_RangeFile(_require(uri)), _READ_AHEAD))
+    with translated(uri, "read"):
+        return to_path(uri).open("rb")
+
+
+def open_whole(uri: str) -> BinaryIO:
+    """Open a seekable file on this machine: a remote one is fetched first, and leaves nothing behind when closed."""
+    if not is_remote(uri):
+        return open_input(uri)
+    with local_copy(uri) as path:
+        return path.open("rb")
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """Provide the file as a local path: itself, or a temporary copy that is removed at the end."""
+    found = _require(uri)
+    if not is_remote(uri):
+        yield to_path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="rayclust-") as folder:
+        path = Path(folder) / (uri.rpartition("/")[2][-100:] or "object")
+        with translated(str(path), "write"), path.open("wb") as file:
+            for start in range(0, found.size, _BLOCK):
+                file.write(_read(uri, start, min(start + _BLOCK, found.size), found.etag)[0])
+        yield path
+
+
+def walk(uri: str, *, suffixes: Collection[str] | None = None, missing_ok: bool = False) -> Iterator[FileStat]:
+    """Yield the files below a folder in order of their keys' UTF-8 bytes; local folders and S3 are streamed.
+
+    Names that start with a dot, `__MACOSX`, `Thumbs.db` and the objects that stand for folders are left out.
+    A `uri` of one file gives that file under its own name.
+
+    Args:
+        uri: a folder or a file.
+        suffixes: only files whose lower-case name ends with one of these.
+        missing_ok: a missing folder gives nothing instead of an error.
+
+    Raises:
+        MissingError: there is nothing at `uri`.
+        DataError: it cannot be listed.
+    """
+    wanted = None if suffixes is None else tuple(suffixes)
+    try:
+        for found in _walk_remote(uri) if is_remote(uri) else _walk_local(uri):
+            if wanted is None or found.key.lower().endswith(wanted):
+                yield found
+    except MissingError:
+        if not missing_ok:
+            raise
+
+
+def remove(uri: str) -> None:
+    """Remove one file; a missing one is no error."""
+    with translated(uri, "remove"):
+        if not is_remote(uri):
+            to_path(uri).unlink(missing_ok=True)
+            return
+        fs, path = _filesystem(uri)
+        try:
+            fs.rm_file(path)
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in names(error):
+                raise
+
+
+def remove_tree(uri: str) -> None:
+    """Remove a folder with everything in it, hidden files too; a missing one is no error, a whole bucket is refused."""
+    if is_remote(uri):
+        if not uri.partition("://")[2].partition("/")[2].strip("/"):
+            raise DataError(f"{uri}: a whole bucket is not removed; name a folder in it")
+        remove(uri.rstrip("/"))
+        below = _list(uri)
+        with ThreadPoolExecutor(_DELETES) as threads:
+            while batch := [found.uri for found in islice(below, 1000)]:
+                list(threads.map(remove, batch))
+        return
+    path = to_path(uri)
+    if path.resolve() == Path(path.resolve().anchor):
+        raise DataError(f"{uri}: the root of the file system is not removed; name a folder below it")
+    with translated(uri, "remove"), suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def check_writable(uri: str) -> None:
+    """Try to write below `uri`, and leave nothing behind.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    probe = f".rayclust-{uuid.uuid4().hex}.tmp"
+    if is_remote(uri):
+        with translated(uri, "write"):
+            _filesystem(uri)  # refuses a URI without a bucket
+        write_bytes(join(uri, probe), b"")
+        remove(join(uri, probe))
+        return
+    folder = to_path(uri).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise DataError(f"{uri}: {folder} is a file, so nothing can be written below it; choose another folder")
+    with translated(uri, "write"):
+        (folder / probe).touch()
+        (folder / probe).unlink()
+
+
+def _require(uri: str) -> FileStat:
+    found = stat(uri)
+    if found is None:
+        hint = "no such object; check the bucket and path" if is_remote(uri) else "no such file; check the path"
+        raise MissingError(f"{uri}: {hint}")
+    return found
+
+
+def _read(uri: str, start: int = 0, end: int | None = None, etag: str = "") -> tuple[bytes, str]:
+    """Return bytes `start` up to `end` of a file and, of S3, its ETag; with `etag` the object must still have it."""
+    with translated(uri, "read"):
+        if is_remote(uri):
+            if end is not None and end <= start:
+                return b"", ""
+            fs, path = _filesystem(uri)
+            try:
+                if uri.startswith("s3://"):
+                    return cast(tuple[bytes, str], fs.get_object(path, start, end, etag))
+                return fs.cat_file(path, start=start, end=end), ""
+            except OSError as error:
+                if names(error) & {"InvalidRange", "416"}:  # an empty file, or a start beyond the end, has no range
+                    return b"", ""
+                raise
+        with to_path(uri).open("rb") as file:
+            file.seek(start)
+            size = os.fstat(file.fileno()).st_size  # memory is taken for as much as is asked for
+            return file.read(-1 if end is None else max(0, min(end, size) - start)), ""
+
+
+class _RangeFile(io.RawIOBase):
+    """A remote file over ranged requests, whose errors are translated whoever reads it."""
+
+    def __init__(self, found: FileStat) -> None:
+        super().__init__()
+        self._found, self._position = found, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._found.size}[whence]
+        self._position = max(0, offset + base)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._found.size)
+        data = _read(self._found.uri, self._position, end, self._found.etag)[0]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+# Local files.
+
+
+def _local_stat(key: str, uri: str, found: os.stat_result) -> FileStat:
+    return FileStat(key, uri, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
+
+
+def temporary_prefix(path: Path) -> str:
+    """Return how names of temporary files for `path` begin on this host; hidden, and short enough for a name."""
+    return f".{path.name[:80]}.{socket.gethostname()[:40]}-"
+
+
+def _remove_orphans(path: Path, now: float) -> None:
+    """Remove what killed writers of `path` left; `now` is by the clock that stamps the files."""
+    mine, any_host = temporary_prefix(path), f".{path.name[:80]}."
+    with os.scandir(path.parent) as entries:
+        found = [entry.name for entry in entries if entry.name.startswith(any_host) and entry.name.endswith(".tmp")]
+    for name in found:
+        with suppress(OSError):
+            is_orphan = now - (path.parent / name).stat().st_mtime > _STALE_SECONDS
+            if name.startswith(mine):
+                try:
+                    os.kill(int(name.removeprefix(mine).split("-")[0]), 0)
+                except (ProcessLookupError, ValueError, OverflowError):
+                    is_orphan = True
+                except PermissionError:
+                    pass  # a process of another user
+            if is_orphan:
+                (path.parent / name).unlink()
+
+
+class _Level(NamedTuple):
+    """One folder that a walk is in."""
+
+    path: bytes
+    prefix: str
+    names: Iterator[bytes]
+    """Sorted; those of folders end with `/`."""
+    identity: tuple[int, int]
+
+
+def _enter(path: bytes, prefix: str) -> _Level:
+    """List a folder; a folder in it sorts among its neighbours as its name with `/`."""
+
+    def name(entry: os.DirEntry[bytes]) -> bytes:
+        with suppress(OSError):  # a link that leads to itself
+            return entry.name + b"/" if entry.is_dir() else entry.name
+        return entry.name
+
+    with translated(os.fsdecode(path), "list"):
+        found = Path(os.fsdecode(path)).stat()
+        with os.scandir(path) as entries:
+            return _Level(path, prefix, iter(sorted(map(name, entries))), (found.st_dev, found.st_ino))
+
+
+def _walk_local(uri: str) -> Iterator[FileStat]:
+    """Yield visible files, depth first."""
+    single, root = stat(uri), to_path(uri)
+    if single is not None:
+        yield single
+        return
+    if not root.is_dir():
+        raise MissingError(f"{uri}: no such file or folder; check the path")
+    levels = [_enter(os.fsencode(root), "")]
+    linked: set[tuple[int, int]] = set()  # a folder is entered through links once, so that no web of links is endless
+    while levels:
+        level = levels[-1]
+        name = next(level.names, None)
+        if name is None:
+            levels.pop()
+            continue
+        path = Path(os.fsdecode(level.path + b"/" + name.rstrip(b"/")))
+        key = level.prefix + name.rstrip(b"/").decode("utf-8", "backslashreplace")
+        if is_hidden(key.rpartition("/")[2]):
+            continue
+        if not name.endswith(b"/"):
+            yield from _visit(path, key, f"{uri.rstrip('/')}/{key}")
+            continue
+        below = _enter(os.fsencode(path), key + "/")
+        if path.is_symlink():
+            if below.identity in linked or any(above.identity == below.identity for above in levels):
+                continue
+            linked.add(below.identity)
+        levels.append(below)
+
+
+def _visit(path: Path, key: str, uri: str) -> Iterator[FileStat]:
+    try:
+        found = path.stat()
+    except OSError:
+        if path.is_symlink():  # a broken link is listed, so that reading it becomes a reject
+            yield FileStat(key, uri, 0, "broken-link")
+        return
+    if modes.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        yield _local_stat(key, uri, found)
+
+
+# Object storage.
+
+
+def _check_scheme(uri: str) -> None:
+    scheme, _, path = uri.partition("://")
+    bucket = path.partition("/")[0]
+    if scheme not in SCHEMES:
+        raise DataError(
+            f"{uri}: {scheme}:// is not supported; only local paths, file://, s3://, gs://, abfs:// and hf:// are"
+        )
+    if scheme == "s3" and ("@" in bucket or ":" in bucket):  # not repeated in the message: it may hold a secret
+        raise DataError("s3://…@…: a bucket's name holds no login; credentials come from the AWS variables and files")
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    """Return the fsspec filesystem of a remote URI and the path in it."""
+    _check_scheme(uri)
+    scheme, _, path = uri.partition("://")
+    if not path.partition("/")[0]:
+        raise DataError(f"{uri}: names no bucket; write {scheme}://bucket/path")
+    if scheme == "s3":
+        from rayclust.store import s3  # takes every process half a second, so only where there is S3
+
+        variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        return s3.connect(os.getpid(), tuple(sorted(variables.items()))), path
+    import fsspec
+
+    try:
+        fs = fsspec.filesystem(scheme, use_listings_cache=False)  # another worker may have written since
+    except ImportError as error:
+        raise DataError(f"{uri}: install rayclust[{scheme}] to use {scheme}://") from error
+    return fs, fs._strip_protocol(uri)
+
+
+def _info(uri: str) -> dict[str, Any] | None:
+    """Return what fsspec knows of a remote file or folder; None where there is neither."""
+    with translated(uri, "read"):
+        fs, path = _filesystem(uri)
+        try:
+            return cast(dict[str, Any], fs.info(path))
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in names(error):
+                raise
+            return None
+
+
+def _remote_stat(key: str, uri: str, info: dict[str, Any]) -> FileStat:
+    version = next((info[name] for name in ("ETag", "etag", "blob_id", "created") if info.get(name)), "")
+    version = version.timestamp() if isinstance(version, datetime) else str(version).strip('"')
+    return FileStat(key, uri, int(info["size"]), f"{info['size']}-{version}")
+
+
+def _list(uri: str) -> Iterator[FileStat]:
+    """Yield every object below a remote folder in order of the keys' UTF-8 bytes, as S3 lists them."""
+    base = uri.rstrip("/")
+    with translated(uri, "list"):
+        fs, folder = _filesystem(base)
+        if base.startswith("s3://"):
+            found = fs.list_objects(folder)
+        else:
+            found = iter(sorted(fs.find(folder, detail=True).items(), key=lambda item: item[0].encode()))
+        for path, info in found:
+            if path.startswith(f"{folder}/"):
+                key = path[len(folder) + 1 :]
+                yield _remote_stat(key, f"{base}/{key}", info)
+
+
+def _walk_remote(uri: str) -> Iterator[FileStat]:
+    """Yield visible files, or the one at `uri`."""
+    is_missing = "/" in uri.partition("://")[2].rstrip("/")  # an empty bucket is there
+    for found in _list(uri):
+        is_missing = False
+        if found.key and not found.key.endswith("/") and not is_hidden(found.key):
+            yield found
+    if is_missing:
+        single = stat(uri)
+        if single is None:
+            raise MissingError(f"{uri}: no such object or folder; check the bucket and path")
+        yield single

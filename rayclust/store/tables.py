@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 
 from rayclust.arrays import require_matrix
 from rayclust.errors import ArtefactError, ShapeError
-from rayclust.store import filesystem
+from rayclust.store import storage
 
 ROW_GROUP = 16_384
 """Rows; what a reader of few rows has to decode at least."""
 
 
 def _lists(element: pa.DataType, length: int = -1) -> pa.DataType:
-    """Lists as Parquet names their elements: with Arrow's own name, a table read and written again had other bytes."""
+    """Return lists as Parquet names their elements: with Arrow's own name, a table written again had other bytes."""
     return pa.list_(pa.field("element", element), length)
 
 
 def EMBEDDINGS(dimension: int) -> pa.Schema:  # noqa: N802 - stands beside the constants below
-    """Rows with embeddings of width `dimension`; row is dense over the run, in order of (shard, key)."""
+    """Return the schema of rows with embeddings of width `dimension`; row is dense over the run, by (shard, key)."""
     return pa.schema(
         [
             pa.field("row", pa.int64(), nullable=False),
@@ -43,7 +43,7 @@ REJECTS = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("k
 
 
 def NEIGHBORS(count: int) -> pa.Schema:  # noqa: N802 - stands beside the constants
-    """The `count` nearest rows of each row, nearest first, with their cosine similarity."""
+    """Return the schema of the `count` nearest rows of each row, nearest first, with their cosine similarity."""
     return pa.schema(
         [
             pa.field("row", pa.int64(), nullable=False),
@@ -66,12 +66,12 @@ ASSIGNMENTS = pa.schema(
 
 
 def level_column(clusters: int) -> str:
-    """The column of `ASSIGNMENTS` for a coarser level."""
+    """Return the name of the column of `assignments` for a coarser level."""
     return f"cluster_{clusters}"
 
 
 def assignments(levels: Sequence[int]) -> pa.Schema:
-    """`ASSIGNMENTS`, with an int32 column behind for each coarser level."""
+    """Return `ASSIGNMENTS` with an int32 column behind for each coarser level."""
     fields = [pa.field(level_column(size), pa.int32(), nullable=False) for size in levels]
     return pa.schema([*ASSIGNMENTS, *fields])
 
@@ -94,7 +94,7 @@ the data set's own class names were among the candidates beside other lists."""
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """`table` as Parquet: equal rows and schema give equal bytes, however the table was put together in memory."""
+    """Return `table` as Parquet: equal rows and schema give equal bytes, however the table lies in memory."""
     sink = pa.BufferOutputStream()
     table = table.combine_chunks()
     lists = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
@@ -118,7 +118,7 @@ def encode_table(table: pa.Table) -> bytes:
 
 
 def write_table(uri: str, table: pa.Table) -> str:
-    """Writes a table at once.
+    """Write a table at once.
 
     Args:
         uri: the file.
@@ -131,12 +131,12 @@ def write_table(uri: str, table: pa.Table) -> str:
         DataError: it cannot be written.
     """
     data = encode_table(table)
-    filesystem.write_bytes(uri, data)
+    storage.write_bytes(uri, data)
     return hashlib.sha256(data).hexdigest()
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Reads a table that rayclust wrote.
+    """Read a table that rayclust wrote.
 
     Args:
         uri: the file.
@@ -146,40 +146,30 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         ArtefactError: the file is missing or damaged, or lacks a column.
     """
     try:
-        with filesystem.open_input(uri) as source, _checked_file(source) as file:
+        with (
+            storage.open_input(uri) as source,
+            pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file,
+        ):
             missing = [name for name in columns or () if name not in file.schema_arrow.names]
             if missing:
                 have = ", ".join(file.schema_arrow.names)
                 raise ArtefactError(f"{uri}: has no column {', '.join(missing)} (it has {have}); run its stage again")
             return file.read(columns=None if columns is None else list(columns))
-    except filesystem.MissingError as error:
+    except storage.MissingError as error:
         raise ArtefactError(f"{uri}: is missing; run the stage that writes it") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{uri}: is damaged ({reason}); remove it and run its stage again") from error
 
 
-def _checked_file(source: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
-
-
 def iter_tables(uris: Iterable[str], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Reads tables one after the other; see `read_table`."""
+    """Read tables one after the other; see `read_table`."""
     for uri in uris:
         yield read_table(uri, columns)
 
 
-def row_count(uri: str) -> int:
-    """Number of rows of a table, from its footer.
-
-    Raises:
-        ArtefactError: the file is missing or damaged.
-    """
-    return int(read_table(uri, []).num_rows)
-
-
 def fixed_list(array: NDArray[np.generic]) -> pa.FixedSizeListArray:
-    """A matrix as a column of lists of its width, its elements not copied where they lie in rows.
+    """Return a matrix as a column of lists of its width, its elements not copied where they lie in rows.
 
     Args:
         array: [N D], any type that Arrow holds; D at least 1.
@@ -195,7 +185,7 @@ def fixed_list(array: NDArray[np.generic]) -> pa.FixedSizeListArray:
 
 
 def matrix(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """A column of equally long lists as a matrix, read-only and not copied when it is one chunk.
+    """Return a column of equally long lists as a matrix, read-only and not copied when it is one chunk.
 
     Args:
         column: fixed_size_list without nulls.

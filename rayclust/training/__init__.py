@@ -1,1 +1,1 @@
-"""From rows to batches, and epochs over any method."""
+"""Sampling of batches, and the training loop over any method."""

@@ -1,39 +1,263 @@
-"""Epochs over any method, on one worker or many, that can be killed and continued."""
+"""Training loop over any method, on one worker or many, that can be killed and resumed.
+
+Optimisers and schedules come first, then the single step, then the trainer with its epochs and checkpoints.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rayclust import collectives
-from rayclust.errors import ConfigError, RayclustError
-from rayclust.methods.base import Batch, CheckpointStore, Every, Method, Rows, TrainedConfig
-from rayclust.training import checkpoints
-from rayclust.training.pairs import STEPS, PairBatches, mix
-from rayclust.training.schedules import learning_rate, weight_decay
-from rayclust.training.steps import GradientSteps
+from rayclust import distributed
+from rayclust.errors import ArtefactError, ConfigError, RayclustError
+from rayclust.methods import build
+from rayclust.methods.base import (
+    BaseMethodConfig,
+    Batch,
+    FusedStep,
+    HeadParallel,
+    Method,
+    Plan,
+    Rows,
+    Source,
+    TrainedConfig,
+    cosine_schedule,
+)
+from rayclust.training.sampling import STEP_STREAM, ArrayRows, RowSource, derive_seed
 
 logger = logging.getLogger(__name__)
 
+RATE_ROWS = 256
+"""Rows of batch that a learning rate is given for."""
 CLOCK_STEPS = 20
 """Steps between two looks at the clock for a checkpoint."""
-
-CROSSED = "cross_pairs"
-"""Metric: the share of an epoch's pairs that were drawn across workers, and drawn again."""
+LOSS_SCALE, LOSS_SCALE_STEPS = 2.0**12, 2_000
+"""Initial factor on the loss of fp16 gradients; doubles after so many finite steps, halves after another one."""
+METHOD, OPTIMIZER, SUMS = "method.", "optimizer.", "sums."
+"""Prefixes of tensors in a checkpoint."""
 
 MetricsRow = dict[str, Any]
 
 
-class Trainer:
-    """Fits a method to rows by gradient.
+def learning_rate(config: TrainedConfig, plan: Plan, step: int) -> float:
+    """Return the learning rate: linear from 0 to the peak over the warm-up, then a cosine to the minimum.
 
     Args:
-        seed: of order, partners and all other chance.
+        config: peak and minimum, per 256 rows.
+        plan: batch size, warm-up and length.
+        step: from 0; the first step of a warm-up has rate 0, its last one the peak.
+
+    Source: arXiv 1706.02677 for the scaling by the batch and the warm-up.
+    """
+    scale = plan.batch_size / RATE_ROWS
+    peak, end = config.learning_rate * scale, config.min_learning_rate * scale
+    if step < plan.warmup_steps:
+        return peak * step / max(plan.warmup_steps - 1, 1)
+    return cosine_schedule(peak, end, step - plan.warmup_steps, plan.steps - plan.warmup_steps)
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rates with momentum.
+
+    Groups with `adapts` scale each step by η·‖w‖/‖g‖; in groups with `stacked` each index of axis 0 is a layer with
+    norms of its own.
+
+    Args:
+        groups: of parameters.
+        momentum: of the velocity.
+        trust: η.
+
+    Source: arXiv 1708.03888, algorithm 1.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float = 0.9, trust: float = 0.001) -> None:
+        defaults = {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "trust": trust}
+        super().__init__(groups, {**defaults, "adapts": True, "stacked": False})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step for every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, group)
+
+    def _step(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if group["adapts"]:
+            # Local rate η·‖w‖/‖g‖ of each layer, 1 where either is zero.
+            gradient = gradient + group["weight_decay"] * parameter
+            axes = tuple(range(int(group["stacked"]), parameter.dim()))
+            length = torch.linalg.vector_norm(parameter, dim=axes, keepdim=True)
+            slope = torch.linalg.vector_norm(gradient, dim=axes, keepdim=True)
+            ratio = group["trust"] * length / slope
+            gradient = gradient * torch.where((length > 0) & (slope > 0), ratio, torch.ones_like(ratio))
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        velocity: Tensor = state["momentum_buffer"]
+        velocity.mul_(group["momentum"]).add_(gradient)
+        parameter.add_(velocity, alpha=-group["lr"])
+
+
+def build_optimizer(groups: Iterable[Mapping[str, Any]], config: TrainedConfig) -> torch.optim.Optimizer:
+    """Build the config's optimiser over a method's parameter groups.
+
+    Args:
+        groups: as `Method.parameter_groups` returns them.
+        config: the optimiser's name, and the weight decay of groups that don't give their own.
+
+    Returns:
+        An optimiser whose groups hold all keys of `Method.parameter_groups`, the decay at the start as `initial_decay`;
+        learning rate and weight decay are set before every step.
+    """
+    filled = []
+    for group in groups:
+        decay = group.get("weight_decay", config.weight_decay)
+        final = config.final_weight_decay if "weight_decay" not in group else decay
+        filled.append(
+            {
+                "params": group["params"],
+                "lr_scale": group.get("lr_scale", 1.0),
+                "initial_decay": decay,
+                "final_decay": group.get("final_weight_decay", final),
+                "stacked": group.get("stacked", False),
+                "frozen_epochs": group.get("frozen_epochs", 0),
+                "adapts": group.get("weight_decay") != 0,
+            }
+        )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(filled, lr=0.0, momentum=0.9, fused=True)
+    if config.optimizer == "lars":
+        return Lars(filled)
+    return torch.optim.AdamW(filled, lr=0.0, weight_decay=0.0, fused=True)  # one pass over memory
+
+
+class Stepper:
+    """Optimiser steps on a method, with gradients averaged over the workers.
+
+    Args:
+        method: on its device; has a plan.
+
+    Raises:
+        ConfigError: the method is not trained by gradient.
+    """
+
+    def __init__(self, method: Method) -> None:
+        if not isinstance(method.config, TrainedConfig):
+            raise ConfigError(f"method = {type(method).__name__}: is not trained by gradient")
+        self.method, self.config, self.plan = method, method.config, method.plan
+        self.optimizer = build_optimizer(method.parameter_groups(), self.config)
+        names = {id(parameter): name for name, parameter in method.named_parameters()}
+        self._parameters = {names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
+        device = next(iter(self._parameters.values())).device.type
+        self._scaler = torch.amp.GradScaler(
+            device, LOSS_SCALE, growth_interval=LOSS_SCALE_STEPS, enabled=method.scales_loss
+        )
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Take one step: loss, gradients over all workers, optimiser, and the method's `on_step_end`.
+
+        Returns:
+            What `Method.training_step` gives, detached.
+        """
+        rate = learning_rate(self.config, self.plan, batch.step)
+        for group in self.optimizer.param_groups:
+            decays = group["initial_decay"], group["final_decay"]
+            group["lr"] = rate * group["lr_scale"]
+            group["weight_decay"] = cosine_schedule(*decays, batch.step, self.plan.steps)
+        if isinstance(self.method, FusedStep):
+            metrics = self.method.fused_step(batch, self.optimizer)
+        else:
+            metrics = self.method.training_step(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            self._scaler.scale(metrics["loss"] * batch.weight).backward()  # type: ignore[no-untyped-call]
+            distributed.average_gradients(self._parameters.values())
+            self._scaler.unscale_(self.optimizer)
+            if self.config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self._parameters.values(), self.config.clip_norm)
+            for group in self.optimizer.param_groups:
+                if batch.epoch < group["frozen_epochs"]:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        self.method.on_step_end(batch.step)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return each parameter's state as "parameter.key" and the loss scale, if any; numbers become float64."""
+        state = {f"loss_scale.{key}": torch.tensor(x, dtype=torch.float64) for key, x in self._scale_state().items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    as_tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                    state[f"{name}.{key}"] = as_tensor
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            ArtefactError: it is of other parameters.
+        """
+        scale, positions = self._scale_state(), {name: n for n, name in enumerate(self._parameters)}
+        nested: dict[int, dict[str, Tensor]] = {}
+        for full, value in state.items():
+            name, _, key = full.rpartition(".")
+            parameter = self._parameters.get(name)
+            if name == "loss_scale" and key in scale:
+                scale[key] = type(scale[key])(value.item())
+            elif parameter is None or (value.dim() and value.shape != parameter.shape):
+                raise ArtefactError(f"checkpoint does not fit the optimizer at {full}: remove it or restore the config")
+            else:
+                nested.setdefault(positions[name], {})[key] = value
+        self.optimizer.load_state_dict({"state": nested, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if scale:
+            self._scaler.load_state_dict({**self._scaler.state_dict(), **scale})
+
+    def _scale_state(self) -> dict[str, Any]:
+        state = self._scaler.state_dict()
+        return {key: state[key] for key in ("scale", "_growth_tracker") if key in state}
+
+
+class CheckpointStore(Protocol):
+    """Keeps checkpoints of one training."""
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keep a checkpoint; called by every worker at the same step with equal content, so that the first may write.
+
+        Args:
+            step: steps done.
+            tensors: on the CPU, contiguous, sharing no memory with the training.
+            state: JSON.
+        """
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest whole checkpoint, the same on every worker, or None."""
+
+
+@dataclass(frozen=True)
+class CheckpointInterval:
+    """Time between two checkpoints, by whichever count comes first; the end of a training is always kept."""
+
+    epochs: int | None = 1
+    """Epochs between two; None does not count them."""
+    seconds: float | None = None
+    """Seconds between two, looked at every few steps; None has no clock."""
+
+
+class Trainer:
+    """Fits a method to rows by gradient, and keeps metrics and checkpoints of any fit.
+
+    Args:
+        seed: of order, neighbours and all other chance.
         device: where the method and its batches live.
         on_row: takes each epoch's row of metrics, on every worker.
         store: keeps checkpoints; None keeps none.
@@ -46,26 +270,22 @@ class Trainer:
         device: torch.device | str = "cpu",
         on_row: Callable[[MetricsRow], None] | None = None,
         store: CheckpointStore | None = None,
-        every: Every | None = None,
+        every: CheckpointInterval | None = None,
     ) -> None:
         self.seed, self.device = seed, torch.device(device)
-        self.store, self.every = store, every or Every()
+        self.store, self.every = store, every or CheckpointInterval()
         self.history: list[MetricsRow] = []
         """Every row reported so far, those before a resume included."""
         self._on_row = on_row
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        self._saved = self._started
 
-    def report(self, row: MetricsRow) -> None:
-        """Takes one row of metrics: numbers, and lists of numbers."""
-        self.history.append(row)
-        if self._on_row is not None:
-            self._on_row(row)
-
-    def fit(self, method: Method, rows: Rows, start: Callable[[], None] | None = None) -> None:
-        """Runs the steps of the method's plan, from the latest checkpoint if there is one.
+    def fit(self, method: Method, data: Rows | Source, start: Callable[[], None] | None = None) -> None:
+        """Run the steps of the method's plan, from the latest checkpoint if there is one.
 
         Args:
             method: moved to the trainer's device.
-            rows: read once.
+            data: the rows of the only space, or a source of batches.
             start: called before the first step of a training that is not resumed.
 
         Raises:
@@ -75,109 +295,178 @@ class Trainer:
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            _Training(self, method.to(self.device), rows, start).run()
+            self._fit(Stepper(method.to(self.device)), data, start)
 
-
-class _Training:
-    """One training from its first or a later step to its last."""
-
-    def __init__(self, trainer: Trainer, method: Method, rows: Rows, start: Callable[[], None] | None) -> None:
-        if not isinstance(method.config, TrainedConfig):
-            raise ConfigError(f"method = {type(method).__name__}: is not trained by gradient")
-        self.trainer, self.method, self.config, self.plan = trainer, method, method.config, method.plan
-        self.batches = PairBatches(rows, self.plan, method.pairing, trainer.seed, next(method.parameters()))
-        self.steps = method.own_steps() or GradientSteps(method, self.config)
-        self.step, self.seconds, self.sums = 0, 0.0, dict[str, Tensor]()
-        if not self._restore() and start is not None:
+    def _fit(self, stepper: Stepper, data: Rows | Source, start: Callable[[], None] | None) -> None:
+        method, plan = stepper.method, stepper.plan
+        dtype = next(method.parameters()).dtype
+        source = data if isinstance(data, Source) else RowSource(data, method.pairing, self.seed, self.device, dtype)
+        sums: dict[str, Tensor] = {}
+        step = self._resume(stepper, sums)
+        batches = source.batches(plan, distributed.rank(), step or 0)
+        if step is None and start is not None:
             start()
-        self.started = self.saved = time.monotonic()
+            self._started = self._saved = time.monotonic()
+        logger.info("training: %d steps of %d rows from step %d", plan.steps, plan.batch_size, step or 0)
+        method.train()
+        for batch in () if method.stop else batches:
+            torch.manual_seed(derive_seed(self.seed, STEP_STREAM, batch.step, distributed.rank()))
+            for name, value in stepper.step(batch).items():
+                if name not in sums:
+                    sums[name] = torch.zeros_like(value, dtype=torch.float64)
+                sums[name].add_(value, alpha=batch.weight)
+            step = batch.step + 1
+            if step == plan.steps or step % plan.steps_per_epoch == 0:
+                self._end_epoch(stepper, batch.epoch, step, sums)
+                sums.clear()
+                if step == plan.steps or method.stop or self.is_due(batch.epoch + 1):
+                    self._save(stepper, step, sums)
+                if method.stop:
+                    break
+            elif step % CLOCK_STEPS == 0 and self.is_due(None):
+                self._save(stepper, step, sums)
+        method.eval()
 
-    def run(self) -> None:
-        logger.info("training: %d steps of %d rows from step %d", self.plan.steps, self.plan.batch_size, self.step)
-        self.method.train()
-        per_epoch = self.plan.steps_per_epoch
-        while self.step < self.plan.steps and not self.method.finished_early:
-            epoch = self.step // per_epoch
-            for batch in self.batches.epoch(epoch, skipped=self.step % per_epoch):
-                self._take_step(batch)
-                if self.step % per_epoch and self.step < self.plan.steps and self._clock_is_due():
-                    self._save()
-            self._end_epoch(epoch)
-        self.method.eval()
-
-    def _take_step(self, batch: Batch) -> None:
-        torch.manual_seed(mix(self.trainer.seed, STEPS, batch.step, collectives.rank()))
-        rate = learning_rate(self.config, self.plan, batch.step)
-        losses = self.steps.take(batch, rate, weight_decay(self.config, self.plan, batch.step))
-        self.step = batch.step + 1
-        self._watch(losses if batch.crossed is None else losses | {CROSSED: batch.crossed}, batch.share)
-
-    def _watch(self, losses: dict[str, Tensor], share: float) -> None:
-        for name, value in losses.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
-            self.sums[name].add_(value, alpha=share)
-
-    def _end_epoch(self, epoch: int) -> None:
-        steps = self.step - epoch * self.plan.steps_per_epoch
-        divisor = steps * collectives.world_size()
-        means = self.method.whole({n: collectives.all_sum(self.sums[n]) / divisor for n in sorted(self.sums)})
-        self.sums = {}
-        seconds = self._elapsed()
-        row = {"epoch": epoch, "step": self.step, "loss": float(means["loss"])}
-        row["learning_rate"] = learning_rate(self.config, self.plan, self.step - 1)
-        row.update(self.method.after_epoch(means))
-        if CROSSED in means:
-            row[CROSSED] = float(means[CROSSED])
-        row["rows_per_second"] = steps * self.plan.batch_size / max(seconds - self._seconds_before(), 1e-9)
+    def _end_epoch(self, stepper: Stepper, epoch: int, step: int, sums: dict[str, Tensor]) -> None:
+        """Average the epoch's metrics over steps and workers, and report them."""
+        method, plan = stepper.method, stepper.plan
+        steps = step - epoch * plan.steps_per_epoch
+        divisor = steps * distributed.world_size()
+        means = {name: distributed.all_reduce(sums[name]) / divisor for name in sorted(sums)}
+        if isinstance(method, HeadParallel):
+            means = method.gather_state(means)
+        seconds, before = self.seconds(), float(self.history[-1]["seconds"]) if self.history else 0.0
+        row = {"epoch": epoch, "step": step, "loss": float(means["loss"])}
+        row["learning_rate"] = learning_rate(stepper.config, plan, step - 1)
+        row.update(method.on_epoch_end(means))
+        row["rows_per_second"] = steps * plan.batch_size / max(seconds - before, 1e-9)
         row["seconds"] = seconds
-        self.trainer.report(row)
+        self.report(row)
         if not all(bool(mean.isfinite().all()) for mean in means.values()):
             raise RayclustError(
                 f"training loss = {row['loss']} in epoch {epoch}: lower learning_rate or use precision: fp32"
             )
-        if self._epoch_is_due(epoch):
-            self._save()
 
-    def _elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self.started
+    def report(self, row: MetricsRow) -> None:
+        """Take one row of metrics: numbers, and lists of numbers."""
+        self.history.append(row)
+        if self._on_row is not None:
+            self._on_row(row)
 
-    def _seconds_before(self) -> float:
-        return float(self.trainer.history[-1]["seconds"]) if self.trainer.history else 0.0
+    def seconds(self) -> float:
+        """Return the seconds of this fit so far, those before a resume included."""
+        return self._seconds_before + time.monotonic() - self._started
 
-    def _epoch_is_due(self, epoch: int) -> bool:
-        every = self.trainer.every.epochs
-        over = self.step == self.plan.steps or self.method.finished_early
-        return over or (every is not None and (epoch + 1) % every == 0) or self._clock_is_due()
+    def is_due(self, epochs: int | None) -> bool:
+        """Return whether a checkpoint is due; called by all workers together.
 
-    def _clock_is_due(self) -> bool:
-        """Whether the first worker finds that the seconds between two checkpoints are over."""
-        seconds = self.trainer.every.seconds
-        if seconds is None or self.trainer.store is None or self.step % CLOCK_STEPS:
+        Args:
+            epochs: done so far; None within an epoch.
+        """
+        if self.store is None:
             return False
-        due = collectives.is_first() and time.monotonic() - self.saved >= seconds
-        return bool(collectives.everyone().all_sum(torch.tensor(int(due), device=self.trainer.device)))
+        if epochs is not None and self.every.epochs is not None and epochs % self.every.epochs == 0:
+            return True
+        if self.every.seconds is None:
+            return False
+        due = distributed.is_main() and time.monotonic() - self._saved >= self.every.seconds  # one clock for all
+        return bool(distributed.world().all_reduce(torch.tensor(int(due), device=self.device)))
 
-    def _save(self) -> None:
-        if self.trainer.store is None:
+    def save(self, step: int, tensors: dict[str, Tensor], **state: Any) -> None:
+        """Keep a checkpoint with history and seconds; called by all workers with equal content.
+
+        Args:
+            step: steps done.
+            tensors: on any device; copied.
+            state: JSON.
+        """
+        if self.store is None:
             return
-        sums = {name: collectives.all_sum(self.sums[name]) for name in sorted(self.sums)}
-        state = {"step": self.step, "seconds": self._elapsed(), "history": self.trainer.history}
-        state["sharing"] = collectives.world_size()
-        self.trainer.store.save(self.step, checkpoints.pack(self.method, self.steps, sums), state)
-        self.saved = time.monotonic()
+        copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+        self.store.save(step, copies, {**state, "step": step, "seconds": self.seconds(), "history": self.history})
+        self._saved = time.monotonic()
 
-    def _restore(self) -> bool:
-        """Whether there was a checkpoint to go on from."""
-        found = self.trainer.store.latest() if self.trainer.store is not None else None
-        if found is None:
-            return False
-        tensors, state = found
-        sums = checkpoints.unpack(tensors, self.method, self.steps)
-        if collectives.rank() == 0:
-            # The shares of W workers add up to W means: more or fewer workers than before count in their own measure.
-            scale = collectives.world_size() / state.get("sharing", collectives.world_size())
-            self.sums = {name: total.to(self.trainer.device) * scale for name, total in sums.items()}
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        self.trainer.history[:] = state["history"]
-        return True
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest checkpoint's tensors and state, if any, and take back its history and seconds."""
+        checkpoint = self.store.latest() if self.store is not None else None
+        self._started = self._saved = time.monotonic()
+        if checkpoint is not None:
+            self._seconds_before = float(checkpoint[1]["seconds"])
+            self.history[:] = checkpoint[1]["history"]
+        return checkpoint
+
+    def _save(self, stepper: Stepper, step: int, sums: dict[str, Tensor]) -> None:
+        """Keep a training of all heads: the same content however workers divide it."""
+        if self.store is None:
+            return
+        method = stepper.method
+        tensors = {METHOD + name: value for name, value in method.state_dict().items()}
+        tensors |= {OPTIMIZER + name: value for name, value in stepper.state().items()}
+        tensors |= {SUMS + name: distributed.all_reduce(sums[name]) for name in sorted(sums)}
+        if isinstance(method, HeadParallel):
+            for name in sorted(tensors):  # one after another: all heads of all tensors may not fit on a worker
+                prefix, _, own = name.partition(".")
+                whole = method.gather_state({own: tensors[name].detach()})[own]
+                tensors[f"{prefix}.{own}"] = whole.to("cpu")
+        self.save(step, tensors, workers=distributed.world_size(), stop=method.stop)
+
+    def _resume(self, stepper: Stepper, sums: dict[str, Tensor]) -> int | None:
+        """Put the newest checkpoint back, if any: method, optimiser and an unfinished epoch's sums; return its step."""
+        checkpoint = self.restore()
+        if checkpoint is None:
+            return None
+        tensors, state = checkpoint
+        method = stepper.method
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            """Return this worker's tensors with a prefix."""
+            found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            return method.shard_state(found) if isinstance(method, HeadParallel) else found
+
+        try:
+            method.load_state_dict(part(METHOD))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ArtefactError(
+                f"checkpoint does not fit the method: {reason}; remove it or restore the config"
+            ) from error
+        stepper.load(part(OPTIMIZER))
+        method.stop = bool(state["stop"])
+        if distributed.rank() == 0:
+            # Weights of W workers add up to W means: sums of more or fewer workers are scaled to this number.
+            scale = distributed.world_size() / state["workers"]
+            sums.update({name: total.to(self.device) * scale for name, total in part(SUMS).items()})
+        return int(state["step"])
+
+
+def fit_arrays(
+    x: Tensor | np.ndarray,
+    neighbors: Tensor | np.ndarray | None,
+    config: BaseMethodConfig,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Method:
+    """Build a method and fit it to rows in memory.
+
+    Args:
+        x: Float[N D], in feature space.
+        neighbors: Int[N M], nearest first, −1 where a row has fewer; None for a method that draws no pairs.
+        config: the method's settings.
+        seed: of everything random.
+        device: where to compute.
+
+    Returns:
+        The fitted method, on `device`.
+
+    Raises:
+        ShapeError: an argument is not a matrix, or the two do not have one length.
+        DataError: the method needs neighbours and there are none.
+        ConfigError: there are fewer rows than clusters.
+    """
+    rows = ArrayRows(x, neighbors)
+    method = build(config, rows.dimension, rows.count, seed)
+    method.fit(rows, Trainer(seed, device))
+    return method.eval()
+
+
+CROSSED = "cross_pairs"  # until stages/train.py drops rows that are divided over workers

@@ -14,18 +14,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from rayclust.store import filesystem, lease, local
-from rayclust.store.local import LocalStorage, to_path
+from rayclust.store import failures, lock, storage
 
-CHANGES = ("write", "upload", "remove", "remove_tree")
+CHANGES = ("write_bytes", "remove", "remove_tree")
 """Operations that change the storage, each a moment at which a process can end."""
-LOOKS = ("stat", "exists", "read", "open", "walk", "download")
+LOOKS = ("stat", "exists", "read_bytes", "read_range", "open_input", "local_copy", "walk")
 
 
 class Killed(BaseException):
@@ -49,24 +49,23 @@ class Recorder:
         self.fault, self.count, self.is_dead = fault, 0, False
         self._lock = threading.Lock()
 
-    def change(self, name: str, real: Callable[..., Any], storage: LocalStorage, *arguments: Any) -> Any:
+    def change(self, name: str, real: Callable[..., Any], target: str, *arguments: Any) -> Any:
         """One operation that changes the storage."""
-        target = str(arguments[1] if name == "upload" else arguments[0])
         if target.endswith("lease.json"):
-            return real(storage, *arguments)  # its beats come by the clock, not by what a run does
+            return real(target, *arguments)  # its beats come by the clock, not by what a run does
         with self._lock:
             self.look()
             is_now = self.fault is not None and self.count == self.fault.at
             self.count += 1
             if not is_now or self.fault is None:
-                return real(storage, *arguments)
+                return real(target, *arguments)
             if self.fault.kind == "full":
                 error = OSError(errno.ENOSPC, "No space left on device")
-                raise local.translate(error, target, "write") from error
+                raise failures.translate(error, target, "write") from error
             if self.fault.kind == "torn":
                 _half(name, target, arguments)
             if self.fault.kind == "after":
-                real(storage, *arguments)
+                real(target, *arguments)
             self.is_dead = True
             raise Killed
 
@@ -78,11 +77,11 @@ class Recorder:
 
 def _half(name: str, target: str, arguments: tuple[Any, ...]) -> None:
     """What a process killed in the middle of an operation leaves."""
-    path = to_path(target)
-    if name == "write":
+    path = storage.to_path(target)
+    if name == "write_bytes":
         path.parent.mkdir(parents=True, exist_ok=True)
-        data: bytes = arguments[1]
-        (path.parent / f"{local._prefix(path)}999999999-0.tmp").write_bytes(data[: len(data) // 2])
+        data: bytes = arguments[0]
+        (path.parent / f"{storage.temporary_prefix(path)}999999999-0.tmp").write_bytes(data[: len(data) // 2])
     elif name == "remove_tree" and path.is_dir():
         for file in sorted(found for found in path.rglob("*") if found.is_file())[::2]:
             file.unlink()
@@ -94,22 +93,17 @@ def storage_with(fault: Fault | None) -> Iterator[Recorder]:
     recorder = Recorder(fault)
     with pytest.MonkeyPatch.context() as patch:
         for name in CHANGES:
-            real = getattr(LocalStorage, name)
-            patch.setattr(LocalStorage, name, _changing(recorder, name, real))
+            patch.setattr(storage, name, partial(recorder.change, name, getattr(storage, name)))
         for name in LOOKS:
-            patch.setattr(LocalStorage, name, _looking(recorder, getattr(LocalStorage, name)))
+            patch.setattr(storage, name, _looking(recorder, getattr(storage, name)))
         yield recorder
-        lease._held.clear()
-
-
-def _changing(recorder: Recorder, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda storage, *arguments: recorder.change(name, real, storage, *arguments)
+        lock._held.clear()
 
 
 def _looking(recorder: Recorder, real: Callable[..., Any]) -> Callable[..., Any]:
-    def look(storage: LocalStorage, *arguments: Any, **named: Any) -> Any:
+    def look(*arguments: Any, **named: Any) -> Any:
         recorder.look()
-        return real(storage, *arguments, **named)
+        return real(*arguments, **named)
 
     return look
 
@@ -169,7 +163,7 @@ def unseal(run: Path, stage: str) -> None:
 def artefacts(run: str) -> dict[str, bytes]:
     """What a run is for: every file but manifests (which hold times), TensorBoard, its lease and its config."""
     found = {}
-    for file in filesystem.walk(run):
+    for file in storage.walk(run):
         if file.key not in ("lease.json", "config.json") and not file.key.startswith(_WITH_TIMES):
-            found[file.key] = filesystem.read_bytes(file.uri)
+            found[file.key] = storage.read_bytes(file.uri)
     return found

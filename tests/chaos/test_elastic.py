@@ -21,11 +21,11 @@ from rayclust.errors import ArtefactError
 from rayclust.methods.base import Batch
 from rayclust.runtime.pipeline import run_all
 from rayclust.stages import train
-from rayclust.store import checked
-from rayclust.store.filesystem import MissingError
-from rayclust.training.pairs import PairBatches
+from rayclust.store import manifest
+from rayclust.store.storage import MissingError
+from rayclust.training.sampling import PairBatches
 from tests.chaos.nodes import Nodes, start
-from tests.stages.in_process import Board, without_ray
+from tests.stages.in_process import Metrics, without_ray
 from tests.stages.runs import files, kill, tree, write_yaml
 from tests.workers import on_two_workers
 
@@ -61,7 +61,7 @@ def prepared(table: Path, run: Path, **resources: Any) -> Path:
 
 
 def work(rank: int, world: int, job: train.Job) -> Any:
-    return train._work({"job": job, "board": Board(), "threads": 1})
+    return train._work({"job": job, "metrics": Metrics(), "threads": 1})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def undisturbed(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = prepared(table, run)
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        patch.setattr(train, "_fit", lambda job, board, storage: on_two_workers(work, job)[0])
+        patch.setattr(train, "_fit", lambda job, metrics, storage: on_two_workers(work, job)[0])
         run_all(parse(line.read_text()), stop_after="train")
     return run
 
@@ -94,7 +94,7 @@ def newest(run: Path) -> dict[str, Any]:
     """The state in the newest checkpoint that can be read; they come and go."""
     for path in sorted((run / "checkpoints").glob("*/step-*/state.json"), reverse=True):
         try:
-            return dict(checked.read(str(path))["state"])
+            return dict(manifest.read_checked(str(path))["state"])
         except (MissingError, ArtefactError):
             continue
     return {"step": 0, "sharing": 0}

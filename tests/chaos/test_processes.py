@@ -11,7 +11,7 @@ import pytest
 
 from rayclust.config import parse
 from rayclust.runtime.pipeline import run_all
-from rayclust.store import filesystem
+from rayclust.store import storage
 from tests.chaos.faults import artefacts
 from tests.chaos.trial import LAST
 from tests.stages.in_process import without_ray
@@ -77,8 +77,8 @@ def test_no_secret_is_logged_or_written(s3_bucket: str, s3_endpoint: str, tmp_pa
     assert done.returncode == 0, output
     assert "assign: done" in output
     assert marker not in output
-    for file in filesystem.walk(f"{s3_bucket}/run"):
-        assert marker.encode() not in filesystem.read_bytes(file.uri), file.key
+    for file in storage.walk(f"{s3_bucket}/run"):
+        assert marker.encode() not in storage.read_bytes(file.uri), file.key
     lost = start(line, **secrets, AWS_ENDPOINT_URL=s3_endpoint.replace("//", f"//me:{marker}password@") + "9999")
     output = lost.communicate(timeout=200)[0]
     assert lost.returncode == 2, output

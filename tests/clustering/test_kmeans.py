@@ -6,24 +6,22 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from rayclust.clustering import kmeans
-from rayclust.clustering.kmeans import KMeansOptions, KMeansResult
-from rayclust.clustering.population import Metric
+from rayclust.clustering import kmeans, row_stats
+from rayclust.clustering.kmeans import (
+    KMeansOptions,
+    KMeansResult,
+    Partitions,
+    half_squares,
+    in_parts,
+    kmeans_plusplus,
+    nearest,
+)
+from rayclust.clustering.row_stats import Metric
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.features import FeatureTransform
 from rayclust.metrics import external
-from tests.references import lloyd
-from tests.workers import on_two_workers
-
-
-def planted(
-    count: int, clusters: int, width: int = 8, seed: int = 0, offset: float = 0.0, dtype=torch.float32
-) -> Tensor:
-    """Rows around centres, close enough that k-means needs a while."""
-    rng = np.random.default_rng(seed)
-    centers = rng.normal(size=(clusters, width))
-    x = centers[rng.integers(clusters, size=count)] + 0.8 * rng.normal(size=(count, width)) + offset
-    return torch.tensor(x, dtype=dtype)
+from tests.clustering.sharded import LINE, moved, planted
+from tests.references import greedy_seeds, lloyd
 
 
 def fitted(x: Tensor, block: int = 10**9, seed: int = 0, init: Tensor | None = None, **options) -> KMeansResult:
@@ -77,44 +75,14 @@ def test_agrees_with_the_slow_form(metric: Metric, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("block", [1, 17, 256, 999])
+@pytest.mark.parametrize("block", [1, 17, 256, 299])
 def test_blocks_of_any_size_equal_the_whole(metric: Metric, block: int):
-    x = planted(1000, 12)
+    x = planted(300, 12)
     whole = fitted(x, clusters=12, metric=metric, restarts=3)
     parts = fitted(x, block, clusters=12, metric=metric, restarts=3)
     assert torch.allclose(parts.centers, whole.centers, atol=1e-6)
     assert parts.inertia == pytest.approx(whole.inertia, rel=1e-6)
     assert (parts.n_iter, parts.converged) == (whole.n_iter, whole.converged)
-
-
-Case = tuple[Metric, list[int], int, Tensor | None]
-
-
-def sharded_fits(rank: int, world: int, x: Tensor, cases: list[Case]) -> list[KMeansResult]:
-    results = []
-    for metric, bounds, sample, init in cases:
-        own = x[bounds[rank] : bounds[rank + 1]]
-        blocks = own.split(100) if len(own) else (own,)
-        options = KMeansOptions(clusters=12, metric=metric, restarts=2, seeding_rows=sample)
-        results.append(kmeans.fit(lambda blocks=blocks: blocks, options, seed=3, init=init))
-    return results
-
-
-def test_two_workers_equal_one():
-    x = planted(900, 12)
-    empties = torch.cat([x[:6], x[:6] + 100.0])  # half of the centres attract nothing at first
-    cases: list[Case] = []
-    for metric in ("cosine", "euclidean"):
-        cases += [(metric, [0, 300, 900], 65_536, None), (metric, [0, 900, 900], 200, None)]
-        cases += [(metric, [0, 777, 900], 65_536, empties)]
-    both = on_two_workers(sharded_fits, x, cases)
-    for (metric, _, sample, init), *found in zip(cases, *both, strict=True):
-        options = KMeansOptions(clusters=12, metric=metric, restarts=2, seeding_rows=sample)
-        alone = kmeans.fit(lambda: [x], options, seed=3, init=init)
-        for result in found:
-            assert torch.allclose(result.centers, alone.centers, atol=1e-6)
-            assert result.inertia == pytest.approx(alone.inertia, rel=1e-6)
-            assert result.n_iter == alone.n_iter
 
 
 def test_restarts_do_not_touch_each_other():
@@ -171,26 +139,24 @@ def test_a_zero_row_is_no_trouble():
 def test_goes_on_from_any_state():
     x = planted(700, 10)
     options = KMeansOptions(clusters=10, restarts=3)
-    population = kmeans.survey(lambda: x.split(128), "cosine")
-    states = [kmeans.start(population, options, seed=2)]
-    states += list(kmeans.advance(population, options, states[0]))
-    whole = kmeans.finish(population, states[-1])
+    stats = row_stats.compute(lambda: x.split(128), "cosine")
+    states = [kmeans.start(stats, options, seed=2)]
+    states += list(kmeans.advance(stats, options, states[0]))
+    whole = kmeans.finish(stats, states[-1])
     for state in states[:: max(1, len(states) // 4)]:
         last = kmeans.KMeansState(**{name: value.clone() for name, value in state.tensors().items()})
-        for reached in kmeans.advance(population, options, last):
+        for reached in kmeans.advance(stats, options, last):
             last = reached
-        result = kmeans.finish(population, last)
+        result = kmeans.finish(stats, last)
         assert torch.allclose(result.centers, whole.centers, atol=1e-6)
         assert (result.n_iter, result.converged) == (whole.n_iter, whole.converged)
 
 
 def test_inertia_never_rises():
     x = planted(500, 10)
-    population = kmeans.survey(lambda: [x], "cosine")
+    stats = row_stats.compute(lambda: [x], "cosine")
     options = KMeansOptions(clusters=10, restarts=4)
-    inertias = torch.stack(
-        [s.inertia for s in kmeans.advance(population, options, kmeans.start(population, options, 0))]
-    )
+    inertias = torch.stack([s.inertia for s in kmeans.advance(stats, options, kmeans.start(stats, options, 0))])
     assert bool((inertias.diff(dim=0) <= 1e-4).all())
 
 
@@ -232,3 +198,164 @@ def test_reaches_what_is_known_of_real_features(shared_data, folder: str, accura
     labels = kmeans.assign(x, result.centers)[0].numpy()
     assert external.accuracy(truth, labels) > accuracy
     assert external.nmi(truth, labels) > nmi
+
+
+ZERO = torch.zeros(4, dtype=torch.float64)
+
+
+def rows_and_centers(restarts: int = 3, clusters: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(200, 4, generator=generator), torch.randn(restarts, clusters, 4, generator=generator)
+
+
+def slow_sums(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    members = torch.nn.functional.one_hot(labels, clusters).double()  # [N R K]
+    return torch.einsum("nrk,nd->rkd", members, x.double()), members.sum(0).long()
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_nearest_is_the_least_distance(offset: float):
+    x, centers = rows_and_centers()
+    origin = torch.full((4,), offset, dtype=torch.float64)
+    far = x + offset
+    scores, labels = nearest(far, centers, half_squares(centers, origin))
+    distances = (x[:, None, None].double() - centers.double()).square().sum(-1)
+    assert torch.equal(labels, distances.argmin(-1))
+    squares = x.double().square().sum(1, keepdim=True)
+    assert torch.allclose(squares - 2 * scores, distances.min(-1)[0], atol=1e-2 if offset else 1e-5)
+
+
+def test_of_equally_near_centres_the_first_is_taken():
+    centers = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]]])
+    bias = half_squares(centers, torch.zeros(2, dtype=torch.float64))
+    assert nearest(torch.tensor([[0.0, 3.0], [2.0, 0.0], [-2.0, 0.0]]), centers, bias)[1].tolist() == [[0], [0], [1]]
+
+
+@pytest.mark.parametrize("always", ["_add_rows", "_add_product", None])
+@pytest.mark.parametrize("block", [1, 33, 300])
+def test_sums_stay_right_while_centres_move(always: str | None, block: int, monkeypatch: pytest.MonkeyPatch):
+    if always is not None:
+        for name in ("_add_rows", "_add_product"):
+            monkeypatch.setattr(Partitions, name, getattr(Partitions, always))
+    monkeypatch.setattr(kmeans, "_MOVED_AT_ONCE", 7)
+    monkeypatch.setattr(kmeans, "_MULTIPLIED_AT_ONCE", 50)
+    x, centers = rows_and_centers()
+    partitions = Partitions(centers)
+    for step in range(4):
+        shifted = centers + 0.3 * step
+        sums, counts, total = partitions.assign_and_sum(lambda: x.split(block), shifted, ZERO)
+        scores, labels = nearest(x, shifted, half_squares(shifted, ZERO))
+        expected = slow_sums(x, labels, 5)
+        assert torch.allclose(sums, expected[0], atol=1e-12)
+        assert torch.equal(counts, expected[1])
+        assert torch.allclose(total, scores.double().sum(0), rtol=1e-5)
+        assert torch.equal(torch.cat(partitions.labels).long(), labels)
+
+
+def test_both_ways_to_add_agree_and_are_both_taken(monkeypatch: pytest.MonkeyPatch):
+    taken = []
+    for name in ("_add_rows", "_add_product"):
+        way = getattr(Partitions, name)
+        monkeypatch.setattr(Partitions, name, lambda *a, way=way, name=name: (taken.append(name), way(*a)))
+    x, centers = rows_and_centers()
+    partitions = Partitions(centers)
+    for step in (0.0, 0.01):
+        sums, _, _ = partitions.assign_and_sum(lambda: [x], centers + step, ZERO)
+    assert taken == ["_add_product", "_add_rows"]
+    labels = nearest(x, centers + 0.01, half_squares(centers + 0.01, ZERO))[1]
+    assert torch.allclose(sums, slow_sums(x, labels, 5)[0], atol=1e-12)
+
+
+def test_dropped_partitions_leave_the_others_as_they_were():
+    x, centers = rows_and_centers()
+    partitions = Partitions(centers)
+    partitions.assign_and_sum(lambda: x.split(60), centers, ZERO)
+    chosen = torch.tensor([True, False, True])
+    partitions.keep(chosen)
+    sums, counts, _ = partitions.assign_and_sum(lambda: x.split(60), centers[chosen] + 0.2, ZERO)
+    labels = nearest(x, centers[chosen] + 0.2, half_squares(centers[chosen] + 0.2, ZERO))[1]
+    expected = slow_sums(x, labels, 5)
+    assert torch.allclose(sums, expected[0], atol=1e-12)
+    assert torch.equal(counts, expected[1])
+
+
+def test_parts_hold_all_rows_in_order_as_wide_floats():
+    x = torch.arange(20_000, dtype=torch.float64)[:, None]
+    parts = list(in_parts(lambda: x.split(9000), columns=2000))
+    assert torch.equal(torch.cat(parts), x)
+    assert max(len(part) for part in parts) * 2000 <= max(2**20, 256 * 2000)
+    assert [part.dtype for part in in_parts(lambda: [x[:5].half()], 1)] == [torch.float32]
+    assert np.array_equal([len(part) for part in in_parts(lambda: [x[:0]], 1)], [0])
+
+
+def test_relocation_worked_by_hand():
+    # Centre 1 has all rows; 9 is farthest, then the first of the two at −5. The empty clusters 0 and 2 get them.
+    for block in (1, 3, 100):
+        sums, counts = moved(LINE, torch.tensor([[[100.0], [1.0], [200.0]]]), block)
+        assert counts.tolist() == [[1, 5, 1]]
+        assert torch.allclose(sums.flatten(), torch.tensor([9.0, 1.0, -5.0], dtype=torch.float64))
+
+
+def test_each_partition_has_its_own_empty_clusters():
+    centers = torch.tensor([[[1.0], [100.0], [200.0]], [[0.0], [9.0], [100.0]], [[1.0], [9.0], [-5.0]]])
+    sums, counts = moved(LINE, centers)
+    assert counts.tolist() == [[5, 1, 1], [5, 1, 1], [4, 1, 2]]
+    assert sums[:, :, 0].tolist() == [[1.0, 9.0, -5.0], [1.0, 9.0, -5.0], [6.0, 9.0, -10.0]]
+
+
+def test_rows_alone_or_on_their_centre_stay():
+    x = torch.tensor([[0.0], [0.0], [50.0]])
+    _, counts = moved(x, torch.tensor([[[0.0], [40.0], [100.0]]]))
+    assert counts.tolist() == [[2, 1, 0]]
+
+
+def grouped(count: int = 120, offset: float = 0.0) -> Tensor:
+    rng = np.random.default_rng(0)
+    centers = 4.0 * rng.normal(size=(8, 5))
+    return torch.from_numpy(centers[rng.integers(8, size=count)] + rng.normal(size=(count, 5)) + offset).float()
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 8, 30])
+def test_seeds_agree_with_the_slow_form(clusters: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kmeans, "_SEEDING_DISTANCES_AT_ONCE", 500)
+    x = grouped()
+    found = kmeans_plusplus(x, clusters, [0, (1, 2), 3])
+    expected = [greedy_seeds(x.double().numpy(), clusters, seed) for seed in (0, (1, 2), 3)]
+    assert found.tolist() == expected
+
+
+def test_seeds_lie_in_different_clusters_when_those_are_far_apart():
+    labels = torch.arange(60) % 6
+    x = 100.0 * torch.eye(6)[labels] + torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    chosen = kmeans_plusplus(x, 6, range(20))
+    assert all(len(labels[row].unique()) == 6 for row in chosen)
+
+
+def test_better_than_seeds_at_random():
+    x = grouped(500)
+    chosen = kmeans_plusplus(x, 8, range(30))
+    random = torch.from_numpy(np.stack([np.random.default_rng(s).choice(500, 8, False) for s in range(30)]))
+
+    def inertia(seeds: Tensor) -> float:
+        return float(np.mean([torch.cdist(x, x[row]).min(1)[0].square().sum() for row in seeds]))
+
+    assert inertia(chosen) < 0.7 * inertia(random)
+
+
+def test_far_from_zero_the_same_rows_are_drawn():
+    assert torch.equal(kmeans_plusplus(grouped(), 8, range(5)), kmeans_plusplus(grouped(offset=500.0), 8, range(5)))
+
+
+def test_never_draws_a_row_twice_while_others_differ():
+    for row in kmeans_plusplus(grouped(40), 40, range(5)):
+        assert len(row.unique()) == 40
+
+
+def test_seeds_of_equal_rows():
+    chosen = kmeans_plusplus(torch.ones(5, 2), 3, [0])
+    assert chosen.shape == (1, 3)
+
+
+def test_seeding_refuses_more_clusters_than_rows():
+    with pytest.raises(ConfigError, match="clusters = 6: at most the number of rows, 5"):
+        kmeans_plusplus(torch.ones(5, 2), 6, [0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -12,8 +13,6 @@ import numpy as np
 import open_clip
 import timm
 import torch
-
-from rayclust.encoders.quiet import quiet_root
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -29,8 +28,12 @@ def tiny_clip() -> Any:
     (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(folder)
     torch.manual_seed(0)
-    with quiet_root():
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # open_clip warns that the weights are random
+    try:
         return open_clip.create_model("tiny-clip").eval()
+    finally:
+        logging.disable(disabled)
 
 
 def tiny_timm(name: str = "test_vit", **options: Any) -> Any:

@@ -5,16 +5,77 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rayclust.encoders.base import Encoder, TorchEncoder, unit_rows, unknown_architecture
+from rayclust.encoders.base import Encoder, EncoderConfig, TorchEncoder, unknown_architecture
 from rayclust.encoders.decode import Preprocess
-from rayclust.encoders.options import EncoderConfig
 from rayclust.encoders.pixels import PixelEncoder
 from rayclust.errors import ConfigError, ShapeError
-from tests.encoders.networks import noise
+from tests.encoders.networks import noise, seen
 
-COLOUR = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
+
+
+@pytest.mark.parametrize("tag", ["openai", "laion2b_s32b_b82k", "dino", "augreg_in21k_ft_in1k", "v1.5"])
+def test_tags_are_no_files(tag: str) -> None:
+    config = EncoderConfig(name="timm/resnet50", pretrained=tag)
+    assert (config.tag, config.weights_uri) == (tag, None)
+
+
+@pytest.mark.parametrize(
+    "path", ["/w/a.safetensors", "a.pt", "W.PTH", "s3://b/w", "./w", "~w", "vits16_800ep.pth.tar", "c:\\w.bin", "dir/w"]
+)
+def test_files_are_no_tags(path: str) -> None:
+    config = EncoderConfig(name="timm/resnet50", pretrained=path)
+    assert (config.tag, config.weights_uri) == (None, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "architecture", "tag", "uri"),
+    [
+        ("open_clip/ViT-L-14", None, "ViT-L-14", None, None),
+        ("open_clip/ViT-L-14", "openai", "ViT-L-14", "openai", None),
+        ("open_clip/ViT-L-14.openai", None, "ViT-L-14", "openai", None),
+        ("open_clip/ViT-L-14.openai", "s3://b/w.bin", "ViT-L-14", "openai", "s3://b/w.bin"),
+        ("timm/vit_small_patch16_224", "w.pth", "vit_small_patch16_224", None, "w.pth"),
+        ("timm/vit_small_patch16_224.dino", "dino", "vit_small_patch16_224", "dino", None),
+        ("pixels", None, "", None, None),
+    ],
+)
+def test_parts_of_a_name(
+    name: str, pretrained: str | None, architecture: str, tag: str | None, uri: str | None
+) -> None:
+    config = EncoderConfig(name=name, pretrained=pretrained)
+    assert (config.architecture, config.tag, config.weights_uri) == (architecture, tag, uri)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "clip/ViT"}, "must be open_clip/<architecture>, timm/<architecture> or pixels"),
+        ({"name": "timm/"}, "must be open_clip/<architecture>"),
+        ({"name": "timm/resnet50", "grayscale": True}, "only pixels can do without colour"),
+        ({"name": "timm/resnet50.a1_in1k", "pretrained": "tv_in1k"}, "contradicts the tag"),
+        ({"std": (0.5, 0.0, 0.5)}, "must not hold 0"),
+        ({"image_size": 0}, "must be from 1 to 16384"),
+        ({"image_size": (224, 99999)}, "must be from 1 to 16384"),
+        ({"crop_fraction": 0}, "greater than 0"),
+        ({"threads": 0}, "greater than or equal to 1"),
+        ({"resize": "pad"}, "crop"),
+        ({"wieghts": "x"}, "Extra inputs"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        EncoderConfig(**options)  # type: ignore[arg-type]
+
+
+def test_settings_survive_json() -> None:
+    config = EncoderConfig(
+        name="timm/resnet50", options={"pad_type": "same"}, image_size=(224, 160), mean=(0.5, 0.5, 0.5)
+    )
+    assert EncoderConfig.model_validate_json(config.model_dump_json()) == config
 
 
 class SmallEncoder(TorchEncoder):
@@ -24,7 +85,9 @@ class SmallEncoder(TorchEncoder):
         torch.manual_seed(0)
         network = network or nn.Sequential(nn.Conv2d(3, 7, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.batches: list[int] = []
-        super().__init__(network, config or EncoderConfig(name="timm/small"), Preprocess(size), COLOUR, "cpu")
+        super().__init__(
+            network, config or EncoderConfig(name="timm/small"), Preprocess(size), mean=MEAN, std=STD, device="cpu"
+        )
 
     def _image_tower(self) -> Callable[[Tensor], Tensor]:
         def tower(x: Tensor) -> Tensor:
@@ -37,11 +100,8 @@ class SmallEncoder(TorchEncoder):
 
 def test_rows_are_those_of_the_network() -> None:
     encoder, images = SmallEncoder(), noise(5, 12)
-    x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(COLOUR[0]).view(3, 1, 1)) / torch.tensor(
-        COLOUR[1]
-    ).view(3, 1, 1)
     with torch.no_grad():
-        expected = encoder._network(x)
+        expected = encoder._network(seen(images, MEAN, STD))
     expected /= expected.norm(dim=1, keepdim=True)
     rows = encoder.encode_images(images)
     assert (rows.dtype, rows.shape, encoder.dimension) == (np.float32, (5, 7), 7)
@@ -139,7 +199,9 @@ def test_texts_need_a_text_tower() -> None:
 
 
 def test_zero_rows_stay_zero() -> None:
-    assert unit_rows(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [[0, 0], pytest.approx([0.6, 0.8])]
+    zeros = nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nn.init.constant_(zeros[0].bias, -1e9)  # type: ignore[arg-type, union-attr]
+    assert not SmallEncoder(network=zeros).encode_images(noise(2, 12)).any()
 
 
 def test_near_names_are_offered() -> None:

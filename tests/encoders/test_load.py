@@ -3,15 +3,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from rayclust.encoders import hub
-from rayclust.encoders.base import Encoder
-from rayclust.encoders.load import hub_file, load_encoder
-from rayclust.encoders.options import EncoderConfig
+from rayclust.encoders import weights
+from rayclust.encoders.base import Encoder, EncoderConfig
+from rayclust.encoders.load import encoder_shape, load_encoder
 from rayclust.errors import ConfigError, DataError
 from tests.encoders.networks import noise, tiny_clip, tiny_timm
 
@@ -27,7 +27,7 @@ def test_every_family(tmp_path: Path) -> None:
         rows = encoder.encode_images(noise(2, encoder.preprocess.shape[0]))
         assert rows.shape == (2, encoder.dimension)
         assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-        assert hub_file(config) is None
+        assert encoder_shape(config) == (encoder.preprocess, encoder.dimension)
 
 
 def test_a_local_copy_of_a_uri(tmp_path: Path) -> None:
@@ -44,8 +44,8 @@ def test_files_that_are_not_there() -> None:
 
 
 def test_published_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    monkeypatch.setattr(weights.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "hub_answers", lambda: False)
     for name, repository in (
         ("timm/vit_base_patch16_224.dino", "timm/vit_base_patch16_224.dino"),
         ("open_clip/ViT-B-32", "timm/vit_base_patch32_clip_224.openai"),
@@ -56,14 +56,42 @@ def test_published_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, t
 
 def test_published_weights_that_are_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save(tiny_timm().state_dict(), tmp_path / "w.bin")
-    monkeypatch.setattr(hub.HubFile, "cached", lambda _: tmp_path / "w.bin")
+    monkeypatch.setattr(weights.HubFile, "path", lambda _: tmp_path / "w.bin")
     assert load_encoder(EncoderConfig(name="timm/test_vit.r160_in1k")).dimension == 64
 
 
 def test_pixels_need_no_library_of_networks() -> None:
     code = (
         "import sys; from rayclust.encoders.load import load_encoder as load;"
-        "from rayclust.encoders.options import EncoderConfig;"
+        "from rayclust.encoders.base import EncoderConfig;"
         "load(EncoderConfig(name='pixels')); sys.exit('timm' in sys.modules or 'open_clip' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "dimension"),
+    [
+        ("timm/vit_small_patch16_224.dino", {"image_size": 96, "precision": "fp16", "compile": True}, 96, 384),
+        ("timm/regnety_320.swag_lc_in1k", {}, 224, 3712),
+        ("open_clip/ViT-L-14", {}, 224, 768),
+        ("open_clip/ViT-B-16-SigLIP", {"image_size": 112, "precision": "bf16"}, 112, 768),
+        ("pixels", {"grayscale": True}, 32, 1024),
+    ],
+)
+def test_shapes_need_no_weights(name: str, options: dict[str, Any], size: int, dimension: int) -> None:
+    preprocess, found = encoder_shape(EncoderConfig(name=name, **options))
+    assert (preprocess.shape[:2], found) == ((size, size), dimension)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "timm/test_vit", "image_size": 3}, r"encoder\.image_size = 3: timm/test_vit does not take it"),
+        ({"name": "timm/vitt"}, "timm has no such architecture"),
+        ({"name": "open_clip/ViT-B-32", "options": {"no_such": 1}}, r"encoder\.options = .* cannot be built so"),
+    ],
+)
+def test_shapes_find_impossible_settings(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        encoder_shape(EncoderConfig(**config))

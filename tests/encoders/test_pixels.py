@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rayclust.encoders.base import EncoderConfig
 from rayclust.encoders.decode import decode
-from rayclust.encoders.options import EncoderConfig
 from rayclust.encoders.pixels import PixelEncoder
 from rayclust.errors import ShapeError
 from tests.encoders import picture_files as make

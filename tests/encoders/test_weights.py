@@ -2,15 +2,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
-from rayclust.encoders.weights import fit, load_state, load_tensors, without_prefix
+from rayclust.encoders import weights
+from rayclust.encoders.weights import HubFile, hub_answers, load_into, load_state, load_tensors, without_prefix
 from rayclust.errors import ConfigError, DataError
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.0, 2.0])}
@@ -110,6 +120,18 @@ def test_bad_files_give_one_clear_line(tmp_path: Path) -> None:
         load_tensors(tmp_path)
 
 
+def test_torchscript_archives_are_refused_with_what_to_take_instead(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "network.pt"))
+    with pytest.raises(
+        DataError, match=r"network\.pt: a TorchScript archive, which is a program and is not read"
+    ) as caught:
+        load_tensors(tmp_path / "network.pt")
+    assert "encoder.name: open_clip/ViT-L-14.openai" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 WANTED = {"stem.weight": 0, "blocks.0.weight": 0, "norm.weight": 0}
 
 
@@ -138,14 +160,14 @@ def test_names_that_fit_nothing_stay() -> None:
 
 def test_weights_are_loaded() -> None:
     network = nn.ModuleDict({"a": nn.Linear(3, 2)})
-    fit(network, TENSORS, encoder="timm/x", source="w.pt")
+    load_into(network, TENSORS, encoder="timm/x", source="w.pt")
     assert same(dict(network.state_dict()))
 
 
 def test_counters_of_batches_may_be_absent() -> None:
     norm = nn.BatchNorm1d(2)
     state = {key: value for key, value in norm.state_dict().items() if key != "num_batches_tracked"}
-    fit(norm, state, encoder="timm/x", source="w.pt")
+    load_into(norm, state, encoder="timm/x", source="w.pt")
 
 
 @pytest.mark.parametrize(
@@ -162,6 +184,125 @@ def test_weights_that_do_not_fit_are_refused(state: dict[str, torch.Tensor], mes
     network = nn.ModuleDict({"a": nn.Linear(3, 2)})
     before = network["a"].weight.clone()
     with pytest.raises(ConfigError, match=f"encoder.pretrained = w.pt: does not fit timm/x: {message}") as caught:
-        fit(network, state, encoder="timm/x", source="w.pt")
+        load_into(network, state, encoder="timm/x", source="w.pt")
     assert "\n" not in str(caught.value)
     assert torch.equal(network["a"].weight, before)
+
+
+# The hub
+
+
+FILE = HubFile("owner/name", ("model.safetensors", "model.bin"), "timm/net.tag")
+
+
+@pytest.fixture
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield
+
+
+class _Missing(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answering_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with HTTPServer(("127.0.0.1", 0), _Missing) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield
+        server.shutdown()
+
+
+def cache(folder: Path, name: str) -> Path:
+    """A file as the hub's client leaves it."""
+    repository = folder / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    path = repository / "snapshots" / "abc" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"w")
+    return path
+
+
+@pytest.mark.parametrize("name", FILE.names)
+@pytest.mark.usefixtures("_empty_cache")
+def test_cached_files_are_found_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(weights, "hub_answers", lambda: pytest.fail("asked the network"))
+    path = cache(tmp_path, name)
+    assert FILE.path() == path
+
+
+def refusal() -> str:
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        FILE.path()
+    assert time.monotonic() - start < 3
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+MESSAGE = (
+    "encoder.pretrained: the weights of timm/net.tag are not on this machine and the hub cannot be reached: fetch "
+    "model.safetensors from the Hugging Face repository owner/name on a machine that can, then set "
+    "encoder.name: timm/net.tag and encoder.pretrained: <its path or s3:// URI>"
+)
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_without_a_network_one_line_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    assert refusal() == MESSAGE
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch, answering_server: None) -> None:
+    assert hub_answers()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert refusal() == MESSAGE
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_a_silent_hub_is_given_up_soon(monkeypatch: pytest.MonkeyPatch, silent_server: None) -> None:
+    monkeypatch.setattr(weights, "HUB_TIMEOUT", 0.3)
+    assert refusal() == MESSAGE
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_the_first_file_that_is_there_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append(f"{repository}/{name}")
+        if name == "model.safetensors":
+            raise LocalEntryNotFoundError("no such file")
+        return "/w/model.bin"
+
+    monkeypatch.setattr(weights, "hub_answers", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert FILE.path() == Path("/w/model.bin")
+    assert asked == ["owner/name/model.safetensors", "owner/name/model.bin"]
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_other_troubles_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: str) -> str:
+        raise OSError("No space left\non device")
+
+    monkeypatch.setattr(weights, "hub_answers", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert "are not on this machine and No space left on device: fetch model.safetensors" in refusal()

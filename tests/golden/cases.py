@@ -161,13 +161,15 @@ def run_case(name: str, scratch: Path) -> str:
 def digests_of(run: str) -> dict[str, str]:
     """Return the digest of every artefact of a run by its path, and of what each stage says besides.
 
-    Tables are digested by their content without the column `uri`; the report, which shows URIs and dates, is left out.
+    Tables are digested by their content without the column `uri`; the report and TensorBoard's events, which
+    hold URIs, dates and times, are left out.
     """
     filesystem, root = fsspec.core.url_to_fs(run)
     found = {}
     for path in sorted(filesystem.find(root)):
         name = path[len(root.rstrip("/")) + 1 :]
-        if name.startswith(("manifests/", "report/", "checkpoints/")) or name.rpartition("/")[2].startswith("."):
+        left_out = name.startswith(("manifests/", "report/", "checkpoints/", "tensorboard/", "."))
+        if left_out or name in ("run.json", "config.json"):  # the last hold the RUN.yaml, with its URIs
             continue
         content = filesystem.cat_file(path)
         if name.endswith(".parquet"):
@@ -176,8 +178,6 @@ def digests_of(run: str) -> dict[str, str]:
             sink = io.BytesIO()
             pq.write_table(table.select(columns).combine_chunks(), sink, compression="none", store_schema=False)
             content = sink.getvalue()
-        elif name in ("run.json", "config.json"):
-            continue  # the RUN.yaml, with its URIs
         found[name] = hashlib.sha256(content).hexdigest()[:16]
     return found
 

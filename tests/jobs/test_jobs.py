@@ -8,7 +8,7 @@ import pytest
 
 from rayclust.config import parse
 from rayclust.runtime.api import local_paths, with_absolute_paths
-from rayclust.store import filesystem
+from rayclust.store import storage
 
 FOLDER = Path(__file__).resolve().parents[2] / "jobs"
 JOBS = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -31,6 +31,6 @@ def test_there_are_jobs():
 def test_a_job_is_read_and_needs_nothing_of_the_machine_it_comes_from(name: str):
     text = (FOLDER / name).read_text()
     config = with_absolute_paths(parse(text, source=name))
-    assert all(filesystem.is_remote(place) for place in local_paths(config).values()), local_paths(config)
+    assert all(storage.is_remote(place) for place in local_paths(config).values()), local_paths(config)
     assert text.startswith("# ")
     assert f"rayclust submit jobs/{name}" in text

@@ -3,9 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rayclust.config import validate
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.language.vocabulary import (
     LONGEST,
+    LabelConfig,
     Vocabulary,
     from_labels,
     from_rows,
@@ -16,6 +18,7 @@ from rayclust.language.vocabulary import (
     same_name,
     wordnet_refusal,
 )
+from tests.stages.runs import tree
 
 
 @pytest.mark.parametrize(
@@ -129,3 +132,23 @@ def test_classes_are_sorted_names_each_once() -> None:
 )
 def test_names_are_equal_but_for_case_and_underscores(one: str | None, other: str | None, equal: bool) -> None:
     assert same_name(one, other) is equal
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    assert LabelConfig().lists == ("auto",)
+    assert LabelConfig(vocabulary="words.txt").lists == ("words.txt",)
+    given = {"vocabulary": ["classes", "words.txt"]}
+    assert validate(tree("/run", "/images", label=given)).label.lists == ("classes", "words.txt")
+
+
+@pytest.mark.parametrize(
+    ("label", "wanted"),
+    [
+        ({"voters": 0}, "label.voters = 0: must be at least 1, all or auto"),
+        ({"vocabulary": []}, "a list needs at least one name"),
+        ({"vocabulary": ["auto", "classes"]}, "neither auto nor none"),
+    ],
+)
+def test_settings_that_mean_nothing_are_one_line(label: dict, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        validate(tree("/run", "/images", label=label))

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from rayclust.errors import ShapeError
-from rayclust.methods.heads import Heads, HeadShape, Precision, matmul_dtype
+from rayclust.methods.heads import Heads, HeadShape, Precision, ema_update, matmul_dtype
 from tests import references
 from tests.workers import on_two_workers
 
@@ -155,3 +156,36 @@ def test_float64_rows_stay_float64_for_exactness_tests(precision: Precision, exp
 def test_a_wrong_width_is_refused():
     with pytest.raises(ShapeError, match="width 8: 7 is needed"):
         Heads(SMALL, seed=0)(torch.zeros(2, 8))
+
+
+def _twins() -> tuple[nn.Linear, nn.Linear]:
+    teacher, student = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.fill_(1.0)
+        for parameter in student.parameters():
+            parameter.zero_()
+    return teacher, student
+
+
+def test_the_gap_to_a_constant_student_shrinks_by_the_momentum():
+    teacher, student = _twins()
+    for step in range(1, 4):
+        ema_update(teacher, student, 0.996)
+        assert teacher.weight.flatten().tolist() == pytest.approx([0.996**step] * 6)
+    assert not student.weight.any()
+
+
+def test_momentum_one_keeps_the_teacher_and_zero_copies_the_student():
+    teacher, student = _twins()
+    ema_update(teacher, student, 1.0)
+    assert (teacher.weight == 1).all()
+    ema_update(teacher, student, 0.0)
+    assert teacher.bias.equal(student.bias)
+
+
+def test_buffers_are_the_teachers_own():
+    teacher, student = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    student.running_mean.fill_(5.0)
+    ema_update(teacher, student, 0.5)
+    assert not teacher.running_mean.any()

@@ -11,9 +11,8 @@ from rayclust.clustering import kmeans as clustering
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.methods import build, load
 from rayclust.methods.kmeans import KMeans, KMeansConfig
-from rayclust.training.checkpoints import Every
-from rayclust.training.loop import Trainer
-from rayclust.training.pairs import ArrayRows
+from rayclust.training.loop import CheckpointInterval, Trainer
+from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers
 
 
@@ -39,11 +38,11 @@ class Memory:
 
 
 def fitted(
-    x: Tensor, store: Memory | None = None, every: Every | None = None, **options: Any
+    x: Tensor, store: Memory | None = None, every: CheckpointInterval | None = None, **options: Any
 ) -> tuple[KMeans, list[dict[str, Any]]]:
     config = KMeansConfig(**{"clusters": 8, "restarts": 3, "tolerance": 0.0} | options)
     method = build(config, x.shape[1], len(x), seed=4)
-    trainer = Trainer(4, store=store, every=every or Every(epochs=1))
+    trainer = Trainer(4, store=store, every=every or CheckpointInterval(epochs=1))
     method.fit(ArrayRows(x), trainer)
     assert isinstance(method, KMeans)
     return method, trainer.history
@@ -56,7 +55,7 @@ def test_fits_what_clustering_fits_and_assigns_to_the_nearest(metric):
     options = clustering.KMeansOptions(clusters=8, restarts=3, tolerance=0, metric=metric)
     result = clustering.fit(lambda: [x], options, seed=4)
     assert torch.equal(method.centers, result.centers)
-    probabilities = method.assign(x)
+    probabilities = method.predict_proba(x)
     rows = torch.nn.functional.normalize(x, dim=1) if metric == "cosine" else x
     assert torch.equal(probabilities.argmax(1), clustering.assign(rows, result.centers)[0])
     assert torch.allclose(probabilities.sum(1), torch.ones(len(x)))
@@ -70,20 +69,20 @@ def test_probabilities_worked_by_hand():
     method.centers.copy_(torch.tensor([[0.0], [2.0]]))
     method.inertia.fill_(8.0)  # mean d² is 2, so probabilities go as exp(−d²)
     odds = np.exp(-0.25 + 2.25)
-    assert method.assign(torch.tensor([[0.5], [1.0]]))[:, 0].tolist() == pytest.approx([odds / (1 + odds), 0.5])
+    assert method.predict_proba(torch.tensor([[0.5], [1.0]]))[:, 0].tolist() == pytest.approx([odds / (1 + odds), 0.5])
 
 
 def test_a_perfect_fit_still_gives_probabilities():
     x = torch.eye(4).repeat(3, 1)
     method, _ = fitted(x, clusters=4)
     assert float(method.inertia) == pytest.approx(0.0, abs=1e-6)
-    assert (method.assign(x).max(1)[0] > 0.99).all()
+    assert (method.predict_proba(x).max(1)[0] > 0.99).all()
 
 
 def test_length_of_rows_plays_no_part_for_cosine():
     x = planted()
     method, _ = fitted(x)
-    assert torch.allclose(method.assign(x), method.assign(7.0 * x), atol=1e-5)
+    assert torch.allclose(method.predict_proba(x), method.predict_proba(7.0 * x), atol=1e-5)
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_end():
@@ -105,7 +104,13 @@ def test_killed_anywhere_it_goes_on_to_the_same_end():
 
 def test_keeps_checkpoints_by_the_clock_or_by_the_count():
     kept = {}
-    for every in (Every(epochs=1), Every(epochs=2), Every(None, seconds=0.0), Every(None, seconds=1e9), Every(None)):
+    for every in (
+        CheckpointInterval(epochs=1),
+        CheckpointInterval(epochs=2),
+        CheckpointInterval(None, seconds=0.0),
+        CheckpointInterval(None, seconds=1e9),
+        CheckpointInterval(None),
+    ):
         fitted(planted(), store := Memory(), every)
         kept[every] = len(store.kept)
     passes, halves, always, late, never = kept.values()
@@ -121,11 +126,11 @@ def test_refuses_a_checkpoint_of_other_sizes():
         fitted(planted(), store, clusters=5)
 
 
-def test_export_and_load():
+def test_a_loaded_state_assigns_the_same():
     x = planted()
     method, _ = fitted(x, metric="euclidean")
-    again = load(method.export())
-    assert torch.equal(again.assign(x), method.assign(x))
+    again = load(method.state())
+    assert torch.equal(again.predict_proba(x), method.predict_proba(x))
     assert again.config == method.config
 
 
@@ -160,4 +165,4 @@ def test_refuses_what_cannot_be():
     with pytest.raises(ConfigError, match=r"method.clusters = 8: must be at most the number of rows, 5"):
         fitted(planted(5))
     with pytest.raises(ShapeError, match="width"):
-        fitted(planted())[0].assign(torch.zeros(2, 5))
+        fitted(planted())[0].predict_proba(torch.zeros(2, 5))

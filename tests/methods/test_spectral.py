@@ -7,7 +7,7 @@ from rayclust.errors import ArtefactError, ShapeError
 from rayclust.methods import build, load
 from rayclust.methods.spectral import SpectralClustering, SpectralConfig
 from rayclust.metrics.external import ari
-from rayclust.training.arrays import fit_arrays
+from rayclust.training.loop import fit_arrays
 
 LABELS = torch.arange(4).repeat_interleave(30)
 
@@ -28,18 +28,18 @@ def fitted(clusters: int = 4) -> SpectralClustering:
 def test_planted_directions_are_found_and_new_rows_go_to_theirs():
     method = fitted()
     for x in (rows(), rows(seed=1)):
-        probabilities = method.assign(x)
+        probabilities = method.predict_proba(x)
         torch.testing.assert_close(probabilities.sum(1), torch.ones(120))
         assert ari(LABELS.numpy(), probabilities.argmax(1).numpy()) == 1.0
 
 
-def test_export_assigns_the_same_and_fewer_clusters_need_no_other_fit():
+def test_a_loaded_state_assigns_the_same_and_fewer_clusters_need_no_other_fit():
     method = fitted(6)
-    again = load(method.export())
-    assert torch.equal(again.assign(rows()), method.assign(rows()))
-    four = method.repartition(4)
+    again = load(method.state())
+    assert torch.equal(again.predict_proba(rows()), method.predict_proba(rows()))
+    four = method.recut(4)
     assert four.config.clusters == 4
-    assert ari(LABELS.numpy(), four.assign(rows()).argmax(1).numpy()) == 1.0
+    assert ari(LABELS.numpy(), four.predict_proba(rows()).argmax(1).numpy()) == 1.0
 
 
 def test_membership_is_doubly_stochastic():
@@ -51,6 +51,6 @@ def test_membership_is_doubly_stochastic():
 def test_what_is_not_fitted_or_of_another_width_is_refused():
     method = build(SpectralConfig(clusters=4), 16, 120, seed=0)
     with pytest.raises(ArtefactError, match="fit it first"):
-        method.assign(rows())
+        method.predict_proba(rows())
     with pytest.raises(ShapeError):
-        fitted().assign(torch.zeros(3, 5))
+        fitted().predict_proba(torch.zeros(3, 5))

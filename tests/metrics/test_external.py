@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -7,17 +9,19 @@ import pytest
 from sklearn import metrics as sklearn
 
 from rayclust.errors import DataError, ShapeError
-from rayclust.metrics import external
 from rayclust.metrics.external import (
     accuracy,
     ami,
     ari,
     contingency,
-    knn_accuracy,
+    expected_mutual_information,
+    halves_accuracy,
+    in_sample_accuracy,
     labelled,
     majority_map,
     mapped_accuracy,
     nmi,
+    overclustering_scores,
     purity,
 )
 from tests.references import best_matching
@@ -138,9 +142,8 @@ def test_thousands_of_clusters_are_cheap():
     rng = np.random.default_rng(0)
     true = rng.integers(1000, size=50_000)
     pred = true * 25 + rng.integers(25, size=50_000)
-    found = external.scores(true, pred)
-    assert found["purity"] == 1.0
-    assert 0.0 < found["ari"] < found["ami"] < found["nmi"] < 1.0
+    assert purity(true, pred) == 1.0
+    assert 0.0 < ari(true, pred) < ami(true, pred) < nmi(true, pred) < 1.0
 
 
 def test_labelled_rows():
@@ -150,40 +153,6 @@ def test_labelled_rows():
     assert labelled([None, None]).tolist() == [False, False]
 
 
-def test_knn_vote_worked_by_hand():
-    labels = np.array([0, 0, 1, 1])
-    neighbors = np.array([[1, 2, 3], [0, 2, 3], [3, 0, 1], [0, 1, 2]])
-    similarity = np.array([[0.9, 0.1, 0.1], [0.2, 0.1, 0.1], [0.5, 0.4, 0.0], [0.5, 0.4, 0.3]])
-    # One neighbour: the last row is wrong. All three, nearly equal weights: rows 0 and 1 lose to two of class 1.
-    assert knn_accuracy(neighbors, similarity, labels, k=1) == 0.75
-    assert knn_accuracy(neighbors, similarity, labels, k=3, temperature=1e6) == 0.0
-    assert knn_accuracy(neighbors, similarity, labels, k=3, temperature=0.01) == 0.75
-    assert knn_accuracy(neighbors[:1], similarity[:1], labels, labels[:1], k=1) == 1.0
-    assert knn_accuracy(neighbors, similarity, np.array(list("xxyy")), k=1) == 0.75
-
-
-def test_knn_vote_without_all_neighbours():
-    labels = np.array([0, 1, 1])
-    neighbors = np.array([[1, -1], [2, -1], [-1, -1]])
-    similarity = np.array([[0.5, -np.inf], [0.5, -np.inf], [-np.inf, -np.inf]], dtype=np.float16)
-    with np.errstate(all="raise"):
-        assert knn_accuracy(neighbors, similarity, labels) == pytest.approx(2 / 3)
-
-
-def test_knn_probe_of_real_features(shared_data):
-    import torch
-
-    from rayclust.features import FeatureTransform
-    from rayclust.search.knn import top_k
-
-    features = np.load(shared_data / "imagenette_val3k" / "features_mnv2a_f16.npy")
-    labels = np.load(shared_data / "imagenette_val3k" / "labels.npy")
-    transform = FeatureTransform.fitted(features, center=True, standardize=False, normalize=True)
-    x = torch.from_numpy(transform(features))
-    ids, similarity = top_k(x, x, 20, query_ids=torch.arange(len(x)))
-    assert knn_accuracy(ids.numpy(), similarity.numpy(), labels) == pytest.approx(0.973, abs=0.004)
-
-
 def test_refuses_what_cannot_be():
     with pytest.raises(ShapeError, match=r"shapes \(2,\) and \(3,\)"):
         accuracy([0, 1], [0, 1, 2])
@@ -191,5 +160,75 @@ def test_refuses_what_cannot_be():
         nmi(np.zeros((2, 2)), np.zeros((2, 2)))
     with pytest.raises(DataError, match="0 rows"):
         ari([], [])
-    with pytest.raises(ShapeError, match="one row for each label"):
-        knn_accuracy(np.zeros((2, 3), int), np.zeros((2, 3)), np.zeros(5))
+
+
+def mutual_information(true: tuple[int, ...], pred: tuple[int, ...]) -> float:
+    count, result = len(true), 0.0
+    for pair in set(zip(true, pred, strict=True)):
+        share = sum(other == pair for other in zip(true, pred, strict=True)) / count
+        result += share * np.log(share * count**2 / (true.count(pair[0]) * pred.count(pair[1])))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("true", "pred"), [((0, 0, 1), (0, 1, 1)), ((0, 0, 1, 1, 2), (0, 0, 0, 1, 1)), ((0, 1, 2, 3), (0, 0, 1, 1))]
+)
+def test_expected_information_is_the_mean_over_all_orders_of_the_rows(true: tuple[int, ...], pred: tuple[int, ...]):
+    mean = np.mean([mutual_information(true, order) for order in itertools.permutations(pred)])
+    assert expected_mutual_information(np.bincount(true), np.bincount(pred)) == pytest.approx(mean)
+
+
+def test_one_cluster_has_no_information():
+    assert expected_mutual_information(np.array([3, 4]), np.array([7])) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_pure_clusters_are_right_however_many():
+    """Every class split in two pure clusters: all right with a map, half right one to one."""
+    labels, clusters = np.repeat([0, 1, 2], 4), np.repeat(np.arange(6), 2)
+    assert in_sample_accuracy(labels, clusters) == 1.0
+    assert halves_accuracy(np.tile(labels, 50), np.tile(clusters, 50)) == 1.0
+    assert accuracy(labels, clusters) == 0.5
+
+
+def test_the_published_map_matches_first_and_maps_the_rest():
+    """Both clusters lean to class 0; one of them has to stand for class 1."""
+    labels = ["a", "a", "a", "b", "a", "a", "b"]
+    clusters = [0, 0, 0, 0, 1, 1, 1]
+    assert in_sample_accuracy(labels, clusters) == pytest.approx((3 + 1) / 7)
+    assert purity(labels, clusters) == pytest.approx((3 + 2) / 7)
+
+
+def test_a_map_is_scored_on_rows_that_it_has_not_seen():
+    assert mapped_accuracy([0, 1, 1, 0], [5, 6, 5, 7], majority_map([0, 0, 1, 1], [5, 5, 6, 6])) == 0.5  # 7 is unknown
+
+
+def test_single_rows_win_in_sample_and_lose_held_out():
+    labels, clusters = np.arange(300) % 3, np.arange(300)
+    assert in_sample_accuracy(labels, clusters) == 1.0
+    assert halves_accuracy(labels, clusters) == 0.0
+
+
+def test_chance_is_the_largest_class():
+    rng = np.random.default_rng(0)
+    labels, clusters = rng.choice(2, 20_000, p=[0.7, 0.3]), rng.integers(10, size=20_000)
+    assert halves_accuracy(labels, clusters) == pytest.approx(0.7, abs=0.01)
+
+
+def test_in_sample_accuracy_knows_no_names_and_no_order():
+    rng = np.random.default_rng(1)
+    labels, clusters = rng.integers(4, size=500), rng.integers(30, size=500)
+    order, names = rng.permutation(500), rng.permutation(30)
+    assert in_sample_accuracy(labels, clusters) == in_sample_accuracy(labels[order], names[clusters][order])
+    assert in_sample_accuracy(labels, clusters) <= purity(labels, clusters)
+
+
+def test_25_000_clusters_take_seconds():
+    rng = np.random.default_rng(2)
+    clusters = rng.integers(25_000, size=200_000)
+    labels = clusters % 100
+    start = time.perf_counter()
+    found = overclustering_scores(labels, clusters)
+    assert time.perf_counter() - start < 60
+    assert found["occupied"] > 24_900
+    assert found["accuracy_in_sample"] == found["purity"] == 1.0
+    assert 0.9 < found["accuracy_held_out"] <= 1.0

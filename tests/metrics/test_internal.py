@@ -2,52 +2,71 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import silhouette_score
+import torch
+from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
 
-from rayclust.errors import DataError, ShapeError
+from rayclust.clustering.spectral import SpectralOptions, partition
+from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics import internal
-from rayclust.metrics.internal import silhouette, size_summary
+from rayclust.metrics.internal import (
+    CriteriaOptions,
+    coding_length,
+    map_equation,
+    measure,
+    modularity,
+    neighbor_agreement,
+    silhouette,
+    size_summary,
+    stability,
+)
+from rayclust.metrics.selection import Candidate, choose
+from rayclust.search.knn import top_k
+from tests.references import coding_length as plain_coding_length
+
+PAIRS = np.array([[1], [0], [3], [2]])
+"""Neighbours of four rows in two pairs that only know each other."""
 
 
-def planted(count: int = 300, clusters: int = 5) -> tuple[np.ndarray, np.ndarray]:
+def planted(count: int = 300, clusters: int = 5, width: int = 6) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     labels = rng.integers(clusters, size=count)
-    return (rng.normal(size=(clusters, 6))[labels] + 0.5 * rng.normal(size=(count, 6))).astype(np.float32), labels
+    return rng.normal(size=(clusters, width))[labels] + 0.5 * rng.normal(size=(count, width)), labels
 
 
-def test_worked_by_hand_on_a_line():
-    # 0 and 1 against 4: a = 1 for both, b = 4 and 3; the row alone counts 0.
-    x = np.array([[0.0], [1.0], [4.0]])
-    assert silhouette(x, np.array([0, 0, 1]), metric="euclidean") == pytest.approx((3 / 4 + 2 / 3 + 0) / 3)
+def unit_rows(count: int, width: int, clusters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows and labels, both at random."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(count, width))
+    return z / np.linalg.norm(z, axis=1, keepdims=True), rng.integers(clusters, size=count)
 
 
-def test_worked_by_hand_on_a_circle():
+# Silhouette
+
+
+def test_silhouette_by_hand():
     # Two rows on one axis, two on the other: a = 0, b = 1.
     x = np.array([[1.0, 0], [3, 0], [0, 1], [0, 2]])
     assert silhouette(x, np.array([0, 0, 1, 1])) == pytest.approx(1.0)
     assert silhouette(x, np.array([0, 1, 0, 1])) == pytest.approx(-0.5)  # a = 1, b = ½
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("offset", [0.0, 50.0])
-def test_agrees_with_scikit_learn(metric, offset: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(internal, "_DISTANCES_AT_ONCE", 7000)
+def test_silhouette_agrees_with_scikit_learn(offset: float):
     x, labels = planted()
     labels = np.where(np.arange(300) == 17, 99, labels)  # one row alone
-    x = x.astype(np.float64) + offset
-    assert silhouette(x, labels, metric=metric) == pytest.approx(silhouette_score(x, labels, metric=metric), abs=1e-6)
+    expected = silhouette_score(x + offset, labels, metric="cosine")
+    assert silhouette(x + offset, labels) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_names_and_order_play_no_part(metric):
+def test_silhouette_knows_no_names_and_no_order():
     x, labels = planted()
     order = np.random.default_rng(1).permutation(len(x))
-    value = silhouette(x, labels, metric=metric)
-    assert silhouette(x, np.array([7, -3, 100, 0, 2])[labels], metric=metric) == pytest.approx(value, abs=1e-12)
-    assert silhouette(x[order], labels[order], metric=metric) == pytest.approx(value, abs=1e-9)
+    value = silhouette(x, labels)
+    assert silhouette(x, np.array([7, -3, 100, 0, 2])[labels]) == pytest.approx(value, abs=1e-12)
+    assert silhouette(x[order], labels[order]) == pytest.approx(value, abs=1e-9)
 
 
-def test_sample_is_seeded_and_near_the_whole():
+def test_silhouette_of_a_sample_is_seeded_and_near_the_whole():
     x, labels = planted(3000)
     value = silhouette(x, labels, rows=1000, seed=3)
     assert silhouette(x, labels, rows=1000, seed=3) == value
@@ -55,13 +74,14 @@ def test_sample_is_seeded_and_near_the_whole():
     assert silhouette(x, labels, rows=5000) == silhouette(x, labels)
 
 
-def test_equal_rows_count_zero():
-    x = np.ones((4, 2))
-    for metric in ("cosine", "euclidean"):
-        assert silhouette(x, np.array([0, 0, 1, 1]), metric=metric) == pytest.approx(0.0, abs=1e-9)
+def test_silhouette_of_equal_rows_is_zero():
+    assert silhouette(np.ones((4, 2)), np.array([0, 0, 1, 1])) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_sizes_worked_by_hand():
+# Sizes
+
+
+def test_sizes_by_hand():
     assert size_summary(np.array([0, 0, 1, 1]), 2) == {
         "occupied": 2, "smallest": 2, "median": 2.0, "largest": 2, "entropy": pytest.approx(1.0)
     }  # fmt: skip
@@ -70,11 +90,161 @@ def test_sizes_worked_by_hand():
     assert size_summary(np.array([0, 0]), 1)["entropy"] == 0.0
 
 
-def test_refuses_what_cannot_be():
+# The neighbour graph
+
+
+def test_pairs_by_hand(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(internal, "_ROWS_AT_ONCE", 3)
+    labels = np.array([0, 0, 1, 1])
+    neighbors = np.array([[1, 2], [0, 3], [3, -1], [2, 0]])
+    assert neighbor_agreement(labels, neighbors) == pytest.approx(4 / 7)
+    assert modularity(labels, neighbors) == pytest.approx(4 / 7 - 1 / 2)
+    assert modularity(np.zeros(4, int), neighbors) == 0.0
+    assert neighbor_agreement(np.zeros(4, int), neighbors) == 1.0
+
+
+def test_map_equation_by_hand():
+    # Each row is visited ¼ of the time, and 1 bit tells which of its pair it is.
+    assert map_equation(np.array([0, 0, 1, 1]), PAIRS) == pytest.approx(np.log(2))
+    assert map_equation(np.zeros(4, int), PAIRS) == pytest.approx(np.log(4))
+    # q_i = ½, p_i = ½: 1 ln 1 − 2 · 2 · ½ ln ½ − 4 · ¼ ln ¼ + 2 · 1 ln 1.
+    assert map_equation(np.array([0, 1, 0, 1]), PAIRS) == pytest.approx(2 * np.log(2) + np.log(4))
+
+
+def test_missing_neighbours_are_no_steps():
+    padded = np.concatenate([PAIRS, np.full((4, 2), -1)], axis=1)
+    labels = np.array([5, 5, 9, 5])
+    assert map_equation(labels, padded) == pytest.approx(map_equation(labels, PAIRS))
+
+
+def test_stability_by_hand():
+    # Partitions that cross each other keep no pair where 2 · 2 of 6 are chance: ARI (0 − 2/3) / (2 − 2/3) = −½.
+    a = np.array([0, 0, 1, 1])
+    assert stability([a, 1 - a]) == 1.0
+    assert stability([a, a, np.array([0, 1, 0, 1])]) == pytest.approx((1 - 0.5 - 0.5) / 3)
+
+
+# Coding length
+
+
+def two_lines() -> tuple[np.ndarray, np.ndarray]:
+    """Twenty times each of two basis vectors of eight."""
+    labels = np.repeat([0, 1], 20)
+    return np.eye(8)[labels], labels
+
+
+def test_coding_length_of_two_orthogonal_lines_by_hand():
+    z, labels = two_lines()
+    # d / (ε² m) · 20 = 80: each line is one eigenvalue of 81, and its 20 ids of two take ln 2 each.
+    assert coding_length(z[:20], labels[:20]) == pytest.approx(28 / 2 * np.log(81))
+    assert coding_length(z, labels) == pytest.approx(2 * (14 * np.log(81) + 20 * np.log(2)))
+    assert coding_length(z, labels) == pytest.approx(150.770, abs=5e-4)
+    # Together: two eigenvalues of 1 + 8 / (0.1 · 40) · 20 = 41.
+    assert coding_length(z, np.zeros(40, int)) == pytest.approx(24 * 2 * np.log(41))
+    assert coding_length(z, np.zeros(40, int)) == pytest.approx(178.251, abs=5e-4)
+
+
+def test_splitting_a_line_costs():
+    z, labels = two_lines()
+    split = labels.copy()
+    split[:10] = 2
+    assert coding_length(z, split) > coding_length(z, labels)
+
+
+@pytest.mark.parametrize(("count", "width", "clusters"), [(60, 7, 3), (60, 40, 5), (17, 30, 17)])
+def test_coding_length_is_the_plain_form(count: int, width: int, clusters: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(internal, "_ROWS_AT_ONCE", 9)
+    z, labels = unit_rows(count, width, clusters)
+    for distortion in (0.1, 0.5):
+        expected = plain_coding_length(z, labels, distortion)
+        assert coding_length(z, labels, distortion) == pytest.approx(expected, rel=1e-10)
+    assert coding_length(z[:0], labels[:0]) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(0, 10, 3))
+def test_planted_subspaces_give_their_number(seed: int):
+    clusters, rng = 2 + seed, np.random.default_rng(seed)
+    truth = np.repeat(np.arange(clusters), 40)
+    bases = np.linalg.qr(rng.normal(size=(48, 2 * clusters)))[0].reshape(48, clusters, 2)
+    z = np.einsum("nr,dnr->nd", rng.normal(size=(len(truth), 2)), bases[:, truth])
+    z = z / np.linalg.norm(z, axis=1, keepdims=True) + 0.1 * rng.normal(size=z.shape) / 48**0.5
+    z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+    found = partition(lambda: [torch.from_numpy(z)], 12, SpectralOptions(temperature=0.1, restarts=5), seed)
+    candidates = [Candidate(k, {"coding_length": coding_length(z, found.labels(k).numpy())}) for k in range(2, 13)]
+    assert choose(candidates, "coding_length").k == clusters
+
+
+def test_coding_length_knows_no_names_no_order_and_no_rotation():
+    z, labels = unit_rows(80, 9, 4)
+    order = np.random.default_rng(1).permutation(80)
+    turn, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(9, 9)))
+    value = coding_length(z, labels)
+    assert coding_length(z[order], np.array([9, -4, 2, 70])[labels[order]]) == pytest.approx(value, rel=1e-12)
+    assert coding_length(z @ turn, labels) == pytest.approx(value, rel=1e-12)
+    assert coding_length(z.astype(np.float16), labels) == pytest.approx(value, rel=1e-3)  # widened
+
+
+# All criteria of a candidate
+
+
+def test_each_criterion_is_its_own_function():
+    x, labels = planted(200, 4, 8)
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    rows, ids = torch.from_numpy(x), torch.arange(200)
+    neighbors = top_k(rows, rows, 5, query_ids=ids, database_ids=ids)[0].numpy()
+    other = np.random.default_rng(1).integers(4, size=200)
+    found = measure(x, [labels, other], neighbors, CriteriaOptions(silhouette_rows=100, seed=3))
+    assert found["coding_length"] == pytest.approx(coding_length(x, labels) / 200)
+    assert found["silhouette"] == silhouette(x, labels, rows=100, seed=3)
+    assert found["calinski_harabasz"] == pytest.approx(calinski_harabasz_score(x, labels), rel=1e-5)
+    assert found["davies_bouldin"] == pytest.approx(davies_bouldin_score(x, labels), rel=1e-5)
+    assert found["neighbor_agreement"] == neighbor_agreement(labels, neighbors)
+    assert found["modularity"] == modularity(labels, neighbors)
+    assert found["map_equation"] == map_equation(labels, neighbors)
+    assert found["stability"] == stability([labels, other])
+    assert found["occupied"] == 4
+
+
+def test_variances_by_hand():
+    # Means 1 and 11 of a whole mean of 6: B = 4 · 25, W = 4, K − 1 = 1, N − K = 2.
+    found = measure(np.array([[0.0], [2], [10], [12]]), [np.array([0, 0, 1, 1])], None, CriteriaOptions())
+    assert found["calinski_harabasz"] == pytest.approx(100 / 1 / (4 / 2))
+    assert found["davies_bouldin"] == pytest.approx((1 + 1) / 10)
+
+
+def test_half_precision_rows_are_widened():
+    x, labels = planted()
+    half, options = x.astype(np.float16), CriteriaOptions()
+    assert measure(half, [labels], None, options) == measure(half.astype(np.float64), [labels], None, options)
+
+
+def test_what_cannot_be_measured_is_left_out():
+    x, _ = planted(200)
+    found = measure(x, [np.zeros(200, int)], None, CriteriaOptions())
+    assert set(found) == {"coding_length", "occupied", "smallest", "median", "largest", "entropy"}
+
+
+def test_a_sample_within_one_cluster_has_no_silhouette():
+    x, _ = planted(200)
+    labels = (np.arange(200) == 0).astype(int)
+    assert measure(x, [labels], None, CriteriaOptions(silhouette_rows=5))["silhouette"] == 0.0
+
+
+def test_refuse_what_cannot_be():
     x, labels = planted()
     with pytest.raises(DataError, match="1 cluster among 300 rows"):
         silhouette(x, np.zeros(300, int))
-    with pytest.raises(ShapeError, match="one label for each of 300 rows"):
-        silhouette(x, labels[:-1])
-    with pytest.raises(ShapeError, match="two axes"):
-        silhouette(x[:, 0], labels)
+    with pytest.raises(DataError, match="stability: 1 partition"):
+        stability([labels])
+    with pytest.raises(DataError, match="partitions = 0"):
+        measure(x, [], None, CriteriaOptions())
+    with pytest.raises(ConfigError, match="distortion = 0: must be above 0"):
+        coding_length(x, labels, 0)
+    for measured in (silhouette, coding_length):
+        with pytest.raises(ShapeError, match="one label for each of 300 rows"):
+            measured(x, labels[:-1])
+        with pytest.raises(ShapeError, match="two axes"):
+            measured(x[:, 0], labels)
+    for measured in (neighbor_agreement, modularity, map_equation):
+        with pytest.raises(ShapeError, match="one label for each of 300 rows"):
+            measured(labels[:-1], np.zeros((300, 2), int))

@@ -8,7 +8,6 @@ import pytest
 from rayclust.errors import ConfigError, DataError
 from rayclust.metrics.selection import (
     Candidate,
-    argmin_coding_length,
     choose,
     grid,
     knee,
@@ -40,7 +39,7 @@ def test_every_criterion_says_its_pick():
 
 
 def test_choices_and_their_reasons():
-    assert argmin_coding_length(table()) == 16
+    assert choose(table(), "coding_length").k == 16
     choice = choose(table())
     assert (choice.k, choice.rule) == (8, "vote")
     assert choice.reason == (

@@ -3,17 +3,71 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from html.parser import HTMLParser
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 from PIL import Image
 
-from rayclust.report import contents, thumbnails
+from rayclust.report import model, thumbnails
 
-VOID = {"meta", "link", "img", "input", "br", "hr", "rect", "line", "polyline"}
+VOID = {"meta", "link", "img", "input", "br", "hr"}
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror='alert(1)'>",
+    "javascript:alert(1)",
+    "</style></svg></title><!-- -->",
+    "{{ 7 * 7 }}{% raw %}",
+    "$\\frac{$ a & b $",
+    "שלום ‮gpj.exe",
+    "👩‍👩‍👧 Ω ﷽",
+    "\x00\x1b[31m\ud800",
+    "https://evil.example/x.png",
+    "x" * 100_000,
+)
+
+
+def chart(text: str) -> ET.Element:
+    """The tree of a chart; fails when it is not XML, or a number in it is not finite."""
+    text.encode()
+    root = ET.fromstring(text)  # noqa: S314 - our own text
+    for node in root.iter():
+        written = [node.attrib[name] for name in ("x", "y", "width", "height", "d") if name in node.attrib]
+        assert not re.search("nan|inf", " ".join(written))
+    assert all(math.isfinite(float(root.attrib[name])) for name in ("width", "height"))
+    return root
+
+
+def shapes(root: ET.Element, tag: str) -> list[ET.Element]:
+    return list(root.iter(SVG + tag))
+
+
+def words(root: ET.Element) -> list[str]:
+    return [node.text or "" for node in shapes(root, "text")]
+
+
+def tips(root: ET.Element) -> list[str]:
+    """Tooltips of shapes; of one shape, its own."""
+    nested = [shape for shape in root.iter() if shape.tag != f"{SVG}svg"]
+    return [title.text or "" for shape in nested for title in shape if title.tag == f"{SVG}title"]
+
+
+def points(path: ET.Element) -> list[tuple[float, float]]:
+    """Where a path starts and goes, dots of no length once."""
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML](\S+?) ([-\d.]+)", path.attrib["d"])]
+
+
+def box(path: ET.Element) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a bar."""
+    xs, ys = zip(*points(path), strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 @dataclass
@@ -55,7 +109,7 @@ class _Reader(HTMLParser):
         node = Node(tag, {name: value or "" for name, value in attrs})
         assert len(node.attributes) == len(attrs), f"{tag} has an attribute twice"
         self.open[-1].children.append(node)
-        if tag not in VOID or self.open[-1].tag in ("svg", "g"):
+        if tag not in VOID:
             self.open.append(node)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -89,24 +143,29 @@ def photo(seed: int, size: tuple[int, int] = (64, 48), form: str = "JPEG") -> by
     return buffer.getvalue()
 
 
-def picture(number: int, **changes: Any) -> contents.Picture:
+@lru_cache
+def small(number: int) -> bytes:
+    return thumbnails.thumbnail(photo(number), 32)
+
+
+def picture(number: int, **changes: Any) -> model.Picture:
     given: dict[str, Any] = {
         "key": f"folder/{number:05d}.jpg",
-        "thumbnail": thumbnails.thumbnail(photo(number), 32),
+        "thumbnail": changes["thumbnail"] if "thumbnail" in changes else small(number),
         "confidence": 0.9,
     }
-    return contents.Picture(**given | changes)
+    return model.Picture(**given | changes)
 
 
-def cluster(number: int, size: int, **changes: Any) -> contents.Cluster:
-    given: dict[str, Any] = {
-        "exemplars": tuple(picture(10 * number + i) for i in range(2)),
-        "outliers": (picture(10 * number + 5),),
-    }
-    return contents.Cluster(id=number, size=size, **given | changes)
+def cluster(number: int, size: int, **changes: Any) -> model.Cluster:
+    if "exemplars" not in changes:
+        changes["exemplars"] = tuple(picture(10 * number + i) for i in range(2))
+    if "outliers" not in changes:
+        changes["outliers"] = (picture(10 * number + 5),)
+    return model.Cluster(id=number, size=size, **changes)
 
 
-def report(**changes: Any) -> contents.ReportData:
+def report(**changes: Any) -> model.ReportData:
     """Three named clusters with labels, two methods, curves and rejects; `changes` replace parts of it."""
     named = {"score": 0.31, "runners_up": (("boat", 0.2),), "confidence": 0.75}
     given: dict[str, Any] = {
@@ -116,28 +175,28 @@ def report(**changes: Any) -> contents.ReportData:
         "dimension": 768,
         "classes": 3,
         "methods": (
-            contents.MethodResult(
+            model.MethodResult(
                 name="temi", settings={"clusters": 3, "heads": {"count": 16}}, metrics={"accuracy": 0.9, "nmi": 0.5}
             ),
-            contents.MethodResult(name="kmeans", metrics={"accuracy": 0.8, "nmi": 0.6}, spread={"accuracy": 0.01}),
+            model.MethodResult(name="kmeans", metrics={"accuracy": 0.8, "nmi": 0.6}, spread={"accuracy": 0.01}),
         ),
         "clusters": (
             cluster(0, 10, name="ship", majority="ship", purity=0.95, **named),
             cluster(1, 30, name="cat", majority="dog", purity=0.55, **named),
             cluster(2, 20, name="truck", majority="truck", purity=0.2, **named),
         ),
-        "stages": (contents.StageTime(name="encode", seconds=30.0, count=60),),
+        "stages": (model.StageTime(name="encode", seconds=30.0, count=60),),
         "versions": {"rayclust": "0.1.0"},
         "config": "seed: 0\nrun: photos\n",
-        "curves": (contents.Curve(title="Loss", series={"loss": [3.0, 2.0, 1.5]}),),
+        "curves": (model.Curve(title="Loss", series={"loss": [3.0, 2.0, 1.5]}),),
         "confidence": (0, 5, 55),
-        "contingency": contents.Contingency(
+        "contingency": model.Contingency(
             counts=np.array([[9, 1, 0], [1, 29, 16], [0, 0, 4]]), classes=("ship", "dog", "truck"), clusters=(0, 1, 2)
         ),
         "rejects": (
-            contents.RejectGroup(
-                reason="truncated", count=12, examples=(contents.Reject(key="a.jpg", uri="s3://b/a.jpg", detail="cut"),)
+            model.RejectGroup(
+                reason="truncated", count=12, examples=(model.Reject(key="a.jpg", uri="s3://b/a.jpg", detail="cut"),)
             ),
         ),
     }
-    return contents.ReportData(**given | changes)
+    return model.ReportData(**given | changes)

@@ -1,38 +1,101 @@
 from __future__ import annotations
 
-import math
+import subprocess
+import sys
+from functools import lru_cache
 from importlib import resources
 from itertools import pairwise
+from math import floor, log10
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 
-from rayclust.report import svg
+from rayclust.report import charts, svg
+from tests.report.pages import HOSTILE, SVG, chart, shapes, tips, words
 
 
-def test_text_and_attributes_are_escaped() -> None:
-    drawn = svg.element("text", "</text><script>", class_='"><img onerror=x>', fill_opacity=0.5, missing=None)
-    assert drawn == (
-        '<text class="&#34;&gt;&lt;img onerror=x&gt;" fill-opacity="0.5">&lt;/text&gt;&lt;script&gt;</text>'
-    )
+@lru_cache
+def everything(text: str) -> list[str]:
+    """One chart of each kind that says `text` wherever it can say anything."""
+    panels = [charts.Panel(text, np.eye(3)), charts.Panel(text, np.ones((3, 3)))]
+    spectrum = charts.Spectrum(text, 0, np.array([1.0, 0.5]), np.ones((3, 2)))
+    return [
+        charts.size_histogram([1, 2], [text, "b"]),
+        charts.curve({text: [1.0, 2.0], "b": [1.0]}, text, text),
+        charts.contingency(np.eye(2, dtype=int), [text, "b"], [text, "b"]),
+        charts.heatmap(panels, [charts.Group(text, 3)], ceiling=1, title=text),
+        charts.scatter(np.eye(2), np.arange(2), {0: text, 1: "b"}, title=text),
+        charts.spectra([spectrum], text),
+        charts.criteria([charts.Criterion(text, {2: 0.0, 900: 1.0}, spread={2: 0.1})], 2, text),
+    ]
 
 
-def test_elements_nest_without_being_escaped_twice() -> None:
-    inner = svg.element("title", "a & b")
-    assert svg.element("g", inner) == "<g><title>a &amp; b</title></g>"
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_strings_stay_text(text: str) -> None:
+    for drawn, plain in zip(everything(text), everything("plain"), strict=True):
+        nodes = list(chart(drawn).iter())
+        assert {node.tag.removeprefix(SVG) for node in nodes} <= {"svg", "title", "text", "path", "image"}
+        assert len(nodes) == len(list(chart(plain).iter()))
 
 
-def test_a_figure_is_xml_with_a_title_and_a_view_box() -> None:
-    root = ET.fromstring(svg.figure(20, 10.5, "sizes < 3\x00", svg.rule(0, 0, 1, 1)))  # noqa: S314 - our own text
-    assert root.attrib["viewBox"] == "0 0 20 10.5"
-    assert root[0].text == "sizes < 3\ufffd"
+def test_a_page_can_inline_every_chart() -> None:
+    for drawn in everything("a"):
+        root = chart(drawn)
+        assert root.attrib["role"] == "img"
+        assert root[0].tag == f"{SVG}title"
+        assert root.attrib["viewBox"] == f"0 0 {root.attrib['width']} {root.attrib['height']}"
+        for node in root.iter():
+            assert {"id", "style", "clip-path"}.isdisjoint(node.attrib)
+            assert node.attrib.get("href", "data:image/png;base64,").startswith("data:image/png;base64,")
+        assert "url(" not in drawn
+
+
+def test_equal_numbers_give_equal_text_whatever_the_settings_of_the_process() -> None:
+    import matplotlib as mpl
+
+    everything.cache_clear()
+    first = everything("a")
+    everything.cache_clear()
+    with mpl.rc_context({"font.size": 30, "axes.spines.top": True, "svg.hashsalt": None, "text.usetex": True}):
+        assert everything("a") == first
+        assert mpl.rcParams["font.size"] == 30
+
+
+def test_colours_are_set_as_attributes_and_as_classes() -> None:
+    root = chart(charts.size_histogram([3], ["cat"]))
+    [bar] = shapes(root, "path")
+    assert (bar.attrib["fill"], bar.attrib["class"]) == (svg.HUES[0], "hue-0")
+    assert [(node.attrib["fill"], node.attrib["class"]) for node in shapes(root, "text")] == [
+        (svg.INK, "fg"),
+        (svg.GREY, "muted"),
+    ]
+
+
+def test_tooltips_belong_to_their_shape_and_are_cut() -> None:
+    root = chart(charts.size_histogram([3], ["x" * 1000]))
+    [tip] = tips(root)
+    assert tip.startswith("xxx")
+    assert tip.endswith(": 3")
+    assert len(tip) == 300
+    assert len(words(root)[0]) == 22
 
 
 @pytest.mark.parametrize(
-    ("value", "written"), [(0.0, "0"), (-0.001, "0"), (1.005, "1"), (2.5, "2.5"), (100.0, "100"), (1e6, "1000000")]
+    ("text", "written"),
+    [
+        ("1.005", "1"),
+        ("-0.001", "0"),
+        ("100.0", "100"),
+        ("rotate(-0 1.239 2)", "rotate(0 1.24 2)"),
+        ("rotate(-45 1.5 2)", "rotate(-45 1.5 2)"),
+        ("M 1.500000 2 \nL 3 4.25 \nz\n", "M1.5 2L3 4.25z"),
+        ("M 1 2 \nL 1 2 \nM 3 4 \nL 5 6", "M1 2h0M3 4L5 6"),
+        ("M 1 2 \nL 1 2 \nL 5 6", "M1 2L1 2L5 6"),
+    ],
 )
-def test_coordinates_are_short(value: float, written: str) -> None:
-    assert svg.coordinate(value) == written
+def test_coordinates_are_short(text: str, written: str) -> None:
+    assert svg._short(text) == written
 
 
 @pytest.mark.parametrize(
@@ -45,18 +108,17 @@ def test_ticks_are_round_evenly_spaced_and_cover_the_range(low: float, high: flo
     assert found[0] <= low + 1e-9 * abs(low)
     assert found[-1] >= high - 1e-9 * abs(high)
     assert max(steps) == pytest.approx(min(steps))
-    assert round(steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)) in (1, 2, 5)
+    assert round(steps[0] / 10 ** floor(log10(steps[0]) + 1e-9)) in (1, 2, 5)
 
 
 def test_a_file_of_its_own_has_a_ground_and_both_themes() -> None:
-    text = svg.standalone(svg.figure(10, 20, "t", svg.text(1, 2, "<b>")), "How to read it: a < b & c.")
-    root = ET.fromstring(text.encode())  # noqa: S314 - our own text
-    style, caption, ground, title, label = root
+    text = svg.standalone(charts.size_histogram([1], ["<b>"]), "How to read it: a < b & c.")
+    style, caption, ground, title, *rest = ET.fromstring(text.encode())  # noqa: S314 - our own text
     assert caption.text == "How to read it: a < b & c."
     assert "prefers-color-scheme:dark" in (style.text or "")
     assert all(hue in (style.text or "") for hue in svg.DARK_HUES)
     assert ground.attrib["class"] == "ground"
-    assert (title.text, label.text) == ("t", "<b>")
+    assert (title.text, rest[0].text) == ("Images per cluster", "<b>")
 
 
 def test_the_page_and_files_agree_on_colours() -> None:
@@ -66,3 +128,15 @@ def test_the_page_and_files_agree_on_colours() -> None:
     for place, (hue, on_dark) in enumerate(zip(svg.HUES, svg.DARK_HUES, strict=True)):
         assert f"--h{place}: {hue};" in light
         assert f"--h{place}: {on_dark};" in dark
+
+
+def test_what_is_imported_when() -> None:
+    """matplotlib takes half a second, and only charts need it; torch and Ray are never needed, nor pyplot's state."""
+    code = (
+        "import sys, rayclust.report.page as page;"
+        "print(sorted({'torch', 'ray', 'matplotlib'} & set(sys.modules)));"
+        "page.charts.size_histogram([1]);"
+        "print(sorted({'torch', 'ray', 'matplotlib', 'matplotlib.pyplot'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == ["[]", "['matplotlib']"]

@@ -13,7 +13,7 @@ import rayclust
 from rayclust.config import parse, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime.api import as_yaml, load, load_config, load_run, quick, run, with_absolute_paths
-from rayclust.store import filesystem
+from rayclust.store import storage
 from tests.sealed import Sealed
 from tests.stages.runs import tree, write_folder, write_yaml
 
@@ -84,7 +84,7 @@ def test_what_was_left_open_stays_open(tmp_path: Path):
     assert "beta" not in yaml.safe_load(as_yaml(config))["method"]
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x"])
+@pytest.mark.parametrize("uri", ["hdfs://bucket/x", "http://host/x"])
 def test_a_scheme_that_is_not_supported_is_one_line(uri: str):
     with pytest.raises(DataError, match="is not supported"):
         with_absolute_paths(validate(tree(uri, "/images")))
@@ -121,7 +121,7 @@ def test_a_run_is_found_by_its_folder_from_anywhere(pictures_run: Sealed, monkey
 
 
 def test_a_run_that_was_moved_lies_where_it_lies_now(pictures_run: Sealed, tmp_path: Path):
-    filesystem.write_json(str(tmp_path / "config.json"), filesystem.read_json(pictures_run.run.config))
+    storage.write_json(str(tmp_path / "config.json"), storage.read_json(pictures_run.run.config))
     assert load_run(str(tmp_path)).run == str(tmp_path)
 
 

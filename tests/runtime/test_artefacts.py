@@ -9,16 +9,16 @@ import pytest
 
 from rayclust.runtime.artefacts import FileListing, drop_stale_parts, put_bytes, put_json, put_table, remove_damaged
 from rayclust.stages import NAMES
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, Output, seal
+from rayclust.store.run import Run
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
 def test_what_was_written_is_named_relative_to_the_run(tmp_path: Path, ending: str):
     run = Run(str(tmp_path / "run") + ending)
     written = put_bytes(run, run.at("a", "b ü.bin"), b"abc")
-    stamp = filesystem.stat(run.at("a", "b ü.bin")).stamp
+    stamp = storage.stat(run.at("a", "b ü.bin")).stamp
     assert written == {"a/b ü.bin": {"digest": hashlib.sha256(b"abc").hexdigest(), "size": 3, "stamp": stamp}}
     assert (tmp_path / "run" / "a" / "b ü.bin").read_bytes() == b"abc"
 
@@ -32,7 +32,7 @@ def test_tables_and_json_say_the_digest_of_their_bytes(tmp_path: Path):
         assert output["digest"] == hashlib.sha256(data).hexdigest()
         assert output["size"] == len(data)
     assert tables.read_table(run.at("t.parquet")).equals(table)
-    assert filesystem.read_json(run.at("v.json")) == {"a": None, "b": 1}
+    assert storage.read_json(run.at("v.json")) == {"a": None, "b": 1}
 
 
 def test_only_parts_beyond_the_count_are_dropped(tmp_path: Path):
@@ -69,16 +69,16 @@ def test_a_file_of_the_same_size_with_other_content_is_found(
     run = Run(str(tmp_path) if kind == "local" else request.getfixturevalue("s3_bucket"))
     outputs = put_bytes(run, run.at(where), b"content")
     assert FileListing(run).has(where, outputs[where])
-    filesystem.write_bytes(run.at(where), b"c0ntent")
+    storage.write_bytes(run.at(where), b"c0ntent")
     assert not FileListing(run).has(where, outputs[where])
     assert f"{run.at(where)}: is damaged, its checksum is another than was written: made again" in caplog.text
-    filesystem.write_bytes(run.at(where), b"content")  # as a copy: other stamp, same bytes
+    storage.write_bytes(run.at(where), b"content")  # as a copy: other stamp, same bytes
     assert FileListing(run).has(where, outputs[where])
 
 
 def test_a_file_with_its_stamp_is_not_read(tmp_path: Path):
     (tmp_path / "a").write_bytes(b"12")
-    found = filesystem.stat(str(tmp_path / "a"))
+    found = storage.stat(str(tmp_path / "a"))
     assert found is not None
     assert FileListing(Run(str(tmp_path))).has("a", {"digest": "never looked at", "size": 2, "stamp": found.stamp})
 

@@ -16,7 +16,7 @@ from rayclust.config import validate
 from rayclust.errors import DataError
 from rayclust.runtime import datasets, demo
 from rayclust.runtime.datasets import DATASETS, export, local_folder
-from rayclust.store import filesystem
+from rayclust.store import storage
 from rayclust.store.sources import plan_shards, read_records
 from tests.stages.runs import files
 
@@ -120,15 +120,15 @@ def test_pixels_are_those_that_torchvision_reads(cache: Path, monkeypatch: pytes
 def test_an_export_is_made_once_and_always_alike(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = place(cache, "cifar10", members("cifar10")[0], monkeypatch)
     folder = export("cifar10")
-    first = {found.key: (filesystem.read_bytes(found.uri), found.stamp) for found in filesystem.walk(folder)}
+    first = {found.key: (storage.read_bytes(found.uri), found.stamp) for found in storage.walk(folder)}
     archive = path.read_bytes()
     path.unlink()
     assert export("cifar10") == folder
-    assert {found.key: found.stamp for found in filesystem.walk(folder)} == {key: s for key, (_, s) in first.items()}
+    assert {found.key: found.stamp for found in storage.walk(folder)} == {key: s for key, (_, s) in first.items()}
     path.write_bytes(archive)
-    filesystem.remove(f"{folder}/dataset.json")  # as if killed before the end
+    storage.remove(f"{folder}/dataset.json")  # as if killed before the end
     export("cifar10")
-    assert {found.key: filesystem.read_bytes(found.uri) for found in filesystem.walk(folder)} == {
+    assert {found.key: storage.read_bytes(found.uri) for found in storage.walk(folder)} == {
         key: data for key, (data, _) in first.items()
     }
 
@@ -231,7 +231,7 @@ def test_a_killed_demo_goes_on_and_a_finished_one_does_nothing(tmp_path: Path, m
         if len(done) == 2:
             raise KeyboardInterrupt
         metrics = {"accuracy": len(done) / 10, "nmi": 0.5, "ari": 0.5, "silhouette": None}
-        filesystem.write_json(f"{config.run}/metrics.json", metrics)
+        storage.write_json(f"{config.run}/metrics.json", metrics)
 
     monkeypatch.setattr(demo, "run_all", run_all)
     with pytest.raises(KeyboardInterrupt):
@@ -242,7 +242,7 @@ def test_a_killed_demo_goes_on_and_a_finished_one_does_nothing(tmp_path: Path, m
     assert uri == str(tmp_path / "demo" / "run")
     assert [score["accuracy"] for score in scores["kmeans"]] == [0.1, 0.3, 0.4]
     assert set(scores) == {"kmeans", "temi"}
-    beside = filesystem.read_json(f"{uri}/beside.json")
+    beside = storage.read_json(f"{uri}/beside.json")
     assert len(beside["kmeans"]) == 3
     assert len(done) == 7
     assert demo.demo("demo") == (uri, scores)

@@ -18,8 +18,8 @@ from rayclust.runtime.models import (
     weights_stamp,
     worker_device,
 )
-from rayclust.store.layout import Run
 from rayclust.store.manifest import Manifest, Output, seal
+from rayclust.store.run import Run
 from tests.stages.runs import tree
 
 

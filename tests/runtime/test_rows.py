@@ -30,8 +30,8 @@ from rayclust.runtime.rows import (
     write_shard,
 )
 from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.store import storage, tables
+from rayclust.store.run import Run
 from tests.sealed import LABELS, VECTORS, Sealed
 
 
@@ -224,14 +224,14 @@ def test_an_empty_shard_is_an_empty_part(run: Run):
     result = write_shard(run, Task(0, "d"), 5, [], np.zeros((0, 4), np.float16), [])
     assert tables.read_table(run.embeddings(0)).num_rows == 0
     assert tables.read_table(run.embeddings(0)).schema.equals(tables.EMBEDDINGS(4))
-    assert not filesystem.exists(run.rejects(0))
+    assert not storage.exists(run.rejects(0))
     assert result.counts == {"rows": 0, "rejects": 0, "labelled": 0}
 
 
 def test_rejects_of_an_earlier_try_do_not_stay(run: Run):
     write_shard(run, Task(0, "d"), 0, records("a"), np.ones((1, 2), np.float16), [reject("b")])
     write_shard(run, Task(0, "e"), 0, records("a"), np.ones((1, 2), np.float16), [])
-    assert not filesystem.exists(run.rejects(0))
+    assert not storage.exists(run.rejects(0))
 
 
 def test_moments_of_parts_add_up_to_those_of_all_rows_and_travel_exactly():
@@ -260,17 +260,17 @@ def test_a_renumbered_part_has_the_bytes_that_a_right_guess_would_have_had(run: 
     marked_shard(run, 100)
     first = renumber(run, 2, 60)
     assert tables.read_table(run.embeddings(2))["row"].to_pylist() == [60, 61]
-    content = filesystem.read_bytes(run.embeddings(2))
+    content = storage.read_bytes(run.embeddings(2))
     other = Run(str(tmp_path / "other"))
     marked_shard(other, 60)
-    assert content == filesystem.read_bytes(other.embeddings(2))
+    assert content == storage.read_bytes(other.embeddings(2))
     marker, right = read_mark(run.shard_manifest(2)), read_mark(other.shard_manifest(2))
     assert marker is not None
     assert right is not None
     assert marker == ("digest", first)
     assert without_stamps(first) == without_stamps(right[1])
     assert without_stamps(renumber(run, 2, 60)) == without_stamps(first)
-    assert filesystem.read_bytes(run.embeddings(2)) == content
+    assert storage.read_bytes(run.embeddings(2)) == content
 
 
 def test_renumbering_killed_half_way_leaves_a_marker_that_names_no_row(run: Run, monkeypatch: pytest.MonkeyPatch):

@@ -11,10 +11,10 @@ from rayclust.config import validate
 from rayclust.errors import ArtefactError
 from rayclust.runtime.pipeline import save_config, stages_of
 from rayclust.runtime.status import bottleneck, describe_manifest, lines
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
-from rayclust.store.lease import held
+from rayclust.store import storage
+from rayclust.store.lock import run_lock
 from rayclust.store.manifest import Manifest, Section
+from rayclust.store.run import Run
 from tests.sealed import Sealed
 from tests.stages.runs import tree
 
@@ -56,12 +56,12 @@ def test_a_run_that_has_only_begun_has_no_clusters_yet(tmp_path: Path):
 def test_who_works_on_the_run_is_said(tmp_path: Path):
     save_config(validate(tree(str(tmp_path), "/images")))
     run = Run(str(tmp_path))
-    with held(run):
+    with run_lock(run):
         last = list(lines(run.uri))[-1]
-        lease = filesystem.read_json(run.lease)
+        lease = storage.read_json(run.lease)
     assert last.startswith(f"  driver     process {os.getpid()} on ")
     assert "has ended" not in last
-    filesystem.write_json(run.lease, lease | {"born": "1"})
+    storage.write_json(run.lease, lease | {"born": "1"})
     assert list(lines(run.uri))[-1].endswith(", which has ended")
 
 

@@ -12,8 +12,8 @@ from rayclust.errors import DataError
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import put_bytes
 from rayclust.runtime.tasks import Task, TaskResult, finished_tasks, read_mark, run_and_mark, run_tasks, write_mark
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.run import Run
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ DAMAGED: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_marker_counts_as_none(name: str, run: Run):
-    filesystem.write_bytes(run.at("m.json"), DAMAGED[name])
+    storage.write_bytes(run.at("m.json"), DAMAGED[name])
     assert read_mark(run.at("m.json")) is None
     assert read_mark(run.at("missing.json")) is None
 
@@ -59,9 +59,9 @@ def test_a_damaged_marker_counts_as_none(name: str, run: Run):
 def test_finished_are_those_with_equal_digest_and_whole_outputs(run: Run):
     units = marked(run, "one", "two", "three", "four", "five")
     units[1] = Task(1, "changed")
-    filesystem.remove(run.at("out", "2.bin"))
-    filesystem.write_bytes(run.at("out", "3.bin"), b"longer than it was")
-    filesystem.remove(run.shard_manifest(4, "stage"))
+    storage.remove(run.at("out", "2.bin"))
+    storage.write_bytes(run.at("out", "3.bin"), b"longer than it was")
+    storage.remove(run.shard_manifest(4, "stage"))
     assert list(finished_tasks(run, "stage", units)) == [0]
     assert finished_tasks(run, "another stage", units) == {}
 
@@ -83,7 +83,7 @@ def test_the_same_work_again_keeps_its_marker_while_it_goes_on(run: Run):
     marker = run.shard_manifest(0, "stage")
 
     def look() -> TaskResult:
-        assert filesystem.exists(marker)
+        assert storage.exists(marker)
         return work(run, unit)
 
     run_and_mark(marker, unit, look)
@@ -91,7 +91,7 @@ def test_the_same_work_again_keeps_its_marker_while_it_goes_on(run: Run):
 
 def test_results_come_in_order_of_the_units_and_only_the_rest_is_done(in_process: None, run: Run):
     units = marked(run, "one", "two", "three")
-    filesystem.remove(run.shard_manifest(1, "stage"))
+    storage.remove(run.shard_manifest(1, "stage"))
     done = list[int]()
 
     def note(unit: Task) -> TaskResult:
@@ -112,7 +112,7 @@ def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(r
         if unit.payload == "bad":
             # Not before the others have ended: what is under way when a unit fails goes on writing.
             deadline = time.monotonic() + 60
-            while not all(filesystem.exists(run.shard_manifest(i, "stage")) for i in range(9)):
+            while not all(storage.exists(run.shard_manifest(i, "stage")) for i in range(9)):
                 assert time.monotonic() < deadline, "the others do not end"
                 time.sleep(0.02)
             raise DataError("the third part: cannot be used")
@@ -120,7 +120,7 @@ def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(r
 
     def put_and_count(unit: Task) -> TaskResult:
         path = run.at("out", f"{unit.index}.bin")
-        assert not filesystem.exists(path)
+        assert not storage.exists(path)
         return TaskResult(put_bytes(run, path, b"x"), {"rows": unit.size})
 
     units: list[Any] = [Task(i, f"digest {i}", "bad" if i == 9 else None, size=i) for i in range(10)]
@@ -134,7 +134,7 @@ def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(r
 
 def test_what_is_taken_out_of_a_result_is_seen_once_a_call_and_not_held(in_process: None, run: Run):
     units = marked(run, "one", "two", "three")
-    filesystem.remove(run.shard_manifest(0, "stage"))
+    storage.remove(run.shard_manifest(0, "stage"))
     taken = dict[int, int]()
 
     def take(unit: Task, result: TaskResult) -> None:

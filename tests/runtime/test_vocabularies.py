@@ -13,8 +13,8 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.language.vocabulary import Vocabulary, merged
 from rayclust.runtime import vocabularies as words_module
 from rayclust.runtime.vocabularies import check_classes, cluster_names, read_lists, vocabulary_kinds, word_embeddings
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.run import Run
 from tests.sealed import Sealed
 from tests.stages.runs import tree
 
@@ -79,10 +79,10 @@ def test_names_hold_only_for_the_assignment_that_they_were_given_to(pictures_run
     assert cluster_names(pictures_run.run) == {0: None, 1: None, 2: None}
     shutil.copytree(pictures_run.folder, tmp_path / "run")
     run = Run(str(tmp_path / "run"))
-    manifest = filesystem.read_json(run.manifest("assign"))
-    filesystem.write_json(run.manifest("assign"), manifest | {"extra": {"sizes": [24, 0, 0]}})
+    manifest = storage.read_json(run.manifest("assign"))
+    storage.write_json(run.manifest("assign"), manifest | {"extra": {"sizes": [24, 0, 0]}})
     assert cluster_names(run) == {}
-    filesystem.remove(run.manifest("assign"))
+    storage.remove(run.manifest("assign"))
     assert cluster_names(run) == {}
 
 

@@ -84,14 +84,6 @@ def test_few_rows(kind: str, count: int):
     assert np.isneginf(similarity[:, count:]).all()
 
 
-def test_without_gpus_an_index_stays_where_it_is(monkeypatch: pytest.MonkeyPatch):
-    import faiss
-
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
-    index, _ = built("flat", 10)
-    assert index.on_gpus() is index
-
-
 def test_recall_worked_by_hand():
     truth, similarity = np.array([[1, 2], [3, 4]]), np.array([[0.9, 0.8], [0.7, 0.7]])
     # Row 0 found one of two; row 1 found 9 instead of 4, which is as near.

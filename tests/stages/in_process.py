@@ -16,12 +16,12 @@ from rayclust.stages.encode import ReadAndDecode, ShardWriter
 from rayclust.stages.select_k import Search, examine
 
 
-class Board:
-    """Keeps the rows of metrics that a training posts."""
+class Metrics:
+    """Keeps the rows of metrics that a training reports."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.post = self
+        self.report = self
 
     def remote(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -39,8 +39,10 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(select_k, "run_trials", _try_all)
     for module in (select_k, train):
         patch.setattr(module, "on_every_node", lambda function, *arguments: function(*arguments))
-    patch.setattr(train, "_Watch", lambda stage: nullcontext(Board()))
-    patch.setattr(train, "_fit", lambda job, board, storage: train._work({"job": job, "board": board, "threads": 1}))
+    patch.setattr(train, "_WatchMetrics", lambda stage: nullcontext(Metrics()))
+    patch.setattr(
+        train, "_fit", lambda job, metrics, storage: train._work({"job": job, "metrics": metrics, "threads": 1})
+    )
 
 
 def _map(function: Callable[[Any], Any], items: Iterable[Any], *, in_order: bool = False) -> Iterator[tuple[Any, Any]]:

@@ -133,13 +133,13 @@ def test_features_of_an_earlier_manifest_are_read_as_they_were_sealed(pictures_r
 
 def test_the_driver_keeps_no_moments_of_single_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = config(tmp_path, **write_files(tmp_path, "xggxgggg"))
-    kept, seal = [], encode._stage_result
+    kept, number = [], encode._number_rows
 
-    def note(results: Any, total: Any) -> Any:
-        kept.extend(results)
-        return seal(results, total)
+    def note(run: Any, results: Any) -> Any:
+        kept.extend(numbered := number(run, results))
+        return numbered
 
-    monkeypatch.setattr(encode, "_stage_result", note)
+    monkeypatch.setattr(encode, "_number_rows", note)
     first = run_stage("encode", settings)
     (tmp_path / "run" / "manifests" / "encode.json").unlink()
     again = run_stage("encode", settings)  # from the markers

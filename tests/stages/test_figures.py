@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,37 +11,49 @@ import torch
 
 from rayclust.config import RunConfig, validate
 from rayclust.methods.kmeans import KMeans
-from rayclust.runtime.pipeline import content_digest, run_stage
+from rayclust.metrics.geometry import neighbor_precision
+from rayclust.runtime.pipeline import content_digest, run_all, run_stage
 from rayclust.stages import figures
-from rayclust.stages.figures import CLUSTER_ROWS, CLUSTERS, MAP_ROWS, draw, numbers
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import Run
+from rayclust.stages.figures import (
+    CLUSTER_ROWS,
+    CLUSTERS,
+    FEW,
+    MAP_ROWS,
+    drawings,
+    export,
+    numbers,
+    planar_map,
+    sample,
+)
+from rayclust.store import storage, tables
+from rayclust.store.run import Run
+from tests.report.pages import chart, tips, words
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
 
 
 def test_few_rows_are_all_drawn() -> None:
-    lot = draw(np.array([0, 0, 2, 2, 2]), seed=0)
-    assert lot.spread.tolist() == [0, 1, 2, 3, 4]
-    assert {k: own.tolist() for k, own in lot.members.items()} == {0: [0, 1], 2: [2, 3, 4]}
-    assert lot.rows.tolist() == [0, 1, 2, 3, 4]
+    drawn = sample(np.array([0, 0, 2, 2, 2]), seed=0)
+    assert drawn.spread.tolist() == [0, 1, 2, 3, 4]
+    assert {k: own.tolist() for k, own in drawn.members.items()} == {0: [0, 1], 2: [2, 3, 4]}
+    assert drawn.rows.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_of_many_rows_and_clusters_a_seeded_lot_is_drawn() -> None:
+def test_of_many_rows_and_clusters_a_seeded_drawn_is_drawn() -> None:
     clusters = np.random.default_rng(0).integers(0, 100, 50_000)
-    lot = draw(clusters, seed=1)
-    assert len(lot.spread) == MAP_ROWS
-    assert len(lot.members) == CLUSTERS
-    for cluster, own in lot.members.items():
+    drawn = sample(clusters, seed=1)
+    assert len(drawn.spread) == MAP_ROWS
+    assert len(drawn.members) == CLUSTERS
+    for cluster, own in drawn.members.items():
         assert (clusters[own] == cluster).all()
         assert len(own) == CLUSTER_ROWS == len(np.unique(own))
-    assert (np.diff(lot.rows) > 0).all()
-    np.testing.assert_array_equal(lot.rows, draw(clusters, seed=1).rows)
-    assert not np.array_equal(lot.rows, draw(clusters, seed=2).rows)
+    assert (np.diff(drawn.rows) > 0).all()
+    np.testing.assert_array_equal(drawn.rows, sample(clusters, seed=1).rows)
+    assert not np.array_equal(drawn.rows, sample(clusters, seed=2).rows)
 
 
 def test_the_numbers_of_a_method_without_a_space_of_its_own(vectors_run: Sealed) -> None:
-    summary = filesystem.read_json(numbers(vectors_run.run, "summary.json"))
+    summary = storage.read_json(numbers(vectors_run.run, "summary.json"))
     assert summary["spaces"] == ["features"]
     assert summary["membership"] == "kernel"
     assert (summary["rows"], summary["clusters"]) == (7, 2)
@@ -82,7 +95,7 @@ def own_space(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch
 def test_a_space_of_its_own_stands_beside_the_features(own_space: RunConfig) -> None:
     run_stage("figures", own_space, force=True)
     folder = Path(own_space.run) / "figures"
-    summary = filesystem.read_json(numbers(Run(own_space.run), "summary.json"))
+    summary = storage.read_json(numbers(Run(own_space.run), "summary.json"))
     assert summary["spaces"] == ["features", "z"]
     assert summary["membership"] == "codes"
     assert set(summary["precision"]) == {"features", "z"}
@@ -106,3 +119,133 @@ def test_k_means_of_the_features_is_compared_where_there_are_rows_enough() -> No
 def test_the_same_run_gives_the_same_numbers(own_space: RunConfig) -> None:
     first = content_digest(run_stage("figures", own_space, force=True))
     assert content_digest(run_stage("figures", own_space, force=True)) == first
+
+
+# The map
+
+
+def groups(per_group: int = 20, width: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    centers = 4 * np.eye(4, width)
+    return np.repeat(centers, per_group, 0) + 0.3 * rng.normal(size=(4 * per_group, width)), np.repeat(
+        range(4), per_group
+    )
+
+
+def test_groups_stay_together_and_the_map_fills_its_square() -> None:
+    x, labels = groups()
+    flat = planar_map(x)
+    assert flat.shape == (80, 2)
+    assert np.abs(flat).max() == 1
+    np.testing.assert_allclose(flat.min(0) + flat.max(0), 0, atol=1e-6)
+    centers = np.stack([flat[labels == k].mean(0) for k in range(4)])
+    nearest = np.linalg.norm(flat[:, None] - centers, axis=2).argmin(1)
+    assert (nearest == labels).all()
+    assert neighbor_precision(x, labels, 5) == 1
+
+
+def test_equal_rows_and_seeds_give_equal_maps() -> None:
+    x, _ = groups(6)
+    np.testing.assert_array_equal(planar_map(x, 3), planar_map(x, 3))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (2, 1), (FEW, 5), (FEW + 1, 1), (40, 2), (12, 300)])
+def test_few_rows_and_odd_widths_have_a_map(shape: tuple[int, int]) -> None:
+    flat = planar_map(np.random.default_rng(0).normal(size=shape))
+    assert flat.shape == (shape[0], 2)
+    assert np.isfinite(flat).all()
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_rows_that_are_all_alike_lie_in_one_place(count: int) -> None:
+    assert not planar_map(np.ones((count, 4))).any()
+
+
+# Drawings
+
+SELECTION = {
+    "chosen": 3,
+    "reason": "least coding length <b>",
+    "candidates": [
+        {"k": 2, "silhouette": 0.1, "coding_length": 9.0, "smallest": 3},
+        {"k": 3, "silhouette": 0.4, "coding_length": 5.0, "smallest": 2},
+    ],
+    "picks": {"coding_length": 3, "knee": 2},
+}
+
+
+def test_every_figure_of_a_run_is_drawn_and_says_what_it_shows(pictures_run: Sealed) -> None:
+    found = drawings(pictures_run.run, SELECTION)
+    assert [drawn.key for drawn in found] == ["gram", "membership", "map", "singular-values", "selection"]
+    for drawn in found:
+        assert chart(drawn.svg)[0].text == drawn.title
+        assert len(drawn.svg) < 200_000
+    texts = {drawn.key: drawn.text for drawn in found}
+    assert "no space of its own" in texts["gram"]
+    assert "for want of codes, by a softmax of cosine / 0.1" in texts["membership"]
+    assert "t-SNE of encoder features of 24 images" in texts["map"]
+    assert "3 clusters were chosen (dashed): least coding length" in texts["selection"]
+    assert "selection" not in {drawn.key for drawn in drawings(pictures_run.run)}
+
+
+def test_coding_length_is_the_first_criterion_and_sizes_are_left_out() -> None:
+    root = chart(figures._selection(SELECTION).svg)
+    assert [word for word in words(root) if word[0].isalpha() and word != "clusters"] == [
+        "Coding length, nats per image ↓",
+        "Silhouette ↑",
+    ]
+    assert [tip for tip in tips(root) if "clusters:" in tip] == [
+        "2 clusters: 9, the knee",
+        "3 clusters: 5, the best",
+        "2 clusters: 0.1",
+        "3 clusters: 0.4, the best",
+    ]
+
+
+def test_the_ceiling_is_round_and_leaves_the_diagonal_out() -> None:
+    matrix = np.full((50, 50), 0.43)
+    np.fill_diagonal(matrix, 99.0)
+    assert figures._ceiling([matrix]) == pytest.approx(0.45)
+    assert figures._ceiling([np.ones((1, 1))]) > 0
+
+
+def test_files_are_written_with_their_numbers(pictures_run: Sealed, tmp_path: Path, in_process: None) -> None:
+    names = {uri.rpartition("/")[2] for uri in export(pictures_run.config, str(tmp_path / "out"))}
+    assert names == {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"gram.svg", "map.svg", "map.csv", "map.parquet", "heat.parquet", "spectra.parquet"} <= names
+    for path in (tmp_path / "out").glob("*.svg"):
+        root = ET.fromstring(path.read_bytes())  # noqa: S314 - our own text
+        assert "prefers-color-scheme:dark" in (root[0].text or "")
+    assert (tmp_path / "out" / "map.csv").read_text().splitlines()[0] == '"row","cluster","x","y"'
+
+
+def test_a_run_of_cpp_has_both_spaces_in_its_figures_its_index_and_its_report(
+    pictures_run: Sealed, tmp_path: Path, in_process: None
+) -> None:
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    method = {"name": "cpp", "steps": 4, "expansion_steps": 2, "hidden": 32, "width": 8, "batch_size": 24}
+    given = tree(str(tmp_path / "run"), pictures_run.config.images.uri, method=method)
+    manifests = run_all(validate(given))
+    assert set(manifests["index"].extra) == {"kind", "recall", "z"}
+    texts = {drawn.key: drawn.text for drawn in drawings(Run(str(tmp_path / "run")))}
+    assert "the method's own space z" in texts["gram"]
+    assert "optimal transport between the method's codes" in texts["membership"]
+    assert "t-SNE of z" in texts["map"]
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert page.count('<div class="query">') == 4
+    assert "Π outside class" in page
+    assert "Π wrong edges" in page
+    assert len(page) < 1_500_000
+
+
+def test_a_run_that_chose_its_number_of_clusters_shows_why(
+    pictures_run: Sealed, tmp_path: Path, in_process: None
+) -> None:
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    config = validate(tree(str(tmp_path / "run"), pictures_run.config.images.uri, method={"clusters": [2, 3, 4]}))
+    run_all(config)
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "3 clusters were chosen (dashed)" in page
+    files = {uri.rpartition("/")[2] for uri in export(config, str(tmp_path / "out"))}
+    assert {"selection.svg", "selection.csv"} <= files
+    assert (tmp_path / "out" / "selection.csv").read_text().count("\n") == 4

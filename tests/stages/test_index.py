@@ -12,8 +12,8 @@ from rayclust.methods.kmeans import KMeans
 from rayclust.runtime.pipeline import run_stage
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER_INDEX, OWN_INDEX, QUERIES, RETRIEVAL, SHOWN
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.run import Run
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
 
@@ -25,7 +25,7 @@ def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> RunConfig:
 
 
 def test_rows_are_found_by_their_direction_alone(vectors_run: Sealed):
-    found = load_index(filesystem.read_bytes(filesystem.join(vectors_run.run.index_folder, ENCODER_INDEX)))
+    found = load_index(storage.read_bytes(storage.join(vectors_run.run.index_folder, ENCODER_INDEX)))
     x = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
     ids, similarity = found.search(x[3:4], 7)
     cosines = x @ x[3]
@@ -53,9 +53,9 @@ def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind:
     assert 0.95 <= manifest.extra["z"]["recall"] <= 1
     run = Run(copied.run)
     assert not list(Path(copied.run).glob("index/scratch*")), "rows are scratch"
-    found = load_index(filesystem.read_bytes(filesystem.join(run.index_folder, OWN_INDEX)))
+    found = load_index(storage.read_bytes(storage.join(run.index_folder, OWN_INDEX)))
     assert found.count == 24
-    near = filesystem.read_json(filesystem.join(run.index_folder, RETRIEVAL))
+    near = storage.read_json(storage.join(run.index_folder, RETRIEVAL))
     assert len(near["rows"]) == QUERIES
     for row, encoder, own in zip(near["rows"], near["encoder"], near["z"], strict=True):
         assert len(encoder) == len(own) == SHOWN
@@ -69,6 +69,6 @@ def test_pages_show_both_searches_side_by_side(copied: RunConfig, monkeypatch: p
     monkeypatch.setattr(KMeans, "represent", lambda self, x: torch.sign(x[:, :1]))
     for stage in ("index", "evaluate", "figures", "report"):
         run_stage(stage, copied, force=stage == "figures")
-    page = filesystem.read_bytes(Run(copied.run).report).decode()
+    page = storage.read_bytes(Run(copied.run).report).decode()
     assert page.count('<div class="query">') == QUERIES
     assert page.count('class="chart broad"') >= 2

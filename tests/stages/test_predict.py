@@ -12,8 +12,8 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.stages.predict import SCHEMA, predict
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
 from tests.stages.runs import picture, tree, write_folder
 
@@ -108,6 +108,6 @@ def test_a_run_that_is_not_trained_or_out_of_step_is_refused(frozen: RunConfig, 
     other = validate(tree(frozen.run, frozen.images.uri, features={"center": False}))
     with pytest.raises(ArtefactError, match="is not trained"):
         predict(other, frozen.images.uri, out)
-    filesystem.remove(Run(frozen.run).manifest("train"))
+    storage.remove(Run(frozen.run).manifest("train"))
     with pytest.raises(ArtefactError, match="is not trained"):
         predict(frozen, frozen.images.uri, out)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig, validate
-from rayclust.runtime.pipeline import run_stage
+from rayclust.runtime.pipeline import StageContext, run_stage
 from rayclust.stages import report
-from rayclust.stages.report import _levels
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.manifest import read_manifest
+from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
 
@@ -50,10 +51,16 @@ def test_images_that_have_been_moved_away_leave_gaps(copied: RunConfig, monkeypa
     assert 12 <= page(Path(copied.run)).count("data:image/webp;base64,") < 24
 
 
+def context_of(config: RunConfig) -> StageContext:
+    label = read_manifest(Run(config.run), "label")
+    assert label is not None
+    return StageContext(config, Run(config.run), "", {"label": label})
+
+
 def test_methods_run_beside_this_one_are_shown_with_mean_and_spread(copied: RunConfig):
     beside = {"temi": [{"accuracy": 0.5, "nmi": 0.25}, {"accuracy": 0.7, "nmi": 0.25}], "kmeans": [{"accuracy": 0.1}]}
-    filesystem.write_json(Run(copied.run).at("beside.json"), beside)
-    [other] = report._others(Run(copied.run), "kmeans")
+    storage.write_json(Run(copied.run).at("beside.json"), beside)
+    _, other = report._methods(context_of(copied), {})
     assert other.name == "temi"
     assert other.metrics["accuracy"] == pytest.approx(0.6)
     assert other.spread["accuracy"] == pytest.approx(0.1)
@@ -73,19 +80,16 @@ COUNTS = pa.table({"label": ["a", "b", "a", "c"], "cluster": [0, 0, 1, 1], "coun
 
 
 def test_the_majority_of_a_cluster_and_its_share():
-    assert report._majority(COUNTS, 0) == ("a", 0.75)
-    assert report._majority(COUNTS, 1) == ("a", 0.5)
-    assert report._majority(COUNTS, 2) == (None, None)
-    assert report._majority(None, 0) == (None, None)
+    assert report._majorities(COUNTS) == {0: ("a", 0.75), 1: ("a", 0.5)}
+    assert report._majorities(COUNTS.slice(0, 0)) == {}
 
 
 def test_the_table_of_counts_is_drawn_while_it_can_be_read():
-    drawn = report._drawn(COUNTS, 3)
+    drawn = report._contingency(COUNTS, 3)
     assert drawn is not None
     assert drawn.classes == ("a", "b", "c")
     np.testing.assert_array_equal(drawn.counts, [[3, 2, 0], [1, 0, 0], [0, 2, 0]])
-    assert report._drawn(COUNTS, report.DRAWN_CLASSES + 1) is None
-    assert report._drawn(None, 3) is None
+    assert report._contingency(COUNTS, report.DRAWN_CLASSES + 1) is None
 
 
 def test_examples_of_rejects_are_few_and_their_counts_whole(pictures_run: Sealed):
@@ -93,11 +97,32 @@ def test_examples_of_rejects_are_few_and_their_counts_whole(pictures_run: Sealed
     assert (group.reason, group.count, [reject.key for reject in group.examples]) == ("empty", 1, ["shard-001/broken"])
 
 
-def test_levels_stand_below_their_method():
+def test_levels_stand_below_their_method(pictures_run: Sealed):
     levels = [{"clusters": 1000, "occupied": 990, "purity": 0.75}, {"clusters": 50, "occupied": 50, "purity": 0.5}]
-    found = _levels("temi", {"levels": levels})
+    own, *found = report._methods(context_of(pictures_run.config), {"nmi": 0.5, "rows": 24, "levels": levels})
+    assert (own.name, own.metrics["nmi"]) == ("kmeans", 0.5)
+    assert "rows" not in own.metrics
     assert [(level.name, level.metrics) for level in found] == [
-        ("temi, level of 1,000 clusters", {"purity": 0.75}),
-        ("temi, level of 50 clusters", {"purity": 0.5}),
+        ("kmeans, level of 1,000 clusters", {"purity": 0.75}),
+        ("kmeans, level of 50 clusters", {"purity": 0.5}),
     ]
-    assert _levels("temi", {}) == []
+
+
+def test_a_collapse_is_the_first_thing_to_read():
+    rows = {"collapsed": [0, 1], "collapsed_heads": [2, 3], "live_clusters": [90, 2]}
+    [note] = report._health(pa.table(rows))
+    assert "3 of the heads; the best one has 2 live clusters" in note
+    assert report._health(pa.table(rows).slice(0, 1)) == []
+    assert report._health(pa.table({"inertia": [1.0]})) == []
+
+
+def test_curves_are_those_that_the_method_reports(vectors_run: Sealed):
+    history = pq.read_table(vectors_run.folder / "model" / "metrics.parquet")
+    names = [name for curve in report._curves(history) for name in curve.series]
+    assert set(names) <= {"loss", "inertia"}
+    table = pa.table({"loss": [2.0, 1.0], "live_clusters": [9, 8], "epoch": [0, 1]})
+    assert [(curve.title, list(curve.series.values())) for curve in report._curves(table)] == [
+        ("Loss", [[2.0, 1.0]]),
+        ("Live clusters of the best head", [[9, 8]]),
+    ]
+    assert report._curves(table.slice(0, 1)) == []

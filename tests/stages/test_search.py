@@ -12,8 +12,8 @@ from rayclust.errors import ArtefactError, ConfigError, DataError, ShapeError
 from rayclust.methods.kmeans import KMeans
 from rayclust.runtime.pipeline import run_stage
 from rayclust.stages.search import Hit, as_lines, search
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.store import storage
+from rayclust.store.run import Run
 from rayclust.store.sources import fetch
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
@@ -79,8 +79,8 @@ def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> RunConfig:
 
 
 def test_without_assignments_hits_have_no_cluster(copied: RunConfig, query: str):
-    filesystem.remove(Run(copied.run).manifest("assign"))
-    filesystem.remove_tree(Run(copied.run).assignments_folder)
+    storage.remove(Run(copied.run).manifest("assign"))
+    storage.remove_tree(Run(copied.run).assignments_folder)
     assert {hit.cluster for hit in find(copied, image=query)} == {None}
 
 
@@ -92,11 +92,11 @@ def test_assignments_of_another_model_are_not_shown(copied: RunConfig, query: st
 
 
 def test_an_index_over_other_rows_is_not_searched(copied: RunConfig, query: str):
-    manifest = filesystem.read_json(Run(copied.run).manifest("index"))
-    filesystem.write_json(Run(copied.run).manifest("index"), manifest | {"inputs": {"encode": "other rows"}})
+    manifest = storage.read_json(Run(copied.run).manifest("index"))
+    storage.write_json(Run(copied.run).manifest("index"), manifest | {"inputs": {"encode": "other rows"}})
     with pytest.raises(ArtefactError, match="is not indexed"):
         find(copied, image=query)
-    filesystem.remove(Run(copied.run).manifest("index"))
+    storage.remove(Run(copied.run).manifest("index"))
     with pytest.raises(ArtefactError, match="is not indexed"):
         find(copied, image=query)
 

@@ -7,31 +7,41 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
 
+from rayclust.cli import run_command
 from rayclust.config import RunConfig, validate
-from rayclust.errors import ArtefactError, ConfigError
+from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans, KMeansConfig
+from rayclust.metrics.internal import coding_length
+from rayclust.runtime import models, pipeline
 from rayclust.runtime.api import load
 from rayclust.runtime.models import read_method
-from rayclust.runtime.pipeline import Manifests, run_all, run_stage, stages_of
+from rayclust.runtime.pipeline import Manifests, StageContext, run_all, run_stage, stages_of
 from rayclust.runtime.status import lines
+from rayclust.runtime.tasks import TaskResult
 from rayclust.stages import select_k, train
-from rayclust.store import filesystem
-from rayclust.store.layout import Run
+from rayclust.stages.select_k import Search, _raise_failure, _trials_of_node, examine
+from rayclust.stages.train import StoredCheckpoints
+from rayclust.store import storage
+from rayclust.store.run import Run
 from tests.stages.conftest import Sealed, sealed_run
 from tests.stages.planted import planted, planted_tree
+from tests.stages.runs import tree, write_yaml
 
 TRUE = 4
 
 
 def chosen(run: str) -> dict[str, Any]:
-    found: dict[str, Any] = filesystem.read_json(Run(run).selection)
+    found: dict[str, Any] = storage.read_json(Run(run).selection)
     return found
 
 
@@ -89,11 +99,11 @@ def test_the_true_number_is_chosen_and_written_with_its_reason(found_run: Sealed
         assert {"coding_length", "silhouette", "calinski_harabasz", "davies_bouldin"} < set(row)
         assert {"neighbor_agreement", "modularity", "stability", "smallest", "largest", "empty"} < set(row)
         assert all(math.isfinite(value) for value in row.values())
-        assert filesystem.read_json(found_run.run.candidate(row["k"]) + ".json")["criteria"].items() <= row.items()
+        assert storage.read_json(found_run.run.candidate(row["k"]) + ".json")["criteria"].items() <= row.items()
 
 
 def test_later_stages_work_with_the_chosen_number_and_every_way_into_the_run_knows_it(found_run: Sealed):
-    assert filesystem.read_json(found_run.run.metrics)["clusters"] == TRUE
+    assert storage.read_json(found_run.run.metrics)["clusters"] == TRUE
     assert len(found_run.manifest("assign").extra["sizes"]) == TRUE
     assert read_method(found_run.run.model_folder, "train").config.clusters == TRUE
     assert load(found_run.config.run).clusters.num_rows == TRUE
@@ -167,10 +177,10 @@ def test_a_number_in_the_place_of_the_candidates_trains_with_it_and_goes_back_fo
 ):
     settled = other(copied, method={"clusters": 3})
     run_all(settled)
-    assert filesystem.read_json(copied.run.metrics)["clusters"] == 3
+    assert storage.read_json(copied.run.metrics)["clusters"] == 3
     assert run_stage("select-k", settled).outputs == {}
     run_all(copied.config)
-    assert filesystem.read_json(copied.run.metrics)["clusters"] == TRUE
+    assert storage.read_json(copied.run.metrics)["clusters"] == TRUE
     assert examined == []
 
 
@@ -277,3 +287,235 @@ def test_planted_groups_are_counted_whatever_the_seed(seed: int, tmp_path: Path,
     settings = validate(planted_tree(tmp_path, rows, seed=seed))
     run_all(settings, stop_after="select-k")
     assert chosen(settings.run)["chosen"] == SEEDS[seed]
+
+
+# Candidates over a real Ray Tune: chosen rightly, refused in one line, and finished after a kill.
+
+
+def ended(**what: Any) -> Any:
+    return SimpleNamespace(**({"error": None, "metrics": {"refused": None}} | what))
+
+
+def test_a_trial_that_ended_well_is_no_failure():
+    _raise_failure(7, ended())
+
+
+def test_a_refusal_keeps_its_kind_and_names_the_candidate():
+    with pytest.raises(ConfigError, match=r"^select-k: the candidate k = 7 failed: method\.beta = 0: too low$"):
+        _raise_failure(7, ended(metrics={"refused": "method.beta = 0: too low", "kind": "ConfigError"}))
+
+
+CRASHES = {
+    "Traceback (most recent call last):\n  File x\nMemoryError: 9 GB\n\n": "MemoryError: 9 GB",
+    "The actor died.\nValueError: x\nAn internal error occurred.": "ValueError: x",
+    "The actor died.\n\tname: f\n\tpid: 3": "The actor died.",
+    "": "RuntimeError",
+}
+
+
+@pytest.mark.parametrize("text", CRASHES)
+def test_a_crash_is_one_line(text: str):
+    with pytest.raises(RayclustError) as caught:
+        _raise_failure(7, ended(error=RuntimeError(text), metrics=None))
+    assert str(caught.value) == f"select-k: the candidate k = 7 failed: {CRASHES[text]}"
+
+
+@pytest.mark.parametrize(
+    ("node", "cpus", "gpus", "room"),
+    [
+        ({"CPU": 8}, 1, 0, 8),
+        ({"CPU": 8}, 3, 0, 2),
+        ({"CPU": 2}, 3, 0, 0),
+        ({"CPU": 8, "GPU": 2}, 1, 1, 2),
+        ({"CPU": 8, "GPU": 2}, 1, 0.25, 8),
+        ({"CPU": 8}, 1, 1, 0),
+    ],
+)
+def test_a_node_holds_as_many_trials_as_its_scarcest_resource_allows(
+    node: dict[str, float], cpus: int, gpus: float, room: int
+):
+    assert _trials_of_node(node, cpus, gpus) == room
+
+
+def read_choice(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = storage.read_json(Run(str(folder / "run")).selection)
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_planted_groups_are_counted_through_tune(tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]):
+    for seed in (0, 1):
+        rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed])
+        run_all(validate(planted_tree(tmp_path / str(seed), rows, seed=seed)), stop_after="select-k")
+        assert read_choice(tmp_path / str(seed))["chosen"] == SEEDS[seed]
+    said = capfd.readouterr()
+    assert said.out == "", "Tune talks"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_finds_its_own_number_and_goes_on_to_the_page(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    content = tree(
+        str(tmp_path / "run"),
+        "dataset:digits",
+        images={"shard_size": 512},
+        encoder={"batch_size": 256},
+        method={"name": "kmeans", "clusters": "auto"},
+        select_k={"least": 4, "most": 30, "seeds": 1, "rounds": 1, "max_concurrent": 1},
+    )
+    config = write_yaml(tmp_path / "RUN.yaml", content)
+    assert run_command(["run", str(config)]) == 0
+    found = read_choice(tmp_path)
+    assert 10 / 1.5 <= found["chosen"] <= 10 * 1.5, "scanned digits are ten classes"
+    metrics = storage.read_json(str(tmp_path / "run" / "metrics.json"))
+    assert metrics["clusters"] == found["chosen"]
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "Number of clusters" in page
+    assert f"{found['chosen']} clusters were chosen" in page
+    assert "clusters: auto" in page
+    capsys.readouterr()
+    assert run_command(["status", str(tmp_path / "run")]) == 0
+    assert f"kmeans, {found['chosen']} clusters by select-k" in capsys.readouterr().out
+    monkeypatch.setattr(pipeline.Stage, "module", property(lambda stage: pytest.fail(f"{stage.name} ran again")))
+    assert run_command(["run", str(config)]) == 0
+
+
+@pytest.mark.ray
+def test_a_refused_trial_ends_the_stage_in_one_line(
+    tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
+):
+    rows = planted(3, seed=0, per_cluster=20)
+    method = {"name": "temi", "preset": "none", "heads": 1, "steps": 20, "batch_size": 32, "learning_rate": 1e30}
+    content = planted_tree(tmp_path, rows, method=method | {"clusters": [2, 3]})
+    config = write_yaml(tmp_path / "RUN.yaml", content)
+    assert run_command(["neighbors", str(config)]) == 2  # encode comes first
+    run_all(validate(content), stop_after="neighbors")
+    capsys.readouterr()
+    assert run_command(["select-k", str(config)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("rayclust: select-k: the candidate k = ")
+    assert "training loss = nan" in error
+
+
+# One candidate: its criteria against the plain definitions, and what it leaves behind.
+
+
+ROWS = planted(3, seed=0, per_cluster=25)
+
+
+@pytest.fixture(scope="module")
+def rows_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
+    """Three planted groups, tried as 2 and 3; read only."""
+    folder = tmp_path_factory.mktemp("rows")
+    yield from sealed_run(validate(planted_tree(folder, ROWS, method={"clusters": [2, 3]})))
+
+
+@pytest.fixture(autouse=True)
+def _scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of the rows on this node is a test's own."""
+    monkeypatch.setenv("RAYCLUST_SCRATCH", str(tmp_path / "scratch"))
+
+
+def search(sealed: Sealed, run: Path, **changes: Any) -> Search:
+    """A search over a copy of the run's embeddings, with nothing tried yet."""
+    for name in ("embeddings", "neighbors"):
+        shutil.copytree(sealed.folder / name, run / name)
+    config = sealed.config.model_copy(update={"run": str(run)} | changes)
+    inputs = {name: sealed.manifest(name) for name in ("encode", "neighbors")}
+    return Search.of(StageContext(config, sealed.run, f"digest-of-{run.parent.name}", inputs))
+
+
+def test_criteria_are_those_of_the_first_seeds_partition(rows_run: Sealed, tmp_path: Path):
+    found = examine(search(rows_run, tmp_path / "run"), 3).extra["criteria"]
+    x = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
+    method = models.read_method(str(tmp_path / "run" / "selection" / "k-00003"), "select-k")
+    labels = method.assign(select_k.torch.from_numpy(x)).argmax(1).numpy()
+    assert np.bincount(labels).tolist() == [25, 25, 25]
+    assert found["coding_length"] == pytest.approx(coding_length(x, labels, 0.1) / len(x), rel=1e-3)
+    assert found["silhouette"] == pytest.approx(silhouette_score(x, labels, metric="cosine"), rel=1e-2)
+    assert found["calinski_harabasz"] == pytest.approx(calinski_harabasz_score(x, labels), rel=1e-2)
+    assert found["davies_bouldin"] == pytest.approx(davies_bouldin_score(x, labels), rel=1e-2)
+    assert found["neighbor_agreement"] == 1.0
+    assert found["modularity"] == pytest.approx(1 - 1 / 3)
+    assert (found["smallest"], found["largest"], found["empty"], found["occupied"]) == (25, 25, 0, 3)
+    assert found["entropy"] == pytest.approx(1)
+
+
+def digests(result: TaskResult) -> dict[str, str]:
+    return {path: written["digest"] for path, written in result.outputs.items()}
+
+
+def test_the_same_candidate_gives_the_same_bytes_and_leaves_no_checkpoints(rows_run: Sealed, tmp_path: Path):
+    first = examine(search(rows_run, tmp_path / "a" / "run"), 2)
+    second = examine(search(rows_run, tmp_path / "b" / "run"), 2)
+    assert digests(first) == digests(second)
+    assert set(first.outputs) == {
+        "selection/k-00002/weights.safetensors",
+        "selection/k-00002/config.json",
+        "selection/k-00002/metrics.parquet",
+        "selection/k-00002.json",
+    }
+    assert not list((tmp_path / "a" / "run" / "checkpoints").glob("*/*"))
+
+
+def test_a_sample_of_the_rows_is_enough_for_what_is_taken_on_one(rows_run: Sealed, tmp_path: Path):
+    options = rows_run.config.select_k.model_copy(update={"rows": 30})
+    found = examine(search(rows_run, tmp_path / "run", select_k=options), 3).extra["criteria"]
+    assert found["largest"] == 25, "sizes are of all rows"
+    assert found["silhouette"] > 0.5
+
+
+def test_a_killed_trial_goes_on_from_the_checkpoint_of_the_seed_it_was_at(
+    rows_run: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    method = validate(
+        rows_run.config.model_dump(mode="json", exclude_unset=True)
+        | {"method": {"name": "temi", "clusters": [2, 3], "preset": "none", "heads": 2, "steps": 60, "batch_size": 32}}
+    ).method
+    resources = rows_run.config.resources.model_copy(update={"checkpoint_seconds": 1e-9})
+    changes = {"method": method, "resources": resources}
+    whole = examine(search(rows_run, tmp_path / "whole" / "run", **changes), 3)
+    stopped = search(rows_run, tmp_path / "stopped" / "run", **changes)
+    before, saved = StoredCheckpoints.save, list[int]()
+
+    def save_and_die(self: StoredCheckpoints, step: int, *content: Any) -> None:
+        before(self, step, *content)
+        saved.append(step)
+        if len(saved) == 5:  # three of the first seed, two of the second
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredCheckpoints, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            examine(stopped, 3)
+        examine(stopped, 3)
+    assert saved == [20, 40, 60, 20, 40, 60]
+    assert list((tmp_path / "stopped").glob("run/checkpoints/*/*")) == []
+    for name in ("weights.safetensors", "metrics.parquet", "config.json"):
+        path = f"selection/k-00003/{name}"
+        assert (tmp_path / "whole/run" / path).read_bytes() == (tmp_path / "stopped/run" / path).read_bytes()
+    assert whole.extra["k"] == 3
+
+
+def test_a_candidates_unit_is_another_for_another_number_and_the_same_for_another_list(
+    rows_run: Sealed, tmp_path: Path
+):
+    of_two = search(rows_run, tmp_path / "a")
+    content = rows_run.config.model_dump(mode="json", exclude_unset=True)
+    longer = validate(content | {"method": {"name": "kmeans", "clusters": [2, 3, 9]}})
+    of_three = search(rows_run, tmp_path / "b", select_k=longer.select_k, method=longer.method)
+    assert of_two.unit(2) == of_three.unit(2)
+    assert of_two.unit(2).digest != of_two.unit(3).digest
+    assert (of_two.largest, of_three.largest) == (3, 9)
+
+
+def test_rows_that_are_all_in_one_cluster_have_no_silhouette(rows_run: Sealed, tmp_path: Path, in_process: None):
+    same = np.ones((12, 4), np.float32)
+    settings = validate(planted_tree(tmp_path, same, method={"clusters": [2, 3]}))
+    run_all(settings, stop_after="select-k")
+    criteria = storage.read_json(str(tmp_path / "run" / "selection" / "k-00002.json"))["criteria"]
+    assert "silhouette" not in criteria
+    assert criteria["empty"] == 1

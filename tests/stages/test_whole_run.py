@@ -12,13 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.cli import run_command
-from rayclust.store import filesystem, tables
-from rayclust.store.layout import STAGES as ALL
+from rayclust.runtime.pipeline import STAGES as ALL
+from rayclust.store import storage, tables
 from tests.stages.runs import embeddings, files, tree, write_folder, write_tars, write_yaml
 
 STAGES = [name for name in ALL if name != "select-k"]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+def copy_tree(source: str, target: str) -> None:
+    """Copies the visible files below one folder or URI to another."""
+    for found in storage.walk(source):
+        storage.write_bytes(storage.join(target, found.key), storage.read_bytes(found.uri))
 
 
 def run(path: Path, *overrides: str) -> None:
@@ -101,10 +107,10 @@ def test_a_lost_artefact_is_made_again(finished: Path):
 
 
 def test_s3_gives_the_bytes_that_local_gives(finished: Path, s3_bucket: str, tmp_path: Path):
-    filesystem.upload_tree(f"{s3_bucket}/photos", finished / "images")
+    copy_tree(str(finished / "images"), f"{s3_bucket}/photos")
     config = write_yaml(tmp_path / "RUN.yaml", tree(f"{s3_bucket}/runs/one", f"{s3_bucket}/photos"))
     run(config)
-    filesystem.download_tree(f"{s3_bucket}/runs/one", tmp_path / "copy")
+    copy_tree(f"{s3_bucket}/runs/one", str(tmp_path / "copy"))
     local, remote = embeddings(finished / "run"), embeddings(tmp_path / "copy")
     for column in ("row", "key", "label", "embedding"):
         assert local[column].equals(remote[column]), column

@@ -42,7 +42,7 @@ def _columns() -> Iterator[BadInput]:
     yield BadInput(
         "table/labels_column_missing",
         lambda: {"x.parquet": parquet({"image": IMAGES})},
-        error="breed",
+        error=r"images\.labels = breed",
         settings={"labels": "breed"},
     )
 

@@ -142,6 +142,7 @@ def _odd_members() -> Iterator[BadInput]:
 
     for name, member, key in [
         ("absolute_name", "/etc/a.png", "x//etc/a"), ("parent_name", "../../a.png", "x/../../a"),
+        ("dot_name", "./a.png", "x/a"), ("inner_parent_name", "d/../a.png", "x/d/../a"),
         ("hash_in_name", "a#b.png", "x/a#b"), ("space_in_name", "a b\n.png", "x/a b\n"),
         ("long_name", "d/" * 200 + "a.png", "x/" + "d/" * 200 + "a"),
         ("unicode_name", "ü日\U0001f600.png", "x/ü日\U0001f600"),

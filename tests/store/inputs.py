@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from rayclust.store import filesystem
+from rayclust.store import storage
 
 
 def image(number: int = 0, form: str = "PNG") -> bytes:
@@ -93,5 +93,10 @@ def gz(data: bytes) -> bytes:
 def write(base: str, files: Mapping[str, bytes]) -> str:
     """Writes files below a folder or URI, and returns it."""
     for key, data in files.items():
-        filesystem.write_bytes(filesystem.join(base, key), data)
+        storage.write_bytes(storage.join(base, key), data)
     return base
+
+
+def s3_connection() -> Any:
+    """This process's connection by the AWS variables, for what `storage` does not do."""
+    return storage._filesystem("s3://any")[0]

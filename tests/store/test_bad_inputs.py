@@ -12,6 +12,10 @@ from tests.store.bad_inputs import BadInput, all_cases
 from tests.store.inputs import gz, image, npy, parquet, samples, tar, vectors, write
 
 CASES = all_cases()
+FETCHED_WHOLE = ("tar/", "targz/", "tensor/", "settings/")
+"""Kinds that are read from a local copy, or not at all: storage makes no difference to them."""
+PLACES = [("local", case) for case in CASES]
+PLACES += [("s3", case) for case in CASES if not case.name.startswith(FETCHED_WHOLE)]
 
 
 def outcome(uri: str, case: BadInput) -> tuple[list[str], list[tuple[str, str]]]:
@@ -38,7 +42,7 @@ def outcome(uri: str, case: BadInput) -> tuple[list[str], list[tuple[str, str]]]
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("place", "case"), PLACES, indirect=["place"], ids=lambda value: getattr(value, "name", value))
 def test_every_bad_input_gives_its_rows_and_rejects_or_one_clear_line(place: str, case: BadInput) -> None:
     write(place, case.files())
     if not case.error:

@@ -1,106 +1,474 @@
-"""Ready embeddings: plans tables with a column of vectors and arrays by turns, and reads the tables."""
+"""Ready embeddings: tables with a column of vectors, and `.npy` and `.pt` files of N×D with labels or metadata beside.
+
+Clip-retrieval's folders are read too: `img_emb/img_emb_0.npy` with `metadata/metadata_0.parquet`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+import io
+import math
+import re
+import struct
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayclust.errors import DataError
-from rayclust.store.filesystem import FileStat, UnreadableError
+from rayclust.store import storage
 from rayclust.store.prefetch import prefetch
-from rayclust.store.sources import arrays, columns, parquet
-from rayclust.store.sources.rows import RawRows, Vectors, checked, unreadable
-from rayclust.store.sources.shard import Rows, Shard
+from rayclust.store.sources import parquet
+from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text
+from rayclust.store.sources.parquet import EMBEDDING_NAMES, Columns, Footer, RowNames, describe_columns
+from rayclust.store.storage import FileStat, UnreadableError
+
+LoadTensors = Callable[[Path], Any]
+"""Reads a `.pt` file without running code in it: a tensor, or dicts and lists of tensors and plain values."""
 
 SHARD_FACTOR = 32
 """Rows of embeddings are so much smaller than images that a shard takes this many times more."""
 
+TENSOR_NAMES = (*EMBEDDING_NAMES, "feats", "x", "image_features")
+"""Names of the embeddings in a file of tensors."""
+TENSOR_LABEL_NAMES = ("labels", "label", "ys", "y", "targets", "target")
+
+_LABEL_FILE = re.compile(r"(.*[_-])?(labels|targets)\.(npy|pt)")
+_CLIP_RETRIEVAL = re.compile(r"(?P<folder>.*/)?img_emb/img_emb_(?P<number>\d+)\.npy")
 _BATCH_ROWS = 4096
 _FILES_AHEAD = 8
+_HEADER_BYTES = 1 << 16
+_MAX_WIDTH = 1 << 24
+_NPY_DAMAGE = (ValueError, EOFError, OSError, SyntaxError, TypeError, tokenize.TokenError, RecursionError)
+"""Raised when a damaged npy header is parsed: it is the text of a Python dict, read as literals only."""
+_TENSOR_DAMAGE = (*_NPY_DAMAGE, AttributeError, LookupError, RuntimeError, struct.error, BadZipFile, UnpicklingError)
+"""Raised by readers of tensors when a file is damaged in a way that they do not check for."""
+_REJECT_DETAILS = {
+    "not_finite": "the embedding has an infinite or undefined value",
+    "overflow": "the embedding has a value above 65504, the largest of float16; scale the rows",
+    "zero_vector": "the embedding is zero in float16, so it has no direction",
+}
+
+
+def is_array_file(key: str) -> bool:
+    """Return whether a file holds embeddings by its name: not labels, and not clip-retrieval's embeddings of texts."""
+    folder, _, name = key.lower().rpartition("/")
+    is_text = name.startswith("text_emb") or "text_emb" in folder.split("/")
+    return name.endswith((".npy", ".pt")) and not _LABEL_FILE.fullmatch(name) and not is_text
+
+
+@dataclass(frozen=True)
+class _ArrayFile:
+    """The part of an array file that planning needs."""
+
+    stamp: str
+    """Of the file and of what lies beside it."""
+    beside: tuple[str, ...]
+    """URIs of its labels and metadata."""
+    rows: int | None
+    """Rows that are really there; None where only reading tells."""
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterator[Shard]:
-    """Shards of Parquet, `.npy` and `.pt` files, as the listing comes; footers and headers are read ahead.
+    """Make shards of Parquet, `.npy` and `.pt` files, as the listing comes; footers and headers are read ahead.
 
     Args:
         files: of these kinds.
         template: carries the settings that all shards share.
-        shard_rows: rows of a shard; Parquet is cut at the row group where they are reached.
+        shard_rows: rows of a shard; Parquet is cut at the row group where they are reached, a `.pt` file not at all.
 
     Raises:
         DataError: a file holds no embeddings, or not the column of labels that is asked for.
     """
-    for file, found in prefetch(_look, files, _FILES_AHEAD):
-        if isinstance(found, arrays.ArrayFile):
-            yield from arrays.cut(file, found, template, shard_rows)
-        elif found is None or _has_vectors(file, found.schema, template.label_source):
-            yield from parquet.cut(file, found, replace(template, kind="embeddings_parquet"), shard_rows)
+    for file, found in prefetch(_inspect, files, _FILES_AHEAD):
+        if isinstance(found, _ArrayFile):
+            stem, _, ending = file.key.rpartition(".")
+            kind = "embeddings_pt" if ending.lower() == "pt" else "embeddings_npy"
+            shard = replace(template, kind=kind, uri=file.uri, name=stem, stamp=found.stamp, beside=found.beside)
+            if found.rows is None:
+                yield shard
+                continue
+            for start in range(0, found.rows, shard_rows):
+                count = min(shard_rows, found.rows - start)
+                yield replace(shard, stamp=f"{found.stamp}:{start}+{count}", start=start, count=count)
+            continue
+        if found is not None and Columns.find(found.schema).embedding is None:
+            folder, _, name = file.key.rpartition("/")
+            if name.startswith("metadata") or folder.rpartition("/")[2] == "metadata":  # beside clip-retrieval's arrays
+                continue
+            have = describe_columns(found.schema)
+            raise DataError(f"{file.uri}: no column `embedding` of lists of numbers; it has {have}")
+        if found is not None:
+            Columns.find(found.schema, template.label_source, file.uri)  # refuses a missing column of labels
+        yield from parquet.cut(file, found, replace(template, kind="embeddings_parquet"), shard_rows)
 
 
-def _look(file: FileStat) -> arrays.ArrayFile | parquet.Footer | None:
-    return parquet.footer(file) if file.key.lower().endswith(".parquet") else arrays.look(file)
+def _inspect(file: FileStat) -> _ArrayFile | Footer | None:
+    """Read the footer of a table, or find rows, labels and metadata of an array.
+
+    Raises:
+        DataError: the array cannot be a table of embeddings.
+    """
+    if file.key.lower().endswith(".parquet"):
+        return parquet.read_footer(file)
+    # 1. Labels lie beside under the nearest name, metadata where clip-retrieval puts them.
+    stem, _, ending = file.uri.rpartition(".")
+    places = [f"{stem}_labels", f"{stem}-labels", f"{file.uri.rpartition('/')[0]}/labels"]
+    endings = dict.fromkeys(["npy", ending.lower()])
+    candidates = (storage.stat(f"{place}.{end}") for place in places for end in endings)
+    beside = [next((found for found in candidates if found is not None), None)]
+    match = _CLIP_RETRIEVAL.fullmatch(file.uri)
+    if match:
+        beside.append(storage.stat(f"{match['folder'] or ''}metadata/metadata_{match['number']}.parquet"))
+    present = [found for found in beside if found is not None]
+
+    # 2. A damaged header may claim any number of rows: only those within the file count.
+    rows = None
+    if not file.key.lower().endswith(".pt"):
+        try:
+            header = read_npy_header(file.uri)
+        except UnreadableError:
+            header = None
+        if header is not None:
+            _check_matrix(file.uri, header.shape, header.dtype)
+            rows = header.rows_within(file.size) or (None if header.shape[0] else 0)
+    stamp = "+".join([file.stamp, *(found.stamp for found in present)])
+    return _ArrayFile(stamp, tuple(found.uri for found in present), rows)
 
 
-def _has_vectors(file: FileStat, schema: pa.Schema, labels: str | None) -> bool:
-    """Whether a table is wanted; the metadata that clip-retrieval writes beside arrays is not."""
-    if columns.embedding_column(schema) is not None:
-        columns.label_column(schema, labels, file.uri)
-        return True
-    folder, _, name = file.key.rpartition("/")
-    if name.startswith("metadata") or folder.rpartition("/")[2] == "metadata":
-        return False
-    have = columns.described(schema)
-    raise DataError(f"{file.uri}: no column `embedding` of lists of numbers; it has {have}")
+def _check_matrix(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if len(shape) != 2 or shape[1] == 0:
+        raise DataError(f"{where}: has shape {shape}; embeddings are an array of N rows × D columns")
+    if dtype.kind not in "fiu":
+        raise DataError(f"{where}: holds {dtype}; embeddings are real numbers")
 
 
-def read_parquet(shard: Shard, width: int | None) -> Rows:
-    """The rows of a range of row groups of a Parquet file; see `read_rows`."""
+class EmbeddingBuffer:
+    """Rows of embeddings collected block by block, converted to float16 at once to save memory."""
+
+    def __init__(self) -> None:
+        self.widths: list[int] = []
+        """Numbers in each row; -1 where there is none."""
+        self.halves: dict[int, list[NDArray[np.float16]]] = {}
+        """By width, blocks of the rows of that width in order, Float16[m width]."""
+        self.reasons: dict[int, list[str]] = {}
+        """By width, the reason to reject each of its rows, or an empty text."""
+
+    def add(self, widths: NDArray[np.int64], values: Mapping[int, NDArray[Any]]) -> None:
+        """Add a block.
+
+        Args:
+            widths: Int64[n], numbers in each row; -1 where there is none.
+            values: by width, the rows of that width in order, [m width] of any type of real numbers.
+        """
+        self.widths += widths.tolist()
+        for width, block in values.items():
+            with np.errstate(over="ignore", invalid="ignore"):
+                halves = block.astype(np.float16)
+            reasons = np.full(len(block), "", dtype="U16")
+            reasons[~halves.any(axis=1)] = "zero_vector"
+            reasons[~np.isfinite(halves).all(axis=1)] = "overflow"
+            if block.dtype.kind == "f":
+                reasons[~np.isfinite(block).all(axis=1)] = "not_finite"
+            self.halves.setdefault(width, []).append(halves)
+            self.reasons.setdefault(width, []).extend(reasons.tolist())
+
+    def add_lists(self, array: pa.Array) -> None:
+        """Add a block of lists of numbers of any lengths; null lists have the width -1."""
+        if isinstance(array.type, pa.BaseExtensionType):
+            array = array.storage
+        widths = pc.if_else(array.is_null(), -1, pc.list_value_length(array)).to_numpy(zero_copy_only=False)
+        widths = widths.astype(np.int64)
+        values = {}
+        for width in np.unique(widths[widths > 0]).tolist():
+            lists = array.filter(pa.array(widths == width))
+            values[width] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+        self.add(widths, values)
+
+
+def validate_embeddings(
+    shard: Shard,
+    names: RowNames,
+    buffer: EmbeddingBuffer,
+    width: int | None,
+    rejects: Iterable[Mapping[str, str]] = (),
+) -> Rows:
+    """Return the usable rows in order of key, and the rejects.
+
+    Args:
+        shard: decides which labels are kept.
+        names: of the rows of `buffer`.
+        buffer: the rows.
+        width: D that every row must have; None takes that of most rows.
+        rejects: of rows that could not be read at all; they come first.
+
+    Returns:
+        Embeddings in float16; rows that are null, of another width, not finite, beyond float16 or all zero are rejects.
+    """
+    if width is None:  # the width of most rows, of equals the smaller
+        counts = {width: len(reasons) for width, reasons in buffer.reasons.items()}
+        width = max(counts, key=lambda width: (counts[width], -width), default=0)
+    halves = np.concatenate(buffer.halves.get(width, [np.empty((0, width), np.float16)]))
+    reasons = buffer.reasons.get(width, [])
+    kept: list[tuple[str, int, int]] = []
+    lost, place = [dict(reject) for reject in rejects], -1
+    for row, found in enumerate(buffer.widths):
+        place += found == width
+        if not shard.selects(names.keys[row], names.labels[row]):
+            continue
+        if found < 0:
+            reason, detail = "null_embedding", "the row holds no embedding"
+        elif found != width:
+            reason, detail = "wrong_width", f"{found} numbers where the other rows have {width}"
+        elif reasons[place]:
+            reason, detail = reasons[place], _REJECT_DETAILS[reasons[place]]
+        else:
+            kept.append((names.keys[row], place, row))
+            continue
+        lost.append(_reject(names.keys[row], names.uris[row], reason, detail))
+    kept.sort()
+    labels = [None if shard.labels == "none" else names.labels[row] for _, _, row in kept]
+    order = np.array([place for _, place, _ in kept], dtype=np.int64)
+    return Rows([key for key, _, _ in kept], [names.uris[row] for _, _, row in kept], labels, halves[order], lost)
+
+
+def _unreadable(shard: Shard, detail: str, width: int | None) -> Rows:
+    """Return no rows, and the one reject that stands for the file."""
+    reject = shard.file_reject("unreadable_file", detail)
+    lost = [_reject(reject.key, reject.uri, "unreadable_file", reject.detail)]
+    return Rows([], [], [], np.empty((0, width or 0), np.float16), lost)
+
+
+def _reject(key: str, uri: str, reason: str, detail: str) -> dict[str, str]:
+    return {"key": key, "uri": uri, "reason": reason, "detail": escape_invalid(detail)}
+
+
+def read_table(shard: Shard, width: int | None) -> Rows:
+    """Read the embeddings of a range of row groups of a Parquet file; see `read_rows`."""
     try:
         with parquet.opened(shard.uri) as file:
-            return checked(shard, _raw_rows(shard, file), width)
+            groups = list(range(*(shard.row_groups or (0, file.metadata.num_row_groups))))
+            columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri)
+            if columns.embedding is None:
+                raise DataError(f"{shard.uri}: no column `embedding`; it has {describe_columns(file.schema_arrow)}")
+            table = file.read_row_groups(groups, columns=columns.naming)
+            buffer = EmbeddingBuffer()
+            for batch in file.iter_batches(_BATCH_ROWS, groups, [columns.embedding], use_threads=False):
+                buffer.add_lists(batch.column(0))
+            parquet.check_length(table, len(buffer.widths))
+            names = RowNames.numbered(shard, len(buffer.widths)).replaced(table, columns, shard.label_source)
+            return validate_embeddings(shard, names, buffer, width)
     except (*parquet.DAMAGE, UnreadableError) as error:
-        return unreadable(shard, " ".join(str(error).split()), width)
+        return _unreadable(shard, " ".join(str(error).split()), width)
 
 
-def _raw_rows(shard: Shard, file: pq.ParquetFile) -> RawRows:
-    schema, groups = file.schema_arrow, parquet.groups_of(shard, file)
-    vector = columns.embedding_column(schema)
-    if vector is None:
-        raise DataError(f"{shard.uri}: no column `embedding`; it has {columns.described(schema)}")
-    key, uri = columns.key_column(schema), columns.uri_column(schema)
-    label = columns.label_column(schema, shard.label_source, shard.uri)
-    wanted = sorted({name for name in (key, uri, label) if name is not None})
-    table = file.read_row_groups(groups, columns=wanted)
-    vectors = Vectors()
-    for batch in file.iter_batches(_BATCH_ROWS, groups, [vector], use_threads=False):
-        vectors.add(*_by_width(batch.column(0)))
-    rows = range(shard.start, shard.start + len(vectors.widths()))
-    parquet.same_length(table, len(rows))
-    own = [parquet.row_uri(shard.uri, row) for row in rows]
-    given = columns.texts(table[uri]) if uri else own
-    return RawRows(
-        columns.unique_keys(table, key, [parquet.row_key(shard.name, row) for row in rows]),
-        [text or fallback for text, fallback in zip(given, own, strict=True)],
-        columns.labels(table, label, shard.label_source) if label else [None] * len(rows),
-        vectors,
-    )
+def read_npy(shard: Shard, width: int | None) -> Rows:
+    """Read rows of an array, with labels or metadata beside; see `read_rows`.
+
+    Rows that a file cut short lacks are one reject, of the shard that holds the last row before them.
+    """
+    try:
+        header, size = read_npy_header(shard.uri), getattr(storage.stat(shard.uri), "size", 0)
+        values = read_npy_rows(shard.uri, header, shard.start, shard.count)
+    except UnreadableError as error:
+        return _unreadable(shard, str(error), width)
+    total, present, rejects = header.shape[0], header.rows_within(size), []
+    if present < total and shard.start + len(values) == present:
+        detail = f"the file ends early: rows {present} to {total - 1} are missing"
+        rejects.append(_reject(shard.name, shard.uri, "truncated", detail))
+    names, buffer = _array_rows(shard, values, total)
+    return validate_embeddings(shard, names, buffer, width, rejects)
 
 
-def _by_width(array: pa.Array) -> tuple[NDArray[np.int64], dict[int, NDArray[Any]]]:
-    """Length of each list (-1 for null), and the values of the lists of each length."""
-    if isinstance(array.type, pa.BaseExtensionType):
-        array = array.storage
-    widths = pc.if_else(array.is_null(), -1, pc.list_value_length(array)).to_numpy(zero_copy_only=False)
-    widths = widths.astype(np.int64)
-    values = {}
-    for width in np.unique(widths[widths > 0]).tolist():
-        lists = array.filter(pa.array(widths == width))
-        values[width] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    return widths, values
+def read_pt(shard: Shard, width: int | None, load_tensors: LoadTensors | None) -> Rows:
+    """Read the rows of a file of tensors; see `read_rows`."""
+    if load_tensors is None:
+        raise DataError(f"{shard.uri}: reading .pt files needs load_tensors; pass one, or save the tensor as .npy")
+    try:
+        tensors = _named_arrays(shard.uri, load_tensors)
+        # 1. Embeddings by name, else the only matrix.
+        matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
+        named = [tensors[name] for name in TENSOR_NAMES if name in tensors]
+        if not named and len(matrices) != 1:
+            have = ", ".join(f"{name or 'a tensor'} {tensor.shape}" for name, tensor in tensors.items()) or "no tensors"
+            raise DataError(f"{shard.uri}: no tensor `embeddings` of N rows × D columns; it has {have}")
+        values = named[0] if named else matrices[0]
+        # 2. Labels by name, else the only vector as long as the embeddings, else a file beside.
+        found = [tensors[name] for name in TENSOR_LABEL_NAMES if name in tensors]
+        vectors = [tensor for tensor in tensors.values() if tensor.shape == values.shape[:1]]
+        labels = found[0] if found else vectors[0] if len(vectors) == 1 else None
+        beside = [place for place in shard.beside if place.lower().endswith(".pt")]
+        if labels is None and beside:
+            labels = next(iter(_named_arrays(beside[0], load_tensors).values()), None)
+    except UnreadableError as error:
+        return _unreadable(shard, str(error), width)
+    names, buffer = _array_rows(shard, values, len(values), labels)
+    return validate_embeddings(shard, names, buffer, width)
+
+
+def _named_arrays(uri: str, load_tensors: LoadTensors) -> dict[str, NDArray[Any]]:
+    """Load every array in a file by its innermost name; one that stands alone has an empty name."""
+    with storage.local_copy(uri) as path:
+        try:
+            return dict(_walk_tensors(load_tensors(path)))
+        except UnreadableError:
+            raise
+        except DataError as error:
+            raise DataError(f"{uri}: {str(error).removeprefix(f'{path}: ')}") from error
+        except _TENSOR_DAMAGE as error:
+            raise DataError(f"{uri}: is no readable file of tensors ({' '.join(str(error).split())})") from error
+
+
+def _walk_tensors(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk_tensors(item, str(key))
+    elif hasattr(value, "shape"):
+        try:
+            array = np.asarray(value)
+        except TypeError:  # bfloat16, which numpy does not have
+            array = np.asarray(value.float())
+        yield name, array
+    elif isinstance(value, list | tuple) and value:
+        if all(isinstance(item, int | float | str) for item in value):
+            yield name, np.asarray(value)
+        else:
+            for number, item in enumerate(value):
+                yield from _walk_tensors(item, str(number))
+
+
+def _array_rows(
+    shard: Shard, values: NDArray[Any], total: int, labels: NDArray[Any] | None = None
+) -> tuple[RowNames, EmbeddingBuffer]:
+    """Name the rows of an array, from its file and from what lies beside.
+
+    Args:
+        shard: of the array.
+        values: [n D], the rows of the shard.
+        total: rows of the whole array.
+        labels: [N ...], of the whole array, from the same file.
+    """
+    _check_matrix(shard.uri, values.shape, values.dtype)
+    count, buffer = len(values), EmbeddingBuffer()
+    buffer.add(np.full(count, values.shape[1]), {values.shape[1]: values})
+    names = RowNames.numbered(shard, count)
+    for place in shard.beside:
+        if place.endswith(".parquet"):
+            try:
+                with parquet.opened(place) as file:
+                    columns = Columns.find(file.schema_arrow, shard.label_source, place)
+                    table, lines = file.read(columns=columns.naming), file.metadata.num_rows
+            except (*parquet.DAMAGE, UnreadableError) as error:
+                raise DataError(
+                    f"{place}: cannot be read ({' '.join(str(error).split())}); mend or remove it"
+                ) from error
+            if lines != total:
+                raise DataError(f"{place}: {lines} lines for the {total} rows of {shard.uri}; there must be as many")
+            names = names.replaced(table.slice(shard.start, count), columns, shard.label_source)
+        elif place.endswith(".npy") and labels is None and shard.label_source is not None:
+            try:
+                header = read_npy_header(place)
+                found = read_npy_rows(place, header, shard.start, count)
+            except DamagedNpyError as error:
+                detail = f"is no readable npy file ({error}); mend it, or set images.labels: none"
+                raise DataError(f"{place}: {detail}") from error
+            if header.shape[0] != total:
+                raise DataError(f"{place}: {header.shape[0]} labels for the {total} rows of {shard.uri}")
+            names = replace(names, labels=_label_texts(place, found, count))
+    if labels is not None and shard.label_source is not None:
+        names = replace(names, labels=_label_texts(shard.uri, labels, total))
+    return names, buffer
+
+
+def _label_texts(where: str, labels: NDArray[Any], count: int) -> Sequence[str | None]:
+    if labels.shape[:1] != (count,) or labels.size != count:
+        raise DataError(f"{where}: labels have shape {labels.shape} for {count} rows; one label per row is needed")
+    return [label_text(label) for label in labels.reshape(-1).tolist()]
+
+
+class DamagedNpyError(UnreadableError):
+    """The file is not an npy file, or ends too early."""
+
+
+@dataclass(frozen=True)
+class NpyHeader:
+    """The description of the array in an npy file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    is_fortran: bool
+    """True if columns are contiguous, so that a range of rows is not a range of bytes."""
+    offset: int
+    """Bytes before the array."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, in C order."""
+        return int(self.dtype.itemsize) * math.prod(self.shape[1:])
+
+    def rows_within(self, size: int) -> int:
+        """Return the whole rows that a file of `size` bytes can hold, at most those of the shape."""
+        if not self.row_bytes:
+            return self.shape[0]
+        return min(self.shape[0], max(0, size - self.offset) // self.row_bytes)
+
+
+def read_npy_header(uri: str) -> NpyHeader:
+    """Read the header of an npy file.
+
+    Raises:
+        DamagedNpyError: there is none.
+        DataError: the array holds Python objects or records, which are not read.
+    """
+    start = io.BytesIO(storage.read_bytes(uri, _HEADER_BYTES))
+    try:
+        version = np.lib.format.read_magic(start)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(start)
+    except _NPY_DAMAGE as error:
+        raise DamagedNpyError(" ".join(str(error).split())) from error
+    if dtype.hasobject:
+        raise DataError(f"{uri}: holds Python objects, which are not read; save it as an array of numbers")
+    if dtype.fields is not None:
+        raise DataError(f"{uri}: holds records of {len(dtype.fields)} fields; save the numbers as an array of two axes")
+    if any(length < 0 for length in shape) or math.prod(shape[1:]) > _MAX_WIDTH:
+        raise DamagedNpyError(f"its shape {shape} is impossible")
+    return NpyHeader(tuple(shape), dtype, is_fortran, start.tell())
+
+
+def read_npy_rows(uri: str, header: NpyHeader, start: int = 0, count: int | None = None) -> NDArray[Any]:
+    """Read rows `start` up to `start + count` of an npy file, fewer where it ends early; nothing is unpickled.
+
+    Args:
+        uri: the file.
+        header: from `read_npy_header`.
+        start: first row.
+        count: number of rows; None is up to the end.
+
+    Returns:
+        [n ...], a copy in C order.
+
+    Raises:
+        DamagedNpyError: a file in Fortran order ends early.
+        DataError: the array has no axis of rows, or the storage cannot be read.
+    """
+    if not header.shape:
+        raise DataError(f"{uri}: holds a single number; an array with an axis of rows is needed")
+    total, row_bytes = header.shape[0], header.row_bytes
+    end = total if count is None else min(start + count, total)
+    if header.is_fortran and len(header.shape) > 1:
+        data = storage.read_bytes(uri)[header.offset :]
+        if len(data) < total * row_bytes:
+            raise DamagedNpyError("the file ends early")
+        values = np.frombuffer(data, header.dtype, math.prod(header.shape))
+        return np.ascontiguousarray(values.reshape(header.shape, order="F"))[start:end]
+    data = storage.read_range(uri, header.offset + start * row_bytes, header.offset + end * row_bytes)
+    rows = len(data) // row_bytes if row_bytes else 0
+    return np.frombuffer(data[: rows * row_bytes], header.dtype).reshape(rows, *header.shape[1:])

@@ -5,27 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat, MissingError, UnreadableError
+from rayclust.store import storage
 from rayclust.store.manifest import digest_of
 from rayclust.store.prefetch import prefetch
-from rayclust.store.sources.labels import folder_label
-from rayclust.store.sources.shard import IMAGE_SUFFIXES, Member, Record, Shard
+from rayclust.store.sources.base import IMAGE_SUFFIXES, Member, Record, Shard, folder_label, oversize_detail
+from rayclust.store.storage import FileStat, MissingError, UnreadableError
 
 log = logging.getLogger(__name__)
 
-_REMOTE_READS = 16
-"""Requests under way at once: one by one, latency would hold a worker at some 30 images a second."""
+_CONCURRENT_READS = 16
+"""Remote requests in flight: one by one, latency would hold a worker at some 30 images a second."""
 
 
 def is_image(key: str) -> bool:
-    """Whether a file's name says that it holds an image."""
-    return key.rpartition("/")[2].lower().rpartition(".")[2] in IMAGE_SUFFIXES and "." in key
+    """Return whether a file's suffix is that of an image."""
+    _, dot, suffix = key.rpartition("/")[2].lower().rpartition(".")
+    return bool(dot) and suffix in IMAGE_SUFFIXES
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterator[Shard]:
-    """Cuts the image files of a listing into shards, as the listing comes.
+    """Cut the image files of a listing into shards, as the listing comes.
 
     Args:
         files: of a folder, in order of key.
@@ -34,45 +35,50 @@ def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterato
         shard_size: images per shard.
     """
     ignored, group = 0, list[FileStat]()
-    template = replace(template, kind="folder")
+
+    def shard() -> Shard:
+        stamp = digest_of([[file.key, file.stamp] for file in group])
+        members = tuple(Member(file.key, file.uri, file.size) for file in group)
+        name = group[0].key.rpartition(".")[0]
+        return replace(template, kind="folder", name=name, stamp=stamp, count=len(group), members=members)
+
     for file in files:
         if not is_image(file.key):
             ignored += 1
-        elif template.wants(file.key, None):
+        elif template.selects(file.key, None):
             group.append(file)
         if len(group) == shard_size:
-            yield _shard(template, group)
+            yield shard()
             group = []
     if group:
-        yield _shard(template, group)
+        yield shard()
     if ignored:
         log.info("%s: %d files are not images by their names and were left out", template.uri, ignored)
 
 
-def _shard(template: Shard, group: list[FileStat]) -> Shard:
-    stamp = digest_of([[file.key, file.stamp] for file in group])
-    members = tuple(Member(file.key, file.uri, file.size) for file in group)
-    return replace(template, name=group[0].key.rpartition(".")[0], stamp=stamp, count=len(group), members=members)
-
-
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
-    """The files of a folder shard, in order of key; what cannot be read is a reject.
+    """Read the files of a folder shard, in order of key; unreadable and oversized ones are rejects.
+
+    Args:
+        shard: of kind folder.
+        max_bytes: bytes of one encoded image above which it is rejected without being read.
 
     Raises:
         DataError: the storage as a whole cannot be read.
     """
-    ahead = _REMOTE_READS if filesystem.is_remote(shard.uri) else 1
-    for member, (data, reason, detail) in prefetch(lambda member: _read(member, max_bytes), shard.members, ahead):
+
+    def read_member(member: Member) -> Record:
         label = None if shard.label_source is None else folder_label(member.key)
-        yield Record(member.key, member.uri, data, label, reason, detail)
+        reject = partial(Record, member.key, member.uri, None, label)
+        if member.size > max_bytes:
+            return reject("too_large", oversize_detail(member.size, max_bytes))
+        try:
+            return Record(member.key, member.uri, storage.read_bytes(member.uri), label)
+        except MissingError:
+            return reject("missing", "the file was listed but cannot be opened")
+        except UnreadableError as error:
+            return reject("unreadable_file", str(error))
 
-
-def _read(member: Member, max_bytes: int) -> tuple[bytes | None, str | None, str]:
-    if member.size > max_bytes:
-        return None, "too_large", f"{member.size} bytes, above the bound of {max_bytes}"
-    try:
-        return filesystem.read_bytes(member.uri), None, ""
-    except MissingError:
-        return None, "missing", "the file was listed but cannot be opened"
-    except UnreadableError as error:
-        return None, "unreadable_file", str(error)
+    ahead = _CONCURRENT_READS if storage.is_remote(shard.uri) else 1
+    for _, record in prefetch(read_member, shard.members, ahead):
+        yield record

@@ -1,35 +1,211 @@
-"""Parquet files with encoded images: a binary column, or a struct of bytes and path as HuggingFace data sets have."""
+"""Parquet tables: columns by what they hold, shards of row groups, and encoded images.
+
+Images are a binary column, or a struct of bytes and path as HuggingFace data sets have.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat, UnreadableError
+from rayclust.store import storage
 from rayclust.store.prefetch import prefetch
-from rayclust.store.sources import columns
-from rayclust.store.sources.shard import Record, Shard
+from rayclust.store.sources.base import (
+    LABEL_NAMES,
+    Record,
+    Shard,
+    escape_invalid,
+    folder_label,
+    label_text,
+    oversize_detail,
+)
+from rayclust.store.storage import FileStat, UnreadableError
+
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture", "data", "content")
+EMBEDDING_NAMES = ("embedding", "embeddings", "image_embedding", "img_emb", "features", "feature", "vector", "emb")
+KEY_NAMES = ("key", "image_path", "path", "filename", "file_name", "file", "id", "image_id", "uri", "url")
+URI_NAMES = ("uri", "image_path")
+
+DAMAGE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowError)
+"""Raised when a damaged Parquet file is read; storage errors are DataErrors, and pass."""
 
 _BATCH_ROWS = 16
-_BUFFER, _AT_ONCE = 8 << 20, 256 << 20
+_BUFFER_BYTES, _UNBUFFERED_BYTES = 8 << 20, 256 << 20
+"""Size of the read buffer, and of a row group above which it is used."""
 _FOOTERS_AHEAD = 8
 _SPOOL_BYTES = 64 << 20
-DAMAGE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowError)
-"""What reading a damaged Parquet file may raise; storage errors are DataErrors, and pass."""
+"""Bytes of images kept in memory while a shard is sorted by key; more go to disk."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns by what they hold; None where none fits."""
+
+    image: str | None
+    """Encoded images: the first of `IMAGE_NAMES`, else the only column of a fitting type."""
+    embedding: str | None
+    """The first of `EMBEDDING_NAMES` with lists of numbers."""
+    key: str | None
+    """Names of the rows: the first of `KEY_NAMES`, else `path` within an image struct, with a dot between them."""
+    uri: str | None
+    """Where the image of a row lies: the first of `URI_NAMES`."""
+    label: str | None
+    """The first of `LABEL_NAMES`, or the column that is asked for."""
+
+    @classmethod
+    def find(cls, schema: pa.Schema, label_source: str | None = None, where: str = "") -> Columns:
+        """Find the columns of a schema by their names, in any case, and types.
+
+        Args:
+            schema: of the table.
+            label_source: `Shard.label_source`; `folder` takes the column of the keys, whose folders name classes.
+            where: the table, for the message.
+
+        Raises:
+            DataError: `label_source` names a column that does not exist.
+        """
+        images = [field for field in schema if _is_image(field.type)]
+        image = find_column(schema, IMAGE_NAMES, _is_image) or (images[0].name if len(images) == 1 else None)
+        key = find_column(schema, KEY_NAMES, lambda kind: _is_text(kind) or bool(pa.types.is_integer(kind)))
+        if key is None and image is not None:
+            kind = next(field.type for field in images if field.name == image)
+            at = kind.get_field_index("path") if pa.types.is_struct(kind) else -1
+            key = f"{image}.path" if at >= 0 and _is_text(kind.field(at).type) else None
+        label = key if label_source == "folder" else label_source
+        if label_source == "auto":
+            label = find_column(schema, LABEL_NAMES, lambda kind: not _is_image(kind) and not _is_vector(kind))
+        elif label_source not in (None, "folder", *schema.names):
+            have = describe_columns(schema)
+            raise DataError(f"images.labels = {label_source}: {where} has no such column; it has {have}")
+        embedding = find_column(schema, EMBEDDING_NAMES, _is_vector)
+        return cls(image, embedding, key, find_column(schema, URI_NAMES, _is_text), label)
+
+    @property
+    def naming(self) -> list[str]:
+        """The columns that name rows: what `RowNames.replaced` reads."""
+        return sorted({name for name in (self.key, self.uri, self.label) if name is not None})
+
+
+def find_column(schema: pa.Schema, names: Iterable[str], accepts: Callable[[pa.DataType], bool]) -> str | None:
+    """Return the column whose lower-case name comes first in `names` and whose type is accepted."""
+    by_name = {field.name.lower(): field.name for field in reversed(list(schema)) if accepts(field.type)}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def describe_columns(schema: pa.Schema) -> str:
+    """Return names and types of the columns, for messages."""
+    if not len(schema):
+        return "no columns"
+    return "the columns " + ", ".join(f"{field.name} ({field.type})" for field in schema)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    """Accept bytes, or a struct with a field `bytes` of bytes."""
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        kind = kind.field(at).type if at >= 0 else kind
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    """Accept lists of numbers."""
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """Keys, URIs and labels of the rows of a shard, in the order of the file."""
+
+    keys: Sequence[str]
+    uris: Sequence[str]
+    labels: Sequence[str | None]
+
+    @classmethod
+    def numbered(cls, shard: Shard, count: int) -> RowNames:
+        """Name rows by their numbers in the file; such keys sort as the rows do."""
+        rows = range(shard.start, shard.start + count)
+        return cls([f"{shard.name}/{row:08d}" for row in rows], [f"{shard.uri}#{row}" for row in rows], [None] * count)
+
+    def replaced(self, table: pa.Table, columns: Columns, label_source: str | None) -> RowNames:
+        """Take the names that a table has for the same rows.
+
+        Args:
+            table: has the columns `columns.naming`.
+            columns: its `key` is taken if all values are there and differ, its `uri` where it is not empty.
+            label_source: `Shard.label_source`.
+        """
+        keys, uris, labels = self.keys, self.uris, self.labels
+        if columns.key is not None:
+            texts = [text for text in _texts(_nested_column(table, columns.key)) if text]
+            keys = texts if len(texts) == len(set(texts)) == table.num_rows else keys
+        if columns.uri is not None:
+            uris = [text or own for text, own in zip(_texts(table[columns.uri]), uris, strict=True)]
+        if columns.label is not None:
+            values = _nested_column(table, columns.label)
+            if label_source == "folder":
+                labels = [None if text is None else folder_label(text) for text in _texts(values)]
+            elif _is_text(values.type):
+                labels = [label_text(text) for text in _texts(values)]
+            else:
+                names = class_names(table.schema.metadata, columns.label)
+                labels = [label_text(value, names) for value in values.to_pylist()]
+        return RowNames(keys, uris, labels)
+
+
+def _nested_column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return a column, or with a dot in its name the field of a struct column."""
+    if name in table.column_names:
+        return table[name]
+    outer, _, inner = name.partition(".")
+    return pc.struct_field(table[outer], inner)
+
+
+def _texts(column: pa.ChunkedArray) -> list[str | None]:
+    """Return the text of each value, valid UTF-8 or None."""
+    if not _is_text(column.type):
+        return [None if value is None else escape_invalid(str(value)) for value in column.to_pylist()]
+    # Files may hold text that is not UTF-8, which pyarrow refuses to decode.
+    binary = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+    return [None if value is None else value.decode("utf-8", "backslashreplace") for value in binary.to_pylist()]
+
+
+def class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
+    """Return the names of the classes that a column of whole numbers points into.
+
+    Args:
+        metadata: of a table's schema. Two forms are known: `class_names`, a JSON list; and the `huggingface`
+            description with a ClassLabel feature.
+        column: the column.
+    """
+    metadata = metadata or {}
+    try:
+        names = json.loads(metadata.get(b"class_names", b"null"))
+        if names is None:
+            features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+            names = features[column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What planning needs to know of a file."""
+    """The part of a file that planning needs."""
 
     schema: pa.Schema
     group_rows: tuple[int, ...]
@@ -38,19 +214,19 @@ class Footer:
 
 @contextmanager
 def opened(uri: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of which only what is asked for is fetched."""
-    with filesystem.open_input(uri) as source:
+    """Open a Parquet file of which only the requested row groups and columns are fetched."""
+    with storage.open_input(uri) as source:
         metadata = pq.read_metadata(source)
         sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
         # A row group may hold more images than memory. Others are read at once: fewer requests, and a damaged page that
-        # claims gigabytes is found out before they are taken.
-        buffer = _BUFFER if max(sizes, default=0) > _AT_ONCE else 0
+        # claims gigabytes is found out before they are allocated.
+        buffer = _BUFFER_BYTES if max(sizes, default=0) > _UNBUFFERED_BYTES else 0
         with pq.ParquetFile(source, metadata=metadata, pre_buffer=False, buffer_size=buffer) as file:
             yield file
 
 
-def footer(file: FileStat) -> Footer | None:
-    """The footer of a file; None where it is damaged, which reading its shard will tell."""
+def read_footer(file: FileStat) -> Footer | None:
+    """Read the footer of a file; None if it is damaged, which becomes a reject when its shard is read."""
     try:
         with opened(file.uri) as parquet:
             groups = range(parquet.metadata.num_row_groups)
@@ -60,7 +236,7 @@ def footer(file: FileStat) -> Footer | None:
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterator[Shard]:
-    """Shards of Parquet files with images, as the listing comes; footers are read ahead.
+    """Make shards of Parquet files with images, as the listing comes; footers are read ahead.
 
     Args:
         files: Parquet files.
@@ -70,149 +246,140 @@ def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterato
     Raises:
         DataError: a file has no column of images, or not the column of labels that is asked for.
     """
-    for file, found in prefetch(footer, files, _FOOTERS_AHEAD):
-        if found is not None:
-            _check_images(file, found.schema, template.label_source)
-        yield from cut(file, found, replace(template, kind="parquet"), shard_rows)
+    for file, footer in prefetch(read_footer, files, _FOOTERS_AHEAD):
+        if footer is not None:
+            if Columns.find(footer.schema).image is None:
+                wanted, have = "a binary column or a struct with bytes, named image", describe_columns(footer.schema)
+                raise DataError(f"{file.uri}: no column holds images: {wanted} is needed; it has {have}")
+            Columns.find(footer.schema, template.label_source, file.uri)  # refuses a missing column of labels
+        yield from cut(file, footer, replace(template, kind="parquet"), shard_rows)
 
 
-def cut(file: FileStat, found: Footer | None, template: Shard, shard_rows: int) -> Iterator[Shard]:
-    """Ranges of row groups of about `shard_rows` rows; an unreadable file is one shard."""
+def cut(file: FileStat, footer: Footer | None, template: Shard, shard_rows: int) -> Iterator[Shard]:
+    """Cut a file into ranges of row groups; an unreadable file is one shard.
+
+    Args:
+        file: the Parquet file.
+        footer: of the file; None if it cannot be read.
+        template: carries the settings that all shards share.
+        shard_rows: rows from which on a shard ends.
+    """
     name = file.key[: -len(".parquet")] if file.key.lower().endswith(".parquet") else file.key
-    for start, count, groups in _ranges(found, shard_rows):
-        stamp = f"{file.stamp}:{start}+{count}"
-        yield replace(template, uri=file.uri, name=name, stamp=stamp, count=count, start=start, row_groups=groups)
-
-
-def _ranges(found: Footer | None, shard_rows: int) -> Iterator[tuple[int, int | None, tuple[int, int] | None]]:
-    if found is None:
-        yield 0, None, None
+    template = replace(template, uri=file.uri, name=name)
+    if footer is None:
+        yield replace(template, stamp=f"{file.stamp}:0+None")
         return
     start, begin, rows = 0, 0, 0
-    for group, count in enumerate(found.group_rows):
+    for end, count in enumerate(footer.group_rows, 1):
         rows += count
-        is_last = group + 1 == len(found.group_rows)
-        if rows and (rows >= shard_rows or is_last):
-            yield start, rows, (begin, group + 1)
-            start, begin, rows = start + rows, group + 1, 0
+        if rows and (rows >= shard_rows or end == len(footer.group_rows)):
+            stamp = f"{file.stamp}:{start}+{rows}"
+            yield replace(template, stamp=stamp, count=rows, start=start, row_groups=(begin, end))
+            start, begin, rows = start + rows, end, 0
 
 
-def _check_images(file: FileStat, schema: pa.Schema, labels: str | None) -> None:
-    if columns.image_column(schema) is None:
-        wanted = "a binary column or a struct with bytes, named image"
-        raise DataError(f"{file.uri}: no column holds images: {wanted} is needed; it has {columns.described(schema)}")
-    columns.label_column(schema, labels, file.uri)
+def check_length(table: pa.Table, count: int) -> None:
+    """Raise if a table does not have `count` rows, as the columns of a damaged file may not; a `DAMAGE` error."""
+    if table.num_columns and table.num_rows != count:
+        raise pa.ArrowInvalid(f"columns of {table.num_rows} rows where the footer states {count}")
 
 
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
-    """The images of a range of row groups in order of key; null images and damaged rows or files are rejects.
+    """Read the images of a range of row groups in order of key; null images and damaged rows or files are rejects.
 
-    Keys come from a column that names the rows where that is without gaps and doubles, else they are file name and row.
+    Keys come from a column that names the rows if that is without gaps and doubles, else they are file name and row.
+
+    Args:
+        shard: of kind parquet.
+        max_bytes: bytes of one encoded image above which it is rejected without being read.
 
     Raises:
         DataError: the storage as a whole cannot be read, or a column is missing.
     """
     try:
         with opened(shard.uri) as file:
-            names = _names(shard, file)
-            images = _images(shard, file, max_bytes)
-            if all(a.key <= b.key for a, b in itertools.pairwise(names)):
-                yield from (_record(name, image) for name, image in zip(names, images, strict=False))
-            else:
-                yield from _in_order(names, images)
+            groups = range(*(shard.row_groups or (0, file.metadata.num_row_groups)))
+            columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri)
+            columns = replace(columns, uri=None)  # records point into this table
+            table = file.read_row_groups(list(groups), columns=columns.naming)
+            count = sum(file.metadata.row_group(group).num_rows for group in groups)
+            check_length(table, count)
+            names = RowNames.numbered(shard, count).replaced(table, columns, shard.label_source)
+            if columns.image is None:
+                raise DataError(f"{shard.uri}: no column holds images; it has {describe_columns(file.schema_arrow)}")
+            records = _records(file, columns.image, groups, names, max_bytes)
+            is_sorted = all(a <= b for a, b in itertools.pairwise(names.keys))
+            yield from records if is_sorted else _sorted_by_key(records)
     except (*DAMAGE, UnreadableError) as error:
-        yield from shard.rejects("unreadable_file", " ".join(str(error).split()))
+        yield shard.file_reject("unreadable_file", " ".join(str(error).split()))
 
 
-@dataclass(frozen=True)
-class _Name:
-    key: str
-    uri: str
-    label: str | None
-
-
-@dataclass(frozen=True)
-class _Image:
-    data: bytes | None
-    reason: str | None = None
-    detail: str = ""
-
-
-def row_key(name: str, row: int) -> str:
-    """The key of a row that has no name of its own; sorts as the row does."""
-    return f"{name}/{row:08d}"
-
-
-def row_uri(uri: str, row: int) -> str:
-    """The URI of a row of a table."""
-    return f"{uri}#{row}"
-
-
-def groups_of(shard: Shard, file: pq.ParquetFile) -> list[int]:
-    """The row groups of a shard."""
-    begin, end = shard.row_groups or (0, file.metadata.num_row_groups)
-    return list(range(begin, end))
-
-
-def _names(shard: Shard, file: pq.ParquetFile) -> list[_Name]:
-    schema = file.schema_arrow
-    key = columns.key_column(schema)
-    label = columns.label_column(schema, shard.label_source, shard.uri)
-    table = file.read_row_groups(groups_of(shard, file), columns=[name for name in (key, label) if name is not None])
-    count = sum(file.metadata.row_group(group).num_rows for group in groups_of(shard, file))
-    rows = range(shard.start, shard.start + count)
-    same_length(table, count)
-    keys = columns.unique_keys(table, key, [row_key(shard.name, row) for row in rows])
-    labels = columns.labels(table, label, shard.label_source) if label else [None] * count
-    return [_Name(k, row_uri(shard.uri, row), text) for k, row, text in zip(keys, rows, labels, strict=True)]
-
-
-def same_length(table: pa.Table, count: int) -> None:
-    """Refuses columns that do not have the rows that the footer states, as a damaged file may."""
-    if table.num_columns and table.num_rows != count:
-        raise pa.ArrowInvalid(f"columns of {table.num_rows} rows where the footer states {count}")
-
-
-def _images(shard: Shard, file: pq.ParquetFile, max_bytes: int) -> Iterator[_Image]:
-    column = columns.image_column(file.schema_arrow)
-    if column is None:
-        raise DataError(f"{shard.uri}: no column holds images; it has {columns.described(file.schema_arrow)}")
-    for group in groups_of(shard, file):
-        done, rows, reason = 0, file.metadata.row_group(group).num_rows, "it ends early"
+def _records(
+    file: pq.ParquetFile, column: str, groups: Iterable[int], names: RowNames, max_bytes: int
+) -> Iterator[Record]:
+    """Read the images of row groups in the order of the file; the rest of a damaged row group is rejects."""
+    row = 0
+    for group in groups:
+        end, damage = row + file.metadata.row_group(group).num_rows, "it ends early"
         try:
             for batch in file.iter_batches(_BATCH_ROWS, [group], [column], use_threads=False):
-                for value in batch.column(0).slice(0, rows - done):
-                    yield _image(value, max_bytes)
-                    done += 1
+                for value in batch.column(0).slice(0, end - row):
+                    image = value["bytes"] if isinstance(value, pa.StructScalar) and value.is_valid else value
+                    record = Record(names.keys[row], names.uris[row], None, names.labels[row])
+                    size = image.as_buffer().size if image.is_valid else 0
+                    if not image.is_valid:
+                        yield replace(record, reason="null_image", detail="the row holds no image")
+                    elif size > max_bytes:
+                        yield replace(record, reason="too_large", detail=oversize_detail(size, max_bytes))
+                    else:
+                        yield replace(record, data=image.as_py())
+                    row += 1
         except DAMAGE as error:
-            reason = " ".join(str(error).split())
-        lost = _Image(None, "unreadable_file", f"the file is damaged here: {reason}")
-        yield from itertools.repeat(lost, rows - done)
+            damage = " ".join(str(error).split())
+        detail = f"the file is damaged here: {damage}"
+        for lost in range(row, end):
+            yield Record(names.keys[lost], names.uris[lost], None, names.labels[lost], "unreadable_file", detail)
+        row = end
 
 
-def _image(value: Any, max_bytes: int) -> _Image:
-    if isinstance(value, pa.StructScalar):
-        value = value["bytes"] if value.is_valid else value
-    if not value.is_valid:
-        return _Image(None, "null_image", "the row holds no image")
-    size = value.as_buffer().size
-    if size > max_bytes:
-        return _Image(None, "too_large", f"{size} bytes, above the bound of {max_bytes}")
-    return _Image(value.as_py())
-
-
-def _record(name: _Name, image: _Image) -> Record:
-    return Record(name.key, name.uri, image.data, name.label, image.reason, image.detail)
-
-
-def _in_order(names: list[_Name], images: Iterator[_Image]) -> Iterator[Record]:
-    """Records in order of key; large shards wait on disk."""
+def _sorted_by_key(records: Iterable[Record]) -> Iterator[Record]:
+    """Sort records by key; the images of large shards wait on disk."""
     with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, prefix="rayclust-") as spool:
         places = []
-        for name, image in zip(names, images, strict=False):
-            places.append((name, image.reason, image.detail, spool.tell(), len(image.data or b"")))
-            spool.write(image.data or b"")
-        for name, reason, detail, offset, size in sorted(places, key=lambda place: place[0].key):
+        for record in records:
+            places.append((replace(record, data=None), spool.tell(), len(record.data or b"")))
+            spool.write(record.data or b"")
+        for record, offset, size in sorted(places, key=lambda place: place[0].key):
             spool.seek(offset)
-            data = None if reason else spool.read(size)
-            yield Record(name.key, name.uri, data, name.label, reason, detail)
+            yield replace(record, data=None if record.reason else spool.read(size))
+
+
+def fetch(uri: str, rows: Collection[str]) -> dict[str, bytes]:
+    """Read single images of a table.
+
+    Args:
+        uri: of the table.
+        rows: row numbers as they stand behind the `#` of the records' URIs.
+
+    Returns:
+        Encoded images by row number; those that are not there are left out.
+
+    Raises:
+        UnreadableError: the table cannot be read; damage raises one of `DAMAGE`.
+    """
+    wanted = sorted(int(row) for row in rows if row.isdecimal())
+    found: dict[str, bytes] = {}
+    with opened(uri) as table:
+        column = Columns.find(table.schema_arrow).image
+        if column is None:
+            return found
+        begin = 0
+        for group in range(table.metadata.num_row_groups):
+            end = begin + table.metadata.row_group(group).num_rows
+            here = [row for row in wanted if begin <= row < end]
+            if here:
+                values = table.read_row_group(group, columns=[column]).column(0).take([row - begin for row in here])
+                images = [item.get("bytes") if isinstance(item, dict) else item for item in values.to_pylist()]
+                found |= {str(row): image for row, image in zip(here, images, strict=True) if image is not None}
+            begin = end
+    return found

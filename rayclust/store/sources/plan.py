@@ -1,19 +1,21 @@
-"""Recognises what an input is, and cuts it into shards while it is being listed."""
+"""Dispatch on the format of an input: detect it, cut it into shards, read these, fetch single images again."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from functools import lru_cache
+from itertools import islice
 
 from rayclust.errors import ConfigError, DataError
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat
-from rayclust.store.sources import columns, embeddings, folder, parquet, webdataset
-from rayclust.store.sources.arrays import is_array_file
-from rayclust.store.sources.labels import read_classes
-from rayclust.store.sources.shard import Shard
+from rayclust.store import storage
+from rayclust.store.prefetch import prefetch
+from rayclust.store.sources import embeddings, folder, parquet, webdataset
+from rayclust.store.sources.base import MAX_RECORD_BYTES, Record, Rows, Shard
+from rayclust.store.sources.embeddings import LoadTensors
+from rayclust.store.storage import FileStat, MissingError, UnreadableError
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +23,18 @@ FORMATS = ("folder", "webdataset", "parquet", "embeddings")
 
 _SAMPLE = 2000
 """Files that `detect_format` looks at: the listing of millions need not end before work begins."""
+_CONCURRENT_READS = 16
+_CONTAINER = re.compile(r"(?P<file>.+?\.(?:tar|tar\.gz|tgz|parquet|npy|pt))#(?P<inside>.*)", re.IGNORECASE | re.DOTALL)
+_WORDNET_LINE = re.compile(r"n\d{8}\b")
+_READERS: dict[str, Callable[[Shard, int], Iterator[Record]]] = {
+    "folder": folder.read,
+    "webdataset": webdataset.read,
+    "parquet": parquet.read,
+}
 
 
 def detect_format(uri: str) -> str:
-    """What an input is, from the names of its first files and the columns of its first table.
+    """Detect the format of an input from the names of its first files and the columns of its first table.
 
     Tar shards, Parquet with images, Parquet or arrays with embeddings, or image files. Tables without images or
     embeddings beside any of them are taken for metadata, and arrays beside images for what was computed from them.
@@ -38,16 +48,16 @@ def detect_format(uri: str) -> str:
     Raises:
         DataError: nothing there can be read, or several of these lie side by side.
     """
-    root = filesystem.absolute(uri)
+    root = storage.absolute(uri)
     first: dict[str, FileStat] = {}
     tables = []
-    for file in islice(filesystem.walk(root), _SAMPLE):
-        kind = _kind(file.key)
+    for file in islice(storage.walk(root), _SAMPLE):
+        kind = _file_kind(file.key)
         if kind == "table":
             tables.append(file)
         elif kind is not None:
             first.setdefault(kind, file)
-    first |= _table_kind(tables, is_alone=not first)
+    first |= _table_format(tables, is_alone=not first)
     if len(first) == 2 and "embeddings" in first:
         arrays_beside = first.pop("embeddings")
         log.info("%s: takes the images; images.format: embeddings takes %s instead", root, arrays_beside.key)
@@ -59,31 +69,34 @@ def detect_format(uri: str) -> str:
     return next(iter(first))
 
 
-def _kind(key: str) -> str | None:
+def _file_kind(key: str) -> str | None:
+    """Return the format of a file by its name; `table` for Parquet, whose columns decide; None for other files."""
     name = key.lower()
     if name.endswith(webdataset.TAR_SUFFIXES):
         return "webdataset"
     if name.endswith(".parquet"):
         return "table"
-    if is_array_file(key):
+    if embeddings.is_array_file(key):
         return "embeddings"
     return "folder" if folder.is_image(key) else None
 
 
-def _table_kind(tables: list[FileStat], *, is_alone: bool) -> dict[str, FileStat]:
-    """What the first readable table holds; without either column, it is an error only where there is nothing else."""
-    found = next(((file, found) for file in tables if (found := parquet.footer(file)) is not None), None)
+def _table_format(tables: list[FileStat], *, is_alone: bool) -> dict[str, FileStat]:
+    """Return the format of the first readable table with its file; a table of neither is an error if it is alone."""
+    footers = ((file, footer) for file in tables if (footer := parquet.read_footer(file)) is not None)
+    found = next(footers, None)
     if found is None:
         if tables and is_alone:
             raise DataError(f"{tables[0].uri}: cannot be read as Parquet, nor can any table beside it; check the files")
         return {}
     file, footer = found
-    if columns.embedding_column(footer.schema) is not None:
+    columns = parquet.Columns.find(footer.schema)
+    if columns.embedding is not None:
         return {"embeddings": file}
-    if columns.image_column(footer.schema) is not None:
+    if columns.image is not None:
         return {"parquet": file}
     if is_alone:
-        have = columns.described(footer.schema)
+        have = parquet.describe_columns(footer.schema)
         raise DataError(f"{file.uri}: has neither a column of images nor one of embeddings; it has {have}")
     return {}
 
@@ -96,7 +109,7 @@ def plan_shards(
     shard_size: int = 512,
     classes: Sequence[str] | str | None = None,
 ) -> Iterator[Shard]:
-    """Cuts an input into shards; they come while it is being listed, and memory does not grow with it.
+    """Cut an input into shards while it is being listed; memory does not grow with the listing.
 
     A folder tree is cut every `shard_size` images, a tar is one shard, Parquet is cut at row groups from `shard_size`
     rows on, and embeddings every 32 times as many. The shards are the same for the same input, wherever it lies.
@@ -116,38 +129,151 @@ def plan_shards(
         raise ConfigError(f"images.format = {format}: must be one of auto, {', '.join(FORMATS)}")
     if shard_size < 1:
         raise ConfigError(f"images.shard_size = {shard_size}: must be at least 1")
-    root = filesystem.absolute(uri)
+    root = storage.absolute(uri)
     kept = read_classes(classes)
     format = detect_format(root) if format == "auto" else format  # noqa: A001
-    shards = _numbered(_plan(root, format, labels, shard_size, None if kept is None else tuple(sorted(kept))))
-    found = next(shards, None)
-    if found is None:
-        among = "" if kept is None else f" in the {len(kept)} classes asked for (such as {min(kept)})"
-        raise DataError(f"{root}: no images{among} there in the format {format}; check images.uri and images.format")
-    yield from chain([found], shards)
-
-
-def _plan(root: str, form: str, labels: str, size: int, classes: tuple[str, ...] | None) -> Iterator[Shard]:
-    files = filesystem.walk(root)
-    template = Shard(0, "", root, "", "", labels=labels, classes=classes)
-    if form == "folder":
+    template = Shard(0, "", root, "", "", labels=labels, classes=None if kept is None else tuple(sorted(kept)))
+    files = storage.walk(root)
+    if format == "folder":
         if labels not in ("auto", "none", "folder"):
             raise DataError(
                 f"images.labels = {labels}: image files in folders have no columns; use auto, folder or none"
             )
-        yield from folder.plan(files, template, size)
-    elif form == "webdataset":
-        yield from webdataset.plan(files, template)
-    elif form == "parquet":
-        tables = (file for file in files if _kind(file.key) == "table")
-        yield from parquet.plan(tables, template, size)
+        shards = folder.plan(files, template, shard_size)
+    elif format == "webdataset":
+        shards = webdataset.plan(files, template)
+    elif format == "parquet":
+        tables = (file for file in files if _file_kind(file.key) == "table")
+        shards = parquet.plan(tables, template, shard_size)
     else:
-        tables = (file for file in files if _kind(file.key) in ("table", "embeddings"))
-        yield from embeddings.plan(tables, template, size * embeddings.SHARD_FACTOR)
-
-
-def _numbered(shards: Iterator[Shard]) -> Iterator[Shard]:
-    first = 0
+        tables = (file for file in files if _file_kind(file.key) in ("table", "embeddings"))
+        shards = embeddings.plan(tables, template, shard_size * embeddings.SHARD_FACTOR)
+    index, first = -1, 0
     for index, shard in enumerate(shards):
         yield replace(shard, index=index, first=first)
         first += shard.count or 0
+    if index < 0:
+        among = "" if kept is None else f" in the {len(kept)} classes asked for (such as {min(kept)})"
+        raise DataError(f"{root}: no images{among} there in the format {format}; check images.uri and images.format")
+
+
+def read_classes(classes: Sequence[str] | str | None) -> frozenset[str] | None:
+    """Return the classes to keep.
+
+    Args:
+        classes: names; or the URI of a text file with one a line, where `#` starts a comment line and what follows a
+            WordNet id (n01440764) on its line is left out; None keeps all.
+
+    Raises:
+        DataError: the file cannot be read, or no class is named.
+    """
+    if classes is None:
+        return None
+    if isinstance(classes, str):
+        text = storage.read_bytes(classes).decode("utf-8-sig", "backslashreplace")
+        lines = [line.strip() for line in text.splitlines()]
+        names = [line for line in lines if line and not line.startswith("#")]
+        names = [name.split()[0].rstrip(",:") if _WORDNET_LINE.match(name) else name for name in names]
+    else:
+        names = [str(name) for name in classes]
+    if not names:
+        raise DataError(f"images.classes = {classes}: names no class; give at least one, or null for all")
+    return frozenset(names)
+
+
+def read_records(shard: Shard, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
+    """Read the images of a shard in order of key, one at a time, with a reject for each that cannot be read.
+
+    Args:
+        shard: of a kind that holds images.
+        max_bytes: bytes of one encoded image above which it is rejected without being read.
+
+    Raises:
+        DataError: the storage as a whole cannot be read (worth trying again), or a column is missing.
+    """
+    if shard.has_embeddings:
+        raise DataError(f"{shard.uri}: holds ready embeddings, not images; read its rows")
+    for record in _READERS[shard.kind](shard, max_bytes):
+        is_of_unknown_class = record.reason is not None and record.label is None
+        if is_of_unknown_class or shard.selects(record.key, record.label):
+            hides_label = shard.labels == "none" and record.label is not None
+            yield replace(record, label=None) if hides_label else record
+
+
+def read_rows(shard: Shard, load_tensors: LoadTensors | None = None, width: int | None = None) -> Rows:
+    """Read the usable rows of a shard of ready embeddings in order of key, and the rejects.
+
+    Args:
+        shard: of a kind that holds embeddings.
+        load_tensors: reads a `.pt` file by its local path without running code in it; needed for those only.
+        width: D that every row must have; None takes the width of most rows of this shard.
+
+    Returns:
+        Float16 embeddings, finite and not zero. Rows that are null, of another width, not finite, above the largest
+        float16 or all zero are rejects, and a damaged file is one.
+
+    Raises:
+        DataError: the file is no table of embeddings, its labels do not fit, or the storage cannot be read.
+    """
+    if not shard.has_embeddings:
+        raise DataError(f"{shard.uri}: holds images, not ready embeddings; read its records")
+    if shard.kind == "embeddings_parquet":
+        return embeddings.read_table(shard, width)
+    if shard.kind == "embeddings_npy":
+        return embeddings.read_npy(shard, width)
+    return embeddings.read_pt(shard, width, load_tensors)
+
+
+def fetch(uri: str) -> bytes:
+    """Return the encoded image that a record's URI points to.
+
+    Args:
+        uri: of a file, of a tar's member (`shard.tar#name`) or of a table's row (`part.parquet#12`).
+
+    Raises:
+        DataError: it is not there, or cannot be read.
+    """
+    _, data = next(fetch_many([uri]))
+    if data is None:
+        raise MissingError(f"{uri}: no such image; the input has changed since it was read")
+    return data
+
+
+def fetch_many(uris: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+    """Fetch encoded images by their URIs; every tar or table is opened once.
+
+    Args:
+        uris: as for `fetch`.
+
+    Yields:
+        Each distinct URI with its image, grouped by file; None for what is not there or cannot be read.
+
+    Raises:
+        DataError: the storage as a whole cannot be read.
+    """
+    files, groups = list[str](), dict[str, dict[str, str]]()
+    is_file = lru_cache(None)(lambda file: storage.stat(file) is not None)
+    for uri in dict.fromkeys(uris):
+        match = _CONTAINER.fullmatch(uri)
+        if match and is_file(match["file"]):
+            groups.setdefault(match["file"], {})[match["inside"]] = uri
+        else:
+            files.append(uri)
+
+    def read_file(uri: str) -> bytes | None:
+        try:
+            return storage.read_bytes(uri)
+        except UnreadableError:
+            return None
+
+    yield from prefetch(read_file, files, _CONCURRENT_READS)
+    for file, names in groups.items():
+        found: dict[str, bytes] = {}
+        try:
+            if file.lower().endswith(".parquet"):
+                found = parquet.fetch(file, names)
+            elif file.lower().endswith(webdataset.TAR_SUFFIXES):  # rows of arrays have no images
+                found = webdataset.fetch(file, names)
+        except (UnreadableError, *parquet.DAMAGE) as error:
+            log.debug("%s: cannot be read: %s", file, error)
+        yield from ((uri, found.get(name)) for name, uri in names.items())

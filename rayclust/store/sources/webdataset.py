@@ -1,27 +1,88 @@
-"""Webdataset tars: members that share a path up to the first dot of their name are one sample."""
+"""Webdataset tars: members that share a path up to the first dot of their name are one sample.
+
+The tar reader is our own because the standard one stops silently at a header whose checksum is wrong, and everything
+after it is lost. Members are only read where they lie; names, links and devices never touch the disk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat, UnreadableError
-from rayclust.store.sources import tar
-from rayclust.store.sources.labels import clean, folder_label, json_label, label_text
-from rayclust.store.sources.shard import IMAGE_SUFFIXES, Record, Shard
-from rayclust.store.sources.tar import Damage, TarMember
-from rayclust.store.storage import is_hidden
+from rayclust.store import storage
+from rayclust.store.sources.base import (
+    IMAGE_SUFFIXES,
+    LABEL_NAMES,
+    Record,
+    Shard,
+    escape_invalid,
+    folder_label,
+    label_text,
+    oversize_detail,
+)
+from rayclust.store.storage import FileStat, UnreadableError, is_hidden
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_SIDECARS = frozenset({"json", "txt", "cls"})
+
+_SIDECAR_SUFFIXES = frozenset({"json", "txt", "cls"})
+"""A sample with one of these and without an image is a reject; other samples without images are left out."""
 _SIDECAR_LIMIT = 1 << 20
 """Bytes read of a member that may hold a label."""
+_BLOCK = 512
+_CHUNK = 1 << 20
+_EXTENSION_LIMIT = 1 << 20
+"""Bytes read of a long name or extended header."""
+_UNPACK_FACTOR, _UNPACK_FLOOR = 200, 1 << 30
+"""A compressed archive may grow by this factor, or to this many bytes: above lies a decompression bomb."""
+_GZIP = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A regular file in an archive."""
+
+    name: str
+    offset: int
+    """Of its first byte in the archive."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A place in an archive that cannot be read."""
+
+    reason: str
+    """tar_truncated | bad_header | empty | unreadable_file | too_large."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A row or reject before its bytes are read."""
+
+    key: str
+    uri: str
+    image: TarMember | None
+    """None for a reject."""
+    sidecars: dict[str, TarMember]
+    """Members of the same sample that are no images, by suffix."""
+    reason: str | None = None
+    detail: str = ""
 
 
 def plan(files: Iterable[FileStat], template: Shard) -> Iterator[Shard]:
-    """One shard per tar of a listing, as the listing comes; `template` carries the settings that all share."""
+    """Make one shard per tar of a listing, as the listing comes.
+
+    Args:
+        files: in order of key.
+        template: carries the settings that all shards share.
+    """
     for file in files:
         suffix = next((suffix for suffix in TAR_SUFFIXES if file.key.lower().endswith(suffix)), None)
         if suffix is not None:
@@ -29,133 +90,288 @@ def plan(files: Iterable[FileStat], template: Shard) -> Iterator[Shard]:
             yield replace(template, kind="webdataset", uri=file.uri, name=name, stamp=file.stamp)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """What one row or reject is made from."""
-
-    key: str
-    uri: str
-    image: TarMember | None
-    sidecars: dict[str, TarMember]
-    """By suffix."""
-    reason: str | None = None
-    detail: str = ""
-
-
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
-    """The images of a tar in order of key; what is damaged, doubled or without an image is a reject.
+    """Read the images of a tar in order of key; damages, duplicates and samples without an image are rejects.
 
     A remote tar is fetched whole first.
+
+    Args:
+        shard: of kind webdataset.
+        max_bytes: bytes of one encoded image above which it is rejected without being read.
 
     Raises:
         DataError: the storage as a whole cannot be read.
     """
     try:
-        archive = filesystem.open_whole(shard.uri)
+        archive = storage.open_whole(shard.uri)
     except UnreadableError as error:
-        yield from shard.rejects("unreadable_file", str(error))
+        yield shard.file_reject("unreadable_file", str(error))
         return
     with archive:
-        plain, damage = tar.unpacked(archive)
+        plain, damage = decompress(archive)
         with plain:
-            entries = _entries(shard, plain, damage)
-            for entry in sorted(entries, key=lambda entry: (entry.key, entry.uri)):
-                yield _record(shard, plain, entry, max_bytes)
+            for entry in sorted(_entries(shard, plain, damage), key=lambda entry: (entry.key, entry.uri)):
+                data, reason, detail = None, entry.reason, escape_invalid(entry.detail)
+                if entry.image is not None and entry.image.size > max_bytes:
+                    reason, detail = "too_large", oversize_detail(entry.image.size, max_bytes)
+                elif entry.image is not None:
+                    data = _read_at(plain, entry.image.offset, entry.image.size)
+                label = None if shard.label_source is None else _label(shard.label_source, plain, entry)
+                yield Record(entry.key, entry.uri, data, label, reason, detail)
 
 
-def member_uri(archive: str, name: str) -> str:
-    """The URI of a member of an archive."""
-    return f"{archive}#{clean(name)}"
+def fetch(uri: str, names: Collection[str]) -> dict[str, bytes]:
+    """Read single members of a tar.
+
+    Args:
+        uri: of the tar.
+        names: as they stand behind the `#` of the records' URIs.
+
+    Returns:
+        Contents by name, the first member of each name; those that are not there are left out.
+
+    Raises:
+        UnreadableError: the tar cannot be read.
+    """
+    found = dict[str, bytes]()
+    with storage.open_whole(uri) as archive, decompress(archive)[0] as plain:
+        for member in scan_tar(plain):
+            if isinstance(member, TarMember) and (name := escape_invalid(member.name)) in names and name not in found:
+                found[name] = _read_at(plain, member.offset, member.size)
+    return found
 
 
 def _entries(shard: Shard, archive: BinaryIO, damage: Damage | None) -> list[_Entry]:
+    """Group the members of an archive into samples, and these into rows and rejects."""
     samples: dict[str, list[tuple[str, TarMember]]] = {}
-    entries = []
-    for member in tar.members(archive):
+    damages = []
+    for member in scan_tar(archive):
         if isinstance(member, Damage):
-            entries.append(_Entry(shard.name, shard.uri, None, {}, member.reason, member.detail))
+            damages.append(member)
         elif not is_hidden(member.name):
-            key, suffix = _split(member.name)
-            samples.setdefault(key, []).append((suffix, member))
+            # The key is the path up to the first dot of its last part, the suffix follows.
+            name = member.name
+            while name.startswith("./"):
+                name = name[2:]
+            folder, slash, base = name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            samples.setdefault(folder + slash + stem, []).append((suffix.lower(), member))
     if damage is not None:
-        # Said once, with the better reason.
-        entries = [entry for entry in entries if entry.reason not in ("tar_truncated", "empty")]
-        entries.append(_Entry(shard.name, shard.uri, None, {}, damage.reason, damage.detail))
+        # Decompression ended early, so the scan found a cut archive too: keep the better of the two reasons.
+        damages = [other for other in damages if other.reason not in ("tar_truncated", "empty")] + [damage]
+    entries = [_Entry(shard.name, shard.uri, None, {}, found.reason, found.detail) for found in damages]
     for key, sample in samples.items():
-        entries += _sample(shard, clean(f"{shard.name}/{key}"), sample)
+        entries += _sample_entries(shard, escape_invalid(f"{shard.name}/{key}"), sample)
     return entries
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and lower-case suffix of a member: its path up to the first dot of its last part, and what follows."""
-    while name.startswith("./"):
-        name = name[2:]
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
-
-
-def _sample(shard: Shard, key: str, sample: list[tuple[str, TarMember]]) -> Iterator[_Entry]:
-    """One row for the sample's image; images whose suffixes have dots are rows where no plain one exists."""
+def _sample_entries(shard: Shard, key: str, sample: list[tuple[str, TarMember]]) -> Iterator[_Entry]:
+    """Make the rows and rejects of one sample from its (suffix, member) pairs."""
     images = [(suffix, member) for suffix, member in sample if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     sidecars = {suffix: member for suffix, member in reversed(sample) if suffix not in IMAGE_SUFFIXES}
     plain = [(suffix, member) for suffix, member in images if "." not in suffix]
+
+    def entry(member: TarMember, name: str = key, reason: str | None = None, detail: str = "") -> _Entry:
+        uri = f"{shard.uri}#{escape_invalid(member.name)}"
+        return _Entry(name, uri, member if reason is None else None, sidecars, reason, detail)
+
     if plain:
-        chosen = min(plain, key=lambda image: IMAGE_SUFFIXES.index(image[0]))  # the first of equals
-        for image in plain:
-            uri = member_uri(shard.uri, image[1].name)
-            if image is chosen:
-                yield _Entry(key, uri, image[1], sidecars)
+        # One row per sample: the preferred suffix, of equals the first member.
+        _, chosen = min(plain, key=lambda image: IMAGE_SUFFIXES.index(image[0]))
+        for _, member in plain:
+            if member is chosen:
+                yield entry(member)
             else:
-                yield _Entry(key, uri, None, sidecars, "duplicate_key", "another image in the archive has this key")
+                yield entry(member, key, "duplicate_key", "another image in the archive has this key")
     elif images:
-        yield from _dotted(shard, key, images, sidecars)
-    elif not _SIDECARS.isdisjoint(sidecars):
-        member = next(iter(sidecars.values()))
+        # Suffixes with dots, such as scan.v2.jpg: one alone has its sample's key, several keep what tells them apart.
+        seen = set()
+        for suffix, member in images:
+            name = key if len(images) == 1 else f"{key}.{suffix.rpartition('.')[0]}"
+            if suffix in seen:
+                yield entry(member, name, "duplicate_key", "another image in the archive has this name")
+            else:
+                yield entry(member, name)
+            seen.add(suffix)
+    elif not _SIDECAR_SUFFIXES.isdisjoint(sidecars):
         found = ", ".join(sorted(sidecars))
-        yield _Entry(
-            key, member_uri(shard.uri, member.name), None, sidecars, "no_image", f"only {found} beside no image"
-        )
-
-
-def _dotted(
-    shard: Shard, key: str, images: list[tuple[str, TarMember]], sidecars: dict[str, TarMember]
-) -> Iterator[_Entry]:
-    """Rows of images named like `scan.v2.jpg`: one alone has its sample's key, several keep what tells them apart."""
-    seen = set()
-    for suffix, member in images:
-        uri = member_uri(shard.uri, member.name)
-        name = key if len(images) == 1 else f"{key}.{suffix.rpartition('.')[0]}"
-        if suffix in seen:
-            yield _Entry(name, uri, None, sidecars, "duplicate_key", "another image in the archive has this name")
-        else:
-            yield _Entry(name, uri, member, sidecars)
-        seen.add(suffix)
-
-
-def _record(shard: Shard, archive: BinaryIO, entry: _Entry, max_bytes: int) -> Record:
-    label = None if shard.label_source is None else _label(shard.label_source, archive, entry)
-    if entry.reason is not None or entry.image is None:
-        return Record.reject(entry.key, entry.uri, entry.reason or "no_image", clean(entry.detail), label)
-    if entry.image.size > max_bytes:
-        detail = f"{entry.image.size} bytes, above the bound of {max_bytes}"
-        return Record.reject(entry.key, entry.uri, "too_large", detail, label)
-    return Record(entry.key, entry.uri, _content(archive, entry.image, entry.image.size), label)
-
-
-def _content(archive: BinaryIO, member: TarMember, limit: int) -> bytes:
-    archive.seek(member.offset)
-    return archive.read(min(member.size, limit))
+        yield entry(next(iter(sidecars.values())), key, "no_image", f"only {found} beside no image")
 
 
 def _label(source: str, archive: BinaryIO, entry: _Entry) -> str | None:
-    """`auto` takes .cls, else a field of .json; a .txt is mostly a caption, so it must be asked for by its suffix."""
+    """Read the label of a sample.
+
+    `auto` takes .cls, else a field of .json; a .txt is mostly a caption, so it is read only on request.
+    """
     if source == "folder":
         return folder_label(entry.uri.partition("#")[2])
-    texts = {"cls"} if source == "auto" else {source} - {"json"}
-    for suffix in texts & set(entry.sidecars):
-        return label_text(_content(archive, entry.sidecars[suffix], _SIDECAR_LIMIT))
-    if "json" in entry.sidecars:
-        field = None if source in ("auto", "json") else source
-        return json_label(_content(archive, entry.sidecars["json"], _SIDECAR_LIMIT), field)
+    suffix = "cls" if source == "auto" else source
+    member = entry.sidecars.get(suffix, entry.sidecars.get("json"))
+    if member is None:
+        return None
+    data = _read_at(archive, member.offset, min(member.size, _SIDECAR_LIMIT))
+    if suffix != "json" and suffix in entry.sidecars:
+        return label_text(data)
+    return json_label(data, None if source in ("auto", "json") else source)
+
+
+def json_label(data: bytes, field: str | None = None) -> str | None:
+    """Return the label in a JSON object; None if it is damaged or has none.
+
+    Args:
+        data: the JSON text.
+        field: name of the field, with `.` between levels; None takes the first of `LABEL_NAMES`.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if field is not None:
+        for name in field.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+    elif isinstance(value, dict):
+        fields = {str(name).lower(): item for name, item in reversed(value.items())}
+        value = next((fields[name] for name in LABEL_NAMES if name in fields), None)
+    return label_text(value)
+
+
+def scan_tar(archive: BinaryIO) -> Iterator[TarMember | Damage]:
+    """Walk over the headers of an archive, resuming behind damaged ones.
+
+    Args:
+        archive: seekable, not compressed.
+
+    Yields:
+        Regular files and damages, in order. Links, devices, folders and sparse files are left out.
+    """
+    size = archive.seek(0, 2)
+    offset, has_ended = 0, False
+    extension: dict[str, str] = {}  # long names and pax records, for the member that follows them
+    while offset + _BLOCK <= size:
+        block = _read_at(archive, offset, _BLOCK)
+        start = offset + _BLOCK
+        if not block.strip(b"\0"):
+            has_ended, offset = True, start
+            continue
+        info = _parse_header(block)
+        if info is None and has_ended:  # garbage behind the end mark
+            return
+        has_ended = False
+
+        # 1. A damaged header, or a size beyond the end: resume at the next intact header.
+        length = -1 if info is None else _data_size(info, extension)
+        if info is None or not 0 <= length <= size - start:
+            claim = "" if info is None else f"{extension.get('path', info.name)} claims {length} bytes"
+            detail = f"{claim}, and {size - start} are left" if claim else f"the header at byte {offset} is damaged"
+            found = _next_header(archive, start, size)
+            if found is None:
+                is_tar = offset > 0 or info is not None
+                yield Damage("tar_truncated", detail) if is_tar else Damage("unreadable_file", "not a tar archive")
+                return
+            yield Damage("bad_header", detail)
+            offset, extension = found, {}
+            continue
+        offset = start + -(-length // _BLOCK) * _BLOCK
+
+        # 2. Keep an extension for the member that follows; yield a regular file.
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            extension |= _parse_extension(info, _read_at(archive, start, min(length, _EXTENSION_LIMIT)))
+        elif info.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            is_sparse = any(name.startswith("GNU.sparse") for name in extension)
+            if info.isreg() and info.type != tarfile.GNUTYPE_SPARSE and not is_sparse:
+                yield TarMember(extension.get("path", info.name), start, length)
+            extension = {}
+    if not has_ended:
+        is_empty = size == 0
+        detail = "the file has no bytes" if is_empty else "the archive ends without its end mark"
+        yield Damage("empty" if is_empty else "tar_truncated", detail)
+
+
+def _read_at(archive: BinaryIO, offset: int, size: int) -> bytes:
+    archive.seek(offset)
+    return archive.read(size)
+
+
+def _parse_header(block: bytes) -> tarfile.TarInfo | None:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+    except (tarfile.HeaderError, ValueError):
+        return None
+
+
+def _data_size(info: tarfile.TarInfo, extension: dict[str, str]) -> int:
+    """Return the bytes of data behind a header, as claimed by it or by the pax record of a regular file."""
+    if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
+        return info.size
+    if not info.isreg() and info.type in tarfile.SUPPORTED_TYPES and info.type not in tarfile.GNU_TYPES:
+        return 0
+    claimed = extension.get("size", "")
+    return int(claimed) if claimed.isdecimal() and info.isreg() else info.size
+
+
+def _next_header(archive: BinaryIO, start: int, size: int) -> int | None:
+    """Return the offset of the first intact header from `start` on.
+
+    Only headers with the magic word of POSIX and GNU archives are found.
+    """
+    for base in range(start, size, _CHUNK):
+        chunk = _read_at(archive, base, _CHUNK)
+        at = chunk.find(b"ustar")
+        while at >= 0:
+            header = at - 257
+            if header >= 0 and header % _BLOCK == 0 and _parse_header(chunk[header : header + _BLOCK]) is not None:
+                return base + header
+            at = chunk.find(b"ustar", at + 1)
     return None
+
+
+def _parse_extension(info: tarfile.TarInfo, data: bytes) -> dict[str, str]:
+    """Parse a GNU long name, or the records `length keyword=value` of a pax header as far as they can be read."""
+    if info.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": data.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")}
+    records: dict[str, str] = {}
+    while data:
+        length, _, rest = data.partition(b" ")
+        if not length.isdigit() or not len(length) + 1 < int(length) <= len(data):
+            break
+        keyword, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        records[keyword.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
+        data = data[int(length) :]
+    return records
+
+
+def decompress(archive: BinaryIO) -> tuple[BinaryIO, Damage | None]:
+    """Decompress an archive if it is compressed with gzip, whatever its name.
+
+    The standard reader of gzip files drops up to a buffer before a damage; this one keeps all that can be read.
+
+    Args:
+        archive: seekable.
+
+    Returns:
+        The archive itself, or a temporary file that is gone when closed, with as much as could be decompressed; and
+        the damage that ended it early.
+    """
+    archive.seek(0)
+    if archive.read(2) != _GZIP:
+        return archive, None
+    limit = max(_UNPACK_FLOOR, _UNPACK_FACTOR * archive.seek(0, 2))
+    archive.seek(0)
+    plain = cast(BinaryIO, tempfile.TemporaryFile(prefix="rayclust-"))  # noqa: SIM115 - the caller closes it
+    stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    while chunk := archive.read(_CHUNK):
+        while chunk:
+            try:
+                plain.write(stream.decompress(chunk, _CHUNK))
+            except zlib.error as error:
+                return plain, Damage("tar_truncated", f"the compressed archive is damaged: {error}")
+            if plain.tell() > limit:
+                return plain, Damage("too_large", f"the archive unpacks to more than {limit} bytes")
+            chunk = stream.unconsumed_tail
+            if stream.eof:
+                chunk = stream.unused_data
+                if not chunk.startswith(_GZIP):  # padding
+                    return plain, None
+                stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    plain.write(stream.flush())
+    return plain, None if stream.eof else Damage("tar_truncated", "the compressed archive ends early")

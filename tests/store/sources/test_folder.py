@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayclust.store import filesystem
+from rayclust.store import storage
 from rayclust.store.sources import Shard, plan_shards, read_records
 from rayclust.store.sources.folder import is_image
 from tests.store.inputs import image, write
@@ -47,7 +47,7 @@ def test_only_the_classes_asked_for(place: str) -> None:
 def test_what_is_gone_or_too_large_is_a_reject(place: str) -> None:
     write(place, {"a.png": b"x" * 10, "b.png": b"x" * 11, "c.png": b"x", "d.png": b""})
     (shard,) = plan(place)
-    filesystem.remove(f"{place}/c.png")
+    storage.remove(f"{place}/c.png")
     found = list(read_records(shard, max_bytes=10))
     assert [(record.key, record.reason) for record in found] == [
         ("a.png", None), ("b.png", "too_large"), ("c.png", "missing"), ("d.png", None),

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayclust.errors import DataError
-from rayclust.store import filesystem
-from rayclust.store.sources import Record, fetch, parquet, plan_shards, read_records
+from rayclust.store import storage
+from rayclust.store.sources import Record, Shard, fetch, parquet, plan_shards, read_records
+from rayclust.store.sources.parquet import Columns, RowNames, class_names
 from tests.store.inputs import image, write
 from tests.store.inputs import parquet as make
 
@@ -63,8 +67,8 @@ def test_large_shards_wait_on_disk(place: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_row_groups_larger_than_memory_are_buffered(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "_AT_ONCE", 10)
-    monkeypatch.setattr(parquet, "_BUFFER", 128)
+    monkeypatch.setattr(parquet, "_UNBUFFERED_BYTES", 10)
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 128)
     write(place, {"x.parquet": make({"image": IMAGES, "label": range(6)}, groups=4)})
     assert [(record.data, record.label) for record in read(place)] == [(IMAGES[i], str(i)) for i in range(6)]
 
@@ -73,7 +77,7 @@ def test_a_damaged_page_costs_its_rows_and_no_others(place: str) -> None:
     big = [bytes([i]) * 70_000 for i in range(6)]
     table = pa.table({"image": big, "key": list("abcdef")})
     sink = pa.BufferOutputStream()
-    with pa.parquet.ParquetWriter(sink, table.schema, compression="none", use_dictionary=False) as writer:
+    with pq.ParquetWriter(sink, table.schema, compression="none", use_dictionary=False) as writer:
         for i in range(3):
             writer.write_table(table.slice(2 * i, 2))
     data = bytearray(sink.getvalue())
@@ -85,16 +89,6 @@ def test_a_damaged_page_costs_its_rows_and_no_others(place: str) -> None:
     assert [record.reason for record in found] == [None, None, "unreadable_file", "unreadable_file", None, None]
 
 
-def test_a_damaged_file_does_not_cost_the_others(place: str) -> None:
-    good = make({"image": IMAGES[:2]})
-    write(place, {"a.parquet": good, "b.parquet": good[:-20], "c.parquet": b"", "d.parquet": good})
-    found = read(place)
-    assert [(record.key, record.reason) for record in found if record.reason] == [
-        ("b", "unreadable_file"), ("c", "unreadable_file"),
-    ]  # fmt: skip
-    assert len(found) == 6
-
-
 def test_limits_and_classes(place: str) -> None:
     paths = ["n1/a.png", "n2/b.png", "n1/c.png"]
     write(place, {"x.parquet": make({"image": [IMAGES[0], IMAGES[1], bytes(999)], "path": paths, "label": [0, 1, 0]})})
@@ -104,27 +98,14 @@ def test_limits_and_classes(place: str) -> None:
     assert [record.reason for record in read_records(shard, max_bytes=998)] == [None, "too_large", None]
 
 
-@pytest.mark.parametrize("columns", [{"text": ["a"]}, {"image": ["not bytes"]}, {"a": [b"x"], "b": [b"y"]}])
-def test_a_table_without_images_names_its_columns(place: str, columns: dict[str, list[object]]) -> None:
-    write(place, {"good.parquet": make({"image": IMAGES}), "x.parquet": make(columns)})
-    with pytest.raises(DataError, match=rf"x\.parquet: no column holds images.*{next(iter(columns))}"):
-        read(place)
+def test_the_storage_failing_is_no_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreachable(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise DataError("cannot reach the bucket")
 
-
-def test_a_column_of_labels_that_does_not_exist(place: str) -> None:
-    write(place, {"x.parquet": make({"image": IMAGES, "label": range(6)})})
-    with pytest.raises(DataError, match=r"images\.labels = breed"):
-        read(place, labels="breed")
-
-
-def test_the_storage_failing_is_no_reject(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(s3_bucket, {"x.parquet": make({"image": IMAGES})})
-    (shard,) = plan_shards(s3_bucket)
-
-    def fail(*_: object, **__: object) -> None:
-        raise TimeoutError("no answer")
-
-    monkeypatch.setattr("rayclust.store.s3.get", fail)
+    write(str(tmp_path), {"x.parquet": make({"image": IMAGES})})
+    (shard,) = plan_shards(str(tmp_path))
+    monkeypatch.setattr(storage, "open_input", lambda _: Unreachable((tmp_path / "x.parquet").read_bytes()))
     with pytest.raises(DataError, match="cannot reach"):
         list(read_records(shard))
 
@@ -136,4 +117,102 @@ def test_real_photographs(shared_data: Path) -> None:
     assert record.label == "chain saw"
     assert record.data is not None
     assert record.data[:2] == b"\xff\xd8"
-    assert filesystem.stat(shards[0].uri) is not None
+    assert storage.stat(shards[0].uri) is not None
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+VECTOR = pa.list_(pa.float32())
+
+
+@pytest.mark.parametrize(
+    ("fields", "image"),
+    [
+        ([("image", pa.binary())], "image"), ([("Image", pa.large_binary())], "Image"), ([("img", STRUCT)], "img"),
+        ([("thing", pa.binary())], "thing"), ([("a", pa.binary()), ("b", pa.binary())], None),
+        ([("a", pa.binary()), ("jpg", pa.binary())], "jpg"), ([("image", pa.string())], None),
+        ([("image", pa.string()), ("raw", pa.binary())], "raw"), ([("image", pa.list_(pa.uint8()))], None),
+        ([("image", pa.struct([("path", pa.string())]))], None), ([], None),
+    ],
+)  # fmt: skip
+def test_column_of_images(fields: list[tuple[str, pa.DataType]], image: str | None) -> None:
+    assert Columns.find(pa.schema(fields)).image == image
+
+
+@pytest.mark.parametrize(
+    ("type_", "is_found"),
+    [
+        (VECTOR, True), (pa.list_(pa.float16(), 4), True), (pa.large_list(pa.float64()), True),
+        (pa.list_(pa.int8()), True), (pa.fixed_shape_tensor(pa.float32(), [4]), True), (pa.list_(pa.string()), False),
+        (pa.list_(VECTOR), False), (pa.binary(), False), (pa.float32(), False), (pa.list_(pa.bool_()), False),
+    ],
+)  # fmt: skip
+def test_column_of_embeddings(type_: pa.DataType, is_found: bool) -> None:
+    assert (Columns.find(pa.schema([("Embedding", type_)])).embedding is not None) == is_found
+
+
+def test_columns_of_keys_and_uris() -> None:
+    text = pa.string()
+    assert Columns.find(pa.schema([("url", text), ("filename", text)])).key == "filename"
+    assert Columns.find(pa.schema([("image", STRUCT)])).key == "image.path"
+    assert Columns.find(pa.schema([("image", STRUCT), ("key", pa.int64())])).key == "key"
+    assert Columns.find(pa.schema([("x", text)])).key is None
+    assert Columns.find(pa.schema([("uri", text), ("image_path", text)])).uri == "uri"
+    assert Columns.find(pa.schema([("uri", pa.int32())])).uri is None
+
+
+def test_column_of_labels() -> None:
+    schema = pa.schema([("image", STRUCT), ("y", pa.int8()), ("label", pa.list_(pa.int64())), ("breed", pa.string())])
+    found = {source: Columns.find(schema, source, "t").label for source in ("auto", "breed", "folder", None)}
+    assert found == {"auto": "y", "breed": "breed", "folder": "image.path", None: None}
+    with pytest.raises(DataError, match=r"images.labels = colour: t has no such column; .*breed \(string\)"):
+        Columns.find(schema, "colour", "t")
+
+
+def names(table: pa.Table, source: str | None = None) -> RowNames:
+    shard = Shard(0, "parquet", "u", "f", "s")
+    return RowNames.numbered(shard, table.num_rows).replaced(table, Columns.find(table.schema, source), source)
+
+
+NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"a\xff"]).buffers())
+
+
+@pytest.mark.parametrize(
+    ("column", "source", "labels"),
+    [
+        ([0, 1, -1, None], "auto", ["cat", "dog", None, None]), ([1.0, np.nan, 2.5], "label", ["dog", None, None]),
+        (pa.array(["a", None, "b"]).dictionary_encode(), "auto", ["a", None, "b"]),
+        ([{"a": 1}, {"a": 2}], "label", [None, None]), ([1, 2], None, [None, None]), (NOT_UTF8, "auto", ["a\\xff"]),
+    ],
+)  # fmt: skip
+def test_labels_of_every_type(column: object, source: str | None, labels: list[str | None]) -> None:
+    table = pa.table({"label": column}).replace_schema_metadata({"class_names": '["cat", "dog"]'})
+    assert names(table, source).labels == labels
+
+
+def test_folders_of_keys_as_labels() -> None:
+    assert names(pa.table({"path": ["a/b.jpg", None, "c.jpg"]}), "folder").labels == ["a", None, None]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_kept"),
+    [(["b", "a"], True), (["a", "a"], False), (["a", None], False), (["a", ""], False), ([2, 1], True)],
+)
+def test_keys_must_be_whole_and_differ(values: list[object], is_kept: bool) -> None:
+    found = names(pa.table({"key": values})).keys
+    assert found == ([str(value) for value in values] if is_kept else ["f/00000000", "f/00000001"])
+
+
+def test_class_names_of_both_kinds_of_metadata() -> None:
+    assert class_names({b"class_names": b'["a", "b"]'}, "label") == ["a", "b"]
+    hugging = b'{"info": {"features": {"label": {"names": ["x", "y"], "_type": "ClassLabel"}}}}'
+    assert class_names({b"huggingface": hugging}, "label") == ["x", "y"]
+    assert class_names({b"huggingface": hugging}, "other") is None
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {}, {b"class_names": b"{"}, {b"class_names": b"[1]"}, {b"class_names": b'{"0": "a"}'},
+     {b"huggingface": b"[]"}, {b"huggingface": b'{"info": null}'}, {b"class_names": b"\xff"}],
+)  # fmt: skip
+def test_damaged_metadata_names_no_classes(metadata: dict[bytes, bytes] | None) -> None:
+    assert class_names(metadata, "label") is None

@@ -7,12 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayclust.errors import ConfigError, DataError
-from rayclust.store import filesystem
-from rayclust.store.filesystem import FileStat
-from rayclust.store.sources import detect_format, folder, plan_shards
-from rayclust.store.sources.shard import Shard
-from tests.store.inputs import image, npy, parquet, samples, tar, vectors, write
+from rayclust.errors import DataError
+from rayclust.store import storage
+from rayclust.store.sources import (
+    Shard,
+    detect_format,
+    fetch,
+    fetch_many,
+    folder,
+    plan_shards,
+    read_classes,
+    read_records,
+    read_rows,
+)
+from rayclust.store.storage import FileStat
+from tests.store.inputs import gz, image, npy, parquet, samples, tar, vectors, write
 
 TAR = {"x.tar": tar(samples(1))}
 IMAGES = {"a/1.jpg": image()}
@@ -51,11 +60,10 @@ def test_single_files_are_inputs(place: str, files: dict[str, bytes]) -> None:
     ("files", "words"),
     [
         (TAR | IMAGES, r"holds webdataset \(x.tar\)|holds folder \(a/1.jpg\)"),
-        (TAR | TABLE, "set images.format"), (IMAGES | TABLE, "set images.format"),
-        (NOTES, "holds no images"), (OTHER, "neither a column of images nor one of embeddings.*caption"),
-        ({"a.parquet": b"x", "b.parquet": b""}, "cannot be read as Parquet"), ({"labels.npy": b"x"}, "holds no images"),
+        (OTHER, "neither a column of images nor one of embeddings.*caption"),
+        ({"a.parquet": b"x", "b.parquet": b""}, "cannot be read as Parquet"),
     ],
-    ids=range(7),
+    ids=["mixed", "neither", "damaged"],
 )  # fmt: skip
 def test_what_cannot_be_told_is_refused(place: str, files: dict[str, bytes], words: str) -> None:
     write(place, files)
@@ -69,18 +77,6 @@ def test_a_format_that_is_not_there(place: str, form: str) -> None:
     write(place, NOTES)
     with pytest.raises(DataError, match=f"no images there in the format {form}"):
         list(plan_shards(place, form))
-
-
-def test_wrong_arguments(place: str) -> None:
-    write(place, IMAGES)
-    with pytest.raises(ConfigError, match=r"images\.format = zip"):
-        list(plan_shards(place, "zip"))
-    with pytest.raises(ConfigError, match=r"images\.shard_size = 0"):
-        list(plan_shards(place, shard_size=0))
-    with pytest.raises(DataError, match=r"images\.labels = breed"):
-        list(plan_shards(place, labels="breed"))
-    with pytest.raises(DataError, match="in the 2 classes asked for"):
-        list(plan_shards(place, classes=["n1", "n2"]))
 
 
 def test_classes_from_a_file(place: str) -> None:
@@ -111,7 +107,7 @@ def test_shards_come_while_the_listing_goes_on() -> None:
 
 
 def test_memory_does_not_grow_with_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "walk", lambda _: endless_listing(30_000))
+    monkeypatch.setattr(storage, "walk", lambda _: endless_listing(30_000))
     tracemalloc.start()
     shards = plan_shards("s3://b", "folder", shard_size=500)
     peaks = [tracemalloc.get_traced_memory()[1] for shard in shards if shard.index in (5, 59)]
@@ -120,10 +116,101 @@ def test_memory_does_not_grow_with_the_listing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_long_listing_is_not_read_to_its_end_to_know_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "walk", lambda _: endless_listing(10**12))
+    monkeypatch.setattr(storage, "walk", lambda _: endless_listing(10**12))
     assert detect_format("s3://b") == "folder"
 
 
 def test_vectors_are_widths_apart_are_told(place: str) -> None:
     write(place, {"a.npy": npy(vectors(3, 4)), "b.npy": npy(vectors(3, 5)), "c.npy": npy(np.zeros((0, 4)))})
     assert [shard.count for shard in plan_shards(place)] == [3, 3]
+
+
+def test_read_classes(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("# a comment\nn01440764 tench, Tinca tinca\n\nn02102040\ngarbage truck\n")
+    assert read_classes(str(tmp_path / "list.txt")) == {"n01440764", "n02102040", "garbage truck"}
+    assert read_classes(["a", "b", "a"]) == {"a", "b"}
+    assert read_classes(None) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\n \n"])
+def test_a_list_without_classes_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(DataError, match="names no class"):
+        read_classes(str(tmp_path / "list.txt"))
+    with pytest.raises(DataError):
+        read_classes([])
+
+
+def test_images_and_rows_are_not_mixed_up(place: str) -> None:
+    write(place, {"i/a.png": image(), "v/x.npy": npy(vectors(2))})
+    (images,) = plan_shards(f"{place}/i")
+    (rows,) = plan_shards(f"{place}/v")
+    assert (images.has_embeddings, rows.has_embeddings) == (False, True)
+    with pytest.raises(DataError, match="ready embeddings"):
+        list(read_records(rows))
+    with pytest.raises(DataError, match="holds images"):
+        read_rows(images)
+
+
+@pytest.mark.parametrize("form", ["folder", "webdataset", "parquet"])
+def test_the_same_images_in_every_format(place: str, form: str) -> None:
+    images = {f"n{i % 2}/{i}.png": image(i) for i in range(6)}
+    table = parquet({"image": list(images.values()), "path": list(images)})
+    files = {"folder": images, "webdataset": {"x.tar": tar(list(images.items()))}, "parquet": {"x.parquet": table}}
+    write(place, files[form])
+    (shard,) = plan_shards(place, labels="folder")
+    found = list(read_records(Shard.from_json(shard.to_json())))
+    assert [record.data for record in found] == [images[key] for key in sorted(images)]
+    assert [record.label for record in found] == ["n0"] * 3 + ["n1"] * 3
+    (shard,) = plan_shards(place, classes=["n1"], labels="none")
+    kept = list(read_records(shard))
+    assert [record.data for record in kept] == [image(i) for i in (1, 3, 5)]
+    assert {record.label for record in kept} == {None}
+
+
+def test_reading_stops_where_the_reader_does(place: str) -> None:
+    write(place, {f"{i}.png": image(i) for i in range(100)})
+    (shard,) = plan_shards(place)
+    records = read_records(shard)
+    assert next(iter(records)).key == "0.png"
+    records.close()  # type: ignore[attr-defined]
+
+
+FETCHED = {
+    "folder": {"a#1/b%20 c.png": image(1), "x.tar#2.png": image(2)},
+    "tar": {"d.v1/x.tar": tar([*samples(3), ("a#b.png", image(9))]), "y.tgz": gz(tar(samples(2)))},
+    "parquet": {
+        "x.parquet": parquet({"image": [image(i) for i in range(5)]}, groups=2),
+        "y.parquet": parquet({"image": [{"bytes": image(7), "path": "p"}]}),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FETCHED)
+def test_every_record_is_found_again_by_its_uri(place: str, kind: str) -> None:
+    write(place, FETCHED[kind])
+    found = {r.uri: r.data for shard in plan_shards(place) for r in read_records(shard)}
+    assert len(found) >= 2
+    assert all(fetch(uri) == data for uri, data in found.items())
+    assert dict(fetch_many([*found, *found])) == found
+
+
+def test_what_is_not_there(place: str) -> None:
+    write(place, FETCHED["tar"] | FETCHED["parquet"] | {"e.npy": npy(vectors(2)), "bad.parquet": b"x"})
+    missing = ["none.png", "d.v1/x.tar#none.png", "none.tar#a.png", "x.parquet#99", "x.parquet#x", "e.npy#0"]
+    missing += ["bad.parquet#0", "d.v1/x.tar#", "x.parquet#-1"]
+    uris = [storage.join(place, name) for name in missing]
+    assert dict(fetch_many(uris)) == dict.fromkeys(uris)
+    for uri in uris:
+        with pytest.raises(DataError, match="no such image"):
+            fetch(uri)
+
+
+def test_each_file_is_opened_once(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(place, FETCHED["tar"])
+    uris = [r.uri for shard in plan_shards(place) for r in read_records(shard)]
+    opened = []
+    open_whole = storage.open_whole
+    monkeypatch.setattr(storage, "open_whole", lambda uri: (opened.append(uri), open_whole(uri))[1])
+    assert all(data is not None for _, data in fetch_many(reversed(uris)))
+    assert len(opened) == 2

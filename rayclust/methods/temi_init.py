@@ -1,0 +1,179 @@
+"""k-means start of TEMI's heads, and the choice among heads by the neighbour graph.
+
+Random heads need thousands of steps before they cluster at all, and most settle where two classes share a cluster.
+Here k-means is run from many seeds on rows averaged over their neighbours; the partitions that keep most neighbours
+together are kept; and each head's last hidden layer is solved, by ridge regression, to predict one of them.
+
+A file of its own, because none of it is in TEMI's paper (arXiv 2303.17896).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rayclust.clustering import kmeans
+from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
+from rayclust.clustering.row_stats import compute, even_sample
+from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
+from rayclust.methods.base import Rows
+from rayclust.methods.heads import Heads
+from rayclust.search.knn import top_k
+
+SAMPLE_ROWS = 65_536
+"""Rows that a start and a choice look at, at most."""
+SAMPLE_ROWS_PER_CLUSTER = 64
+"""Rows that they look at for each cluster, at least."""
+RIDGE = 0.01
+"""Ridge penalty, relative to the mean variance of a hidden unit."""
+ROUNDING = 1e-6
+"""Variance of hidden units, relative to their squared mean, that counts as none."""
+_BLOCK = 2048
+_MAX_LOGITS = 1 << 28
+"""Logits that a choice computes at once, at most: 1 GiB of float32."""
+_ANCHORS = 16_384
+_ITERATIONS = 100
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """Settings of a start from k-means."""
+
+    clusters: int
+    """K."""
+    restarts: int
+    """Partitions to choose from."""
+    columns: int
+    """Nearest neighbours that are averaged and counted."""
+    rounds: int
+    """How often rows are averaged with their neighbours; 0 takes them as they are."""
+
+
+@torch.no_grad()
+def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int) -> None:
+    """Set each head's layers before the last logits so that its clusters are those of a good k-means partition.
+
+    The best partitions, by modularity, go to the heads in turn. Workers share the work and end with equal heads.
+
+    Args:
+        heads: on any device, changed in place.
+        rows: read once.
+        options: what partitions to make.
+        seed: of k-means' first centres and of the sample.
+    """
+    # 1. A sample of the rows with their neighbours in it, the same on all workers.
+    like, columns = heads.direction, options.columns
+    ids = _sample(rows.count, options.clusters, seed)
+    if len(ids) == rows.count:
+        x, neighbors = rows.tensor().to(like), rows.neighbors()[:, :columns].to(like.device).long()
+    else:
+        x = rows.tensor()
+        x = x[ids.to(x.device)].to(like)
+        places, unit = torch.arange(len(x), device=x.device), functional.normalize(x, dim=1)
+        neighbors = top_k(unit, unit, columns, query_ids=places, database_ids=places)[0]
+    # 2. k-means of rows averaged with their neighbours, from each seed; workers share the rows.
+    smoothed = smooth(x, neighbors, options.rounds)
+    own = smoothed[own_slice(len(x))]
+    settings = kmeans.KMeansOptions(
+        clusters=options.clusters, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3
+    )
+    population = compute(lambda: [own], settings.metric)
+    state = kmeans.start(population, settings, seed)
+    for reached in kmeans.advance(population, settings, state):
+        state = reached
+    labels = torch.stack([kmeans.assign(smoothed, centers)[0] for centers in state.centers])
+    # 3. The partitions of highest modularity.
+    known = neighbors.clamp(min=0)
+    others = [one[known].masked_fill(neighbors < 0, -1) for one in labels]
+    terms = [modularity_terms(a[None], b[None], options.clusters) for a, b in zip(labels, others, strict=True)]
+    order = modularity(torch.cat(terms)).sort(descending=True, stable=True).indices
+    places = heads.shape.first + torch.arange(heads.shape.heads, device=order.device)
+    # 4. Heads that predict them.
+    _solve(heads, x, labels[order[places % len(order)]])
+
+
+@torch.no_grad()
+def best_by_modularity(
+    heads: Heads, rows: Rows, columns: int, seed: int, group: ProcessGroup | None = None
+) -> tuple[int, Tensor]:
+    """Return the head whose clusters keep most neighbours together.
+
+    Args:
+        heads: whose most probable clusters count.
+        rows: read once; at most `SAMPLE_ROWS` of them are looked at, with their neighbours.
+        columns: nearest neighbours that count.
+        seed: of the sample.
+        group: workers that share the heads; None: each has all.
+
+    Returns:
+        The head's number, and Float64[H], the modularity of every head; see `clustering.neighborhood.modularity`.
+    """
+    group = group or ProcessGroup()
+    K, like = heads.shape.clusters, heads.direction
+    block = max(1, min(_BLOCK, _MAX_LOGITS // (heads.shape.heads * K)))
+    ids = _sample(rows.count, K, seed)
+    x, neighbors = rows.tensor(), rows.neighbors()
+    total = like.new_zeros((heads.shape.heads, K + 2), dtype=torch.float64)
+    for anchors in torch.split(ids[own_slice(len(ids))], _ANCHORS):
+        # Each row that is an anchor or a neighbour of one is evaluated once.
+        near = neighbors[anchors.to(neighbors.device), :columns].long()
+        pairs = torch.cat([anchors.to(near.device)[:, None], near.clamp(min=0)], dim=1)
+        needed, where = torch.unique(pairs, return_inverse=True)
+        blocks = [heads(x[part.to(x.device)].to(like)).argmax(-1) for part in torch.split(needed, block)]
+        labels = torch.cat(blocks, dim=1)[:, where.to(like.device)]
+        others = labels[:, :, 1:].masked_fill((near < 0).to(labels.device), -1)
+        total += modularity_terms(labels[:, :, 0], others, K)
+    all_heads = int(group.all_reduce(torch.tensor(len(total), device=like.device)))
+    values = group.all_gather_cat(modularity(all_reduce(total)), all_heads)
+    return int(values.argmax()), values
+
+
+def _sample(count: int, clusters: int, seed: int) -> Tensor:
+    """Return Int64[S], numbers of a sample of the rows, in order; the same on all workers."""
+    return even_sample(count, min(count, max(SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER * clusters)), seed)
+
+
+def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
+    """Set each head's last hidden layer by ridge regression of its clusters on the units before it.
+
+    The bottleneck then is Σ_c (score of c) · ŵ_c, so that the last layer, left as it is, reads the scores off again.
+
+    Args:
+        heads: whose last hidden layer is set, in place; its weights keep their length.
+        x: Float[N D], the same on all workers.
+        labels: Int64[H N], the same on all workers.
+    """
+    last, bias, K = heads.weights[-1], heads.biases[-1], heads.shape.clusters
+    H, width, count = len(last), last.shape[2], len(x)
+    # 1. Second moments of the hidden units, and of them with the clusters, around their means; workers share the rows.
+    gram, cross, mean = (x.new_zeros(shape) for shape in ((H, width, width), (H, width, K), (H, width)))
+    for ids in torch.split(torch.arange(count, device=x.device)[own_slice(count)], _BLOCK):
+        units = heads.hidden(x[ids])
+        members = (labels[:, ids, None] == torch.arange(K, device=labels.device)).to(units)
+        gram.baddbmm_(units.mT, units)
+        cross.baddbmm_(units.mT, members)
+        mean += units.sum(1)
+    gram, cross, mean = (all_reduce(part.double()) / count for part in (gram, cross, mean))
+    shares = torch.stack([torch.bincount(one, minlength=K) for one in labels]).double() / count
+    gram = gram - mean[:, :, None] * mean[:, None]
+    cross = cross - mean[:, :, None] * shares[:, None]
+    # 2. Scores of the clusters, linear in the units. By Cholesky: the matrix is positive definite, and batched LU fails
+    # in some builds of MKL on two threads.
+    variance = gram.diagonal(dim1=1, dim2=2).mean(1)
+    penalty = (RIDGE * variance).clamp(min=torch.finfo(last.dtype).tiny)[:, None].expand(-1, width)
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(penalty))
+    factor = torch.where(failed.view(-1, 1, 1) > 0, torch.eye(width).to(factor), factor)
+    scores = torch.cholesky_solve(cross, factor)
+    # 3. The layer that writes them along the last layer's directions, at the length that the weights had; its bias
+    # takes the mean off. Heads whose units do not vary keep theirs.
+    weight = functional.normalize(heads.direction.double(), dim=2).mT @ scores.mT
+    length = weight.flatten(1).norm(dim=1)
+    varies = variance > ROUNDING * mean.square().mean(1)
+    usable = (length > 0) & varies & (failed == 0)
+    weight = weight * (last.double().flatten(1).norm(dim=1) / length.where(usable, 1.0))[:, None, None]
+    for parameter, value in ((last, weight), (bias, -(weight @ mean[:, :, None])[:, :, 0])):
+        solved = torch.where(usable.view(-1, *[1] * (value.dim() - 1)), value, parameter.to(value))
+        parameter.copy_(data_group().broadcast(solved))  # rounding may differ between processors

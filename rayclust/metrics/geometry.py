@@ -1,0 +1,256 @@
+"""Geometry of some hundred or thousand rows: similarities, memberships and spectra, for drawings and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
+from rayclust.errors import ConfigError, DataError, ShapeError
+
+
+def absolute_gram(x: FloatArray) -> NDArray[np.float64]:
+    """Return |ZᵀZ|: absolute cosines between all rows; in [0, 1], symmetric, 1 on the diagonal but for zero rows.
+
+    Args:
+        x: Float[N D], of any length.
+
+    Returns:
+        Float64[N N].
+
+    Source: arXiv 2306.05272, figure 2; its Z has samples as columns.
+    """
+    rows = _unit(x)
+    return np.minimum(np.abs(rows @ rows.T), 1.0)
+
+
+def kernel_membership(x: FloatArray, temperature: float) -> NDArray[np.float64]:
+    """Return the row softmax of cosine / temperature without the diagonal, for methods that have no Π.
+
+    Args:
+        x: Float[N D], of any length.
+        temperature: above 0.
+
+    Returns:
+        Float64[N N], rows sum to 1 (0 for a single row), the diagonal 0.
+
+    Raises:
+        ConfigError: `temperature` is not above 0.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature = {temperature}: must be above 0")
+    rows = _unit(x)
+    logits = rows @ rows.T / temperature
+    np.fill_diagonal(logits, -np.inf)
+    if len(rows) < 2:
+        return np.zeros_like(logits)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def similar_order(centers: FloatArray) -> list[int]:
+    """Return an order in which similar rows are adjacent: leaves of average linkage by cosine, optimally ordered.
+
+    Args:
+        centers: Float[K D], of any length.
+
+    Returns:
+        The K positions, in order.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+    from scipy.spatial.distance import pdist
+
+    require_matrix(centers, "centers")
+    if len(centers) < 3:
+        return list(range(len(centers)))
+    distances = np.maximum(pdist(_unit(centers), "sqeuclidean"), 0.0)
+    tree = optimal_leaf_ordering(linkage(distances, "average"), distances)
+    return [int(leaf) for leaf in leaves_list(tree)]
+
+
+def neighbor_precision(x: FloatArray, labels: IntArray, k: int) -> float:
+    """Return the mean share of each row's k nearest others by cosine that have its label (precision@k).
+
+    Range 0 to 1, larger is better; the sum of squared shares of the labels by chance.
+
+    Args:
+        x: Float[N D], N at least 2.
+        labels: Int[N].
+        k: at least 1; at most N − 1 count.
+
+    Raises:
+        ConfigError: `k` is below 1.
+        ShapeError: `labels` has another length, or there is but one row.
+    """
+    require_matrix(x, "x")
+    if k < 1:
+        raise ConfigError(f"k = {k}: must be at least 1")
+    if len(labels) != len(x) or len(x) < 2:
+        raise ShapeError(f"{len(labels)} labels for {len(x)} rows: as many are needed, at least 2")
+    rows, k = _unit(x), min(k, len(x) - 1)
+    cosines = rows @ rows.T
+    np.fill_diagonal(cosines, -np.inf)
+    near = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
+    return float((labels[near] == labels[:, None]).mean())
+
+
+def detection_error(membership: FloatArray, labels: IntArray) -> float:
+    """Return the feature-detection error: the mean share of a row's L1 mass that lies outside the row's class.
+
+    The diagonal counts: a row of Π sums to 1 with it. Range 0 to 1, smaller is better; an even Π has the mean share of
+    rows of another class. A row of zeros has no error.
+
+    Args:
+        membership: Float[n n], Π.
+        labels: Int[n].
+
+    Raises:
+        ShapeError: `membership` is not square or empty, or `labels` has another length.
+
+    Source: arXiv 1507.01238, for self-expressive coefficients, whose diagonal is 0; arXiv 2306.05272's program for Π.
+    """
+    _require_square(membership, labels)
+    mass = np.abs(membership, dtype=np.float64)
+    total = mass.sum(axis=1)
+    outside = (mass * (labels[:, None] != labels)).sum(axis=1)
+    return float((outside / np.where(total > 0, total, 1.0)).mean())
+
+
+def wrong_edges(membership: FloatArray, labels: IntArray, least: float = 0.0) -> float:
+    """Return the share of edges, each counted once, that join rows of two classes.
+
+    Range 0 to 1, smaller is better; 0 where there are no edges.
+
+    Args:
+        membership: Float[n n], Π.
+        labels: Int[n].
+        least: two rows share an edge where |½(Π + Πᵀ)| of them is above it; no row has an edge to itself.
+
+    Raises:
+        ShapeError: `membership` is not square or empty, or `labels` has another length.
+    """
+    _require_square(membership, labels)
+    edges = _edges(membership, least)
+    wrong = edges & (labels[:, None] != labels)
+    return float(wrong.sum() / max(edges.sum(), 1))
+
+
+def nonzeros(membership: FloatArray, least: float = 0.0) -> float:
+    """Return the mean number of entries of a row that are not zero, the diagonal's included. Range 0 to n.
+
+    Args:
+        membership: Float[n n], Π.
+        least: an entry counts where its absolute value is above it.
+
+    Raises:
+        ShapeError: `membership` is not square or empty.
+    """
+    _require_square(membership)
+    return float((np.abs(membership) > least).sum(axis=1).mean())
+
+
+def components(membership: FloatArray, least: float = 0.0) -> int:
+    """Count the connected components of the graph of rows; above K, no K clusters hold them all. Range 1 to n.
+
+    Args:
+        membership: Float[n n], Π.
+        least: two rows share an edge where |½(Π + Πᵀ)| of them is above it.
+
+    Raises:
+        ShapeError: `membership` is not square or empty.
+    """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
+    _require_square(membership)
+    edges = csr_array(_edges(membership, least))
+    return int(connected_components(edges, directed=False, return_labels=False))
+
+
+def singular_values(x: FloatArray) -> NDArray[np.float64]:
+    """Return the singular values over the largest, largest first.
+
+    A group of rows in few directions has few values that are not small; rows spread out evenly have them all alike.
+    They don't change when rows are turned, reordered or scaled together. Nothing is centred.
+
+    Args:
+        x: Float[N D].
+
+    Returns:
+        Float64[min(N, D)], the first 1; zeros where all rows are zero.
+
+    Source: arXiv 2306.05272, the spectra of its figure 3.
+    """
+    require_matrix(x, "x")
+    rows = np.asarray(x, dtype=np.float64)
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+    if not len(gram):
+        return np.zeros(0)
+    squares = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0)
+    # Squares below rounding are no directions; their roots would look like some.
+    squares[squares < squares[0] * len(gram) * np.finfo(np.float64).eps] = 0.0
+    return np.asarray(np.sqrt(squares / (squares[0] or 1.0)))
+
+
+def directions(values: FloatArray, share: float = 0.9) -> int:
+    """Count the first directions that hold a share of the energy, the sum of squared singular values.
+
+    Range 1 to the number of values, 0 when all are zero.
+
+    Args:
+        values: Float[r], singular values, largest first, on any scale.
+        share: above 0, at most 1.
+
+    Raises:
+        ConfigError: `share` is out of range.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"share = {share}: must be above 0 and at most 1")
+    energy = np.cumsum(np.square(np.asarray(values, dtype=np.float64)))
+    if not len(energy) or energy[-1] == 0:
+        return 0
+    return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12)) + 1)
+
+
+def quantiles(spectra: Sequence[FloatArray], levels: Sequence[float]) -> NDArray[np.float64]:
+    """Compute quantiles over several spectra, position by position, as far as nine in ten of them reach.
+
+    Args:
+        spectra: Float[r]s of any lengths, at least one; positions beyond a spectrum's end count as zero.
+        levels: Q numbers in [0, 1].
+
+    Returns:
+        Float64[Q R].
+
+    Raises:
+        DataError: there is no spectrum.
+    """
+    if not spectra:
+        raise DataError("quantiles: there is no spectrum")
+    reach = int(np.quantile([len(values) for values in spectra], 0.1, method="lower"))
+    padded = np.zeros((len(spectra), reach))
+    for row, values in zip(padded, spectra, strict=True):
+        row[: len(values)] = values[:reach]
+    return np.asarray(np.quantile(padded, levels, axis=0))
+
+
+def _unit(x: FloatArray) -> FloatArray:
+    require_matrix(x, "x")
+    return unit_rows(np.asarray(x, dtype=np.float64))
+
+
+def _edges(membership: FloatArray, least: float) -> NDArray[np.bool_]:
+    edges = np.abs(membership + membership.T) > 2 * least
+    np.fill_diagonal(edges, False)
+    return np.asarray(edges)
+
+
+def _require_square(membership: FloatArray, labels: IntArray | None = None) -> None:
+    require_matrix(membership, "membership")
+    rows, columns = membership.shape
+    if rows != columns or not rows:
+        raise ShapeError(f"membership is {rows} × {columns}: must be square, with at least 1 row")
+    if labels is not None and len(labels) != rows:
+        raise ShapeError(f"{len(labels)} labels for a membership of {rows} rows: as many are needed")

@@ -1,0 +1,100 @@
+"""Probes of an embedding with true classes: how far neighbours, or a linear map, separate them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch.nn import functional
+
+from rayclust.arrays import FloatArray, IntArray, require_matrix
+from rayclust.errors import ShapeError
+
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, DEVIATION = 100, 256, 5e-3, 1e-2, 0.01
+
+
+def knn_accuracy(
+    neighbors: IntArray,
+    similarity: FloatArray,
+    labels: ArrayLike,
+    labels_true: ArrayLike | None = None,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Return the share of rows whose class wins the vote of their nearest other rows.
+
+    A neighbour's vote weighs exp(similarity / temperature); a draw goes to the class that sorts first. Range 0 to 1,
+    larger is better; the share of the largest class by chance.
+
+    Args:
+        neighbors: Int64[B M], positions in `labels`, nearest first, without the row itself; −1 where there are fewer.
+        similarity: Float[B M].
+        labels: [N], of all rows.
+        labels_true: [B], of the rows that `neighbors` belongs to; None where those are all rows.
+        k: neighbours that vote; at most M do.
+        temperature: above 0; 0.02 in TEMI's probe.
+
+    Raises:
+        ShapeError: the shapes do not fit together.
+    """
+    known = np.asarray(labels)
+    truth = known if labels_true is None else np.asarray(labels_true)
+    if neighbors.shape != similarity.shape or truth.shape != neighbors.shape[:1]:
+        shapes = f"{neighbors.shape}, {similarity.shape} and {truth.shape}"
+        raise ShapeError(f"neighbors, similarity and labels have shapes {shapes}: one row for each label is needed")
+    near, logits = neighbors[:, :k], similarity[:, :k].astype(np.float64) / temperature
+    weights = np.where(near >= 0, np.exp(logits - logits.max(axis=1, keepdims=True, initial=-1e300)), 0.0)
+    classes, codes = np.unique(known[near], return_inverse=True)
+    votes = np.zeros((len(near), len(classes)))
+    np.add.at(votes, (np.arange(len(near))[:, None], codes.reshape(near.shape)), weights)
+    return float(np.mean(classes[votes.argmax(axis=1)] == truth))
+
+
+def linear_probe_accuracy(
+    x: FloatArray,
+    labels: ArrayLike,
+    other_x: FloatArray,
+    other_labels: ArrayLike,
+    *,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+) -> float:
+    """Return the accuracy of a linear classifier trained on one set of rows and scored on another.
+
+    Adam from weights of deviation 0.01, learning rate 0.005 down to 0 by a cosine, weight decay 0.01, batches of 256.
+    Taken after the last epoch, not the best one. Range 0 to 1, larger is better; chance: the largest class's share.
+
+    Args:
+        x: Float[N D], trained on.
+        labels: [N].
+        other_x: Float[M D], scored.
+        other_labels: [M]; classes that `labels` lacks count as wrong.
+        epochs: passes over `x`.
+        seed: of weights and order.
+
+    Raises:
+        ShapeError: rows and labels do not have one length, or the two sets not one width.
+
+    Source: arXiv 2303.17896, its program's linear evaluation.
+    """
+    require_matrix(x, "x")
+    require_matrix(other_x, "other_x", x.shape[1])
+    if len(labels) != len(x) or len(other_labels) != len(other_x):  # type: ignore[arg-type]
+        raise ShapeError(f"labels: one for each of {len(x)} and {len(other_x)} rows is needed")
+    classes, codes = np.unique(np.asarray(labels), return_inverse=True)
+    rows, targets = torch.as_tensor(x).float(), torch.as_tensor(codes)
+    generator = torch.Generator().manual_seed(seed)
+    weight = (DEVIATION * torch.randn(len(classes), x.shape[1], generator=generator)).requires_grad_()
+    bias = torch.zeros(len(classes), requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for batch in torch.split(torch.randperm(len(x), generator=generator), BATCH):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(functional.linear(rows[batch], weight, bias), targets[batch])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        schedule.step()
+    scores = functional.linear(torch.as_tensor(other_x).float(), weight.detach(), bias.detach())
+    return float(np.mean(classes[scores.argmax(1).numpy()] == np.asarray(other_labels)))

@@ -1,0 +1,175 @@
+"""Data model of an input: shards, records of images, rows of embeddings, and labels as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Suffixes of file names, in any case, that mark an image in folders and tars; the format is decided by the bytes.
+
+The order is that of preference where one webdataset sample has several images.
+"""
+
+LABEL_NAMES = (
+    "label", "labels", "cls", "class", "class_name", "classname", "class_id", "category", "target", "fine_label",
+    "label_name", "wnid", "y",
+)  # fmt: skip
+"""Columns of tables and fields of JSON that hold labels, the first that exists, in any case."""
+
+MAX_RECORD_BYTES = 256 << 20
+"""Default bound on the bytes of one encoded image; a larger one is rejected unread."""
+
+
+class Member(NamedTuple):
+    """One file of a folder shard."""
+
+    key: str
+    uri: str
+    size: int
+    """Bytes, as listed."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image, or a reject with its reason."""
+
+    key: str
+    """Name within the input, valid UTF-8."""
+    uri: str
+    """Location; `fetch` reads it again."""
+    data: bytes | None = None
+    """Encoded image; None for a reject."""
+    label: str | None = None
+    """Name of the true class, for evaluation only."""
+    reason: str | None = None
+    """A short stable word; set for rejects only."""
+    detail: str = ""
+    """Explanation of `reason` for people."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The usable rows of a shard of ready embeddings, in order of key."""
+
+    keys: list[str]
+    uris: list[str]
+    labels: list[str | None]
+    embeddings: NDArray[np.float16]
+    """Float16[N D], finite and not zero."""
+    rejects: list[dict[str, str]]
+    """key, uri, reason and detail of the rows left out."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the input that is processed as one; round-trips through JSON, and is the same for the same input."""
+
+    index: int
+    """Position among the shards."""
+    kind: str
+    """folder | webdataset | parquet | embeddings_parquet | embeddings_npy | embeddings_pt."""
+    uri: str
+    """The folder or file."""
+    name: str
+    """Path below the input without its ending; for people and as the start of keys."""
+    stamp: str
+    """Changes when the listing shows another size, ETag or time of change of any file that it reads."""
+    first: int = 0
+    """Images and rows of the shards before, as far as known; the row that its first image gets if none is rejected."""
+    count: int | None = None
+    """Images or rows in it; None where only reading tells."""
+    start: int = 0
+    """First row within the file, for tables that are split."""
+    row_groups: tuple[int, int] | None = None
+    """Range of Parquet row groups; None is the whole file."""
+    members: tuple[Member, ...] = ()
+    """The files of a folder shard, in order of key."""
+    beside: tuple[str, ...] = ()
+    """URIs of the files that hold labels or metadata of its rows."""
+    labels: str = "auto"
+    """auto | none | folder | a column or tar suffix."""
+    classes: tuple[str, ...] | None = None
+    """Only images with one of these labels, or below a folder of one of these names, are kept; None keeps all."""
+
+    @property
+    def label_source(self) -> str | None:
+        """Where labels are read from; None if neither labels nor classes are asked for."""
+        if self.labels != "none":
+            return self.labels
+        return None if self.classes is None else "auto"
+
+    @property
+    def has_embeddings(self) -> bool:
+        """True for ready embeddings, read with `read_rows`; False for images, read with `read_records`."""
+        return self.kind.startswith("embeddings")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain lists, strings and numbers."""
+        return dataclasses.asdict(self) | {"members": [list(member) for member in self.members]}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Shard:
+        """Build a shard from the result of `to_json`."""
+        content = dict(content)
+        content["members"] = tuple(Member(*member) for member in content["members"])
+        for name in ("row_groups", "beside", "classes"):
+            content[name] = None if content[name] is None else tuple(content[name])
+        return cls(**content)
+
+    def selects(self, key: str, label: str | None) -> bool:
+        """Return whether an image belongs to the requested classes, by its label or by a folder of its key."""
+        return self.classes is None or label in self._class_set or not self._class_set.isdisjoint(key.split("/")[:-1])
+
+    @cached_property
+    def _class_set(self) -> frozenset[str | None]:
+        return frozenset(self.classes or ())
+
+    def file_reject(self, reason: str, detail: str) -> Record:
+        """Return the one reject that stands for the whole file."""
+        return Record(self.name, self.uri, reason=reason, detail=detail)
+
+
+def oversize_detail(size: int, max_bytes: int) -> str:
+    """Return the detail of a `too_large` reject; both arguments in bytes."""
+    return f"{size} bytes, above the bound of {max_bytes}"
+
+
+def escape_invalid(text: str) -> str:
+    """Return `text` as valid UTF-8: surrogates are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def label_text(value: Any, names: Sequence[str] | None = None) -> str | None:
+    """Convert a label to text.
+
+    Args:
+        value: text, a whole number, or anything.
+        names: class names that whole numbers point into.
+
+    Returns:
+        None for nothing, empty text, -1 (marks unlabelled images) and values that are no label: lists, objects,
+        fractions.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "backslashreplace")
+    if isinstance(value, str):
+        return escape_invalid(value.strip()) or None
+    if isinstance(value, bool | np.bool_):
+        return str(bool(value)).lower()
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    if not isinstance(value, int | np.integer) or value == -1:
+        return None
+    return escape_invalid(names[int(value)]) if names is not None and 0 <= value < len(names) else str(int(value))
+
+
+def folder_label(key: str) -> str | None:
+    """Return the name of the folder that a file lies in; None for files at the top."""
+    return key.rpartition("/")[0].rpartition("/")[2] or None

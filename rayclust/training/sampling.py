@@ -1,0 +1,285 @@
+"""Batch sampling: row order, neighbour sampling, sharding across workers, and where rows are kept for it.
+
+The order of an epoch is a function of (seed, epoch) and a row's sampled neighbour one of (seed, epoch, row). Neither
+depends on the number of workers, so the union of the workers' parts is the same batch whatever that number is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayclust import distributed
+from rayclust.arrays import require_matrix
+from rayclust.errors import ConfigError, DataError, ShapeError
+from rayclust.methods.base import EMBEDDINGS, Batch, Pairing, Plan, Rows
+
+logger = logging.getLogger(__name__)
+
+ORDER_STREAM, NEIGHBOR_STREAM, NOISE_STREAM, STEP_STREAM = range(4)
+"""Streams of random numbers, kept apart by their number."""
+MEMORY_FRACTION = 0.5
+"""Part of the free memory, a GPU's or a worker's part of the node's, that one tensor may take."""
+
+_MASK = (1 << 64) - 1
+_WEYL = 0x9E3779B97F4A7C15
+_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+
+
+def derive_seed(*numbers: int) -> int:
+    """Return a 63-bit seed that depends on every number and on their order.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64's finaliser).
+    """
+    state = 0
+    for number in numbers:
+        state = (state + number + _WEYL) & _MASK
+        for shift, multiplier in _MULTIPLIERS:
+            state = ((state ^ (state >> shift)) * multiplier) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def row_hash(seed: int, rows: Tensor) -> Tensor:
+    """Return a random number for each row, the same whatever other rows stand beside it.
+
+    Args:
+        seed: of the stream.
+        rows: Int64[B].
+
+    Returns:
+        Int64[B], uniform in [0, 2³¹).
+    """
+
+    def signed(number: int) -> int:
+        """Return the same 64 bits as the signed number that tensors hold."""
+        return number - (1 << 64) if number >= 1 << 63 else number
+
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        """Shift to the right with zeros; torch repeats the sign."""
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    z = rows * signed(_WEYL) + signed(seed)
+    for shift, multiplier in _MULTIPLIERS:
+        z = (z ^ shifted(z, shift)) * signed(multiplier)
+    return shifted(z ^ shifted(z, 31), 33)
+
+
+def batch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order in which an epoch visits the rows: Int64[N], a permutation given by (seed, epoch)."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, ORDER_STREAM, epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def draw_neighbors(neighbors: Tensor, rows: Tensor, seed: int, epoch: int) -> Tensor:
+    """Draw one neighbour of each row, uniformly; a function of (seed, epoch, row).
+
+    Args:
+        neighbors: Int[N M], −1 behind the last neighbour of a row that has fewer than M.
+        rows: Int64[B], the rows that want one.
+        seed: of the run.
+        epoch: from 0.
+
+    Returns:
+        Int64[B]; a row without any neighbour is its own.
+    """
+    if neighbors.shape[1] == 0:
+        return rows
+    candidates = neighbors.index_select(0, rows)
+    known = (candidates >= 0).sum(1)
+    column = (row_hash(derive_seed(seed, NEIGHBOR_STREAM, epoch), rows) * known) >> 31
+    drawn = candidates.gather(1, column[:, None])[:, 0].long()
+    return torch.where(known > 0, drawn, rows)
+
+
+class ArrayRows:
+    """Rows in memory, with or without neighbours.
+
+    Args:
+        x: Float[N D], an array or tensor.
+        neighbors: Int[N M] or None; −1 where a row has fewer than M.
+
+    Raises:
+        ShapeError: an argument is not a matrix, or the two do not have one length.
+        DataError: a neighbour's number is not below N.
+    """
+
+    def __init__(self, x: Tensor | np.ndarray, neighbors: Tensor | np.ndarray | None = None) -> None:
+        self._x = torch.as_tensor(x)
+        require_matrix(self._x, "x")
+        self._neighbors = None if neighbors is None else torch.as_tensor(neighbors)
+        if self._neighbors is not None:
+            require_matrix(self._neighbors, "neighbors")
+            given, count = len(self._neighbors), len(self._x)
+            if given != count:
+                raise ShapeError(f"neighbors has {given} rows: {count} are needed, one for each row of x")
+            if self._neighbors.numel() and (largest := int(self._neighbors.max())) >= count:
+                raise DataError(f"neighbors holds {largest}: row numbers must be below {count}")
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self._x)
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return int(self._x.shape[1])
+
+    def tensor(self) -> Tensor:
+        """Return all rows, Float[N D]."""
+        return self._x
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield this worker's rows, in order, as one block: one of W even slices."""
+        yield self._x[distributed.own_slice(self.count)]
+
+    def neighbors(self) -> Tensor:
+        """Return Int[N M].
+
+        Raises:
+            DataError: none were given.
+        """
+        if self._neighbors is None:
+            raise DataError("neighbors = None: this method draws pairs of neighbours, give Int[N M]")
+        return self._neighbors
+
+
+class RowSource:
+    """Batches of rows in one or more spaces, and of their neighbours.
+
+    Args:
+        rows: of the only space, or by the name of each space; all have the same N. Neighbours are the first one's.
+        pairing: what views to make.
+        seed: of order, neighbours and noise.
+        device: where batches go.
+        dtype: of the views.
+    """
+
+    def __init__(
+        self,
+        rows: Rows | Mapping[str, Rows],
+        pairing: Pairing,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        spaces = rows if isinstance(rows, Mapping) else {EMBEDDINGS: rows}
+        first = next(iter(spaces.values()))
+        self.count, self.pairing, self.seed = first.count, pairing, seed
+        self.device, self.dtype = device, dtype
+        self._x = {name: place_on_device(space.tensor(), device) for name, space in spaces.items()}
+        self._first = next(iter(self._x.values()))
+        self._neighbors: Tensor | None = None
+        if pairing.columns:
+            neighbors = first.neighbors()
+            if neighbors.shape[1] < min(pairing.columns, self.count - 1):
+                logger.warning("neighbors: %d per row at hand, %d wanted", neighbors.shape[1], pairing.columns)
+            self._neighbors = place_on_device(neighbors[:, : pairing.columns], self._first.device)
+
+    def batches(self, plan: Plan, rank: int, start: int = 0) -> Iterator[Batch]:
+        """Yield every W-th row of each batch.
+
+        Args:
+            plan: batch size and steps.
+            rank: of the worker among those that divide the rows of a batch.
+            start: steps that were done before.
+
+        Raises:
+            ConfigError: there are more workers than rows in a batch.
+        """
+        workers = distributed.world_size()
+        if plan.batch_size < workers:
+            raise ConfigError(f"workers = {workers}: a batch has only {plan.batch_size} rows, use no more workers")
+        return self._batches(plan, rank, workers, start)
+
+    def _batches(self, plan: Plan, rank: int, workers: int, start: int) -> Iterator[Batch]:
+        for epoch in range(start // plan.steps_per_epoch, plan.epochs):
+            order = batch_order(self.count, self.seed, epoch).to(self._first.device)
+            first = epoch * plan.steps_per_epoch
+            for step in range(max(start, first), min(first + plan.steps_per_epoch, plan.steps)):
+                end = (step - first + 1) * plan.batch_size
+                yield self._batch(order[end - plan.batch_size + rank : end : workers], plan, step, epoch, rank, workers)
+
+    def _batch(self, rows: Tensor, plan: Plan, step: int, epoch: int, rank: int, workers: int) -> Batch:
+        views = [rows]
+        if self._neighbors is not None:
+            on = self._neighbors.device
+            views.append(draw_neighbors(self._neighbors, rows.to(on), self.seed, epoch).to(rows.device))
+        chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
+        spaces = {}
+        for number, (name, tensor) in enumerate(self._x.items()):
+            x = gather_rows(tensor, chosen.to(tensor.device), self.device).to(self.dtype)
+            x = x.view(-1, len(rows), x.shape[1])
+            if self.pairing.noise:
+                # Noise is drawn for the whole batch, of which each worker takes its own rows.
+                stream = (NOISE_STREAM, step) if number == 0 else (NOISE_STREAM, step, number)
+                generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, *stream))
+                shape = (x.shape[0], plan.batch_size, x.shape[2])
+                noise = torch.randn(shape, generator=generator, device=self.device, dtype=x.dtype)
+                x = x + self.pairing.noise * noise[:, rank::workers]
+            spaces[name] = x
+        return Batch(spaces, rows, step, epoch, workers * len(rows) / plan.batch_size)
+
+
+def place_for(size: int, gpu_free: int, host_free: int) -> Literal["gpu", "pinned", "mapped"]:
+    """Return where so many bytes go: the first place of which they take no more than `MEMORY_FRACTION`.
+
+    `mapped` leaves them where they are, which for the rows of a run is a file mapped into memory.
+    """
+    if size <= MEMORY_FRACTION * gpu_free:
+        return "gpu"
+    return "pinned" if size <= MEMORY_FRACTION * host_free else "mapped"
+
+
+def place_on_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor where batches for `device` can be gathered from it: on the GPU, pinned, or as it is."""
+    if device.type != "cuda" or x.device == device:
+        return x
+    free, _ = torch.cuda.mem_get_info(device)
+    place = place_for(x.numel() * x.element_size(), free, free_host_bytes())
+    if place == "gpu":
+        return x.to(device)
+    return x.pin_memory() if place == "pinned" else x
+
+
+def gather_rows(x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Return x[rows] on `device`: through pinned memory where it goes to a GPU, so that the copy does not wait.
+
+    Args:
+        x: Float[N D], from `place_on_device`.
+        rows: Int64[B], on the device of `x`.
+        device: where to.
+    """
+    if device.type != "cuda" or x.device.type == "cuda":
+        return x.index_select(0, rows).to(device)
+    chosen = torch.empty((len(rows), x.shape[1]), dtype=x.dtype, pin_memory=True)
+    torch.index_select(x, 0, rows, out=chosen)
+    return chosen.to(device, non_blocking=True)
+
+
+def free_host_bytes() -> int:
+    """Return this worker's part of the memory that the node, or the container's limit, has left; 0 if unknown."""
+    left = []
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+        left += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    try:  # the control group's limit, if any; page cache that can be given back counts as free
+        limit, used = (_CGROUP / "memory.max").read_text().strip(), int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            left.append(max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
+    except (OSError, ValueError):
+        pass
+    return min(left, default=0) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
