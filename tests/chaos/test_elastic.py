@@ -23,7 +23,7 @@ from rayclust.runtime.pipeline import run_all
 from rayclust.stages import train
 from rayclust.store import manifest
 from rayclust.store.storage import MissingError
-from rayclust.training.sampling import PairBatches
+from rayclust.training.sampling import RowSource
 from tests.chaos.nodes import Nodes, start
 from tests.stages.in_process import Metrics, without_ray
 from tests.stages.runs import files, kill, tree, write_yaml
@@ -78,14 +78,14 @@ def undisturbed(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def with_half_batches(table: Path, run: Path) -> Path:
     """What comes of it when the lost worker's share of the batches is lost as well."""
-    line, whole = prepared(table, run), PairBatches._share
+    line, whole = prepared(table, run), RowSource._batch
 
-    def half(self: PairBatches, rows: torch.Tensor, step: int, *where: Any) -> Batch:
-        return replace(whole(self, rows[::2] if step >= STEPS // 2 else rows, step, *where), share=1.0)
+    def half(self: RowSource, rows: torch.Tensor, plan: Any, step: int, *where: Any) -> Batch:
+        return replace(whole(self, rows[::2] if step >= STEPS // 2 else rows, plan, step, *where), weight=1.0)
 
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        patch.setattr(PairBatches, "_share", half)
+        patch.setattr(RowSource, "_batch", half)
         run_all(parse(line.read_text()), stop_after="train")
     return run
 
