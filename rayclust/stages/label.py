@@ -21,7 +21,7 @@ from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import storage, tables
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import LabelOutputs, digest_of
 from rayclust.store.run import Run
 
 if TYPE_CHECKING:  # imported where it is used: `status` and a run with nothing to do go without it
@@ -333,4 +333,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return content | {"features": settings_of(config.features), "seed": config.seed}
 
 
-STAGE = Stage("label", _settings, run, needs=("encode", "assign"))
+STAGE = Stage("label", _settings, run, needs=("encode", "assign"), outputs=LabelOutputs)

@@ -57,7 +57,7 @@ from rayclust.runtime.tasks import (
 )
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, digest_of
+from rayclust.store.manifest import Manifest, SelectKOutputs, digest_of
 from rayclust.store.run import Run
 from rayclust.training.loop import CheckpointInterval, Trainer
 
@@ -478,4 +478,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"candidate": candidate_settings(config), "search": search}
 
 
-STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"))
+STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"), outputs=SelectKOutputs)

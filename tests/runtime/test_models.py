@@ -78,23 +78,23 @@ def kmeans(value: float) -> Any:
 
 def test_a_method_reads_back_as_saved_and_anew_when_its_digest_changes(tmp_path: Path):
     run = Run(str(tmp_path))
-    first = save_method(run, kmeans(0).export(), run.model_folder)
+    first = save_method(run, kmeans(0).state(), run.model_folder)
     assert set(first) == {"model/weights.safetensors", "model/config.json"}
-    again = save_method(run, kmeans(0).export(), run.model_folder)
+    again = save_method(run, kmeans(0).state(), run.model_folder)
     assert {path: file["digest"] for path, file in again.items()} == {p: file["digest"] for p, file in first.items()}
     x = torch.randn(5, 3)
     loaded = load_method(run.uri, "one")
-    torch.testing.assert_close(loaded.assign(x), kmeans(0).assign(x), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.predict_proba(x), kmeans(0).assign(x), rtol=0, atol=0)
     assert not loaded.training
-    save_method(run, kmeans(1).export(), run.model_folder)
+    save_method(run, kmeans(1).state(), run.model_folder)
     assert load_method(run.uri, "one") is loaded
-    torch.testing.assert_close(load_method(run.uri, "two").assign(x), kmeans(1).assign(x), rtol=0, atol=0)
+    torch.testing.assert_close(load_method(run.uri, "two").predict_proba(x), kmeans(1).assign(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"", lambda data: b"x" * len(data)])
 def test_a_damaged_model_is_one_line(tmp_path: Path, damage: Any):
     run = Run(str(tmp_path))
-    save_method(run, kmeans(0).export(), run.model_folder)
+    save_method(run, kmeans(0).state(), run.model_folder)
     path = tmp_path / "model" / "weights.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ArtefactError, match="the model is damaged"):
@@ -104,7 +104,7 @@ def test_a_damaged_model_is_one_line(tmp_path: Path, damage: Any):
 @pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
 def test_a_model_in_which_a_bit_has_turned_is_not_taken(tmp_path: Path, name: str):
     run = Run(str(tmp_path))
-    outputs = save_method(run, kmeans(0).export(), run.model_folder)
+    outputs = save_method(run, kmeans(0).state(), run.model_folder)
     seal(run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()}))
     assert load_method(run.uri, "whole")
     path = tmp_path / "model" / name
