@@ -18,12 +18,12 @@ from rayclust.config import validate
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.errors import ConfigError, DataError
-from rayclust.runtime.inputs import plan_inputs
 from rayclust.runtime.pipeline import StageContext
 from rayclust.runtime.tasks import Task, read_mark
 from rayclust.stages.encode import (
     CHUNK,
     CPU_CHUNK,
+    STAGE,
     ActorPools,
     EncodeChunks,
     ReadAndDecode,
@@ -44,7 +44,7 @@ def images(tmp_path: Path) -> Path:
 
 def planned(images: Path) -> tuple[StageContext, list[Task]]:
     config = validate(tree(str(images.parent / "run"), str(images)))
-    listed = plan_inputs(config)
+    listed = STAGE.plan(config)
     units = [Task(shard.index, digest, shard) for shard, digest in zip(listed.shards, listed.digests, strict=True)]
     return StageContext(config, Run(config.run), "digest", {}, listed), units
 
