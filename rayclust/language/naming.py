@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.features import FeatureTransform
+
+if TYPE_CHECKING:  # imported where it is used: `status` and a run with nothing to do go without it
+    from scipy import sparse
 
 TEMPLATES = ("a photo of a {}",)
 """The prompt of arXiv 2306.05272."""
@@ -100,6 +102,8 @@ def cluster_votes(
     Raises:
         ShapeError: widths or lengths differ, or a cluster is out of range.
     """
+    from scipy import sparse
+
     require_matrix(nouns, "nouns")
     require_matrix(embeddings, "embeddings", nouns.shape[1])
     if len(clusters) != len(embeddings):
@@ -143,6 +147,8 @@ def name_clusters(
     Raises:
         ShapeError: sizes differ.
     """
+    from scipy import sparse
+
     if votes.shape != (len(sizes), len(words)):
         raise ShapeError(f"votes have shape {votes.shape}: {(len(sizes), len(words))} are needed")
     votes = sparse.csr_array(votes)
@@ -187,6 +193,9 @@ def _largest(logits: FloatArray, top: int) -> tuple[IntArray, IntArray, FloatArr
 
 def _matched(shares: list[list[tuple[int, float]]], width: int) -> list[int | None]:
     """Match each cluster with a word, none twice, so that the sum of scores is largest; None where none is left."""
+    from scipy import sparse
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
     cells = [(k, word, score) for k, ranked in enumerate(shares) for word, score in ranked if score > 0]
     # A private column of negligible score lets a cluster remain without a word.
     cells += [(k, width + k, 1e-9) for k in range(len(shares))]

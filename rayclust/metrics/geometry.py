@@ -6,10 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import pdist
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.errors import ConfigError, DataError, ShapeError
@@ -63,6 +59,9 @@ def similar_order(centers: FloatArray) -> list[int]:
     Returns:
         The K positions, in order.
     """
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+    from scipy.spatial.distance import pdist
+
     require_matrix(centers, "centers")
     if len(centers) < 3:
         return list(range(len(centers)))
@@ -162,6 +161,9 @@ def components(membership: FloatArray, least: float = 0.0) -> int:
     Raises:
         ShapeError: `membership` is not square or empty.
     """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
     _require_square(membership)
     edges = csr_array(_edges(membership, least))
     return int(connected_components(edges, directed=False, return_labels=False))

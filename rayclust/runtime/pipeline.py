@@ -18,7 +18,16 @@ from rayclust.runtime.cluster import scheduling
 from rayclust.runtime.progress import collect_timings
 from rayclust.store import storage
 from rayclust.store.lock import RunLock, run_lock
-from rayclust.store.manifest import Manifest, Output, digest_of, read_manifest, seal, versions
+from rayclust.store.manifest import (
+    Manifest,
+    Output,
+    SelectKOutputs,
+    StageOutputs,
+    digest_of,
+    read_manifest,
+    seal,
+    versions,
+)
 from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
@@ -50,6 +59,7 @@ class StageResult:
     outputs: Outputs
     counts: dict[str, int]
     extra: dict[str, Any] = field(default_factory=dict)
+    """JSON of the stage's `outputs`."""
     summary: str = ""
     """End of the log line, "" for none."""
 
@@ -74,6 +84,8 @@ class Stage:
     """True if it reads select-k as well, in runs that leave the number of clusters open."""
     reads_entry: Mapping[str, str] = field(default_factory=dict)
     """By stage, the one entry of its manifest's `extra` that is read; all outputs of the stages that are not named."""
+    outputs: type[StageOutputs] = StageOutputs
+    """Type of what its manifest holds beside counts and files."""
     plan: Callable[[RunConfig], Any] | None = None
     """List what the stage reads from outside of the run; the plan's `digest` goes into the stage's."""
 
@@ -199,7 +211,9 @@ class Manifests:
     def resolved(self, name: str) -> RunConfig:
         """Return the config as a stage is given it: with the chosen number of clusters, once there is one."""
         chosen = self.of(SELECT_K) if self._config.needs_selection and self._follows_choice(name) else None
-        return self._config if chosen is None else self._config.with_clusters(chosen.extra[CHOSEN]["clusters"])
+        if chosen is None:
+            return self._config
+        return self._config.with_clusters(chosen.outputs_of(SelectKOutputs).chosen.clusters)
 
     def _follows_choice(self, name: str) -> bool:
         needs = STAGES[name].inputs(self._config)
@@ -332,7 +346,7 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
         versions=versions(),
         seconds=round(seconds, 3),
         measured=tuple(timing.section() for timing in timings),
-        extra=result.extra,
+        extra=stage.outputs.model_validate(result.extra).to_extra(),
     )
     lease.check()
     seal(run, manifest)

@@ -25,7 +25,7 @@ from rayclust.features import FeatureTransform
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest
+from rayclust.store.manifest import EncodeOutputs, Manifest
 from rayclust.store.run import Run
 
 BLOCK = 8192
@@ -183,7 +183,7 @@ def renumber(run: Run, index: int, row_start: int) -> TaskResult:
 
 def transform_of(encode: Manifest, features: FeaturesConfig) -> FeatureTransform:
     """Return the transform from embeddings to features, by the moments in encode's manifest."""
-    moments = Moments.from_json(encode.extra["moments"])
+    moments = Moments.from_json(encode.outputs_of(EncodeOutputs).moments.model_dump())
     return FeatureTransform.from_moments(
         moments.count,
         moments.total,
@@ -196,7 +196,7 @@ def transform_of(encode: Manifest, features: FeaturesConfig) -> FeatureTransform
 
 def row_starts(encode: Manifest) -> list[int]:
     """Return the row at which each part begins, and N at the end."""
-    return [0, *np.cumsum(encode.extra["parts"]).tolist()]
+    return [0, *np.cumsum(encode.outputs_of(EncodeOutputs).parts, dtype=np.int64).tolist()]
 
 
 def part_features(run: Run, index: int, transform: FeatureTransform) -> np.ndarray:
@@ -279,7 +279,7 @@ class StoredRows:
         self._run, self._cache = run, cache
         self._transform = transform_of(encode, features)
         self._starts = row_starts(encode)
-        self._dimension = int(encode.extra["dimension"])
+        self._dimension = encode.outputs_of(EncodeOutputs).dimension
         self._worker, self._workers = worker, workers
 
     @property

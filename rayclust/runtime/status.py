@@ -11,7 +11,7 @@ from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import SELECT_K, Manifests, stages_of
 from rayclust.store import storage
 from rayclust.store.lock import lock_owner
-from rayclust.store.manifest import Manifest, Section, read_manifest
+from rayclust.store.manifest import AssignOutputs, Manifest, Section, read_manifest
 from rayclust.store.run import Run
 
 BUSY_SHARE = 0.5
@@ -50,7 +50,7 @@ def lines(uri: str) -> Iterator[str]:
     # Occupied clusters, the largest share, and the entropy of the shares.
     assigned = read_manifest(run, "assign")
     if assigned is not None:
-        sizes = np.array(assigned.extra["sizes"], float)
+        sizes = np.array(assigned.outputs_of(AssignOutputs).sizes, float)
         shares = sizes[sizes > 0] / sizes.sum()
         entropy = float(-(shares * np.log(shares)).sum())
         yield (

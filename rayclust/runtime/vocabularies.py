@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.language import vocabulary
+from rayclust.language.naming import encode_words
 from rayclust.language.vocabulary import Candidates, Vocabulary
 from rayclust.runtime.models import load_run_encoder
 from rayclust.runtime.pipeline import content_digest
@@ -132,8 +133,6 @@ def word_embeddings(config: RunConfig, words: Candidates) -> np.ndarray:
             "label.vocabulary: some lists come with embeddings and some are read by the encoder: say with label.space "
             "(encoder or features) where both lie"
         )
-    from rayclust.language.naming import encode_words  # brings scipy
-
     rows = encode_words(load_run_encoder(config).encode_texts, missing, config.label.templates)
     if not words.has_row.any():
         return rows

@@ -20,7 +20,7 @@ from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import AssignOutputs, digest_of
 from rayclust.store.run import Run
 
 
@@ -113,4 +113,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"features": settings_of(config.features)} | levels
 
 
-STAGE = Stage("assign", _settings, run, needs=("encode", "train"))
+STAGE = Stage("assign", _settings, run, needs=("encode", "train"), outputs=AssignOutputs)

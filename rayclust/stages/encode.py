@@ -46,6 +46,7 @@ from rayclust.runtime.tasks import (
     run_tasks,
 )
 from rayclust.store import storage
+from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
 from rayclust.store.sources import Record, Shard, read_records, read_rows
 
@@ -454,4 +455,6 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"images": settings_of(config.images, *images), "encoder": settings_of(config.encoder)}
 
 
-STAGE = Stage("encode", _settings, run, plan=lambda config: plan_inputs(config, _settings(config)))
+STAGE = Stage(
+    "encode", _settings, run, outputs=EncodeOutputs, plan=lambda config: plan_inputs(config, _settings(config))
+)

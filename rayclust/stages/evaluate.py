@@ -11,8 +11,6 @@ import torch
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.methods.base import Membership
-from rayclust.metrics import external, geometry, internal
-from rayclust.metrics.probes import linear_probe_accuracy
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
@@ -55,6 +53,8 @@ def contingency_uri(run: Run) -> str:
 
 
 def _score(run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig) -> dict[str, Any]:
+    from rayclust.metrics import internal
+
     clusters, codes, classes = _columns(run, starts)
     metrics: dict[str, Any] = {"rows": len(clusters), "clusters": config.method.clusters}
     labelled = codes >= 0
@@ -78,6 +78,8 @@ def _membership(
     run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, model: str
 ) -> dict[str, float]:
     """Measure the membership Π of a sample of rows (labelled ones where there are), for methods that have one."""
+    from rayclust.metrics import geometry
+
     torch.set_num_threads(1)
     method = load_method(run.uri, model)
     if not isinstance(method, Membership):
@@ -117,6 +119,8 @@ def _linear_probe(
     run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, codes: np.ndarray
 ) -> dict[str, float]:
     """Train a linear probe on half of a sample of the labelled rows and return its accuracy on the other half."""
+    from rayclust.metrics.probes import linear_probe_accuracy
+
     known = np.flatnonzero(codes >= 0)
     wanted = min(config.evaluate.linear_probe_rows, len(known))
     if wanted < 2:
@@ -130,6 +134,8 @@ def _linear_probe(
 
 
 def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    from rayclust.metrics import external
+
     overclustered = len(np.unique(clusters)) > len(np.unique(codes))
     mapped = {
         "accuracy_held_out": external.halves_accuracy(codes, clusters),
@@ -170,6 +176,8 @@ def _columns(run: Run, starts: list[int], column: str = "cluster") -> tuple[np.n
 
 def _probe(run: Run, starts: list[int], codes: np.ndarray, neighbors: int) -> float:
     """Return the leave-one-out accuracy of the k-NN vote over all rows, part by part."""
+    from rayclust.metrics import external
+
     right = 0.0
     for part, start in enumerate(starts[:-1]):
         stop = starts[part + 1]

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.config import RunConfig
-from rayclust.estimators import KMeans
 from rayclust.features import FeatureTransform
 from rayclust.methods.base import Membership, Transform
 from rayclust.metrics.geometry import (
@@ -250,6 +249,8 @@ def _spectra(
     spaces: dict[str, np.ndarray], spread: np.ndarray, members: dict[int, np.ndarray], count: int, seed: int
 ) -> pa.Table:
     """Return singular values of all rows and of each cluster: space, membership, cluster (null: all), values."""
+    from rayclust.estimators import KMeans
+
     wanted: list[tuple[str, str | None, int | None, np.ndarray]] = []
     for space in spaces:
         wanted.append((space, None, None, spread))

@@ -21,7 +21,7 @@ from rayclust.runtime.rows import blocks, features_at, part_features, row_starts
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.index import VectorIndex, build_index
 from rayclust.store import storage, tables
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import IndexOutputs, digest_of
 from rayclust.store.run import Run
 
 ENCODER, OWN = "encoder", "z"
@@ -162,4 +162,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"index": settings_of(config.index), "seed": config.seed} | features
 
 
-STAGE = Stage("index", _settings, run, needs=("encode",), own_space_needs=("train",))
+STAGE = Stage("index", _settings, run, needs=("encode",), own_space_needs=("train",), outputs=IndexOutputs)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import sparse
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
@@ -22,8 +21,11 @@ from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import storage, tables
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import LabelOutputs, digest_of
 from rayclust.store.run import Run
+
+if TYPE_CHECKING:  # imported where it is used: `status` and a run with nothing to do go without it
+    from scipy import sparse
 
 FEW_WORDS = 5000
 """With at most so many words, all images vote under `label.voters: auto`."""
@@ -160,6 +162,8 @@ class Votes:
         return sample_of_each(clusters, VOTERS if most == "auto" else most, self.config.seed)
 
     def _total(self, naming: str, shape: tuple[int, int]) -> sparse.csr_array:
+        from scipy import sparse
+
         total: Any = sparse.csr_array(shape)
         for index in range(len(self.starts) - 1):
             table = tables.read_table(self._at(f"{naming}-{index:05d}.parquet"))
@@ -278,6 +282,8 @@ def _extremes(job: _Job) -> _Extremes:
 
 def _sums(job: _Job, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return sums of features Float64[K D] and confidence Float64[K], sizes Int64[K], histogram Int64[BINS]."""
+    from scipy import sparse
+
     confidence, sizes, histogram = np.zeros(count), np.zeros(count, np.int64), np.zeros(BINS, np.int64)
     sums: Any = 0.0
     for index in range(len(job.starts) - 1):
@@ -327,4 +333,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return content | {"features": settings_of(config.features), "seed": config.seed}
 
 
-STAGE = Stage("label", _settings, run, needs=("encode", "assign"))
+STAGE = Stage("label", _settings, run, needs=("encode", "assign"), outputs=LabelOutputs)

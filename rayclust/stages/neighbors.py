@@ -19,7 +19,7 @@ from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.knn import RunningTopK
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import NeighborsOutputs, digest_of
 from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
@@ -111,4 +111,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"neighbors": settings_of(config.neighbors), "features": settings_of(config.features)}
 
 
-STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2)
+STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2, outputs=NeighborsOutputs)

@@ -28,8 +28,7 @@ from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, RayclustError
 from rayclust.methods import build, is_recuttable
 from rayclust.methods.base import Method, Recuttable, Transform
-from rayclust.metrics import internal, selection
-from rayclust.metrics.internal import CriteriaOptions, measure, size_summary
+from rayclust.metrics import selection
 from rayclust.metrics.selection import Candidate, Choice
 from rayclust.runtime import cluster
 from rayclust.runtime.artefacts import Outputs, put_json
@@ -58,7 +57,7 @@ from rayclust.runtime.tasks import (
 )
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, digest_of
+from rayclust.store.manifest import Manifest, SelectKOutputs, digest_of
 from rayclust.store.run import Run
 from rayclust.training.loop import CheckpointInterval, Trainer
 
@@ -199,6 +198,9 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
 
     Undefined ones (the silhouette of one occupied cluster, the stability of one fit) are left out.
     """
+    from rayclust.metrics import internal
+    from rayclust.metrics.internal import CriteriaOptions, measure, size_summary
+
     options = config.select_k
     sample = _sample(rows.count, options.rows, config.seed)
     space = _space(method, rows.tensor(), sample)
@@ -476,4 +478,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"candidate": candidate_settings(config), "search": search}
 
 
-STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"))
+STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"), outputs=SelectKOutputs)
