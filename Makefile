@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test chaos check audit format clean
+.PHONY: demo test bench-gpu chaos check audit format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rayclust demo --out demo
 
+# Two processes: one takes the tests that share a Ray cluster, the other begins with all others, file by file.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Everything that one GPU can measure below Ray, in less than six minutes.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py
 
 # Seeded accidents beyond those of the tests: make chaos N=500 FIRST=1000
 N ?= 200
