@@ -26,6 +26,8 @@ EMBEDDINGS = "embeddings"
 class BaseMethodConfig(Config):
     """Settings that every method has."""
 
+    revision: ClassVar[int] = 1
+    """Raised when fits of the method change for the same settings, so that finished trainings run again."""
     draws_pairs: ClassVar[bool] = False
     """Whether the method's `pairing` asks for neighbours, so that they are searched before it is fitted."""
     name: str

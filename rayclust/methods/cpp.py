@@ -12,7 +12,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -64,6 +64,7 @@ SPECTRAL = "spectral."
 class CppConfig(TrainedConfig):
     """CPP (arXiv 2306.05272): rate reduction on frozen embeddings. A key that is written wins over the preset."""
 
+    revision: ClassVar[int] = 2
     name: Literal["cpp"] = "cpp"
     """Clustering by the principle of rate reduction with pretrained models."""
     preset: Literal["auto", "cifar10", "cifar20", "cifar100", "imagenet", "none"] = "auto"

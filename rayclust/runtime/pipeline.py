@@ -149,7 +149,9 @@ def method_settings(config: RunConfig) -> dict[str, Any]:
     """
     memory = ("worker_memory",)
     values = {key: value for key, value in settings_of(config.method).items() if key not in memory}
-    return {"all": values, "set": sorted(config.method.model_fields_set.difference(memory))}
+    settings = {"all": values, "set": sorted(config.method.model_fields_set.difference(memory))}
+    revision = type(config.method).revision
+    return settings | ({"revision": revision} if revision > 1 else {})
 
 
 def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], plan: Any = None) -> str:

@@ -202,4 +202,6 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("evaluate", _settings, run, needs=("encode", "neighbors", "assign"), own_space_needs=("train",))
+STAGE = Stage(
+    "evaluate", _settings, run, needs=("encode", "neighbors", "assign"), own_space_needs=("train",), revision=2
+)

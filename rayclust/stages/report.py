@@ -259,4 +259,5 @@ STAGE = Stage(
     needs=("encode", "train", "assign", "label", "evaluate", "figures"),
     own_space_needs=("index",),
     needs_choice=True,
+    revision=2,
 )

@@ -61,7 +61,7 @@ from rayclust.store.manifest import Manifest, SelectKOutputs, digest_of
 from rayclust.store.run import Run
 from rayclust.training.loop import CheckpointInterval, Trainer
 
-REVISION = 2
+REVISION = 3
 """Raised when a candidate's result changes for the same settings."""
 FIT = 0
 """Index of the one fit among the units, where a method needs no fit for each number of clusters."""
@@ -478,4 +478,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"candidate": candidate_settings(config), "search": search}
 
 
-STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"), outputs=SelectKOutputs)
+STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"), revision=2, outputs=SelectKOutputs)
