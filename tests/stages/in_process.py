@@ -39,7 +39,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(select_k, "run_trials", _try_all)
     for module in (select_k, train):
         patch.setattr(module, "on_every_node", lambda function, *arguments: function(*arguments))
-    patch.setattr(train, "_WatchMetrics", lambda stage: nullcontext(Metrics()))
+    patch.setattr(train, "_watch_metrics", lambda stage: nullcontext(Metrics()))
     patch.setattr(
         train, "_fit", lambda job, metrics, storage: train._work({"job": job, "metrics": metrics, "threads": 1})
     )
