@@ -17,7 +17,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
-from rayclust.encoders.base import EncoderConfig, TorchEncoder, construction_errors, unknown_architecture
+from rayclust.encoders.base import EncoderConfig, TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.weights import HubFile, load_into, load_state
 from rayclust.errors import ConfigError
@@ -91,7 +91,8 @@ def build_clip(config: EncoderConfig, weights: Path | None, device: str) -> Clip
     state = load_state(weights) if weights is not None else {}
     from_openai = state.keys() >= _OPENAI_EXTRAS
     built_on = torch.device("meta" if weights is None else "cpu")
-    with construction_errors(config), _quiet_logging(), built_on:
+    message = f"encoder.options = {config.options}: {config.name} cannot be built so"
+    with network_errors(message), _quiet_logging(), built_on:
         network: Any = open_clip.create_model(
             config.architecture,
             load_weights=False,

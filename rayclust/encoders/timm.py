@@ -19,13 +19,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from rayclust.encoders.base import (
-    EncoderConfig,
-    TorchEncoder,
-    construction_errors,
-    image_size_errors,
-    unknown_architecture,
-)
+from rayclust.encoders.base import EncoderConfig, TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.weights import HubFile, load_into, load_state, without_prefix
 from rayclust.errors import ConfigError
@@ -67,7 +61,8 @@ def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> Torc
         DataError: the file cannot be read.
     """
     name = _tagged_name(config)
-    with construction_errors(config), torch.device("meta" if weights is None else "cpu"):
+    message = f"encoder.options = {config.options}: {config.name} cannot be built so"
+    with network_errors(message), torch.device("meta" if weights is None else "cpu"):
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **config.options)
     if weights is not None:
         state = _state_for(network, weights)
@@ -81,7 +76,7 @@ def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> Torc
         jpeg_draft=config.jpeg_draft,
     )
     height, width, _ = preprocess.shape
-    with image_size_errors(config.name, preprocess.size):
+    with network_errors(f"encoder.image_size = {preprocess.size}: {config.name} does not take it"):
         if config.image_size is not None and hasattr(network, "set_input_size"):
             network.set_input_size(img_size=config.image_size)
         if weights is not None:
