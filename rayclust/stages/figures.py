@@ -287,10 +287,10 @@ def export(config: RunConfig, out: str | None) -> list[str]:
     Returns:
         URIs of the files.
     """
-    if Manifests(config).of("figures") is None:  # else nobody's lease is needed: reading is free
+    if Manifests(config).of("figures") is None:  # the run is locked only where something is missing
         run_stage("figures", config)
-    run, seals = Run(config.run), Manifests(config)
-    chosen = seals.of(SELECT_K) if config.needs_selection else None
+    run = Run(config.run)
+    chosen = Manifests(config).of(SELECT_K) if config.needs_selection else None
     selection = read_json_output(run, SELECT_K, run.selection) if chosen is not None else None
     folder = numbers(run, "") if out is None else storage.absolute(out)
     files = {f"{drawn.key}.svg": svg.standalone(drawn.svg, drawn.text).encode() for drawn in drawings(run, selection)}
@@ -310,7 +310,7 @@ def export(config: RunConfig, out: str | None) -> list[str]:
 
 
 def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawing]:
-    """Return the figures of a run whose stage figures is sealed.
+    """Return the figures of a run whose stage figures is complete.
 
     Args:
         run: the run.
@@ -320,11 +320,11 @@ def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawi
     dots, heat, lines = (tables.read_table(numbers(run, name)) for name in _TABLES)
     points = np.stack([dots["x"].to_numpy(), dots["y"].to_numpy()], axis=1)
     of_dots, of_heat = dots["cluster"].to_numpy(), heat["cluster"].to_numpy()
-    # A name that two clusters have is told apart by their numbers.
+    # Two clusters of one name are shown with their numbers.
     given = cluster_names(run)
-    often = Counter(given.values())
+    counts = Counter(given.values())
     names = {
-        k: f"Cluster {k}" if not (name := given.get(k)) else name if often[name] == 1 else f"{name} #{k}"
+        k: f"Cluster {k}" if not (name := given.get(k)) else name if counts[name] == 1 else f"{name} #{k}"
         for k in sorted({*of_dots.tolist(), *of_heat.tolist()})
     }
     hues = charts.hues(charts.centers(points, of_dots))
@@ -431,8 +431,9 @@ def _selection(selection: Mapping[str, Any]) -> Drawing:
     return Drawing(key="selection", title=title, text=text, svg=drawn, is_wide=True)
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    return {"features": settings_of(config.features), "seed": config.seed}
-
-
-STAGE = Stage("figures", _settings, run, needs=("encode", "train", "assign"))
+STAGE = Stage(
+    "figures",
+    lambda config: {"features": settings_of(config.features), "seed": config.seed},
+    run,
+    needs=("encode", "train", "assign"),
+)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.config import RunConfig
 from rayclust.report.model import (
     Cluster,
     Contingency,
@@ -27,7 +26,7 @@ from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.api import as_yaml, load_run
 from rayclust.runtime.artefacts import put_bytes
 from rayclust.runtime.pipeline import SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
-from rayclust.runtime.rows import row_starts
+from rayclust.runtime.rows import row_starts, rows_by_part
 from rayclust.runtime.tasks import STORAGE_THREADS
 from rayclust.stages.evaluate import contingency_uri
 from rayclust.stages.figures import drawings
@@ -143,14 +142,11 @@ def _retrieval(near: dict[str, Any], pictures: dict[int, Picture]) -> Iterator[R
 
 def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, Picture]:
     """Return row → picture for sorted rows; only the parts that hold them are read."""
-    run, starts, wanted = context.run, row_starts(context.inputs["encode"]), np.array(rows, np.int64)
-    records: list[dict[str, Any]] = []
-    for part, start in enumerate(starts[:-1]):
-        own = wanted[(wanted >= start) & (wanted < starts[part + 1])] - start
-        if len(own):
-            table = tables.read_table(run.embeddings(part), ["key", "uri", "label"])
-            confidence = tables.read_table(run.assignments(part), ["confidence"])["confidence"]
-            records += table.append_column("confidence", confidence).take(pa.array(own)).to_pylist()
+    run, records = context.run, list[dict[str, Any]]()
+    for part, positions in rows_by_part(row_starts(context.inputs["encode"]), np.array(rows, np.int64)):
+        table = tables.read_table(run.embeddings(part), ["key", "uri", "label"])
+        confidence = tables.read_table(run.assignments(part), ["confidence"])["confidence"]
+        records += table.append_column("confidence", confidence).take(pa.array(positions)).to_pylist()
     # Files side by side, what lies in one tar or table together.
     together: dict[str, list[str]] = {}
     for record in records:
@@ -172,6 +168,7 @@ def _cluster(
     majorities: dict[int, tuple[str, float]],
     label: Manifest,
 ) -> Cluster:
+    """Return what the page shows of a row of `clusters.parquet`."""
     majority, purity = majorities.get(cluster["cluster"], (None, None))
     blind = cluster["name_without_classes"]
     return Cluster(
@@ -248,13 +245,9 @@ def _rejects(run: Run, encode: Manifest) -> list[RejectGroup]:
     return [RejectGroup(reason=reason, count=count, examples=tuple(examples[reason])) for reason, count in ordered]
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    return {"report": settings_of(config.report)}
-
-
 STAGE = Stage(
     "report",
-    _settings,
+    lambda config: {"report": settings_of(config.report)},
     run,
     needs=("encode", "train", "assign", "label", "evaluate", "figures"),
     own_space_needs=("index",),
