@@ -94,8 +94,8 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         except ValidationError as error:
             names = {field: name for name, field in self._fields.items()}
             text = format_error(error, list(self._config_class.model_fields), ())
-            field, found, rest = text.partition(" = ")
-            raise ConfigError(f"{names.get(field, field)}{found}{rest}") from None
+            field, separator, rest = text.partition(" = ")
+            raise ConfigError(f"{names.get(field, field)}{separator}{rest}") from None
 
     def _fit_features(self, X: ArrayLike, *, normalize: bool) -> Tensor:
         x = validate_data(self, X, dtype=[np.float64, np.float32])

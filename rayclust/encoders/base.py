@@ -1,4 +1,4 @@
-"""The encoder: its settings, its protocol, and what encoders built on a torch network share."""
+"""The encoder: its settings, its protocol, and a base class for encoders built on a torch network."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class TorchEncoder:
             self._tower = torch.compile(self._tower, dynamic=False)
 
     def _image_tower(self) -> Callable[[Tensor], Tensor]:
-        """Return what computes Float[B D] from Float[B 3 H W], normalised colours: the network, or a part of it."""
+        """Return the function from Float[B 3 H W], normalised colours, to Float[B D]: the network, or a part of it."""
         tower: Callable[[Tensor], Tensor] = self._network
         return tower
 
@@ -260,7 +260,7 @@ class TorchEncoder:
 
 @contextmanager
 def network_errors(message: str) -> Iterator[None]:
-    """Turn what a network raises into one line; leave the process's random state as it was.
+    """Convert errors of a network to one line; leave the process's random state as it was.
 
     Args:
         message: setting, value and what does not work; the network's own words follow.

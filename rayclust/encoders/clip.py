@@ -181,16 +181,16 @@ def _quiet_logging() -> Iterator[None]:
 
 def _converted(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert weights to the network's own names and image size, as open_clip's own loader would."""
-    own = network.state_dict()
+    expected = network.state_dict()
     state = convert_state_dict(network, state)
-    if "positional_embedding" in state and "positional_embedding" not in own:
+    if "positional_embedding" in state and "positional_embedding" not in expected:
         state = convert_to_custom_text_state_dict(state)
     for key in ("logit_scale", "logit_bias"):
-        if key in own and key in state:
-            state[key] = state[key].reshape(own[key].shape)
-        elif key in own:
-            state[key] = own[key]
-    if "text.transformer.embeddings.position_ids" not in own:
+        if key in expected and key in state:
+            state[key] = state[key].reshape(expected[key].shape)
+        elif key in expected:
+            state[key] = expected[key]
+    if "text.transformer.embeddings.position_ids" not in expected:
         state.pop("text.transformer.embeddings.position_ids", None)
     resize_pos_embed(state, network)
     resize_text_pos_embed(state, network)

@@ -47,7 +47,7 @@ def load_encoder(config: EncoderConfig, *, weights: Path | None = None, device: 
 
 
 def encoder_shape(config: EncoderConfig) -> tuple[Preprocess, int]:
-    """Find what an encoder takes and how wide its rows are, without its weights.
+    """Return an encoder's preprocessing and dimension, without its weights.
 
     The network is built on torch's meta device: that takes a fraction of a second and no memory, whatever its size.
 
@@ -70,7 +70,7 @@ def encoder_shape(config: EncoderConfig) -> tuple[Preprocess, int]:
 def _family(
     name: str,
 ) -> tuple[Callable[[EncoderConfig, Path | None, str], Encoder], Callable[[EncoderConfig], HubFile]]:
-    """Return what builds an encoder of a family, and what looks up its published weights."""
+    """Return the function that builds a family's encoder, and the one that looks up published weights."""
     if name == "timm":
         from rayclust.encoders.timm import build_timm, timm_hub_file
 

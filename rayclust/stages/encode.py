@@ -93,10 +93,12 @@ def run(context: StageContext) -> StageResult:
     ]
     for folder in (context.run.embeddings_folder, context.run.rejects_folder):
         drop_stale_parts(folder, len(tasks))
+    # 1. The shards.
     work = _import_rows if listed.shards[0].has_embeddings else _encode_images
     moments = MomentsInOrder()
     results = work(context, tasks, moments)
     storage.remove_tree(context.run.at("manifests", "encode-inputs"))
+    # 2. Totals; too many rejects stop the run here.
     counts = {name: sum(result.counts[name] for result in results) for name in ("rows", "rejects", "labelled")}
     reasons = Counter[str]()
     for result in results:
@@ -105,6 +107,7 @@ def run(context: StageContext) -> StageResult:
     _check_reject_share(config, counts["rejects"], total, reasons)
     if counts["rejects"] == total:
         raise DataError(f"images.uri = {config.images.uri}: no image there can be used: {_most_frequent(reasons)}")
+    # 3. Row numbers, now that all counts are known.
     results = _number_rows(context.run, results)
     extra = {
         "dimension": len(moments.sum.total),
@@ -171,7 +174,10 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
 
 
 def _check_reject_share(config: RunConfig, rejected: int, total: int | None, reasons: dict[str, int]) -> None:
-    """Raise DataError where more images are rejected than `images.max_reject_share` allows; None does not know yet."""
+    """Raise DataError where more images are rejected than `images.max_reject_share` allows.
+
+    `total` is None while the number of images is not known.
+    """
     if total and rejected > config.images.max_reject_share * total:
         why = f" ({_most_frequent(reasons)})" if reasons else ""
         raise DataError(

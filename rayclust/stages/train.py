@@ -205,7 +205,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write a fitted method and its table of metrics; return what `fit` does."""
+    """Write a fitted method and its table of metrics; return the same dict as `fit`."""
     # Seconds and rates differ from run to run; they stay out so that the same training gives the same bytes.
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
     names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
@@ -255,8 +255,8 @@ class StoredCheckpoints:
 
     def _steps(self) -> list[int]:
         """Return the steps with a state, in order."""
-        found = storage.walk(self._folder, suffixes=("state.json",), missing_ok=True)
-        return sorted(int(file.key[5:14]) for file in found)
+        files = storage.walk(self._folder, suffixes=("state.json",), missing_ok=True)
+        return sorted(int(file.key[5:14]) for file in files)
 
 
 class MetricsActor:
@@ -275,7 +275,7 @@ class MetricsActor:
 
 @contextmanager
 def _watch_metrics(stage: str) -> Iterator[Any]:
-    """Yield the actor for metrics; a thread shows what it holds while the driver waits for the workers."""
+    """Yield the actor for metrics; a thread shows its newest row while the driver waits for the workers."""
     import ray
 
     metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
@@ -402,7 +402,7 @@ _TRACKERS: dict[str, tuple[str, Callable[[Any, RunConfig], _Tracker]]] = {
     "wandb": ("wandb", _wandb),
     "mlflow": ("mlflow", _mlflow),
 }
-"""By name in `tracking.to`: the package, and what starts it."""
+"""By name in `tracking.to`: the package, and the function that starts it."""
 
 
 STAGE = Stage(
