@@ -1,14 +1,13 @@
 """Methods on arrays in memory with scikit-learn's contract: `fit`, `predict`, `labels_`; no Ray, no files.
 
-`_parameters_of` makes an estimator's constructor from the fields of its config.
+`_Estimator.__init_subclass__` makes an estimator's constructor from the fields of its config.
 """
 # ruff: noqa: N803 - scikit-learn's contract calls the rows X
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from inspect import Parameter, Signature
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -33,45 +32,6 @@ __all__ = ["CPP", "TEMI", "KMeans"]
 _SHARED = {"center": False, "standardize": False, "normalize": True, "device": "auto", "random_state": None}
 """Parameters of every estimator, and their defaults."""
 
-_E = TypeVar("_E", bound="_Estimator")
-
-
-def _parameters_of(config: type[Config], **fields: str) -> Callable[[type[_E]], type[_E]]:
-    """Return a class decorator that adds the constructor, with the explicit signature that scikit-learn requires.
-
-    Its parameters are `n_clusters`, those of `fields` and the shared ones. For a config with presets the default is
-    None, which leaves a setting to the preset, and `settings` holds further keys; otherwise it is the field's default.
-
-    Args:
-        config: the settings of the method.
-        fields: field of the config, by parameter.
-    """
-    has_presets = "preset" in config.model_fields
-    defaults: dict[str, Any] = {"n_clusters": 8}
-    for name, field in fields.items():
-        defaults[name] = None if has_presets and field != "preset" else config.model_fields[field].default
-    defaults |= ({"settings": None} if has_presets else {}) | _SHARED
-    parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
-    for name, default in defaults.items():
-        kind = Parameter.POSITIONAL_OR_KEYWORD if name == "n_clusters" else Parameter.KEYWORD_ONLY
-        parameters.append(Parameter(name, kind, default=default))
-    signature = Signature(parameters)
-
-    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        for name in defaults:
-            setattr(self, name, bound.arguments[name])
-
-    construct.__signature__ = signature  # type: ignore[attr-defined]
-
-    def decorate(cls: type[_E]) -> type[_E]:
-        cls._config_class, cls._fields = config, {"n_clusters": "clusters", **fields}
-        cls.__init__ = construct  # type: ignore[method-assign]
-        return cls
-
-    return decorate
-
 
 class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     """Input checks, features, config, seed and device of every estimator.
@@ -85,6 +45,44 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     method_: Any
     n_steps_: int
 
+    def __init_subclass__(
+        cls, config: type[Config] | None = None, fields: dict[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the constructor, with the explicit signature that scikit-learn requires.
+
+        Its parameters are `n_clusters`, those of `fields` and the shared ones. For a config with presets the default is
+        None, which leaves a setting to the preset, and `settings` holds further keys; otherwise it is the field's
+        default.
+
+        Args:
+            config: the settings of the method; None leaves the class as it is.
+            fields: field of the config, by parameter.
+            kwargs: of scikit-learn's classes.
+        """
+        super().__init_subclass__(**kwargs)
+        if config is None:
+            return
+        cls._config_class, cls._fields = config, {"n_clusters": "clusters", **(fields or {})}
+        has_presets = "preset" in config.model_fields
+        defaults: dict[str, Any] = {}
+        for name, field in cls._fields.items():
+            defaults[name] = None if has_presets and field != "preset" else config.model_fields[field].default
+        defaults |= {"n_clusters": 8} | ({"settings": None} if has_presets else {}) | _SHARED
+        parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
+        for name, default in defaults.items():
+            kind = Parameter.POSITIONAL_OR_KEYWORD if name == "n_clusters" else Parameter.KEYWORD_ONLY
+            parameters.append(Parameter(name, kind, default=default))
+        signature = Signature(parameters)
+
+        def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            for name in defaults:
+                setattr(self, name, bound.arguments[name])
+
+        construct.__signature__ = signature  # type: ignore[attr-defined]
+        cls.__init__ = construct  # type: ignore[method-assign]
+
     def _config(self, **overrides: Any) -> Any:
         """Build the config; an error names the estimator's parameter."""
         values = {field: getattr(self, name) for name, field in self._fields.items()}
@@ -96,8 +94,8 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         except ValidationError as error:
             names = {field: name for name, field in self._fields.items()}
             text = format_error(error, list(self._config_class.model_fields), ())
-            field, found, rest = text.partition(" = ")
-            raise ConfigError(f"{names.get(field, field)}{found}{rest}") from None
+            field, separator, rest = text.partition(" = ")
+            raise ConfigError(f"{names.get(field, field)}{separator}{rest}") from None
 
     def _fit_features(self, X: ArrayLike, *, normalize: bool) -> Tensor:
         x = validate_data(self, X, dtype=[np.float64, np.float32])
@@ -127,10 +125,17 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         return torch.device(self.device)
 
 
-@_parameters_of(
-    kmeans.KMeansOptions, metric="metric", n_init="restarts", max_iter="max_iterations", tol="tolerance"
-)  # fmt: skip
-class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # type: ignore[misc]
+class _Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # type: ignore[misc]
+    """An estimator that also gives features; `fit` sets `_n_features_out`, their number."""
+
+    _n_features_out: int
+
+
+class KMeans(
+    _Transformer,
+    config=kmeans.KMeansOptions,
+    fields={"metric": "metric", "n_init": "restarts", "max_iter": "max_iterations", "tol": "tolerance"},
+):
     """k-means, spherical (default) or Euclidean, from greedy k-means++ seeds.
 
     Args:
@@ -164,6 +169,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # 
         x = self._fit_features(X, normalize=self.normalize or self.metric == "cosine").to(self._device())
         result = kmeans.fit(lambda: [x], config, seed=self._seed())
         self.cluster_centers_ = result.centers.cpu().numpy()
+        self._n_features_out = len(self.cluster_centers_)
         self.labels_ = kmeans.assign(x, result.centers)[0].cpu().numpy()
         self.inertia_, self.n_iter_ = result.inertia, result.n_iter
         return self
@@ -187,16 +193,13 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # 
         x = self._features(X)
         return -float(kmeans.assign(x, torch.from_numpy(self.cluster_centers_))[1].sum(dtype=torch.float64))
 
-    @property
-    def _n_features_out(self) -> int:
-        return len(self.cluster_centers_)
 
-
-@_parameters_of(
-    TemiConfig, preset="preset", n_heads="heads", n_neighbors="neighbors", beta="beta", max_steps="steps",
-    batch_size="batch_size", learning_rate="learning_rate",
-)  # fmt: skip
-class TEMI(_Estimator):
+class TEMI(
+    _Estimator,
+    config=TemiConfig,
+    fields={"preset": "preset", "n_heads": "heads", "n_neighbors": "neighbors", "beta": "beta", "max_steps": "steps"}
+    | {"batch_size": "batch_size", "learning_rate": "learning_rate"},
+):
     """TEMI (arXiv 2303.17896): heads trained to agree with their moving averages on pairs of neighbours.
 
     None leaves a setting to the preset. Clusters that no row of the fit belongs to are numbered last.
@@ -264,11 +267,12 @@ class TEMI(_Estimator):
         return probabilities[:, self._order]
 
 
-@_parameters_of(
-    CppConfig, preset="preset", variant="variant", temperature="temperature", max_steps="steps",
-    batch_size="batch_size", learning_rate="learning_rate",
-)  # fmt: skip
-class CPP(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # type: ignore[misc]
+class CPP(
+    _Transformer,
+    config=CppConfig,
+    fields={"preset": "preset", "variant": "variant", "temperature": "temperature", "max_steps": "steps"}
+    | {"batch_size": "batch_size", "learning_rate": "learning_rate"},
+):
     """CPP (arXiv 2306.05272): features by rate reduction, then spectral clusters; K plays no part in training.
 
     None leaves a setting to the preset.
@@ -307,6 +311,7 @@ class CPP(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # typ
         config = self._config(**({"clusters": 2} if self.n_clusters == 1 else {}))
         if len(x) > 1:
             self._train(x, None, config)
+        self._n_features_out = int(self.method_.width) if self.method_ is not None else 0
         self.labels_ = self._labels(x)
         return self
 
@@ -331,7 +336,3 @@ class CPP(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # typ
             return np.zeros(len(x), dtype=np.int64)
         labels: NDArray[np.int64] = self.method_.predict_proba(x.double()).argmax(dim=1).cpu().numpy()
         return labels
-
-    @property
-    def _n_features_out(self) -> int:
-        return int(self.method_.width) if self.method_ is not None else 0

@@ -1,4 +1,4 @@
-"""The encoder: its settings, its protocol, and what encoders built on a torch network share."""
+"""The encoder: its settings, its protocol, and a base class for encoders built on a torch network."""
 
 from __future__ import annotations
 
@@ -184,7 +184,8 @@ class TorchEncoder:
         self._network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._mean, self._std = (torch.tensor(c, device=self._device).view(1, 3, 1, 1) for c in (mean, std))
         self._tower = self._image_tower()
-        with image_size_errors(self.name, preprocess.size), self._inference():
+        message = f"encoder.image_size = {preprocess.size}: {self.name} does not take it"
+        with network_errors(message), self._inference():
             rows = self._forward(np.zeros((1, *preprocess.shape), np.uint8))
         if rows.ndim != 2:
             raise ConfigError(f"encoder.name = {self.name}: gives {tuple(rows.shape[1:])} per image, not one row")
@@ -193,7 +194,7 @@ class TorchEncoder:
             self._tower = torch.compile(self._tower, dynamic=False)
 
     def _image_tower(self) -> Callable[[Tensor], Tensor]:
-        """Return what computes Float[B D] from Float[B 3 H W], normalised colours: the network, or a part of it."""
+        """Return the function from Float[B 3 H W], normalised colours, to Float[B D]: the network, or a part of it."""
         tower: Callable[[Tensor], Tensor] = self._network
         return tower
 
@@ -258,32 +259,30 @@ class TorchEncoder:
 
 
 @contextmanager
-def construction_errors(config: EncoderConfig) -> Iterator[None]:
-    """Turn what a model's constructor raises into one line; leave the process's random state as it was.
+def network_errors(message: str) -> Iterator[None]:
+    """Convert errors of a network to one line; leave the process's random state as it was.
 
-    Raises:
-        ConfigError: the constructor failed.
-    """
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, OSError, ImportError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise ConfigError(f"encoder.options = {config.options}: {config.name} cannot be built so: {what}") from error
-
-
-@contextmanager
-def image_size_errors(name: str, size: int | tuple[int, int]) -> Iterator[None]:
-    """Turn what a network raises at an image size that it does not take into one line.
+    Args:
+        message: setting, value and what does not work; the network's own words follow.
 
     Raises:
         ConfigError: the network failed.
     """
     try:
-        yield
-    except (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError) as error:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        ArithmeticError,
+        KeyError,
+        OSError,
+        ImportError,
+    ) as error:
         what = " ".join(str(error).split())[:200]
-        raise ConfigError(f"encoder.image_size = {size}: {name} does not take it: {what}") from error
+        raise ConfigError(f"{message}: {what}") from error
 
 
 def unknown_architecture(config: EncoderConfig, known: Sequence[str]) -> ConfigError:

@@ -17,7 +17,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
-from rayclust.encoders.base import EncoderConfig, TorchEncoder, construction_errors, unknown_architecture
+from rayclust.encoders.base import EncoderConfig, TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.weights import HubFile, load_into, load_state
 from rayclust.errors import ConfigError
@@ -91,7 +91,8 @@ def build_clip(config: EncoderConfig, weights: Path | None, device: str) -> Clip
     state = load_state(weights) if weights is not None else {}
     from_openai = state.keys() >= _OPENAI_EXTRAS
     built_on = torch.device("meta" if weights is None else "cpu")
-    with construction_errors(config), _quiet_logging(), built_on:
+    message = f"encoder.options = {config.options}: {config.name} cannot be built so"
+    with network_errors(message), _quiet_logging(), built_on:
         network: Any = open_clip.create_model(
             config.architecture,
             load_weights=False,
@@ -180,16 +181,16 @@ def _quiet_logging() -> Iterator[None]:
 
 def _converted(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert weights to the network's own names and image size, as open_clip's own loader would."""
-    own = network.state_dict()
+    expected = network.state_dict()
     state = convert_state_dict(network, state)
-    if "positional_embedding" in state and "positional_embedding" not in own:
+    if "positional_embedding" in state and "positional_embedding" not in expected:
         state = convert_to_custom_text_state_dict(state)
     for key in ("logit_scale", "logit_bias"):
-        if key in own and key in state:
-            state[key] = state[key].reshape(own[key].shape)
-        elif key in own:
-            state[key] = own[key]
-    if "text.transformer.embeddings.position_ids" not in own:
+        if key in expected and key in state:
+            state[key] = state[key].reshape(expected[key].shape)
+        elif key in expected:
+            state[key] = expected[key]
+    if "text.transformer.embeddings.position_ids" not in expected:
         state.pop("text.transformer.embeddings.position_ids", None)
     resize_pos_embed(state, network)
     resize_text_pos_embed(state, network)

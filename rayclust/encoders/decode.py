@@ -269,7 +269,7 @@ def recognise(data: bytes) -> str:
 
 
 def without_metadata(data: bytes, name: str) -> bytes:
-    """Return what a picture and its orientation need of a file; refuse one that ends before its picture does.
+    """Cut metadata out of a file, except its orientation; refuse a file that ends before its picture does.
 
     Args:
         data: the whole file.
@@ -367,6 +367,7 @@ def flatten(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in {"I", "F"}:
         values = np.asarray(image).astype(np.float64)
+        # The range of the samples: a usual one that holds them, else their own.
         finite = values[np.isfinite(values)]
         if finite.size == 0:
             raise Undecodable("not_finite", "a floating image without one finite value")
@@ -406,11 +407,13 @@ def visible_box(
     if resize == "squash":
         return 0.0, 0.0, float(width), float(height)
     rows, columns = target
+    # 1. Whole pixels of the scaled image: the shorter side fits, the other keeps the aspect.
     tall, wide = math.floor(rows / crop_fraction), math.floor(columns / crop_fraction)
     if tall * width >= wide * height:
         wide = tall * width // height
     else:
         tall = wide * height // width
+    # 2. Its centre, back on the scale of the upright image.
     left, top = round((wide - columns) / 2), round((tall - rows) / 2)
     x, y = width / wide, height / tall
     return left * x, top * y, min((left + columns) * x, width), min((top + rows) * y, height)
@@ -470,7 +473,7 @@ def quiet_pillow() -> Iterator[None]:
 
 @cache
 def _libtiff_handlers() -> tuple[Any, ...]:
-    """Return libtiff's two functions that set where it reports to; none where Pillow is built without it."""
+    """Return libtiff's two setters of message handlers; none if Pillow is built without it."""
     try:
         library = ctypes.CDLL(_imaging.__file__)
         functions = library.TIFFSetErrorHandler, library.TIFFSetWarningHandler

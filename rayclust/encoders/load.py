@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rayclust.encoders.base import Encoder, EncoderConfig
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.pixels import PixelEncoder
 from rayclust.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rayclust.encoders.weights import HubFile
 
 
 def load_encoder(config: EncoderConfig, *, weights: Path | None = None, device: str = "cpu") -> Encoder:
@@ -32,11 +36,18 @@ def load_encoder(config: EncoderConfig, *, weights: Path | None = None, device: 
     """
     if config.family == "pixels":
         return PixelEncoder(config)
-    return _builder(config.family)(config, weights or weights_path(config), device)
+    build, published = _family(config.family)
+    if weights is None and config.weights_uri is None:
+        weights = published(config).path()
+    elif weights is None:
+        if "://" in str(config.weights_uri):
+            raise ConfigError(f"encoder.pretrained = {config.weights_uri}: pass a local copy of it as `weights`")
+        weights = Path(str(config.weights_uri)).expanduser()
+    return build(config, weights, device)
 
 
 def encoder_shape(config: EncoderConfig) -> tuple[Preprocess, int]:
-    """Find what an encoder takes and how wide its rows are, without its weights.
+    """Return an encoder's preprocessing and dimension, without its weights.
 
     The network is built on torch's meta device: that takes a fraction of a second and no memory, whatever its size.
 
@@ -52,37 +63,18 @@ def encoder_shape(config: EncoderConfig) -> tuple[Preprocess, int]:
     if config.family == "pixels":
         encoder: Encoder = PixelEncoder(config)
     else:
-        encoder = _builder(config.family)(config, None, "meta")
+        encoder = _family(config.family)[0](config, None, "meta")
     return encoder.preprocess, encoder.dimension
 
 
-def weights_path(config: EncoderConfig) -> Path:
-    """Find the weights on this machine; fetch published ones if need be.
+def _family(
+    name: str,
+) -> tuple[Callable[[EncoderConfig, Path | None, str], Encoder], Callable[[EncoderConfig], HubFile]]:
+    """Return the function that builds a family's encoder, and the one that looks up published weights."""
+    if name == "timm":
+        from rayclust.encoders.timm import build_timm, timm_hub_file
 
-    Args:
-        config: not of the pixels encoder, which has none.
+        return build_timm, timm_hub_file
+    from rayclust.encoders.clip import build_clip, clip_hub_file
 
-    Raises:
-        ConfigError: unknown architecture or tag, a URI, or published weights that cannot be fetched.
-    """
-    if config.weights_uri is not None:
-        if "://" in config.weights_uri:
-            raise ConfigError(f"encoder.pretrained = {config.weights_uri}: pass a local copy of it as `weights`")
-        return Path(config.weights_uri).expanduser()
-    if config.family == "timm":
-        from rayclust.encoders.timm import timm_hub_file
-
-        return timm_hub_file(config).path()
-    from rayclust.encoders.clip import clip_hub_file
-
-    return clip_hub_file(config).path()
-
-
-def _builder(family: str) -> Callable[[EncoderConfig, Path | None, str], Encoder]:
-    if family == "timm":
-        from rayclust.encoders.timm import build_timm
-
-        return build_timm
-    from rayclust.encoders.clip import build_clip
-
-    return build_clip
+    return build_clip, clip_hub_file

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from rayclust.arrays import unit_rows
 from rayclust.encoders.base import Colour, EncoderConfig, no_text_tower
 from rayclust.encoders.decode import Preprocess
 from rayclust.errors import ShapeError
@@ -50,10 +51,7 @@ class PixelEncoder:
         channels = self.preprocess.shape[2]
         mean, std = (np.array(c[:channels], np.float32) for c in (self.mean, self.std))
         rows = ((images.astype(np.float32) / np.float32(255) - mean) / std).reshape(len(images), -1)
-        if self._normalize:
-            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-            rows = rows / np.where(lengths > 0, lengths, np.float32(1))
-        return rows
+        return unit_rows(rows) if self._normalize else rows
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Raise: pixels have no text tower."""

@@ -19,13 +19,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from rayclust.encoders.base import (
-    EncoderConfig,
-    TorchEncoder,
-    construction_errors,
-    image_size_errors,
-    unknown_architecture,
-)
+from rayclust.encoders.base import EncoderConfig, TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.weights import HubFile, load_into, load_state, without_prefix
 from rayclust.errors import ConfigError
@@ -67,27 +61,29 @@ def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> Torc
         DataError: the file cannot be read.
     """
     name = _tagged_name(config)
-    with construction_errors(config), torch.device("meta" if weights is None else "cpu"):
+    message = f"encoder.options = {config.options}: {config.name} cannot be built so"
+    with network_errors(message), torch.device("meta" if weights is None else "cpu"):
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **config.options)
     if weights is not None:
         state = _state_for(network, weights)
         load_into(network, state, encoder=config.name, source=config.pretrained or str(weights))
-    own = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
+    declared = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
+    resampling = declared["interpolation"]
     preprocess = Preprocess(
-        config.image_size or tuple(own["input_size"][1:]),
-        resize=config.resize or ("squash" if own["crop_mode"] == "squash" else "crop"),
-        interpolation=own["interpolation"] if own["interpolation"] in ("bilinear", "lanczos", "nearest") else "bicubic",
-        crop_fraction=config.crop_fraction or (1.0 if config.resize else min(own["crop_pct"], 1.0)),
+        config.image_size or tuple(declared["input_size"][1:]),
+        resize=config.resize or ("squash" if declared["crop_mode"] == "squash" else "crop"),
+        interpolation=resampling if resampling in ("bilinear", "lanczos", "nearest") else "bicubic",
+        crop_fraction=config.crop_fraction or (1.0 if config.resize else min(declared["crop_pct"], 1.0)),
         jpeg_draft=config.jpeg_draft,
     )
     height, width, _ = preprocess.shape
-    with image_size_errors(config.name, preprocess.size):
+    with network_errors(f"encoder.image_size = {preprocess.size}: {config.name} does not take it"):
         if config.image_size is not None and hasattr(network, "set_input_size"):
             network.set_input_size(img_size=config.image_size)
         if weights is not None:
             example = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
             network = fold_batch_norms(network.eval(), example)
-    mean, std = config.mean or tuple(own["mean"]), config.std or tuple(own["std"])
+    mean, std = config.mean or tuple(declared["mean"]), config.std or tuple(declared["std"])
     return TorchEncoder(network, config, preprocess, mean=mean, std=std, device=device)
 
 
@@ -126,17 +122,17 @@ def _tagged_name(config: EncoderConfig) -> str:
 
 def _state_for(network: nn.Module, weights: Path) -> dict[str, Tensor]:
     """Read a file's weights under the network's own names, without heads."""
-    own = network.state_dict()
-    state = without_prefix(from_torchvision(load_state(weights)), own)
+    expected = network.state_dict()
+    state = without_prefix(from_torchvision(load_state(weights)), expected)
     # timm's own conversion of names, and of position embeddings to another image size.
     convert: Any = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    fits = own.keys() <= state.keys() and all(state[key].shape == value.shape for key, value in own.items())
+    fits = expected.keys() <= state.keys() and all(state[key].shape == value.shape for key, value in expected.items())
     if convert is not None and not fits:
         try:
             state = dict(convert(state, network))
         except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
             logger.info("timm could not adapt the names in %s: %s", weights, error)
-    return {key: value for key, value in state.items() if key in own or key.partition(".")[0] not in _HEADS}
+    return {key: value for key, value in state.items() if key in expected or key.partition(".")[0] not in _HEADS}
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def load_tensors(path: Path | str) -> Any:
     try:
         # Training scripts store their arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TorchScript is refused is said below
+            warnings.simplefilter("ignore")  # of TorchScript, which has its own message below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = []
@@ -115,9 +115,11 @@ def without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[
         What lies under the prefix that fits most names; of two that fit alike, the averaged copy (teacher, momentum).
         `state` itself when no prefix fits any.
     """
+    # 1. Prefixes under which the checkpoint holds one of the first names.
     prefixes = {""}
     for name in list(wanted)[:3]:
         prefixes |= {key[: -len(name)] for key in state if key.endswith("." + name)}
+    # 2. The one with most names, averaged copies and short prefixes before others.
     rank = {
         p: (sum(p + name in state for name in wanted), any(a in p for a in _AVERAGED), -len(p), p) for p in prefixes
     }
@@ -137,24 +139,24 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, encoder: str, 
     Raises:
         ConfigError: names or shapes differ; one line with the first of them.
     """
-    own = network.state_dict()
-    state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
+    expected = network.state_dict()
+    state = {**{k: v for k, v in expected.items() if k.endswith("num_batches_tracked")}, **state}
     differences = {
-        "missing": [key for key in own if key not in state],
-        "not wanted": [key for key in state if key not in own],
+        "missing": [key for key in expected if key not in state],
+        "not wanted": [key for key in state if key not in expected],
         "of another shape": [
             f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in own.items()
+            for key, value in expected.items()
             if key in state and state[key].shape != value.shape
         ],
     }
-    found = [
+    problems = [
         f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         for what, names in differences.items()
         if names
     ]
-    if found:
-        raise ConfigError(f"encoder.pretrained = {source}: does not fit {encoder}: {'; '.join(found)}")
+    if problems:
+        raise ConfigError(f"encoder.pretrained = {source}: does not fit {encoder}: {'; '.join(problems)}")
     network.load_state_dict(state)
 
 

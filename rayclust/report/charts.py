@@ -51,7 +51,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 20.0, 14.0, 40.0
 
 @styled
 def size_histogram(sizes: Sequence[int], names: Sequence[str] | None = None) -> Markup:
-    """Draw how large the clusters are: one named bar each, largest first, or counts per range of sizes for many.
+    """Draw the sizes of the clusters: one named bar each, largest first, or counts per range of sizes for many.
 
     Args:
         sizes: K numbers of images, in any order.
@@ -94,7 +94,7 @@ def size_histogram(sizes: Sequence[int], names: Sequence[str] | None = None) -> 
 
 @styled
 def confidence_histogram(counts: Sequence[int]) -> Markup:
-    """Draw how sure the method is of its assignments.
+    """Draw the confidence of the assignments as a histogram.
 
     Args:
         counts: images per equal bin of confidence over [0, 1].
@@ -161,6 +161,7 @@ def contingency(counts: IntArray, classes: Sequence[str], clusters: Sequence[str
     require_matrix(counts, "counts", len(clusters))
     if counts.shape[0] != len(classes):
         raise ShapeError(f"contingency got {len(classes)} class names for {counts.shape[0]} rows")
+    # Clusters of one class side by side, the largest share first.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     best = shares.argmax(axis=0) if shares.size else np.zeros(len(clusters), int)
     largest = shares.max(axis=0, initial=0)
@@ -280,6 +281,7 @@ def scatter(points: FloatArray, clusters: IntArray, names: Mapping[int, str], *,
     require_matrix(points, "points", 2)
     if len(clusters) != len(points):
         raise ShapeError(f"scatter got {len(clusters)} clusters for {len(points)} points")
+    # 1. From the map's axes to pixels, both on one scale.
     margin, letter, line = 16.0, 6.7, 15.0
     low, high = (points.min(0), points.max(0)) if len(points) else (np.zeros(2), np.ones(2))
     across, up = (high - low).tolist()
@@ -288,15 +290,16 @@ def scatter(points: FloatArray, clusters: IntArray, names: Mapping[int, str], *,
     places = (points - low) * scale * [1, -1] + [(WIDTH - across * scale) / 2, margin + up * scale]
     figure = new_figure(WIDTH, height)
     axes = add_axes(figure, 0, 0, WIDTH, height, x=(0, WIDTH), y=(height, 0))
+    # 2. Dots, cluster by cluster.
     middles, shades = centers(places, clusters), hues(centers(points, clusters))
     width = 3.5 if len(points) > 1500 else 4.8 if len(points) > 400 else 7.2
     for cluster in middles:
-        own = places[clusters == cluster]
-        tip = tooltip(f"{names.get(cluster, cluster)}: {count(len(own))} of the images shown")
-        xs, ys = np.repeat(own, 3, axis=0).T  # a line of no length, with round ends, and a gap for each dot
+        dots = places[clusters == cluster]
+        tip = tooltip(f"{names.get(cluster, cluster)}: {count(len(dots))} of the images shown")
+        xs, ys = np.repeat(dots, 3, axis=0).T  # a line of no length, with round ends, and a gap for each dot
         ys[2::3] = np.nan
         axes.plot(xs, ys, color=HUES[shades[cluster]], lw=width, alpha=0.75, gid=tip)
-    # Names on their clusters; above or below those so small that the name would hide them.
+    # 3. Names on their clusters; above or below those so small that the name would hide them.
     taken: list[FloatArray] = []
     for cluster in list(middles)[:NAMED]:
         name, (x, y) = one_line(str(names.get(cluster, cluster)), 26), middles[cluster].tolist()
@@ -317,15 +320,16 @@ def hues(centers: Mapping[int, FloatArray]) -> dict[int, int]:
     """Return a place in `HUES` for each cluster, chosen so that equal colours lie far apart.
 
     Args:
-        centers: cluster to Float[2], in the order in which colours are given.
+        centers: cluster to Float[2], in the order in which colours are chosen.
     """
     points = np.array(list(centers.values())).reshape(-1, 2)
-    given = np.zeros(len(points), int)
+    # Each centre takes the colour whose nearest centre so far is farthest away; unused colours come first.
+    chosen = np.zeros(len(points), int)
     for place, center in enumerate(points):
         nearest = np.full(len(HUES), np.inf)
-        np.minimum.at(nearest, given[:place], np.hypot(*(points[:place] - center).T))
-        given[place] = nearest.argmax()
-    return dict(zip(centers, given.tolist(), strict=True))
+        np.minimum.at(nearest, chosen[:place], np.hypot(*(points[:place] - center).T))
+        chosen[place] = nearest.argmax()
+    return dict(zip(centers, chosen.tolist(), strict=True))
 
 
 def centers(points: FloatArray, clusters: IntArray) -> dict[int, FloatArray]:
@@ -335,8 +339,8 @@ def centers(points: FloatArray, clusters: IntArray) -> dict[int, FloatArray]:
         points: Float[N 2].
         clusters: Int[N].
     """
-    found, sizes = np.unique(clusters, return_counts=True)
-    order = found[np.lexsort((found, -sizes))].tolist()
+    keys, sizes = np.unique(clusters, return_counts=True)
+    order = keys[np.lexsort((keys, -sizes))].tolist()
     return {cluster: np.median(points[clusters == cluster], axis=0) for cluster in order}
 
 
@@ -449,9 +453,9 @@ def criteria(found: Sequence[Criterion], chosen: int | None, title: str) -> Mark
         if criterion.larger_is_better is not None:
             best = list(values)[int(ys.argmax() if criterion.larger_is_better else ys.argmin())]
         for k, value in values.items():
-            said = {criterion.knee: ", the knee", best: ", the best"}.get(k, "")
-            look = {"color": HUES[1 if k == best else 2 if k == criterion.knee else 0], "lw": 10.0 if said else 6.0}
-            axes.plot([k, k], [value, value], gid=tooltip(f"{count(k)} clusters: {number(value)}{said}"), **look)
+            remark = {criterion.knee: ", the knee", best: ", the best"}.get(k, "")
+            look = {"color": HUES[1 if k == best else 2 if k == criterion.knee else 0], "lw": 10.0 if remark else 6.0}
+            axes.plot([k, k], [value, value], gid=tooltip(f"{count(k)} clusters: {number(value)}{remark}"), **look)
     return write(figure, title)
 
 

@@ -40,7 +40,7 @@ CONFIG_CHARACTERS = 100_000
 
 
 class PageLimits(Config):
-    """How much one page shows; what does not fit is counted on the page."""
+    """Limits of one page; the page states the number of items left out."""
 
     cards: int = Field(200, ge=0)
     """Clusters shown with pictures, the largest ones; the others stand in the table alone."""
@@ -196,15 +196,15 @@ def best(score: Score, methods: Iterable[MethodResult]) -> float | None:
     Returns:
         None where the score has no better end or fewer than two methods have it.
     """
-    given = [method.metrics.get(score.key) for method in methods]
-    values = [value for value in given if value is not None and math.isfinite(value)]
+    scores = [method.metrics.get(score.key) for method in methods]
+    values = [value for value in scores if value is not None and math.isfinite(value)]
     if len(values) < 2 or score.larger_is_better is None:
         return None
     return max(values) if score.larger_is_better else min(values)
 
 
 def featured(sizes: Sequence[int], limits: PageLimits | None = None) -> list[int]:
-    """Return the clusters that get pictures: whoever gathers a report fetches images for these alone.
+    """Return the clusters that get pictures: images are fetched for these alone.
 
     Args:
         sizes: K numbers of images; the place is the cluster.
@@ -372,10 +372,10 @@ def _environment() -> Environment:
 
 def _image(picture: Picture) -> Markup | None:
     """Return the picture as an `img` tag; None where there is none, or none that a page may show."""
-    found = picture.thumbnail and thumbnails.describe(picture.thumbnail)
-    if not picture.thumbnail or not found:
+    header = picture.thumbnail and thumbnails.describe(picture.thumbnail)
+    if not picture.thumbnail or not header:
         return None
-    media_type, width, height = found
+    media_type, width, height = header
     source = f"data:{media_type};base64,{base64.b64encode(picture.thumbnail).decode('ascii')}"
     tag = '<img src="{}" alt="{}" width="{}" height="{}" decoding="async">'
     return Markup(tag).format(source, formats.clean(formats.shorten(picture.key)), width, height)  # noqa: S704 - a constant

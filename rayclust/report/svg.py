@@ -173,8 +173,8 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
     if not high > low:
         high = low + (abs(low) or 1.0)
-    found = MaxNLocator(max(1, wanted - 1), steps=[1, 2, 5, 10]).tick_values(float(low), float(high))
-    return [float(tick) + 0.0 for tick in found]  # no -0
+    places = MaxNLocator(max(1, wanted - 1), steps=[1, 2, 5, 10]).tick_values(float(low), float(high))
+    return [float(tick) + 0.0 for tick in places]  # no -0
 
 
 def one_line(text: str, limit: int = 24) -> str:
@@ -237,38 +237,44 @@ def _inlined(node: ET.Element) -> list[ET.Element]:
 
 
 def _inlined_shape(node: ET.Element, tag: str) -> ET.Element:
-    given = dict(part.split(": ", 1) for part in node.get("style", "").split("; ") if ": " in part)
-    given = {name: given[name] for name in _ATTRIBUTES if name in given and given[name] != _DEFAULTS.get(name)}
+    """Return a shape with attributes and classes instead of matplotlib's inline style."""
+    attributes = dict(part.split(": ", 1) for part in node.get("style", "").split("; ") if ": " in part)
+    attributes = {
+        name: attributes[name] for name in _ATTRIBUTES if name in attributes and attributes[name] != _DEFAULTS.get(name)
+    }
     if tag == "image":
-        given |= _small_image(node)
+        attributes |= _small_image(node)
     else:
-        given |= {name: _short(node.attrib[name]) for name in ("d", "x", "y", "transform") if name in node.attrib}
-        if given.get("transform", "").startswith("rotate(0 "):
-            del given["transform"]
-        classes = [_FILLS.get(given.get("fill", "")), _STROKES.get(given.get("stroke", ""))]
-        given |= {"class": " ".join(filter(None, classes))} if any(classes) else {}
-    shape = ET.Element(tag, given)
+        attributes |= {name: _short(node.attrib[name]) for name in ("d", "x", "y", "transform") if name in node.attrib}
+        if attributes.get("transform", "").startswith("rotate(0 "):
+            del attributes["transform"]
+        classes = [_FILLS.get(attributes.get("fill", "")), _STROKES.get(attributes.get("stroke", ""))]
+        attributes |= {"class": " ".join(filter(None, classes))} if any(classes) else {}
+    shape = ET.Element(tag, attributes)
     shape.text = node.text if tag == "text" else None
     return shape
 
 
 def _small_image(node: ET.Element) -> dict[str, str]:
     """Return the attributes of a heat-map's image in half a byte a pixel; matplotlib takes four."""
+    # 1. Levels, from the alpha channel of matplotlib's image.
     encoded = node.attrib["{http://www.w3.org/1999/xlink}href"].partition(",")[2]
     alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).getchannel("A"))
     step, buffer = 255 // (SHADES - 1), io.BytesIO()
+    # 2. The same levels as a palette of one colour with 16 opacities.
     picture = Image.fromarray(alpha // step).convert("P")
     picture.putpalette(bytes.fromhex(HEAT[1:]) * SHADES)
     picture.save(buffer, "PNG", optimize=True, bits=4, transparency=bytes(range(0, 256, step)))
+    # 3. Place and size, from the matrix that matplotlib scales a pixel with.
     across, _, _, down, x, y = map(float, re.findall(r"[-.\d]+", node.attrib["transform"]))
     box = {"x": x, "y": y, "width": across * alpha.shape[1], "height": down * alpha.shape[0]}
-    found = {name: _short(f"{value:f}") for name, value in box.items()}
-    found |= {"href": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), "class": "heat"}
-    return found | {"preserveAspectRatio": "none", "image-rendering": "pixelated" if len(alpha) < 100 else "auto"}
+    attributes = {name: _short(f"{value:f}") for name, value in box.items()}
+    attributes |= {"href": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), "class": "heat"}
+    return attributes | {"preserveAspectRatio": "none", "image-rendering": "pixelated" if len(alpha) < 100 else "auto"}
 
 
 def _short(text: str) -> str:
     """Round the numbers of an attribute to two decimals, and drop the spaces and lines that a path can do without."""
-    text = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), text)
+    text = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), text)
     text = re.sub(r" ?([MLCQz]) ?", r"\1", re.sub(r"-0(?![.\d])", "0", " ".join(text.split())))
     return re.sub(r"M(\S+) (\S+)L\1 \2(?=M|$)", r"M\1 \2h0", text)  # a line of no length, with round ends, is a dot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -35,46 +35,35 @@ def thumbnail(data: bytes, size: int = 128) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                return _encode(_shrink(image, size))
+                if image.width * image.height > MAX_PIXELS:
+                    return placeholder(size)
+                image.draft("RGB", (4 * size, 4 * size))  # JPEG decodes at a fraction of its size
+                upright = _rgb(ImageOps.exif_transpose(image))
+            # Scale by the shorter side; of a long image the middle is kept.
+            short, long = sorted(upright.size)
+            scale = min(1.0, size / short)
+            shape = [max(1, round(min(side, MAX_ASPECT * short) * scale)) for side in upright.size]
+            fit = upright.resize if long <= MAX_ASPECT * short else partial(ImageOps.fit, upright)
+            small = fit((shape[0], shape[1]), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            tiny = min(small.size) < 48  # too few pixels to lose any
+            small.save(buffer, "WEBP", quality=QUALITY, method=4, lossless=tiny)
+            return buffer.getvalue()
     except (*_DECODING, *_REFUSED):
         return placeholder(size)
 
 
-def _shrink(image: Image.Image, size: int) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
-    image.draft("RGB", (4 * size, 4 * size))  # JPEG decodes at a fraction of its size
-    upright = _rgb(ImageOps.exif_transpose(image))
-    short, long = sorted(upright.size)
-    scale = min(1.0, size / short)
-    width, height = (max(1, round(min(side, MAX_ASPECT * short) * scale)) for side in upright.size)
-    if long <= MAX_ASPECT * short:
-        return upright.resize((width, height), Image.Resampling.LANCZOS)
-    return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
-
-
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        return _stretched(image)
+        # Stretch deep greys over the range that they fill: a 16-bit scan that uses 12 bits is not shown black.
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+        low, high = values.min(), values.max()
+        grey = np.zeros_like(values) if high == low else (values - low) / (high - low)
+        return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
         colours = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
     return image.convert("RGB")
-
-
-def _stretched(image: Image.Image) -> Image.Image:
-    """Stretch deep greys over the range that they fill: a 16-bit scan that uses 12 bits is not shown black."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-    low, high = values.min(), values.max()
-    grey = np.zeros_like(values) if high == low else (values - low) / (high - low)
-    return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
-
-
-def _encode(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    tiny = min(image.size) < 48  # too few pixels to lose any
-    image.save(buffer, "WEBP", quality=QUALITY, method=4, lossless=tiny)
-    return buffer.getvalue()
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -48,7 +49,7 @@ from rayclust.runtime.tasks import (
 from rayclust.store import storage
 from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
-from rayclust.store.sources import Record, Shard, read_records, read_rows
+from rayclust.store.sources import Shard, read_records, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ RECORD = pa.struct([("key", pa.string()), ("uri", pa.string()), ("label", pa.str
 REJECT = pa.struct([("key", pa.string()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 CHUNK = pa.schema(
     [
-        ("unit", pa.string()),  # JSON of the shard's index and digest and of the row it is expected to start at
+        ("task", pa.string()),  # JSON of the shard's index and digest and of the row it is expected to start at
         ("chunk", pa.int32()),
         ("last", pa.bool_()),
         ("records", pa.list_(RECORD)),
@@ -86,16 +87,18 @@ COUNTS = pa.schema(
 def run(context: StageContext) -> StageResult:
     """Encode the shards that are not done, number the rows, and total the counts."""
     config, listed = context.config, context.plan
-    units = [
+    tasks = [
         Task(shard.index, digest, shard, shard.count or 1)
         for shard, digest in zip(listed.shards, listed.digests, strict=True)
     ]
     for folder in (context.run.embeddings_folder, context.run.rejects_folder):
-        drop_stale_parts(folder, len(units))
+        drop_stale_parts(folder, len(tasks))
+    # 1. The shards.
     work = _import_rows if listed.shards[0].has_embeddings else _encode_images
     moments = MomentsInOrder()
-    results = work(context, units, moments)
+    results = work(context, tasks, moments)
     storage.remove_tree(context.run.at("manifests", "encode-inputs"))
+    # 2. Totals; too many rejects stop the run here.
     counts = {name: sum(result.counts[name] for result in results) for name in ("rows", "rejects", "labelled")}
     reasons = Counter[str]()
     for result in results:
@@ -104,6 +107,7 @@ def run(context: StageContext) -> StageResult:
     _check_reject_share(config, counts["rejects"], total, reasons)
     if counts["rejects"] == total:
         raise DataError(f"images.uri = {config.images.uri}: no image there can be used: {_most_frequent(reasons)}")
+    # 3. Row numbers, now that all counts are known.
     results = _number_rows(context.run, results)
     extra = {
         "dimension": len(moments.sum.total),
@@ -116,65 +120,64 @@ def run(context: StageContext) -> StageResult:
     return StageResult(outputs, counts, extra, summary)
 
 
-def _import_rows(context: StageContext, units: list[Task], moments: MomentsInOrder) -> list[TaskResult]:
+def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrder) -> list[TaskResult]:
     """Copy tables of ready embeddings, shard by shard; all must be as wide as the first that holds a usable row."""
-    run, width = context.run, _first_width(context.config)
+    from rayclust.encoders.weights import load_tensors
 
-    def copy_rows(unit: Task) -> TaskResult:
-        from rayclust.encoders.weights import load_tensors
+    run = context.run
+    for shard in input_shards(context.config):
+        first = read_rows(shard, load_tensors=load_tensors)
+        if len(first.keys):
+            width = int(first.embeddings.shape[1])
+            break
+    else:
+        raise DataError(f"images.uri = {context.config.images.uri}: no table there holds a usable embedding")
 
-        rows = read_rows(unit.payload, load_tensors=load_tensors, width=width)
+    def copy_rows(task: Task) -> TaskResult:
+        rows = read_rows(task.payload, load_tensors=load_tensors, width=width)
         records = [
             {"key": key, "uri": uri, "label": label}
             for key, uri, label in zip(rows.keys, rows.uris, rows.labels, strict=True)
         ]
-        return write_shard(run, unit, unit.payload.first, records, rows.embeddings, rows.rejects)
+        return write_shard(run, task, task.payload.first, records, rows.embeddings, rows.rejects)
 
-    return run_tasks(run, "encode", units, copy_rows, on_result=moments.take)
-
-
-def _first_width(config: RunConfig) -> int:
-    """Return the width of the first table with a usable row."""
-    from rayclust.encoders.weights import load_tensors
-
-    for shard in input_shards(config):
-        rows = read_rows(shard, load_tensors=load_tensors)
-        if len(rows.keys):
-            return int(rows.embeddings.shape[1])
-    raise DataError(f"images.uri = {config.images.uri}: no table there holds a usable embedding")
+    return run_tasks(run, "encode", tasks, copy_rows, on_result=moments.take)
 
 
-def _encode_images(context: StageContext, units: list[Task], moments: MomentsInOrder) -> list[TaskResult]:
+def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInOrder) -> list[TaskResult]:
     """Send unfinished shards through Ray Data until none is left; the shards of a lost writer go through again."""
-    idle, done = 0, finished_tasks(context.run, "encode", units, moments.take)
-    report_resume("encode", len(units), len(done))
-    if len(done) < len(units):
+    idle, done = 0, finished_tasks(context.run, "encode", tasks, moments.take)
+    report_resume("encode", len(tasks), len(done))
+    if len(done) < len(tasks):
         # Asked here first: weights that are missing are one line at once, not many workers' failures.
         shape = encoder_shape(context.config)
         connect()
-    while len(done) < len(units):
-        total = sum(unit.size for unit in units) if all(unit.payload.count for unit in units) else None
+    while len(done) < len(tasks):
+        total = sum(task.size for task in tasks) if all(task.payload.count for task in tasks) else None
         resumed = sum(result.counts["rows"] + result.counts["rejects"] for result in done.values())
         rejected = sum(result.counts["rejects"] for result in done.values())
-        todo = [unit for unit in units if unit.index not in done]
+        todo = [task for task in tasks if task.index not in done]
         with plain_errors(), Progress("encode", "images", total, resumed) as bar:
             bar.advance(note=f"{rejected} rejects")
             for images, newly_rejected in stream(context, todo, *shape):
                 rejected += newly_rejected
                 bar.advance(images + newly_rejected, f"{rejected:,} rejects")
                 _check_reject_share(context.config, rejected, total, {})
-        before, done = len(done), finished_tasks(context.run, "encode", units, moments.take)
+        before, done = len(done), finished_tasks(context.run, "encode", tasks, moments.take)
         idle = 0 if len(done) > before else idle + 1
         if idle == MAX_STALLED_PASSES:
-            left = [unit.payload.name for unit in units if unit.index not in done]
+            left = [task.payload.name for task in tasks if task.index not in done]
             raise ArtefactError(
                 f"encode: {len(left)} shard(s) do not finish, the first is {left[0]}: see the workers' logs"
             )
-    return [done[unit.index] for unit in units]
+    return [done[task.index] for task in tasks]
 
 
 def _check_reject_share(config: RunConfig, rejected: int, total: int | None, reasons: dict[str, int]) -> None:
-    """Raise DataError where more images are rejected than `images.max_reject_share` allows; None does not know yet."""
+    """Raise DataError where more images are rejected than `images.max_reject_share` allows.
+
+    `total` is None while the number of images is not known.
+    """
     if total and rejected > config.images.max_reject_share * total:
         why = f" ({_most_frequent(reasons)})" if reasons else ""
         raise DataError(
@@ -196,16 +199,11 @@ def _number_rows(run: Run, results: Sequence[TaskResult]) -> list[TaskResult]:
     wrong = [i for i, result in enumerate(results) if result.extra["row_start"] != starts[i] and result.counts["rows"]]
     if wrong:
         logger.info("encode: numbering the rows of %d parts", len(wrong))
-        for part, result in zip(wrong, _renumbered(run, {part: starts[part] for part in wrong}), strict=True):
+        moved = [(part, starts[part]) for part in wrong]
+        for (part, _), result in map_tasks(lambda item: renumber(run, *item), moved, in_order=True):
             numbered[part] = result
             del result.extra["moments"]
     return numbered
-
-
-def _renumbered(run: Run, starts: dict[int, int]) -> Iterator[TaskResult]:
-    """Yield the results, in order, of renumbering the parts whose first rows are given."""
-    for _, result in map_tasks(lambda item: renumber(run, *item), starts.items(), in_order=True):
-        yield result
 
 
 def stream(
@@ -303,11 +301,11 @@ class ActorPools:
 def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
     """Return a row per unfinished shard; the shard itself is written to storage, so that rows stay small."""
 
-    def item(unit: Task) -> dict[str, str]:
-        uri = context.run.at("manifests", "encode-inputs", f"{unit.index:05d}.json")
-        storage.write_bytes(uri, context.plan.shard_json(unit.index))
-        named = {"index": unit.index, "digest": unit.digest, "row_start": unit.payload.first}
-        return {"unit": json.dumps(named), "shard": uri}
+    def item(task: Task) -> dict[str, str]:
+        uri = context.run.at("manifests", "encode-inputs", f"{task.index:05d}.json")
+        storage.write_bytes(uri, context.plan.shard_json(task.index))
+        named = {"index": task.index, "digest": task.digest, "row_start": task.payload.first}
+        return {"task": json.dumps(named), "shard": uri}
 
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
         return list(threads.map(item, todo))
@@ -331,45 +329,37 @@ class ReadAndDecode:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Yield the chunks of each shard named in `batch`, in order."""
-        for unit, shard in zip(batch["unit"].to_pylist(), batch["shard"].to_pylist(), strict=True):
-            yield from self._chunks(unit, Shard.from_json(storage.read_json(shard)))
+        for task, shard in zip(batch["task"].to_pylist(), batch["shard"].to_pylist(), strict=True):
+            yield from self._chunks(task, Shard.from_json(storage.read_json(shard)))
 
-    def _chunks(self, unit: str, shard: Shard) -> Iterator[pa.Table]:
+    def _chunks(self, task: str, shard: Shard) -> Iterator[pa.Table]:
         records, started = iter(read_records(shard, self._preprocess.max_bytes)), time.monotonic()
         group = list(islice(records, self._rows))
         number = 0
         while True:
             following = list(islice(records, self._rows))
             read = time.monotonic()
-            row = self._chunk(unit, number, group, last=not following)
+            # Decode the chunk.
+            kept: list[dict[str, Any]] = []
+            rejects: list[dict[str, Any]] = []
+            pixels: list[np.ndarray] = []
+            for record in group:
+                reason, detail = record.reason, record.detail
+                if reason is None:
+                    try:
+                        pixels.append(decode(record.data or b"", self._preprocess))
+                        kept.append({"key": record.key, "uri": record.uri, "label": record.label})
+                    except Undecodable as error:
+                        reason, detail = error.reason, error.detail
+                if reason is not None:
+                    rejects.append({"key": record.key, "uri": record.uri, "reason": reason, "detail": detail})
+            row = {"task": task, "chunk": number, "last": not following, "records": kept, "rejects": rejects}
+            row["pixels"] = np.stack(pixels).tobytes() if pixels else b""
             times = {"worker": worker_name(), "reading": read - started, "decoding": time.monotonic() - read}
             yield pa.Table.from_pylist([row | times], schema=CHUNK)
             if not following:
                 return
             group, number, started = following, number + 1, time.monotonic()
-
-    def _chunk(self, unit: str, number: int, group: list[Record], *, last: bool) -> dict[str, Any]:
-        kept: list[dict[str, Any]] = []
-        rejects: list[dict[str, Any]] = []
-        pixels: list[np.ndarray] = []
-        for record in group:
-            reason, detail = record.reason, record.detail
-            if reason is None:
-                try:
-                    pixels.append(decode(record.data or b"", self._preprocess))
-                    kept.append({"key": record.key, "uri": record.uri, "label": record.label})
-                except Undecodable as error:
-                    reason, detail = error.reason, error.detail
-            if reason is not None:
-                rejects.append({"key": record.key, "uri": record.uri, "reason": reason, "detail": detail})
-        return {
-            "unit": unit,
-            "chunk": number,
-            "last": last,
-            "records": kept,
-            "rejects": rejects,
-            "pixels": np.stack(pixels).tobytes() if pixels else b"",
-        }
 
 
 class EncodeChunks:
@@ -385,15 +375,15 @@ class EncodeChunks:
 
         done: list[dict[str, Any]] = []
         for row in range(batch.num_rows):
-            unit = batch["unit"][row].as_py()
+            task = batch["task"][row].as_py()
             records, rejects = batch["records"][row].as_py(), batch["rejects"][row].as_py()
             started = time.monotonic()
             embeddings = self._embeddings(batch["pixels"][row], len(records))
             encoded = time.monotonic()
-            writer = self._writers[json.loads(unit)["index"] % len(self._writers)]
+            writer = self._writers[json.loads(task)["index"] % len(self._writers)]
             chunk, last = batch["chunk"][row].as_py(), batch["last"][row].as_py()
             # Waiting here keeps the writers from falling behind without bound.
-            written = ray.get(writer.add.remote(unit, chunk, last, records, rejects, embeddings))
+            written = ray.get(writer.add.remote(task, chunk, last, records, rejects, embeddings))
             done.append({"images": len(records), "rejected": len(rejects), "encoder": worker_name()})
             done[-1] |= {"encoding": encoded - started, "writing": written}
         of_decoder = {name: batch[name].combine_chunks() for name in ("worker", "reading", "decoding")}
@@ -422,31 +412,29 @@ class ShardWriter:
         self._written: set[str] = set()
 
     def add(
-        self, unit: str, chunk: int, last: bool, records: list[Any], rejects: list[Any], embeddings: np.ndarray
+        self, task: str, chunk: int, last: bool, records: list[Any], rejects: list[Any], embeddings: np.ndarray
     ) -> float:
-        """Add one chunk of the shard that `unit` names; return the seconds that this took."""
+        """Add one chunk of the shard that `task` names; return the seconds that this took."""
         started = time.monotonic()
-        if unit not in self._written:
-            chunks = self._open.setdefault(unit, {})
+        if task not in self._written:
+            chunks = self._open.setdefault(task, {})
             chunks[chunk] = (records, rejects, np.array(embeddings))
             if last:
-                self._lengths[unit] = chunk + 1
-            if len(chunks) == self._lengths.get(unit):
-                self._write(unit, [chunks[number] for number in range(len(chunks))])
-                self._written.add(unit)
-                del self._open[unit], self._lengths[unit]
+                self._lengths[task] = chunk + 1
+            if len(chunks) == self._lengths.get(task):
+                self._write(task, [chunks[number] for number in range(len(chunks))])
+                self._written.add(task)
+                del self._open[task], self._lengths[task]
         return time.monotonic() - started
 
-    def _write(self, unit: str, chunks: list[tuple[list[Any], list[Any], np.ndarray]]) -> None:
-        named = json.loads(unit)
+    def _write(self, task: str, chunks: list[tuple[list[Any], list[Any], np.ndarray]]) -> None:
+        named = json.loads(task)
         shard = Task(named["index"], named["digest"])
         records = [record for kept, _, _ in chunks for record in kept]
         rejects = [reject for _, rejects, _ in chunks for reject in rejects]
         embeddings = np.concatenate([embeddings for _, _, embeddings in chunks])
 
-        def write() -> TaskResult:
-            return write_shard(self._run, shard, named["row_start"], records, embeddings, rejects)
-
+        write = partial(write_shard, self._run, shard, named["row_start"], records, embeddings, rejects)
         run_and_mark(self._run.shard_manifest(shard.index), shard, write)
 
 

@@ -65,7 +65,7 @@ CLUSTER_ROWS = 200
 KERNEL_TEMPERATURE = 0.1
 """Of the softmax that stands for Π where a method has none."""
 PRECISION_AT = 10
-FEW = 8
+PCA_ROWS = 8
 """Up to so many rows are mapped by their principal components: too few to have neighbourhoods."""
 
 FEATURES, OWN = "features", "z"
@@ -176,7 +176,7 @@ def planar_map(x: FloatArray, seed: int = 0) -> NDArray[np.float32]:
         pca = PCA(components, svd_solver=solver)
         rows = np.asarray(pca.fit_transform(rows)) if differ else np.zeros((len(rows), components))
         # 2. t-SNE from the first two, as small as the authors' start.
-        if len(rows) > FEW and components > 1 and np.ptp(rows, axis=0).any():
+        if len(rows) > PCA_ROWS and components > 1 and np.ptp(rows, axis=0).any():
             start = rows[:, :2] / (rows[:, 0].std() or 1.0) * 1e-4
             settings = {"perplexity": min(30.0, (len(rows) - 1) / 3), "max_iter": 750, "n_jobs": 1}
             with warnings.catch_warnings():
@@ -204,7 +204,7 @@ def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
         spaces[OWN] = transform_rows(method, features)
     last = spaces[list(spaces)[-1]]
     spread = np.searchsorted(rows, drawn.spread)
-    members = {k: np.searchsorted(rows, own) for k, own in drawn.members.items()}
+    members = {k: np.searchsorted(rows, chosen) for k, chosen in drawn.members.items()}
     # 2. Heat-maps: clusters in an order in which alike ones are side by side, each with its share of the rows.
     keys, total = list(members), sum(map(len, members.values()))
     order = similar_order(np.stack([last[members[k]].mean(axis=0) for k in keys]))
@@ -216,7 +216,7 @@ def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
     kernel = kernel_membership(features[places], KERNEL_TEMPERATURE)
     heat: dict[str, Any] = {
         "row": rows[places],
-        "cluster": np.concatenate([np.full(len(own), k, np.int32) for k, own in groups.items()]),
+        "cluster": np.concatenate([np.full(len(group), k, np.int32) for k, group in groups.items()]),
     }
     matrices = {name: absolute_gram(x[places]) for name, x in spaces.items()}
     matrices["membership"] = kernel if codes is None else codes.double().numpy()
@@ -254,7 +254,7 @@ def _spectra(
     wanted: list[tuple[str, str | None, int | None, np.ndarray]] = []
     for space in spaces:
         wanted.append((space, None, None, spread))
-        wanted += [(space, "own", cluster, own) for cluster, own in members.items()]
+        wanted += [(space, "own", cluster, rows) for cluster, rows in members.items()]
     if OWN in spaces and 2 <= count <= len(spread) // 20:
         # The paper compares the method's clusters of z with what k-means makes of the encoder's rows.
         labels = KMeans(n_clusters=count, random_state=seed).fit_predict(spaces[FEATURES][spread])
@@ -264,7 +264,7 @@ def _spectra(
         "space": pa.array([space for space, *_ in wanted], pa.string()),
         "membership": pa.array([membership for _, membership, *_ in wanted], pa.string()),
         "cluster": pa.array([cluster for *_, cluster, _ in wanted], pa.int32()),
-        "values": pa.array([singular_values(spaces[space][own]).astype(np.float32) for space, *_, own in wanted]),
+        "values": pa.array([singular_values(spaces[space][rows]).astype(np.float32) for space, *_, rows in wanted]),
     }
     schema = pa.schema(
         [
@@ -287,10 +287,10 @@ def export(config: RunConfig, out: str | None) -> list[str]:
     Returns:
         URIs of the files.
     """
-    if Manifests(config).of("figures") is None:  # else nobody's lease is needed: reading is free
+    if Manifests(config).of("figures") is None:  # the run is locked only where something is missing
         run_stage("figures", config)
-    run, seals = Run(config.run), Manifests(config)
-    chosen = seals.of(SELECT_K) if config.needs_selection else None
+    run = Run(config.run)
+    chosen = Manifests(config).of(SELECT_K) if config.needs_selection else None
     selection = read_json_output(run, SELECT_K, run.selection) if chosen is not None else None
     folder = numbers(run, "") if out is None else storage.absolute(out)
     files = {f"{drawn.key}.svg": svg.standalone(drawn.svg, drawn.text).encode() for drawn in drawings(run, selection)}
@@ -310,7 +310,7 @@ def export(config: RunConfig, out: str | None) -> list[str]:
 
 
 def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawing]:
-    """Return the figures of a run whose stage figures is sealed.
+    """Return the figures of a run whose stage figures is complete.
 
     Args:
         run: the run.
@@ -320,17 +320,18 @@ def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawi
     dots, heat, lines = (tables.read_table(numbers(run, name)) for name in _TABLES)
     points = np.stack([dots["x"].to_numpy(), dots["y"].to_numpy()], axis=1)
     of_dots, of_heat = dots["cluster"].to_numpy(), heat["cluster"].to_numpy()
-    # A name that two clusters have is told apart by their numbers.
-    given = cluster_names(run)
-    often = Counter(given.values())
+    # Two clusters of one name are shown with their numbers.
+    stored = cluster_names(run)
+    counts = Counter(stored.values())
     names = {
-        k: f"Cluster {k}" if not (name := given.get(k)) else name if often[name] == 1 else f"{name} #{k}"
+        k: f"Cluster {k}" if not (name := stored.get(k)) else name if counts[name] == 1 else f"{name} #{k}"
         for k in sorted({*of_dots.tolist(), *of_heat.tolist()})
     }
     hues = charts.hues(charts.centers(points, of_dots))
-    found, first, sizes = np.unique(of_heat, return_index=True, return_counts=True)
+    clusters, first, sizes = np.unique(of_heat, return_index=True, return_counts=True)
     groups = [
-        charts.Group(names[k := int(found[i])], int(sizes[i]), hues.get(k, k % len(svg.HUES))) for i in first.argsort()
+        charts.Group(names[k := int(clusters[i])], int(sizes[i]), hues.get(k, k % len(svg.HUES)))
+        for i in first.argsort()
     ]
     space = _TITLES[summary["spaces"][-1]]
     text = (
@@ -389,15 +390,15 @@ def _ceiling(matrices: list[np.ndarray]) -> float:
 
 
 def _spectra_drawing(lines: pa.Table, summary: Mapping[str, Any]) -> Drawing:
-    found: dict[tuple[str, str | None], list[np.ndarray]] = {}
+    spectra: dict[tuple[str, str | None], list[np.ndarray]] = {}
     for line in lines.to_pylist():
-        found.setdefault((line["space"], line["membership"]), []).append(np.array(line["values"]))
+        spectra.setdefault((line["space"], line["membership"]), []).append(np.array(line["values"]))
     series = []
     for place, space in enumerate(summary["spaces"]):
-        own = quantiles(found[space, "own"], (0.1, 0.5, 0.9))
-        series.append(charts.Spectrum(_TITLES[space], place, found[space, None][0], own))
-    if (FEATURES, "kmeans") in found:
-        values = quantiles(found[FEATURES, "kmeans"], (0.1, 0.5, 0.9))
+        bands = quantiles(spectra[space, "own"], (0.1, 0.5, 0.9))
+        series.append(charts.Spectrum(_TITLES[space], place, spectra[space, None][0], bands))
+    if (FEATURES, "kmeans") in spectra:
+        values = quantiles(spectra[FEATURES, "kmeans"], (0.1, 0.5, 0.9))
         series.append(charts.Spectrum("encoder features, clusters of k-means", 2, None, values, is_dashed=True))
     title = "Singular values, over the largest"
     needed = [f"{_TITLES[space]} {n}" for space, n in summary["directions"].items()]
@@ -416,23 +417,24 @@ def _selection(selection: Mapping[str, Any]) -> Drawing:
             if candidate.get(name) is not None:
                 table.setdefault(name, {})[int(candidate["k"])] = float(candidate[name])
     knee = selection.get("picks", {}).get("knee")
-    found = []
+    shown = []
     for name, values in table.items():
         better = CRITERIA[name].larger_is_better if name in CRITERIA else None
         arrow = {True: " ↑", False: " ↓", None: ""}[better]
         bend = knee if name == "coding_length" else None
-        found.append(charts.Criterion(_MEASURED[name] + arrow, values, better, knee=bend))
+        shown.append(charts.Criterion(_MEASURED[name] + arrow, values, better, knee=bend))
     title = "Criteria against the number of clusters"
     text = (
         f"{count(selection['chosen'])} clusters were chosen (dashed): {selection['reason'].rstrip('.')}. Arrows say "
         "which end is better, large orange dots are each criterion's own best, a large green one is the knee."
     )
-    drawn = charts.criteria(found, int(selection["chosen"]), title)
+    drawn = charts.criteria(shown, int(selection["chosen"]), title)
     return Drawing(key="selection", title=title, text=text, svg=drawn, is_wide=True)
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    return {"features": settings_of(config.features), "seed": config.seed}
-
-
-STAGE = Stage("figures", _settings, run, needs=("encode", "train", "assign"))
+STAGE = Stage(
+    "figures",
+    lambda config: {"features": settings_of(config.features), "seed": config.seed},
+    run,
+    needs=("encode", "train", "assign"),
+)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.config import RunConfig
 from rayclust.report.model import (
     Cluster,
     Contingency,
@@ -27,7 +26,7 @@ from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.api import as_yaml, load_run
 from rayclust.runtime.artefacts import put_bytes
 from rayclust.runtime.pipeline import SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
-from rayclust.runtime.rows import row_starts
+from rayclust.runtime.rows import row_starts, rows_by_part
 from rayclust.runtime.tasks import STORAGE_THREADS
 from rayclust.stages.evaluate import contingency_uri
 from rayclust.stages.figures import drawings
@@ -44,8 +43,8 @@ DRAWN_CLASSES = 60
 
 
 def run(context: StageContext) -> StageResult:
-    """Gather what the page shows, and render it."""
-    run, config, asked = context.run, context.config, load_run(context.run.uri)
+    """Gather the content of the page, and render it."""
+    run, config, written = context.run, context.config, load_run(context.run.uri)
     encode, label, evaluate = (context.inputs[stage] for stage in ("encode", "label", "evaluate"))
     metrics = read_json_output(run, "evaluate", run.metrics)
     clusters = tables.read_table(run.clusters).to_pylist()
@@ -84,11 +83,11 @@ def run(context: StageContext) -> StageResult:
         classes=metrics.get("classes"),
         stages=tuple(
             StageTime(name=name, seconds=manifest.seconds, count=manifest.counts.get("rows"))
-            for name in stages_of(asked)
+            for name in stages_of(written)
             if name != "report" and (manifest := read_manifest(run, name)) is not None
         ),
         versions=encode.versions,
-        config=as_yaml(asked),
+        config=as_yaml(written),
         curves=tuple(_curves(history)),
         confidence=tuple(label.extra["confidence"]),
         contingency=None if counts is None else _contingency(counts, len(clusters)),
@@ -134,23 +133,20 @@ def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[MethodR
 def _retrieval(near: dict[str, Any], pictures: dict[int, Picture]) -> Iterator[Retrieval]:
     """Yield the searches of the index stage; none without a space of the method's own."""
     for place, row in enumerate(near.get("rows", ())):
-        found = {
+        nearest = {
             title: tuple((pictures[hit["row"]], hit["similarity"]) for hit in near[space][place])
             for space, title in ((ENCODER, "Encoder"), (OWN, "z"))
         }
-        yield Retrieval(query=pictures[row], found=found)
+        yield Retrieval(query=pictures[row], found=nearest)
 
 
 def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, Picture]:
     """Return row → picture for sorted rows; only the parts that hold them are read."""
-    run, starts, wanted = context.run, row_starts(context.inputs["encode"]), np.array(rows, np.int64)
-    records: list[dict[str, Any]] = []
-    for part, start in enumerate(starts[:-1]):
-        own = wanted[(wanted >= start) & (wanted < starts[part + 1])] - start
-        if len(own):
-            table = tables.read_table(run.embeddings(part), ["key", "uri", "label"])
-            confidence = tables.read_table(run.assignments(part), ["confidence"])["confidence"]
-            records += table.append_column("confidence", confidence).take(pa.array(own)).to_pylist()
+    run, records = context.run, list[dict[str, Any]]()
+    for part, positions in rows_by_part(row_starts(context.inputs["encode"]), np.array(rows, np.int64)):
+        table = tables.read_table(run.embeddings(part), ["key", "uri", "label"])
+        confidence = tables.read_table(run.assignments(part), ["confidence"])["confidence"]
+        records += table.append_column("confidence", confidence).take(pa.array(positions)).to_pylist()
     # Files side by side, what lies in one tar or table together.
     together: dict[str, list[str]] = {}
     for record in records:
@@ -172,6 +168,7 @@ def _cluster(
     majorities: dict[int, tuple[str, float]],
     label: Manifest,
 ) -> Cluster:
+    """Convert a row of `clusters.parquet` to a cluster of the page."""
     majority, purity = majorities.get(cluster["cluster"], (None, None))
     blind = cluster["name_without_classes"]
     return Cluster(
@@ -193,11 +190,11 @@ def _majorities(counts: pa.Table) -> dict[int, tuple[str, float]]:
     """Return cluster → its commonest class and that class's share; of equals, the first in the table."""
     clusters, sizes = counts["cluster"].to_numpy(), counts["count"].to_numpy()
     order = np.lexsort((-sizes, clusters))  # stable
-    found, first = np.unique(clusters[order], return_index=True)
+    keys, first = np.unique(clusters[order], return_index=True)
     totals = np.add.reduceat(sizes[order], first) if len(first) else sizes
     classes = counts["label"].take(order[first]).to_pylist()
     shares = (sizes[order[first]] / totals).tolist()
-    return dict(zip(found.tolist(), zip(classes, shares, strict=True), strict=True))
+    return dict(zip(keys.tolist(), zip(classes, shares, strict=True), strict=True))
 
 
 def _contingency(counts: pa.Table, clusters: int) -> Contingency | None:
@@ -216,16 +213,16 @@ def _curves(history: pa.Table) -> list[Curve]:
     """Return the training curves that are worth drawing."""
     titles = {"loss": "Loss", "inertia": "Inertia", "marginal_entropy": "Entropy of the clusters' shares, nats"}
     titles |= {"live_clusters": "Live clusters of the best head", "agreement": "Agreement of the best head's teacher"}
-    found = []
+    curves = []
     for name, title in titles.items():
         if name in history.column_names and history.num_rows > 1:
             values = [float("nan") if value is None else value for value in history[name].to_pylist()]
-            found.append(Curve(title=title, series={name: values}))
-    return found
+            curves.append(Curve(title=title, series={name: values}))
+    return curves
 
 
 def _health(history: pa.Table) -> list[str]:
-    """Return what a reader should know of the training first."""
+    """Return warnings about the training, shown first on the page."""
     last = history.slice(max(0, history.num_rows - 1)).to_pylist()
     if not last or not last[0].get("collapsed"):
         return []
@@ -248,13 +245,9 @@ def _rejects(run: Run, encode: Manifest) -> list[RejectGroup]:
     return [RejectGroup(reason=reason, count=count, examples=tuple(examples[reason])) for reason, count in ordered]
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    return {"report": settings_of(config.report)}
-
-
 STAGE = Stage(
     "report",
-    _settings,
+    lambda config: {"report": settings_of(config.report)},
     run,
     needs=("encode", "train", "assign", "label", "evaluate", "figures"),
     own_space_needs=("index",),

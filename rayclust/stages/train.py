@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import safetensors.torch
@@ -74,23 +74,18 @@ def run(context: StageContext) -> StageResult:
     if rows < config.method.clusters:  # refused here, not after every worker has tried
         raise ConfigError(f"method.clusters = {config.method.clusters}: must be at most the number of rows, {rows}")
     if SELECT_K in context.inputs:
-        return _copy_chosen(context, context.inputs[SELECT_K].extra[CHOSEN])
+        # The chosen candidate's model has the same settings and seed.
+        chosen, outputs = context.inputs[SELECT_K].extra[CHOSEN], Outputs()
+        for path, digest in chosen["outputs"].items():
+            data = read_unchanged(context.run.at(path), digest, SELECT_K)
+            outputs |= put_bytes(context.run, storage.join(context.run.model_folder, path.rpartition("/")[2]), data)
+        summary = f"{config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
+        return StageResult(outputs, {"rows": rows, "steps": chosen["steps"]}, {}, summary)
     result = fit(Job("train", config, context.digest, encode, context.run.model_folder))
     summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
     if result["loss"] is not None:
         summary += f", loss {result['loss']:.4f}"
     return StageResult(result["outputs"], {"rows": rows, "steps": result["steps"]}, {}, summary)
-
-
-def _copy_chosen(context: StageContext, chosen: dict[str, Any]) -> StageResult:
-    """Copy the chosen candidate's model, which has the same settings and seed."""
-    run, outputs = context.run, Outputs()
-    for path, digest in chosen["outputs"].items():
-        data = read_unchanged(run.at(path), digest, SELECT_K)
-        outputs |= put_bytes(run, storage.join(run.model_folder, path.rpartition("/")[2]), data)
-    counts = {"rows": context.inputs["encode"].counts["rows"], "steps": chosen["steps"]}
-    summary = f"{context.config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
-    return StageResult(outputs, counts, {}, summary)
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def fit(job: Job) -> dict[str, Any]:
     connect()
     # Ray Train wants a folder for checkpoints; nothing is put there, ours lie below the run.
     folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
-    with drop_rows_on_error(job.digest), folder as scratch, plain_errors(), _WatchMetrics(job.stage) as metrics:
+    with drop_rows_on_error(job.digest), folder as scratch, plain_errors(), _watch_metrics(job.stage) as metrics:
         result = _fit(job, metrics, scratch)
     storage.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
@@ -210,7 +205,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write a fitted method and its table of metrics; return what `fit` does."""
+    """Write a fitted method and its table of metrics; return the same dict as `fit`."""
     # Seconds and rates differ from run to run; they stay out so that the same training gives the same bytes.
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
     names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
@@ -260,15 +255,14 @@ class StoredCheckpoints:
 
     def _steps(self) -> list[int]:
         """Return the steps with a state, in order."""
-        found = storage.walk(self._folder, suffixes=("state.json",), missing_ok=True)
-        return sorted(int(file.key[5:14]) for file in found)
+        files = storage.walk(self._folder, suffixes=("state.json",), missing_ok=True)
+        return sorted(int(file.key[5:14]) for file in files)
 
 
 class MetricsActor:
     """Ray actor to which worker 0 reports its newest row of metrics."""
 
-    def __init__(self) -> None:
-        self._row: dict[str, Any] | None = None
+    _row: dict[str, Any] | None = None
 
     def report(self, row: dict[str, Any]) -> None:
         """Replace the row."""
@@ -279,38 +273,32 @@ class MetricsActor:
         return self._row
 
 
-class _WatchMetrics:
-    """Thread that shows the reported metrics while the driver waits for the workers."""
+@contextmanager
+def _watch_metrics(stage: str) -> Iterator[Any]:
+    """Yield the actor for metrics; a thread shows its newest row while the driver waits for the workers."""
+    import ray
 
-    def __init__(self, stage: str) -> None:
-        import ray
+    metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
+    over = threading.Event()
 
-        self._metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
-        self._progress = Progress(stage, "steps")
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> Any:
-        self._progress.__enter__()
-        self._thread.start()
-        return self._metrics
-
-    def __exit__(self, *error: Any) -> None:
-        self._over.set()
-        self._thread.join(timeout=5)
-        self._progress.__exit__(None, None, None)
-
-    def _follow(self) -> None:
-        import ray
-
-        while not self._over.wait(1.0):
+    def follow() -> None:
+        while not over.wait(1.0):
             try:
-                row = ray.get(self._metrics.latest.remote(), timeout=5)
+                row = ray.get(metrics.latest.remote(), timeout=5)
             except ray.exceptions.RayError:
                 continue
             if row:
                 loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
-                self._progress.at(int(row.get("step", 0)), row.get("steps"), loss)
+                progress.at(int(row.get("step", 0)), row.get("steps"), loss)
+
+    with Progress(stage, "steps") as progress:
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield metrics
+        finally:
+            over.set()
+            thread.join(timeout=5)
 
 
 class Trackers:
@@ -324,7 +312,16 @@ class Trackers:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self._open: dict[str, Any] = {name: _TRACKERS[name](config) for name in config.tracking.to}
+        self._open: dict[str, _Tracker] = {}
+        for name in config.tracking.to:
+            package, build_tracker = _TRACKERS[name]
+            try:
+                library = importlib.import_module(package)
+            except ImportError as error:
+                raise ConfigError(
+                    f"tracking.to = {name}: the package {package} is not installed, remove it or install it"
+                ) from error
+            self._open[name] = build_tracker(library, config)
 
     def log(self, row: dict[str, Any]) -> None:
         """Send a row of metrics: numbers, and lists of numbers as name/index."""
@@ -337,7 +334,7 @@ class Trackers:
             elif isinstance(value, int | float):
                 numbers[key] = float(value)
         for name, tracker in list(self._open.items()):
-            self._attempt(name, partial(tracker.send, numbers, int(row.get("step", 0))))
+            self._attempt(name, partial(tracker.send, numbers, step=int(row.get("step", 0))))
 
     def close(self) -> None:
         """Send what is left."""
@@ -352,87 +349,65 @@ class Trackers:
             self._open.pop(name, None)
 
 
-class _TensorBoard:
-    """Event files, written to a local folder and copied to `tensorboard/` below the run; one more after each resume.
+class _Tracker(NamedTuple):
+    """The two calls into one service."""
+
+    send: Callable[..., Any]
+    """Called with the numbers by name, and with `step` by keyword."""
+    close: Callable[[], Any]
+
+
+def _tensorboard(library: Any, config: RunConfig) -> _Tracker:
+    """Write event files to a local folder, and copy them to `tensorboard/` below the run; one more after each resume.
 
     They are no artefact: no manifest lists them and nothing reads them.
     """
+    folder = tempfile.TemporaryDirectory(prefix="rayclust-tensorboard-", ignore_cleanup_errors=True)
+    writer = library.SummaryWriter(folder.name, flush_secs=int(UPLOAD_SECONDS) // 2)
+    uploaded = time.monotonic()
 
-    def __init__(self, config: RunConfig) -> None:
-        self._target = Run(config.run).at("tensorboard")
-        self._folder = tempfile.TemporaryDirectory(prefix="rayclust-tensorboard-", ignore_cleanup_errors=True)
-        self._writer = _imported("tensorboardX", "tensorboard").SummaryWriter(
-            self._folder.name, flush_secs=int(UPLOAD_SECONDS) // 2
-        )
-        self._uploaded = time.monotonic()
-
-    def send(self, numbers: dict[str, float], step: int) -> None:
+    def send(numbers: dict[str, float], step: int, *, is_last: bool = False) -> None:
+        nonlocal uploaded
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
-        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
-            self._upload()
+            writer.add_scalar(name, value, step)
+        if is_last:
+            writer.close()  # waits for what is still on its way to the file, which a flush does not
+        if is_last or time.monotonic() - uploaded >= UPLOAD_SECONDS:
+            for file in Path(folder.name).iterdir():
+                storage.write_bytes(Run(config.run).at("tensorboard", file.name), file.read_bytes())
+            uploaded = time.monotonic()
+        if is_last:
+            folder.cleanup()
 
-    def close(self) -> None:
-        self._writer.close()  # waits for what is still on its way to the file, which a flush does not
-        self._upload()
-        self._folder.cleanup()
-
-    def _upload(self) -> None:
-        for file in Path(self._folder.name).iterdir():
-            storage.write_bytes(storage.join(self._target, file.name), file.read_bytes())
-        self._uploaded = time.monotonic()
+    return _Tracker(send, partial(send, {}, 0, is_last=True))
 
 
-class _WandB:
-    """Weights & Biases, configured by its own environment variables."""
-
-    def __init__(self, config: RunConfig) -> None:
-        wandb = _imported("wandb", "wandb")
-        settings = config.model_dump(mode="json")
-        self._run = wandb.init(project=config.tracking.project, name=config.run, config=settings)
-
-    def send(self, numbers: dict[str, float], step: int) -> None:
-        self._run.log(numbers, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+def _wandb(library: Any, config: RunConfig) -> _Tracker:
+    """Start a run of Weights & Biases, configured by its own environment variables."""
+    settings = config.model_dump(mode="json")
+    run = library.init(project=config.tracking.project, name=config.run, config=settings)
+    return _Tracker(run.log, run.finish)
 
 
-class _MLflow:
-    """MLflow, configured by its own environment variables."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self._mlflow = _imported("mlflow", "mlflow")
-        self._mlflow.set_experiment(config.tracking.project)
-        self._mlflow.start_run(run_name=config.run)
-        self._mlflow.log_params({"method": config.method.name, "clusters": config.method.clusters})
-
-    def send(self, numbers: dict[str, float], step: int) -> None:
-        self._mlflow.log_metrics(numbers, step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
+def _mlflow(library: Any, config: RunConfig) -> _Tracker:
+    """Start a run of MLflow, configured by its own environment variables."""
+    library.set_experiment(config.tracking.project)
+    library.start_run(run_name=config.run)
+    library.log_params({"method": config.method.name, "clusters": config.method.clusters})
+    return _Tracker(library.log_metrics, library.end_run)
 
 
-def _imported(package: str, name: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"tracking.to = {name}: the package {package} is not installed, remove it or install it"
-        ) from error
-
-
-_TRACKERS: dict[str, Callable[[RunConfig], Any]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    return {"method": method_settings(config), "features": settings_of(config.features), "seed": config.seed}
+_TRACKERS: dict[str, tuple[str, Callable[[Any, RunConfig], _Tracker]]] = {
+    "tensorboard": ("tensorboardX", _tensorboard),
+    "wandb": ("wandb", _wandb),
+    "mlflow": ("mlflow", _mlflow),
+}
+"""By name in `tracking.to`: the package, and the function that starts it."""
 
 
 STAGE = Stage(
     "train",
-    _settings,
+    lambda config: {"method": method_settings(config), "features": settings_of(config.features), "seed": config.seed},
     run,
     needs=("encode",),
     pair_needs=("neighbors",),

@@ -39,7 +39,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(select_k, "run_trials", _try_all)
     for module in (select_k, train):
         patch.setattr(module, "on_every_node", lambda function, *arguments: function(*arguments))
-    patch.setattr(train, "_WatchMetrics", lambda stage: nullcontext(Metrics()))
+    patch.setattr(train, "_watch_metrics", lambda stage: nullcontext(Metrics()))
     patch.setattr(
         train, "_fit", lambda job, metrics, storage: train._work({"job": job, "metrics": metrics, "threads": 1})
     )
@@ -67,6 +67,6 @@ def _stream(context: Any, todo: Sequence[Task], preprocess: Any, dimension: int)
         for chunk in decoder(pa.Table.from_pylist([item])):
             row = chunk.to_pylist()[0]
             embeddings = encoder._embeddings(chunk["pixels"][0], len(row["records"]))
-            assert json.loads(row["unit"])["index"] in {unit.index for unit in todo}
-            writer.add(row["unit"], row["chunk"], row["last"], row["records"], row["rejects"], embeddings)
+            assert json.loads(row["task"])["index"] in {task.index for task in todo}
+            writer.add(row["task"], row["chunk"], row["last"], row["records"], row["rejects"], embeddings)
             yield len(row["records"]), len(row["rejects"])

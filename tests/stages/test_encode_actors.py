@@ -52,7 +52,7 @@ def planned(images: Path) -> tuple[StageContext, list[Task]]:
 def test_an_item_names_unit_and_shard_of_what_is_left(images: Path):
     context, units = planned(images)
     items = _items(context, [units[0], units[2]])
-    assert [json.loads(item["unit"]) for item in items] == [
+    assert [json.loads(item["task"]) for item in items] == [
         {"index": 0, "digest": units[0].digest, "row_start": 0},
         {"index": 2, "digest": units[2].digest, "row_start": units[2].payload.first},
     ]
@@ -102,7 +102,7 @@ def chunks(source: Path, rows: int, shard_size: int = 512) -> list[dict[str, Any
     for shard in plan_shards(str(source), shard_size=shard_size):
         uri = str(source.parent / f"{shard.index}.json")
         storage.write_json(uri, shard.to_json())
-        batch = pa.table({"unit": [json.dumps(shard.index)], "shard": [uri]})
+        batch = pa.table({"task": [json.dumps(shard.index)], "shard": [uri]})
         for table in ReadAndDecode(rows, PREPROCESS)(batch):
             assert table.schema.equals(CHUNK)
             found += table.to_pylist()
@@ -147,7 +147,7 @@ def test_an_image_that_vanished_or_grew_since_it_was_listed_is_a_reject(tmp_path
     (images / "a.png").unlink()
     (images / "c.png").write_bytes(bytes(100_001))
     storage.write_json(str(tmp_path / "s.json"), shard.to_json())
-    batch = pa.table({"unit": ["u"], "shard": [str(tmp_path / "s.json")]})
+    batch = pa.table({"task": ["u"], "shard": [str(tmp_path / "s.json")]})
     [chunk] = [row for table in ReadAndDecode(10, PREPROCESS)(batch) for row in table.to_pylist()]
     assert [record["key"] for record in chunk["records"]] == ["b.png"]
     assert {reject["key"] for reject in chunk["rejects"]} == {"a.png", "c.png"}
@@ -157,7 +157,7 @@ def test_an_image_that_vanished_or_grew_since_it_was_listed_is_a_reject(tmp_path
 def test_several_shards_in_one_batch_stay_apart(tmp_path: Path):
     images = write_folder(tmp_path / "images", per_class=2)
     found = chunks(images, 2, shard_size=3)
-    assert [(chunk["unit"], chunk["chunk"], chunk["last"]) for chunk in found] == [
+    assert [(chunk["task"], chunk["chunk"], chunk["last"]) for chunk in found] == [
         ("0", 0, False),
         ("0", 1, True),
         ("1", 0, False),
@@ -176,7 +176,7 @@ def test_a_chunk_is_a_pass_of_the_network():
 
 
 def chunk(pixels: np.ndarray) -> pa.Scalar:
-    row = {"unit": "u", "chunk": 0, "last": True, "records": [], "rejects": [], "pixels": pixels.tobytes()}
+    row = {"task": "u", "chunk": 0, "last": True, "records": [], "rejects": [], "pixels": pixels.tobytes()}
     return pa.Table.from_pylist([row], schema=CHUNK)["pixels"][0]
 
 
@@ -226,7 +226,7 @@ def test_chunks_go_to_the_writer_of_their_shard_and_counts_go_on():
     record = {"key": "k", "uri": "/k", "label": None}
     reject = {"key": "r", "uri": "/r", "reason": "empty", "detail": ""}
     rows = [
-        {"unit": json.dumps({"index": i}), "chunk": i, "last": True, "records": [record] * i, "rejects": [reject]}
+        {"task": json.dumps({"index": i}), "chunk": i, "last": True, "records": [record] * i, "rejects": [reject]}
         | {"pixels": bytes(192 * i), "worker": "a:1", "reading": 0.5, "decoding": 1.5}
         for i in range(3)
     ]

@@ -17,8 +17,8 @@ from rayclust.stages import figures
 from rayclust.stages.figures import (
     CLUSTER_ROWS,
     CLUSTERS,
-    FEW,
     MAP_ROWS,
+    PCA_ROWS,
     drawings,
     export,
     numbers,
@@ -149,7 +149,7 @@ def test_equal_rows_and_seeds_give_equal_maps() -> None:
     np.testing.assert_array_equal(planar_map(x, 3), planar_map(x, 3))
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (2, 1), (FEW, 5), (FEW + 1, 1), (40, 2), (12, 300)])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (2, 1), (PCA_ROWS, 5), (PCA_ROWS + 1, 1), (40, 2), (12, 300)])
 def test_few_rows_and_odd_widths_have_a_map(shape: tuple[int, int]) -> None:
     flat = planar_map(np.random.default_rng(0).normal(size=shape))
     assert flat.shape == (shape[0], 2)
