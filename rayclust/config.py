@@ -1,7 +1,7 @@
 """RUN.yaml as a tree of frozen models: every setting of a run.
 
-A method's own settings live in the method's file; the encoder's in `encoders/options.py`. `parse` is the one reader. It
-refuses unknown keys and bad values in one line, with the full key, the value, the bound and the nearest known key.
+A method's own settings live in the method's file, the encoder's in `encoders/settings.py`. `parse` is the one reader.
+It refuses unknown keys and bad values in one line, with the full key, the value, the bound and the nearest known key.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from rayclust.encoders.base import EncoderConfig
-from rayclust.encoders.decode import PIXEL_CEILING
+from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
-from rayclust.language.vocabulary import LabelConfig
 from rayclust.methods import CONFIGS, AnyMethodConfig
-from rayclust.metrics.selection import grid
 from rayclust.settings import Config, format_error
 
 # The number of clusters.
@@ -115,6 +112,25 @@ class SelectKConfig(Config):
             return max(self.candidates)
         most = math.ceil(2 * math.sqrt(rows)) if self.most == "auto" else self.most
         return min(max(most, self.least), rows)
+
+
+def grid(least: int, most: int, *, ratio: float = 1.5) -> tuple[int, ...]:
+    """Return candidates from `least` to `most`, each about `ratio` times the one before.
+
+    Args:
+        least: at least 1.
+        most: at least `least`.
+        ratio: above 1.
+
+    Raises:
+        ConfigError: a bound is broken.
+    """
+    if not 1 <= least <= most:
+        raise ConfigError(f"least = {least}, most = {most}: 1 ≤ least ≤ most is needed")
+    if not ratio > 1:
+        raise ConfigError(f"ratio = {ratio}: must be above 1")
+    steps = max(1, math.ceil(math.log(most / least) / math.log(ratio))) if most > least else 0
+    return tuple(sorted({round(least * (most / least) ** (i / max(steps, 1))) for i in range(steps + 1)}))
 
 
 def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
@@ -335,6 +351,61 @@ class AssignConfig(Config):
     levels: tuple[int, ...] = ()
     """Numbers of clusters of coarser levels, finest first: [1000, 50] puts each cluster into one of 1,000 and each of
     those into one of 50, by their prototypes. K itself may stand at the start."""
+
+
+VocabularyKind = Literal["auto", "none", "imagenet", "wordnet", "classes", "embeddings", "text"]
+
+
+class LabelConfig(Config):
+    """Names for clusters."""
+
+    vocabulary: str | tuple[str, ...] = "auto"
+    """auto | none | imagenet | wordnet | classes | a text file or URI, one name a line | a parquet of words with
+    embeddings; or a list of them, in which equal names count once.
+
+    `auto` is ImageNet's names when the encoder reads text, else none. `classes` are the true names of the run's labels:
+    what is named by them says so, and beside other lists every cluster is named without them as well.
+    """
+    templates: tuple[str, ...] = ("a photo of a {}",)
+    """Prompts around each name; their embeddings are averaged."""
+    scale: float = Field(100, gt=0)
+    """What cosines between images and words are multiplied by before the softmax; CLIP's own is 100."""
+    space: Literal["auto", "encoder", "features"] = "auto"
+    """Where images meet words: the encoder's unit rows, or what `features` makes of them. auto: features for words that
+    come with embeddings, else encoder."""
+    unique: bool = False
+    """Whether no two clusters may get one name."""
+    voters: int | Literal["auto", "all"] = "auto"
+    """Images per cluster that vote, a seeded sample. auto: all of them for up to 5,000 words, else 300."""
+    runners_up: int = Field(5, ge=0, le=100)
+    """Next best names kept per cluster."""
+    exemplars: int = Field(12, ge=0, le=200)
+    """Most typical images kept per cluster."""
+    outliers: int = Field(6, ge=0, le=200)
+    """Least certain images kept per cluster."""
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Return the lists of names that `vocabulary` gives."""
+        return (self.vocabulary,) if isinstance(self.vocabulary, str) else self.vocabulary
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LabelConfig:
+        if isinstance(self.vocabulary, tuple):
+            alone = [name for name in self.vocabulary if name in ("auto", "none")]
+            if alone or not self.vocabulary:
+                given = f"[{', '.join(self.vocabulary)}]"
+                raise ValueError(f"vocabulary = {given}: a list needs at least one name, and neither auto nor none")
+        if isinstance(self.voters, int) and self.voters < 1:
+            raise ValueError(f"voters = {self.voters}: must be at least 1, all or auto")
+        return self
+
+
+def kind_of(value: str) -> VocabularyKind:
+    """Return the kind of a `label.vocabulary`: a keyword, a parquet file of words with embeddings, or a text file."""
+    if value in ("auto", "none", "imagenet", "wordnet", "classes"):
+        return value  # type: ignore[return-value]
+    return "embeddings" if value.lower().endswith((".parquet", ".pq")) else "text"
 
 
 class IndexConfig(Config):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rayclust.encoders.base import Colour, EncoderConfig, no_text_tower
+from rayclust.encoders.base import no_text_tower
 from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.settings import Colour, EncoderConfig
 from rayclust.errors import ShapeError
 
 

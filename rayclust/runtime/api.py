@@ -10,9 +10,8 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from rayclust.config import RunConfig, parse, validate
+from rayclust.config import RunConfig, kind_of, parse, validate
 from rayclust.errors import ArtefactError
-from rayclust.language.vocabulary import kind_of
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage, tables
 from rayclust.store.lock import run_lock

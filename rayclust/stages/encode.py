@@ -30,8 +30,8 @@ from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
 from rayclust.runtime.cluster import connect, cpus, encode_workers, label_selector, plain_errors
+from rayclust.runtime.encoder import encoder_shape, load_run_encoder, worker_device
 from rayclust.runtime.inputs import input_shards, plan_inputs
-from rayclust.runtime.models import encoder_shape, load_run_encoder, worker_device
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
 from rayclust.runtime.rows import MomentsInOrder, renumber, write_shard
