@@ -176,15 +176,6 @@ def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
     return rest | {"method": method} | ({"select_k": group} if group else {})
 
 
-def open_schema(method: dict[str, Any]) -> None:
-    """Extend a method's JSON schema to what `normalize_clusters` reads: `clusters` open, or `select_k.candidates`."""
-    clusters = method["properties"]["clusters"]
-    number = {key: clusters.pop(key) for key in ("type", "minimum")}
-    candidates = {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
-    clusters["anyOf"] = [number, {"const": "auto"}, candidates]
-    method["required"] = [key for key in method.get("required", []) if key != "clusters"]
-
-
 def _validate_clusters(key: str, value: Any) -> tuple[int, ...] | Literal["auto"]:
     if value == "auto":
         return "auto"
@@ -499,7 +490,13 @@ class RunConfig(Config):
         """Return the JSON schema of RUN.yaml, in which `method.clusters` may also be open."""
         schema = super().model_json_schema(*args, **kwargs)
         for method in CONFIGS.values():
-            open_schema(schema["$defs"][method.__name__])
+            # What `normalize_clusters` reads: `clusters` is open, or `select_k.candidates` stands for it.
+            group = schema["$defs"][method.__name__]
+            clusters = group["properties"]["clusters"]
+            number = {key: clusters.pop(key) for key in ("type", "minimum")}
+            candidates = {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
+            clusters["anyOf"] = [number, {"const": "auto"}, candidates]
+            group["required"] = [key for key in group.get("required", []) if key != "clusters"]
         return schema
 
 

@@ -173,6 +173,8 @@ class RunTables:
         self.config = config
         """As the run was last started."""
         self._run = Run(config.run)
+        self.report = self._run.report
+        """URI of the page."""
 
     def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the parts of a table in order.
@@ -214,8 +216,3 @@ class RunTables:
         except storage.MissingError:
             raise ArtefactError(f"{self._run.metrics}: is missing: run evaluate first") from None
         return scores
-
-    @property
-    def report(self) -> str:
-        """URI of the page."""
-        return self._run.report

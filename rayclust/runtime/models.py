@@ -36,8 +36,8 @@ def load_method(uri: str, digest: str) -> Method:
     Raises:
         ArtefactError: the model is missing or damaged.
     """
-    sealed = read_manifest(Run(uri), "train")
-    digests = {path: written.digest for path, written in sealed.outputs.items()} if sealed else {}
+    manifest = read_manifest(Run(uri), "train")
+    digests = {path: written.digest for path, written in manifest.outputs.items()} if manifest else {}
     return read_method(Run(uri).model_folder, "train", digests)
 
 

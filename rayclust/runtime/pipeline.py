@@ -101,21 +101,16 @@ class _Registry(Mapping[str, Stage]):
     """Stages by name, in order. Each file is imported when its stage is first asked for: most bring torch."""
 
     def __getitem__(self, name: str) -> Stage:
-        if name not in self._names():
+        if name not in iter(self):
             raise KeyError(name)
         stage: Stage = importlib.import_module(f"rayclust.stages.{name.replace('-', '_')}").STAGE
         return stage
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names())
+        return iter(importlib.import_module("rayclust.stages").NAMES)
 
     def __len__(self) -> int:
-        return len(self._names())
-
-    @staticmethod
-    def _names() -> tuple[str, ...]:
-        names: tuple[str, ...] = importlib.import_module("rayclust.stages").NAMES
-        return names
+        return sum(1 for _ in self)
 
 
 STAGES: Mapping[str, Stage] = _Registry()
@@ -206,8 +201,17 @@ class Manifests:
         Whether the images themselves have changed is not known here: only a stage's `plan` tells.
         """
         if name not in self._found:
-            manifest = read_manifest(self._run, name)
-            self._found[name] = manifest if manifest and self._is_valid(STAGES[name], manifest) else None
+            stage, manifest = STAGES[name], read_manifest(self._run, name)
+            needs, is_valid = stage.inputs(self._config), False
+            if manifest and needs:
+                inputs = {need: found for need in needs if (found := self.of(need)) is not None}
+                if len(inputs) == len(needs):
+                    is_valid = manifest.digest == stage_digest(stage, self.resolved(name), inputs)
+            elif manifest:
+                # The digest holds the plan, which is not listed here: the digest of the settings alone must do.
+                settings = digest_of(stage.settings(self._config))
+                is_valid = manifest.inputs.get("settings", settings) == settings
+            self._found[name] = manifest if is_valid else None
         return self._found[name]
 
     def resolved(self, name: str) -> RunConfig:
@@ -220,17 +224,6 @@ class Manifests:
     def _follows_choice(self, name: str) -> bool:
         needs = STAGES[name].inputs(self._config)
         return SELECT_K in needs or any(self._follows_choice(need) for need in needs)
-
-    def _is_valid(self, stage: Stage, manifest: Manifest) -> bool:
-        needs = stage.inputs(self._config)
-        if not needs:
-            # The digest holds the plan, which is not listed here: the digest of the settings alone must do.
-            wanted = digest_of(stage.settings(self._config))
-            return manifest.inputs.get("settings", wanted) == wanted
-        inputs = {need: found for need in needs if (found := self.of(need)) is not None}
-        if len(inputs) < len(needs):
-            return False
-        return manifest.digest == stage_digest(stage, self.resolved(stage.name), inputs)
 
 
 # Running.

@@ -279,52 +279,45 @@ class StoredRows:
         self._run, self._cache = run, cache
         self._transform = transform_of(encode, features)
         self._starts = row_starts(encode)
-        self._dimension = encode.outputs_of(EncodeOutputs).dimension
         self._worker, self._workers = worker, workers
-
-    @property
-    def count(self) -> int:
+        self.count = self._starts[-1]
         """Number of rows, N."""
-        return self._starts[-1]
-
-    @property
-    def dimension(self) -> int:
+        self.dimension = encode.outputs_of(EncodeOutputs).dimension
         """Width of a row, D."""
-        return self._dimension
-
-    def owned(self) -> None:
-        """Return None: every worker holds all rows."""
 
     def tensor(self) -> Tensor:
         """Return Float32[N D], mapped."""
-        return torch.from_numpy(self._features())
+        return self._mapped(
+            "features.npy", self.dimension, np.float32, lambda part: part_features(self._run, part, self._transform)
+        )
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield Float32[B D] blocks of this worker's contiguous share of the rows."""
-        features = self._features()
+        features = self.tensor()
         first = self.count * self._worker // self._workers
         end = self.count * (self._worker + 1) // self._workers
         for start in range(first, end, BLOCK):
-            yield torch.from_numpy(features[start : min(start + BLOCK, end)])
+            yield features[start : min(start + BLOCK, end)]
 
     def neighbors(self) -> Tensor:
         """Return Int64[N M], mapped."""
         width = tables.read_table(self._run.neighbors(0), ["neighbors"]).schema.field("neighbors").type.list_size
+        return self._mapped(
+            "neighbors.npy",
+            width,
+            np.int64,
+            lambda part: tables.matrix(tables.read_table(self._run.neighbors(part), ["neighbors"])["neighbors"]),
+        )
+
+    def _mapped(self, name: str, width: int, dtype: type, read: Callable[[int], np.ndarray]) -> Tensor:
+        """Map the file `name` of this node, filled with what `read` returns for each part."""
 
         def fill(array: np.ndarray) -> None:
-            for index, start in enumerate(self._starts[:-1]):
-                ids = tables.matrix(tables.read_table(self._run.neighbors(index), ["neighbors"])["neighbors"])
-                array[start : start + len(ids)] = ids
-
-        return torch.from_numpy(mapped(self._cache / "neighbors.npy", (self.count, width), np.int64, fill))
-
-    def _features(self) -> np.ndarray:
-        def fill(array: np.ndarray) -> None:
-            for index, start in enumerate(self._starts[:-1]):
-                rows = part_features(self._run, index, self._transform)
+            for part, start in enumerate(self._starts[:-1]):
+                rows = read(part)
                 array[start : start + len(rows)] = rows
 
-        return mapped(self._cache / "features.npy", (self.count, self.dimension), np.float32, fill)
+        return torch.from_numpy(mapped(self._cache / name, (self.count, width), dtype, fill))
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.ndarray], None]) -> np.ndarray:

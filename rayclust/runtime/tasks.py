@@ -179,7 +179,7 @@ def map_tasks(
     """
     import ray
 
-    labels = task_labels()
+    labels = task_labels.get()
     remote = ray.remote(num_cpus=1, max_retries=5, **label_selector("tasks", labels))(function)
     waiting, running = iter(items), dict[Any, Item]()
     with plain_errors():
