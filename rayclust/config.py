@@ -166,7 +166,7 @@ def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the inverse of `normalize_clusters`: a dumped tree as a person would write it."""
+    """Return the inverse of `normalize_clusters`: a dumped tree as a RUN.yaml has it."""
     group = dict(tree.get("select_k") or {})
     candidates = group.pop("candidates", None)
     if candidates is None:
@@ -230,7 +230,7 @@ def are_disjoint(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
 
 
 def format_labels(labels: Mapping[str, str]) -> str:
-    """Return labels as people write them, such as market=spot,pool=cpu."""
+    """Return labels in the form market=spot,pool=cpu."""
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
@@ -303,7 +303,7 @@ class ImagesConfig(Config):
     classes: tuple[str, ...] | str | None = None
     """Keep only these classes: a list of names (ImageNet: wnids), or a text file with one a line. None keeps all."""
     shard_size: int = Field(512, ge=1, le=1_000_000)
-    """Images per unit of work where the input has no shards of its own (folders, large parquet files)."""
+    """Images per task where the input has no shards of its own (folders, large parquet files)."""
     max_reject_share: float = Field(0.1, ge=0, le=1)
     """Above this share of rejected images the encode stage fails."""
     max_bytes: int = Field(64 * MEBIBYTE, ge=1)

@@ -56,7 +56,7 @@ def load_run(uri: str) -> RunConfig:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """Return what was set of a config as a RUN.yaml."""
+    """Return the keys of a config that were set, as a RUN.yaml."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 
@@ -154,7 +154,7 @@ def quick(
 
 
 def load(run: str) -> RunTables:
-    """Open the run below a folder or URI; tables are read when they are asked for.
+    """Open the run below a folder or URI; tables are read on demand.
 
     Raises:
         ArtefactError: there is no run.

@@ -72,9 +72,9 @@ def _refuse_unreachable(address: str) -> None:
 
 
 def unreachable(host: str, port: int) -> OSError | None:
-    """Return why nobody accepts a connection at an address; None if somebody does.
+    """Return why a connection to an address fails; None if it is accepted.
 
-    Asked before Ray's own clients, which go on trying for minutes.
+    Tried before Ray's clients, which retry for minutes.
     """
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
@@ -85,7 +85,7 @@ def unreachable(host: str, port: int) -> OSError | None:
 
 @contextmanager
 def _without_core_messages() -> Iterator[None]:
-    """Silence Ray's C++ core while it starts: no user can act on its lines about its own actors. -v shows them."""
+    """Silence Ray's C++ core while it starts, whose lines about its actors help no user. -v shows them."""
     if logger.isEnabledFor(logging.DEBUG) or "RAY_BACKEND_LOG_LEVEL" in os.environ:
         yield
         return
@@ -131,7 +131,7 @@ def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
         labels: that a node must carry.
 
     Returns:
-        {} without labels, so that Ray is asked what it was asked before there were any.
+        {} without labels: the options of a cluster whose nodes have none.
 
     Raises:
         ConfigError: as `require_label`.
@@ -143,15 +143,15 @@ def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
 def require_label(key: str, labels: Mapping[str, str]) -> None:
     """Warn if no live node carries the labels: work for such a node waits, silently, until one joins.
 
-    Ray does not tell a driver whether an autoscaler could bring one. Only for a cluster that this process has started
-    is it known that none will.
+    A driver cannot find out from Ray whether an autoscaler could add one. Only in a cluster that this process has
+    started will none join.
 
     Args:
         key: the kind of work, as below `resources.placement`.
         labels: that a node must carry.
 
     Raises:
-        ConfigError: no node carries them and the cluster is this process's own.
+        ConfigError: no node carries them, in a cluster that this process has started.
     """
     import ray
 
@@ -160,8 +160,8 @@ def require_label(key: str, labels: Mapping[str, str]) -> None:
     shown = set[str]()
     for node in ray.nodes():
         if node["Alive"]:
-            own = {name: value for name, value in node["Labels"].items() if not name.startswith("ray.io/")}
-            shown.add(format_labels(own) or "no labels")
+            given = {name: value for name, value in node["Labels"].items() if not name.startswith("ray.io/")}
+            shown.add(format_labels(given) or "no labels")
     text = f"resources.placement.{key} = {format_labels(labels)}: no node of the cluster carries it; the nodes carry "
     text += "; ".join(sorted(shown))
     if ray.get_runtime_context().namespace == OWN:

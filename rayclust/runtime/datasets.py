@@ -32,7 +32,7 @@ DIGITS = "digits"
 SHARDS = 6
 """Tar files that the digits are spread over."""
 SCALE = 4
-"""Side of the square, in pixels, that each of the 8 × 8 scanned values of a digit becomes: people must see it."""
+"""Side of the square, in pixels, that each of the 8 × 8 scanned values of a digit becomes, large enough to read."""
 PART_IMAGES = 1000
 """Images per Parquet file, each of which becomes one shard."""
 _FORMAT = 1
@@ -100,7 +100,7 @@ def _cifar(head: int, label: int) -> Callable[[tarfile.TarFile, str], Blocks]:
 
 
 def _stl10(archive: tarfile.TarFile, member: str) -> Blocks:
-    """Yield pixels, which lie column by column, and labels, which count from 1 in a file of their own."""
+    """Yield pixels, which lie column by column, and labels, which count from 1 in a separate file."""
     labels = np.frombuffer(_open(archive, member.replace("_X", "_y")).read(), np.uint8).astype(np.int64) - 1
     start = 0
     for planes, _ in _records(archive, member, 0, 96):

@@ -1,4 +1,4 @@
-"""Load a run's encoder, on the device that `resources` gives, and find what its rows depend on."""
+"""Load a run's encoder on the device that `resources` gives, and compute the stamp of its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
         device: None takes a GPU where `resources` gives one, else the CPU.
 
     Raises:
-        ConfigError: its weights are missing; the message says what to fetch and where to put it.
+        ConfigError: its weights are missing; the message names the file and where to put it.
     """
     if device is None:
         device = "cuda" if config.resources.gpus_per_worker and torch.cuda.is_available() else "cpu"
@@ -63,7 +63,7 @@ def encoder_shape(config: RunConfig) -> tuple[Preprocess, int]:
 
 
 def weights_stamp(config: RunConfig) -> str:
-    """Return what changes with the encoder's weights: a hub tag, or the stamp of a file (size and time, or ETag).
+    """Return a string that changes with the encoder's weights: a hub tag, or a file's stamp (size and time, or ETag).
 
     Raises:
         ConfigError: there is no such file.

@@ -1,4 +1,4 @@
-"""Run the stages of a run in order: skip what is complete, run again what is not, and write each manifest last."""
+"""Run the stages of a run in order: skip complete ones, run the others, and write each manifest last."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StageContext:
     inputs: dict[str, Manifest]
     """Manifests of the stages that it reads, by name."""
     plan: Any = None
-    """What the stage's `plan` has listed."""
+    """Result of the stage's `plan`."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Stage:
-    """Declaration of a stage: its work, what it reads, and which settings its results depend on."""
+    """Declaration of a stage: its work, its inputs, and the settings that its results depend on."""
 
     name: str
     settings: Callable[[RunConfig], dict[str, Any]]
@@ -85,16 +85,16 @@ class Stage:
     reads_entry: Mapping[str, str] = field(default_factory=dict)
     """By stage, the one entry of its manifest's `extra` that is read; all outputs of the stages that are not named."""
     outputs: type[StageOutputs] = StageOutputs
-    """Type of what its manifest holds beside counts and files."""
+    """Type of the `extra` of its manifest."""
     plan: Callable[[RunConfig], Any] | None = None
-    """List what the stage reads from outside of the run; the plan's `digest` goes into the stage's."""
+    """List the inputs of the stage from outside of the run; the plan's `digest` goes into the stage's."""
 
     def inputs(self, config: RunConfig) -> tuple[str, ...]:
         """Return the stages that it reads in a run with this config."""
-        own = self.own_space_needs if has_transform(config.method.name) else ()
+        own_space = self.own_space_needs if has_transform(config.method.name) else ()
         pairs = self.pair_needs if config.method.draws_pairs else ()
         choice = (SELECT_K,) if self.needs_choice and config.needs_selection else ()
-        return (*self.needs, *own, *pairs, *choice)
+        return (*self.needs, *own_space, *pairs, *choice)
 
 
 class _Registry(Mapping[str, Stage]):
@@ -139,8 +139,8 @@ def settings_of(group: Any, *keys: str) -> dict[str, Any]:
 def method_settings(config: RunConfig) -> dict[str, Any]:
     """Return the method's settings for a digest.
 
-    Which of them were set by hand counts besides their values, since a preset fills only what was left open. A worker's
-    memory decides which worker holds what, not what comes out, and is left out.
+    The names of those that were set by hand count as well as the values, since a preset fills only the open ones. The
+    memory of a worker decides how data is distributed, changes no result, and is left out.
     """
     memory = ("worker_memory",)
     values = {key: value for key, value in settings_of(config.method).items() if key not in memory}
@@ -156,7 +156,7 @@ def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], p
         stage: the stage.
         config: resolved for the stage; see `Manifests.resolved`.
         inputs: manifests of the stages that it reads.
-        plan: what its `plan` has listed.
+        plan: the result of its `plan`.
     """
     return digest_of(
         {
@@ -170,7 +170,7 @@ def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], p
 
 
 def content_digest(manifest: Manifest) -> str:
-    """Return the digest of what a stage wrote. Equal bytes from another config make no later stage run again."""
+    """Return the digest of a stage's outputs. Equal bytes from another config make no later stage run again."""
     files = {path: written.model_dump(include={"digest", "size"}) for path, written in manifest.outputs.items()}
     return digest_of({"outputs": files, "extra": manifest.extra})
 
@@ -198,7 +198,7 @@ class Manifests:
     def of(self, name: str) -> Manifest | None:
         """Return a stage's manifest; None if it is missing or was written for another config or other inputs.
 
-        Whether the images themselves have changed is not known here: only a stage's `plan` tells.
+        Changes of the images are not seen here, only by a stage's `plan`.
         """
         if name not in self._found:
             stage, manifest = STAGES[name], read_manifest(self._run, name)

@@ -93,7 +93,7 @@ def check(config: RunConfig) -> list[Finding]:
 
 
 class _Checks:
-    """The checks of one run, in order: each may use what those before it have found."""
+    """The checks of one run, in order: each may use the results of those before it."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

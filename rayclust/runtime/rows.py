@@ -37,7 +37,7 @@ BLOCK = 8192
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of squares of rows, in float64: what centring and z-scores need."""
+    """Count, sum and sum of squares of rows, in float64, for centring and z-scores."""
 
     count: int
     total: np.ndarray
@@ -71,7 +71,7 @@ class Moments:
 class MomentsInOrder:
     """Sum of the moments of all parts in the order of the parts, whatever order they end in: same rows, same bytes.
 
-    Results lose their own moments when they are seen: about 21 D bytes a part would be most of the driver's memory.
+    Moments are removed from the results that pass: about 21 D bytes a part would be most of the driver's memory.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ def write_shard(
     Args:
         run: the run.
         task: index and digest of the shard.
-        row_start: row of its first record, as far as is known; `renumber` corrects it.
+        row_start: row of its first record; an estimate, which `renumber` corrects.
         records: key, uri and label of each image, in order of key.
         embeddings: Float16[n D], their embeddings. Rows that are not finite become rejects.
         rejects: key, uri, reason and detail of each image left out.
@@ -226,9 +226,9 @@ def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.
         rows: Int64[n], sorted.
     """
     for part, start in enumerate(starts[:-1]):
-        own = rows[(rows >= start) & (rows < starts[part + 1])] - start
-        if len(own):
-            yield part, own
+        local = rows[(rows >= start) & (rows < starts[part + 1])] - start
+        if len(local):
+            yield part, local
 
 
 def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
@@ -241,17 +241,17 @@ def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: 
         rows: Int64[n], sorted.
     """
     gathered = []
-    for part, own in rows_by_part(starts, rows):
+    for part, local in rows_by_part(starts, rows):
         embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
-        gathered.append(transform(embeddings[own]))
+        gathered.append(transform(embeddings[local]))
     return np.concatenate(gathered)
 
 
 def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]:
     """Return the labels of some rows, Int64[n] sorted; None for a row without one."""
     found: list[str | None] = []
-    for part, own in rows_by_part(starts, rows):
-        found += tables.read_table(run.embeddings(part), ["label"])["label"].take(pa.array(own)).to_pylist()
+    for part, local in rows_by_part(starts, rows):
+        found += tables.read_table(run.embeddings(part), ["label"])["label"].take(pa.array(local)).to_pylist()
     return found
 
 
@@ -321,7 +321,7 @@ class StoredRows:
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.ndarray], None]) -> np.ndarray:
-    """Map an array from a file, which the first process that asks fills while the others wait.
+    """Map an array from a file, which the first process to call fills while the others wait.
 
     Args:
         path: the file; it exists only once it is complete.
@@ -364,7 +364,7 @@ def cache_folder(digest: str) -> Path:
     """Return this user's folder on this node for the files of one training.
 
     Raises:
-        ConfigError: the folder below the temporary one, where anybody can create it first, is not this user's alone.
+        ConfigError: the folder lies below the shared temporary one, and other users own it or can write to it.
     """
     root = os.environ.get("RAYCLUST_SCRATCH")
     if root:
