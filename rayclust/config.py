@@ -584,17 +584,18 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = parsed
 
 
-def known_keys() -> list[str]:
-    """Return all dotted keys of RUN.yaml, those of every method among them."""
+def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
+    """Return all dotted keys of a model.
+
+    Args:
+        model: None is RUN.yaml's, with the keys of every method.
+        prefix: of the keys, with a dot at its end.
+    """
     keys: list[str] = []
-
-    def visit(model: type[BaseModel], prefix: str) -> None:
-        for name, field in model.model_fields.items():
-            keys.append(prefix + name)
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                visit(field.annotation, f"{prefix}{name}.")
-
-    visit(RunConfig, "")
-    for model in CONFIGS.values():
-        visit(model, "method.")
+    for name, field in (model or RunConfig).model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    for method in () if model else CONFIGS.values():
+        keys += known_keys(method, "method.")
     return list(dict.fromkeys(keys))

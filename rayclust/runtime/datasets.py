@@ -52,11 +52,6 @@ class Archive:
     url: str
     md5: str
 
-    @property
-    def name(self) -> str:
-        """File name."""
-        return self.url.rpartition("/")[2]
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -221,14 +216,15 @@ def _fetch(name: str, archive: Archive, cache: str) -> Path:
     from torchvision.datasets.utils import check_integrity, download_url
 
     local = cache if not storage.is_remote(cache) else storage.absolute("~/.cache/rayclust")
-    path = Path(local) / "archives" / archive.name
+    file = archive.url.rpartition("/")[2]
+    path = Path(local) / "archives" / file
     if check_integrity(str(path), archive.md5):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        download_url(archive.url, str(path.parent), archive.name, archive.md5)
+        download_url(archive.url, str(path.parent), file, archive.md5)
     except (OSError, RuntimeError) as error:
-        advice = f"put {archive.name} (MD5 {archive.md5}) into {path.parent} and run again"
+        advice = f"put {file} (MD5 {archive.md5}) into {path.parent} and run again"
         raise DataError(f"{SCHEME}{name}: cannot fetch {archive.url} ({error}); {advice}") from error
     return path
 
