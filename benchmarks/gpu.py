@@ -489,9 +489,9 @@ def encode(small: bool) -> None:
         sys.modules["ftfy"] = types.ModuleType("ftfy")
     import open_clip
 
-    from rayclust.encoders.base import EncoderConfig
     from rayclust.encoders.clip import ClipEncoder
     from rayclust.encoders.decode import Preprocess
+    from rayclust.encoders.settings import EncoderConfig
 
     rates = matmul_rates(small)
     batch, rounds = (2, 1) if small else (256, 5)

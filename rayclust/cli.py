@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -53,7 +54,11 @@ def _fail(message: str, code: int, verbose: bool = False) -> int:
     return code
 
 
-def _configure_logging(verbose: bool) -> None:
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="rayclust")
+@click.option("-v", "--verbose", is_flag=True, help="Show debug lines, and the traceback of an error.")
+def commands(verbose: bool) -> None:
+    """From a bucket of unlabelled images to named, measured clusters."""
     # Ray warns of things that a user of rayclust cannot act on.
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -72,14 +77,6 @@ def _configure_logging(verbose: bool) -> None:
     package.handlers = [handler]
     package.propagate = False
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="rayclust")
-@click.option("-v", "--verbose", is_flag=True, help="Show debug lines, and the traceback of an error.")
-def commands(verbose: bool) -> None:
-    """From a bucket of unlabelled images to named, measured clusters."""
-    _configure_logging(verbose)
 
 
 _FORCE = click.option("--force", is_flag=True, help="Run again even what is done.")
@@ -179,7 +176,8 @@ def submit(
     if action == "stop":
         return stop_run(submission, url)
     send, wait = action != "follow", action != "no-wait"
-    return submit_run(submission, url, _show_text, send=send, wait=wait, shared_paths=shared_paths)
+    show = partial(click.echo, nl=False)
+    return submit_run(submission, url, show, send=send, wait=wait, shared_paths=shared_paths)
 
 
 @commands.command()
@@ -272,10 +270,6 @@ def _load_run(run_uri: str) -> Any:
     from rayclust.runtime.api import load_run
 
     return load_run(run_uri)
-
-
-def _show_text(text: str) -> None:
-    click.echo(text, nl=False)
 
 
 def _show_result(run_uri: str) -> None:

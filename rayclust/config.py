@@ -1,7 +1,7 @@
 """RUN.yaml as a tree of frozen models: every setting of a run.
 
-A method's own settings live in the method's file; the encoder's in `encoders/options.py`. `parse` is the one reader. It
-refuses unknown keys and bad values in one line, with the full key, the value, the bound and the nearest known key.
+A method's own settings live in the method's file, the encoder's in `encoders/settings.py`. `parse` is the one reader.
+It refuses unknown keys and bad values in one line, with the full key, the value, the bound and the nearest known key.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from rayclust.encoders.base import EncoderConfig
-from rayclust.encoders.decode import PIXEL_CEILING
+from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
-from rayclust.language.vocabulary import LabelConfig
 from rayclust.methods import CONFIGS, AnyMethodConfig
-from rayclust.metrics.selection import grid
 from rayclust.settings import Config, format_error
 
 # The number of clusters.
@@ -117,6 +114,25 @@ class SelectKConfig(Config):
         return min(max(most, self.least), rows)
 
 
+def grid(least: int, most: int, *, ratio: float = 1.5) -> tuple[int, ...]:
+    """Return candidates from `least` to `most`, each about `ratio` times the one before.
+
+    Args:
+        least: at least 1.
+        most: at least `least`.
+        ratio: above 1.
+
+    Raises:
+        ConfigError: a bound is broken.
+    """
+    if not 1 <= least <= most:
+        raise ConfigError(f"least = {least}, most = {most}: 1 ≤ least ≤ most is needed")
+    if not ratio > 1:
+        raise ConfigError(f"ratio = {ratio}: must be above 1")
+    steps = max(1, math.ceil(math.log(most / least) / math.log(ratio))) if most > least else 0
+    return tuple(sorted({round(least * (most / least) ** (i / max(steps, 1))) for i in range(steps + 1)}))
+
+
 def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
     """Move an open number of clusters from `method.clusters` to `select_k.candidates`.
 
@@ -150,7 +166,7 @@ def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the inverse of `normalize_clusters`: a dumped tree as a person would write it."""
+    """Return the inverse of `normalize_clusters`: a dumped tree as a RUN.yaml has it."""
     group = dict(tree.get("select_k") or {})
     candidates = group.pop("candidates", None)
     if candidates is None:
@@ -158,15 +174,6 @@ def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
     method = tree["method"] | {"clusters": candidates if candidates == "auto" else list(candidates)}
     rest = {key: value for key, value in tree.items() if key != "select_k"}
     return rest | {"method": method} | ({"select_k": group} if group else {})
-
-
-def open_schema(method: dict[str, Any]) -> None:
-    """Extend a method's JSON schema to what `normalize_clusters` reads: `clusters` open, or `select_k.candidates`."""
-    clusters = method["properties"]["clusters"]
-    number = {key: clusters.pop(key) for key in ("type", "minimum")}
-    candidates = {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
-    clusters["anyOf"] = [number, {"const": "auto"}, candidates]
-    method["required"] = [key for key in method.get("required", []) if key != "clusters"]
 
 
 def _validate_clusters(key: str, value: Any) -> tuple[int, ...] | Literal["auto"]:
@@ -223,7 +230,7 @@ def are_disjoint(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
 
 
 def format_labels(labels: Mapping[str, str]) -> str:
-    """Return labels as people write them, such as market=spot,pool=cpu."""
+    """Return labels in the form market=spot,pool=cpu."""
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
@@ -296,7 +303,7 @@ class ImagesConfig(Config):
     classes: tuple[str, ...] | str | None = None
     """Keep only these classes: a list of names (ImageNet: wnids), or a text file with one a line. None keeps all."""
     shard_size: int = Field(512, ge=1, le=1_000_000)
-    """Images per unit of work where the input has no shards of its own (folders, large parquet files)."""
+    """Images per task where the input has no shards of its own (folders, large parquet files)."""
     max_reject_share: float = Field(0.1, ge=0, le=1)
     """Above this share of rejected images the encode stage fails."""
     max_bytes: int = Field(64 * MEBIBYTE, ge=1)
@@ -335,6 +342,61 @@ class AssignConfig(Config):
     levels: tuple[int, ...] = ()
     """Numbers of clusters of coarser levels, finest first: [1000, 50] puts each cluster into one of 1,000 and each of
     those into one of 50, by their prototypes. K itself may stand at the start."""
+
+
+VocabularyKind = Literal["auto", "none", "imagenet", "wordnet", "classes", "embeddings", "text"]
+
+
+class LabelConfig(Config):
+    """Names for clusters."""
+
+    vocabulary: str | tuple[str, ...] = "auto"
+    """auto | none | imagenet | wordnet | classes | a text file or URI, one name a line | a parquet of words with
+    embeddings; or a list of them, in which equal names count once.
+
+    `auto` is ImageNet's names when the encoder reads text, else none. `classes` are the true names of the run's labels:
+    what is named by them says so, and beside other lists every cluster is named without them as well.
+    """
+    templates: tuple[str, ...] = ("a photo of a {}",)
+    """Prompts around each name; their embeddings are averaged."""
+    scale: float = Field(100, gt=0)
+    """What cosines between images and words are multiplied by before the softmax; CLIP's own is 100."""
+    space: Literal["auto", "encoder", "features"] = "auto"
+    """Where images meet words: the encoder's unit rows, or what `features` makes of them. auto: features for words that
+    come with embeddings, else encoder."""
+    unique: bool = False
+    """Whether no two clusters may get one name."""
+    voters: int | Literal["auto", "all"] = "auto"
+    """Images per cluster that vote, a seeded sample. auto: all of them for up to 5,000 words, else 300."""
+    runners_up: int = Field(5, ge=0, le=100)
+    """Next best names kept per cluster."""
+    exemplars: int = Field(12, ge=0, le=200)
+    """Most typical images kept per cluster."""
+    outliers: int = Field(6, ge=0, le=200)
+    """Least certain images kept per cluster."""
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Return the lists of names that `vocabulary` gives."""
+        return (self.vocabulary,) if isinstance(self.vocabulary, str) else self.vocabulary
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LabelConfig:
+        if isinstance(self.vocabulary, tuple):
+            alone = [name for name in self.vocabulary if name in ("auto", "none")]
+            if alone or not self.vocabulary:
+                given = f"[{', '.join(self.vocabulary)}]"
+                raise ValueError(f"vocabulary = {given}: a list needs at least one name, and neither auto nor none")
+        if isinstance(self.voters, int) and self.voters < 1:
+            raise ValueError(f"voters = {self.voters}: must be at least 1, all or auto")
+        return self
+
+
+def kind_of(value: str) -> VocabularyKind:
+    """Return the kind of a `label.vocabulary`: a keyword, a parquet file of words with embeddings, or a text file."""
+    if value in ("auto", "none", "imagenet", "wordnet", "classes"):
+        return value  # type: ignore[return-value]
+    return "embeddings" if value.lower().endswith((".parquet", ".pq")) else "text"
 
 
 class IndexConfig(Config):
@@ -428,7 +490,13 @@ class RunConfig(Config):
         """Return the JSON schema of RUN.yaml, in which `method.clusters` may also be open."""
         schema = super().model_json_schema(*args, **kwargs)
         for method in CONFIGS.values():
-            open_schema(schema["$defs"][method.__name__])
+            # What `normalize_clusters` reads: `clusters` is open, or `select_k.candidates` stands for it.
+            group = schema["$defs"][method.__name__]
+            clusters = group["properties"]["clusters"]
+            number = {key: clusters.pop(key) for key in ("type", "minimum")}
+            candidates = {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
+            clusters["anyOf"] = [number, {"const": "auto"}, candidates]
+            group["required"] = [key for key in group.get("required", []) if key != "clusters"]
         return schema
 
 
@@ -516,17 +584,18 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = parsed
 
 
-def known_keys() -> list[str]:
-    """Return all dotted keys of RUN.yaml, those of every method among them."""
+def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
+    """Return all dotted keys of a model.
+
+    Args:
+        model: None is RUN.yaml's, with the keys of every method.
+        prefix: of the keys, with a dot at its end.
+    """
     keys: list[str] = []
-
-    def visit(model: type[BaseModel], prefix: str) -> None:
-        for name, field in model.model_fields.items():
-            keys.append(prefix + name)
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                visit(field.annotation, f"{prefix}{name}.")
-
-    visit(RunConfig, "")
-    for model in CONFIGS.values():
-        visit(model, "method.")
+    for name, field in (model or RunConfig).model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    for method in () if model else CONFIGS.values():
+        keys += known_keys(method, "method.")
     return list(dict.fromkeys(keys))

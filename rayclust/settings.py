@@ -1,4 +1,4 @@
-"""Base class of all groups of settings, and one-line messages for what their validation refuses."""
+"""Base class of all groups of settings, and one-line messages for validation errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Config(BaseModel):
 
 
 def format_error(error: ValidationError, known: Sequence[str], methods: Sequence[str]) -> str:
-    """Return the first thing that is wrong: full key, value, bound, and for an unknown key the nearest known one.
+    """Return the first error in one line: full key, value, bound, and for an unknown key the nearest known one.
 
     Args:
         error: of RUN.yaml's model.
@@ -66,7 +66,7 @@ def _describe(problem: Any, known: Sequence[str], methods: Sequence[str]) -> str
 
 
 def _suggest_key(path: list[str], known: Sequence[str]) -> str:
-    """Return the key that was probably meant: one nearby, one of that name elsewhere, or all that are known here."""
+    """Return a hint at the intended key: a similar one here, one of that name elsewhere, or all keys of the group."""
     prefix = "".join(part + "." for part in path[:-1])
     fields = sorted({key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)})
     if near := _closest(path[-1], fields):

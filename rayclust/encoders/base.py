@@ -1,110 +1,23 @@
-"""The encoder: its settings, its protocol, and a base class for encoders built on a torch network."""
+"""The encoder: its protocol, and a base class for encoders built on a torch network."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import PurePath
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.settings import Colour, EncoderConfig
 from rayclust.errors import ConfigError, ShapeError
-from rayclust.settings import Config
 
-Colour = tuple[float, float, float]
-"""One value each for red, green and blue."""
 GPU_BATCH = 256
 """Images per pass through a network on a GPU, where the settings leave it open."""
-_WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".torch"}
-
-
-class EncoderConfig(Config):
-    """What turns one image, or one phrase, into one row."""
-
-    name: str = "open_clip/ViT-L-14"
-    """open_clip/<architecture>, timm/<architecture>, or pixels, which needs no weights. `.<tag>` may follow, as in
-    open_clip/ViT-L-14.openai: published weights, or, with a file in `pretrained`, how such weights see images."""
-    pretrained: str | None = None
-    """A tag of published weights (openai, laion2b_s32b_b82k, dino …), or a path or URI of a file with weights,
-    safetensors or a torch file of tensors. Absent: `openai` for open_clip, the architecture's own default for timm."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the model's constructor, e.g. `pad_type: same`."""
-    image_size: int | tuple[int, int] | None = None
-    """Side of the square, or [height, width], pixels. Absent: the model's own; 32 for pixels."""
-    resize: Literal["crop", "squash"] | None = None
-    """crop: the shorter side to the size, then the centre. squash: both sides to the size. Absent: the model's own."""
-    crop_fraction: float | None = Field(None, gt=0, le=1)
-    """For crop: the share of the shorter side that is kept. Absent: the model's own, or 1 where `resize` is given."""
-    mean: Colour | None = None
-    """Subtracted from red, green and blue, which run from 0 to 1. Absent: the model's own; 0 for pixels."""
-    std: Colour | None = None
-    """What red, green and blue are then divided by; not 0. Absent: the model's own; 1 for pixels."""
-    normalize: bool = True
-    """Whether rows have length 1."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the network's products. auto: bf16 on GPUs that have it, else fp16; fp32 on CPUs."""
-    compile: bool = False
-    """Compile the network with torch.compile: slow to start, faster afterwards; worth it from some 100,000 images."""
-    batch_size: int | None = Field(None, ge=1)
-    """Images per pass through the network. Absent: 256 on a GPU; 1 on a CPU, which is the fastest there. A row's last
-    bits may depend on it; short passes are filled up, so they do not depend on how many images there are."""
-    threads: int = Field(1, ge=1)
-    """CPU threads of one encoder. A row's last bits may depend on it."""
-    grayscale: bool = False
-    """pixels only: one channel instead of three."""
-    jpeg_draft: bool = False
-    """Decode large JPEGs at reduced size: five times faster on photographs of 12 megapixels; rows move a little (cosine
-    0.996 to 0.9996)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> EncoderConfig:
-        family, _, architecture = self.name.partition("/")
-        if self.name != "pixels" and (family not in ("open_clip", "timm") or not architecture):
-            raise ValueError(f"name = {self.name}: must be open_clip/<architecture>, timm/<architecture> or pixels")
-        if self.weights_uri is None and self.pretrained and self.tag != self.pretrained:
-            raise ValueError(f"pretrained = {self.pretrained}: contradicts the tag in name = {self.name}")
-        if self.grayscale and self.name != "pixels":
-            raise ValueError(f"grayscale = true: only pixels can do without colour, not {self.name}")
-        if self.std is not None and 0 in self.std:
-            raise ValueError(f"std = {list(self.std)}: must not hold 0")
-        sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size or ()
-        if any(not 1 <= side <= 16384 for side in sides):
-            raise ValueError(f"image_size = {self.image_size}: must be from 1 to 16384")
-        return self
-
-    @property
-    def family(self) -> str:
-        """open_clip, timm or pixels."""
-        return self.name.partition("/")[0]
-
-    @property
-    def architecture(self) -> str:
-        """The name without its family and tag."""
-        return self.name.partition("/")[2].partition(".")[0]
-
-    @property
-    def tag(self) -> str | None:
-        """The tag of published weights: the one in `name`, else `pretrained` unless that is a file."""
-        return self.name.partition("/")[2].partition(".")[2] or (None if self.weights_uri else self.pretrained)
-
-    @property
-    def weights_uri(self) -> str | None:
-        """Path or URI of the weights; None where they come from a hub, or where none are needed.
-
-        `pretrained` names a file where it has a slash or the suffix of a file of weights.
-        """
-        given = self.pretrained
-        if given is None or self.family == "pixels":
-            return None
-        looks_like_path = "/" in given or "\\" in given or given.startswith(("~", "."))
-        return given if looks_like_path or PurePath(given).suffix.lower() in _WEIGHT_SUFFIXES else None
 
 
 @runtime_checkable

@@ -26,10 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError, _imaging
 
+from rayclust.encoders.settings import PIXEL_CEILING
 from rayclust.errors import ConfigError, DataError
 
-PIXEL_CEILING: Final = 178_956_970
-"""The largest `max_pixels`: above it Pillow itself refuses to open a file."""
 MAX_SCANS: Final = 200
 """Scans allowed in one JPEG; encoders write about ten, and each costs a pass over all pixels."""
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayclust.encoders.base import Encoder, EncoderConfig
+from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.pixels import PixelEncoder
+from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 
 if TYPE_CHECKING:

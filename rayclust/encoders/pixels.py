@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayclust.arrays import unit_rows
-from rayclust.encoders.base import Colour, EncoderConfig, no_text_tower
+from rayclust.encoders.base import no_text_tower
 from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.settings import Colour, EncoderConfig
 from rayclust.errors import ShapeError
 
 

@@ -19,8 +19,9 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from rayclust.encoders.base import EncoderConfig, TorchEncoder, network_errors, unknown_architecture
+from rayclust.encoders.base import TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.settings import EncoderConfig
 from rayclust.encoders.weights import HubFile, load_into, load_state, without_prefix
 from rayclust.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""The words that clusters can be named by, and the settings of naming."""
+"""The words that clusters can be named by."""
 
 from __future__ import annotations
 
@@ -6,66 +6,16 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.errors import ConfigError, DataError
-from rayclust.settings import Config
-
-Kind = Literal["auto", "none", "imagenet", "wordnet", "classes", "embeddings", "text"]
 
 LONGEST = 200
 """Characters of one name; a longer line is not a list of names."""
 _HEADERS = ("word", "lemma", "name", "label", "noun")
-
-
-class LabelConfig(Config):
-    """Names for clusters."""
-
-    vocabulary: str | tuple[str, ...] = "auto"
-    """auto | none | imagenet | wordnet | classes | a text file or URI, one name a line | a parquet of words with
-    embeddings; or a list of them, in which equal names count once.
-
-    `auto` is ImageNet's names when the encoder reads text, else none. `classes` are the true names of the run's labels:
-    what is named by them says so, and beside other lists every cluster is named without them as well.
-    """
-    templates: tuple[str, ...] = ("a photo of a {}",)
-    """Prompts around each name; their embeddings are averaged."""
-    scale: float = Field(100, gt=0)
-    """What cosines between images and words are multiplied by before the softmax; CLIP's own is 100."""
-    space: Literal["auto", "encoder", "features"] = "auto"
-    """Where images meet words: the encoder's unit rows, or what `features` makes of them. auto: features for words that
-    come with embeddings, else encoder."""
-    unique: bool = False
-    """Whether no two clusters may get one name."""
-    voters: int | Literal["auto", "all"] = "auto"
-    """Images per cluster that vote, a seeded sample. auto: all of them for up to 5,000 words, else 300."""
-    runners_up: int = Field(5, ge=0, le=100)
-    """Next best names kept per cluster."""
-    exemplars: int = Field(12, ge=0, le=200)
-    """Most typical images kept per cluster."""
-    outliers: int = Field(6, ge=0, le=200)
-    """Least certain images kept per cluster."""
-
-    @property
-    def lists(self) -> tuple[str, ...]:
-        """Return the lists of names that `vocabulary` gives."""
-        return (self.vocabulary,) if isinstance(self.vocabulary, str) else self.vocabulary
-
-    @model_validator(mode="after")
-    def _consistent(self) -> LabelConfig:
-        if isinstance(self.vocabulary, tuple):
-            alone = [name for name in self.vocabulary if name in ("auto", "none")]
-            if alone or not self.vocabulary:
-                given = f"[{', '.join(self.vocabulary)}]"
-                raise ValueError(f"vocabulary = {given}: a list needs at least one name, and neither auto nor none")
-        if isinstance(self.voters, int) and self.voters < 1:
-            raise ValueError(f"voters = {self.voters}: must be at least 1, all or auto")
-        return self
 
 
 @dataclass(frozen=True)
@@ -76,13 +26,6 @@ class Vocabulary:
     """V names as they are shown: spaces for underscores, the first of those that differ in case only."""
     embeddings: FloatArray | None = None
     """Float32[V D] in the images' space; None: computed by the encoder's text tower."""
-
-
-def kind_of(value: str) -> Kind:
-    """Return the kind of a `label.vocabulary`: a keyword, a parquet file of words with embeddings, or a text file."""
-    if value in ("auto", "none", "imagenet", "wordnet", "classes"):
-        return value  # type: ignore[return-value]
-    return "embeddings" if value.lower().endswith((".parquet", ".pq")) else "text"
 
 
 def from_text(data: bytes, source: str) -> Vocabulary:

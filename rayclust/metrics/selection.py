@@ -177,25 +177,6 @@ def _listed(picked: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {k}" for name, k in picked.items())
 
 
-def grid(least: int, most: int, *, ratio: float = 1.5) -> tuple[int, ...]:
-    """Return candidates from `least` to `most`, each about `ratio` times the one before.
-
-    Args:
-        least: at least 1.
-        most: at least `least`.
-        ratio: above 1.
-
-    Raises:
-        ConfigError: a bound is broken.
-    """
-    if not 1 <= least <= most:
-        raise ConfigError(f"least = {least}, most = {most}: 1 ≤ least ≤ most is needed")
-    if not ratio > 1:
-        raise ConfigError(f"ratio = {ratio}: must be above 1")
-    steps = max(1, math.ceil(math.log(most / least) / math.log(ratio))) if most > least else 0
-    return tuple(sorted({round(least * (most / least) ** (i / max(steps, 1))) for i in range(steps + 1)}))
-
-
 def refine(ks: Sequence[int], best: int, *, points: int = 4) -> tuple[int, ...]:
     """Return further candidates between the best one's neighbours, geometrically spread, none tried before.
 

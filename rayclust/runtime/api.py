@@ -10,9 +10,8 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from rayclust.config import RunConfig, parse, validate
+from rayclust.config import RunConfig, kind_of, parse, validate
 from rayclust.errors import ArtefactError
-from rayclust.language.vocabulary import kind_of
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage, tables
 from rayclust.store.lock import run_lock
@@ -57,7 +56,7 @@ def load_run(uri: str) -> RunConfig:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """Return what was set of a config as a RUN.yaml."""
+    """Return the keys of a config that were set, as a RUN.yaml."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 
@@ -155,7 +154,7 @@ def quick(
 
 
 def load(run: str) -> RunTables:
-    """Open the run below a folder or URI; tables are read when they are asked for.
+    """Open the run below a folder or URI; tables are read on demand.
 
     Raises:
         ArtefactError: there is no run.
@@ -174,6 +173,8 @@ class RunTables:
         self.config = config
         """As the run was last started."""
         self._run = Run(config.run)
+        self.report = self._run.report
+        """URI of the page."""
 
     def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the parts of a table in order.
@@ -215,8 +216,3 @@ class RunTables:
         except storage.MissingError:
             raise ArtefactError(f"{self._run.metrics}: is missing: run evaluate first") from None
         return scores
-
-    @property
-    def report(self) -> str:
-        """URI of the page."""
-        return self._run.report

@@ -101,7 +101,7 @@ def remove_damaged(run: Run, stages: Iterable[str], message: str) -> Removed | N
 
 
 class FileListing:
-    """Files of a run as they are now; each folder is listed once, when it is first asked for.
+    """Files of a run as they are now; each folder is listed once, on first use.
 
     A file with the stamp of its manifest is taken as unchanged. One with another stamp, because it was copied or
     edited, is read and its digest decides.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rayclust.config import PlacementConfig, RunConfig, format_labels, has_labels
@@ -26,7 +26,8 @@ OWN = "rayclust-own"
 """Namespace of a cluster that this process has started on its machine: no node will ever join it."""
 CONNECT_SECONDS = 10.0
 """How long a server may take to accept a connection."""
-_labels: ContextVar[dict[str, str]] = ContextVar("labels", default={})  # noqa: B039 - never changed in place
+task_labels: ContextVar[dict[str, str]] = ContextVar("task_labels", default={})  # noqa: B039 - never changed in place
+"""Labels of the tasks that are submitted here; {} outside of `scheduling`."""
 
 
 # Connecting.
@@ -71,9 +72,9 @@ def _refuse_unreachable(address: str) -> None:
 
 
 def unreachable(host: str, port: int) -> OSError | None:
-    """Return why nobody accepts a connection at an address; None if somebody does.
+    """Return why a connection to an address fails; None if it is accepted.
 
-    Asked before Ray's own clients, which go on trying for minutes.
+    Tried before Ray's clients, which retry for minutes.
     """
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
@@ -84,7 +85,7 @@ def unreachable(host: str, port: int) -> OSError | None:
 
 @contextmanager
 def _without_core_messages() -> Iterator[None]:
-    """Silence Ray's C++ core while it starts: no user can act on its lines about its own actors. -v shows them."""
+    """Silence Ray's C++ core while it starts, whose lines about its actors help no user. -v shows them."""
     if logger.isEnabledFor(logging.DEBUG) or "RAY_BACKEND_LOG_LEVEL" in os.environ:
         yield
         return
@@ -115,16 +116,11 @@ def describe() -> str:
 @contextmanager
 def scheduling(placement: PlacementConfig) -> Iterator[None]:
     """Give the tasks that are submitted in this block the labels of `placement.tasks`."""
-    token = _labels.set(placement.tasks)
+    token = task_labels.set(placement.tasks)
     try:
         yield
     finally:
-        _labels.reset(token)
-
-
-def task_labels() -> dict[str, str]:
-    """Return the labels of tasks submitted here; {} outside of `scheduling`."""
-    return _labels.get()
+        task_labels.reset(token)
 
 
 def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
@@ -135,7 +131,7 @@ def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
         labels: that a node must carry.
 
     Returns:
-        {} without labels, so that Ray is asked what it was asked before there were any.
+        {} without labels: the options of a cluster whose nodes have none.
 
     Raises:
         ConfigError: as `require_label`.
@@ -147,15 +143,15 @@ def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
 def require_label(key: str, labels: Mapping[str, str]) -> None:
     """Warn if no live node carries the labels: work for such a node waits, silently, until one joins.
 
-    Ray does not tell a driver whether an autoscaler could bring one. Only for a cluster that this process has started
-    is it known that none will.
+    A driver cannot find out from Ray whether an autoscaler could add one. Only in a cluster that this process has
+    started will none join.
 
     Args:
         key: the kind of work, as below `resources.placement`.
         labels: that a node must carry.
 
     Raises:
-        ConfigError: no node carries them and the cluster is this process's own.
+        ConfigError: no node carries them, in a cluster that this process has started.
     """
     import ray
 
@@ -164,8 +160,8 @@ def require_label(key: str, labels: Mapping[str, str]) -> None:
     shown = set[str]()
     for node in ray.nodes():
         if node["Alive"]:
-            own = {name: value for name, value in node["Labels"].items() if not name.startswith("ray.io/")}
-            shown.add(format_labels(own) or "no labels")
+            given = {name: value for name, value in node["Labels"].items() if not name.startswith("ray.io/")}
+            shown.add(format_labels(given) or "no labels")
     text = f"resources.placement.{key} = {format_labels(labels)}: no node of the cluster carries it; the nodes carry "
     text += "; ".join(sorted(shown))
     if ray.get_runtime_context().namespace == OWN:
@@ -227,33 +223,23 @@ def widest(nodes: Sequence[int], workers: int) -> int:
     return next((share for share in shares if sum(cores // share for cores in nodes) >= workers), 1)
 
 
-def encode_workers(config: RunConfig) -> int:
-    """Return the number of encoder actors that `resources` asks for."""
-    return _workers(config, config.resources.placement.encode)
+def worker_count(config: RunConfig, work: Literal["encode", "train"]) -> int:
+    """Return the number of encoder actors or training workers that `resources` asks for.
 
-
-def train_workers(config: RunConfig) -> int:
-    """Return the number of training workers that `resources` asks for.
-
-    Without GPUs `auto` is one worker with every core.
+    Without GPUs `auto` is an actor on every CPU, and one training worker with every core.
     """
-    if config.resources.workers == "auto" and not config.resources.gpus_per_worker:
-        return 1
-    return _workers(config, config.resources.placement.train)
-
-
-def _workers(config: RunConfig, labels: Mapping[str, str]) -> int:
     resources = config.resources
+    labels: dict[str, str] = getattr(resources.placement, work)
     if resources.workers != "auto":
         return resources.workers
     if resources.gpus_per_worker:
         return max(1, int((total_resource("GPU", labels) or 1) / resources.gpus_per_worker))
-    return cpus(labels)
+    return 1 if work == "train" else cpus(labels)
 
 
 def worker_range(config: RunConfig) -> tuple[int, int]:
     """Return the smallest allowed and the wanted number of training workers; equal unless `min_workers` is set."""
-    most, fewest = train_workers(config), config.resources.min_workers
+    most, fewest = worker_count(config, "train"), config.resources.min_workers
     return (most, most) if fewest is None else (fewest, max(fewest, most))
 
 
@@ -273,7 +259,7 @@ def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1,
 
     connect()
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, **label_selector("tasks", task_labels()))
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, **label_selector("tasks", task_labels.get()))
     def call() -> tuple[Any, float]:  # bound methods cannot be remote themselves
         started = time.monotonic()
         return function(*arguments), time.monotonic() - started
@@ -305,25 +291,20 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        inner = _rayclust_error(error)
-        if inner is None or inner is error:
-            raise
-        raise inner from error
-
-
-def _rayclust_error(error: BaseException | None) -> RayclustError | None:
-    """Return a `RayclustError` found among an error's causes, contexts and worker failures; None without one."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        current = queue.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, RayclustError):
-            # Ray's wrapper is a subclass of the cause's class as well: the cause itself has the clean message.
+        # Look for it among the causes, the contexts and the failures of training workers.
+        seen, queue = set[int](), list[BaseException | None]([error])
+        while queue:
+            current = queue.pop()
+            if current is None or id(current) in seen:
+                continue
+            seen.add(id(current))
             cause = getattr(current, "cause", None)
-            return cause if isinstance(cause, RayclustError) else current
-        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
-        queue += list(getattr(current, "worker_failures", {}).values())
-    return None
+            if isinstance(current, RayclustError):
+                # Ray's wrapper is a subclass of the cause's class as well: the cause itself has the clean message.
+                inner = cause if isinstance(cause, RayclustError) else current
+                if inner is error:
+                    raise
+                raise inner from error
+            queue += [cause, current.__cause__, current.__context__]
+            queue += list(getattr(current, "worker_failures", {}).values())
+        raise

@@ -32,7 +32,7 @@ DIGITS = "digits"
 SHARDS = 6
 """Tar files that the digits are spread over."""
 SCALE = 4
-"""Side of the square, in pixels, that each of the 8 × 8 scanned values of a digit becomes: people must see it."""
+"""Side of the square, in pixels, that each of the 8 × 8 scanned values of a digit becomes, large enough to read."""
 PART_IMAGES = 1000
 """Images per Parquet file, each of which becomes one shard."""
 _FORMAT = 1
@@ -51,11 +51,6 @@ class Archive:
 
     url: str
     md5: str
-
-    @property
-    def name(self) -> str:
-        """File name."""
-        return self.url.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ def _cifar(head: int, label: int) -> Callable[[tarfile.TarFile, str], Blocks]:
 
 
 def _stl10(archive: tarfile.TarFile, member: str) -> Blocks:
-    """Yield pixels, which lie column by column, and labels, which count from 1 in a file of their own."""
+    """Yield pixels, which lie column by column, and labels, which count from 1 in a separate file."""
     labels = np.frombuffer(_open(archive, member.replace("_X", "_y")).read(), np.uint8).astype(np.int64) - 1
     start = 0
     for planes, _ in _records(archive, member, 0, 96):
@@ -221,14 +216,15 @@ def _fetch(name: str, archive: Archive, cache: str) -> Path:
     from torchvision.datasets.utils import check_integrity, download_url
 
     local = cache if not storage.is_remote(cache) else storage.absolute("~/.cache/rayclust")
-    path = Path(local) / "archives" / archive.name
+    file = archive.url.rpartition("/")[2]
+    path = Path(local) / "archives" / file
     if check_integrity(str(path), archive.md5):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        download_url(archive.url, str(path.parent), archive.name, archive.md5)
+        download_url(archive.url, str(path.parent), file, archive.md5)
     except (OSError, RuntimeError) as error:
-        advice = f"put {archive.name} (MD5 {archive.md5}) into {path.parent} and run again"
+        advice = f"put {file} (MD5 {archive.md5}) into {path.parent} and run again"
         raise DataError(f"{SCHEME}{name}: cannot fetch {archive.url} ({error}); {advice}") from error
     return path
 

@@ -11,7 +11,7 @@ from typing import Any
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
 from rayclust.runtime import datasets
-from rayclust.runtime.models import weights_stamp
+from rayclust.runtime.encoder import weights_stamp
 from rayclust.store.manifest import digest_of
 from rayclust.store.sources import Shard, plan_shards
 

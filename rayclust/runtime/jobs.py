@@ -1,6 +1,6 @@
 """Submit a run as a job of a Ray cluster and follow it to its end; the same line again follows it, or goes on after it.
 
-Ray's own client does the talking. Added here: one name per config, so that a second submission finds the first; a log
+Ray's client does the requests. Added here: one name per config, so that a second submission finds the first; a log
 that survives lost connections; the driver's exit code; and one line for each of the server's refusals.
 """
 
@@ -38,13 +38,13 @@ ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 STARTING_SECONDS = 60.0
 """How long a cluster that has just started may take until it accepts jobs."""
 POLL_SECONDS = 1.0
-"""Between two looks at a job that waits or is asked to end."""
+"""Seconds between two polls of a job that waits or is being stopped."""
 AWAY_SECONDS = 300.0
 """How long the job server may be away while a job is followed."""
 STOP_SECONDS = 60.0
-"""How long a job that is asked to end may take."""
+"""Seconds that a job may take to end once it is stopped."""
 _PREAMBLE_WITHIN = 2000
-"""Characters that Ray may write before it says what it runs."""
+"""Characters that Ray may write before the line with the entrypoint."""
 _TOKEN_ADVICE = "set RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH"  # noqa: S105
 
 
@@ -78,7 +78,7 @@ def address_of(given: str | None) -> str:
 
 
 def is_here(address: str) -> bool:
-    """Return whether an address is this machine's own, so that its paths can mean something there."""
+    """Return whether an address is this machine's, which sees the same paths."""
     host = urlsplit(address).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -93,7 +93,7 @@ class JobServer:
         address: URL of its dashboard, as `address_of` gives it.
 
     Raises:
-        ConfigError: nobody answers there, or not to this token.
+        ConfigError: no server answers, or it refuses the token.
     """
 
     def __init__(self, address: str) -> None:
@@ -151,7 +151,7 @@ class JobServer:
             time.sleep(1.0)
 
     def stop(self, submission: str) -> None:
-        """Ask a job to end; it is given a few seconds."""
+        """Send a job the signal to end; Ray kills it a few seconds later."""
         with self._plain_errors():
             self._client.stop_job(submission)
 
@@ -176,27 +176,25 @@ class JobServer:
         from aiohttp import ClientError
         from ray.exceptions import AuthenticationError
 
-        def line(error: Exception) -> str:
-            text = " ".join(str(error).split()) or type(error).__name__
-            return text if len(text) <= 300 else text[:297] + "..."
-
         try:
             yield
         except AuthenticationError as error:
             is_missing = str(error).startswith("Authentication required")
             fault = "the cluster asks for a token" if is_missing else "the cluster has another token than this one"
             raise ConfigError(f"{self.address}: {fault}; {_TOKEN_ADVICE}") from None
-        except (requests.JSONDecodeError, RuntimeError, KeyError) as error:
-            raise DataError(f"{self.address}: not what a Ray job server says: {line(error)}") from None
-        except (requests.RequestException, ClientError, OSError) as error:
-            raise DataError(f"{self.address}: the job server does not answer: {line(error)}") from None
+        except (requests.RequestException, ClientError, OSError, RuntimeError, KeyError) as error:
+            has_answered = isinstance(error, requests.JSONDecodeError | RuntimeError | KeyError)
+            fault = "not what a Ray job server says" if has_answered else "the job server does not answer"
+            text = " ".join(str(error).split()) or type(error).__name__
+            text = text if len(text) <= 300 else text[:297] + "..."
+            raise DataError(f"{self.address}: {fault}: {text}") from None
 
 
 def auth_headers(address: str) -> dict[str, str] | None:
-    """Return the cluster's token as a header, looked for where Ray looks; None leaves it to Ray's own modes.
+    """Return the cluster's token as a header, found where Ray finds it; None leaves it to Ray's other modes.
 
     Raises:
-        ConfigError: a token is asked for and there is none.
+        ConfigError: a token is required and none is set.
     """
     mode, token = os.environ.get("RAY_AUTH_MODE", "").lower(), os.environ.get("RAY_AUTH_TOKEN", "").strip()
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -231,7 +229,7 @@ class Submission:
 
     @property
     def name(self) -> str:
-        """Prefix of the ids of all attempts: the run's last part for people, the digest for the rest."""
+        """Prefix of the ids of all attempts: the last part of the run's URI, for readers, and the digest."""
         word = re.sub(r"[^a-z0-9]+", "-", self.config.run.rstrip("/").rpartition("/")[2].lower()).strip("-")
         return f"rayclust-{self.command}-{word[:40] or 'run'}-{self.digest[:12]}"
 

@@ -1,4 +1,4 @@
-"""Run the stages of a run in order: skip what is complete, run again what is not, and write each manifest last."""
+"""Run the stages of a run in order: skip complete ones, run the others, and write each manifest last."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StageContext:
     inputs: dict[str, Manifest]
     """Manifests of the stages that it reads, by name."""
     plan: Any = None
-    """What the stage's `plan` has listed."""
+    """Result of the stage's `plan`."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Stage:
-    """Declaration of a stage: its work, what it reads, and which settings its results depend on."""
+    """Declaration of a stage: its work, its inputs, and the settings that its results depend on."""
 
     name: str
     settings: Callable[[RunConfig], dict[str, Any]]
@@ -85,37 +85,32 @@ class Stage:
     reads_entry: Mapping[str, str] = field(default_factory=dict)
     """By stage, the one entry of its manifest's `extra` that is read; all outputs of the stages that are not named."""
     outputs: type[StageOutputs] = StageOutputs
-    """Type of what its manifest holds beside counts and files."""
+    """Type of the `extra` of its manifest."""
     plan: Callable[[RunConfig], Any] | None = None
-    """List what the stage reads from outside of the run; the plan's `digest` goes into the stage's."""
+    """List the inputs of the stage from outside of the run; the plan's `digest` goes into the stage's."""
 
     def inputs(self, config: RunConfig) -> tuple[str, ...]:
         """Return the stages that it reads in a run with this config."""
-        own = self.own_space_needs if has_transform(config.method.name) else ()
+        own_space = self.own_space_needs if has_transform(config.method.name) else ()
         pairs = self.pair_needs if config.method.draws_pairs else ()
         choice = (SELECT_K,) if self.needs_choice and config.needs_selection else ()
-        return (*self.needs, *own, *pairs, *choice)
+        return (*self.needs, *own_space, *pairs, *choice)
 
 
 class _Registry(Mapping[str, Stage]):
     """Stages by name, in order. Each file is imported when its stage is first asked for: most bring torch."""
 
     def __getitem__(self, name: str) -> Stage:
-        if name not in self._names():
+        if name not in iter(self):
             raise KeyError(name)
         stage: Stage = importlib.import_module(f"rayclust.stages.{name.replace('-', '_')}").STAGE
         return stage
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names())
+        return iter(importlib.import_module("rayclust.stages").NAMES)
 
     def __len__(self) -> int:
-        return len(self._names())
-
-    @staticmethod
-    def _names() -> tuple[str, ...]:
-        names: tuple[str, ...] = importlib.import_module("rayclust.stages").NAMES
-        return names
+        return sum(1 for _ in self)
 
 
 STAGES: Mapping[str, Stage] = _Registry()
@@ -144,8 +139,8 @@ def settings_of(group: Any, *keys: str) -> dict[str, Any]:
 def method_settings(config: RunConfig) -> dict[str, Any]:
     """Return the method's settings for a digest.
 
-    Which of them were set by hand counts besides their values, since a preset fills only what was left open. A worker's
-    memory decides which worker holds what, not what comes out, and is left out.
+    The names of those that were set by hand count as well as the values, since a preset fills only the open ones. The
+    memory of a worker decides how data is distributed, changes no result, and is left out.
     """
     memory = ("worker_memory",)
     values = {key: value for key, value in settings_of(config.method).items() if key not in memory}
@@ -161,7 +156,7 @@ def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], p
         stage: the stage.
         config: resolved for the stage; see `Manifests.resolved`.
         inputs: manifests of the stages that it reads.
-        plan: what its `plan` has listed.
+        plan: the result of its `plan`.
     """
     return digest_of(
         {
@@ -175,7 +170,7 @@ def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], p
 
 
 def content_digest(manifest: Manifest) -> str:
-    """Return the digest of what a stage wrote. Equal bytes from another config make no later stage run again."""
+    """Return the digest of a stage's outputs. Equal bytes from another config make no later stage run again."""
     files = {path: written.model_dump(include={"digest", "size"}) for path, written in manifest.outputs.items()}
     return digest_of({"outputs": files, "extra": manifest.extra})
 
@@ -203,11 +198,20 @@ class Manifests:
     def of(self, name: str) -> Manifest | None:
         """Return a stage's manifest; None if it is missing or was written for another config or other inputs.
 
-        Whether the images themselves have changed is not known here: only a stage's `plan` tells.
+        Changes of the images are not seen here, only by a stage's `plan`.
         """
         if name not in self._found:
-            manifest = read_manifest(self._run, name)
-            self._found[name] = manifest if manifest and self._is_valid(STAGES[name], manifest) else None
+            stage, manifest = STAGES[name], read_manifest(self._run, name)
+            needs, is_valid = stage.inputs(self._config), False
+            if manifest and needs:
+                inputs = {need: found for need in needs if (found := self.of(need)) is not None}
+                if len(inputs) == len(needs):
+                    is_valid = manifest.digest == stage_digest(stage, self.resolved(name), inputs)
+            elif manifest:
+                # The digest holds the plan, which is not listed here: the digest of the settings alone must do.
+                settings = digest_of(stage.settings(self._config))
+                is_valid = manifest.inputs.get("settings", settings) == settings
+            self._found[name] = manifest if is_valid else None
         return self._found[name]
 
     def resolved(self, name: str) -> RunConfig:
@@ -220,17 +224,6 @@ class Manifests:
     def _follows_choice(self, name: str) -> bool:
         needs = STAGES[name].inputs(self._config)
         return SELECT_K in needs or any(self._follows_choice(need) for need in needs)
-
-    def _is_valid(self, stage: Stage, manifest: Manifest) -> bool:
-        needs = stage.inputs(self._config)
-        if not needs:
-            # The digest holds the plan, which is not listed here: the digest of the settings alone must do.
-            wanted = digest_of(stage.settings(self._config))
-            return manifest.inputs.get("settings", wanted) == wanted
-        inputs = {need: found for need in needs if (found := self.of(need)) is not None}
-        if len(inputs) < len(needs):
-            return False
-        return manifest.digest == stage_digest(stage, self.resolved(stage.name), inputs)
 
 
 # Running.

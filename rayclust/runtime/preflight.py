@@ -19,10 +19,11 @@ from rayclust.language.vocabulary import merged
 from rayclust.methods import is_recuttable
 from rayclust.report.formats import duration
 from rayclust.runtime.cluster import describe_placement
+from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.inputs import input_shards
-from rayclust.runtime.models import load_run_encoder
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds
 from rayclust.store import storage
+from rayclust.store.lock import check_conditional_puts
 from rayclust.store.sources import read_records, read_rows
 
 GIGABYTE = 1e9
@@ -92,7 +93,7 @@ def check(config: RunConfig) -> list[Finding]:
 
 
 class _Checks:
-    """The checks of one run, in order: each may use what those before it have found."""
+    """The checks of one run, in order: each may use the results of those before it."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -110,6 +111,8 @@ class _Checks:
 
     def run(self) -> str:
         storage.check_writable(self.config.run)
+        if storage.is_remote(self.config.run):  # a local folder is locked by the system, and stays as it is
+            check_conditional_puts(self.config.run)
         return f"{self.config.run} can be written"
 
     def list_images(self) -> str:

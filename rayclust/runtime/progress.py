@@ -35,8 +35,8 @@ class Progress:
 
     Args:
         stage: name of the stage.
-        unit: what is counted, in the plural: images, rows, steps.
-        total: how many there will be; None if that is not known.
+        unit: of the counts, in the plural: images, rows, steps.
+        total: how many there will be; None if unknown.
         done: how many were finished by an earlier run; not counted in the rate.
     """
 
@@ -166,7 +166,7 @@ def timed_section(name: str, workers: int = 0, unit: str = "rows") -> Iterator[T
     Args:
         name: of the group.
         workers: their number; 0 counts those that were seen.
-        unit: what they count.
+        unit: of their counts.
     """
     timings = _timings.get()
     timing = next((timing for timing in timings or [] if timing.name == name), None) or Timing(name, workers, unit)

@@ -37,7 +37,7 @@ BLOCK = 8192
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of squares of rows, in float64: what centring and z-scores need."""
+    """Count, sum and sum of squares of rows, in float64, for centring and z-scores."""
 
     count: int
     total: np.ndarray
@@ -71,7 +71,7 @@ class Moments:
 class MomentsInOrder:
     """Sum of the moments of all parts in the order of the parts, whatever order they end in: same rows, same bytes.
 
-    Results lose their own moments when they are seen: about 21 D bytes a part would be most of the driver's memory.
+    Moments are removed from the results that pass: about 21 D bytes a part would be most of the driver's memory.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ def write_shard(
     Args:
         run: the run.
         task: index and digest of the shard.
-        row_start: row of its first record, as far as is known; `renumber` corrects it.
+        row_start: row of its first record; an estimate, which `renumber` corrects.
         records: key, uri and label of each image, in order of key.
         embeddings: Float16[n D], their embeddings. Rows that are not finite become rejects.
         rejects: key, uri, reason and detail of each image left out.
@@ -226,9 +226,9 @@ def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.
         rows: Int64[n], sorted.
     """
     for part, start in enumerate(starts[:-1]):
-        own = rows[(rows >= start) & (rows < starts[part + 1])] - start
-        if len(own):
-            yield part, own
+        local = rows[(rows >= start) & (rows < starts[part + 1])] - start
+        if len(local):
+            yield part, local
 
 
 def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
@@ -241,17 +241,17 @@ def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: 
         rows: Int64[n], sorted.
     """
     gathered = []
-    for part, own in rows_by_part(starts, rows):
+    for part, local in rows_by_part(starts, rows):
         embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
-        gathered.append(transform(embeddings[own]))
+        gathered.append(transform(embeddings[local]))
     return np.concatenate(gathered)
 
 
 def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]:
     """Return the labels of some rows, Int64[n] sorted; None for a row without one."""
     found: list[str | None] = []
-    for part, own in rows_by_part(starts, rows):
-        found += tables.read_table(run.embeddings(part), ["label"])["label"].take(pa.array(own)).to_pylist()
+    for part, local in rows_by_part(starts, rows):
+        found += tables.read_table(run.embeddings(part), ["label"])["label"].take(pa.array(local)).to_pylist()
     return found
 
 
@@ -279,56 +279,49 @@ class StoredRows:
         self._run, self._cache = run, cache
         self._transform = transform_of(encode, features)
         self._starts = row_starts(encode)
-        self._dimension = encode.outputs_of(EncodeOutputs).dimension
         self._worker, self._workers = worker, workers
-
-    @property
-    def count(self) -> int:
+        self.count = self._starts[-1]
         """Number of rows, N."""
-        return self._starts[-1]
-
-    @property
-    def dimension(self) -> int:
+        self.dimension = encode.outputs_of(EncodeOutputs).dimension
         """Width of a row, D."""
-        return self._dimension
-
-    def owned(self) -> None:
-        """Return None: every worker holds all rows."""
 
     def tensor(self) -> Tensor:
         """Return Float32[N D], mapped."""
-        return torch.from_numpy(self._features())
+        return self._mapped(
+            "features.npy", self.dimension, np.float32, lambda part: part_features(self._run, part, self._transform)
+        )
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield Float32[B D] blocks of this worker's contiguous share of the rows."""
-        features = self._features()
+        features = self.tensor()
         first = self.count * self._worker // self._workers
         end = self.count * (self._worker + 1) // self._workers
         for start in range(first, end, BLOCK):
-            yield torch.from_numpy(features[start : min(start + BLOCK, end)])
+            yield features[start : min(start + BLOCK, end)]
 
     def neighbors(self) -> Tensor:
         """Return Int64[N M], mapped."""
         width = tables.read_table(self._run.neighbors(0), ["neighbors"]).schema.field("neighbors").type.list_size
+        return self._mapped(
+            "neighbors.npy",
+            width,
+            np.int64,
+            lambda part: tables.matrix(tables.read_table(self._run.neighbors(part), ["neighbors"])["neighbors"]),
+        )
+
+    def _mapped(self, name: str, width: int, dtype: type, read: Callable[[int], np.ndarray]) -> Tensor:
+        """Map the file `name` of this node, filled with what `read` returns for each part."""
 
         def fill(array: np.ndarray) -> None:
-            for index, start in enumerate(self._starts[:-1]):
-                ids = tables.matrix(tables.read_table(self._run.neighbors(index), ["neighbors"])["neighbors"])
-                array[start : start + len(ids)] = ids
-
-        return torch.from_numpy(mapped(self._cache / "neighbors.npy", (self.count, width), np.int64, fill))
-
-    def _features(self) -> np.ndarray:
-        def fill(array: np.ndarray) -> None:
-            for index, start in enumerate(self._starts[:-1]):
-                rows = part_features(self._run, index, self._transform)
+            for part, start in enumerate(self._starts[:-1]):
+                rows = read(part)
                 array[start : start + len(rows)] = rows
 
-        return mapped(self._cache / "features.npy", (self.count, self.dimension), np.float32, fill)
+        return torch.from_numpy(mapped(self._cache / name, (self.count, width), dtype, fill))
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type, fill: Callable[[np.ndarray], None]) -> np.ndarray:
-    """Map an array from a file, which the first process that asks fills while the others wait.
+    """Map an array from a file, which the first process to call fills while the others wait.
 
     Args:
         path: the file; it exists only once it is complete.
@@ -371,7 +364,7 @@ def cache_folder(digest: str) -> Path:
     """Return this user's folder on this node for the files of one training.
 
     Raises:
-        ConfigError: the folder below the temporary one, where anybody can create it first, is not this user's alone.
+        ConfigError: the folder lies below the shared temporary one, and other users own it or can write to it.
     """
     root = os.environ.get("RAYCLUST_SCRATCH")
     if root:

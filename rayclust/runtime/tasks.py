@@ -97,18 +97,17 @@ def finished_tasks(
     Args:
         run: the run.
         stage: name of the stage.
-        tasks: to look for.
+        tasks: the whole work, or a part of it.
         on_result: called for each of them.
     """
-
-    def read(task: Task) -> TaskResult | None:
-        mark = read_mark(run.shard_manifest(task.index, stage))
-        return mark[1] if mark and mark[0] == task.digest else None
-
     listing, results = FileListing(run), dict[int, TaskResult]()
+    uris = [run.shard_manifest(task.index, stage) for task in tasks]
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        for task, result in zip(tasks, threads.map(read, tasks), strict=True):
-            if result is not None and all(listing.has(path, written) for path, written in result.outputs.items()):
+        for task, mark in zip(tasks, threads.map(read_mark, uris), strict=True):
+            if mark is None or mark[0] != task.digest:
+                continue
+            result = mark[1]
+            if all(listing.has(path, written) for path, written in result.outputs.items()):
                 if on_result is not None:
                     on_result(task, result)
                 results[task.index] = result
@@ -179,7 +178,7 @@ def map_tasks(
     """
     import ray
 
-    labels = task_labels()
+    labels = task_labels.get()
     remote = ray.remote(num_cpus=1, max_retries=5, **label_selector("tasks", labels))(function)
     waiting, running = iter(items), dict[Any, Item]()
     with plain_errors():

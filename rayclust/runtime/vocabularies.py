@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayclust.config import RunConfig
+from rayclust.config import RunConfig, VocabularyKind, kind_of
 from rayclust.errors import ConfigError, DataError
 from rayclust.language import vocabulary
 from rayclust.language.naming import encode_words
 from rayclust.language.vocabulary import Candidates, Vocabulary
-from rayclust.runtime.models import load_run_encoder
+from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.pipeline import content_digest
 from rayclust.store import storage, tables
 from rayclust.store.manifest import read_manifest
@@ -29,13 +29,13 @@ def cluster_names(run: Run) -> dict[int, str | None]:
     return dict(zip(table["cluster"].to_pylist(), table["name"].to_pylist(), strict=True))
 
 
-def vocabulary_kinds(config: RunConfig) -> dict[str, vocabulary.Kind]:
+def vocabulary_kinds(config: RunConfig) -> dict[str, VocabularyKind]:
     """Return the kind of each list of words, `auto` resolved: ImageNet's names if the encoder reads text, else none.
 
     Returns:
         {} if no names are wanted.
     """
-    found = {name: vocabulary.kind_of(name) for name in config.label.lists}
+    found = {name: kind_of(name) for name in config.label.lists}
     if "auto" in found:
         return {"imagenet": "imagenet"} if config.encoder.family == "open_clip" else {}
     return {name: kind for name, kind in found.items() if kind != "none"}

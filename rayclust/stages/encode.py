@@ -30,9 +30,9 @@ from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
-from rayclust.runtime.cluster import connect, cpus, encode_workers, label_selector, plain_errors
+from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, worker_count
+from rayclust.runtime.encoder import encoder_shape, load_run_encoder, worker_device
 from rayclust.runtime.inputs import input_shards, plan_inputs
-from rayclust.runtime.models import encoder_shape, load_run_encoder, worker_device
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
 from rayclust.runtime.rows import MomentsInOrder, renumber, write_shard
@@ -235,7 +235,7 @@ def stream(
     # 1. Writers gather the chunks of shards.
     at_tasks = label_selector("tasks", places.tasks)
     Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **at_tasks)(ShardWriter)
-    writers = [Writer.remote(config.run, dimension) for _ in range(max(1, encode_workers(config) // 4))]
+    writers = [Writer.remote(config.run, dimension) for _ in range(max(1, worker_count(config, "encode") // 4))]
     # 2. Shards to chunks of pixels, on CPUs.
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
         ReadAndDecode,
@@ -289,7 +289,7 @@ class ActorPools:
         places, wanted = config.resources.placement, config.resources.decode_workers
         # Labels that differ may still share nodes: decoders with whole CPUs there would leave an encoder no place.
         apart = are_disjoint(places.decode, places.encode)
-        decoding, encoding, encoders = cpus(places.decode), cpus(places.encode), encode_workers(config)
+        decoding, encoding, encoders = cpus(places.decode), cpus(places.encode), worker_count(config, "encode")
         decoders = max(1, decoding if apart else decoding // 2) if wanted == "auto" else wanted
         if apart:
             share = min(decoding / decoders, encoding / encoders)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.config import RunConfig
+from rayclust.config import RunConfig, kind_of
 from rayclust.features import FeatureTransform
 from rayclust.language.naming import ClusterName, TopRows, cluster_votes, name_clusters, typicality
-from rayclust.language.vocabulary import kind_of, merged, same_name
+from rayclust.language.vocabulary import merged, same_name
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of

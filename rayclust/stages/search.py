@@ -17,7 +17,8 @@ from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods import has_transform
 from rayclust.report.formats import abbreviate, shorten
-from rayclust.runtime.models import load_method, load_run_encoder, transform_rows
+from rayclust.runtime.encoder import load_run_encoder
+from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import Manifests, content_digest
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.vocabularies import cluster_names

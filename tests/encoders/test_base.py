@@ -8,9 +8,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rayclust.encoders.base import Encoder, EncoderConfig, TorchEncoder, unknown_architecture
+from rayclust.encoders.base import Encoder, TorchEncoder, unknown_architecture
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.pixels import PixelEncoder
+from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError, ShapeError
 from tests.encoders.networks import noise, seen
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rayclust.encoders.base import EncoderConfig
 from rayclust.encoders.clip import ClipEncoder, build_clip, clip_hub_file
 from rayclust.encoders.decode import decode
+from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 from tests.encoders import picture_files as make
 from tests.encoders.networks import noise, tiny_clip

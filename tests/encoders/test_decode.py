@@ -16,7 +16,6 @@ from torchvision.transforms import functional as transforms
 
 from rayclust.encoders.decode import (
     MAX_SCANS,
-    PIXEL_CEILING,
     Box,
     Preprocess,
     Reason,
@@ -29,6 +28,7 @@ from rayclust.encoders.decode import (
     visible_box,
     without_metadata,
 )
+from rayclust.encoders.settings import PIXEL_CEILING
 from rayclust.errors import ConfigError, DataError
 from tests import references
 from tests.encoders import picture_files as make

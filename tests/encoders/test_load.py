@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rayclust.encoders import weights
-from rayclust.encoders.base import Encoder, EncoderConfig
+from rayclust.encoders.base import Encoder
 from rayclust.encoders.load import encoder_shape, load_encoder
+from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError, DataError
 from tests.encoders.networks import noise, tiny_clip, tiny_timm
 
@@ -63,7 +64,7 @@ def test_published_weights_that_are_cached(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_pixels_need_no_library_of_networks() -> None:
     code = (
         "import sys; from rayclust.encoders.load import load_encoder as load;"
-        "from rayclust.encoders.base import EncoderConfig;"
+        "from rayclust.encoders.settings import EncoderConfig;"
         "load(EncoderConfig(name='pixels')); sys.exit('timm' in sys.modules or 'open_clip' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayclust.encoders.base import EncoderConfig
 from rayclust.encoders.decode import decode
 from rayclust.encoders.pixels import PixelEncoder
+from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ShapeError
 from tests.encoders import picture_files as make
 from tests.encoders.networks import noise

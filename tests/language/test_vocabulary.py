@@ -3,17 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayclust.config import validate
+from rayclust.config import LabelConfig, kind_of, validate
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.language.vocabulary import (
     LONGEST,
-    LabelConfig,
     Vocabulary,
     from_labels,
     from_rows,
     from_text,
     imagenet,
-    kind_of,
     merged,
     same_name,
     wordnet_refusal,

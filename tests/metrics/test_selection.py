@@ -5,11 +5,11 @@ import math
 
 import pytest
 
+from rayclust.config import grid
 from rayclust.errors import ConfigError, DataError
 from rayclust.metrics.selection import (
     Candidate,
     choose,
-    grid,
     knee,
     picks,
     refine,

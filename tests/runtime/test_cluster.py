@@ -22,11 +22,10 @@ from rayclust.runtime.cluster import (
     cores_per_worker,
     cpus,
     describe,
-    encode_workers,
     plain_errors,
     run_remotely,
-    train_workers,
     widest,
+    worker_count,
     worker_range,
 )
 from tests.stages.runs import tree, write_folder, write_yaml
@@ -136,9 +135,9 @@ def test_the_local_cluster_is_joined_described_and_used():
     assert cpus() == 2
     assert describe() == "1 node(s), 2 CPUs, 0 GPUs"
     auto = validate(tree("run", "images"))
-    assert (encode_workers(auto), train_workers(auto), cores_per_worker(1)) == (2, 1, 2)
+    assert (worker_count(auto, "encode"), worker_count(auto, "train"), cores_per_worker(1)) == (2, 1, 2)
     three = validate(tree("run", "images", resources={"workers": 3}))
-    assert (encode_workers(three), train_workers(three)) == (3, 3)
+    assert (worker_count(three, "encode"), worker_count(three, "train")) == (3, 3)
 
     def fail(message: str) -> None:
         raise DataError(message)
@@ -203,10 +202,10 @@ def test_a_cluster_of_our_own_will_never_have_the_label(
 
 
 def test_tasks_carry_the_labels_of_the_run_that_sends_them():
-    assert cluster.task_labels() == {}
+    assert cluster.task_labels.get() == {}
     with cluster.scheduling(PlacementConfig(tasks=CPU)):
-        assert cluster.task_labels() == CPU
-    assert cluster.task_labels() == {}
+        assert cluster.task_labels.get() == CPU
+    assert cluster.task_labels.get() == {}
 
 
 def test_the_plan_names_every_kind_of_work():

@@ -75,7 +75,7 @@ def place(cache: Path, name: str, files: dict[str, bytes], monkeypatch: pytest.M
     known = DATASETS[name]
     published = dataclasses.replace(known.archive, md5=hashlib.md5(buffer.getvalue()).hexdigest())  # noqa: S324
     monkeypatch.setitem(DATASETS, name, dataclasses.replace(known, archive=published))
-    path = cache / "archives" / published.name
+    path = cache / "archives" / published.url.rpartition("/")[2]
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(buffer.getvalue())
     return path

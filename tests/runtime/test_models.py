@@ -10,14 +10,8 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import KMeansConfig, build
-from rayclust.runtime.models import (
-    encoder_shape,
-    load_method,
-    load_run_encoder,
-    save_method,
-    weights_stamp,
-    worker_device,
-)
+from rayclust.runtime.encoder import encoder_shape, load_run_encoder, weights_stamp, worker_device
+from rayclust.runtime.models import load_method, save_method
 from rayclust.store.manifest import Manifest, Output, seal
 from rayclust.store.run import Run
 from tests.stages.runs import tree

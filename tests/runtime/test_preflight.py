@@ -11,7 +11,9 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.runtime.preflight import Sample, check, costs, traffic, work
+from rayclust.store import storage
 from tests.stages.runs import picture, tree, write_folder, write_tars
+from tests.store.inputs import s3_connection
 
 
 def config(folder: Path, **groups: Any) -> RunConfig:
@@ -61,6 +63,24 @@ def test_a_missing_input_is_said_once_for_each_that_needs_it(tmp_path: Path):
     found = bad(config(tmp_path))
     assert set(found) == {"images", "encoder"}
     assert str(tmp_path / "images") in found["images"]
+
+
+def test_a_store_that_ignores_conditions_is_refused_by_name(
+    tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    write_folder(tmp_path / "images", per_class=1)
+    settings = validate(tree(f"{s3_bucket}/run", str(tmp_path / "images")))
+    assert "run" not in bad(settings)
+    connection = s3_connection()
+    real = connection._call_s3
+
+    async def without_conditions(name: str, *arguments: Any, **request: Any) -> Any:
+        return await real(name, *arguments, **{key: request[key] for key in request if not key.startswith("If")})
+
+    monkeypatch.setattr(connection, "_call_s3", without_conditions)
+    assert f"the store {s3_bucket}" in bad(settings)["run"]
+    assert "ignores If-None-Match" in bad(settings)["run"]
+    assert list(storage.walk(s3_bucket)) == []
 
 
 def test_a_run_that_cannot_be_written_is_found(tmp_path: Path):
