@@ -322,7 +322,7 @@ def _callbacks(on_change: OnChange) -> tuple[Any, Any]:
     class Watcher(TrialProgressCallback):
         """Calls `on_change` in place of the lines that Tune prints."""
 
-        def __init__(self) -> None:
+        def __init__(self, on_change: OnChange) -> None:  # not from the closure: Tune pickles the class
             super().__init__()
             self._running, self._on_change = set[int](), on_change
 
@@ -342,7 +342,7 @@ def _callbacks(on_change: OnChange) -> tuple[Any, Any]:
 
         on_trial_complete, on_trial_error = partialmethod(_end, 1), partialmethod(_end, 0)
 
-    return Stopper(), Watcher()
+    return Stopper(), Watcher(on_change)
 
 
 def run(context: StageContext) -> StageResult:
