@@ -21,7 +21,7 @@ import numpy as np
 from rayclust.runtime.rows import Moments
 from rayclust.runtime.tasks import Task, TaskResult
 from rayclust.search.ivf import list_count
-from rayclust.stages.neighbors import UNIT_BYTES, unit_size
+from rayclust.stages.neighbors import TASK_BYTES, task_rows
 from rayclust.stages.neighbors_ivf import QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
 from rayclust.store.manifest import Output
 from rayclust.store.sources import Shard
@@ -133,7 +133,7 @@ def encode(i: Inputs) -> list[Cost]:
 
 def neighbors(i: Inputs) -> list[Cost]:
     """The join over inverted lists: its centres, then the phases over units."""
-    lists, unit = list_count(int(i.images)), unit_size(int(i.images), int(i.dimension), int(i.neighbors))
+    lists, unit = list_count(int(i.images)), task_rows(int(i.images), int(i.dimension), int(i.neighbors))
     groups, units = math.ceil(i.shards / math.ceil(unit / i.shard_images)), math.ceil(i.images / unit)
     row, found = 2 * i.dimension + 8, 8 * i.neighbors + 8
     sample = min(SAMPLED_PER_LIST * lists, SAMPLE_BYTES / (4 * i.dimension))
@@ -212,7 +212,7 @@ def limits(i: Inputs, per_shard: float) -> list[tuple[str, float, float]]:
     part = i.shard_images * i.clusters * 4
     share = i.images * i.dimension * 4 / i.nodes
     return [
-        ("neighbors: three times a unit's bytes, on every CPU of a node", 3 * UNIT_BYTES * i.cpus, i.memory),
+        ("neighbors: three times a unit's bytes, on every CPU of a node", 3 * TASK_BYTES * i.cpus, i.memory),
         ("neighbors: centres of all lists, on every CPU of a node", lists * i.dimension * 4 * i.cpus, i.memory),
         ("neighbors: three times the sample that trains them, in one worker", 12 * sample * i.dimension, i.memory),
         ("train: rows on a node's disk", i.images * i.dimension * 4, i.disk),
@@ -259,7 +259,7 @@ def cost_table(i: Inputs) -> None:
 def show(i: Inputs) -> None:
     """The tables."""
     cost_table(i)
-    unit = unit_size(int(i.images), int(i.dimension), int(i.neighbors))
+    unit = task_rows(int(i.images), int(i.dimension), int(i.neighbors))
     rows, found = i.images * (2 * i.dimension + 8), i.images * (8 * i.neighbors + 8)
     print(f"neighbors: {list_count(int(i.images)):,} lists, {math.ceil(i.images / unit):,} shards of {unit:,} rows")
     print(f"Its scratch files, until it is sealed: {(2 * rows + found) / TERA:.1f} TB")

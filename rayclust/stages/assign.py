@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,19 +27,27 @@ from rayclust.store.run import Run
 
 def run(context: StageContext) -> StageResult:
     """Assign part by part."""
-    encode = context.inputs["encode"]
-    transform = transform_of(encode, context.config.features)
+    encode, config = context.inputs["encode"], context.config
     model = content_digest(context.inputs["train"])
-    levels = _levels(context, model)
-    work = _Assignment(context.run, transform, model, levels)
-    units = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
-    sizes = np.zeros(context.config.method.clusters, np.int64)
-
-    def add(unit: Task, result: TaskResult) -> None:  # K numbers for each of many parts would be as much as rows
-        np.add(sizes, result.extra.pop("sizes"), out=sizes)
-
-    results = run_tasks(context.run, "assign", units, work.assign, on_result=add)
-    drop_stale_parts(context.run.assignments_folder, len(units))
+    clusters = config.method.clusters
+    # 1. The coarser levels, each cluster's parent by number of clusters; the first may be the clusters themselves.
+    coarser = [size for place, size in enumerate(config.assign.levels) if place or size != clusters]
+    levels: dict[int, np.ndarray] = {}
+    if coarser:
+        levels = run_remotely(nested, context.run.uri, model, coarser, config.seed)
+    # 2. The parts.
+    work = _Assignment(context.run, transform_of(encode, config.features), model, levels)
+    tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
+    sizes = np.zeros(clusters, np.int64)
+    results = run_tasks(
+        context.run,
+        "assign",
+        tasks,
+        work.assign,
+        # Summed at once: K numbers for each of many parts would be as much as rows.
+        on_result=lambda _, result: np.add(sizes, result.extra.pop("sizes"), out=sizes),
+    )
+    drop_stale_parts(context.run.assignments_folder, len(tasks))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     occupied = int((sizes > 0).sum())
     count = row_starts(encode)[-1]
@@ -47,18 +56,11 @@ def run(context: StageContext) -> StageResult:
     return StageResult(outputs, {"rows": count, "occupied": occupied}, extra, summary)
 
 
-def _levels(context: StageContext, model: str) -> dict[int, np.ndarray]:
-    """Return Int32[K] by number of clusters: each cluster's parent in each coarser level."""
-    clusters = context.config.method.clusters
-    sizes = [size for place, size in enumerate(context.config.assign.levels) if place or size != clusters]
-    if not sizes:
-        return {}
-    found: dict[int, np.ndarray] = run_remotely(nested, context.run.uri, model, sizes, context.config.seed)
-    return found
-
-
 def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.ndarray]:
     """Return the levels above the clusters of a fitted method; see `clustering.hierarchy.nest`.
+
+    Returns:
+        Int32[K] by number of clusters: each cluster's parent in that level.
 
     Raises:
         ConfigError: the sizes do not fall, or the method's clusters have no prototypes.
@@ -70,23 +72,25 @@ def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.nd
     return {size: level.numpy().astype(np.int32) for size, level in zip(sizes, levels, strict=True)}
 
 
+@dataclass(frozen=True)
 class _Assignment:
     """Assigns one part in a worker."""
 
-    def __init__(self, run: Run, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray]) -> None:
-        self._run, self._transform, self._model, self._levels = run, transform, model, levels
+    run: Run
+    transform: FeatureTransform
+    model: str
+    levels: dict[int, np.ndarray]
 
-    def assign(self, unit: Task) -> TaskResult:
+    def assign(self, task: Task) -> TaskResult:
         """Write the assignments of one part."""
         torch.set_num_threads(1)
-        method = load_method(self._run.uri, self._model)
-        table = tables.read_table(self._run.embeddings(unit.index), ["row", "key", "embedding"])
-        features = self._transform(tables.matrix(table["embedding"]))
-        clusters, confidence = assign(method, features)
+        method = load_method(self.run.uri, self.model)
+        table = tables.read_table(self.run.embeddings(task.index), ["row", "key", "embedding"])
+        clusters, confidence = assign(method, self.transform(tables.matrix(table["embedding"])))
         columns = [table["row"], table["key"], pa.array(clusters), pa.array(confidence)]
-        columns += [pa.array(parents[clusters]) for parents in self._levels.values()]
-        content = pa.table(columns, schema=tables.assignments(list(self._levels)))
-        written = put_table(self._run, self._run.assignments(unit.index), content)
+        columns += [pa.array(parents[clusters]) for parents in self.levels.values()]
+        content = pa.table(columns, schema=tables.assignments(list(self.levels)))
+        written = put_table(self.run, self.run.assignments(task.index), content)
         sizes = np.bincount(clusters, minlength=method.config.clusters)
         return TaskResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,21 +29,15 @@ EDGE = 0.1
 
 
 def run(context: StageContext) -> StageResult:
-    """Score the run in one worker, which holds two integers per row."""
-    encode = context.inputs["encode"]
+    """Score the run in one worker, which holds two integers per row and one more for each coarser level."""
+    encode, assign = context.inputs["encode"], context.inputs["assign"]
     starts = row_starts(encode)
+    levels = tuple(assign.extra.get("levels", ()))
+    model = content_digest(context.inputs["train"]) if "train" in context.inputs else None
     transform = transform_of(encode, context.config.features)
-    sizes = context.inputs["assign"].extra["sizes"]
-    levels = context.inputs["assign"].extra.get("levels", [])
-    metrics: dict[str, Any] = run_remotely(_score, context.run, starts, transform, context.config)
-    if levels:
-        metrics["levels"] = run_remotely(_levels, context.run, starts, levels)
-    if "train" in context.inputs:
-        model = content_digest(context.inputs["train"])
-        metrics |= run_remotely(_membership, context.run, starts, transform, context.config, model)
-    counts = metrics.pop("contingency")
-    metrics["sizes"] = sizes
-    outputs = put_json(context.run, context.run.metrics, metrics)
+    metrics: dict[str, Any]
+    metrics, counts = run_remotely(_Scoring(context.run, starts, transform, context.config, levels, model).score)
+    outputs = put_json(context.run, context.run.metrics, metrics | {"sizes": assign.extra["sizes"]})
     if counts is not None:
         outputs |= put_table(context.run, contingency_uri(context.run), counts)
     shown = [f"{name} {metrics[name]:.4f}" for name in ("accuracy", "nmi", "ari", "silhouette") if name in metrics]
@@ -52,85 +49,99 @@ def contingency_uri(run: Run) -> str:
     return run.at("evaluation", "contingency.parquet")
 
 
-def _score(run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig) -> dict[str, Any]:
-    from rayclust.metrics import internal
+@dataclass(frozen=True)
+class _Scoring:
+    """Scores a run in a worker."""
 
-    clusters, codes, classes = _columns(run, starts)
-    metrics: dict[str, Any] = {"rows": len(clusters), "clusters": config.method.clusters}
-    labelled = codes >= 0
-    metrics["contingency"] = None
-    if labelled.any() and len(classes) > 1:
-        metrics |= _against_labels(codes[labelled], clusters[labelled])
-        metrics |= {"classes": len(classes), "labelled": int(labelled.sum())}
-        metrics["contingency"] = _contingency(codes[labelled], clusters[labelled], classes)
-        metrics |= _linear_probe(run, starts, transform, config, codes)
-        if labelled.all():
-            metrics["knn_accuracy"] = _probe(run, starts, codes, config.evaluate.probe_neighbors)
-    sample = _sample(len(clusters), config)
-    if len(sample) and len(np.unique(clusters[sample])) > 1:
-        features = features_at(run, starts, transform, sample)
-        metrics["silhouette"] = internal.silhouette(features, clusters[sample])
-        metrics["silhouette_rows"] = len(sample)
-    return metrics
+    run: Run
+    starts: list[int]
+    transform: FeatureTransform
+    config: RunConfig
+    levels: tuple[int, ...]
+    """Numbers of clusters of the coarser levels, finest first."""
+    model: str | None
+    """Digest of the method, if its membership is to be measured."""
 
+    def score(self) -> tuple[dict[str, Any], pa.Table | None]:
+        """Return the metrics, and the contingency table where there are labels."""
+        from rayclust.metrics import internal
 
-def _membership(
-    run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, model: str
-) -> dict[str, float]:
-    """Measure the membership Π of a sample of rows (labelled ones where there are), for methods that have one."""
-    from rayclust.metrics import geometry
+        [clusters, *coarser], codes, classes = _columns(self.run, self.starts, self.levels)
+        metrics: dict[str, Any] = {"rows": len(clusters), "clusters": self.config.method.clusters}
+        counts, labelled, is_labelled = None, codes >= 0, len(classes) > 1
+        # 1. Against the labels.
+        if is_labelled:
+            metrics |= _against_labels(codes[labelled], clusters[labelled])
+            metrics |= {"classes": len(classes), "labelled": int(labelled.sum())}
+            counts = _contingency(codes[labelled], clusters[labelled], classes)
+            metrics |= self._probes(codes)
+        # 2. Without them.
+        sample = _sample(len(clusters), self.config.evaluate.silhouette_rows, self.config.seed)
+        if len(sample) and len(np.unique(clusters[sample])) > 1:
+            features = features_at(self.run, self.starts, self.transform, sample)
+            metrics["silhouette"] = internal.silhouette(features, clusters[sample])
+            metrics["silhouette_rows"] = len(sample)
+        # 3. The coarser levels.
+        if self.levels:
+            metrics["levels"] = [
+                {"clusters": size, "occupied": len(np.unique(level))}
+                | (_against_labels(codes[labelled], level[labelled]) if is_labelled else {})
+                for size, level in zip(self.levels, coarser, strict=True)
+            ]
+        if self.model is not None:
+            metrics |= self._membership(self.model, codes, is_labelled=is_labelled)
+        return metrics, counts
 
-    torch.set_num_threads(1)
-    method = load_method(run.uri, model)
-    if not isinstance(method, Membership):
-        return {}
-    _, codes, classes = _columns(run, starts)
-    is_labelled = len(classes) > 1
-    known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
-    count = min(MEMBERSHIP_ROWS, len(known))
-    rows = np.sort(np.random.default_rng(config.seed).choice(known, count, replace=False))
-    with torch.inference_mode():
-        found = method.membership(torch.from_numpy(features_at(run, starts, transform, rows)))
-    matrix, least = found.double().numpy(), EDGE / count
-    measured = {
-        "membership_nonzeros": geometry.nonzeros(matrix, least),
-        "membership_components": float(geometry.components(matrix, least)),
-    }
-    if is_labelled:
-        measured["membership_detection_error"] = geometry.detection_error(matrix, codes[rows])
-        measured["membership_wrong_edges"] = geometry.wrong_edges(matrix, codes[rows], least)
-    return measured
+    def _probes(self, codes: np.ndarray) -> dict[str, float]:
+        """Return the accuracy of a linear probe, and of the k-NN vote where all rows have labels.
 
+        The linear probe is trained on half of a sample of the labelled rows and measured on the other half; the vote
+        is leave-one-out over all rows.
+        """
+        from rayclust.metrics import external
+        from rayclust.metrics.probes import linear_probe_accuracy
 
-def _levels(run: Run, starts: list[int], levels: list[int]) -> list[dict[str, Any]]:
-    """Score the coarser levels, finest first."""
-    found = []
-    for size in levels:
-        clusters, codes, classes = _columns(run, starts, tables.level_column(size))
-        level: dict[str, Any] = {"clusters": size, "occupied": len(np.unique(clusters))}
-        labelled = codes >= 0
-        if labelled.any() and len(classes) > 1:
-            level |= _against_labels(codes[labelled], clusters[labelled])
-        found.append(level)
-    return found
+        found, options = dict[str, float](), self.config.evaluate
+        known = np.flatnonzero(codes >= 0)
+        wanted = min(options.linear_probe_rows, len(known))
+        if wanted >= 2:
+            drawn = np.random.default_rng(self.config.seed).choice(known, wanted, replace=False)
+            rows = np.sort(drawn)
+            x, y = features_at(self.run, self.starts, self.transform, rows), codes[rows]
+            half = np.isin(rows, drawn[: wanted // 2])
+            found["linear_probe"] = linear_probe_accuracy(x[half], y[half], x[~half], y[~half])
+        if len(known) == len(codes):
+            right = 0.0
+            for part, (start, stop) in enumerate(pairwise(self.starts)):
+                if stop > start:
+                    table = tables.read_table(self.run.neighbors(part), ["neighbors", "similarity"])
+                    ids, similarity = tables.matrix(table["neighbors"]), tables.matrix(table["similarity"])
+                    y = codes[start:stop]
+                    right += len(y) * external.knn_accuracy(ids, similarity, codes, y, k=options.probe_neighbors)
+            found["knn_accuracy"] = right / len(codes)
+        return found
 
+    def _membership(self, model: str, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
+        """Measure the membership Π of a sample of rows (labelled ones where there are), for methods that have one."""
+        from rayclust.metrics import geometry
 
-def _linear_probe(
-    run: Run, starts: list[int], transform: FeatureTransform, config: RunConfig, codes: np.ndarray
-) -> dict[str, float]:
-    """Train a linear probe on half of a sample of the labelled rows and return its accuracy on the other half."""
-    from rayclust.metrics.probes import linear_probe_accuracy
-
-    known = np.flatnonzero(codes >= 0)
-    wanted = min(config.evaluate.linear_probe_rows, len(known))
-    if wanted < 2:
-        return {}
-    drawn = np.random.default_rng(config.seed).choice(known, wanted, replace=False)
-    rows = np.sort(drawn)
-    features, half = features_at(run, starts, transform, rows), np.isin(rows, drawn[: wanted // 2])
-    return {
-        "linear_probe": linear_probe_accuracy(features[half], codes[rows[half]], features[~half], codes[rows[~half]])
-    }
+        torch.set_num_threads(1)
+        method = load_method(self.run.uri, model)
+        if not isinstance(method, Membership):
+            return {}
+        known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
+        rows = known[_sample(len(known), MEMBERSHIP_ROWS, self.config.seed)]
+        with torch.inference_mode():
+            found = method.membership(torch.from_numpy(features_at(self.run, self.starts, self.transform, rows)))
+        matrix, least = found.double().numpy(), EDGE / len(rows)
+        measured = {
+            "membership_nonzeros": geometry.nonzeros(matrix, least),
+            "membership_components": float(geometry.components(matrix, least)),
+        }
+        if is_labelled:
+            measured["membership_detection_error"] = geometry.detection_error(matrix, codes[rows])
+            measured["membership_wrong_edges"] = geometry.wrong_edges(matrix, codes[rows], least)
+        return measured
 
 
 def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
@@ -156,42 +167,34 @@ def _contingency(codes: np.ndarray, clusters: np.ndarray, classes: list[str]) ->
     return pa.table({"label": [classes[code] for code in pairs[0]], "cluster": pairs[1], "count": counts})
 
 
-def _columns(run: Run, starts: list[int], column: str = "cluster") -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return Int32[N] clusters, Int32[N] label codes (−1 without a label), and the labels in order of their codes."""
-    clusters = np.empty(starts[-1], np.int32)
+def _columns(run: Run, starts: list[int], levels: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Read the clusters and the labels of all rows.
+
+    Returns:
+        Int32[1 + L, N], the clusters and those of each coarser level; Int32[N] label codes, −1 without a label; and
+        the labels in order of their codes.
+    """
+    columns = ["cluster", *map(tables.level_column, levels)]
+    clusters = np.empty((len(columns), starts[-1]), np.int32)
     codes = np.full(starts[-1], -1, np.int32)
     known: dict[str, int] = {}
-    for part, start in enumerate(starts[:-1]):
-        stop = starts[part + 1]
+    for part, (start, stop) in enumerate(pairwise(starts)):
         if stop == start:
             continue
-        clusters[start:stop] = tables.read_table(run.assignments(part), [column])[column].to_numpy()
+        assigned = tables.read_table(run.assignments(part), columns)
+        for place, column in enumerate(columns):
+            clusters[place, start:stop] = assigned[column].to_numpy()
         labels = tables.read_table(run.embeddings(part), ["label"])["label"].combine_chunks().dictionary_encode()
         names = labels.dictionary.to_pylist()
         # The last place stands for null, whose index is filled with −1.
-        own = np.array([known.setdefault(name, len(known)) for name in names] + [-1], np.int32)
-        codes[start:stop] = own[labels.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        code_of = np.array([known.setdefault(name, len(known)) for name in names] + [-1], np.int32)
+        codes[start:stop] = code_of[labels.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
     return clusters, codes, list(known)
 
 
-def _probe(run: Run, starts: list[int], codes: np.ndarray, neighbors: int) -> float:
-    """Return the leave-one-out accuracy of the k-NN vote over all rows, part by part."""
-    from rayclust.metrics import external
-
-    right = 0.0
-    for part, start in enumerate(starts[:-1]):
-        stop = starts[part + 1]
-        if stop == start:
-            continue
-        table = tables.read_table(run.neighbors(part), ["neighbors", "similarity"])
-        ids, similarity = tables.matrix(table["neighbors"]), tables.matrix(table["similarity"])
-        right += (stop - start) * external.knn_accuracy(ids, similarity, codes, codes[start:stop], k=neighbors)
-    return right / starts[-1]
-
-
-def _sample(count: int, config: RunConfig) -> np.ndarray:
-    wanted = min(config.evaluate.silhouette_rows, count)
-    return np.sort(np.random.default_rng(config.seed).choice(count, wanted, replace=False))
+def _sample(count: int, wanted: int, seed: int) -> np.ndarray:
+    """Draw at most `wanted` of `count` rows, Int64[n], sorted."""
+    return np.sort(np.random.default_rng(seed).choice(count, min(wanted, count), replace=False))
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
 from rayclust.runtime.rows import blocks, features_at, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
-from rayclust.search.index import VectorIndex, build_index
+from rayclust.search.index import build_index
 from rayclust.store import storage, tables
 from rayclust.store.manifest import IndexOutputs, digest_of
 from rayclust.store.run import Run
@@ -36,18 +37,32 @@ UNIT = FeatureTransform(normalize=True)
 """The encoder's space as text and images share it: unit rows, not centred."""
 
 Blocks = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
+Nearest = list[list[dict[str, Any]]]
+"""Each query's nearest rows, itself left out, with their cosines."""
 
 
 def run(context: StageContext) -> StageResult:
     """Build the indexes, each in one worker."""
-    starts = row_starts(context.inputs["encode"])
-    job = _Job(context.run, starts, context.config.index, context.config.seed)
-    outputs, extra, found = run_remotely(_encoder, job)
+    run, encode, config = context.run, context.inputs["encode"], context.config
+    starts = row_starts(encode)
+    # Example queries of the report, the same in both spaces.
+    drawn = np.random.default_rng(config.seed).choice(starts[-1], min(QUERIES, starts[-1]), replace=False)
+    queries = np.sort(drawn)
+    job = _Job(run, starts, config.index, config.seed, queries)
+    outputs, extra, nearest = run_remotely(job.index_encoder)
     summary = f"{extra['kind']} over {starts[-1]:,} rows{_recall(extra)}"
     if "train" in context.inputs:
-        more, extra[OWN], found[OWN] = _own_space(context, job)
-        outputs |= more
-        outputs |= put_json(context.run, storage.join(context.run.index_folder, RETRIEVAL), found)
+        # All rows in the method's own space part by part, then their index in one worker.
+        model, scratch = content_digest(context.inputs["train"]), run.at("index", "scratch", context.digest)
+        own = _OwnSpace(job, transform_of(encode, config.features), model, scratch)
+        tasks = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
+        run_tasks(run, "index", tasks, own.represent)
+        more, extra[OWN], own_nearest = run_remotely(own.build)
+        # Marks first: without marks the rows are made again, marks without rows would be wrong.
+        storage.remove_tree(run.at("manifests", "index"))
+        storage.remove_tree(run.at("index", "scratch"))
+        found = {"rows": queries.tolist(), ENCODER: nearest, OWN: own_nearest}
+        outputs |= more | put_json(run, storage.join(run.index_folder, RETRIEVAL), found)
         summary += f"; in {OWN}: {extra[OWN]['kind']}{_recall(extra[OWN])}"
     return StageResult(outputs, {"rows": starts[-1]}, extra, summary)
 
@@ -64,61 +79,41 @@ class _Job:
     starts: list[int]
     config: IndexConfig
     seed: int
+    queries: np.ndarray
+    """Int64[q], sorted: rows."""
 
-    @property
-    def queries(self) -> np.ndarray:
-        """Int64[q], sorted: example queries of the report, the same in both spaces."""
-        count = self.starts[-1]
-        return np.sort(np.random.default_rng(self.seed).choice(count, min(QUERIES, count), replace=False))
+    def index_encoder(self) -> tuple[Outputs, dict[str, Any], Nearest]:
+        """Build the index over the encoder's space and search it for the queries."""
+        queries = features_at(self.run, self.starts, UNIT, self.queries)
+        return self.build(
+            lambda: ((block.numpy(), ids.numpy()) for block, ids in blocks(self.run, self.starts, UNIT)),
+            ENCODER_INDEX,
+            queries,
+        )
 
+    def build(self, stream: Blocks, name: str, queries: np.ndarray) -> tuple[Outputs, dict[str, Any], Nearest]:
+        """Build and write an index over a space, and search it for the queries.
 
-def _encoder(job: _Job) -> tuple[Outputs, dict[str, Any], dict[str, Any]]:
-    """Build the index over the encoder's space and search it for the queries."""
-
-    def stream() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for block, ids in blocks(job.run, job.starts, UNIT):
-            yield block.numpy(), ids.numpy()
-
-    outputs, extra, index = _build(job, stream, ENCODER_INDEX)
-    queries = features_at(job.run, job.starts, UNIT, job.queries)
-    return outputs, extra, {"rows": job.queries.tolist(), ENCODER: _nearest(index, queries, job.queries)}
-
-
-def _build(job: _Job, stream: Blocks, name: str) -> tuple[Outputs, dict[str, Any], VectorIndex]:
-    kind = job.config.kind
-    if kind == "auto":
-        kind = "ivf" if job.starts[-1] > job.config.flat_rows else "flat"
-    index = build_index(stream, count=job.starts[-1], kind=kind, seed=job.seed, k=10)
-    outputs = put_bytes(job.run, storage.join(job.run.index_folder, name), index.to_bytes())
-    return outputs, {"kind": kind, "recall": index.recall}, index
-
-
-def _nearest(index: VectorIndex, queries: np.ndarray, own: np.ndarray) -> list[list[dict[str, Any]]]:
-    """Return each query's nearest rows, itself left out, with their cosines."""
-    ids, similarity = index.search(queries, SHOWN + 1)
-    return [
-        [
-            {"row": int(row), "similarity": round(float(s), 4)}
-            for row, s in zip(some, near, strict=True)
-            if row >= 0 and row != query
-        ][:SHOWN]
-        for some, near, query in zip(ids, similarity, own, strict=True)
-    ]
-
-
-def _own_space(context: StageContext, job: _Job) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
-    """Transform all rows to the method's own space part by part, then index them in one worker."""
-    encode = context.inputs["encode"]
-    transform = transform_of(encode, context.config.features)
-    model = content_digest(context.inputs["train"])
-    work = _OwnSpace(job, transform, model, context.run.at("index", "scratch", context.digest))
-    units = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
-    run_tasks(context.run, "index", units, work.represent)
-    found: tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]] = run_remotely(work.build)
-    # Marks first: without marks the rows are made again, marks without rows would be wrong.
-    storage.remove_tree(context.run.at("manifests", "index"))
-    storage.remove_tree(context.run.at("index", "scratch"))
-    return found
+        Args:
+            stream: gives Float32[B d] unit rows and their numbers, as often as it is called.
+            name: of the file.
+            queries: Float32[q d].
+        """
+        kind = self.config.kind
+        if kind == "auto":
+            kind = "ivf" if self.starts[-1] > self.config.flat_rows else "flat"
+        index = build_index(stream, count=self.starts[-1], kind=kind, seed=self.seed, k=10)
+        outputs = put_bytes(self.run, storage.join(self.run.index_folder, name), index.to_bytes())
+        ids, similarity = index.search(queries, SHOWN + 1)
+        nearest = [
+            [
+                {"row": int(row), "similarity": round(float(s), 4)}
+                for row, s in zip(some, near, strict=True)
+                if row >= 0 and row != query
+            ][:SHOWN]
+            for some, near, query in zip(ids, similarity, self.queries, strict=True)
+        ]
+        return outputs, {"kind": kind, "recall": index.recall}, nearest
 
 
 @dataclass(frozen=True)
@@ -130,28 +125,27 @@ class _OwnSpace:
     model: str
     folder: str
 
-    def represent(self, unit: Task) -> TaskResult:
+    def represent(self, task: Task) -> TaskResult:
         """Write the rows of one part."""
         torch.set_num_threads(1)
         run = self.job.run
-        rows = transform_rows(load_method(run.uri, self.model), part_features(run, unit.index, self.transform))
+        rows = transform_rows(load_method(run.uri, self.model), part_features(run, task.index, self.transform))
         table = pa.table({"z": tables.fixed_list(rows.astype(np.float16))})
-        return TaskResult(put_table(run, self._at(unit.index), table), {"rows": len(rows)})
+        return TaskResult(put_table(run, self._at(task.index), table), {"rows": len(rows)})
 
-    def build(self) -> tuple[Outputs, dict[str, Any], list[list[dict[str, Any]]]]:
+    def build(self) -> tuple[Outputs, dict[str, Any], Nearest]:
         """Index all rows and search the queries."""
         job = self.job
-        outputs, extra, index = _build(job, self._stream, OWN_INDEX)
-        method = load_method(job.run.uri, self.model)
-        queries = transform_rows(method, features_at(job.run, job.starts, self.transform, job.queries))
-        return outputs, extra, _nearest(index, queries, job.queries)
-
-    def _stream(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        starts = self.job.starts
-        for part, start in enumerate(starts[:-1]):
-            if starts[part + 1] > start:
-                rows = tables.matrix(tables.read_table(self._at(part), ["z"])["z"])
-                yield UNIT(rows), np.arange(start, starts[part + 1])
+        features = features_at(job.run, job.starts, self.transform, job.queries)
+        return job.build(
+            lambda: (
+                (UNIT(tables.matrix(tables.read_table(self._at(part), ["z"])["z"])), np.arange(start, stop))
+                for part, (start, stop) in enumerate(pairwise(job.starts))
+                if stop > start
+            ),
+            OWN_INDEX,
+            transform_rows(load_method(job.run.uri, self.model), features),
+        )
 
     def _at(self, part: int) -> str:
         return storage.join(self.folder, f"part-{part:05d}.parquet")

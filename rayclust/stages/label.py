@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,6 @@ from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_
 from rayclust.store import storage, tables
 from rayclust.store.manifest import LabelOutputs, digest_of
 from rayclust.store.run import Run
-
-if TYPE_CHECKING:  # imported where it is used: `status` and a run with nothing to do go without it
-    from scipy import sparse
 
 FEW_WORDS = 5000
 """With at most so many words, all images vote under `label.voters: auto`."""
@@ -60,49 +58,61 @@ class Votes:
 
     def prepare(self) -> int:
         """Write the words with their embeddings and the rows that vote; return the number of words."""
+        # 1. The words, and which of them lists other than the classes hold as well.
         check_classes(self.config)
-        lists = read_lists(self.config, self._labels)
-        words = merged(lists)
+        labels = (tables.read_table(self.run.embeddings(part), ["label"])["label"] for part in self._parts())
+        distinct = (column.unique().drop_null().to_pylist() for column in labels)
+        words = merged(read_lists(self.config, lambda: {name for names in distinct for name in names}))
         classes = [place for place, kind in enumerate(vocabulary_kinds(self.config).values()) if kind == "classes"]
         is_blind = [bool(sources - set(classes)) for sources in words.sources]
         rows = tables.fixed_list(np.asarray(word_embeddings(self.config, words), np.float32))
         columns = {"word": list(words.words), "embedding": rows, "all": [True] * len(words.words)}
         tables.write_table(self._at("words.parquet"), pa.table(columns | {WITHOUT_CLASSES: is_blind}))
+        # 2. The voters.
         voters = self._voters(len(words.words))
         if voters is not None:
             tables.write_table(self._at("voters.parquet"), pa.table({"row": voters}))
         return len(words.words)
 
-    def vote(self, unit: Task) -> TaskResult:
+    def vote(self, task: Task) -> TaskResult:
         """Write the votes of one part's images."""
-        table = _words(self._at("words.parquet"))
+        table = _read_scratch(self._at("words.parquet"))
         nouns = tables.matrix(table["embedding"])
-        embeddings = tables.matrix(tables.read_table(self.run.embeddings(unit.index), ["embedding"])["embedding"])
-        clusters = self._clusters(unit.index)
+        embeddings = tables.matrix(tables.read_table(self.run.embeddings(task.index), ["embedding"])["embedding"])
+        clusters = self._clusters(task.index)
         label, count = self.config.label, self.config.method.clusters
-        transform = self.transform if self._in_features else None
+        # Words that come with embeddings were made for features; a text tower's share the encoder's own space.
+        has_embeddings = "embeddings" in vocabulary_kinds(self.config).values()
+        in_features = label.space == "features" or (label.space == "auto" and has_embeddings)
+        transform = self.transform if in_features else None
         result = TaskResult({}, {"rows": int((clusters >= 0).sum())})
         for naming in self.namings:
             some = np.flatnonzero(table[naming].to_numpy())
             votes = cluster_votes(embeddings, clusters, nouns[some], count, transform=transform, scale=label.scale)
-            found = votes.tocoo()
-            cast = {"cluster": found.coords[0], "word": some[found.coords[1]], "mass": found.data}
-            result.outputs |= put_table(self.run, self._at(f"{naming}-{unit.index:05d}.parquet"), pa.table(cast))
+            cells = votes.tocoo()
+            columns = {"cluster": cells.coords[0], "word": some[cells.coords[1]], "mass": cells.data}
+            result.outputs |= put_table(self.run, self._at(f"{naming}-{task.index:05d}.parquet"), pa.table(columns))
         return result
 
     def count(self) -> tuple[dict[str, list[ClusterName]], int]:
         """Return the names by all votes together, by naming, and how many images voted."""
+        from scipy import sparse
+
         words = tables.read_table(self._at("words.parquet"), ["word"])["word"].to_pylist()
-        label, clusters = self.config.label, self.config.method.clusters
-        voters = np.zeros(clusters, np.int64)
+        label, count = self.config.label, self.config.method.clusters
+        voters = np.zeros(count, np.int64)
         for part in self._parts():
-            own = self._clusters(part)
-            voters += np.bincount(own[own >= 0], minlength=clusters)
-        totals = {naming: self._total(naming, (clusters, len(words))) for naming in self.namings}
-        return {
-            naming: name_clusters(total, voters, words, unique=label.unique, runners_up=label.runners_up)
-            for naming, total in totals.items()
-        }, int(voters.sum())
+            clusters = self._clusters(part)
+            voters += np.bincount(clusters[clusters >= 0], minlength=count)
+        names = {}
+        for naming in self.namings:
+            total: Any = sparse.csr_array((count, len(words)))
+            for part in range(len(self.starts) - 1):
+                table = tables.read_table(self._at(f"{naming}-{part:05d}.parquet"))
+                place = (table["cluster"].to_numpy(), table["word"].to_numpy())
+                total = total + sparse.csr_array((table["mass"].to_numpy(), place), shape=total.shape)
+            names[naming] = name_clusters(total, voters, words, unique=label.unique, runners_up=label.runners_up)
+        return names, int(voters.sum())
 
     def named_as_classes(self, names: list[str | None]) -> float | None:
         """Return the share of the labelled images whose cluster has their class's name; None without labels."""
@@ -121,19 +131,6 @@ class Votes:
             )
         return right / labelled if labelled else None
 
-    @property
-    def _in_features(self) -> bool:
-        # Words that come with embeddings were made for features; a text tower's share the encoder's own space.
-        space = self.config.label.space
-        return space == "features" or (space == "auto" and "embeddings" in vocabulary_kinds(self.config).values())
-
-    def _labels(self) -> set[str]:
-        found: set[str] = set()
-        for part in self._parts():
-            labels = tables.read_table(self.run.embeddings(part), ["label"])["label"].combine_chunks()
-            found |= set(labels.dictionary_encode().dictionary.to_pylist())
-        return found
-
     def _parts(self) -> list[int]:
         """Return the parts that hold rows."""
         return [part for part, start in enumerate(self.starts[:-1]) if self.starts[part + 1] > start]
@@ -143,12 +140,12 @@ class Votes:
         clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
         if storage.stat(self._at("voters.parquet")) is None:
             return clusters
-        rows = _voters(self._at("voters.parquet"))
+        rows = _read_scratch(self._at("voters.parquet"))["row"].to_numpy()
         start, stop = np.searchsorted(rows, self.starts[part : part + 2])
-        own = rows[start:stop] - self.starts[part]
-        silent = np.full_like(clusters, -1)
-        silent[own] = clusters[own]
-        return silent
+        voters = rows[start:stop] - self.starts[part]
+        voting = np.full_like(clusters, -1)
+        voting[voters] = clusters[voters]
+        return voting
 
     def _voters(self, words: int) -> np.ndarray | None:
         """Return a seeded sample of each cluster's rows, Int64[n], sorted; None if all vote."""
@@ -156,20 +153,9 @@ class Votes:
         if most == "all" or (most == "auto" and words <= FEW_WORDS):
             return None
         clusters = np.empty(self.starts[-1], np.int32)
-        for part, start in enumerate(self.starts[:-1]):
-            found = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"]
-            clusters[start : self.starts[part + 1]] = found.to_numpy()
+        for part, (start, stop) in enumerate(pairwise(self.starts)):
+            clusters[start:stop] = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
         return sample_of_each(clusters, VOTERS if most == "auto" else most, self.config.seed)
-
-    def _total(self, naming: str, shape: tuple[int, int]) -> sparse.csr_array:
-        from scipy import sparse
-
-        total: Any = sparse.csr_array(shape)
-        for index in range(len(self.starts) - 1):
-            table = tables.read_table(self._at(f"{naming}-{index:05d}.parquet"))
-            place = (table["cluster"].to_numpy(), table["word"].to_numpy())
-            total = total + sparse.csr_array((table["mass"].to_numpy(), place), shape=shape)
-        return total
 
     def _at(self, name: str) -> str:
         return storage.join(self.folder, name)
@@ -191,15 +177,8 @@ def sample_of_each(clusters: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(order[rank < most])
 
 
-@lru_cache(1)
-def _words(uri: str) -> pa.Table:
-    """Return the words, cached for a worker that votes for many parts; the URI holds the stage's digest."""
-    return tables.read_table(uri)
-
-
-@lru_cache(1)
-def _voters(uri: str) -> np.ndarray:
-    return tables.read_table(uri)["row"].to_numpy()
+_read_scratch = lru_cache(2)(tables.read_table)
+"""Cached, for words and voters: a worker votes for many parts. The URIs hold the stage's digest."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -207,7 +186,7 @@ def run(context: StageContext) -> StageResult:
     encode, config = context.inputs["encode"], context.config
     job = _Job(context.run, config, row_starts(encode), transform_of(encode, config.features))
     names, facts = _names(context, job)
-    found: _Extremes = run_remotely(_extremes, job)
+    extremes: _Extremes = run_remotely(_extremes, job)
     sizes = context.inputs["assign"].extra["sizes"]
     blind = names.get(WITHOUT_CLASSES)
     rows = [
@@ -219,24 +198,20 @@ def run(context: StageContext) -> StageResult:
             "runners_up": [{"name": name, "score": score} for name, score in names["all"][cluster].runners_up],
             "name_without_classes": blind[cluster].name if blind else None,
             "score_without_classes": blind[cluster].score if blind else None,
-            "exemplars": found.exemplars[cluster],
-            "outliers": found.outliers[cluster],
+            "exemplars": extremes.exemplars[cluster],
+            "outliers": extremes.outliers[cluster],
         }
         for cluster, size in enumerate(sizes)
     ]
     outputs = put_table(context.run, context.run.clusters, pa.Table.from_pylist(rows, schema=tables.CLUSTERS))
     named = sum(name.name is not None for name in names["all"])
-    extra = {"confidence": found.histogram, "mean_confidence": found.confidence} | facts
-    return StageResult(outputs, {"clusters": len(rows), "named": named}, extra, _summary(named, len(rows), facts))
-
-
-def _summary(named: int, clusters: int, facts: dict[str, Any]) -> str:
-    if not named:
-        return f"{clusters} clusters, no vocabulary"
-    text = f"{named} of {clusters} clusters named"
-    if facts["name_accuracy"] is not None:
-        text += f", {facts['name_accuracy']:.1%} of the images by their class's name"
-    return text + (", with the data set's own class names among the words" if facts["true_names"] else "")
+    summary = f"{named} of {len(rows)} clusters named" if named else f"{len(rows)} clusters, no vocabulary"
+    if named and facts["name_accuracy"] is not None:
+        summary += f", {facts['name_accuracy']:.1%} of the images by their class's name"
+    if named and facts["true_names"]:
+        summary += ", with the data set's own class names among the words"
+    extra = {"confidence": extremes.histogram, "mean_confidence": extremes.confidence} | facts
+    return StageResult(outputs, {"clusters": len(rows), "named": named}, extra, summary)
 
 
 @dataclass(frozen=True)
@@ -266,11 +241,24 @@ class _Extremes:
 
 def _extremes(job: _Job) -> _Extremes:
     """Find exemplars and outliers in two passes: the clusters' mean directions, then each image's cosine to its own."""
+    from scipy import sparse
+
     count, label = job.config.method.clusters, job.config.label
+    # 1. Sums of features Float64[K D] and confidence Float64[K], sizes Int64[K], histogram Int64[BINS].
+    confidence, sizes, histogram = np.zeros(count), np.zeros(count, np.int64), np.zeros(BINS, np.int64)
+    sums: Any = 0.0
+    for part in range(len(job.starts) - 1):
+        embeddings, clusters, certain = job.part(part)
+        place = (clusters, np.arange(len(clusters)))
+        members = sparse.csr_array((np.ones(len(clusters)), place), shape=(count, len(clusters)))
+        sums = sums + members @ job.transform(embeddings).astype(np.float64)
+        confidence += np.bincount(clusters, certain, count)
+        sizes += np.bincount(clusters, minlength=count)
+        histogram += np.histogram(certain, BINS, (0, 1))[0]
+    # 2. The most typical and the least certain rows.
     typical, odd = TopRows(label.exemplars), TopRows(label.outliers, largest=False)
-    sums, confidence, sizes, histogram = _sums(job, count)
-    for index, start in enumerate(job.starts[:-1]):
-        embeddings, clusters, certain = job.part(index)
+    for part, start in enumerate(job.starts[:-1]):
+        embeddings, clusters, certain = job.part(part)
         rows = np.arange(start, start + len(clusters))
         typical.update(rows, clusters, typicality(job.transform(embeddings), clusters, sums))
         odd.update(rows, clusters, certain)
@@ -278,23 +266,6 @@ def _extremes(job: _Job) -> _Extremes:
     outliers = [_apart(odd.of(cluster), exemplars[cluster]) for cluster in range(count)]
     means = [float(c / n) if n else None for c, n in zip(confidence, sizes, strict=True)]
     return _Extremes(exemplars, outliers, means, histogram.tolist())
-
-
-def _sums(job: _Job, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return sums of features Float64[K D] and confidence Float64[K], sizes Int64[K], histogram Int64[BINS]."""
-    from scipy import sparse
-
-    confidence, sizes, histogram = np.zeros(count), np.zeros(count, np.int64), np.zeros(BINS, np.int64)
-    sums: Any = 0.0
-    for index in range(len(job.starts) - 1):
-        embeddings, clusters, certain = job.part(index)
-        place = (clusters, np.arange(len(clusters)))
-        members = sparse.csr_array((np.ones(len(clusters)), place), shape=(count, len(clusters)))
-        sums = sums + members @ job.transform(embeddings).astype(np.float64)
-        confidence += np.bincount(clusters, certain, count)
-        sizes += np.bincount(clusters, minlength=count)
-        histogram += np.histogram(certain, BINS, (0, 1))[0]
-    return sums, confidence, sizes, histogram
 
 
 def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
@@ -305,16 +276,16 @@ def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
 
 def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName]], dict[str, Any]]:
     """Return each cluster's name by the vote of its images, by naming, and facts for the manifest."""
-    found = vocabulary_kinds(job.config)
-    if not found:
+    kinds = vocabulary_kinds(job.config)
+    if not kinds:
         return {"all": [ClusterName(None, None, ())] * job.config.method.clusters}, {}
     votes = Votes(context.run, job.config, job.starts, job.transform, context.run.at("label", context.digest))
     words = run_remotely(votes.prepare)
     parts = context.inputs["encode"].extra["parts"]
-    units = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
-    run_tasks(context.run, "label", units, votes.vote)
+    tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
+    run_tasks(context.run, "label", tasks, votes.vote)
     names, voters = run_remotely(votes.count)
-    facts: dict[str, Any] = {"words": words, "voters": voters, "true_names": "classes" in found.values()}
+    facts: dict[str, Any] = {"words": words, "voters": voters, "true_names": "classes" in kinds.values()}
     for naming, key in (("all", "name_accuracy"), (WITHOUT_CLASSES, f"name_accuracy_{WITHOUT_CLASSES}")):
         if naming in names:
             facts[key] = run_remotely(votes.named_as_classes, [name.name for name in names[naming]])

@@ -24,16 +24,16 @@ from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
 
-UNIT_ROWS = 2048
-"""Rows of the smallest unit; larger sets take N / 64, so that each unit's pass over all rows is worth its reading."""
-UNIT_BYTES = 2**28
-"""Most bytes of a unit's rows in float16 and their neighbours: beyond, there are more units."""
+TASK_ROWS = 2048
+"""Rows of the smallest task; larger sets take N / 64, so that each task's pass over all rows is worth its reading."""
+TASK_BYTES = 2**28
+"""Most bytes of a task's rows in float16 and their neighbours: beyond, there are more tasks."""
 _OLD_INDEX = "ivf.faiss"
 """Index that earlier versions left beside the tables."""
 
 
 def run(context: StageContext) -> StageResult:
-    """Search unit by unit; a unit is a range of consecutive parts."""
+    """Search task by task; a task is a range of consecutive parts."""
     config, encode = context.config, context.inputs["encode"]
     starts = row_starts(encode)
     count, width = starts[-1], int(encode.extra["dimension"])
@@ -44,15 +44,15 @@ def run(context: StageContext) -> StageResult:
     method, extra = config.neighbors.method, dict[str, Any]()
     if method == "auto":
         method = "ivf" if count > config.neighbors.exact_rows else "exact"
-    rows = unit_size(count, width, k)
-    units = _units(encode.extra["parts"], context.digest, rows)
+    rows = task_rows(count, width, k)
+    tasks = _tasks(encode.extra["parts"], context.digest, rows)
     if method == "ivf":
-        layout = IvfLayout(context.run, context.digest, starts, [unit.payload for unit in units], rows, width, k)
-        results, extra = search_ivf(layout, transform, config.neighbors.min_recall, units)
+        layout = IvfLayout(context.run, context.digest, starts, [task.payload for task in tasks], rows, width, k)
+        results, extra = search_ivf(layout, transform, config.neighbors.min_recall, tasks)
     else:
-        results = run_tasks(context.run, "neighbors", units, _Exact(context.run, starts, transform, k).search)
+        results = run_tasks(context.run, "neighbors", tasks, _Exact(context.run, starts, transform, k).search)
     drop_stale_parts(context.run.neighbors_folder, len(starts) - 1)
-    drop_scratch(context.run, len(units))
+    drop_scratch(context.run, len(tasks))
     storage.remove(storage.join(context.run.neighbors_folder, _OLD_INDEX))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     extra |= {"method": method, "k": k}
@@ -60,23 +60,23 @@ def run(context: StageContext) -> StageResult:
     return StageResult(outputs, {"rows": count}, extra, f"{k} neighbours of {count:,} rows ({method}{recall})")
 
 
-def unit_size(count: int, width: int, k: int) -> int:
-    """Return the rows of a unit, from N, D and k alone."""
-    return max(UNIT_ROWS, min(count // 64, UNIT_BYTES // (2 * width + 8 * (k + 1))))
+def task_rows(count: int, width: int, k: int) -> int:
+    """Return the rows of a task, from N, D and k alone."""
+    return max(TASK_ROWS, min(count // 64, TASK_BYTES // (2 * width + 8 * (k + 1))))
 
 
-def _units(parts: list[int], digest: str, wanted: int) -> list[Task]:
+def _tasks(parts: list[int], digest: str, wanted: int) -> list[Task]:
     """Group consecutive parts with at least `wanted` rows each, the same for any number of workers."""
-    units: list[Task] = []
+    tasks: list[Task] = []
     group: list[int] = []
     rows = 0
     for index, count in enumerate(parts):
         group.append(index)
         rows += count
         if rows >= wanted or index == len(parts) - 1:
-            units.append(Task(len(units), digest_of([digest, group]), tuple(group), rows))
+            tasks.append(Task(len(tasks), digest_of([digest, group]), tuple(group), rows))
             group, rows = [], 0
-    return units
+    return tasks
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,18 @@ class _Exact:
     transform: FeatureTransform
     k: int
 
-    def search(self, unit: Task) -> TaskResult:
-        """Search the neighbours of the rows of the unit's parts and write them part by part."""
+    def search(self, task: Task) -> TaskResult:
+        """Search the neighbours of the rows of the task's parts and write them part by part."""
         torch.set_num_threads(1)
-        queries = torch.from_numpy(np.concatenate([part_features(self.run, p, self.transform) for p in unit.payload]))
-        rows = torch.cat([torch.arange(self.starts[p], self.starts[p + 1]) for p in unit.payload])
+        queries = torch.from_numpy(np.concatenate([part_features(self.run, p, self.transform) for p in task.payload]))
+        rows = torch.cat([torch.arange(self.starts[p], self.starts[p + 1]) for p in task.payload])
         best = RunningTopK(unit_rows(queries), rows, self.k)
         for block, ids in blocks(self.run, self.starts, self.transform):
             best.update(block, ids)
         neighbors, similarity = best.result()
         outputs: Outputs = {}
         done = 0
-        for part in unit.payload:
+        for part in task.payload:
             some = slice(done, done + self.starts[part + 1] - self.starts[part])
             found = (rows[some], neighbors[some], similarity[some])
             outputs |= put_neighbors(self.run, part, *(column.numpy() for column in found))

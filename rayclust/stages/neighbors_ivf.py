@@ -12,12 +12,13 @@ The tasks of each phase follow from the rows alone; each phase reads and writes 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -28,7 +29,7 @@ from rayclust.errors import ArtefactError, DataError
 from rayclust.features import FeatureTransform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_neighbors
 from rayclust.runtime.rows import features_at, part_features, unit_rows
-from rayclust.runtime.tasks import STORAGE_THREADS, Task, TaskResult, finished_tasks, run_tasks
+from rayclust.runtime.tasks import STORAGE_THREADS, Item, Result, Task, TaskResult, finished_tasks, run_tasks
 from rayclust.search.index import recall_at_k
 from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, train_centers
 from rayclust.search.knn import TopKInt64, unpack_keys
@@ -59,9 +60,6 @@ SAMPLED_PARTS = 512
 
 
 # Scratch files: records, read in ranges, and arrays, read whole.
-
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def read_bounds(uri: str, first: int, last: int) -> np.ndarray:
     Raises:
         ArtefactError: the file is shorter than that.
     """
-    return _range(uri, _BOUND, 0, first, last + 1)
+    return read_records(uri, _BOUND, first, last + 1)
 
 
 def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: int | None = None) -> np.ndarray:
@@ -142,7 +140,7 @@ def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: in
 
     Args:
         uri: the file.
-        kind: of its records.
+        kind: dtype of the records.
         start: the first.
         end: behind the last.
         groups: G of the bounds before the records; None where there are none.
@@ -150,11 +148,9 @@ def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: in
     Raises:
         ArtefactError: the file is shorter than that.
     """
+    if end <= start:
+        return np.empty(0, kind)
     head = 0 if groups is None else (groups + 1) * _BOUND.itemsize
-    return _range(uri, kind, head, start, end) if end > start else np.empty(0, kind)
-
-
-def _range(uri: str, kind: np.dtype[Any], head: int, start: int, end: int) -> np.ndarray:
     data = storage.read_range(uri, head + start * kind.itemsize, head + end * kind.itemsize)
     if len(data) != (end - start) * kind.itemsize:
         raise ArtefactError(f"{uri}: is shorter than was written; remove it and run `rayclust neighbors RUN.yaml`")
@@ -163,7 +159,7 @@ def _range(uri: str, kind: np.dtype[Any], head: int, start: int, end: int) -> np
 
 def put_tensors(run: Run, uri: str, tensors: Mapping[str, Tensor]) -> Outputs:
     """Write arrays by name."""
-    return put_bytes(run, uri, safetensors.torch.save({name: own.contiguous() for name, own in tensors.items()}))
+    return put_bytes(run, uri, safetensors.torch.save({name: x.contiguous() for name, x in tensors.items()}))
 
 
 def read_tensors(uri: str, digest: str) -> dict[str, Tensor]:
@@ -179,7 +175,7 @@ kept_tensors = lru_cache(1)(read_tensors)
 """Cached, for the file that a worker reads for each of its tasks."""
 
 
-def map_threads(function: Callable[[int], _T], items: Iterable[int]) -> list[_T]:
+def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Map a function over items in threads; results are in the order of the items."""
     with ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(function, items))
@@ -238,13 +234,21 @@ class ListSearch:
             for some, rows, units in _blocks(layout, own, places, lists, known["bounds"]):
                 for queries in some.split(QUERIES_AT_ONCE):
                     best.update(queries, own.units[queries].float(), own.rows[queries], units, rows)
+        # In order of the rows, for the groups of parts.
         order = own.rows.argsort()
         records = np.empty(high - low, found_records(layout.k))
         records["row"], records["keys"] = own.rows[order].numpy(), best.keys[order].numpy()
         bounds = np.searchsorted(records["row"], [layout.span(group)[0] for group in range(len(layout.groups))])
         outputs = put_records(layout.run, layout.at("found", shard), records, np.append(bounds, high - low))
-        counts = {"rows": high - low, "halo": halo}
-        return TaskResult(outputs, counts, _measured(records, known["query"], known["keys"]))
+        # True neighbours of the queries among the rows, and how many of these were found.
+        query = known["query"].numpy()
+        at = np.searchsorted(records["row"], query)
+        is_here = records["row"][np.minimum(at, len(records) - 1)] == query
+        found, near = unpack_keys(torch.from_numpy(records["keys"][at[is_here]]))
+        truth, nearest = unpack_keys(known["keys"][torch.from_numpy(is_here)])
+        recall = recall_at_k(found.numpy(), near.numpy(), truth.numpy(), nearest.numpy())
+        measured = {"wanted": truth.numel(), "hits": round(recall * truth.numel())}
+        return TaskResult(outputs, {"rows": high - low, "halo": halo}, measured)
 
     def _tensors(self) -> dict[str, Tensor]:
         return kept_tensors(self.layout.at("lists"), self.digest)
@@ -277,15 +281,6 @@ class _Block:
     """Int64[m]."""
     units: Tensor
     """Float16[m D]."""
-
-    def has(self, low: int, high: int) -> bool:
-        """Return whether it holds all rows at these positions."""
-        return self.low <= low and high <= self.low + len(self.rows)
-
-    def part(self, low: int, high: int) -> tuple[Tensor, Tensor]:
-        """Return the rows at these positions, Int64[n], and their features, Float32[n D]."""
-        some = slice(low - self.low, high - self.low)
-        return self.rows[some], self.units[some].float()
 
 
 def _read(layout: IvfLayout, low: int, high: int) -> _Block:
@@ -323,18 +318,18 @@ def _blocks(
         first, end = spans[index]
         for low in range(first, end, most):
             high = min(low + most, end)
-            if not own.has(low, high) and not other.has(low, high):
-                other = _read(layout, low, _run_end(high, spans[index + 1 :], low + most))
-            yield some, *(own if own.has(low, high) else other).part(low, high)
-
-
-def _run_end(end: int, spans: list[list[int]], most: int) -> int:
-    """Return the end of the range that can be read at once for the lists that follow, at most `most`."""
-    for low, high in spans:
-        if low != end or high > most:
-            break
-        end = high
-    return end
+            holders = (block for block in (own, other) if block.low <= low and high <= block.low + len(block.rows))
+            block = next(holders, None)
+            if block is None:
+                # Lists that follow at once are read with this one.
+                stop = high
+                for following, behind in spans[index + 1 :]:
+                    if following != stop or behind > low + most:
+                        break
+                    stop = behind
+                block = other = _read(layout, low, stop)
+            part = slice(low - block.low, high - block.low)
+            yield some, block.rows[part], block.units[part].float()
 
 
 def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
@@ -344,38 +339,20 @@ def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
     return int((end - first - inside).sum())
 
 
-def _measured(records: np.ndarray, query: Tensor, keys: Tensor) -> dict[str, Any]:
-    """Count the true neighbours of the queries among the rows, and how many of these were found.
-
-    Args:
-        records: of `found_records`, sorted by row.
-        query: Int64[q], sorted.
-        keys: Int64[q k] of their true neighbours.
-    """
-    at = np.searchsorted(records["row"], query.numpy())
-    is_here = records["row"][np.minimum(at, len(records) - 1)] == query.numpy()
-    (found, near), (truth, nearest) = (
-        (part.numpy() for part in unpack_keys(own))
-        for own in (torch.from_numpy(records["keys"][at[is_here]]), keys[torch.from_numpy(is_here)])
-    )
-    return {"wanted": truth.size, "hits": round(recall_at_k(found, near, truth, nearest) * truth.size)}
-
-
-def collect(layout: IvfLayout, summary: dict[str, Any], unit: Task) -> TaskResult:
+def collect(layout: IvfLayout, summary: dict[str, Any], task: Task) -> TaskResult:
     """Write the tables of a group's parts from the results of all shards.
 
     Args:
         layout: of the rows.
         summary: recall and parameters; kept in the mark, which outlives the scratch files.
-        unit: a group.
+        task: a group.
     """
-    group, kind = unit.index, found_records(layout.k)
-
-    def read(shard: int) -> np.ndarray:
-        start, end = read_bounds(layout.at("found", shard), group, group + 1).tolist()
-        return read_records(layout.at("found", shard), kind, start, end, len(layout.groups))
-
-    records = np.concatenate(map_threads(read, range(layout.shards)))
+    group, kind = task.index, found_records(layout.k)
+    uris = [layout.at("found", shard) for shard in range(layout.shards)]
+    bounds = map_threads(lambda uri: read_bounds(uri, group, group + 1).tolist(), uris)
+    ranges = [(uri, start, end) for uri, (start, end) in zip(uris, bounds, strict=True)]
+    groups = len(layout.groups)
+    records = np.concatenate(map_threads(lambda own: read_records(own[0], kind, own[1], own[2], groups), ranges))
     records = records[records["row"].argsort()]
     first, end = layout.span(group)
     if not np.array_equal(records["row"], np.arange(first, end)):
@@ -390,7 +367,7 @@ def collect(layout: IvfLayout, summary: dict[str, Any], unit: Task) -> TaskResul
 
 
 def search_ivf(
-    layout: IvfLayout, transform: FeatureTransform, min_recall: float, units: Sequence[Task]
+    layout: IvfLayout, transform: FeatureTransform, min_recall: float, tasks: Sequence[Task]
 ) -> tuple[list[TaskResult], dict[str, Any]]:
     """Search the neighbours of all rows and write them part by part.
 
@@ -398,84 +375,70 @@ def search_ivf(
         layout: of the rows.
         transform: embeddings to features.
         min_recall: wanted recall@k, from 0 to 1.
-        units: the layout's groups, numbered from 0; their marks outlive the scratch files.
+        tasks: the layout's groups, numbered from 0; their marks outlive the scratch files.
 
     Returns:
-        What `units` wrote; recall, nlist, nprobe, and the halo: rows read from other shards for each row.
+        What `tasks` wrote; recall, nlist, nprobe, and the halo: rows read from other shards for each row.
 
     Raises:
         DataError: the recall that was found is below the wanted one.
     """
-    done = finished_tasks(layout.run, STAGE, units)
-    if len(done) == len(units):  # killed while the scratch files were removed
-        results = [done[unit.index] for unit in units]
+    done = finished_tasks(layout.run, STAGE, tasks)
+    if len(done) == len(tasks):  # killed while the scratch files were removed
+        results = [done[task.index] for task in tasks]
     else:
-        summary = _Phases(layout, transform, min_recall, units).run()
-        collect_group = partial(collect, layout, summary)
-        results = run_tasks(layout.run, STAGE, units, collect_group, section="collecting")
+        collect_group = partial(collect, layout, _search_shards(layout, transform, min_recall, tasks))
+        results = run_tasks(layout.run, STAGE, tasks, collect_group, section="collecting")
     return results, results[0].extra
 
 
-def drop_scratch(run: Run, units: int) -> None:
-    """Remove scratch files, and the marks of all but the first `units` tasks.
+def drop_scratch(run: Run, tasks: int) -> None:
+    """Remove scratch files, and the marks of all but the first `tasks` tasks.
 
     Marks go first: without marks the files are made again, marks without files would be wrong.
     """
     markers = storage.walk(run.at("manifests", STAGE), suffixes=(".json",), missing_ok=True)
-    stale = [file.uri for file in markers if file.key.startswith("part-") and int(file.key[5:-5]) >= units]
-    with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        list(threads.map(storage.remove, stale))
+    stale = [file.uri for file in markers if file.key.startswith("part-") and int(file.key[5:-5]) >= tasks]
+    map_threads(storage.remove, stale)
     storage.remove_tree(run.at("neighbors", "scratch"))
 
 
-class _Phases:
-    """The phases before the last; their tasks are numbered behind those of the last."""
+def _search_shards(
+    layout: IvfLayout, transform: FeatureTransform, min_recall: float, groups: Sequence[Task]
+) -> dict[str, Any]:
+    """Run the phases before the last and return recall and parameters; results lie in the scratch files.
 
-    def __init__(
-        self, layout: IvfLayout, transform: FeatureTransform, min_recall: float, units: Sequence[Task]
-    ) -> None:
-        self._layout, self._min_recall = layout, min_recall
-        self._sorting = _Sorting(layout, transform)
-        self._groups, self._next = units, len(units)
+    Their tasks, one for each file, are numbered behind those of the last phase.
+    """
+    numbers, count = itertools.count(len(groups)), layout.count
 
-    def run(self) -> dict[str, Any]:
-        """Run the phases and return recall and parameters; results lie in the scratch files."""
-        layout = self._layout
-        rows = [unit.size for unit in self._groups]
-        own = [min(layout.shard_rows, layout.count - layout.places(shard)[0]) for shard in range(layout.shards)]
-        centers = _digests(self._do("centres", [layout.count], self._sorting.train))
-        sort = partial(self._sorting.sort, centers[0])
-        nearest = _digests(self._do("sorting", rows, sort), "nearest")
-        probe = partial(_probe, layout, centers[0], nearest, self._min_recall)
-        plan = self._do("probing", [layout.count], probe)
-        lists = ListSearch(layout, _digests(plan)[0], **plan[0].extra)
-        self._do("sharding", own, lists.shard)
-        found = self._do("searching", own, lists.search)
-        halo = round(sum(result.counts["halo"] for result in found) / layout.count, 3)
-        recall = self._recall([result.extra for result in found])
-        return {"recall": recall, "nlist": lists.nlist, "nprobe": lists.nprobe, "halo": halo}
+    def run(section: str, sizes: Sequence[int], work: Callable[[int], TaskResult]) -> list[TaskResult]:
+        tasks = [Task(next(numbers), digest_of([layout.digest, section, i]), i, n) for i, n in enumerate(sizes)]
+        return run_tasks(layout.run, STAGE, tasks, lambda task: work(task.payload), section=section)
 
-    def _do(self, section: str, sizes: Sequence[int], work: Callable[[int], TaskResult]) -> list[TaskResult]:
-        """Run one phase, a task for each of its files."""
-        first, digest = self._next, self._layout.digest
-        self._next += len(sizes)
-        units = [Task(first + i, digest_of([digest, section, i]), i, size) for i, size in enumerate(sizes)]
-        return run_tasks(self._layout.run, STAGE, units, lambda unit: work(unit.payload), section=section)
-
-    def _recall(self, measured: Sequence[dict[str, int]]) -> float:
-        """Return the recall of the search's own results, over the queries of all shards."""
-        hits, wanted = (sum(found[name] for found in measured) for name in ("hits", "wanted"))
-        recall = hits / wanted
-        if recall < self._min_recall:
-            raise DataError(
-                f"neighbors.min_recall = {self._min_recall}: the inverted file reaches {recall:.3f}; "
-                "lower the bound or set neighbors.method: exact"
-            )
-        return recall
+    sorting = _Sorting(layout, transform)
+    shards = [high - low for low, high in map(layout.places, range(layout.shards))]
+    [centers] = _digests(run("centres", [count], sorting.train))
+    nearest = _digests(run("sorting", [task.size for task in groups], partial(sorting.sort, centers)), "nearest")
+    plan = run("probing", [count], partial(_probe, layout, centers, nearest, min_recall))
+    [digest] = _digests(plan)
+    lists = ListSearch(layout, digest, **plan[0].extra)
+    run("sharding", shards, lists.shard)
+    results = run("searching", shards, lists.search)
+    # The recall of the search's own results, over the queries of all shards.
+    hits, wanted = (sum(result.extra[name] for result in results) for name in ("hits", "wanted"))
+    recall = hits / wanted
+    if recall < min_recall:
+        raise DataError(
+            f"neighbors.min_recall = {min_recall}: the inverted file reaches {recall:.3f}; "
+            "lower the bound or set neighbors.method: exact"
+        )
+    halo = round(sum(result.counts["halo"] for result in results) / count, 3)
+    return {"recall": recall, "nlist": lists.nlist, "nprobe": lists.nprobe, "halo": halo}
 
 
 def _digests(results: Sequence[TaskResult], kind: str = "") -> list[str]:
-    """Of the files of a kind that units wrote, in their order."""
+    """Return the digests of the files of a kind that tasks wrote, in their order."""
     return [
         written["digest"]
         for result in results
@@ -497,26 +460,23 @@ class _Sorting:
         layout, wanted = self.layout, list_count(self.layout.count)
         random = np.random.default_rng(SEED)
         queries = np.sort(random.choice(layout.count, min(QUERIES, layout.count), replace=False))
+        # A sample: rows of parts that are drawn, as large a share of each.
         most = max(wanted, min(SAMPLED_PER_LIST * wanted, SAMPLE_BYTES // (4 * layout.width)))
-        sample = self._sample(random, most)
-        found = train_centers(sample, wanted, SEED)
-        units = unit_rows(torch.from_numpy(features_at(layout.run, list(layout.starts), self.transform, queries)))
-        tensors = {"centers": found.centers, "parents": found.parents, "starts": found.starts}
-        tensors |= {"query": torch.from_numpy(queries), "query_unit": units.half()}
-        return TaskResult(put_tensors(layout.run, layout.at("centers"), tensors), {"rows": len(sample)})
-
-    def _sample(self, random: np.random.Generator, most: int) -> Tensor:
-        """Float32[S D]: rows of parts that are drawn, as large a share of each."""
-        counts = np.diff(self.layout.starts)
+        counts = np.diff(layout.starts)
         filled = np.flatnonzero(counts)
         parts = np.sort(random.choice(filled, min(SAMPLED_PARTS, len(filled)), replace=False))
         share = min(1.0, most / counts[parts].sum())
-        found = []
+        drawn = []
         for part in parts.tolist():
             count = int(counts[part])
             some = np.sort(random.choice(count, int(np.ceil(share * count)), replace=False))
-            found.append(part_features(self.layout.run, part, self.transform)[some])
-        return unit_rows(torch.from_numpy(np.concatenate(found)))
+            drawn.append(part_features(layout.run, part, self.transform)[some])
+        sample = unit_rows(torch.from_numpy(np.concatenate(drawn)))
+        centers = train_centers(sample, wanted, SEED)
+        units = unit_rows(torch.from_numpy(features_at(layout.run, list(layout.starts), self.transform, queries)))
+        tensors = {"centers": centers.centers, "parents": centers.parents, "starts": centers.starts}
+        tensors |= {"query": torch.from_numpy(queries), "query_unit": units.half()}
+        return TaskResult(put_tensors(layout.run, layout.at("centers"), tensors), {"rows": len(sample)})
 
     def sort(self, centers: str, group: int) -> TaskResult:
         """Sort the rows of a group by (list, row), and find the nearest of them to the queries."""
@@ -540,23 +500,15 @@ class _Sorting:
         records["row"], records["unit"] = (first + order).numpy(), units[order].numpy()
         bounds = np.searchsorted(homes[order].numpy(), np.arange(len(lists.centers) + 1))
         outputs = put_records(layout.run, layout.at("sorted", group), records, bounds)
+        # Lists of the rows found and of the queries, −1 outside the group.
         ids, _ = unpack_keys(nearest.keys)
-        tensors = {
-            "keys": nearest.keys,
-            "lists": _at_rows(homes, ids - first),
-            "homes": _at_rows(homes, query_rows - first),
-        }
+        places = {"lists": ids - first, "homes": query_rows - first}
+        known = torch.cat([homes, torch.tensor([-1])])
+        tensors = {name: known[torch.where((x >= 0) & (x < len(homes)), x, -1)] for name, x in places.items()}
+        tensors["keys"] = nearest.keys
         return TaskResult(
             outputs | put_tensors(layout.run, layout.at("nearest", group), tensors), {"rows": end - first}
         )
-
-
-def _at_rows(homes: Tensor, places: Tensor) -> Tensor:
-    """Return the lists of rows, −1 for rows outside the group."""
-    own = (places >= 0) & (places < len(homes))
-    if not len(homes):
-        return places.new_full(places.shape, -1)
-    return homes[places.clamp(0, len(homes) - 1)].masked_fill(~own, -1)
 
 
 def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: float, index: int) -> TaskResult:
@@ -564,7 +516,15 @@ def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: 
     torch.set_num_threads(1)
     found = read_tensors(layout.at("centers"), centers)
     nlist = len(found["centers"])
-    keys, lists, homes = _truth(layout, nearest, len(found["query"]))
+    # Keys of the queries' true neighbours Int64[q k], their lists Int64[q k], the queries' own lists Int64[q].
+    keys = TopKInt64(len(found["query"]), layout.k).keys
+    lists, homes = torch.full_like(keys, -1), torch.full((len(keys),), -1)
+    for group, digest in enumerate(nearest):
+        near = read_tensors(layout.at("nearest", group), digest)
+        keys, order = torch.cat([keys, near["keys"]], dim=1).topk(layout.k, dim=1)
+        lists = torch.cat([lists, near["lists"]], dim=1).gather(1, order)
+        homes = torch.maximum(homes, near["homes"])
+    # Sizes of the lists over all groups.
     sizes = np.zeros(nlist, np.int64)
     for first in range(0, len(layout.groups), STORAGE_THREADS):  # bounds of as many groups are held at a time
         some = range(first, min(first + STORAGE_THREADS, len(layout.groups)))
@@ -581,15 +541,3 @@ def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: 
         {"rows": layout.count},
         {"nlist": nlist, "reach": reach, "nprobe": nprobe},
     )
-
-
-def _truth(layout: IvfLayout, nearest: Sequence[str], queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the queries' true neighbours: keys Int64[q k], their lists Int64[q k], the queries' own lists Int64[q]."""
-    best = TopKInt64(queries, layout.k).keys
-    lists, homes = torch.full_like(best, -1), torch.full((queries,), -1)
-    for group, digest in enumerate(nearest):
-        own = read_tensors(layout.at("nearest", group), digest)
-        best, order = torch.cat([best, own["keys"]], dim=1).topk(layout.k, dim=1)
-        lists = torch.cat([lists, own["lists"]], dim=1).gather(1, order)
-        homes = torch.maximum(homes, own["homes"])
-    return best, lists, homes

@@ -52,28 +52,23 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
     """
     if not out.endswith((".parquet", ".csv")):
         raise ConfigError(f"--out {out}: must end in .parquet or .csv")
-    run, seals = Run(config.run), Manifests(config)
-    encode, train = seals.of("encode"), seals.of("train")
+    run, manifests = Run(config.run), Manifests(config)
+    encode, train = manifests.of("encode"), manifests.of("train")
     if encode is None or train is None:
         raise ArtefactError(f"{run.uri}: is not trained: run `rayclust run RUN.yaml` first")
-    scratch, settings = _scratch(config, images)
-    sealed = run_stage("encode", settings)
-    given, wanted = int(sealed.extra["dimension"]), int(encode.extra["dimension"])
-    if given != wanted:
-        raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
-    _write(out, _table(run, scratch, config, encode, content_digest(train)))
-    storage.remove_tree(scratch.uri)
-    return {"rows": sealed.counts["rows"], "rejects": sealed.counts["rejects"]}
-
-
-def _scratch(config: RunConfig, images: str) -> tuple[Run, RunConfig]:
-    """Return the scratch run of new images and its config: the run's encoder and limits, no labels or classes."""
+    # A scratch run of the new images: the run's encoder and limits, no labels or classes.
     uri = images if images.startswith(SCHEME) else storage.absolute(images)
     scratch = Run(storage.join(config.run, "predict", digest_of(uri)))
     tree = config.model_dump(mode="json", exclude_unset=True)
     limits = {key: tree["images"][key] for key in ("shard_size", "max_bytes", "max_pixels") if key in tree["images"]}
     tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": "none", "max_reject_share": 1.0} | limits}
-    return scratch, validate(tree)
+    encoded = run_stage("encode", validate(tree))
+    given, wanted = int(encoded.extra["dimension"]), int(encode.extra["dimension"])
+    if given != wanted:
+        raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
+    _write(out, _table(run, scratch, config, encode, content_digest(train)))
+    storage.remove_tree(scratch.uri)
+    return {"rows": encoded.counts["rows"], "rejects": encoded.counts["rejects"]}
 
 
 def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: str) -> pa.Table:

@@ -10,9 +10,8 @@ from itertools import zip_longest
 import numpy as np
 import pyarrow as pa
 
-from rayclust.arrays import require_matrix
+from rayclust.arrays import require_matrix, unit_rows
 from rayclust.config import RunConfig
-from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods import has_transform
@@ -20,7 +19,7 @@ from rayclust.report.formats import abbreviate, shorten
 from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import Manifests, content_digest
-from rayclust.runtime.rows import row_starts, transform_of
+from rayclust.runtime.rows import row_starts, rows_by_part, transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.search.index import load_index
 from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX
@@ -64,22 +63,29 @@ def search(
         ConfigError: the query does not suit the run.
         DataError: the image cannot be read.
     """
-    run, seals = Run(config.run), Manifests(config)
-    encode = seals.of("encode")
+    run, manifests = Run(config.run), Manifests(config)
+    encode = manifests.of("encode")
     spaces = (ENCODER, OWN) if space == "both" else (space,)
+    # 1. Refuse what cannot be searched.
+    not_indexed = ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
     if encode is None:
-        raise _not_indexed(run)
-    if OWN in spaces:
-        _refuse_own(config, text)
-    for wanted in spaces:
-        _require_index(run, seals, wanted)
-    row = _query(config, image, text)
-    require_matrix(row, "the query", int(encode.extra["dimension"]))
-    found = {
-        wanted: _nearest(run, _in_space(config, seals, row, wanted), wanted, min(top, encode.counts["rows"]))
-        for wanted in spaces
-    }
-    hits = _hits(run, encode, set().union(*found.values()), is_assigned=seals.of("assign") is not None)
+        raise not_indexed
+    if OWN in spaces and not has_transform(config.method.name):
+        raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")
+    if OWN in spaces and text is not None:
+        raise ConfigError("--text: words live in the encoder's space alone; use --space encoder, or search by --image")
+    # An index of other rows or of another model is refused; other settings of the index are accepted.
+    index = read_manifest(run, "index")
+    for need in ("encode", "train") if OWN in spaces else ("encode",):
+        needed = manifests.of(need)
+        if index is None or needed is None or index.inputs.get(need) != content_digest(needed):
+            raise not_indexed
+    # 2. Encode the query and search every space for it.
+    query = _query(config, image, text)
+    require_matrix(query, "the query", int(encode.extra["dimension"]))
+    top = min(top, encode.counts["rows"])
+    found = {wanted: _nearest(config, manifests, query, wanted, top) for wanted in spaces}
+    hits = _hits(run, encode, set().union(*found.values()), is_assigned=manifests.of("assign") is not None)
     return {
         wanted: [replace(hits[row], similarity=cosine) for row, cosine in near.items()]
         for wanted, near in found.items()
@@ -109,43 +115,6 @@ def _short(hit: Hit | None) -> str:
     return head + shorten(hit.key, _COLUMN_WIDTH - len(head))
 
 
-def _not_indexed(run: Run) -> ArtefactError:
-    return ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
-
-
-def _refuse_own(config: RunConfig, text: str | None) -> None:
-    if not has_transform(config.method.name):
-        raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")
-    if text is not None:
-        raise ConfigError("--text: words live in the encoder's space alone; use --space encoder, or search by --image")
-
-
-def _require_index(run: Run, seals: Manifests, space: str) -> None:
-    """Refuse an index of other rows or of another model; other settings of the index are accepted."""
-    index = read_manifest(run, "index")
-    for need in ("encode", "train") if space == OWN else ("encode",):
-        sealed = seals.of(need)
-        if index is None or sealed is None or index.inputs.get(need) != content_digest(sealed):
-            raise _not_indexed(run)
-
-
-def _nearest(run: Run, query: np.ndarray, space: str, top: int) -> dict[int, float]:
-    """Return cosines by row, nearest first."""
-    name = OWN_INDEX if space == OWN else ENCODER_INDEX
-    index = load_index(read_output(run, "index", storage.join(run.index_folder, name)))
-    rows, similarity = index.search(query, top)
-    return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
-
-
-def _in_space(config: RunConfig, seals: Manifests, row: np.ndarray, space: str) -> np.ndarray:
-    """Transform the query to a space: unit rows for the encoder's, features and the method's transform for its own."""
-    encode, train = seals.of("encode"), seals.of("train")
-    if space == ENCODER or encode is None or train is None:
-        return _unit(row)
-    method = load_method(config.run, content_digest(train))
-    return transform_rows(method, transform_of(encode, config.features)(row))
-
-
 def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray:
     """Encode the query, Float32[1 D]."""
     if (image is None) == (text is None):
@@ -156,34 +125,42 @@ def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray
         if not encoder.has_text:
             raise ConfigError(f"--text: the encoder {config.encoder.name} has no text tower; search by --image")
         return encoder.encode_texts([text])
-    return _encoded(encoder, str(image), data)
-
-
-def _encoded(encoder: Encoder, uri: str, data: bytes) -> np.ndarray:
     try:
         pixels = decode(data, encoder.preprocess)
     except Undecodable as error:
-        raise DataError(f"--image {uri}: {error.reason}: {error.detail}") from None
+        raise DataError(f"--image {image}: {error.reason}: {error.detail}") from None
     return encoder.encode_images(pixels[None])
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+def _nearest(config: RunConfig, manifests: Manifests, query: np.ndarray, space: str, top: int) -> dict[int, float]:
+    """Return cosines by row, nearest first.
+
+    The query is scaled to a unit row for the encoder's space, and becomes features and then the method's transform of
+    them for its own.
+    """
+    encode, train = manifests.of("encode"), manifests.of("train")
+    if space == ENCODER or encode is None or train is None:
+        query = unit_rows(query)
+    else:
+        method = load_method(config.run, content_digest(train))
+        query = transform_rows(method, transform_of(encode, config.features)(query))
+    run, name = Run(config.run), OWN_INDEX if space == OWN else ENCODER_INDEX
+    index = load_index(read_output(run, "index", storage.join(run.index_folder, name)))
+    rows, similarity = index.search(query, top)
+    return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
 
 
 def _hits(run: Run, encode: Manifest, wanted: set[int], *, is_assigned: bool) -> dict[int, Hit]:
     """Return hits by row, without their cosines; each part that holds one is read once."""
     names, starts = cluster_names(run), row_starts(encode)
-    rows = np.array(sorted(wanted), np.int64)
     found: dict[int, Hit] = {}
-    for part in np.unique(np.searchsorted(starts, rows, "right") - 1):
-        own = rows[(rows >= starts[part]) & (rows < starts[part + 1])]
-        places = pa.array(own - starts[part])
+    for part, positions in rows_by_part(starts, np.array(sorted(wanted), np.int64)):
+        places = pa.array(positions)
         records = tables.read_table(run.embeddings(part), ["key", "uri"]).take(places).to_pylist()
-        clusters: list[int | None] = [None] * len(own)
+        clusters: list[int | None] = [None] * len(positions)
         if is_assigned:
             clusters = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_pylist()
-        for row, record, cluster in zip(own.tolist(), records, clusters, strict=True):
+        for row, record, cluster in zip((starts[part] + positions).tolist(), records, clusters, strict=True):
             name = None if cluster is None else names.get(cluster)
             found[row] = Hit(row, math.nan, record["key"], record["uri"], cluster, name)
     return found

@@ -12,18 +12,17 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from rayclust import errors
-from rayclust.arrays import FloatArray, IntArray
+from rayclust.arrays import IntArray
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, RayclustError
 from rayclust.methods import build, is_recuttable
@@ -64,11 +63,11 @@ from rayclust.training.loop import CheckpointInterval, Trainer
 REVISION = 3
 """Raised when a candidate's result changes for the same settings."""
 FIT = 0
-"""Index of the one fit among the units, where a method needs no fit for each number of clusters."""
+"""Index of the one fit among the tasks, where a method needs no fit for each number of clusters."""
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no tables of their own for every trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the stage, not the experiment alone
-    "RAY_AIR_NEW_OUTPUT": "0",  # the other kind of output prints a table whatever it is told
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other kind of output prints a table whatever `verbose` says
 }
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ class Search:
         content = {
             "revision": REVISION,
             "settings": candidate_settings(config),
-            "inputs": {name: content_digest(sealed) for name, sealed in inputs.items()},
+            "inputs": {name: content_digest(manifest) for name, manifest in inputs.items()},
             "largest": None if refits(config) else largest,
         }
         gpus = config.select_k.gpus_per_trial
@@ -112,7 +111,7 @@ class Search:
         """The run."""
         return Run(self.config.run)
 
-    def unit(self, clusters: int) -> Task:
+    def task(self, clusters: int) -> Task:
         """Return the task of a candidate; its index is its number of clusters."""
         return Task(clusters, digest_of([self.settings, clusters]))
 
@@ -134,7 +133,11 @@ def examine(search: Search, clusters: int) -> TaskResult:
     rows = StoredRows(run, search.encode, config.features, cache_folder(search.digest))
     labels, kept = list[IntArray](), None
     for method, history in _fits(search, config, rows):
-        labels.append(_labels(method, rows))
+        # The most probable cluster of each row, Int32[N].
+        device = _device(method)
+        with torch.inference_mode():
+            parts = [method.predict_proba(block.to(device)).argmax(1).int().cpu().numpy() for block in rows.blocks()]
+        labels.append(np.concatenate(parts))
         kept = kept or (method, history)
     if kept is None:
         raise ValueError("select_k.seeds = 0")
@@ -181,14 +184,6 @@ def _fit_digest(search: Search, clusters: int, seed: int) -> str:
     return digest_of([search.settings, clusters, seed])
 
 
-def _labels(method: Method, rows: StoredRows) -> IntArray:
-    """Return the most probable cluster of each row, Int32[N]."""
-    device = _device(method)
-    with torch.inference_mode():
-        found = [method.predict_proba(block.to(device)).argmax(dim=1).int().cpu().numpy() for block in rows.blocks()]
-    return np.concatenate(found)
-
-
 def _device(method: Method) -> torch.device:
     return next((tensor.device for tensor in method.state_dict().values()), torch.device("cpu"))
 
@@ -202,10 +197,17 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     from rayclust.metrics.internal import CriteriaOptions, measure, size_summary
 
     options = config.select_k
-    sample = _sample(rows.count, options.rows, config.seed)
-    space = _space(method, rows.tensor(), sample)
+    sample = np.random.default_rng(config.seed).choice(rows.count, min(options.rows, rows.count), replace=False)
+    sample.sort()
+    # The sample in the method's own space where it has one, else as unit features; Float32[n d].
+    blocks, x, device = [], rows.tensor(), _device(method)
+    with torch.inference_mode():
+        for some in torch.from_numpy(sample).split(BLOCK):
+            block = x[some].to(device)
+            z = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
+            blocks.append(z.float().cpu().numpy())
     chosen = CriteriaOptions(options.distortion, silhouette_rows=options.rows, seed=config.seed)
-    found = measure(space, [labels[0][sample]], None, chosen)
+    found = measure(np.concatenate(blocks), [labels[0][sample]], None, chosen)
     neighbors = rows.neighbors().numpy()
     found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
     found["modularity"] = internal.modularity(labels[0], neighbors)
@@ -215,21 +217,6 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     found |= size_summary(labels[0], config.method.clusters)
     found["empty"] = config.method.clusters - found["occupied"]
     return {name: float(value) for name, value in found.items() if np.isfinite(value)}
-
-
-def _sample(count: int, wanted: int, seed: int) -> IntArray:
-    return np.sort(np.random.default_rng(seed).choice(count, min(wanted, count), replace=False))
-
-
-def _space(method: Method, x: Tensor, sample: IntArray) -> FloatArray:
-    """Return the sample in the method's own space where it has one, else as unit features; Float32[n d]."""
-    blocks, device = [], _device(method)
-    with torch.inference_mode():
-        for start in range(0, len(sample), BLOCK):
-            block = x[torch.from_numpy(sample[start : start + BLOCK])].to(device)
-            z = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
-            blocks.append(z.float().cpu().numpy())
-    return np.concatenate(blocks)
 
 
 # Candidates over the cluster: one Ray Tune trial each.
@@ -252,60 +239,54 @@ def run_trials(search: Search, candidates: Sequence[int], on_change: OnChange) -
     connect()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are reported below
-    folder = tempfile.TemporaryDirectory(prefix="rayclust-select-k-", ignore_cleanup_errors=True)
-    with folder as storage:
-        results = _tuner(search, candidates, storage, on_change).fit()
-        # In the order of the candidates; fewer where Tune stopped before it had made a trial of each.
-        for k, result in zip(candidates, results, strict=False):
-            _raise_failure(k, result)
-
-
-def _tuner(search: Search, candidates: Sequence[int], storage: str, on_change: OnChange) -> Any:
     from ray import tune
 
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are reported below
     options, labels = search.config.select_k, search.config.resources.placement.trials
     require_label("trials", labels)
     bundle = {"CPU": options.cpus_per_trial} | ({"GPU": search.gpus} if search.gpus else {})
     resources = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [dict(labels)]} if labels else {}))
-    return tune.Tuner(
-        tune.with_resources(partial(_trial, search), resources),
-        param_space={"k": tune.grid_search(list(candidates))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=concurrent(search), reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=f"rayclust-{search.digest[:12]}-{time.time_ns()}",
-            storage_path=storage,
-            verbose=0,
-            stop=_error_callback(),
-            callbacks=[_watcher(on_change)],
-            failure_config=tune.FailureConfig(max_failures=search.config.resources.max_failures),
-        ),
-    )
+    # As many trials at a time as the nodes have room for.
+    most = options.max_concurrent
+    if most == "auto":
+        nodes = cluster.live_nodes(labels)
+        most = max(1, sum(_trials_of_node(node, options.cpus_per_trial, search.gpus) for node in nodes))
+    stopper, watcher = _callbacks(on_change)
+    with tempfile.TemporaryDirectory(prefix="rayclust-select-k-", ignore_cleanup_errors=True) as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(partial(_trial, search), resources),
+            param_space={"k": tune.grid_search(list(candidates))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=most, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=f"rayclust-{search.digest[:12]}-{time.time_ns()}",
+                storage_path=folder,
+                verbose=0,
+                stop=stopper,
+                callbacks=[watcher],
+                failure_config=tune.FailureConfig(max_failures=search.config.resources.max_failures),
+            ),
+        )
+        results = tuner.fit()
+        # In the order of the candidates; fewer where Tune stopped before it had made a trial of each.
+        for k, result in zip(candidates, results, strict=False):
+            _raise_failure(k, result)
 
 
 def _trial(search: Search, space: dict[str, Any]) -> None:
     """Run one candidate in its worker; our own errors are reported and not retried."""
     from ray import tune
 
-    unit = search.unit(int(space["k"]))
+    task = search.task(int(space["k"]))
     try:
-        run_and_mark(search.run.shard_manifest(unit.index, SELECT_K), unit, lambda: examine(search, unit.index))
+        run_and_mark(search.run.shard_manifest(task.index, SELECT_K), task, lambda: examine(search, task.index))
     except RayclustError as error:
         tune.report({"refused": str(error), "kind": type(error).__name__})
     else:
         tune.report({"refused": None})
 
 
-def concurrent(search: Search) -> int:
-    """Return how many trials may run at a time."""
-    options = search.config.select_k
-    if options.max_concurrent != "auto":
-        return options.max_concurrent
-    nodes = cluster.live_nodes(search.config.resources.placement.trials)
-    return max(1, sum(_trials_of_node(node, options.cpus_per_trial, search.gpus) for node in nodes))
-
-
 def _trials_of_node(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """Return how many trials a node's resources allow at a time."""
     fits = int(node.get("CPU", 0) / cpus)
     return min(fits, int(node.get("GPU", 0) / gpus)) if gpus else fits
 
@@ -313,44 +294,35 @@ def _trials_of_node(node: dict[str, float], cpus: float, gpus: float) -> int:
 def _raise_failure(k: int, result: Any) -> None:
     """Raise the error that a trial reported or died of."""
     if result.error is not None:
-        raise RayclustError(f"select-k: the candidate k = {k} failed: {_cause(result.error)}")
+        # The line that names the error: the last that reads as an exception, else the first.
+        lines = [line.strip() for line in str(result.error).splitlines() if line.strip()]
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+        cause = (named[-1:] or lines[:1] or [type(result.error).__name__])[0]
+        raise RayclustError(f"select-k: the candidate k = {k} failed: {cause}")
     if (result.metrics or {}).get("refused"):
         kind: type[RayclustError] = getattr(errors, result.metrics["kind"], RayclustError)
         raise kind(f"select-k: the candidate k = {k} failed: {result.metrics['refused']}")
 
 
-def _cause(error: BaseException) -> str:
-    """Return the line of a trial's error that names it: the last that reads as an exception, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
-    return (named[-1:] or lines[:1] or [type(error).__name__])[0]
-
-
-def _error_callback() -> Any:
-    """Return a stopper that ends all trials after the first error: the stage fails in any case."""
+def _callbacks(on_change: OnChange) -> tuple[Any, Any]:
+    """Return a stopper that ends all trials after the first error, since the stage fails then, and a watcher."""
     from ray import tune
+    from ray.tune.progress_reporter import TrialProgressCallback
 
-    class Refusals(tune.Stopper):
-        def __init__(self) -> None:
-            self._seen = False
+    class Stopper(tune.Stopper):
+        has_error = False
 
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            self._seen = self._seen or bool(result.get("refused"))
+            self.has_error |= bool(result.get("refused"))
             return False
 
         def stop_all(self) -> bool:
-            return self._seen
-
-    return Refusals()
-
-
-def _watcher(on_change: OnChange) -> Any:
-    from ray.tune.progress_reporter import TrialProgressCallback
+            return self.has_error
 
     class Watcher(TrialProgressCallback):
         """Calls `on_change` in place of the lines that Tune prints."""
 
-        def __init__(self, on_change: OnChange) -> None:
+        def __init__(self, on_change: OnChange) -> None:  # not from the closure: Tune pickles the class
             super().__init__()
             self._running, self._on_change = set[int](), on_change
 
@@ -364,15 +336,13 @@ def _watcher(on_change: OnChange) -> Any:
             self._running.add(trial.config["k"])
             self._on_change(sorted(self._running), 0)
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def _end(self, finished: int, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._running.discard(trial.config["k"])
-            self._on_change(sorted(self._running), 1)
+            self._on_change(sorted(self._running), finished)
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._running.discard(trial.config["k"])
-            self._on_change(sorted(self._running), 0)
+        on_trial_complete, on_trial_error = partialmethod(_end, 1), partialmethod(_end, 0)
 
-    return Watcher(on_change)
+    return Stopper(), Watcher(on_change)
 
 
 def run(context: StageContext) -> StageResult:
@@ -380,25 +350,35 @@ def run(context: StageContext) -> StageResult:
     config, rows = context.config, context.inputs["encode"].counts["rows"]
     config.select_k.refuse_above(rows)
     search = Search.of(context)
-    outputs = Outputs() if refits(config) else _fit_once(search).outputs
+    run, outputs = search.run, Outputs()
+    if not refits(config):
+        # The one fit from which every candidate is cut.
+        task = Task(FIT, digest_of([search.settings, "fit", search.largest]))
+        done = finished_tasks(run, SELECT_K, [task])
+        if not done:
+            job = Job(SELECT_K, config.with_clusters(search.largest), task.digest, search.encode, run.selection_fit)
+            mark = run.shard_manifest(FIT, SELECT_K)
+            done = {FIT: run_and_mark(mark, task, lambda: TaskResult(fit(job)["outputs"]))}
+        outputs |= done[FIT].outputs
     tried, choice = _search(search, rows)
-    _drop_outdated(search, tried)
+    # Candidates of other settings are removed; those of these settings from another list are kept for reuse.
+    for k, marked in done_marks(run, SELECT_K):
+        if k != FIT and k not in tried and marked != search.task(k).digest:
+            storage.remove_tree(run.candidate(k))
+            storage.remove(run.candidate(k) + ".json")
+            storage.remove(run.shard_manifest(k, SELECT_K))
     for result in tried.values():
         outputs |= result.outputs
-    outputs |= put_json(context.run, context.run.selection, _selection(choice, tried))
-    extra = {CHOSEN: _model(tried[choice.k]), "rule": choice.rule, "reason": choice.reason}
-    return StageResult(outputs, {"candidates": len(tried)}, extra, choice.reason)
-
-
-def _fit_once(search: Search) -> TaskResult:
-    """Run the one fit from which every candidate is cut."""
-    run, largest = search.run, search.largest
-    unit = Task(FIT, digest_of([search.settings, "fit", largest]))
-    found = finished_tasks(run, SELECT_K, [unit])
-    if found:
-        return found[FIT]
-    job = Job(SELECT_K, search.config.with_clusters(largest), unit.digest, search.encode, run.selection_fit)
-    return run_and_mark(run.shard_manifest(FIT, SELECT_K), unit, lambda: TaskResult(fit(job)["outputs"]))
+    reason = {"rule": choice.rule, "reason": choice.reason}
+    candidates = [{"k": k, **result.extra["criteria"]} for k, result in tried.items()]
+    selection = {"chosen": choice.k, "picks": dict(choice.picks), "candidates": candidates}
+    outputs |= put_json(run, run.selection, selection | reason)
+    # What train reads of the chosen candidate.
+    best = tried[choice.k]
+    criteria = f"{choice.k:05d}.json"
+    files = {path: file["digest"] for path, file in sorted(best.outputs.items()) if not path.endswith(criteria)}
+    chosen = {"clusters": choice.k, "steps": best.counts["steps"], "outputs": files}
+    return StageResult(outputs, {"candidates": len(tried)}, {CHOSEN: chosen} | reason, choice.reason)
 
 
 def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
@@ -423,45 +403,24 @@ def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
 
 def _fit_candidates(search: Search, candidates: Sequence[int], progress: Progress) -> dict[int, TaskResult]:
     """Return the results of candidates; those without one are fitted on the cluster."""
-    run, units = search.run, [search.unit(k) for k in candidates]
-    before = finished_tasks(run, SELECT_K, units)
-    progress.more(len(units), done=len(before))
-    report_resume(SELECT_K, len(units), len(before))
+    run, tasks = search.run, [search.task(k) for k in candidates]
+    before = finished_tasks(run, SELECT_K, tasks)
+    progress.more(len(tasks), done=len(before))
+    report_resume(SELECT_K, len(tasks), len(before))
     missing = [k for k in candidates if k not in before]
     if missing:
-
-        def show(running: Sequence[int], ended: int) -> None:
-            progress.advance(ended, note="trying k = " + ", ".join(map(str, running)) if running else "")
-
-        run_trials(search, missing, show)
-    results = finished_tasks(run, SELECT_K, units)
+        run_trials(
+            search,
+            missing,
+            lambda running, ended: progress.advance(
+                ended, f"trying k = {', '.join(map(str, running))}" if running else ""
+            ),
+        )
+    results = finished_tasks(run, SELECT_K, tasks)
     for k in candidates:
         if k not in results:
             raise RayclustError(f"select-k: the candidate k = {k} left no result: run the same line again")
     return results
-
-
-def _model(result: TaskResult) -> dict[str, Any]:
-    """Return what train reads of the chosen candidate."""
-    criteria = f"{result.extra['k']:05d}.json"
-    files = {path: file["digest"] for path, file in sorted(result.outputs.items()) if not path.endswith(criteria)}
-    return {"clusters": result.extra["k"], "steps": result.counts["steps"], "outputs": files}
-
-
-def _selection(choice: Choice, tried: dict[int, TaskResult]) -> dict[str, Any]:
-    candidates = [{"k": k, **result.extra["criteria"]} for k, result in tried.items()]
-    reason = {"chosen": choice.k, "rule": choice.rule, "reason": choice.reason}
-    return reason | {"picks": dict(choice.picks), "candidates": candidates}
-
-
-def _drop_outdated(search: Search, tried: Iterable[int]) -> None:
-    """Remove candidates of other settings; those of these settings from another list are kept for reuse."""
-    run = search.run
-    for k, marker in done_marks(run, SELECT_K):
-        if k != FIT and k not in tried and marker != search.unit(k).digest:
-            storage.remove_tree(run.candidate(k))
-            storage.remove(run.candidate(k) + ".json")
-            storage.remove(run.shard_manifest(k, SELECT_K))
 
 
 def candidate_settings(config: RunConfig) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _try_all(search: Search, candidates: Sequence[int], on_change: Callable[[Seq
     for k in candidates:
         on_change([k], 0)
         marker = search.run.shard_manifest(k, "select-k")
-        tasks.run_and_mark(marker, search.unit(k), lambda k=k: examine(search, k))
+        tasks.run_and_mark(marker, search.task(k), lambda k=k: examine(search, k))
         on_change([], 1)
 
 

@@ -9,41 +9,41 @@ import pytest
 from rayclust.config import validate
 from rayclust.errors import DataError
 from rayclust.runtime.pipeline import run_all, run_stage
-from rayclust.stages.neighbors import UNIT_BYTES, UNIT_ROWS, _units, unit_size
+from rayclust.stages.neighbors import TASK_BYTES, TASK_ROWS, _tasks, task_rows
 from tests.references import nearest_rows
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
 
 
 def grouped(parts: list[int]) -> list[tuple[int, ...]]:
-    return [unit.payload for unit in _units(parts, "digest", unit_size(sum(parts), 8, 5))]
+    return [task.payload for task in _tasks(parts, "digest", task_rows(sum(parts), 8, 5))]
 
 
-def test_parts_are_grouped_in_order_until_a_unit_is_worth_its_reading():
-    assert grouped([UNIT_ROWS]) == [(0,)]
-    assert grouped([UNIT_ROWS - 1, 1, 5]) == [(0, 1), (2,)]
+def test_parts_are_grouped_in_order_until_a_task_is_worth_its_reading():
+    assert grouped([TASK_ROWS]) == [(0,)]
+    assert grouped([TASK_ROWS - 1, 1, 5]) == [(0, 1), (2,)]
     assert grouped([1, 1, 1]) == [(0, 1, 2)]
-    assert grouped([UNIT_ROWS, 0, UNIT_ROWS, 0]) == [(0,), (1, 2), (3,)]
+    assert grouped([TASK_ROWS, 0, TASK_ROWS, 0]) == [(0,), (1, 2), (3,)]
     assert grouped([1000] * 1000) == [tuple(range(i, min(i + 16, 1000))) for i in range(0, 1000, 16)]
 
 
-def test_units_are_a_64th_of_the_rows_but_neither_small_nor_beyond_memory():
-    assert unit_size(2, 768, 50) == UNIT_ROWS
-    assert unit_size(10**7, 64, 10) == 10**7 // 64
-    most = unit_size(2 * 10**9, 768, 50)
-    assert most == unit_size(4 * 10**9, 768, 50)
-    assert UNIT_BYTES * 0.99 < most * (2 * 768 + 8 * 51) <= UNIT_BYTES
+def test_tasks_are_a_64th_of_the_rows_but_neither_small_nor_beyond_memory():
+    assert task_rows(2, 768, 50) == TASK_ROWS
+    assert task_rows(10**7, 64, 10) == 10**7 // 64
+    most = task_rows(2 * 10**9, 768, 50)
+    assert most == task_rows(4 * 10**9, 768, 50)
+    assert TASK_BYTES * 0.99 < most * (2 * 768 + 8 * 51) <= TASK_BYTES
 
 
-def test_every_part_is_in_one_unit_and_units_know_their_rows():
+def test_every_part_is_in_one_task_and_tasks_know_their_rows():
     parts = np.random.default_rng(0).integers(0, 900, 200).tolist()
-    units = _units(parts, "digest", 1000)
-    assert [part for unit in units for part in unit.payload] == list(range(200))
-    assert [unit.size for unit in units] == [sum(parts[p] for p in unit.payload) for unit in units]
-    assert [unit.index for unit in units] == list(range(len(units)))
-    assert len({unit.digest for unit in units}) == len(units)
-    assert units == _units(parts, "digest", 1000)
-    assert not {unit.digest for unit in units} & {unit.digest for unit in _units(parts, "other", 1000)}
+    tasks = _tasks(parts, "digest", 1000)
+    assert [part for task in tasks for part in task.payload] == list(range(200))
+    assert [task.size for task in tasks] == [sum(parts[p] for p in task.payload) for task in tasks]
+    assert [task.index for task in tasks] == list(range(len(tasks)))
+    assert len({task.digest for task in tasks}) == len(tasks)
+    assert tasks == _tasks(parts, "digest", 1000)
+    assert not {task.digest for task in tasks} & {task.digest for task in _tasks(parts, "other", 1000)}
 
 
 def found(sealed: Sealed, part: int) -> tuple[np.ndarray, np.ndarray]:

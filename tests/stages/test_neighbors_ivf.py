@@ -1,4 +1,4 @@
-"""The join over inverted lists through the whole stage, in many small units."""
+"""The join over inverted lists through the whole stage, in many small tasks."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from tests.stages.runs import tree, write_tars
 
 
 @pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of some hundred rows."""
-    monkeypatch.setattr(neighbors, "UNIT_ROWS", 150)
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of some hundred rows."""
+    monkeypatch.setattr(neighbors, "TASK_ROWS", 150)
 
 
 def planted(count: int, groups: int = 12, width: int = 8) -> np.ndarray:
@@ -99,7 +99,7 @@ SIZES = (300, 500, 1, 399, 400)
 
 @pytest.mark.parametrize("min_recall", [0.5, 0.9, 1.0])
 def test_the_recall_that_is_told_is_the_one_over_other_rows_too(
-    min_recall: float, tmp_path: Path, in_process: None, small_units: None
+    min_recall: float, tmp_path: Path, in_process: None, small_tasks: None
 ):
     config = encoded(tmp_path, planted(1600), SIZES, min_recall=min_recall)
     manifest = run_stage("neighbors", config)
@@ -116,7 +116,7 @@ def test_the_recall_that_is_told_is_the_one_over_other_rows_too(
 
 
 def test_with_all_lists_open_it_is_exact_search(
-    tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_process: None, small_tasks: None, monkeypatch: pytest.MonkeyPatch
 ):
     config = encoded(tmp_path, planted(900), (400, 500))
     monkeypatch.setattr(neighbors_ivf, "choose_probes", lambda centers, *others: (len(centers), len(centers)))
@@ -133,7 +133,7 @@ def test_with_all_lists_open_it_is_exact_search(
     assert shared > 0.98, "only what float16 does not tell apart is another"
 
 
-def test_equal_rows_come_in_order_of_their_numbers(tmp_path: Path, in_process: None, small_units: None):
+def test_equal_rows_come_in_order_of_their_numbers(tmp_path: Path, in_process: None, small_tasks: None):
     x = np.repeat(planted(40), 20, axis=0)[np.random.default_rng(1).permutation(800)]
     config = encoded(tmp_path, x, (300, 500), k=6)
     run_stage("neighbors", config)
@@ -145,7 +145,7 @@ def test_equal_rows_come_in_order_of_their_numbers(tmp_path: Path, in_process: N
 
 
 def test_one_long_list_is_searched_over_many_shards(
-    tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_process: None, small_tasks: None, monkeypatch: pytest.MonkeyPatch
 ):
     x = np.concatenate([np.ones((700, 8)), planted(200)]).astype(np.float16)
     monkeypatch.setattr(neighbors_ivf, "BLOCK_BYTES", 3000)
@@ -171,7 +171,7 @@ def test_few_rows(count: int, tmp_path: Path, in_process: None):
 def test_parts_and_groups_without_rows_have_tables_without_rows(
     tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(neighbors, "UNIT_ROWS", 10)
+    monkeypatch.setattr(neighbors, "TASK_ROWS", 10)
     write_tars(tmp_path / "images", shards=2, per_shard=12)
     for name in ("shard-000a", "shard-002"):
         tarfile.open(tmp_path / "images" / f"{name}.tar", "w").close()
@@ -185,7 +185,7 @@ def test_parts_and_groups_without_rows_have_tables_without_rows(
     assert len(found(config)[0]) == 24
 
 
-def test_rows_whose_lists_hold_too_few_look_into_more(tmp_path: Path, in_process: None, small_units: None):
+def test_rows_whose_lists_hold_too_few_look_into_more(tmp_path: Path, in_process: None, small_tasks: None):
     random = np.random.default_rng(0)
     x = np.eye(6)[np.arange(480) % 6] + 0.05 * random.normal(size=(480, 6))
     config = encoded(tmp_path, x.astype(np.float16), (480,), k=150, min_recall=0.01)
@@ -197,7 +197,7 @@ def test_rows_whose_lists_hold_too_few_look_into_more(tmp_path: Path, in_process
 
 
 def test_a_recall_out_of_reach_says_what_to_do(
-    tmp_path: Path, in_process: None, small_units: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_process: None, small_tasks: None, monkeypatch: pytest.MonkeyPatch
 ):
     config = encoded(tmp_path, planted(900), (900,), min_recall=0.95)
     monkeypatch.setattr(neighbors_ivf, "choose_probes", lambda *arguments: (1, 1))
@@ -206,7 +206,7 @@ def test_a_recall_out_of_reach_says_what_to_do(
         run_stage("neighbors", config)
 
 
-def test_zero_rows_have_neighbours_too(tmp_path: Path, in_process: None, small_units: None):
+def test_zero_rows_have_neighbours_too(tmp_path: Path, in_process: None, small_tasks: None):
     x = planted(400)
     x[::7] = x.astype(float).mean(0).astype(np.float16)
     config = encoded(tmp_path, x, (200, 200))
@@ -217,7 +217,7 @@ def test_zero_rows_have_neighbours_too(tmp_path: Path, in_process: None, small_u
 
 
 @pytest.fixture
-def joined(tmp_path: Path, in_process: None, small_units: None) -> tuple[RunConfig, Manifest, int, dict[str, bytes]]:
+def joined(tmp_path: Path, in_process: None, small_tasks: None) -> tuple[RunConfig, Manifest, int, dict[str, bytes]]:
     """A run whose neighbours are done; the seal, changes of the storage that they took, and what is there."""
     config = encoded(tmp_path, planted(700), (300, 1, 399))
     shutil.copytree(config.run, tmp_path / "encoded")

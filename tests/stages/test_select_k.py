@@ -505,8 +505,8 @@ def test_a_candidates_unit_is_another_for_another_number_and_the_same_for_anothe
     content = rows_run.config.model_dump(mode="json", exclude_unset=True)
     longer = validate(content | {"method": {"name": "kmeans", "clusters": [2, 3, 9]}})
     of_three = search(rows_run, tmp_path / "b", select_k=longer.select_k, method=longer.method)
-    assert of_two.unit(2) == of_three.unit(2)
-    assert of_two.unit(2).digest != of_two.unit(3).digest
+    assert of_two.task(2) == of_three.task(2)
+    assert of_two.task(2).digest != of_two.task(3).digest
     assert (of_two.largest, of_three.largest) == (3, 9)
 
 
