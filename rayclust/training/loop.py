@@ -21,7 +21,6 @@ from rayclust.methods import build
 from rayclust.methods.base import (
     BaseMethodConfig,
     Batch,
-    FusedStep,
     HeadParallel,
     Method,
     Plan,
@@ -172,22 +171,19 @@ class Stepper:
             decays = group["initial_decay"], group["final_decay"]
             group["lr"] = rate * group["lr_scale"]
             group["weight_decay"] = cosine_schedule(*decays, batch.step, self.plan.steps)
-        if isinstance(self.method, FusedStep):
-            metrics = self.method.fused_step(batch, self.optimizer)
-        else:
-            metrics = self.method.training_step(batch)
-            self.optimizer.zero_grad(set_to_none=True)
-            self._scaler.scale(metrics["loss"] * batch.weight).backward()  # type: ignore[no-untyped-call]
-            distributed.average_gradients(self._parameters.values())
-            self._scaler.unscale_(self.optimizer)
-            if self.config.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters.values(), self.config.clip_norm)
-            for group in self.optimizer.param_groups:
-                if batch.epoch < group["frozen_epochs"]:
-                    for parameter in group["params"]:
-                        parameter.grad = None
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
+        metrics = self.method.training_step(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(metrics["loss"] * batch.weight).backward()  # type: ignore[no-untyped-call]
+        distributed.average_gradients(self._parameters.values())
+        self._scaler.unscale_(self.optimizer)
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self.config.clip_norm)
+        for group in self.optimizer.param_groups:
+            if batch.epoch < group["frozen_epochs"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.method.on_step_end(batch.step)
         return {name: value.detach() for name, value in metrics.items()}
 
