@@ -150,7 +150,7 @@ class Affinity:
         if not temperature > 0:
             raise ConfigError(f"temperature = {temperature}: must be above 0")
         self.codes, self.temperature, self.weight = codes, temperature, weight
-        self._own = distributed.even_slices(len(codes), distributed.world_size())[distributed.rank()]
+        self._own = distributed.own_slice(len(codes))
         own_rows = self._own.stop - self._own.start
         entries = _ENTRIES_ON_GPU if codes.is_cuda else _ENTRIES_ON_CPU
         self._rows_at_once = max(1, min(1024, own_rows))
@@ -480,7 +480,7 @@ class Spectral:
         cached = self.centers.get(clusters) if seed == self.seed else None
         if cached is None:
             rows = functional.normalize(self.functions[:, :clusters], dim=1)
-            own = rows[distributed.even_slices(len(rows), distributed.world_size())[distributed.rank()]]
+            own = rows[distributed.own_slice(len(rows))]
             settings = kmeans.KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
             result = kmeans.fit(lambda: [own], settings, seed=seed)
             mean = max(result.inertia / len(rows), torch.finfo(torch.float32).eps)

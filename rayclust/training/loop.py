@@ -85,24 +85,22 @@ class Lars(torch.optim.Optimizer):
         """Take one step for every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group)
-
-    def _step(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if group["adapts"]:
-            # Local rate η·‖w‖/‖g‖ of each layer, 1 where either is zero.
-            gradient = gradient + group["weight_decay"] * parameter
-            axes = tuple(range(int(group["stacked"]), parameter.dim()))
-            length = torch.linalg.vector_norm(parameter, dim=axes, keepdim=True)
-            slope = torch.linalg.vector_norm(gradient, dim=axes, keepdim=True)
-            ratio = group["trust"] * length / slope
-            gradient = gradient * torch.where((length > 0) & (slope > 0), ratio, torch.ones_like(ratio))
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        velocity: Tensor = state["momentum_buffer"]
-        velocity.mul_(group["momentum"]).add_(gradient)
-        parameter.add_(velocity, alpha=-group["lr"])
+                if parameter.grad is None:
+                    continue
+                state, gradient = self.state[parameter], parameter.grad
+                if group["adapts"]:
+                    # Local rate η·‖w‖/‖g‖ of each layer, 1 where either is zero.
+                    gradient = gradient + group["weight_decay"] * parameter
+                    axes = tuple(range(int(group["stacked"]), parameter.dim()))
+                    length = torch.linalg.vector_norm(parameter, dim=axes, keepdim=True)
+                    slope = torch.linalg.vector_norm(gradient, dim=axes, keepdim=True)
+                    ratio = group["trust"] * length / slope
+                    gradient = gradient * torch.where((length > 0) & (slope > 0), ratio, torch.ones_like(ratio))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                velocity: Tensor = state["momentum_buffer"]
+                velocity.mul_(group["momentum"]).add_(gradient)
+                parameter.add_(velocity, alpha=-group["lr"])
 
 
 def build_optimizer(groups: Iterable[Mapping[str, Any]], config: TrainedConfig) -> torch.optim.Optimizer:
@@ -463,6 +461,3 @@ def fit_arrays(
     method = build(config, rows.dimension, rows.count, seed)
     method.fit(rows, Trainer(seed, device))
     return method.eval()
-
-
-CROSSED = "cross_pairs"  # until stages/train.py drops rows that are divided over workers

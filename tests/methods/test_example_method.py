@@ -112,4 +112,4 @@ def _loss_and_gradient(rank: int, workers: int) -> tuple[float, Tensor]:
     loss = method.training_step(batch)["loss"] * batch.weight
     loss.backward()
     distributed.average_gradients(method.parameters())
-    return float(distributed.all_mean(loss.detach())), method.head.weight.grad.clone()
+    return float(distributed.all_reduce(loss.detach()) / workers), method.head.weight.grad.clone()
