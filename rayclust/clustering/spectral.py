@@ -178,7 +178,7 @@ class Affinity:
         return [(start, min(start + step, end)) for start in range(self._own.start, end, step)]
 
     def _tile(self, start: int, stop: int, low: int, high: int) -> Tensor:
-        """Float[stop − start, high − low] with zeros on the kernel's diagonal."""
+        """Return Float[stop − start, high − low] with zeros on the kernel's diagonal."""
         tile = kernel(self.codes[start:stop], self.codes[low:high], self.temperature)
         first = max(start, low)
         both = torch.arange(first, max(first, min(stop, high)), device=tile.device)
@@ -340,7 +340,7 @@ def leading_eigenpairs(
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal basis of the block's part outside the span of `basis`; dependent columns are left out."""
+    """Return an orthonormal basis of the block's part outside the span of `basis`; dependent columns are left out."""
     lengths = block.norm(dim=0)
     block = block[:, lengths > 0] / lengths[lengths > 0]
     for _ in range(2):  # once loses digits
@@ -474,7 +474,7 @@ class Spectral:
         return cls(options, seed, **plain, centers=centers)
 
     def _centers(self, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Float32[K K] centres of the embedding and Float32[] their mean squared distance; kept for the own seed."""
+        """Return Float32[K K] centres of the embedding and Float32[] their mean squared distance; kept for `seed`."""
         if not 1 <= clusters <= self.max_clusters:
             raise ConfigError(f"clusters = {clusters}: from 1 to {self.max_clusters}, what the partition was made for")
         cached = self.centers.get(clusters) if seed == self.seed else None

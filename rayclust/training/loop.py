@@ -289,37 +289,36 @@ class Trainer:
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            self._fit(Stepper(method.to(self.device)), data, start)
-
-    def _fit(self, stepper: Stepper, data: Rows | Source, start: Callable[[], None] | None) -> None:
-        method, plan = stepper.method, stepper.plan
-        dtype = next(method.parameters()).dtype
-        source = data if isinstance(data, Source) else RowSource(data, method.pairing, self.seed, self.device, dtype)
-        sums: dict[str, Tensor] = {}
-        step = self._resume(stepper, sums)
-        batches = source.batches(plan, distributed.rank(), step or 0)
-        if step is None and start is not None:
-            start()
-            self._started = self._saved = time.monotonic()
-        logger.info("training: %d steps of %d rows from step %d", plan.steps, plan.batch_size, step or 0)
-        method.train()
-        for batch in () if method.stop else batches:
-            torch.manual_seed(derive_seed(self.seed, STEP_STREAM, batch.step, distributed.rank()))
-            for name, value in stepper.step(batch).items():
-                if name not in sums:
-                    sums[name] = torch.zeros_like(value, dtype=torch.float64)
-                sums[name].add_(value, alpha=batch.weight)
-            step = batch.step + 1
-            if step == plan.steps or step % plan.steps_per_epoch == 0:
-                self._end_epoch(stepper, batch.epoch, step, sums)
-                sums.clear()
-            by_epochs = self.every.epochs is not None and step % plan.steps_per_epoch == 0
-            by_clock = step % CLOCK_STEPS == 0 and self.is_due(None)
-            if step == plan.steps or method.stop or by_clock or (by_epochs and self.is_due(batch.epoch + 1)):
-                self._save(stepper, step, sums)
-            if method.stop:
-                break
-        method.eval()
+            stepper = Stepper(method.to(self.device))
+            plan, dtype = stepper.plan, next(method.parameters()).dtype
+            source = (
+                data if isinstance(data, Source) else RowSource(data, method.pairing, self.seed, self.device, dtype)
+            )
+            sums: dict[str, Tensor] = {}
+            step = self._resume(stepper, sums)
+            batches = source.batches(plan, distributed.rank(), step or 0)
+            if step is None and start is not None:
+                start()
+                self._started = self._saved = time.monotonic()
+            logger.info("training: %d steps of %d rows from step %d", plan.steps, plan.batch_size, step or 0)
+            method.train()
+            for batch in () if method.stop else batches:
+                torch.manual_seed(derive_seed(self.seed, STEP_STREAM, batch.step, distributed.rank()))
+                for name, value in stepper.step(batch).items():
+                    if name not in sums:
+                        sums[name] = torch.zeros_like(value, dtype=torch.float64)
+                    sums[name].add_(value, alpha=batch.weight)
+                step = batch.step + 1
+                if step == plan.steps or step % plan.steps_per_epoch == 0:
+                    self._end_epoch(stepper, batch.epoch, step, sums)
+                    sums.clear()
+                by_epochs = self.every.epochs is not None and step % plan.steps_per_epoch == 0
+                by_clock = step % CLOCK_STEPS == 0 and self.is_due(None)
+                if step == plan.steps or method.stop or by_clock or (by_epochs and self.is_due(batch.epoch + 1)):
+                    self._save(stepper, step, sums)
+                if method.stop:
+                    break
+            method.eval()
 
     def _end_epoch(self, stepper: Stepper, epoch: int, step: int, sums: dict[str, Tensor]) -> None:
         """Average the epoch's metrics over steps and workers, and report them."""
