@@ -193,11 +193,6 @@ def all_reduce(x: Tensor) -> Tensor:
     return data_group().all_reduce(x)
 
 
-def all_mean(x: Tensor) -> Tensor:
-    """Return the mean over workers, without gradient. `x` is floating; see `all_reduce`."""
-    return all_reduce(x) / world_size()
-
-
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over workers; parameters without one are skipped.

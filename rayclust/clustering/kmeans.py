@@ -324,12 +324,25 @@ class Partitions:
             Float64[R K D] sums and Int64[R K] counts of this worker's rows by cluster, not to be changed by the caller;
             Float64[R] totals of the nearest centres' scores (see `half_squares`).
         """
+        R, K, _ = self.sums.shape
         bias = half_squares(centers, origin)
         total = centers.new_zeros(len(centers), dtype=torch.float64)
         for i, part in enumerate(in_parts(blocks, self.columns)):
             scores, labels = nearest(part, centers, bias)
             total += scores.sum(0, dtype=torch.float64)
-            self._move(part, labels, self.labels[i] if i < len(self.labels) else None)
+            # Rows that entered a cluster are added to it, and subtracted from the one that they left.
+            old = self.labels[i] if i < len(self.labels) else None
+            moved = (torch.ones_like(labels, dtype=torch.bool) if old is None else labels != old).nonzero()
+            row, partition = moved.unbind(1)
+            entered = partition * K + labels[row, partition]
+            left = None if old is None else partition * K + old[row, partition].long()
+            counts = self.counts.view(-1)
+            counts += torch.bincount(entered, minlength=R * K)
+            if left is not None:
+                counts -= torch.bincount(left, minlength=R * K)
+            # Measured on AVX-512 cores: a row that moves costs as much as 100 columns of a float64 product for a row.
+            dense = not part.is_cuda and len(row) > len(part) * (0.4 + 0.01 * R * K)
+            (self._add_product if dense else self._add_rows)(part, row, entered, left)
             self.labels[i : i + 1] = [labels.int()]
         return self.sums, self.counts, total
 
@@ -337,21 +350,6 @@ class Partitions:
         """Drop all partitions but the chosen ones, Bool[R]."""
         self.labels = [labels[:, chosen] for labels in self.labels]
         self.sums, self.counts = self.sums[chosen], self.counts[chosen]
-
-    def _move(self, x: Tensor, labels: Tensor, old: Tensor | None) -> None:
-        """Add rows to the clusters they entered and subtract them from those they left."""
-        R, K, _ = self.sums.shape
-        moved = (torch.ones_like(labels, dtype=torch.bool) if old is None else labels != old).nonzero()
-        row, partition = moved.unbind(1)
-        entered = partition * K + labels[row, partition]
-        left = None if old is None else partition * K + old[row, partition].long()
-        counts = self.counts.view(-1)
-        counts += torch.bincount(entered, minlength=R * K)
-        if left is not None:
-            counts -= torch.bincount(left, minlength=R * K)
-        # Measured on AVX-512 cores: a row that moves costs as much as 100 columns of a float64 product for a row.
-        dense = not x.is_cuda and len(row) > len(x) * (0.4 + 0.01 * R * K)
-        (self._add_product if dense else self._add_rows)(x, row, entered, left)
 
     def _add_rows(self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None) -> None:
         sums = self.sums.view(-1, x.shape[1])

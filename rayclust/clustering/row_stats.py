@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
@@ -41,17 +42,6 @@ class RowStats:
     """Mean over dimensions of the variance; tolerances are relative to it."""
 
 
-@dataclass(frozen=True)
-class _UnitRows:
-    """Blocks whose rows are divided by their lengths; zero rows stay zero."""
-
-    source: Blocks
-
-    def __call__(self) -> Iterator[Tensor]:
-        for block in self.source():
-            yield torch.nn.functional.normalize(block if block.dtype == torch.float64 else block.float(), dim=1)
-
-
 def compute(blocks: Blocks, metric: Metric) -> RowStats:
     """Compute the statistics of all workers' rows in one pass; in two if rows for cosine are not of unit length.
 
@@ -80,7 +70,13 @@ def compute(blocks: Blocks, metric: Metric) -> RowStats:
     if not bool(rest[0].isfinite()):
         raise DataError("rows hold NaN or infinite values: remove them before clustering")
     if metric == "cosine" and bool(rest[1] > 0):
-        return compute(_UnitRows(blocks), "cosine")
+
+        def unit_blocks() -> Iterator[Tensor]:
+            """Yield the blocks with rows divided by their lengths; zero rows stay zero."""
+            for block in blocks():
+                yield functional.normalize(block if block.dtype == torch.float64 else block.float(), dim=1)
+
+        return compute(unit_blocks, "cosine")
     counts = distributed.data_group().all_gather(torch.tensor([own], device=total.device))
     count, first = int(counts.sum()), int(counts[: distributed.rank()].sum())
     if count == 0:

@@ -150,7 +150,7 @@ class Affinity:
         if not temperature > 0:
             raise ConfigError(f"temperature = {temperature}: must be above 0")
         self.codes, self.temperature, self.weight = codes, temperature, weight
-        self._own = distributed.even_slices(len(codes), distributed.world_size())[distributed.rank()]
+        self._own = distributed.own_slice(len(codes))
         own_rows = self._own.stop - self._own.start
         entries = _ENTRIES_ON_GPU if codes.is_cuda else _ENTRIES_ON_CPU
         self._rows_at_once = max(1, min(1024, own_rows))
@@ -178,7 +178,7 @@ class Affinity:
         return [(start, min(start + step, end)) for start in range(self._own.start, end, step)]
 
     def _tile(self, start: int, stop: int, low: int, high: int) -> Tensor:
-        """Float[stop − start, high − low] with zeros on the kernel's diagonal."""
+        """Return Float[stop − start, high − low] with zeros on the kernel's diagonal."""
         tile = kernel(self.codes[start:stop], self.codes[low:high], self.temperature)
         first = max(start, low)
         both = torch.arange(first, max(first, min(stop, high)), device=tile.device)
@@ -340,7 +340,7 @@ def leading_eigenpairs(
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal basis of the block's part outside the span of `basis`; dependent columns are left out."""
+    """Return an orthonormal basis of the block's part outside the span of `basis`; dependent columns are left out."""
     lengths = block.norm(dim=0)
     block = block[:, lengths > 0] / lengths[lengths > 0]
     for _ in range(2):  # once loses digits
@@ -474,13 +474,13 @@ class Spectral:
         return cls(options, seed, **plain, centers=centers)
 
     def _centers(self, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Float32[K K] centres of the embedding and Float32[] their mean squared distance; kept for the own seed."""
+        """Return Float32[K K] centres of the embedding and Float32[] their mean squared distance; kept for `seed`."""
         if not 1 <= clusters <= self.max_clusters:
             raise ConfigError(f"clusters = {clusters}: from 1 to {self.max_clusters}, what the partition was made for")
         cached = self.centers.get(clusters) if seed == self.seed else None
         if cached is None:
             rows = functional.normalize(self.functions[:, :clusters], dim=1)
-            own = rows[distributed.even_slices(len(rows), distributed.world_size())[distributed.rank()]]
+            own = rows[distributed.own_slice(len(rows))]
             settings = kmeans.KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
             result = kmeans.fit(lambda: [own], settings, seed=seed)
             mean = max(result.inertia / len(rows), torch.finfo(torch.float32).eps)

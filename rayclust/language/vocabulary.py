@@ -49,7 +49,18 @@ def from_text(data: bytes, source: str) -> Vocabulary:
     if "\0" in text:
         raise DataError(f"label.vocabulary = {source}: holds zero bytes, so it is no text; one name a line is expected")
     delimiter = {".csv": ",", ".tsv": "\t"}.get(source[-4:].lower())
-    lines = text.splitlines() if delimiter is None else _column(text, delimiter, source)
+    lines = text.splitlines()
+    if delimiter is not None:
+        rows = csv.reader(io.StringIO(text), delimiter=delimiter)
+        header = [cell.strip().lower() for cell in next(rows, [])]
+        place = next((header.index(name) for name in _HEADERS if name in header), None)
+        if place is None:
+            found = ", ".join(header) or "nothing"
+            raise DataError(f"label.vocabulary = {source}: no column of names among {found}; call it `word`")
+        try:
+            lines = [row[place] for row in rows if len(row) > place]
+        except csv.Error as error:
+            raise DataError(f"label.vocabulary = {source}: line {rows.line_num} cannot be read ({error})") from error
     return Vocabulary(_distinct((line for line in lines if not line.lstrip().startswith("#")), source))
 
 
@@ -159,20 +170,6 @@ def wordnet_refusal() -> ConfigError:
         "label.vocabulary = wordnet: its nouns are not shipped: fetch a list of them, one a line (the noun lemmas of "
         "Open English WordNet 2022, CC BY 4.0, or TAC's WordNetNouns.csv), and set label.vocabulary to its path or URI"
     )
-
-
-def _column(text: str, delimiter: str, source: str) -> list[str]:
-    rows = csv.reader(io.StringIO(text), delimiter=delimiter)
-    header = [cell.strip().lower() for cell in next(rows, [])]
-    place = next((header.index(name) for name in _HEADERS if name in header), None)
-    if place is None:
-        raise DataError(
-            f"label.vocabulary = {source}: no column of names among {', '.join(header) or 'nothing'}; call it `word`"
-        )
-    try:
-        return [row[place] for row in rows if len(row) > place]
-    except csv.Error as error:
-        raise DataError(f"label.vocabulary = {source}: line {rows.line_num} cannot be read ({error})") from error
 
 
 def _distinct(lines: Iterable[str], source: str) -> tuple[str, ...]:

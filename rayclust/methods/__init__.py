@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from rayclust.errors import ConfigError
 from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Recuttable
-from rayclust.methods.cpp import Cpp, CppConfig
-from rayclust.methods.kmeans import KMeans, KMeansConfig
-from rayclust.methods.spectral import SpectralClustering, SpectralConfig
-from rayclust.methods.temi import Temi, TemiConfig
+from rayclust.methods.cpp import Cpp
+from rayclust.methods.kmeans import KMeans
+from rayclust.methods.kmeans import KMeansConfig as KMeansConfig
+from rayclust.methods.spectral import SpectralClustering
+from rayclust.methods.temi import Temi
+from rayclust.methods.temi import TemiConfig as TemiConfig
 
 METHODS: dict[str, type[Any]] = {
     "kmeans": KMeans,
@@ -24,8 +28,11 @@ METHODS: dict[str, type[Any]] = {
 CONFIGS: dict[str, type[BaseMethodConfig]] = {name: method.config_type for name, method in METHODS.items()}
 """Each method's config by name."""
 
-AnyMethodConfig = Annotated[KMeansConfig | TemiConfig | CppConfig | SpectralConfig, Field(discriminator="name")]
-"""Any method's config, told apart by `name`: the type of a config's field."""
+if TYPE_CHECKING:
+    AnyMethodConfig = BaseMethodConfig
+else:
+    AnyMethodConfig = Annotated[reduce(or_, CONFIGS.values()), Field(discriminator="name")]
+    """Any method's config, discriminated by `name`: the type of a config's field."""
 
 
 def has_transform(name: str) -> bool:

@@ -411,19 +411,3 @@ class HeadParallel(Protocol):
 
     def shard_state(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this worker's part of what `gather_state` gave."""
-
-
-@runtime_checkable
-class FusedStep(Protocol):
-    """A method that takes whole steps itself, faster than by autograd."""
-
-    def fused_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Take one step: losses, gradients averaged over workers, and optimiser.
-
-        Args:
-            batch: one worker's part.
-            optimizer: over `parameter_groups`, its rates set for this step.
-
-        Returns:
-            What `training_step` gives, detached.
-        """

@@ -129,8 +129,33 @@ class CppConfig(TrainedConfig):
 
     def resolved(self, count: int) -> CppConfig:
         """Return this config with its preset written out for N = `count` rows; `preset` is then `none`."""
+        preset: dict[str, Any] = {}
+        if self.preset in PAPER:
+            paper = dict(PAPER[self.preset])
+            rate = PUBLISHED_RATE * RATE_ROWS / min(paper["batch_size"], max(count, 2))
+            epochs = paper.pop("expansion_epochs", None)
+            if epochs is not None:
+                paper["expansion_steps"] = epochs * max(1, count // paper["batch_size"])
+            preset = {"hidden": 4096, "width": 128, "learning_rate": rate, "min_learning_rate": rate, **paper}
+        elif self.preset == "auto":  # docs/methods.md has the numbers behind each choice
+            batch = max(2, min(AUTO_BATCH, count))
+            width = max(AUTO_WIDTHS[0], min(AUTO_WIDTHS[1], 1 << (3 * self.clusters - 1).bit_length()))
+            rate = AUTO_RATE * RATE_ROWS / AUTO_BATCH * AUTO_WIDTHS[0] / width
+            preset = {
+                "start": "principal",
+                "hidden": AUTO_HIDDEN,
+                "width": width,
+                "batch_size": batch,
+                "learning_rate": rate,
+                "min_learning_rate": rate,
+                "steps": max(AUTO_STEPS[0], min(AUTO_STEPS[1], AUTO_EPOCHS * (count // batch))),
+                "expansion_steps": 0,
+                "patience": 25,
+                "improvement": 0.1,
+                "final_temperature": 0.1,
+            }
         written = {key: getattr(self, key) for key in self.model_fields_set}
-        values = preset_values(self.preset, count, self.clusters) | written | {"preset": "none"}
+        values = preset | written | {"preset": "none"}
         if "learning_rate" in written and "min_learning_rate" not in written:
             values["min_learning_rate"] = self.learning_rate
         return CppConfig.model_validate(values)
@@ -144,44 +169,6 @@ class CppConfig(TrainedConfig):
     def compression(self) -> CompressionOptions:
         """Memory and truncation of R_c."""
         return CompressionOptions(int(self.memory_gib * 2**30), self.top_entries)
-
-
-def preset_values(preset: str, count: int, clusters: int) -> dict[str, Any]:
-    """Return the settings that a preset stands for.
-
-    Args:
-        preset: one of `CppConfig.preset`. docs/methods.md has the numbers behind each choice of `auto`.
-        count: N.
-        clusters: K; only `auto` depends on it.
-
-    Returns:
-        Config keys and values; empty for `none`.
-    """
-    if preset in PAPER:
-        paper = dict(PAPER[preset])
-        rate = PUBLISHED_RATE * RATE_ROWS / min(paper["batch_size"], max(count, 2))
-        epochs = paper.pop("expansion_epochs", None)
-        if epochs is not None:
-            paper["expansion_steps"] = epochs * max(1, count // paper["batch_size"])
-        return {"hidden": 4096, "width": 128, "learning_rate": rate, "min_learning_rate": rate, **paper}
-    if preset == "none":
-        return {}
-    batch = max(2, min(AUTO_BATCH, count))
-    width = max(AUTO_WIDTHS[0], min(AUTO_WIDTHS[1], 1 << (3 * clusters - 1).bit_length()))
-    rate = AUTO_RATE * RATE_ROWS / AUTO_BATCH * AUTO_WIDTHS[0] / width
-    return {
-        "start": "principal",
-        "hidden": AUTO_HIDDEN,
-        "width": width,
-        "batch_size": batch,
-        "learning_rate": rate,
-        "min_learning_rate": rate,
-        "steps": max(AUTO_STEPS[0], min(AUTO_STEPS[1], AUTO_EPOCHS * (count // batch))),
-        "expansion_steps": 0,
-        "patience": 25,
-        "improvement": 0.1,
-        "final_temperature": 0.1,
-    }
 
 
 class CppNetwork(nn.Module):
@@ -251,7 +238,21 @@ class CppNetwork(nn.Module):
         Args:
             blocks: yields this worker's rows, Float[B D]s.
         """
-        directions, deviations, mean = _principal_components(blocks, self.first.weight)
+        # 1. Principal components: directions as columns, falling standard deviations, and the mean of all rows.
+        like, D = self.first.weight, self.first.in_features
+        total = torch.zeros(D + 2, D, dtype=torch.float64, device=like.device)
+        for block in blocks():
+            x = block.to(like)
+            total[:D] += x.T @ x
+            total[D] += x.sum(0)
+            total[D + 1] += len(x)
+        total = distributed.all_reduce(total)
+        mean = total[D] / total[D + 1, 0]
+        values, vectors = torch.linalg.eigh(total[:D] / total[D + 1, 0] - mean.outer(mean))
+        deviations = values.flip(0).clamp(min=0).sqrt()
+        deviations = deviations.clamp(min=1e-6 * float(deviations[0]) + 1e-12)
+        directions, deviations, mean = vectors.flip(1).to(like), deviations.to(like), mean.to(like)
+        # 2. The layers that pass them on.
         count = min(len(self.features.weight), directions.shape[1], len(self.first.weight) // 2)
         directions, share = directions[:, :count].T, deviations[:count] / deviations[0]
         pair = torch.cat([directions, -directions])
@@ -285,23 +286,6 @@ class CppNetwork(nn.Module):
         variance = (squares / rows - shift.square()) * rows / (rows - 1).clamp(min=1)
         self.norm.running_mean += shift.to(weight)
         self.norm.running_var.copy_(variance[None])
-
-
-def _principal_components(blocks: Callable[[], Iterator[Tensor]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return directions Float[D D] as columns, falling standard deviations Float[D] and the mean Float[D] of rows."""
-    width = like.shape[1]
-    total = torch.zeros(width + 2, width, dtype=torch.float64, device=like.device)
-    for block in blocks():
-        x = block.to(like)
-        total[:width] += x.T @ x
-        total[width] += x.sum(0)
-        total[width + 1] += len(x)
-    total = distributed.all_reduce(total)
-    mean = total[width] / total[width + 1, 0]
-    values, vectors = torch.linalg.eigh(total[:width] / total[width + 1, 0] - mean.outer(mean))
-    deviations = values.flip(0).clamp(min=0).sqrt()
-    deviations = deviations.clamp(min=1e-6 * float(deviations[0]) + 1e-12)
-    return vectors.flip(1).to(like), deviations.to(like), mean.to(like)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -378,11 +378,6 @@ class Cost:
     """Of matrix products per step."""
 
     @property
-    def held_bytes(self) -> float:
-        """Memory, at most at one time."""
-        return self.state_bytes + self.logits_bytes + self.passing_bytes
-
-    @property
     def step_operations(self) -> float:
         """Time of a step, in operations."""
         held = self.state_bytes / (STATE_COPIES * FLOAT) * OPTIMIZER_BYTES
@@ -454,7 +449,8 @@ def choose_layout(
     gradient_bytes = estimate_cost(shape, plan, Layout(1, 1)).state_bytes / STATE_COPIES
     if not layouts or gradient_bytes < MIN_GRADIENT_BYTES:
         return Layout(1, workers)
-    head_bytes = estimate_cost(replace(shape, heads=1), plan, Layout(1, 1)).held_bytes
+    head = estimate_cost(replace(shape, heads=1), plan, Layout(1, 1))
+    head_bytes = head.state_bytes + head.logits_bytes + head.passing_bytes
     if workers > 1 and head_bytes > memory:
         raise ConfigError(
             f"method.clusters = {shape.clusters}: a head takes {head_bytes / GIGABYTE:.1f} GB, a worker has "

@@ -289,6 +289,6 @@ def _paired(labels_true: Labels, labels_pred: Labels) -> tuple[NDArray[Any], NDA
 
 
 def _codes(labels_true: Labels, labels_pred: Labels) -> tuple[IntArray, IntArray]:
-    """Both labelings as numbers from 0, which spares scikit-learn's guess at the kind of labels."""
+    """Return both labelings as numbers from 0, which spares scikit-learn's guess at the kind of labels."""
     true, pred = _paired(labels_true, labels_pred)
     return np.unique(true, return_inverse=True)[1], np.unique(pred, return_inverse=True)[1]

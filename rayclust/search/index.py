@@ -196,14 +196,14 @@ def without_self(ids: IntArray, similarity: FloatArray, own: IntArray) -> tuple[
 
 
 def _sample(rng: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
-    """Int64[S], sorted positions."""
+    """Return Int64[S], sorted positions of a sample."""
     if size >= count:
         return np.arange(count)
     return np.sort(rng.choice(count, size, replace=False))
 
 
 def _rows_at(stream: Stream, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Rows and their ids at sorted positions of the stream."""
+    """Return rows and their ids at sorted positions of the stream."""
     rows, ids, start = [], [], 0
     for block, block_ids in stream():
         low, high = np.searchsorted(positions, [start, start + len(block)])

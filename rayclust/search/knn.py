@@ -71,12 +71,39 @@ class RunningTopK:
             raise ShapeError(f"ids has shape {tuple(ids.shape)}: one id for each of {len(block)} rows is needed")
         if len(self._queries) == 0:
             return
-        device = self._queries.device
+        k, device = self._k, self._queries.device
         scores = _SCORES_ON_GPU if self._queries.is_cuda else _SCORES_ON_CPU
-        size = max(self._k + 1, scores // len(self._queries))
+        size = max(k + 1, scores // len(self._queries))
         for rows, row_ids in zip(torch.split(block, size), torch.split(ids, size), strict=True):
-            if len(rows):
-                self._merge(rows.to(device).float(), row_ids.to(device))
+            if len(rows) == 0:
+                continue
+            rows, row_ids = rows.to(device).float(), row_ids.to(device)
+            similarity = self._queries @ rows.T
+            # 1. A query does not find its own row.
+            if self._own is not None:
+                ordered, order = row_ids.sort()
+                place = torch.searchsorted(ordered, self._own).clamp_(max=len(rows) - 1)
+                here = (ordered[place] == self._own).nonzero().squeeze(1)
+                similarity[here, order[place[here]]] = -torch.inf
+            # 2. The block's k greatest, with the smaller ids where a tie crosses the cut.
+            best, where = similarity.topk(min(k + 1, len(rows)), dim=1)
+            best_ids = row_ids[where]
+            if len(rows) > k:
+                # topk keeps any of the columns that tie at the cut: choose again where there is such a tie.
+                cut = best[:, k - 1 : k]
+                crossed = (best[:, k] == cut[:, 0]).nonzero().squeeze(1)
+                best, best_ids = best[:, :k], best_ids[:, :k]
+                for some in torch.split(crossed, 64):
+                    tied = torch.where(similarity[some] == cut[some], row_ids, torch.iinfo(torch.int64).max)
+                    smallest = tied.topk(k, dim=1, largest=False)[0]
+                    above = best[some] > cut[some]
+                    place = torch.arange(k, device=row_ids.device) - above.sum(1, keepdim=True)
+                    best_ids[some] = torch.where(above, best_ids[some], smallest.gather(1, place.clamp(min=0)))
+            # 3. Merge with the running result: sort by id, then stably by similarity.
+            best, best_ids = torch.cat([self._similarity, best], dim=1), torch.cat([self._ids, best_ids], dim=1)
+            best_ids, order = best_ids.sort(dim=1)
+            best, by_similarity = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+            self._similarity, self._ids = best[:, :k], best_ids.gather(1, by_similarity)[:, :k]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return Int64[B k] ids and Float32[B k] similarities, nearest first; −1 and −inf after the last row seen."""
@@ -84,34 +111,6 @@ class RunningTopK:
         similarity = functional.pad(self._similarity, (0, missing), value=-torch.inf)
         ids = functional.pad(self._ids, (0, missing), value=_NO_ID)
         return ids.masked_fill(similarity == -torch.inf, _NO_ID), similarity
-
-    def _merge(self, block: Tensor, ids: Tensor) -> None:
-        k, similarity = self._k, self._queries @ block.T
-        # 1. A query does not find its own row.
-        if self._own is not None:
-            ordered, order = ids.sort()
-            place = torch.searchsorted(ordered, self._own).clamp_(max=len(ids) - 1)
-            here = (ordered[place] == self._own).nonzero().squeeze(1)
-            similarity[here, order[place[here]]] = -torch.inf
-        # 2. The block's k greatest, with the smaller ids where a tie crosses the cut.
-        best, where = similarity.topk(min(k + 1, len(ids)), dim=1)
-        best_ids = ids[where]
-        if len(ids) > k:
-            # topk keeps any of the columns that tie at the cut: choose again where there is such a tie.
-            cut = best[:, k - 1 : k]
-            crossed = (best[:, k] == cut[:, 0]).nonzero().squeeze(1)
-            best, best_ids = best[:, :k], best_ids[:, :k]
-            for rows in torch.split(crossed, 64):
-                tied = torch.where(similarity[rows] == cut[rows], ids, torch.iinfo(torch.int64).max)
-                smallest = tied.topk(k, dim=1, largest=False)[0]
-                above = best[rows] > cut[rows]
-                place = torch.arange(k, device=ids.device) - above.sum(1, keepdim=True)
-                best_ids[rows] = torch.where(above, best_ids[rows], smallest.gather(1, place.clamp(min=0)))
-        # 3. Merge with the running result: sort by id, then stably by similarity.
-        best, best_ids = torch.cat([self._similarity, best], dim=1), torch.cat([self._ids, best_ids], dim=1)
-        best_ids, order = best_ids.sort(dim=1)
-        best, by_similarity = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-        self._similarity, self._ids = best[:, :k], best_ids.gather(1, by_similarity)[:, :k]
 
 
 def top_k(
@@ -191,34 +190,29 @@ class TopKInt64:
             span = slice(start, start + size)
             kept = self.keys[places[span]]
             scores = queries[span] @ rows.T
-            # 1. Rows that may enter, as a sparse list: place among the queries, in order, and key.
-            may_enter = scores >= self._floor(scores, kept[:, -1], lowest)[:, None]
-            flat = torch.from_numpy(np.flatnonzero(may_enter.numpy()))
+            # 1. The least similarity with which a row may enter. One that ties with the last enters if its id is
+            # smaller, which is known for the whole block at once mostly.
+            last_ids, last = unpack_keys(kept[:, -1])
+            floor = last + torch.where(last_ids < lowest, 0.5, -0.5) / _STEPS
+            # Of the maxima of groups, one more than k (the query may be among them) are at least as large as this.
+            group = min(_GROUP, scores.shape[1] // (2 * (self.k + 1)))
+            if group > 1 and bool((kept[:, -1] == _NO_KEY).any()):
+                whole = scores.shape[1] // group * group
+                maxima = scores[:, :whole].reshape(len(scores), group, -1).amax(1)
+                floor = torch.maximum(floor, maxima.topk(self.k + 1, dim=1)[0][:, -1] - 0.5 / _STEPS)
+            # 2. Rows that may enter, as a sparse list: place among the queries, in order, and key.
+            flat = torch.from_numpy(np.flatnonzero((scores >= floor[:, None]).numpy()))
             if not len(flat):
                 continue
             row = flat // scores.shape[1]
             near = ids[flat - row * scores.shape[1]]
             key = pack_keys(scores.view(-1)[flat], near).masked_fill_(near == own[span][row], _NO_KEY)
-            # 2. Pad the list to a matrix and keep the k greatest keys.
+            # 3. Pad the list to a matrix and keep the k greatest keys.
             counts = torch.bincount(row, minlength=len(kept))
             column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
             entered = kept.new_full((len(kept), int(counts.max())), _NO_KEY)
             entered[row, column] = key
             self.keys[places[span]] = torch.cat([kept, entered], dim=1).topk(self.k, dim=1)[0]
-
-    def _floor(self, scores: Tensor, last: Tensor, lowest: int) -> Tensor:
-        """Float32[q]: the least similarity with which a row may enter."""
-        ids, similarity = unpack_keys(last)
-        # A row that ties with the last enters if its id is smaller, which is known for the whole block at once mostly.
-        floor = similarity + torch.where(ids < lowest, 0.5, -0.5) / _STEPS
-        if bool((last == _NO_KEY).any()):
-            # Of the maxima of groups, one more than k (the query may be among them) are at least as large as this.
-            group = min(_GROUP, scores.shape[1] // (2 * (self.k + 1)))
-            if group > 1:
-                whole = scores.shape[1] // group * group
-                maxima = scores[:, :whole].reshape(len(scores), group, -1).amax(1)
-                floor = torch.maximum(floor, maxima.topk(self.k + 1, dim=1)[0][:, -1] - 0.5 / _STEPS)
-        return floor
 
 
 def pack_keys(similarity: Tensor, ids: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from rayclust.methods import build
 from rayclust.methods.base import (
     BaseMethodConfig,
     Batch,
-    FusedStep,
     HeadParallel,
     Method,
     Plan,
@@ -86,24 +85,22 @@ class Lars(torch.optim.Optimizer):
         """Take one step for every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group)
-
-    def _step(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if group["adapts"]:
-            # Local rate η·‖w‖/‖g‖ of each layer, 1 where either is zero.
-            gradient = gradient + group["weight_decay"] * parameter
-            axes = tuple(range(int(group["stacked"]), parameter.dim()))
-            length = torch.linalg.vector_norm(parameter, dim=axes, keepdim=True)
-            slope = torch.linalg.vector_norm(gradient, dim=axes, keepdim=True)
-            ratio = group["trust"] * length / slope
-            gradient = gradient * torch.where((length > 0) & (slope > 0), ratio, torch.ones_like(ratio))
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        velocity: Tensor = state["momentum_buffer"]
-        velocity.mul_(group["momentum"]).add_(gradient)
-        parameter.add_(velocity, alpha=-group["lr"])
+                if parameter.grad is None:
+                    continue
+                state, gradient = self.state[parameter], parameter.grad
+                if group["adapts"]:
+                    # Local rate η·‖w‖/‖g‖ of each layer, 1 where either is zero.
+                    gradient = gradient + group["weight_decay"] * parameter
+                    axes = tuple(range(int(group["stacked"]), parameter.dim()))
+                    length = torch.linalg.vector_norm(parameter, dim=axes, keepdim=True)
+                    slope = torch.linalg.vector_norm(gradient, dim=axes, keepdim=True)
+                    ratio = group["trust"] * length / slope
+                    gradient = gradient * torch.where((length > 0) & (slope > 0), ratio, torch.ones_like(ratio))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                velocity: Tensor = state["momentum_buffer"]
+                velocity.mul_(group["momentum"]).add_(gradient)
+                parameter.add_(velocity, alpha=-group["lr"])
 
 
 def build_optimizer(groups: Iterable[Mapping[str, Any]], config: TrainedConfig) -> torch.optim.Optimizer:
@@ -172,22 +169,19 @@ class Stepper:
             decays = group["initial_decay"], group["final_decay"]
             group["lr"] = rate * group["lr_scale"]
             group["weight_decay"] = cosine_schedule(*decays, batch.step, self.plan.steps)
-        if isinstance(self.method, FusedStep):
-            metrics = self.method.fused_step(batch, self.optimizer)
-        else:
-            metrics = self.method.training_step(batch)
-            self.optimizer.zero_grad(set_to_none=True)
-            self._scaler.scale(metrics["loss"] * batch.weight).backward()  # type: ignore[no-untyped-call]
-            distributed.average_gradients(self._parameters.values())
-            self._scaler.unscale_(self.optimizer)
-            if self.config.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters.values(), self.config.clip_norm)
-            for group in self.optimizer.param_groups:
-                if batch.epoch < group["frozen_epochs"]:
-                    for parameter in group["params"]:
-                        parameter.grad = None
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
+        metrics = self.method.training_step(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(metrics["loss"] * batch.weight).backward()  # type: ignore[no-untyped-call]
+        distributed.average_gradients(self._parameters.values())
+        self._scaler.unscale_(self.optimizer)
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self.config.clip_norm)
+        for group in self.optimizer.param_groups:
+            if batch.epoch < group["frozen_epochs"]:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.method.on_step_end(batch.step)
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -295,37 +289,36 @@ class Trainer:
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            self._fit(Stepper(method.to(self.device)), data, start)
-
-    def _fit(self, stepper: Stepper, data: Rows | Source, start: Callable[[], None] | None) -> None:
-        method, plan = stepper.method, stepper.plan
-        dtype = next(method.parameters()).dtype
-        source = data if isinstance(data, Source) else RowSource(data, method.pairing, self.seed, self.device, dtype)
-        sums: dict[str, Tensor] = {}
-        step = self._resume(stepper, sums)
-        batches = source.batches(plan, distributed.rank(), step or 0)
-        if step is None and start is not None:
-            start()
-            self._started = self._saved = time.monotonic()
-        logger.info("training: %d steps of %d rows from step %d", plan.steps, plan.batch_size, step or 0)
-        method.train()
-        for batch in () if method.stop else batches:
-            torch.manual_seed(derive_seed(self.seed, STEP_STREAM, batch.step, distributed.rank()))
-            for name, value in stepper.step(batch).items():
-                if name not in sums:
-                    sums[name] = torch.zeros_like(value, dtype=torch.float64)
-                sums[name].add_(value, alpha=batch.weight)
-            step = batch.step + 1
-            if step == plan.steps or step % plan.steps_per_epoch == 0:
-                self._end_epoch(stepper, batch.epoch, step, sums)
-                sums.clear()
-            by_epochs = self.every.epochs is not None and step % plan.steps_per_epoch == 0
-            by_clock = step % CLOCK_STEPS == 0 and self.is_due(None)
-            if step == plan.steps or method.stop or by_clock or (by_epochs and self.is_due(batch.epoch + 1)):
-                self._save(stepper, step, sums)
-            if method.stop:
-                break
-        method.eval()
+            stepper = Stepper(method.to(self.device))
+            plan, dtype = stepper.plan, next(method.parameters()).dtype
+            source = (
+                data if isinstance(data, Source) else RowSource(data, method.pairing, self.seed, self.device, dtype)
+            )
+            sums: dict[str, Tensor] = {}
+            step = self._resume(stepper, sums)
+            batches = source.batches(plan, distributed.rank(), step or 0)
+            if step is None and start is not None:
+                start()
+                self._started = self._saved = time.monotonic()
+            logger.info("training: %d steps of %d rows from step %d", plan.steps, plan.batch_size, step or 0)
+            method.train()
+            for batch in () if method.stop else batches:
+                torch.manual_seed(derive_seed(self.seed, STEP_STREAM, batch.step, distributed.rank()))
+                for name, value in stepper.step(batch).items():
+                    if name not in sums:
+                        sums[name] = torch.zeros_like(value, dtype=torch.float64)
+                    sums[name].add_(value, alpha=batch.weight)
+                step = batch.step + 1
+                if step == plan.steps or step % plan.steps_per_epoch == 0:
+                    self._end_epoch(stepper, batch.epoch, step, sums)
+                    sums.clear()
+                by_epochs = self.every.epochs is not None and step % plan.steps_per_epoch == 0
+                by_clock = step % CLOCK_STEPS == 0 and self.is_due(None)
+                if step == plan.steps or method.stop or by_clock or (by_epochs and self.is_due(batch.epoch + 1)):
+                    self._save(stepper, step, sums)
+                if method.stop:
+                    break
+            method.eval()
 
     def _end_epoch(self, stepper: Stepper, epoch: int, step: int, sums: dict[str, Tensor]) -> None:
         """Average the epoch's metrics over steps and workers, and report them."""
@@ -467,6 +460,3 @@ def fit_arrays(
     method = build(config, rows.dimension, rows.count, seed)
     method.fit(rows, Trainer(seed, device))
     return method.eval()
-
-
-CROSSED = "cross_pairs"  # until stages/train.py drops rows that are divided over workers

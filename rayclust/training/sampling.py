@@ -116,24 +116,14 @@ class ArrayRows:
     def __init__(self, x: Tensor | np.ndarray, neighbors: Tensor | np.ndarray | None = None) -> None:
         self._x = torch.as_tensor(x)
         require_matrix(self._x, "x")
+        self.count, self.dimension = self._x.shape
         self._neighbors = None if neighbors is None else torch.as_tensor(neighbors)
         if self._neighbors is not None:
             require_matrix(self._neighbors, "neighbors")
-            given, count = len(self._neighbors), len(self._x)
-            if given != count:
-                raise ShapeError(f"neighbors has {given} rows: {count} are needed, one for each row of x")
-            if self._neighbors.numel() and (largest := int(self._neighbors.max())) >= count:
-                raise DataError(f"neighbors holds {largest}: row numbers must be below {count}")
-
-    @property
-    def count(self) -> int:
-        """N."""
-        return len(self._x)
-
-    @property
-    def dimension(self) -> int:
-        """D."""
-        return int(self._x.shape[1])
+            if (given := len(self._neighbors)) != self.count:
+                raise ShapeError(f"neighbors has {given} rows: {self.count} are needed, one for each row of x")
+            if self._neighbors.numel() and (largest := int(self._neighbors.max())) >= self.count:
+                raise DataError(f"neighbors holds {largest}: row numbers must be below {self.count}")
 
     def tensor(self) -> Tensor:
         """Return all rows, Float[N D]."""

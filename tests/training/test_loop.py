@@ -429,23 +429,6 @@ def test_a_scaled_loss_takes_the_steps_of_a_plain_one_and_skips_gradients_that_a
     assert again.state()["loss_scale.scale"].item() == loop.LOSS_SCALE
 
 
-class Fused(Tiny):
-    """Takes its steps itself."""
-
-    def fused_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        with torch.no_grad():
-            self.first.sub_(optimizer.param_groups[0]["lr"])
-        return {"loss": torch.tensor(3.0)}
-
-
-def test_a_method_may_take_whole_steps_itself():
-    method = Fused(learning_rate=6.4, min_learning_rate=6.4)
-    trainer = Trainer(7)
-    trainer.fit(method, ArrayRows(torch.zeros(4, D)))
-    assert method.first.item() == pytest.approx(1 - 4 * 0.1)
-    assert [row["loss"] for row in trainer.history] == [3.0] * 4
-
-
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_a_parameter_without_gradient_is_passed_over(name: str):
     method = _method(optimizer=name)
