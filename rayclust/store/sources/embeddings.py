@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from rayclust.errors import DataError
 from rayclust.store import storage
-from rayclust.store.prefetch import prefetch
 from rayclust.store.sources import parquet
-from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text
+from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text, prefetch
 from rayclust.store.sources.parquet import EMBEDDING_NAMES, Columns, Footer, RowNames, describe_columns
 from rayclust.store.storage import FileStat, UnreadableError
 
@@ -69,11 +68,11 @@ class _ArrayFile:
     """The part of an array file that planning needs."""
 
     stamp: str
-    """Of the file and of what lies beside it."""
+    """Of the file and of its labels and metadata."""
     beside: tuple[str, ...]
     """URIs of its labels and metadata."""
     rows: int | None
-    """Rows that are really there; None where only reading tells."""
+    """Rows within the size of the file; None if unknown before it is read."""
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterator[Shard]:
@@ -347,7 +346,7 @@ def _walk_tensors(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any
 def _array_rows(
     shard: Shard, values: NDArray[Any], total: int, labels: NDArray[Any] | None = None
 ) -> tuple[RowNames, EmbeddingBuffer]:
-    """Name the rows of an array, from its file and from what lies beside.
+    """Name the rows of an array, from its file and the files beside it.
 
     Args:
         shard: of the array.
@@ -427,7 +426,7 @@ def read_npy_header(uri: str) -> NpyHeader:
         DamagedNpyError: there is none.
         DataError: the array holds Python objects or records, which are not read.
     """
-    start = io.BytesIO(storage.read_bytes(uri, _HEADER_BYTES))
+    start = io.BytesIO(storage.read_bytes(uri, 0, _HEADER_BYTES))
     try:
         version = np.lib.format.read_magic(start)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -469,6 +468,6 @@ def read_npy_rows(uri: str, header: NpyHeader, start: int = 0, count: int | None
             raise DamagedNpyError("the file ends early")
         values = np.frombuffer(data, header.dtype, math.prod(header.shape))
         return np.ascontiguousarray(values.reshape(header.shape, order="F"))[start:end]
-    data = storage.read_range(uri, header.offset + start * row_bytes, header.offset + end * row_bytes)
+    data = storage.read_bytes(uri, header.offset + start * row_bytes, header.offset + end * row_bytes)
     rows = len(data) // row_bytes if row_bytes else 0
     return np.frombuffer(data[: rows * row_bytes], header.dtype).reshape(rows, *header.shape[1:])

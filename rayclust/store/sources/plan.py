@@ -11,9 +11,8 @@ from itertools import islice
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.store import storage
-from rayclust.store.prefetch import prefetch
 from rayclust.store.sources import embeddings, folder, parquet, webdataset
-from rayclust.store.sources.base import MAX_RECORD_BYTES, Record, Rows, Shard
+from rayclust.store.sources.base import MAX_RECORD_BYTES, Record, Rows, Shard, prefetch
 from rayclust.store.sources.embeddings import LoadTensors
 from rayclust.store.storage import FileStat, MissingError, UnreadableError
 
