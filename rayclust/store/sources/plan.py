@@ -56,6 +56,7 @@ def detect_format(uri: str) -> str:
             tables.append(file)
         elif kind is not None:
             first.setdefault(kind, file)
+    # Of the tables only the columns decide; those beside other formats may be metadata.
     first |= _table_format(tables, is_alone=not first)
     if len(first) == 2 and "embeddings" in first:
         arrays_beside = first.pop("embeddings")
@@ -147,6 +148,7 @@ def plan_shards(
     else:
         tables = (file for file in files if _file_kind(file.key) in ("table", "embeddings"))
         shards = embeddings.plan(tables, template, shard_size * embeddings.SHARD_FACTOR)
+    # Number the shards, and their rows as far as the counts are known.
     index, first = -1, 0
     for index, shard in enumerate(shards):
         yield replace(shard, index=index, first=first)
