@@ -147,78 +147,73 @@ def planted(count: int, width: int, groups: int, spread: float, seed: int = 0) -
 def kernels(small: bool) -> None:
     """Worst differences of Triton's kernels from their plain form, and the kernels' rates."""
     import torch
-    from tests.kernels.test_triton_softmax import SIZES, compare_with_the_twin
 
-    from rayclust.kernels import pair_softmax
+    from tests.kernels.test_pair_softmax import SIZES, differences_from_the_plain_form
 
-    pair_softmax._kernels = lambda: None  # the twin stays plain on a GPU too
-    names = ("normalizer", "agreement", "sums", "sums of halves", "own", "both", "slope", "filling")
     sizes = SIZES[:2] if small else (*SIZES, (16, 512, 10), (4, 256, 1000), (2, 128, 25000))
-    print("  softmax of pairs: worst difference from the plain form, relative to the largest entry")
-    print(f"  {'':18}" + "".join(f"{name:>16}" for name in names))
+    print("  softmax of pairs: worst difference of each result from the plain form, relative to its largest entry")
     for dtype in (torch.float32, torch.bfloat16):
         for spread in (3.0, 300.0):
             with device():
-                found = [compare_with_the_twin(dtype, some, spread) for some in sizes]
-            worst = "".join(f"{max(part):16.1e}" for part in zip(*found, strict=True))
+                found = [differences_from_the_plain_form(dtype, some, spread) for some in sizes]
+            worst = "".join(f"{max(part):12.1e}" for part in zip(*found, strict=True))
             print(f"  {str(dtype).removeprefix('torch.') + f', x {spread:.0f}':18}{worst}")
     _weight_norm(small)
     _kernel_rates(small)
 
 
 def _weight_norm(small: bool) -> None:
-    """Worst differences of the weight normalisation, the way there and back."""
+    """Worst differences of the weight normalisation, forward and backward."""
     import torch
 
-    from rayclust.kernels import triton_weight_norm, weight_norm
+    from rayclust.kernels import weight_norm
 
-    weight_norm._kernels = lambda: None
-    weight_norm._fused = lambda x: None
     print("  weight normalisation: worst difference, relative to the largest entry: rows, direction, scale")
     sizes = ((2, 5, 7, 64), (3, 64, 20, 64)) if small else ((2, 5, 7, 64), (3, 64, 20, 64), (4, 25000, 256, 25024))
+    has_kernels = weight_norm._has_kernels
     for dtype in (torch.float32, torch.bfloat16):
         worst = [0.0, 0.0, 0.0]
         for heads, clusters, width, columns in sizes:
             with device():
                 direction, scale = torch.randn(heads, clusters, width), torch.randn(heads, clusters)
-                out, wanted = torch.full((2, heads, columns, width), 9.0, dtype=dtype)
                 slopes = torch.randn(heads, columns, width).to(dtype)
-            triton_weight_norm.scaled_rows(direction, scale, 10.0, out)
-            weight_norm.scaled_rows(direction, scale, 10.0, wanted)
-            ours = (out, *triton_weight_norm.scaled_rows_backward(slopes, direction, scale, 10.0))
-            plain = (wanted, *weight_norm.scaled_rows_backward(slopes, direction, scale, 10.0))
-            for i, (a, b) in enumerate(zip(ours, plain, strict=True)):
+                outs = torch.full((2, heads, columns, width), 9.0, dtype=dtype)
+            forms = []
+            for out, choose in zip(outs, (has_kernels, lambda x: False), strict=True):
+                weight_norm._has_kernels = choose
+                rows = weight_norm.scaled_rows(direction, scale, 10.0, out)
+                forms.append((rows, *weight_norm.scaled_rows_backward(slopes, direction, scale, 10.0)))
+            for i, (a, b) in enumerate(zip(*forms, strict=True)):
                 apart = float((a.double() - b.double()).abs().max() / b.double().abs().max())
                 worst[i] = max(worst[i], apart)
         print(f"  {str(dtype).removeprefix('torch.'):18}" + "".join(f"{part:12.1e}" for part in worst))
+    weight_norm._has_kernels = has_kernels
 
 
 def _kernel_rates(small: bool) -> None:
-    """Time and memory traffic of each softmax kernel in bf16, beside a copy."""
+    """Time and memory traffic of the softmax passes in bf16, beside a copy."""
     import torch
 
-    from rayclust.kernels import triton_softmax as fused
-    from rayclust.kernels.pair_softmax import Lesson, padded
+    from rayclust.kernels import pair_softmax as passes
 
     heads, pairs, clusters = (1, 4, 100) if small else (4, 1024, 25000)
+    columns = passes.padded_columns(clusters, device().type)
     with device():
-        student, teacher = torch.randn(2, heads, 2, pairs, padded(clusters)).bfloat16()
+        student, teacher = torch.randn(2, heads, 2, pairs, columns).bfloat16()
         log_marginal, weights = torch.randn(heads, clusters).log_softmax(1), torch.rand(heads, pairs)
-    normalizer, _ = fused.normalize(teacher, clusters)
-    lesson = Lesson(normalizer, log_marginal, weights, 0.6, 0.5 / pairs)
-    found = fused.compare(student, teacher, lesson)
+    stats = passes.teacher_forward(teacher, clusters)
+    inputs = passes.PairLossInputs(stats.normalizer, log_marginal, weights, 0.6, 0.5 / pairs)
     rows: list[tuple[str, Callable[[], object], int]] = [
         ("copy", lambda: student.clone(), 2),
-        ("normalize", lambda: fused.normalize(teacher, clusters), 1),
-        ("sum_shares", lambda: fused.sum_shares(teacher, normalizer, clusters), 1),
-        ("compare", lambda: fused.compare(student, teacher, lesson), 2),
-        ("give_way", lambda: fused.give_way(student, teacher, lesson, found), 3),
+        ("teacher forward", lambda: passes.teacher_forward(teacher, clusters), 2),
+        ("student forward", lambda: passes.student_forward_backward(student, teacher, inputs, False), 2),
+        ("and backward", lambda: passes.student_forward_backward(student, teacher, inputs, True), 5),
     ]
     size = student.numel() * student.element_size()
-    print(f"  bf16 kernels at H = {heads}, {pairs} pairs, K = {clusters}: {size / 1e6:.0f} MB of logits")
-    for name, run, passes in rows:
+    print(f"  bf16 passes at H = {heads}, {pairs} pairs, K = {clusters}: {size / 1e6:.0f} MB of logits")
+    for name, run, times_read in rows:
         times = seconds_of(run, 1 if small else 7)
-        print(f"  {name:18}{milliseconds(times)} ms {passes * size / times[0] / 1e9:10.0f} GB/s")
+        print(f"  {name:18}{milliseconds(times)} ms {times_read * size / times[0] / 1e9:10.0f} GB/s")
 
 
 def temi_step(small: bool) -> None:
@@ -248,14 +243,10 @@ def temi_profile(small: bool) -> None:
     import temi_step as script
     from temi_overcluster import Shape, stepper
 
-    from rayclust.methods import temi_losses
-
-    least = temi_losses.LEAST_LOGITS
     shape = Shape(2, 200, 32, 64) if small else Shape(16, 25000, 768, 1024)
     run = stepper("kernels bf16", shape, device().type)
     _profile(f"kernels bf16, H = {shape.heads}, K = {shape.clusters}, D = {shape.dimension}, {shape.pairs} pairs", run)
     del run
-    temi_losses.LEAST_LOGITS = least
     x, neighbors = script.planted()
     for some in ((2, 10),) if small else ((16, 10), (50, 1000)):
         ours = script.Ours(x, neighbors, some, "bf16", device().type)
@@ -349,8 +340,9 @@ def _cpp_step(rounds: int) -> None:
     from published_cpp import PublishedCpp
 
     from rayclust.methods import build
-    from rayclust.methods.base import Batch
+    from rayclust.methods.base import EMBEDDINGS, Batch
     from rayclust.methods.cpp import CppConfig
+    from rayclust.training.loop import Stepper
 
     where = device()
     x = torch.randn(script.N, script.D, generator=torch.Generator().manual_seed(0)).to(where)
@@ -361,8 +353,8 @@ def _cpp_step(rounds: int) -> None:
                 settings = {"clusters": 10, "preset": "none", "precision": form[-4:], "expansion_steps": 0}
                 settings |= {"hidden": script.H}
                 method = build(CppConfig.model_validate(settings), script.D, script.N, seed=0).to(where)
-                steps, batch = method.own_steps(), Batch(x[None], torch.arange(script.N), 1, 0)
-                times = seconds_of(lambda steps=steps, batch=batch: steps.take(batch, 1e-4, 1e-4), rounds, warm_up=2)
+                stepper, batch = Stepper(method), Batch({EMBEDDINGS: x[None]}, torch.arange(script.N), 1, 0)
+                times = seconds_of(lambda step=stepper.step, batch=batch: step(batch), rounds, warm_up=2)
             else:
                 published = PublishedCpp(script.D, script.H, 128, where)
                 times = seconds_of(lambda step=published.step: step(x), rounds, warm_up=2)
@@ -449,16 +441,14 @@ def knn(small: bool) -> None:
 
 def train(small: bool) -> None:
     """TEMI and CPP as an estimator fits them, on planted rows."""
-    from rayclust.estimators import CPP, TEMI
-    from rayclust.estimators import cpp as cpp_module
-    from rayclust.estimators import temi as temi_module
+    from rayclust import estimators
     from rayclust.metrics.external import accuracy
 
     count, width, clusters = (400, 32, 4) if small else (20_000, 768, 20)
     x, labels = (t.cpu().numpy() for t in planted(count, width, clusters, 1.0 if small else 0.2))
     print(f"  N = {count:,}, D = {width}, K = {clusters}, preset auto")
-    for estimator, module in ((TEMI, temi_module), (CPP, cpp_module)):
-        spent = _timed_training(module)
+    spent = _timed_training(estimators)
+    for estimator in (estimators.TEMI, estimators.CPP):
         for turn in ("first", "again"):
             with peak_memory() as memory:
                 start = time.perf_counter()
@@ -505,12 +495,12 @@ def encode(small: bool) -> None:
 
     rates = matmul_rates(small)
     batch, rounds = (2, 1) if small else (256, 5)
-    colour = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    colours = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     for name in ("ViT-S-32-alt",) if small else ("ViT-B-32", "ViT-L-14"):
         with device():
             network = open_clip.create_model(name, load_weights=False, pretrained_text=False, device=device())
         config = EncoderConfig(name=f"open_clip/{name}", batch_size=batch, threads=1)
-        encoder = ClipEncoder(network, config, Preprocess(network.visual.image_size), colour, device().type)
+        encoder = ClipEncoder(network, config, Preprocess(network.visual.image_size), device=device().type, **colours)
         images = torch.randint(256, (batch, *encoder.preprocess.shape), dtype=torch.uint8).numpy()
         operations = _operations(encoder, images[:1])
         print(f"  {name}, batch {batch}, {operations / 1e9:.1f} GFLOP an image")
@@ -629,7 +619,7 @@ class Process:
     def __init__(self, name: str, small: bool) -> None:
         self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, __file__, "--one", name, *(["--small"] if small else [])]
-        environment = {"RAYCLUST_NATIVE": "0", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
         paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)  # for processes that a part starts, too
         if small and not Path("/dev/nvidiactl").exists():

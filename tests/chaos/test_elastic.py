@@ -97,7 +97,7 @@ def newest(run: Path) -> dict[str, Any]:
             return dict(manifest.read_checked(str(path))["state"])
         except (MissingError, ArtefactError):
             continue
-    return {"step": 0, "sharing": 0}
+    return {"step": 0, "workers": 0}
 
 
 def wait(process: subprocess.Popen[str], run: Path, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def shared_by_two(nodes: Nodes, table: Path, folder: Path) -> tuple[subprocess.P
     for attempt in range(6):
         run = folder / f"run{attempt}"
         process = start(nodes, prepared(table, run, min_workers=1), "train")
-        if wait(process, run, in_mid_epoch)["sharing"] == 2:
+        if wait(process, run, in_mid_epoch)["workers"] == 2:
             return process, run
         finish(process)
     raise AssertionError("Ray has never begun with both workers")
@@ -160,7 +160,7 @@ def test_a_node_lost_for_good_in_mid_epoch_leaves_one_worker_with_the_same_batch
     process, run = shared_by_two(nodes, table, tmp_path)
     nodes.lose()
     try:
-        assert wait(process, run, lambda state: state["sharing"] == 1)["step"] < STEPS
+        assert wait(process, run, lambda state: state["workers"] == 1)["step"] < STEPS
         finish(process)
     finally:
         nodes.regain()
