@@ -186,7 +186,7 @@ class RunTables:
         Raises:
             ArtefactError: a part is missing or damaged.
         """
-        return tables.iter_tables((uri for _, uri in parts(self._run.at(name))), columns)
+        return (tables.read_table(uri, columns) for _, uri in parts(self._run.at(name)))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a whole table; see `iter`.

@@ -25,8 +25,8 @@ from rayclust.store.manifest import (
     StageOutputs,
     digest_of,
     read_manifest,
-    seal,
     versions,
+    write_manifest,
 )
 from rayclust.store.run import Run
 
@@ -344,7 +344,7 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
         extra=stage.outputs.model_validate(result.extra).to_extra(),
     )
     lease.check()
-    seal(run, manifest)
+    write_manifest(run, manifest)
     logger.info("%s: done in %s%s", name, duration(seconds), f", {result.summary}" if result.summary else "")
     return manifest
 
@@ -393,5 +393,5 @@ def _refresh_stamps(run: Run, manifest: Manifest, listing: FileListing) -> Manif
     }
     if outputs != manifest.outputs:
         manifest = manifest.model_copy(update={"outputs": outputs})
-        seal(run, manifest)
+        write_manifest(run, manifest)
     return manifest

@@ -151,7 +151,7 @@ def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: in
     if end <= start:
         return np.empty(0, kind)
     head = 0 if groups is None else (groups + 1) * _BOUND.itemsize
-    data = storage.read_range(uri, head + start * kind.itemsize, head + end * kind.itemsize)
+    data = storage.read_bytes(uri, head + start * kind.itemsize, head + end * kind.itemsize)
     if len(data) != (end - start) * kind.itemsize:
         raise ArtefactError(f"{uri}: is shorter than was written; remove it and run `rayclust neighbors RUN.yaml`")
     return np.frombuffer(data, kind)

@@ -133,10 +133,10 @@ def translated(uri: str, action: str) -> Iterator[None]:
 
 
 def translate(error: Exception, uri: str, action: str) -> DataError:
-    """Return the one line that tells a user why a file or bucket could not be used; it holds no secret.
+    """Return the error for users, one line without secrets, of a file or bucket that could not be used.
 
     Args:
-        error: what the operating system, a store's client or `retry` raised.
+        error: raised by the operating system, a store's client or `retry`.
         uri: the file, object or folder.
         action: the verb that failed: read, write, list, remove.
     """

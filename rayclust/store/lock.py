@@ -35,9 +35,12 @@ RENEW_SECONDS = 5.0
 LOST_SECONDS = 30.0
 """An owner that is not seen to renew for so long has lost the run: several renewals, and a slow network."""
 
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_REALTIME)
+"""A clock that goes on while the machine sleeps, where there is one."""
+
 
 class LockOwner(Config):
-    """A process that works on a run."""
+    """A process that works on a run; as text, for messages."""
 
     token: str
     """Of this one taking of the run."""
@@ -70,18 +73,12 @@ class LockOwner(Config):
         )
 
     def __str__(self) -> str:
-        """As a person is told of it."""
         job = f", job {self.submission}" if self.submission else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
-    @property
-    def is_local(self) -> bool:
-        """Whether it is or was a process of this machine, of which `has_ended` knows."""
-        return self.machine == machine_id()
-
     def has_ended(self) -> bool:
         """Return whether it was a process of this machine and is no more."""
-        return self.is_local and process_start_time(self.pid) != self.born
+        return self.machine == machine_id() and process_start_time(self.pid) != self.born
 
 
 def machine_id() -> str:
@@ -94,7 +91,7 @@ def machine_id() -> str:
 
 
 def process_start_time(pid: int) -> str | None:
-    """Return when a process began; None where there is none, "" where the machine does not tell."""
+    """Return when a process began; None where there is none, "" where it is unknown."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)
@@ -134,7 +131,7 @@ class RunLock:
             found = storage.read_versioned(self._uri)
             if found is None or _is_abandoned(self._uri, found):
                 self._version = storage.put_if_match(self._uri, self._content(), found[1] if found else None)
-        self._renewed = _uptime()
+        self._renewed = time.clock_gettime(_CLOCK)
         self._thread.start()
 
     def release(self) -> None:
@@ -155,7 +152,7 @@ class RunLock:
             HeldError: another has it.
             DataError: the storage cannot be read or written.
         """
-        if _uptime() - self._renewed > LOST_SECONDS / 2:
+        if time.clock_gettime(_CLOCK) - self._renewed > LOST_SECONDS / 2:
             self._renew()
         if self._lost_to is not None:
             raise HeldError(
@@ -178,7 +175,7 @@ class RunLock:
             self._owner = self._owner.model_copy(update={"beat": self._owner.beat + 1})
             version = storage.put_if_match(self._uri, self._content(), self._version)
             if version is not None:
-                self._version, self._renewed = version, _uptime()
+                self._version, self._renewed = version, time.clock_gettime(_CLOCK)
                 return
             # The next renewal goes on from no file, or from an older one of this process.
             found = storage.read_versioned(self._uri)
@@ -190,7 +187,7 @@ class RunLock:
 
 
 _held: dict[str, tuple[RunLock, int]] = {}
-"""What this process holds, and how many contexts deep."""
+"""By URI of a run, the lock that this process holds and the depth of its contexts."""
 _guard = threading.RLock()
 
 
@@ -256,28 +253,28 @@ def _is_abandoned(uri: str, found: tuple[bytes, str]) -> bool:
     Raises:
         HeldError: its owner is at work.
     """
+    # 1. A process of this machine either has ended or is at work.
     owner = _parse(found[0])
     if owner is not None and owner.has_ended():
         logger.info("the run's last driver, %s, has ended without letting go: taken over", owner)
         return True
-    if owner is not None and owner.is_local:
-        raise HeldError(_held_line(uri, owner))
-    logger.info("the run is held by %s: watching whether it still works", owner or "an unknown process")
+    is_at_work = owner is not None and owner.machine == machine_id()
+    if not is_at_work:
+        logger.info("the run is held by %s: watching whether it still works", owner or "an unknown process")
+    # 2. Another machine's renews the lock in time, or is lost.
     deadline = time.monotonic() + LOST_SECONDS
-    while time.monotonic() < deadline:
+    while not is_at_work and time.monotonic() < deadline:
         time.sleep(RENEW_SECONDS / 4)
         now = storage.read_versioned(uri)
         if now is None:
             return False
         if now[1] != found[1]:
-            raise HeldError(_held_line(uri, _parse(now[0])))
+            owner, is_at_work = _parse(now[0]), True
+    if is_at_work:
+        run, process = uri.rpartition("/")[0], owner or "another process"
+        raise HeldError(f"{run}: is worked on by {process}; wait for it to end, or stop it first")
     logger.info("the run's last driver has not been seen at work for %g s: taken over", LOST_SECONDS)
     return True
-
-
-def _held_line(uri: str, owner: LockOwner | None) -> str:
-    run = uri.rpartition("/")[0]
-    return f"{run}: is worked on by {owner or 'another process'}; wait for it to end, or stop it first"
 
 
 def _parse(data: bytes) -> LockOwner | None:
@@ -285,8 +282,3 @@ def _parse(data: bytes) -> LockOwner | None:
         return LockOwner.model_validate_json(data)
     except ValidationError:
         return None
-
-
-def _uptime() -> float:
-    """Return seconds on a clock that goes on while the machine sleeps, where it has one."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.time()

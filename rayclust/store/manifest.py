@@ -1,4 +1,4 @@
-"""Manifests: what a stage read, wrote and counted. Written last, so that its presence means the stage is whole."""
+"""Manifests: inputs, outputs and counts of a stage. Written last, so that a stage with a manifest is complete."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ class Output(Config):
 
 
 class Section(Config):
-    """A group of workers while a stage ran: how many, for how long, and what they were busy with."""
+    """A group of workers while a stage ran: their number, wall time and work."""
 
     name: str
-    """What they did."""
+    """Name of their work."""
     workers: int = Field(ge=0)
-    """How many there were."""
+    """Number of workers."""
     seconds: float = Field(ge=0)
     """Wall time that the group was there for."""
     busy: dict[str, float] = Field(default_factory=dict)
     """Seconds of work by kind, summed over the workers."""
     done: float = Field(0, ge=0)
-    """Units of work done in that time; what an earlier call had finished is left out."""
+    """Units of work done in that time, without those that an earlier call had finished."""
     unit: str = "rows"
-    """What is counted."""
+    """Name of the unit."""
 
 
 class StageOutputs(Config):
-    """What a stage has to say of its results beside counts and files; the base is of stages that say nothing.
+    """Results of a stage beside counts and files; the base class is for stages without any.
 
     Only fields that were set are written, so that a manifest keeps the bytes it had before a field was added.
     """
@@ -177,7 +177,7 @@ AnyOutputs = TypeVar("AnyOutputs", bound=StageOutputs)
 
 
 class Manifest(Config):
-    """The seal of a stage, or of one input shard within it."""
+    """Inputs, outputs and counts of a stage; a stage with a manifest is complete."""
 
     stage: str
     """Name of the stage."""
@@ -190,17 +190,17 @@ class Manifest(Config):
     outputs: dict[str, Output] = Field(default_factory=dict)
     """Files written, by path relative to the run."""
     versions: dict[str, str] = Field(default_factory=dict)
-    """Versions of what did the work."""
+    """Versions of Python and of the packages used."""
     seconds: float = Field(0.0, ge=0)
     """Wall time."""
     measured: tuple[Section, ...] = ()
-    """Where the time went in the call that sealed the stage. Like `seconds` it differs from call to call, and enters no
+    """Work and time of the call that completed the stage. Like `seconds` they differ from call to call and are in no
     digest."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """What only this stage has to say: the JSON of its `StageOutputs`."""
+    """The JSON of the stage's `StageOutputs`."""
 
     def outputs_of(self, kind: type[AnyOutputs]) -> AnyOutputs:
-        """Return what the stage has to say of its results.
+        """Return the results of the stage.
 
         Args:
             kind: the stage's class.
@@ -245,7 +245,7 @@ def write_checked(uri: str, content: dict[str, Any]) -> None:
 
 
 def read_checked(uri: str) -> dict[str, Any]:
-    """Return what `write_checked` was given; JSON without a checksum, of before there was one, is taken as it is.
+    """Return JSON that `write_checked` wrote; a file of earlier versions, without a checksum, is returned unchecked.
 
     Raises:
         MissingError: there is no such file.
@@ -259,17 +259,17 @@ def read_checked(uri: str) -> dict[str, Any]:
     return found
 
 
-def seal(run: Run, manifest: Manifest, shard: int | None = None) -> None:
-    """Write the manifest of a stage, or of input shard `shard` of it; call it after everything else is written.
+def write_manifest(run: Run, manifest: Manifest) -> None:
+    """Write the manifest of a stage, which marks it as complete; call it after everything else is written.
 
     Raises:
         DataError: it cannot be written.
     """
-    write_checked(_uri(run, manifest.stage, shard), manifest.model_dump(mode="json"))
+    write_checked(run.manifest(manifest.stage), manifest.model_dump(mode="json"))
 
 
-def read_manifest(run: Run, stage: str, shard: int | None = None) -> Manifest | None:
-    """Return the manifest of a stage, or of one shard of it.
+def read_manifest(run: Run, stage: str) -> Manifest | None:
+    """Return the manifest of a stage.
 
     Returns:
         None where there is none, or none that can be read: the work counts as not done.
@@ -277,7 +277,7 @@ def read_manifest(run: Run, stage: str, shard: int | None = None) -> Manifest | 
     Raises:
         DataError: the storage cannot be read.
     """
-    uri = _uri(run, stage, shard)
+    uri = run.manifest(stage)
     try:
         return Manifest.model_validate(read_checked(uri))
     except storage.MissingError:
@@ -298,10 +298,10 @@ def read_output(run: Run, stage: str, uri: str) -> bytes:
 
     Raises:
         MissingError: there is no such file.
-        ArtefactError: its checksum is another than was written. Where the stage is not sealed, nobody can tell.
+        ArtefactError: its checksum is another than was written. A stage without a manifest is not compared.
     """
-    sealed = read_manifest(run, stage)
-    written = sealed.outputs.get(run.path(uri)) if sealed else None
+    manifest = read_manifest(run, stage)
+    written = manifest.outputs.get(run.path(uri)) if manifest else None
     return read_unchanged(uri, written.digest if written else None, stage)
 
 
@@ -324,7 +324,3 @@ def read_unchanged(uri: str, digest: str | None, stage: str) -> bytes:
             f"remove it and run `rayclust {stage} RUN.yaml`, which makes it again"
         )
     return data
-
-
-def _uri(run: Run, stage: str, shard: int | None) -> str:
-    return run.manifest(stage) if shard is None else run.shard_manifest(shard, stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from rayclust.store import storage
 
@@ -20,6 +20,37 @@ class Run:
 
     uri: str
     """A folder, local or in object storage."""
+    config: str = field(default="config.json", init=False)
+    """The config that the run was last started with."""
+    lease: str = field(default="lease.json", init=False)
+    """The lock of the run."""
+    embeddings_folder: str = field(default="embeddings", init=False)
+    """Folder of `tables.EMBEDDINGS`, one table per input shard."""
+    rejects_folder: str = field(default="rejects", init=False)
+    """Folder of `tables.REJECTS`, one table per input shard."""
+    neighbors_folder: str = field(default="neighbors", init=False)
+    """Folder of `tables.NEIGHBORS`."""
+    assignments_folder: str = field(default="assignments", init=False)
+    """Folder of `tables.ASSIGNMENTS`."""
+    clusters: str = field(default="clusters.parquet", init=False)
+    """The table `tables.CLUSTERS`."""
+    metrics: str = field(default="metrics.json", init=False)
+    """Scores, a JSON object."""
+    selection: str = field(default="selection.json", init=False)
+    """The number of clusters that was chosen, and why."""
+    selection_fit: str = field(default="selection/fit", init=False)
+    """Folder of the one model of which all candidates are cut, for methods that need no fit for each."""
+    model_folder: str = field(default="model", init=False)
+    """The trained method: weights, config and a table of metrics per epoch."""
+    index_folder: str = field(default="index", init=False)
+    """The search index."""
+    report: str = field(default="report/index.html", init=False)
+    """The page for people."""
+
+    def __post_init__(self) -> None:
+        # The defaults are paths below the run.
+        for each in fields(self)[1:]:
+            object.__setattr__(self, each.name, self.at(str(each.default)))
 
     def at(self, *parts: str) -> str:
         """Return the URI of something below the run."""
@@ -29,103 +60,33 @@ class Run:
         """Return the path below the run of something at `uri`, as manifests name it."""
         return uri.removeprefix(self.uri.rstrip("/") + "/")
 
-    @property
-    def config(self) -> str:
-        """The config that the run was last started with."""
-        return self.at("config.json")
-
-    @property
-    def lease(self) -> str:
-        """The lock of the run: who works on it."""
-        return self.at("lease.json")
-
     def rows(self, index: int) -> str:
-        """Return where the rows of input shard `index` are numbered, in a run with several encoders."""
+        """Return the rows (number, key, URI, label) of input shard `index`, in a run with several encoders."""
         return self.at("rows", PART.format(index))
 
-    @property
-    def embeddings_folder(self) -> str:
-        """Folder of `tables.EMBEDDINGS`, one table per input shard, in a run with one encoder."""
-        return self.at("embeddings")
-
     def embeddings(self, index: int, space: str | None = None) -> str:
-        """Return the embeddings of input shard `index`.
-
-        Args:
-            index: of the shard.
-            space: name of the encoder, in a run with several; None in a run with one, whose tables hold the rows too.
-        """
+        """Return the embeddings of input shard `index` in a space; None is that of a run with one encoder."""
         return self.at("embeddings", *([space] if space else []), PART.format(index))
-
-    @property
-    def rejects_folder(self) -> str:
-        """Folder of `tables.REJECTS`, one table per input shard."""
-        return self.at("rejects")
 
     def rejects(self, index: int) -> str:
         """Return the rejects of input shard `index`."""
         return self.at("rejects", PART.format(index))
 
-    @property
-    def neighbors_folder(self) -> str:
-        """Folder of `tables.NEIGHBORS`."""
-        return self.at("neighbors")
-
     def neighbors(self, index: int) -> str:
         """Return the neighbours of the rows of embeddings part `index`."""
         return self.at("neighbors", PART.format(index))
-
-    @property
-    def assignments_folder(self) -> str:
-        """Folder of `tables.ASSIGNMENTS`."""
-        return self.at("assignments")
 
     def assignments(self, index: int) -> str:
         """Return the clusters of the rows of embeddings part `index`."""
         return self.at("assignments", PART.format(index))
 
-    @property
-    def clusters(self) -> str:
-        """The table `tables.CLUSTERS`."""
-        return self.at("clusters.parquet")
-
-    @property
-    def metrics(self) -> str:
-        """Scores, a JSON object."""
-        return self.at("metrics.json")
-
-    @property
-    def selection(self) -> str:
-        """The number of clusters that was chosen, and why."""
-        return self.at("selection.json")
-
     def candidate(self, clusters: int) -> str:
         """Return the folder of the model that select-k fitted with so many clusters; its criteria end in .json."""
         return self.at("selection", f"k-{clusters:05d}")
 
-    @property
-    def selection_fit(self) -> str:
-        """Folder of the one model of which all candidates are cut, for methods that need no fit for each."""
-        return self.at("selection", "fit")
-
-    @property
-    def model_folder(self) -> str:
-        """The trained method: weights, config and a table of metrics per epoch."""
-        return self.at("model")
-
     def checkpoints(self, digest: str) -> str:
         """Return the folder of the checkpoints of the training whose settings have this digest."""
         return self.at("checkpoints", digest)
-
-    @property
-    def index_folder(self) -> str:
-        """The search index."""
-        return self.at("index")
-
-    @property
-    def report(self) -> str:
-        """The page for people."""
-        return self.at("report", "index.html")
 
     def manifest(self, stage: str) -> str:
         """Return the manifest of a stage."""

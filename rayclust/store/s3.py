@@ -1,4 +1,4 @@
-"""S3 as s3fs has it, with what s3fs leaves out: one layer of retries, bodies with their ETag, listings by the page."""
+"""S3 by s3fs, with one layer of retries, bodies with their ETag and listings by the page added."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def connect(pid: int, variables: tuple[tuple[str, str], ...]) -> S3:
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """A connection to S3 or to what speaks like it; any thread may use it, and each process has its own."""
+    """A connection to S3 or a compatible store, shared by the threads of a process."""
 
     retries = 1
 
@@ -97,7 +97,15 @@ class S3(S3FileSystem):  # type: ignore[misc]
             condition |= {"IfNoneMatch": "*"} if mode == "create" else {}
             answer = await self._call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
             return answer
-        await self._abort_forgotten(bucket, key)
+        # 1. Abort the uploads that killed writers of the object left: they are paid for and never seen.
+        try:
+            listed = await self._call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)
+            for found in listed.get("Uploads") or ():
+                if found["Key"] == key:
+                    await self._abort_mpu(bucket, key, found["UploadId"])
+        except (OSError, ExhaustedError) as error:  # a store that cannot list them is no error
+            logger.debug("s3://%s/%s: forgotten uploads are not aborted: %s", bucket, key, error)
+        # 2. Upload the parts.
         try:
             await super()._pipe_file(path, data, chunksize=PART_BYTES, max_concurrency=4)
         except FileNotFoundError as error:
@@ -106,16 +114,6 @@ class S3(S3FileSystem):  # type: ignore[misc]
                 raise
         answer = await self._call_s3("head_object", Bucket=bucket, Key=key)
         return answer
-
-    async def _abort_forgotten(self, bucket: str, key: str) -> None:
-        """Abort the uploads that killed writers of an object left: they are paid for and never seen."""
-        try:
-            listed = await self._call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)
-            for found in listed.get("Uploads") or ():
-                if found["Key"] == key:
-                    await self._abort_mpu(bucket, key, found["UploadId"])
-        except (OSError, ExhaustedError) as error:  # a store that cannot tell is no error
-            logger.debug("s3://%s/%s: forgotten uploads are not aborted: %s", bucket, key, error)
 
     def list_objects(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield path and properties of every object below bucket/folder by order of keys, with one page in memory."""

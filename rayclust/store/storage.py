@@ -33,9 +33,9 @@ from rayclust.store.failures import MissingError, UnreadableError, names, transl
 __all__ = ["MissingError", "UnreadableError"]
 
 SCHEMES = ("s3", "gs", "abfs", "hf", "memory")
-"""What is not local. The extras of rayclust that bring `gs`, `abfs` and `hf` are named after them."""
+"""Schemes of remote storage. The extras of rayclust that bring `gs`, `abfs` and `hf` are named after them."""
 IGNORED_NAMES = frozenset({"__MACOSX", "Thumbs.db"})
-"""What operating systems leave behind in folders and archives."""
+"""Files that operating systems leave behind in folders and archives."""
 
 _BLOCK, _READ_AHEAD = 32 << 20, 1 << 20
 """Bytes of one request of a download, and of a file that is read in order."""
@@ -125,25 +125,16 @@ def exists(uri: str) -> bool:
     return _info(uri) is not None if is_remote(uri) else to_path(uri).exists()
 
 
-def read_bytes(uri: str, limit: int | None = None) -> bytes:
-    """Return the content of a file.
+def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
+    """Return the content of a file, or a range of it.
 
     Args:
         uri: the file.
-        limit: at most so many bytes from the start; None for all.
+        start: first byte.
+        end: the byte behind the last, or None; fewer are returned where the file ends before.
 
     Raises:
         MissingError: there is no such file (a DataError).
-        DataError: it cannot be read.
-    """
-    return _read(uri, 0, limit)[0]
-
-
-def read_range(uri: str, start: int, end: int) -> bytes:
-    """Return bytes `start` up to `end` of a file, fewer where it ends before.
-
-    Raises:
-        MissingError: there is no such file.
         DataError: it cannot be read.
     """
     return _read(uri, start, end)[0]
@@ -168,7 +159,7 @@ def write_bytes(uri: str, data: bytes) -> str:
     """Replace a file at once: readers, during the write or after a crash, find the old content or the new.
 
     Returns:
-        The stamp of what was written, as `FileStat.stamp`.
+        The stamp of the new content, as `FileStat.stamp`.
 
     Raises:
         DataError: it cannot be written.
@@ -215,12 +206,21 @@ def put_if_match(uri: str, data: bytes, version: str | None) -> str | None:
         DataError: it cannot be written.
     """
     if not is_remote(uri):
-        with _folder_locked(uri):
+        # Lock the folder against other processes, so that no lock file is left behind.
+        with translated(uri, "write"):
+            folder = to_path(uri).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some network drives lock no folders: there the moment is only short
+                fcntl.flock(handle, fcntl.LOCK_EX)
             found = read_versioned(uri)
             if (found[1] if found else None) != version:
                 return None
             write_bytes(uri, data)
             return hashlib.sha256(data).hexdigest()
+        finally:
+            os.close(handle)  # unlocks it too
     if version is not None:
         found = read_versioned(uri)
         if found is None or found[1] != version:
@@ -237,21 +237,6 @@ def put_if_match(uri: str, data: bytes, version: str | None) -> str | None:
             found = read_versioned(uri)
             return found[1] if found and found[0] == data else None
     return str(answer["ETag"]) if uri.startswith("s3://") else hashlib.sha256(data).hexdigest()
-
-
-@contextmanager
-def _folder_locked(uri: str) -> Iterator[None]:
-    """Lock a local file's folder against other processes; no lock file is left behind."""
-    with translated(uri, "write"):
-        folder = to_path(uri).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network drives lock no folders: there the moment is only short
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # unlocks it too
 
 
 def canonical_json(value: Any) -> str:
@@ -443,7 +428,7 @@ def _read(uri: str, start: int = 0, end: int | None = None, etag: str = "") -> t
 
 
 class _RangeFile(io.RawIOBase):
-    """A remote file over ranged requests, whose errors are translated whoever reads it."""
+    """A remote file over ranged requests; its errors are those of rayclust."""
 
     def __init__(self, found: FileStat) -> None:
         super().__init__()
@@ -481,7 +466,7 @@ def temporary_prefix(path: Path) -> str:
 
 
 def _remove_orphans(path: Path, now: float) -> None:
-    """Remove what killed writers of `path` left; `now` is by the clock that stamps the files."""
+    """Remove temporary files of killed writers of `path`; `now` is by the clock that stamps the files."""
     mine, any_host = temporary_prefix(path), f".{path.name[:80]}."
     with os.scandir(path.parent) as entries:
         found = [entry.name for entry in entries if entry.name.startswith(any_host) and entry.name.endswith(".tmp")]
@@ -511,16 +496,15 @@ class _Level(NamedTuple):
 
 def _enter(path: bytes, prefix: str) -> _Level:
     """List a folder; a folder in it sorts among its neighbours as its name with `/`."""
-
-    def name(entry: os.DirEntry[bytes]) -> bytes:
-        with suppress(OSError):  # a link that leads to itself
-            return entry.name + b"/" if entry.is_dir() else entry.name
-        return entry.name
-
     with translated(os.fsdecode(path), "list"):
         found = Path(os.fsdecode(path)).stat()
+        below = list[bytes]()
         with os.scandir(path) as entries:
-            return _Level(path, prefix, iter(sorted(map(name, entries))), (found.st_dev, found.st_ino))
+            for entry in entries:
+                below.append(entry.name)
+                with suppress(OSError):  # a link that leads to itself
+                    below[-1] += b"/" if entry.is_dir() else b""
+    return _Level(path, prefix, iter(sorted(below)), (found.st_dev, found.st_ino))
 
 
 def _walk_local(uri: str) -> Iterator[FileStat]:
@@ -600,7 +584,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 
 def _info(uri: str) -> dict[str, Any] | None:
-    """Return what fsspec knows of a remote file or folder; None where there is neither."""
+    """Return fsspec's properties of a remote file or folder; None where there is neither."""
     with translated(uri, "read"):
         fs, path = _filesystem(uri)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from rayclust.errors import ArtefactError, ShapeError
 from rayclust.store import storage
 
 ROW_GROUP = 16_384
-"""Rows; what a reader of few rows has to decode at least."""
+"""Rows, the least that are decoded to read one."""
 
 
 def _lists(element: pa.DataType, length: int = -1) -> pa.DataType:
@@ -160,12 +160,6 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{uri}: is damaged ({reason}); remove it and run its stage again") from error
-
-
-def iter_tables(uris: Iterable[str], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Read tables one after the other; see `read_table`."""
-    for uri in uris:
-        yield read_table(uri, columns)
 
 
 def fixed_list(array: NDArray[np.generic]) -> pa.FixedSizeListArray:

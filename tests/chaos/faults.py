@@ -25,7 +25,7 @@ from rayclust.store import failures, lock, storage
 
 CHANGES = ("write_bytes", "remove", "remove_tree")
 """Operations that change the storage, each a moment at which a process can end."""
-LOOKS = ("stat", "exists", "read_bytes", "read_range", "open_input", "local_copy", "walk")
+LOOKS = ("stat", "exists", "read_bytes", "open_input", "local_copy", "walk")
 
 
 class Killed(BaseException):

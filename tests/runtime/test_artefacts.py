@@ -10,7 +10,7 @@ import pytest
 from rayclust.runtime.artefacts import FileListing, drop_stale_parts, put_bytes, put_json, put_table, remove_damaged
 from rayclust.stages import NAMES
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, Output, seal
+from rayclust.store.manifest import Manifest, Output, write_manifest
 from rayclust.store.run import Run
 
 
@@ -87,7 +87,9 @@ def test_what_an_error_names_is_removed_only_where_a_manifest_says_that_it_was_a
     run = Run(str(tmp_path))
     outputs = put_bytes(run, run.at("model", "a"), b"12") | put_bytes(run, run.at("model", "b"), b"34")
     (tmp_path / "model" / "c").write_bytes(b"of nobody")
-    seal(run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()}))
+    write_manifest(
+        run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()})
+    )
     (tmp_path / "model" / "b").write_bytes(b"35")
     assert remove_damaged(run, NAMES, f"{run.at('model', 'a')}: is said to be damaged") is None
     assert remove_damaged(run, NAMES, f"{run.at('model', 'c')}: is said to be damaged") is None

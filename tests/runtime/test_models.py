@@ -12,7 +12,7 @@ from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import KMeansConfig, build
 from rayclust.runtime.encoder import encoder_shape, load_run_encoder, weights_stamp, worker_device
 from rayclust.runtime.models import load_method, save_method
-from rayclust.store.manifest import Manifest, Output, seal
+from rayclust.store.manifest import Manifest, Output, write_manifest
 from rayclust.store.run import Run
 from tests.stages.runs import tree
 
@@ -99,7 +99,9 @@ def test_a_damaged_model_is_one_line(tmp_path: Path, damage: Any):
 def test_a_model_in_which_a_bit_has_turned_is_not_taken(tmp_path: Path, name: str):
     run = Run(str(tmp_path))
     outputs = save_method(run, kmeans(0).state(), run.model_folder)
-    seal(run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()}))
+    write_manifest(
+        run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()})
+    )
     assert load_method(run.uri, "whole")
     path = tmp_path / "model" / name
     data = path.read_bytes()

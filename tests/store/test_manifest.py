@@ -25,9 +25,9 @@ from rayclust.store.manifest import (
     read_json_output,
     read_manifest,
     read_output,
-    seal,
     versions,
     write_checked,
+    write_manifest,
 )
 from rayclust.store.run import Run
 
@@ -46,24 +46,16 @@ MANIFEST = Manifest(
 def test_a_sealed_stage_is_read_back(place: str) -> None:
     run = Run(place)
     assert read_manifest(run, "encode") is None
-    seal(run, MANIFEST)
+    write_manifest(run, MANIFEST)
     assert read_manifest(run, "encode") == MANIFEST
     assert read_manifest(run, "train") is None
 
 
-def test_shards_are_sealed_one_by_one(place: str) -> None:
+def test_writing_twice_gives_the_same_bytes(place: str) -> None:
     run = Run(place)
-    seal(run, MANIFEST, shard=4)
-    assert read_manifest(run, "encode", shard=4) == MANIFEST
-    assert read_manifest(run, "encode", shard=5) is None
-    assert read_manifest(run, "encode") is None
-
-
-def test_sealing_twice_gives_the_same_bytes(place: str) -> None:
-    run = Run(place)
-    seal(run, MANIFEST)
+    write_manifest(run, MANIFEST)
     first = storage.read_bytes(run.manifest("encode"))
-    seal(run, Manifest.model_validate(MANIFEST.model_dump()))
+    write_manifest(run, Manifest.model_validate(MANIFEST.model_dump()))
     assert storage.read_bytes(run.manifest("encode")) == first
 
 
@@ -96,7 +88,7 @@ def test_a_file_is_compared_with_its_checksum_while_it_is_read(place: str) -> No
     storage.write_bytes(run.metrics, data)
     assert read_output(run, "evaluate", run.metrics) == data, "nothing is sealed, nothing can be compared"
     output = Output(digest=hashlib.sha256(data).hexdigest(), size=len(data))
-    seal(run, Manifest(stage="evaluate", digest="d", outputs={"metrics.json": output}))
+    write_manifest(run, Manifest(stage="evaluate", digest="d", outputs={"metrics.json": output}))
     assert read_json_output(run, "evaluate", run.metrics) == {"a": 1}
     storage.write_bytes(run.metrics, b'{"a": 2}')
     with pytest.raises(
@@ -174,12 +166,12 @@ def test_typed_outputs_are_written_as_the_same_json(
     place: str, kind: type[StageOutputs], extra: dict[str, Any]
 ) -> None:
     run = Run(place)
-    seal(run, Manifest(stage="x", digest="d", extra=extra))
+    write_manifest(run, Manifest(stage="x", digest="d", extra=extra))
     before = storage.read_bytes(run.manifest("x"))
     sealed = read_manifest(run, "x")
     assert sealed is not None
     found = sealed.outputs_of(kind)
-    seal(run, Manifest(stage="x", digest="d", extra=found.to_extra()))
+    write_manifest(run, Manifest(stage="x", digest="d", extra=found.to_extra()))
     assert storage.read_bytes(run.manifest("x")) == before
 
 

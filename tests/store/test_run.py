@@ -8,8 +8,6 @@ def test_names_of_artefacts() -> None:
     run = Run("s3://bucket/runs/photos")
     base = "s3://bucket/runs/photos/"
     assert run.embeddings(7) == base + "embeddings/part-00007.parquet"
-    assert run.embeddings(7, "clip") == base + "embeddings/clip/part-00007.parquet"
-    assert run.rows(7) == base + "rows/part-00007.parquet"
     assert run.rejects(0) == base + "rejects/part-00000.parquet"
     assert run.neighbors(1) == base + "neighbors/part-00001.parquet"
     assert run.assignments(2) == base + "assignments/part-00002.parquet"
@@ -28,8 +26,8 @@ def test_names_of_artefacts() -> None:
 
 def test_no_two_artefacts_share_a_place() -> None:
     run = Run("run")
-    names = [run.config, run.lease, run.clusters, run.metrics, run.selection, run.report, run.rows(0), run.rejects(0)]
-    names += [run.embeddings(0), run.embeddings(0, "clip"), run.neighbors(0), run.assignments(0)]
+    names = [run.config, run.lease, run.clusters, run.metrics, run.selection, run.report, run.rejects(0)]
+    names += [run.embeddings(0), run.neighbors(0), run.assignments(0)]
     names += [run.model_folder, run.index_folder, run.checkpoints("x"), run.candidate(2), run.selection_fit]
     names += [run.manifest(stage) for stage in ("encode", "train")] + [run.shard_manifest(0)]
     assert len(names) == len(set(names))
@@ -43,3 +41,10 @@ def test_parts_come_by_number(place: str) -> None:
     assert [index for index, _ in parts(place)] == [0, 2, 10, 99_999, 100_000]
     assert dict(parts(place))[2] == storage.join(place, "part-00002.parquet")
     assert list(parts(storage.join(place, "none"))) == []
+
+
+def test_each_space_of_several_has_its_own_folder():
+    run = Run("/r")
+    assert run.embeddings(3) == "/r/embeddings/part-00003.parquet"
+    assert run.embeddings(3, "clip") == "/r/embeddings/clip/part-00003.parquet"
+    assert run.rows(3) == "/r/rows/part-00003.parquet"

@@ -66,10 +66,10 @@ def test_a_write_replaces_and_changes_the_stamp(place: str) -> None:
 def test_ranges_end_where_the_file_does(place: str, data: bytes) -> None:
     uri = storage.join(place, "file")
     storage.write_bytes(uri, data)
-    assert storage.read_bytes(uri, limit=4) == data[:4]
-    assert storage.read_bytes(uri, limit=99) == data
-    assert storage.read_range(uri, 8, 20) == data[8:20]
-    assert storage.read_range(uri, 10, 20) == b""
+    assert storage.read_bytes(uri, end=4) == data[:4]
+    assert storage.read_bytes(uri, end=99) == data
+    assert storage.read_bytes(uri, 8, 20) == data[8:20]
+    assert storage.read_bytes(uri, 10, 20) == b""
 
 
 def test_open_files_seek(place: str) -> None:

@@ -124,13 +124,6 @@ def test_missing_tables_and_columns(uri: str) -> None:
         tables.read_table(uri, ["row", "cluster"])
 
 
-def test_tables_are_read_one_by_one(place: str) -> None:
-    uris = [storage.join(place, f"{i}.parquet") for i in range(3)]
-    for i, uri in enumerate(uris):
-        tables.write_table(uri, embeddings(first=5 * i))
-    assert [row for table in tables.iter_tables(uris, ["row"]) for row in table["row"].to_pylist()] == list(range(15))
-
-
 def test_matrix_is_a_view_and_joins_chunks() -> None:
     values = np.arange(12, dtype=np.float16).reshape(4, 3)
     column = tables.fixed_list(values)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Suffixes of file names, in any case, that mark an image in folders and tars; the format is decided by the bytes.
@@ -84,7 +89,7 @@ class Shard:
     first: int = 0
     """Images and rows of the shards before, as far as known; the row that its first image gets if none is rejected."""
     count: int | None = None
-    """Images or rows in it; None where only reading tells."""
+    """Images or rows in it; None if unknown before it is read."""
     start: int = 0
     """First row within the file, for tables that are split."""
     row_groups: tuple[int, int] | None = None
@@ -173,3 +178,30 @@ def label_text(value: Any, names: Sequence[str] | None = None) -> str | None:
 def folder_label(key: str) -> str | None:
     """Return the name of the folder that a file lies in; None for files at the top."""
     return key.rpartition("/")[0].rpartition("/")[2] or None
+
+
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[tuple[Item, Result]]:
+    """Yield `(item, function(item))` in order of `items`, computed ahead in threads to hide the latency of storage.
+
+    Args:
+        function: may be called from several threads at once; its errors are raised at the place of their item.
+        items: taken lazily.
+        ahead: bound on calls under way and results held, together; 1 calls in the caller's thread, one by one.
+    """
+    if ahead <= 1:
+        for item in items:
+            yield item, function(item)
+        return
+    pool = ThreadPoolExecutor(ahead, thread_name_prefix="prefetch")
+    running: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            running.append((item, pool.submit(function, item)))
+            if len(running) == ahead:
+                first, result = running.popleft()
+                yield first, result.result()
+        while running:
+            first, result = running.popleft()
+            yield first, result.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

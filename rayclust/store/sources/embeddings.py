@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from rayclust.errors import DataError
 from rayclust.store import storage
-from rayclust.store.prefetch import prefetch
 from rayclust.store.sources import parquet
-from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text
+from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text, prefetch
 from rayclust.store.sources.parquet import EMBEDDING_NAMES, Columns, Footer, RowNames, describe_columns
 from rayclust.store.storage import FileStat, UnreadableError
 
@@ -69,11 +68,11 @@ class _ArrayFile:
     """The part of an array file that planning needs."""
 
     stamp: str
-    """Of the file and of what lies beside it."""
+    """Of the file and of its labels and metadata."""
     beside: tuple[str, ...]
     """URIs of its labels and metadata."""
     rows: int | None
-    """Rows that are really there; None where only reading tells."""
+    """Rows within the size of the file; None if unknown before it is read."""
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterator[Shard]:
@@ -180,18 +179,6 @@ class EmbeddingBuffer:
             self.halves.setdefault(width, []).append(halves)
             self.reasons.setdefault(width, []).extend(reasons.tolist())
 
-    def add_lists(self, array: pa.Array) -> None:
-        """Add a block of lists of numbers of any lengths; null lists have the width -1."""
-        if isinstance(array.type, pa.BaseExtensionType):
-            array = array.storage
-        widths = pc.if_else(array.is_null(), -1, pc.list_value_length(array)).to_numpy(zero_copy_only=False)
-        widths = widths.astype(np.int64)
-        values = {}
-        for width in np.unique(widths[widths > 0]).tolist():
-            lists = array.filter(pa.array(widths == width))
-            values[width] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-        self.add(widths, values)
-
 
 def validate_embeddings(
     shard: Shard,
@@ -212,11 +199,14 @@ def validate_embeddings(
     Returns:
         Embeddings in float16; rows that are null, of another width, not finite, beyond float16 or all zero are rejects.
     """
-    if width is None:  # the width of most rows, of equals the smaller
+    # 1. The width of most rows, of equals the smaller.
+    if width is None:
         counts = {width: len(reasons) for width, reasons in buffer.reasons.items()}
         width = max(counts, key=lambda width: (counts[width], -width), default=0)
     halves = np.concatenate(buffer.halves.get(width, [np.empty((0, width), np.float16)]))
     reasons = buffer.reasons.get(width, [])
+
+    # 2. Keep or reject each row; `place` is its index among the rows of this width.
     kept: list[tuple[str, int, int]] = []
     lost, place = [dict(reject) for reject in rejects], -1
     for row, found in enumerate(buffer.widths):
@@ -233,6 +223,8 @@ def validate_embeddings(
             kept.append((names.keys[row], place, row))
             continue
         lost.append(_reject(names.keys[row], names.uris[row], reason, detail))
+
+    # 3. Sort by key.
     kept.sort()
     labels = [None if shard.labels == "none" else names.labels[row] for _, _, row in kept]
     order = np.array([place for _, place, _ in kept], dtype=np.int64)
@@ -261,7 +253,16 @@ def read_table(shard: Shard, width: int | None) -> Rows:
             table = file.read_row_groups(groups, columns=columns.naming)
             buffer = EmbeddingBuffer()
             for batch in file.iter_batches(_BATCH_ROWS, groups, [columns.embedding], use_threads=False):
-                buffer.add_lists(batch.column(0))
+                # Lists of numbers of any lengths are matrices by width; a null list has the width -1.
+                array = batch.column(0)
+                if isinstance(array.type, pa.BaseExtensionType):
+                    array = array.storage
+                lengths = pc.if_else(array.is_null(), -1, pc.list_value_length(array)).to_numpy(zero_copy_only=False)
+                widths, values = lengths.astype(np.int64), {}
+                for each in np.unique(widths[widths > 0]).tolist():
+                    lists = array.filter(pa.array(widths == each))
+                    values[each] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, each)
+                buffer.add(widths, values)
             parquet.check_length(table, len(buffer.widths))
             names = RowNames.numbered(shard, len(buffer.widths)).replaced(table, columns, shard.label_source)
             return validate_embeddings(shard, names, buffer, width)
@@ -347,7 +348,7 @@ def _walk_tensors(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any
 def _array_rows(
     shard: Shard, values: NDArray[Any], total: int, labels: NDArray[Any] | None = None
 ) -> tuple[RowNames, EmbeddingBuffer]:
-    """Name the rows of an array, from its file and from what lies beside.
+    """Name the rows of an array, from its file and the files beside it.
 
     Args:
         shard: of the array.
@@ -360,6 +361,7 @@ def _array_rows(
     buffer.add(np.full(count, values.shape[1]), {values.shape[1]: values})
     names = RowNames.numbered(shard, count)
     for place in shard.beside:
+        # 1. Metadata: keys, URIs and labels of all rows of the array.
         if place.endswith(".parquet"):
             try:
                 with parquet.opened(place) as file:
@@ -372,6 +374,7 @@ def _array_rows(
             if lines != total:
                 raise DataError(f"{place}: {lines} lines for the {total} rows of {shard.uri}; there must be as many")
             names = names.replaced(table.slice(shard.start, count), columns, shard.label_source)
+        # 2. An array of labels, of which only the rows of the shard are read.
         elif place.endswith(".npy") and labels is None and shard.label_source is not None:
             try:
                 header = read_npy_header(place)
@@ -427,7 +430,7 @@ def read_npy_header(uri: str) -> NpyHeader:
         DamagedNpyError: there is none.
         DataError: the array holds Python objects or records, which are not read.
     """
-    start = io.BytesIO(storage.read_bytes(uri, _HEADER_BYTES))
+    start = io.BytesIO(storage.read_bytes(uri, 0, _HEADER_BYTES))
     try:
         version = np.lib.format.read_magic(start)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -469,6 +472,6 @@ def read_npy_rows(uri: str, header: NpyHeader, start: int = 0, count: int | None
             raise DamagedNpyError("the file ends early")
         values = np.frombuffer(data, header.dtype, math.prod(header.shape))
         return np.ascontiguousarray(values.reshape(header.shape, order="F"))[start:end]
-    data = storage.read_range(uri, header.offset + start * row_bytes, header.offset + end * row_bytes)
+    data = storage.read_bytes(uri, header.offset + start * row_bytes, header.offset + end * row_bytes)
     rows = len(data) // row_bytes if row_bytes else 0
     return np.frombuffer(data[: rows * row_bytes], header.dtype).reshape(rows, *header.shape[1:])

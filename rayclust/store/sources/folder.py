@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
-from rayclust.store.prefetch import prefetch
-from rayclust.store.sources.base import IMAGE_SUFFIXES, Member, Record, Shard, folder_label, oversize_detail
+from rayclust.store.sources.base import IMAGE_SUFFIXES, Member, Record, Shard, folder_label, oversize_detail, prefetch
 from rayclust.store.storage import FileStat, MissingError, UnreadableError
 
 log = logging.getLogger(__name__)
@@ -35,23 +35,17 @@ def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterato
         shard_size: images per shard.
     """
     ignored, group = 0, list[FileStat]()
-
-    def shard() -> Shard:
-        stamp = digest_of([[file.key, file.stamp] for file in group])
-        members = tuple(Member(file.key, file.uri, file.size) for file in group)
-        name = group[0].key.rpartition(".")[0]
-        return replace(template, kind="folder", name=name, stamp=stamp, count=len(group), members=members)
-
-    for file in files:
-        if not is_image(file.key):
+    for file in chain(files, [None]):  # None closes the last shard
+        if file is not None and not is_image(file.key):
             ignored += 1
-        elif template.selects(file.key, None):
+        elif file is not None and template.selects(file.key, None):
             group.append(file)
-        if len(group) == shard_size:
-            yield shard()
+        if len(group) == shard_size or (group and file is None):
+            stamp = digest_of([[each.key, each.stamp] for each in group])
+            members = tuple(Member(each.key, each.uri, each.size) for each in group)
+            name = group[0].key.rpartition(".")[0]
+            yield replace(template, kind="folder", name=name, stamp=stamp, count=len(group), members=members)
             group = []
-    if group:
-        yield shard()
     if ignored:
         log.info("%s: %d files are not images by their names and were left out", template.uri, ignored)
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +19,6 @@ import pyarrow.parquet as pq
 
 from rayclust.errors import DataError
 from rayclust.store import storage
-from rayclust.store.prefetch import prefetch
 from rayclust.store.sources.base import (
     LABEL_NAMES,
     Record,
@@ -27,6 +27,7 @@ from rayclust.store.sources.base import (
     folder_label,
     label_text,
     oversize_detail,
+    prefetch,
 )
 from rayclust.store.storage import FileStat, UnreadableError
 
@@ -48,7 +49,7 @@ _SPOOL_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns by what they hold; None where none fits."""
+    """Names of a table's columns by content; None where none fits."""
 
     image: str | None
     """Encoded images: the first of `IMAGE_NAMES`, else the only column of a fitting type."""
@@ -91,7 +92,7 @@ class Columns:
 
     @property
     def naming(self) -> list[str]:
-        """The columns that name rows: what `RowNames.replaced` reads."""
+        """The columns that `RowNames.replaced` reads."""
         return sorted({name for name in (self.key, self.uri, self.label) if name is not None})
 
 
@@ -151,34 +152,27 @@ class RowNames:
         """
         keys, uris, labels = self.keys, self.uris, self.labels
         if columns.key is not None:
-            texts = [text for text in _texts(_nested_column(table, columns.key)) if text]
+            values = _values(table, columns.key)
+            texts = [text for value in values if value is not None and (text := escape_invalid(str(value)))]
             keys = texts if len(texts) == len(set(texts)) == table.num_rows else keys
         if columns.uri is not None:
-            uris = [text or own for text, own in zip(_texts(table[columns.uri]), uris, strict=True)]
+            uris = [text or own for text, own in zip(_values(table, columns.uri), uris, strict=True)]
         if columns.label is not None:
-            values = _nested_column(table, columns.label)
+            values = _values(table, columns.label)
             if label_source == "folder":
-                labels = [None if text is None else folder_label(text) for text in _texts(values)]
-            elif _is_text(values.type):
-                labels = [label_text(text) for text in _texts(values)]
+                labels = [None if value is None else folder_label(escape_invalid(str(value))) for value in values]
             else:
                 names = class_names(table.schema.metadata, columns.label)
-                labels = [label_text(value, names) for value in values.to_pylist()]
+                labels = [label_text(value, names) for value in values]
         return RowNames(keys, uris, labels)
 
 
-def _nested_column(table: pa.Table, name: str) -> pa.ChunkedArray:
-    """Return a column, or with a dot in its name the field of a struct column."""
-    if name in table.column_names:
-        return table[name]
+def _values(table: pa.Table, name: str) -> list[Any]:
+    """Return the values of a column, or with a dot in its name of the field of a struct; text is valid UTF-8."""
     outer, _, inner = name.partition(".")
-    return pc.struct_field(table[outer], inner)
-
-
-def _texts(column: pa.ChunkedArray) -> list[str | None]:
-    """Return the text of each value, valid UTF-8 or None."""
+    column = table[name] if name in table.column_names else pc.struct_field(table[outer], inner)
     if not _is_text(column.type):
-        return [None if value is None else escape_invalid(str(value)) for value in column.to_pylist()]
+        return column.to_pylist()  # type: ignore[no-any-return]
     # Files may hold text that is not UTF-8, which pyarrow refuses to decode.
     binary = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
     return [None if value is None else value.decode("utf-8", "backslashreplace") for value in binary.to_pylist()]

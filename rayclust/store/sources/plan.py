@@ -11,9 +11,8 @@ from itertools import islice
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.store import storage
-from rayclust.store.prefetch import prefetch
 from rayclust.store.sources import embeddings, folder, parquet, webdataset
-from rayclust.store.sources.base import MAX_RECORD_BYTES, Record, Rows, Shard
+from rayclust.store.sources.base import MAX_RECORD_BYTES, Record, Rows, Shard, prefetch
 from rayclust.store.sources.embeddings import LoadTensors
 from rayclust.store.storage import FileStat, MissingError, UnreadableError
 
@@ -57,6 +56,7 @@ def detect_format(uri: str) -> str:
             tables.append(file)
         elif kind is not None:
             first.setdefault(kind, file)
+    # Of the tables only the columns decide; those beside other formats may be metadata.
     first |= _table_format(tables, is_alone=not first)
     if len(first) == 2 and "embeddings" in first:
         arrays_beside = first.pop("embeddings")
@@ -148,6 +148,7 @@ def plan_shards(
     else:
         tables = (file for file in files if _file_kind(file.key) in ("table", "embeddings"))
         shards = embeddings.plan(tables, template, shard_size * embeddings.SHARD_FACTOR)
+    # Number the shards, and their rows as far as the counts are known.
     index, first = -1, 0
     for index, shard in enumerate(shards):
         yield replace(shard, index=index, first=first)

@@ -368,6 +368,7 @@ def decompress(archive: BinaryIO) -> tuple[BinaryIO, Damage | None]:
             if plain.tell() > limit:
                 return plain, Damage("too_large", f"the archive unpacks to more than {limit} bytes")
             chunk = stream.unconsumed_tail
+            # A gzip file may consist of several streams.
             if stream.eof:
                 chunk = stream.unused_data
                 if not chunk.startswith(_GZIP):  # padding

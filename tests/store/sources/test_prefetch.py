@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rayclust.store.prefetch import prefetch
+from rayclust.store.sources.base import prefetch
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
