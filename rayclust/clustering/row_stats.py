@@ -112,7 +112,7 @@ def gather_rows(stats: RowStats, positions: Tensor) -> Tensor:
 
 
 def even_sample(count: int, size: int, seed: int) -> Tensor:
-    """Return the positions of a seeded, evenly spread sample: one random row from each of `size` equal stretches.
+    """Return the positions of a seeded, evenly spread sample: one random row from each of `size` equal slices.
 
     Args:
         count: rows there are.

@@ -189,9 +189,9 @@ def information_losses(
     """
     heads, views, rows, _ = student.units.shape
     with torch.no_grad():
-        taught = _teacher_forward(teacher)
-        log_marginal = marginal.update(taught.stats.sums, views * rows).to(taught.stats.sums)
-        agreement = taught.stats.agreement.clamp(max=1.0)
+        teacher_outputs = _teacher_forward(teacher)
+        log_marginal = marginal.update(teacher_outputs.stats.sums, views * rows).to(teacher_outputs.stats.sums)
+        agreement = teacher_outputs.stats.agreement.clamp(max=1.0)
         weights, beta = torch.ones_like(agreement), options.beta
         if options.loss == "temi":
             weights = options.mean_agreement(agreement).expand(heads, -1)
@@ -201,8 +201,10 @@ def information_losses(
             beta, log_marginal = 1.0, torch.zeros_like(log_marginal)
     positive = options.positive_pmi and options.loss != "scan"
     scale = 1.0 / (views * (views - 1) * rows)
-    inputs = PairLossInputs(taught.stats.normalizer, log_marginal, weights, beta, scale, positive)
-    losses: Tensor = _PairLosses.apply(student.units, student.direction, student.scale, student, taught, inputs)
+    inputs = PairLossInputs(teacher_outputs.stats.normalizer, log_marginal, weights, beta, scale, positive)
+    losses: Tensor = _PairLosses.apply(
+        student.units, student.direction, student.scale, student, teacher_outputs, inputs
+    )
     if options.entropy_weight and options.loss in ("wmi", "scan"):
         log_q = student.log_probabilities()
         if options.loss == "wmi":
@@ -257,23 +259,25 @@ class _PairLosses(torch.autograd.Function):
         direction: Tensor,
         scale: Tensor,
         student: LastLayer,
-        taught: _TeacherPass,
+        teacher_outputs: _TeacherPass,
         inputs: PairLossInputs,
     ) -> Tensor:
         losses, wants = units.new_zeros(len(units)), any(ctx.needs_input_grad)
         by_units, by_direction, by_scale = (torch.empty_like(x) if wants else x for x in (units, direction, scale))
-        head_slices, row_slices = student.chunks(taught.chunk_bytes)
+        head_slices, row_slices = student.chunks(teacher_outputs.chunk_bytes)
         for heads in head_slices:
             weights = student.weights(heads)
-            teacher_weights = taught.layer.weights(heads) if taught.logits is None else weights
+            teacher_weights = teacher_outputs.layer.weights(heads) if teacher_outputs.logits is None else weights
             slopes: Tensor | None = None
             for some_rows in row_slices:
                 rows = student.rows(heads, some_rows)
                 logits = student.logits(weights, rows)
-                if taught.logits is None:
-                    targets = taught.layer.logits(teacher_weights, taught.layer.rows(heads, some_rows))
+                if teacher_outputs.logits is None:
+                    targets = teacher_outputs.layer.logits(
+                        teacher_weights, teacher_outputs.layer.rows(heads, some_rows)
+                    )
                 else:
-                    targets = taught.logits.pop(0)
+                    targets = teacher_outputs.logits.pop(0)
                 part = PairLossInputs(
                     inputs.normalizer[heads, :, some_rows].contiguous(),
                     inputs.log_marginal[heads],
