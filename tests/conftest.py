@@ -20,6 +20,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real photographs and encoders, where they are at hand: tests skip without them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests that share a Ray cluster first and into one process; where there are two, the other takes the rest."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
