@@ -20,13 +20,15 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real photographs and encoders, where they are at hand: tests skip without them."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep tests that share a Ray cluster in one process; where there are two, the other takes the rest, by file."""
+    group = "ray" if item.get_closest_marker("ray") else str(item.path)
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that share a Ray cluster first and into one process; where there are two, the other takes the rest."""
+    """Put the tests with Ray first: they take longest."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        name = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
 
 
 def _free_port() -> int:
