@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 
 # Two processes: one takes the tests that share a Ray cluster, the other begins with all others, file by file.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Everything that one GPU can measure below Ray, in less than six minutes.
 bench-gpu: $(VENV)/.installed

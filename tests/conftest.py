@@ -11,6 +11,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,25 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real photographs and encoders, where they are at hand: tests skip without them."""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep tests that share a Ray cluster in one process; where there are two, the other takes the rest, by file."""
-    group = "ray" if item.get_closest_marker("ray") else str(item.path)
-    item.add_marker(pytest.mark.xdist_group(group))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep files with tests that share a Ray cluster in one process, where there are two; the other takes the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if _needs_ray(nodeid.partition("::")[0]) else nodeid.partition("::")[0]
+
+    return OneCluster(config, log)
+
+
+@lru_cache
+def _needs_ray(path: str) -> bool:
+    return "pytest.mark.ray" in (Path(__file__).resolve().parents[1] / path).read_text()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests with Ray first: they take longest."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Put files with Ray first: they take longest."""
+    items.sort(key=lambda item: not _needs_ray(item.nodeid.partition("::")[0]))
 
 
 def _free_port() -> int:
