@@ -21,6 +21,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real photographs and encoders, where they are at hand: tests skip without them."""
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep files with tests that share a Ray cluster in one process, where there are two; the other takes the rest."""
     from xdist.scheduler import LoadScopeScheduling
