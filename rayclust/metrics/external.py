@@ -20,7 +20,6 @@ from sklearn import metrics
 
 from rayclust.arrays import IntArray
 from rayclust.errors import DataError, ShapeError
-from rayclust.metrics.probes import knn_accuracy as knn_accuracy  # moved: for callers of external.knn_accuracy
 
 Labels = ArrayLike
 """One-dimensional: integers or strings."""

@@ -98,8 +98,7 @@ class _Scoring:
         The linear probe is trained on half of a sample of the labelled rows and measured on the other half; the vote
         is leave-one-out over all rows.
         """
-        from rayclust.metrics import external
-        from rayclust.metrics.probes import linear_probe_accuracy
+        from rayclust.metrics import probes
 
         found, options = dict[str, float](), self.config.evaluate
         known = np.flatnonzero(codes >= 0)
@@ -109,7 +108,7 @@ class _Scoring:
             rows = np.sort(drawn)
             x, y = features_at(self.run, self.starts, self.transform, rows), codes[rows]
             half = np.isin(rows, drawn[: wanted // 2])
-            found["linear_probe"] = linear_probe_accuracy(x[half], y[half], x[~half], y[~half])
+            found["linear_probe"] = probes.linear_probe_accuracy(x[half], y[half], x[~half], y[~half])
         if len(known) == len(codes):
             right = 0.0
             for part, (start, stop) in enumerate(pairwise(self.starts)):
@@ -117,7 +116,7 @@ class _Scoring:
                     table = tables.read_table(self.run.neighbors(part), ["neighbors", "similarity"])
                     ids, similarity = tables.matrix(table["neighbors"]), tables.matrix(table["similarity"])
                     y = codes[start:stop]
-                    right += len(y) * external.knn_accuracy(ids, similarity, codes, y, k=options.probe_neighbors)
+                    right += len(y) * probes.knn_accuracy(ids, similarity, codes, y, k=options.probe_neighbors)
             found["knn_accuracy"] = right / len(codes)
         return found
 
