@@ -1,11 +1,11 @@
-"""The encoder: its protocol, and a base class for encoders built on a torch network."""
+"""The encoder: the base class of all, and one around a torch network."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from rayclust.errors import ConfigError, ShapeError
 
 GPU_BATCH = 256
 """Images per pass through a network on a GPU, where the settings leave it open."""
+_NETWORK_ERRORS = (ArithmeticError, AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
-@runtime_checkable
-class Encoder(Protocol):
+class Encoder(ABC):
     """Images, and phrases where it has a text tower, to rows of one space."""
 
     name: str
@@ -34,21 +34,42 @@ class Encoder(Protocol):
     """Subtracted from channels that run from 0 to 1."""
     std: Colour
     """What channels are then divided by."""
-    has_text: bool
+    has_text = False
     """Whether `encode_texts` works."""
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Encode pixels, UInt8[B H W C], to Float32[B D]; equal images in equal order give equal bytes."""
+        """Encode images; equal images in equal order give equal bytes.
+
+        Args:
+            images: UInt8[B H W C], from `decode` with this encoder's `preprocess`.
+
+        Returns:
+            Float32[B D]; unit rows unless `normalize` is off, and a row of zeros stays zero.
+
+        Raises:
+            ShapeError: other type, axes or size.
+        """
+        if images.dtype != np.uint8 or images.shape[1:] != self.preprocess.shape:
+            wanted = ", ".join(map(str, self.preprocess.shape))
+            raise ShapeError(f"images are {images.dtype} {images.shape}: uint8 (B, {wanted}) are needed")
+        return self._encode(images)
+
+    @abstractmethod
+    def _encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode images whose shape has been checked."""
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode phrases to Float32[V D].
+        """Encode phrases to Float32[V D], in the space of the images' rows.
 
         Raises:
             ConfigError: the encoder has no text tower.
         """
+        raise ConfigError(
+            f"encoder.name = {self.name}: has no text tower; take an open_clip one, or set label.vocabulary: none"
+        )
 
 
-class TorchEncoder:
+class TorchEncoder(Encoder):
     """An encoder around a network: chunks, precision, threads and unit rows.
 
     The network always sees chunks of one size, the last one filled up with black: library kernels choose their order of
@@ -56,8 +77,6 @@ class TorchEncoder:
     one image: then a row depends on its image alone, to the bit, and it also is the fastest, as activations stay in
     cache. In larger chunks the place in the chunk may show in the last bit: cut them at the same places every time.
     """
-
-    has_text = False
 
     def __init__(
         self,
@@ -72,12 +91,12 @@ class TorchEncoder:
         """Prepare a network whose weights are loaded, and find its dimension by a pass over one black image.
 
         Args:
-            network: what the subclass will call.
+            network: from Float[B 3 H W] to Float[B D], in `encode_image` where it has two towers, else when called.
             config: precision, chunk size, threads.
             preprocess: what the network takes.
             mean: of the three channels, which run from 0 to 1.
             std: standard deviation of the three channels.
-            device: cpu, cuda, cuda:1 …; meta, which computes shapes alone.
+            device: cpu, cuda, cuda:1 …
 
         Raises:
             ConfigError: the network does not take images of that size, or the device not that precision.
@@ -90,42 +109,23 @@ class TorchEncoder:
         precision = config.precision
         if precision == "auto" and self._device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16} if self._device.type != "meta" else {}
-        self._dtype = half.get(precision, torch.float32)
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         self._chunk = config.batch_size or (1 if self._device.type == "cpu" else GPU_BATCH)
         network = network.eval().requires_grad_(False)
         self._network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._mean, self._std = (torch.tensor(c, device=self._device).view(1, 3, 1, 1) for c in (mean, std))
-        self._tower = self._image_tower()
+        self._tower = getattr(self._network, "encode_image", self._network)
         message = f"encoder.image_size = {preprocess.size}: {self.name} does not take it"
         with network_errors(message), self._inference():
             rows = self._forward(np.zeros((1, *preprocess.shape), np.uint8))
         if rows.ndim != 2:
             raise ConfigError(f"encoder.name = {self.name}: gives {tuple(rows.shape[1:])} per image, not one row")
         self.dimension = rows.shape[1]
-        if config.compile and self._device.type != "meta":
+        if config.compile:
             self._tower = torch.compile(self._tower, dynamic=False)
 
-    def _image_tower(self) -> Callable[[Tensor], Tensor]:
-        """Return the function from Float[B 3 H W], normalised colours, to Float[B D]: the network, or a part of it."""
-        tower: Callable[[Tensor], Tensor] = self._network
-        return tower
-
-    def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Encode images, chunk by chunk from the first.
-
-        Args:
-            images: UInt8[B H W 3], from `decode` with this encoder's `preprocess`.
-
-        Returns:
-            Float32[B D]; unit rows unless `normalize` is off.
-
-        Raises:
-            ShapeError: other type, axes or size.
-        """
-        if images.dtype != np.uint8 or images.shape[1:] != self.preprocess.shape:
-            wanted = ", ".join(map(str, self.preprocess.shape))
-            raise ShapeError(f"images are {images.dtype} {images.shape}: uint8 (B, {wanted}) are needed")
+    def _encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Encode images, chunk by chunk from the first."""
         rows = np.empty((len(images), self.dimension), np.float32)
         with self._inference():
             for start in range(0, len(images), self._chunk):
@@ -134,10 +134,6 @@ class TorchEncoder:
                 filled[: len(chunk)] = chunk
                 rows[start : start + len(chunk)] = self._forward(filled)[: len(chunk)].cpu().numpy()
         return rows
-
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Raise: only open_clip's networks have a text tower."""
-        raise no_text_tower(self.name)
 
     def _forward(self, images: NDArray[np.uint8]) -> Tensor:
         x = torch.from_numpy(images).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
@@ -155,20 +151,17 @@ class TorchEncoder:
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Set precision, threads and deterministic kernels, no gradients; restore the process's settings afterwards."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._config.threads)
-        try:
-            with ExitStack() as settings:
-                settings.enter_context(torch.inference_mode())
-                if self._device.type == "cuda":
-                    settings.enter_context(
-                        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-                    )
-                if self._dtype != torch.float32:
-                    settings.enter_context(torch.autocast(self._device.type, self._dtype))
-                yield
-        finally:
-            torch.set_num_threads(threads)
+        with ExitStack() as settings:
+            settings.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self._config.threads)
+            settings.enter_context(torch.inference_mode())
+            if self._device.type == "cuda":
+                settings.enter_context(
+                    torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+                )
+            if self._dtype != torch.float32:
+                settings.enter_context(torch.autocast(self._device.type, self._dtype))
+            yield
 
 
 @contextmanager
@@ -184,18 +177,8 @@ def network_errors(message: str) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[]):
             yield
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        ArithmeticError,
-        KeyError,
-        OSError,
-        ImportError,
-    ) as error:
-        what = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{message}: {what}") from error
+    except _NETWORK_ERRORS as error:
+        raise ConfigError(f"{message}: {' '.join(str(error).split())[:200]}") from error
 
 
 def unknown_architecture(config: EncoderConfig, known: Sequence[str]) -> ConfigError:
@@ -204,10 +187,3 @@ def unknown_architecture(config: EncoderConfig, known: Sequence[str]) -> ConfigE
     near = (begun or difflib.get_close_matches(config.architecture, known))[:3]
     hint = f"; near: {', '.join(near)}" if near else ""
     return ConfigError(f"encoder.name = {config.name}: {config.family} has no such architecture{hint}")
-
-
-def no_text_tower(name: str) -> ConfigError:
-    """Return the error for phrases given to an encoder of images alone."""
-    return ConfigError(
-        f"encoder.name = {name}: has no text tower; take an open_clip one, or set label.vocabulary: none"
-    )

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import torch
 from numpy.typing import NDArray
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
@@ -34,10 +33,6 @@ class ClipEncoder(TorchEncoder):
     """Both towers of an open_clip network."""
 
     has_text = True
-
-    def _image_tower(self) -> Callable[[Tensor], Tensor]:
-        tower: Callable[[Tensor], Tensor] = self._network.encode_image
-        return tower
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode phrases, in the space of the images' rows.
@@ -72,7 +67,7 @@ class ClipEncoder(TorchEncoder):
         return tokenizer
 
 
-def build_clip(config: EncoderConfig, weights: Path | None, device: str) -> ClipEncoder:
+def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder:
     """Build an open_clip encoder with weights from a local file.
 
     Size, colours and filter are those that the tag declares, or for a file without a tag those on which all tags of the
@@ -81,35 +76,33 @@ def build_clip(config: EncoderConfig, weights: Path | None, device: str) -> Clip
 
     Args:
         config: `name` is open_clip/<architecture>.
-        weights: the file; None on the meta device, where shapes alone are computed.
-        device: cpu, cuda, meta …
+        weights: the file.
+        device: cpu, cuda, cuda:1 …
 
     Raises:
         ConfigError: unknown architecture, impossible option or image size, or weights that do not fit.
         DataError: the file cannot be read.
     """
     published = _published(config)
-    state = load_state(weights) if weights is not None else {}
+    state = load_state(weights)
     from_openai = state.keys() >= _OPENAI_EXTRAS
-    built_on = torch.device("meta" if weights is None else "cpu")
     message = f"encoder.options = {config.options}: {config.name} cannot be built so"
-    with network_errors(message), _quiet_logging(), built_on:
+    with network_errors(message), _quiet_logging():
         network: Any = open_clip.create_model(
             config.architecture,
             load_weights=False,
             pretrained_text=False,
             force_quick_gelu=from_openai or bool(published.get("quick_gelu")),
             force_image_size=config.image_size,
-            device=built_on,
+            device="cpu",
             **config.options,
         )
-    if weights is not None:
-        state = {k: v for k, v in state.items() if k not in _OPENAI_EXTRAS and not k.endswith("attn_mask")}
-        try:
-            state = _converted(network, state)
-        except (AssertionError, KeyError, RuntimeError) as error:
-            logger.info("open_clip could not adapt the names in %s: %s", weights, error)
-        load_into(network, state, encoder=config.name, source=config.pretrained or str(weights))
+    state = {k: v for k, v in state.items() if k not in _OPENAI_EXTRAS and not k.endswith("attn_mask")}
+    try:
+        state = _converted(network, state)
+    except (AssertionError, KeyError, RuntimeError) as error:
+        logger.info("open_clip could not adapt the names in %s: %s", weights, error)
+    load_into(network, state, encoder=config.name, source=config.pretrained or str(weights))
     preprocess = Preprocess(
         config.image_size or network.visual.image_size,
         resize=config.resize or ("squash" if published.get("resize_mode") == "squash" else "crop"),
@@ -128,40 +121,32 @@ def clip_hub_file(config: EncoderConfig) -> HubFile:
     Raises:
         ConfigError: unknown architecture or tag.
     """
-    published, tag = _published(config), _tag(config)
+    published = _published(config)
     repository, _, file = published["hf_hub"].rpartition("/")
     names = (file.rpartition(".")[0] + ".safetensors", file) if file else _HUB_NAMES
-    return HubFile(repository, names, f"open_clip/{config.architecture}.{tag}")
-
-
-def _tag(config: EncoderConfig) -> str:
-    tags = open_clip.list_pretrained_tags_by_model(config.architecture)
-    if config.tag is not None:
-        tag = config.tag.lower().replace("-", "_")
-    elif "openai" in tags or len(tags) == 1:
-        tag = "openai" if "openai" in tags else tags[0]
-    else:
-        raise ConfigError(
-            f"encoder.pretrained: {config.name} needs a file or one of: {', '.join(tags) or 'no tags exist'}"
-        )
-    if tag not in tags:
-        raise ConfigError(
-            f"encoder.pretrained = {config.tag}: not a tag of {config.name}; it has: {', '.join(tags) or 'none'}"
-        )
-    return tag
+    return HubFile(repository, names, f"open_clip/{config.architecture}.{published['tag']}")
 
 
 def _published(config: EncoderConfig) -> dict[str, Any]:
     """Return what open_clip declares about the weights: of the tag, or what all tags of the architecture agree on."""
-    architecture = config.architecture
+    architecture, tag = config.architecture, config.tag
     if architecture not in open_clip.list_models():
         raise unknown_architecture(config, open_clip.list_models())
-    if config.weights_uri is None or config.tag is not None:
-        return dict(open_clip.get_pretrained_cfg(architecture, _tag(config)))
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
-    shared = ("mean", "std", "interpolation", "resize_mode")
-    return {key: known[0][key] for key in shared if known and all(k.get(key) == known[0].get(key) for k in known)}
+    if tag is None and config.weights_uri is not None:
+        known = [open_clip.get_pretrained_cfg(architecture, each) for each in tags]
+        shared = ("mean", "std", "interpolation", "resize_mode")
+        return {key: known[0][key] for key in shared if known and all(k.get(key) == known[0].get(key) for k in known)}
+    has = ", ".join(tags)
+    if tag is not None:
+        tag = tag.lower().replace("-", "_")
+    elif "openai" in tags or len(tags) == 1:
+        tag = "openai" if "openai" in tags else tags[0]
+    else:
+        raise ConfigError(f"encoder.pretrained: {config.name} needs a file or one of: {has or 'no tags exist'}")
+    if tag not in tags:
+        raise ConfigError(f"encoder.pretrained = {config.tag}: not a tag of {config.name}; it has: {has or 'none'}")
+    return {"tag": tag, **open_clip.get_pretrained_cfg(architecture, tag)}
 
 
 @contextmanager

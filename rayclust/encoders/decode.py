@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError, _imaging
 
-from rayclust.encoders.settings import PIXEL_CEILING
-from rayclust.errors import ConfigError, DataError
+from rayclust.errors import DataError
 
 MAX_SCANS: Final = 200
 """Scans allowed in one JPEG; encoders write about ten, and each costs a pass over all pixels."""
@@ -138,24 +137,10 @@ class Preprocess:
     max_bytes: int = 100_000_000
     """Largest file, bytes."""
     max_pixels: int = 100_000_000
-    """Most pixels a header may declare; at most `PIXEL_CEILING`."""
+    """Most pixels a header may declare; at most `settings.PIXEL_CEILING`."""
     jpeg_draft: bool = False
     """Let JPEGs decode at 1/2, 1/4 or 1/8 when that is still twice the wanted size. Five times faster on photographs of
     12 megapixels, but features move (cosine 0.996 to 0.9996), so it is off."""
-
-    def __post_init__(self) -> None:
-        if min(self.shape[:2]) < 1:
-            raise ConfigError(f"image_size = {self.size}: must be at least 1")
-        if not 0 < self.crop_fraction <= 1:
-            raise ConfigError(f"crop_fraction = {self.crop_fraction}: must be above 0 and at most 1")
-        if not 1 <= self.max_pixels <= PIXEL_CEILING:
-            raise ConfigError(f"max_pixels = {self.max_pixels}: must be from 1 to {PIXEL_CEILING}")
-        if self.max_bytes < 1:
-            raise ConfigError(f"max_bytes = {self.max_bytes}: must be at least 1")
-        if self.interpolation not in _FILTERS:
-            raise ConfigError(f"interpolation = {self.interpolation}: must be one of {' '.join(_FILTERS)}")
-        if self.resize not in ("crop", "squash"):
-            raise ConfigError(f"resize = {self.resize}: must be crop or squash")
 
     @property
     def shape(self) -> tuple[int, int, int]:

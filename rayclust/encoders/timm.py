@@ -9,15 +9,16 @@ import copy
 import logging
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rayclust.encoders.base import TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
@@ -46,16 +47,15 @@ _FROM_TORCHVISION = (
 )
 
 
-def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> TorchEncoder:
+def build_timm(config: EncoderConfig, weights: Path, device: str) -> TorchEncoder:
     """Build a timm encoder with weights from a local file.
 
     Size, colours, filter and crop are those that the architecture's tag declares, unless the config says otherwise.
 
     Args:
         config: `name` is timm/<architecture> or timm/<architecture>.<tag>.
-        weights: the file; names of heads and of other networks in it are ignored. None on the meta device, where shapes
-            alone are computed.
-        device: cpu, cuda, meta …
+        weights: the file; names of heads and of other networks in it are ignored.
+        device: cpu, cuda, cuda:1 …
 
     Raises:
         ConfigError: unknown architecture, impossible option or image size, or weights that do not fit.
@@ -63,11 +63,9 @@ def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> Torc
     """
     name = _tagged_name(config)
     message = f"encoder.options = {config.options}: {config.name} cannot be built so"
-    with network_errors(message), torch.device("meta" if weights is None else "cpu"):
+    with network_errors(message):
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **config.options)
-    if weights is not None:
-        state = _state_for(network, weights)
-        load_into(network, state, encoder=config.name, source=config.pretrained or str(weights))
+    load_into(network, _state_for(network, weights), encoder=config.name, source=config.pretrained or str(weights))
     declared = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
     resampling = declared["interpolation"]
     preprocess = Preprocess(
@@ -81,9 +79,8 @@ def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> Torc
     with network_errors(f"encoder.image_size = {preprocess.size}: {config.name} does not take it"):
         if config.image_size is not None and hasattr(network, "set_input_size"):
             network.set_input_size(img_size=config.image_size)
-        if weights is not None:
-            example = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
-            network = fold_batch_norms(network.eval(), example)
+        example = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
+        network = fold_batch_norms(network.eval(), example)
     mean, std = config.mean or tuple(declared["mean"]), config.std or tuple(declared["std"])
     return TorchEncoder(network, config, preprocess, mean=mean, std=std, device=device)
 
@@ -172,36 +169,20 @@ def fold_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
     folded = copy.deepcopy(network)
-    _fold(folded)
+    for module in list(folded.modules()):
+        for (place, conv), (name, norm) in pairwise(list(module.named_children())):
+            # Each norm that follows a convolution by name.
+            if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+                continue
+            if norm.num_features == conv.out_channels and norm.running_mean is not None and norm.affine:
+                setattr(module, place, fuse_conv_bn_eval(conv, norm))
+                # timm's norms carry the activation that follows.
+                rest = [getattr(norm, part, None) for part in ("drop", "act")]
+                kept = [part for part in rest if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
+                setattr(module, name, nn.Sequential(*kept))
     with torch.inference_mode():
         before, after = network(example), folded(example)
     if (after - before).norm() <= FOLDING_TOLERANCE * before.norm():
         return folded
     logger.info("batch norms are left as they are: folding would change the output")
     return network
-
-
-def _fold(module: nn.Module) -> None:
-    """Fold in place, in all modules below `module`, each norm that follows a convolution by name."""
-    conv: nn.Module | None = None
-    for name, child in list(module.named_children()):
-        if (
-            isinstance(conv, nn.Conv2d)
-            and isinstance(child, nn.BatchNorm2d)
-            and child.num_features == conv.out_channels
-            and child.running_mean is not None
-            and child.affine
-        ):
-            mean, variance = child.running_mean, cast(Tensor, child.running_var)
-            weight, bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, mean, variance, child.eps, child.weight, child.bias
-            )
-            conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-            # timm's norms carry the activation that follows.
-            rest = [getattr(child, part, None) for part in ("drop", "act")]
-            kept = [part for part in rest if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
-            setattr(module, name, nn.Sequential(*kept))
-            conv = None
-        else:
-            _fold(child)
-            conv = child

@@ -28,8 +28,7 @@ from rayclust.encoders.decode import (
     visible_box,
     without_metadata,
 )
-from rayclust.encoders.settings import PIXEL_CEILING
-from rayclust.errors import ConfigError, DataError
+from rayclust.errors import DataError
 from tests import references
 from tests.encoders import picture_files as make
 from tests.encoders.odd_images import OddImage, odd_images, quarters
@@ -121,24 +120,6 @@ def test_undecodable_is_an_error_of_the_data_and_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(Undecodable("empty", "0 bytes")))  # noqa: S301 - our own bytes
     assert isinstance(error, DataError)
     assert (error.reason, error.detail, str(error)) == ("empty", "0 bytes", "empty: 0 bytes")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 0}, "image_size = 0: must be at least 1"),
-        ({"size": (4, 0)}, "image_size"),
-        ({"crop_fraction": 0.0}, "crop_fraction = 0.0: must be above 0"),
-        ({"crop_fraction": 1.5}, "crop_fraction"),
-        ({"max_pixels": PIXEL_CEILING + 1}, f"max_pixels = {PIXEL_CEILING + 1}: must be from 1 to {PIXEL_CEILING}"),
-        ({"max_bytes": 0}, "max_bytes"),
-        ({"resize": "pad"}, "resize = pad: must be crop or squash"),
-        ({"interpolation": "box"}, "interpolation = box: must be one of bicubic"),
-    ],
-)
-def test_impossible_settings_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Preprocess(**({"size": 8} | options))  # type: ignore[arg-type]
 
 
 # Size and orientation

@@ -3,15 +3,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from rayclust.encoders import weights
-from rayclust.encoders.base import Encoder
-from rayclust.encoders.load import encoder_shape, load_encoder
+from rayclust.encoders.load import load_encoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError, DataError
 from tests.encoders.networks import noise, tiny_clip, tiny_timm
@@ -23,12 +21,10 @@ def test_every_family(tmp_path: Path) -> None:
     for name, file in (("timm/test_vit", "vit.pt"), ("open_clip/tiny-clip", "clip.pt"), ("pixels", None)):
         config = EncoderConfig(name=name, pretrained=file and str(tmp_path / file))
         encoder = load_encoder(config)
-        assert isinstance(encoder, Encoder)
         assert encoder.name == name
         rows = encoder.encode_images(noise(2, encoder.preprocess.shape[0]))
         assert rows.shape == (2, encoder.dimension)
         assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-        assert encoder_shape(config) == (encoder.preprocess, encoder.dimension)
 
 
 def test_a_local_copy_of_a_uri(tmp_path: Path) -> None:
@@ -68,31 +64,3 @@ def test_pixels_need_no_library_of_networks() -> None:
         "load(EncoderConfig(name='pixels')); sys.exit('timm' in sys.modules or 'open_clip' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "size", "dimension"),
-    [
-        ("timm/vit_small_patch16_224.dino", {"image_size": 96, "precision": "fp16", "compile": True}, 96, 384),
-        ("timm/regnety_320.swag_lc_in1k", {}, 224, 3712),
-        ("open_clip/ViT-L-14", {}, 224, 768),
-        ("open_clip/ViT-B-16-SigLIP", {"image_size": 112, "precision": "bf16"}, 112, 768),
-        ("pixels", {"grayscale": True}, 32, 1024),
-    ],
-)
-def test_shapes_need_no_weights(name: str, options: dict[str, Any], size: int, dimension: int) -> None:
-    preprocess, found = encoder_shape(EncoderConfig(name=name, **options))
-    assert (preprocess.shape[:2], found) == ((size, size), dimension)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"name": "timm/test_vit", "image_size": 3}, r"encoder\.image_size = 3: timm/test_vit does not take it"),
-        ({"name": "timm/vitt"}, "timm has no such architecture"),
-        ({"name": "open_clip/ViT-B-32", "options": {"no_such": 1}}, r"encoder\.options = .* cannot be built so"),
-    ],
-)
-def test_shapes_find_impossible_settings(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        encoder_shape(EncoderConfig(**config))
