@@ -35,21 +35,6 @@ class VectorIndex:
     recall: float = float("nan")
     """Measured recall@k when it was built; 1 for flat, NaN after loading."""
 
-    @property
-    def count(self) -> int:
-        """Count the rows in the index."""
-        return int(self.faiss_index.ntotal)
-
-    @property
-    def nlist(self) -> int:
-        """Return the number of inverted lists; 0 for flat."""
-        return int(getattr(self.faiss_index, "nlist", 0))
-
-    @property
-    def nprobe(self) -> int:
-        """Return the number of lists probed for one query; 0 for flat."""
-        return int(getattr(self.faiss_index, "nprobe", 0))
-
     def search(self, vectors: FloatArray, top: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the rows with the greatest inner product with each vector.
 
@@ -88,13 +73,7 @@ def load_index(data: bytes) -> VectorIndex:
 
 
 def build_index(
-    stream: Stream,
-    *,
-    count: int,
-    kind: Literal["flat", "ivf"],
-    seed: int = 0,
-    k: int = 10,
-    min_recall: float = 0.95,
+    stream: Stream, *, count: int, kind: Literal["flat", "ivf"], seed: int = 0, k: int = 10, min_recall: float = 0.95
 ) -> VectorIndex:
     """Build an index over all rows of a stream.
 
@@ -112,45 +91,48 @@ def build_index(
     Raises:
         DataError: the stream does not hold `count` rows, or holds none.
     """
+    rng = np.random.default_rng(seed)
+    faiss_index: Any
     if kind == "flat":
         first = next(iter(stream()), None)
         if first is None:
             raise DataError("index: there are no rows")
-        return _fill(VectorIndex(faiss.IndexIDMap2(faiss.IndexFlatIP(first[0].shape[1])), recall=1.0), stream, count)
-    # 1. Train the lists' centres on a sample.
-    rng = np.random.default_rng(seed)
-    nlist = list_count(count)
-    training, _ = _rows_at(stream, _sample(rng, count, _TRAINING_ROWS_PER_LIST * nlist))
-    width = training.shape[1]
-    ivf: Any = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(width), width, nlist, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-    )
-    ivf.by_residual = False
-    ivf.cp.seed, ivf.cp.spherical, ivf.cp.min_points_per_centroid = seed, True, 1
-    if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus():
-        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(width))
-    ivf.train(training)
+        faiss_index = faiss.IndexIDMap2(faiss.IndexFlatIP(first[0].shape[1]))
+    else:
+        # 1. Train the lists' centres on a sample.
+        nlist = list_count(count)
+        training, _ = _sampled(stream, rng, count, _TRAINING_ROWS_PER_LIST * nlist)
+        width = training.shape[1]
+        faiss_index = faiss.IndexIVFScalarQuantizer(
+            faiss.IndexFlatIP(width), width, nlist, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+        )
+        faiss_index.by_residual = False
+        faiss_index.cp.seed, faiss_index.cp.spherical, faiss_index.cp.min_points_per_centroid = seed, True, 1
+        if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus():
+            faiss_index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(width))
+        faiss_index.train(training)
     # 2. Add all rows.
-    index = _fill(VectorIndex(ivf), stream, count)
-    # 3. Probe the smallest power of two of lists, or all, that reaches the recall on a sample.
-    k = min(k, count - 1)
-    if k < 1:
-        index.recall = 1.0
+    for block, ids in stream():
+        rows = np.ascontiguousarray(block, dtype=np.float32)
+        faiss_index.add_with_ids(rows, np.ascontiguousarray(ids, dtype=np.int64))
+    if faiss_index.ntotal != count:
+        raise DataError(f"index: {faiss_index.ntotal} rows came where {count} were expected")
+    index, k = VectorIndex(faiss_index, recall=1.0), min(k, count - 1)
+    if kind == "flat" or k < 1:
         return index
-    queries, query_ids = _rows_at(stream, _sample(rng, count, _RECALL_QUERIES))
+    # 3. Probe the smallest power of two of lists, or all, that reaches the recall on a sample.
+    queries, query_ids = _sampled(stream, rng, count, _RECALL_QUERIES)
     exact = RunningTopK(torch.from_numpy(queries), torch.from_numpy(query_ids), k)
     for block, ids in stream():
         exact.update(torch.from_numpy(np.asarray(block, np.float32)), torch.from_numpy(np.asarray(ids, np.int64)))
     truth, truth_similarity = (part.numpy() for part in exact.result())
-    nprobe = 1
     while True:
-        index.faiss_index.nprobe = min(nprobe, index.nlist)
         found = without_self(*index.search(queries, k + 1), query_ids)
         index.recall = recall_at_k(*found, truth, truth_similarity)
-        logger.debug("nprobe %d of %d: recall@%d %.4f", index.nprobe, index.nlist, k, index.recall)
-        if index.recall >= min_recall or nprobe >= index.nlist:
+        logger.debug("nprobe %d of %d: recall@%d %.4f", faiss_index.nprobe, nlist, k, index.recall)
+        if index.recall >= min_recall or faiss_index.nprobe >= nlist:
             return index
-        nprobe *= 2
+        faiss_index.nprobe = min(2 * faiss_index.nprobe, nlist)
 
 
 def recall_at_k(
@@ -195,15 +177,11 @@ def without_self(ids: IntArray, similarity: FloatArray, own: IntArray) -> tuple[
     return ids[~drop].reshape(shape).astype(np.int64), similarity[~drop].reshape(shape).astype(np.float32)
 
 
-def _sample(rng: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:
-    """Return Int64[S], sorted positions of a sample."""
-    if size >= count:
-        return np.arange(count)
-    return np.sort(rng.choice(count, size, replace=False))
-
-
-def _rows_at(stream: Stream, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return rows and their ids at sorted positions of the stream."""
+def _sampled(
+    stream: Stream, rng: np.random.Generator, count: int, size: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return a sample of the stream's rows, or all where there are no more, and their ids, in the stream's order."""
+    positions = np.arange(count) if size >= count else np.sort(rng.choice(count, size, replace=False))
     rows, ids, start = [], [], 0
     for block, block_ids in stream():
         low, high = np.searchsorted(positions, [start, start + len(block)])
@@ -214,12 +192,3 @@ def _rows_at(stream: Stream, positions: NDArray[np.int64]) -> tuple[NDArray[np.f
     if start <= int(positions.max(initial=-1)) or not rows:
         raise DataError(f"index: {start} rows came where more than {int(positions.max(initial=0))} were expected")
     return np.concatenate(rows), np.concatenate(ids)
-
-
-def _fill(index: VectorIndex, stream: Stream, count: int) -> VectorIndex:
-    for block, ids in stream():
-        rows = np.ascontiguousarray(block, dtype=np.float32)
-        index.faiss_index.add_with_ids(rows, np.ascontiguousarray(ids, dtype=np.int64))
-    if index.count != count:
-        raise DataError(f"index: {index.count} rows came where {count} were expected")
-    return index

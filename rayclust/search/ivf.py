@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rayclust.arrays import require_matrix
@@ -82,16 +82,14 @@ def train_centers(sample: Tensor, lists: int, seed: int = 0) -> ListCenters:
     """
     x = np.ascontiguousarray(sample.numpy())
 
-    def spherical_kmeans(rows: np.ndarray[Any, np.dtype[np.float32]], k: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def spherical_kmeans(rows: NDArray[np.float32], k: int) -> NDArray[np.float32]:
         """Float32[k D] unit centres of at least k rows."""
         if k == len(rows):
             return rows
-        means: Any = faiss.Kmeans(
-            x.shape[1], int(k), niter=_ITERATIONS, spherical=True, seed=seed, min_points_per_centroid=1
-        )
+        options = {"niter": _ITERATIONS, "spherical": True, "seed": seed, "min_points_per_centroid": 1}
+        means = faiss.Kmeans(x.shape[1], int(k), **options)
         means.train(rows)
-        centroids: np.ndarray[Any, np.dtype[np.float32]] = means.centroids
-        return centroids
+        return np.asarray(means.centroids)
 
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
@@ -111,49 +109,22 @@ def train_centers(sample: Tensor, lists: int, seed: int = 0) -> ListCenters:
     return ListCenters(*map(torch.from_numpy, (np.concatenate(centers), parents[used], starts)))
 
 
-@dataclass(frozen=True)
-class Probing:
-    """The lists that a row probes: its own, then those with the nearest centres among the lists around its own."""
-
-    centers: Tensor
-    """Float32[L D]."""
-    sizes: Tensor
-    """Int64[L], rows of each list."""
-    k: int
-    """Neighbours that each row must find: more lists are opened where those opened hold too few rows."""
-    reach: int
-    """Lists around a list that are ranked for its rows."""
-    nprobe: int
-    """Lists opened for a row, its own among them."""
-
-    def opened(self, x: Tensor, home: int) -> tuple[Tensor, Tensor]:
-        """Return the lists that rows of one list probe.
-
-        Args:
-            x: Float32[n D], unit or zero rows.
-            home: their list.
-
-        Returns:
-            Int64[p] places of the rows, Int64[p] lists: each pair once, in order of the place, the own list first.
-        """
-        lists, needed = ranked_lists(self.centers, self.sizes, x, home, k=self.k, reach=self.reach)
-        needed[:, : self.nprobe] = True
-        return needed.nonzero()[:, 0], lists[needed]
-
-
-def ranked_lists(centers: Tensor, sizes: Tensor, x: Tensor, home: int, *, k: int, reach: int) -> tuple[Tensor, Tensor]:
-    """Rank the lists around a list by the nearness of their centres to each of its rows.
+def ranked_lists(
+    centers: Tensor, sizes: Tensor, x: Tensor, home: int, *, k: int, reach: int, nprobe: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Rank the lists around a list by the nearness of their centres to each of its rows, and open the first of them.
 
     Args:
         centers: Float32[L D].
         sizes: Int64[L], rows of each list, more than `k` in all.
-        x: Float32[n D], rows of the list.
+        x: Float32[n D], rows of the list, unit or zero.
         home: the list.
         k: neighbours that each row must find.
         reach: lists ranked, at most L; more where these hold too few rows.
+        nprobe: lists opened for a row, its own among them; more where these hold at most `k` rows.
 
     Returns:
-        Int64[n M] lists, the own first; Bool[n M], those that must be opened so that more than `k` rows are seen.
+        Int64[n M] lists, the own first; Bool[n M], those that are opened.
     """
     similarity = centers @ centers[home]
     similarity[home] = torch.inf
@@ -164,7 +135,9 @@ def ranked_lists(centers: Tensor, sizes: Tensor, x: Tensor, home: int, *, k: int
     scores[:, 0] = torch.inf
     lists = around[scores.argsort(dim=1, descending=True, stable=True)]
     rows = sizes[lists]
-    return lists, rows.cumsum(1) - rows <= k
+    opened = rows.cumsum(1) - rows <= k
+    opened[:, :nprobe] = True
+    return lists, opened
 
 
 def choose_probes(
@@ -181,17 +154,17 @@ def choose_probes(
         min_recall: share of the true neighbours that must lie in lists that are opened, from 0 to 1.
 
     Returns:
-        `reach` and `nprobe` of `Probing`.
+        `reach` and `nprobe` of `ranked_lists`.
     """
     k, reach = truth.shape[1], min(_FIRST_REACH, len(centers))
     while True:
         # 1. The rank of each true neighbour's list; 0 where that list is opened in any case.
         ranks = []
         for query, home, neighbor_lists in zip(queries, homes.tolist(), truth, strict=True):
-            lists, needed = ranked_lists(centers, sizes, query[None], home, k=k, reach=reach)
+            lists, opened = ranked_lists(centers, sizes, query[None], home, k=k, reach=reach)
             same = lists == neighbor_lists[:, None]
             rank = same.long().argmax(1).masked_fill(~same.any(1), _UNREACHED)
-            ranks.append(rank.masked_fill((same & needed).any(1), 0))
+            ranks.append(rank.masked_fill((same & opened).any(1), 0))
         # 2. The rank within which the share `min_recall` of them lies.
         ordered = torch.cat(ranks).sort()[0]
         last = int(ordered[max(0, int(np.ceil(min_recall * len(ordered) - 1e-9)) - 1)])

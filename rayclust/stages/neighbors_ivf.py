@@ -31,7 +31,7 @@ from rayclust.runtime.artefacts import Outputs, put_bytes, put_neighbors
 from rayclust.runtime.rows import features_at, part_features, unit_rows
 from rayclust.runtime.tasks import STORAGE_THREADS, Item, Result, Task, TaskResult, finished_tasks, run_tasks
 from rayclust.search.index import recall_at_k
-from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, train_centers
+from rayclust.search.ivf import ListCenters, choose_probes, list_count, ranked_lists, train_centers
 from rayclust.search.knn import TopKInt64, unpack_keys
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of, read_unchanged
@@ -258,14 +258,16 @@ class ListSearch:
 
         In order of the list, but each row's own list first: its results prune most candidates of the others.
         """
-        bounds = known["bounds"]
-        probing = Probing(known["centers"], bounds.diff(), self.layout.k, self.reach, self.nprobe)
+        bounds, sizes = known["bounds"], known["bounds"].diff()
+        options = {"k": self.layout.k, "reach": self.reach, "nprobe": self.nprobe}
         homes = torch.searchsorted(bounds, torch.arange(start, end), right=True) - 1
         found = []
         for home, count in zip(*(part.tolist() for part in homes.unique_consecutive(return_counts=True)), strict=True):
             first = max(start, int(bounds[home])) - own.low
-            places, lists = probing.opened(own.units[first : first + count].float(), home)
-            found.append((first + places, torch.where(lists == home, lists, lists + self.nlist)))
+            x = own.units[first : first + count].float()
+            lists, opened = ranked_lists(known["centers"], sizes, x, home, **options)
+            lists, places = lists[opened], first + opened.nonzero()[:, 0]
+            found.append((places, torch.where(lists == home, lists, lists + self.nlist)))
         places, order = torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
         order, by = order.sort(stable=True)
         return places[by], order % self.nlist

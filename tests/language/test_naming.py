@@ -10,14 +10,7 @@ from scipy import sparse
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.features import FeatureTransform
 from rayclust.language import vocabulary
-from rayclust.language.naming import (
-    ClusterName,
-    TopRows,
-    cluster_votes,
-    encode_words,
-    name_clusters,
-    typicality,
-)
+from rayclust.language.naming import ClusterName, TopRows, cluster_votes, encode_words, name_clusters, typicality
 from tests import references
 
 

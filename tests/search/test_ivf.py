@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rayclust.errors import ShapeError
-from rayclust.search.ivf import ListCenters, Probing, choose_probes, list_count, ranked_lists, train_centers
+from rayclust.search.ivf import ListCenters, choose_probes, list_count, ranked_lists, train_centers
 from rayclust.search.knn import top_k
 
 
@@ -100,8 +100,8 @@ def test_as_many_lists_are_opened_as_hold_more_than_k_rows():
     assert ranked_lists(CORNERS, sizes, x, 0, k=3, reach=4)[1].tolist() == [[True, True, True, True]]
     lists, _ = ranked_lists(CORNERS, sizes, x, 0, k=6, reach=1)
     assert lists.shape == (1, 4), "two lists around hold 3 rows at most"
-    places, opened = Probing(CORNERS, sizes, k=1, reach=4, nprobe=2).opened(x, 0)
-    assert (places.tolist(), opened.tolist()) == ([0, 0], [0, 2])
+    lists, opened = ranked_lists(CORNERS, sizes, x, 0, k=1, reach=4, nprobe=2)
+    assert lists[opened].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("min_recall", [0.0, 0.3, 0.8, 0.95, 1.0])
@@ -115,9 +115,12 @@ def test_so_many_lists_are_opened_as_the_recall_takes_and_not_one_more(min_recal
     reach, nprobe = choose_probes(found.centers, sizes, x[queries], homes[queries], truth, min_recall)
 
     def recall(probes: int) -> float:
-        probing = Probing(found.centers, sizes, k, reach, probes)
-        opened = [set(probing.opened(x[q, None], int(homes[q]))[1].tolist()) for q in queries]
-        return float(np.mean([[int(one) in own for one in row] for own, row in zip(opened, truth, strict=True)]))
+        found_in = []
+        for query, home, near in zip(x[queries], homes[queries].tolist(), truth, strict=True):
+            options = {"k": k, "reach": reach, "nprobe": probes}
+            lists, opened = ranked_lists(found.centers, sizes, query[None], home, **options)
+            found_in.append(torch.isin(near, lists[opened]))
+        return float(torch.cat(found_in).double().mean())
 
     assert recall(nprobe) >= min_recall
     assert nprobe == 1 or recall(nprobe - 1) < min_recall
