@@ -11,10 +11,7 @@ from rayclust.arrays import FloatArray, require_matrix, unit_rows
 
 @dataclass(frozen=True)
 class FeatureTransform:
-    """x ↦ unit((x − mean) / scale), each part optional.
-
-    The statistics are those of the rows that were fitted; new rows go through the same map.
-    """
+    """x ↦ unit((x − mean) / scale), each part optional, with statistics of the rows that were fitted."""
 
     mean: FloatArray | None = None
     """Float[D], subtracted first; None leaves rows where they are."""
@@ -60,13 +57,7 @@ class FeatureTransform:
         return cls.from_moments(len(x), *moments, center=center, standardize=standardize, normalize=normalize)
 
     def __call__(self, x: FloatArray) -> FloatArray:
-        """Apply the map.
-
-        Args:
-            x: Float[B D].
-
-        Returns:
-            Float32[B D], a new array.
+        """Apply the map to Float[B D]; return Float32[B D], a new array.
 
         Raises:
             ShapeError: `x` is not a matrix, or not as wide as the statistics.

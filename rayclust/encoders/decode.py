@@ -19,8 +19,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +57,7 @@ _SIGNATURES: Final[dict[str, tuple[bytes, ...]]] = {
     "JPEG2000": (b"\x00\x00\x00\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
     "ICO": (b"\x00\x00\x01\x00",),
 }
+_ERROR_PAGE: Final = "an HTML page, often the error page of a failed download"
 # Searched in this order in the first 1,024 bytes: formats that are read, which have no reason, then all others.
 _PATTERNS: Final[tuple[tuple[bytes, Reason | None, str], ...]] = (
     (rb"\ARIFF.{4}WEBP", None, "WEBP"),
@@ -69,11 +69,7 @@ _PATTERNS: Final[tuple[tuple[bytes, Reason | None, str], ...]] = (
     (rb"\A(\xff\x0a|\0\0\0\x0cJXL )", "unsupported", "a JPEG XL image"),
     (rb"\A.{4}ftyp(.{4}){0,60}?(hei[cxms]|hevc|mif1|msf1)", "unsupported", "a HEIC image"),
     (rb"\A.{4}ftyp", "unsupported", "a video (ISO media file)"),
-    (
-        rb"(?i)<(!doctype )?(html|head|body)\b",
-        "not_an_image",
-        "an HTML page, often the error page of a failed download",
-    ),
+    (rb"(?i)<(!doctype )?(html|head|body)\b", "not_an_image", _ERROR_PAGE),
     (rb"(?i)<svg[\s>]", "unsupported", "an SVG drawing"),
     (rb"\A\s*PK(\x03\x04|\x05\x06)", "not_an_image", "a zip archive"),
     (rb"\A\s*\x1f\x8b", "not_an_image", "gzip data"),
@@ -113,8 +109,7 @@ class Undecodable(DataError):  # noqa: N818 - a state of the bytes, and a word t
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
-        self.reason: Reason = reason
-        self.detail = detail
+        self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
@@ -152,8 +147,7 @@ class Preprocess:
 def decode(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Decode one image file; the first frame of an animation, upright by its EXIF orientation.
 
-    The result depends on nothing but the arguments. Palettes, grey, CMYK, alpha (on white), 16-bit and floating samples
-    become 8-bit RGB; colour profiles are ignored. A file is taken whole or not at all.
+    The result depends on nothing but the arguments; see `flatten` for colours. A file is taken whole or not at all.
 
     Args:
         data: the whole file, of any name: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, ICO or a portable map.
@@ -169,13 +163,12 @@ def decode(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
         raise Undecodable("too_large", f"{len(data)} bytes, more than the limit of {preprocess.max_bytes}")
     name = recognise(data)
     picture = without_metadata(data, name)
-    height, width, _ = preprocess.shape
     with quiet_pillow():
         try:
             with Image.open(io.BytesIO(picture), formats=(name,)) as image:
                 _check_size(image.size, preprocess.max_pixels)  # of the header, before any pixel is decoded
                 if preprocess.jpeg_draft and name == "JPEG":
-                    shorter = 2 * math.ceil(max(height, width) / preprocess.crop_fraction)
+                    shorter = 2 * math.ceil(max(preprocess.shape[:2]) / preprocess.crop_fraction)
                     image.draft(None, (shorter, shorter))
                 image.load()
                 _check_size(image.size, preprocess.max_pixels)
@@ -186,9 +179,8 @@ def decode(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
                 flat = flatten(image, "L" if preprocess.grayscale else "RGB")
             # Scale along the axes of the file, then turn the small result.
             is_swapped, _, _, transpose = _ORIENTATIONS.get(orientation, _UPRIGHT)
-            shown = flat.size[::-1] if is_swapped else flat.size
-            box = visible_box(shown, (height, width), preprocess.resize, preprocess.crop_fraction)
-            size = (height, width) if is_swapped else (width, height)
+            box = visible_box(flat.size[::-1] if is_swapped else flat.size, preprocess)
+            size = preprocess.shape[:2] if is_swapped else preprocess.shape[1::-1]
             small = flat.resize(size, _FILTERS[preprocess.interpolation], stored_box(box, flat.size, orientation))
             if transpose is not None:
                 small = small.transpose(transpose)
@@ -225,13 +217,7 @@ def _undecodable(error: BaseException, data: bytes, name: str) -> Undecodable:
 
 
 def recognise(data: bytes) -> str:
-    """Return the format of an image file, by content; its name does not matter.
-
-    Args:
-        data: the whole file, or at least its first 1,024 bytes.
-
-    Returns:
-        Pillow's word for the format: JPEG PNG GIF WEBP BMP TIFF AVIF JPEG2000 ICO or PPM.
+    """Return Pillow's word for the format of an image file, by its first 1,024 bytes; its name does not matter.
 
     Raises:
         Undecodable: `empty`, `truncated` inside the signature, `unsupported` or `not_an_image`.
@@ -257,10 +243,7 @@ def without_metadata(data: bytes, name: str) -> bytes:
 
     Args:
         data: the whole file.
-        name: its format, from `recognise`. JPEG, PNG and WebP are checked; Pillow notices the others itself.
-
-    Returns:
-        For JPEG and PNG the file without comments, profiles and further pictures; `data` itself where it has none.
+        name: its format, from `recognise`. JPEG and PNG are cut, they and WebP checked; Pillow checks the others.
 
     Raises:
         Undecodable: `truncated`, `corrupt` or `bomb`.
@@ -331,18 +314,11 @@ def _metadata_of_png(data: bytes) -> list[tuple[int, int]]:
 
 
 def flatten(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
-    """Convert an image of any colour model to plain RGB or grey, 8 bits.
+    """Convert a loaded image of any mode of Pillow to plain RGB or grey (ITU-R 601 luma), 8 bits.
 
     Transparency lies on white. Sixteen bits are scaled, not clipped. Floating and 32-bit samples within 0..1, 0..255 or
     0..65535 keep their meaning, all others are stretched. Colour profiles are ignored, as the encoders' own training
     pipelines did.
-
-    Args:
-        image: loaded; any mode of Pillow.
-        mode: colour or grey (ITU-R 601 luma).
-
-    Returns:
-        An image of `mode` and the same size.
 
     Raises:
         Undecodable: `not_finite`, a floating image without one finite value.
@@ -370,9 +346,7 @@ def flatten(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def visible_box(
-    shown: tuple[int, int], target: tuple[int, int], resize: Literal["crop", "squash"], crop_fraction: float
-) -> Box:
+def visible_box(shown: tuple[int, int], preprocess: Preprocess) -> Box:
     """Compute the part of the upright image that is scaled to the wanted size.
 
     Scaling only what is kept bounds memory for very long images. The arithmetic is that of scaling everything to whole
@@ -380,19 +354,14 @@ def visible_box(
 
     Args:
         shown: (width, height) of the upright image.
-        target: (height, width) wanted.
-        resize: crop or squash.
-        crop_fraction: for crop, the share of the shorter side that is kept; in (0, 1].
-
-    Returns:
-        A box inside the upright image.
+        preprocess: size wanted, and how.
     """
     width, height = shown
-    if resize == "squash":
+    if preprocess.resize == "squash":
         return 0.0, 0.0, float(width), float(height)
-    rows, columns = target
+    rows, columns, _ = preprocess.shape
     # 1. Whole pixels of the scaled image: the shorter side fits, the other keeps the aspect.
-    tall, wide = math.floor(rows / crop_fraction), math.floor(columns / crop_fraction)
+    tall, wide = (math.floor(side / preprocess.crop_fraction) for side in (rows, columns))
     if tall * width >= wide * height:
         wide = tall * width // height
     else:
@@ -404,15 +373,9 @@ def visible_box(
 
 
 def stored_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Convert a box of the upright image to the axes of the file.
+    """Convert a box of the upright image to the axes of the file, whose image has (width, height) `size`.
 
-    Args:
-        box: inside the upright image.
-        size: (width, height) of the file's image.
-        orientation: EXIF orientation; any value but 2 to 8 means upright.
-
-    Returns:
-        A box inside the file's image.
+    Any EXIF orientation but 2 to 8 means upright.
     """
     left, top, right, bottom = box
     is_swapped, is_reversed_x, is_reversed_y, _ = _ORIENTATIONS.get(orientation, _UPRIGHT)
@@ -444,8 +407,11 @@ def quiet_pillow() -> Iterator[None]:
             logger = logging.getLogger("PIL")
             _quiet_state.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
-            for set_handler in _libtiff_handlers():
-                _quiet_state.callback(set_handler, set_handler(None))
+            library = ctypes.CDLL(_imaging.__file__)
+            with suppress(AttributeError):  # Pillow is built without libtiff
+                for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+                    set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+                    _quiet_state.callback(set_handler, set_handler(None))
     try:
         yield
     finally:
@@ -453,16 +419,3 @@ def quiet_pillow() -> Iterator[None]:
             _quiet_depth -= 1
             if _quiet_depth == 0:
                 _quiet_state.close()
-
-
-@cache
-def _libtiff_handlers() -> tuple[Any, ...]:
-    """Return libtiff's two setters of message handlers; none if Pillow is built without it."""
-    try:
-        library = ctypes.CDLL(_imaging.__file__)
-        functions = library.TIFFSetErrorHandler, library.TIFFSetWarningHandler
-    except (AttributeError, OSError):
-        return ()
-    for function in functions:
-        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
-    return functions

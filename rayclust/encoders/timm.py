@@ -65,7 +65,20 @@ def build_timm(config: EncoderConfig, weights: Path, device: str) -> TorchEncode
     message = f"encoder.options = {config.options}: {config.name} cannot be built so"
     with network_errors(message):
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **config.options)
-    load_into(network, _state_for(network, weights), encoder=config.name, source=config.pretrained or str(weights))
+    # 1. The file's weights under the network's own names, without heads.
+    expected = network.state_dict()
+    state = without_prefix(from_torchvision(load_state(weights)), expected)
+    fits = expected.keys() <= state.keys() and all(state[key].shape == value.shape for key, value in expected.items())
+    # timm's own conversion of names, and of position embeddings to another image size.
+    convert: Any = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is not None and not fits:
+        try:
+            state = dict(convert(state, network))
+        except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+            logger.info("timm could not adapt the names in %s: %s", weights, error)
+    state = {key: value for key, value in state.items() if key in expected or key.partition(".")[0] not in _HEADS}
+    load_into(network, state, encoder=config.name, source=config.pretrained or str(weights))
+    # 2. How it sees images.
     declared = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
     resampling = declared["interpolation"]
     preprocess = Preprocess(
@@ -86,7 +99,7 @@ def build_timm(config: EncoderConfig, weights: Path, device: str) -> TorchEncode
 
 
 def timm_hub_file(config: EncoderConfig) -> HubFile:
-    """Look up where the weights that a tag names are published.
+    """Return where the weights that a tag names are published.
 
     Raises:
         ConfigError: unknown architecture or tag, or weights that no hub has.
@@ -118,29 +131,10 @@ def _tagged_name(config: EncoderConfig) -> str:
     return f"{architecture}.{tag}"
 
 
-def _state_for(network: nn.Module, weights: Path) -> dict[str, Tensor]:
-    """Read a file's weights under the network's own names, without heads."""
-    expected = network.state_dict()
-    state = without_prefix(from_torchvision(load_state(weights)), expected)
-    # timm's own conversion of names, and of position embeddings to another image size.
-    convert: Any = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    fits = expected.keys() <= state.keys() and all(state[key].shape == value.shape for key, value in expected.items())
-    if convert is not None and not fits:
-        try:
-            state = dict(convert(state, network))
-        except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
-            logger.info("timm could not adapt the names in %s: %s", weights, error)
-    return {key: value for key, value in state.items() if key in expected or key.partition(".")[0] not in _HEADS}
-
-
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a vision transformer of torchvision or SWAG to timm's names.
+    """Rename the weights of a vision transformer of torchvision or SWAG to timm's names; leave all others.
 
-    Args:
-        state: any weights by name; returned as they are unless they are such a transformer's.
-
-    Returns:
-        The same tensors. SWAG's position embedding [1+P, 1, D] becomes [1, 1+P, D].
+    SWAG's position embedding [1+P, 1, D] becomes [1, 1+P, D].
     """
     if "encoder.pos_embedding" not in state or "conv_proj.weight" not in state:
         return state
@@ -154,7 +148,7 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fold_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
-    """Fold batch norms into the convolutions before them: the same function with half the passes over memory.
+    """Fold batch norms into the convolutions before them: half the passes over memory.
 
     Neighbours in a module need not be neighbours in its forward pass, so the result is compared on an example. On one
     CPU thread mobilenetv2_100 gains 30 %.

@@ -32,10 +32,7 @@ _AVERAGED = ("ema", "teacher", "target", "momentum")
 
 
 def load_tensors(path: Path | str) -> Any:
-    """Read a file of tensors: safetensors, or torch's own format without unpickling code.
-
-    Args:
-        path: a local file; its name does not matter.
+    """Read a local file of tensors: safetensors, or torch's own format without unpickling code; its name is free.
 
     Returns:
         A tensor, or dicts and lists of tensors and plain values, on the CPU.
@@ -67,9 +64,8 @@ def load_tensors(path: Path | str) -> Any:
         with suppress(RuntimeError, ValueError, OSError, pickle.UnpicklingError):
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
         objects = f"objects of {', '.join(names[:3])}" if names else "objects other than tensors"
-        raise DataError(
-            f"{path}: holds {objects}, which are not read; save its tensors alone, as safetensors"
-        ) from error
+        what = f"{objects}, which are not read; save its tensors alone, as safetensors"
+        raise DataError(f"{path}: holds {what}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         what = " ".join(str(error).split())[:120]
         if "TorchScript" in what:
@@ -83,11 +79,7 @@ def load_tensors(path: Path | str) -> Any:
 def load_state(path: Path | str) -> dict[str, Tensor]:
     """Read the weights in a file by name, out of whatever a training script wrapped around them.
 
-    Args:
-        path: a local file, see `load_tensors`.
-
-    Returns:
-        Tensors by name, without the prefix `module.` of parallel training.
+    The prefix `module.` of parallel training is left out.
 
     Raises:
         DataError: as `load_tensors`, or the file holds no named tensors.
@@ -133,7 +125,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, encoder: str, 
     Args:
         network: changed in place.
         state: weights by name; counters of batches may be absent.
-        encoder: `encoder.name`, for the message.
+        encoder: `encoder.name`, and
         source: `encoder.pretrained`, for the message.
 
     Raises:

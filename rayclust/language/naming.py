@@ -32,10 +32,9 @@ _CANDIDATES = 256
 
 @dataclass(frozen=True)
 class ClusterName:
-    """The name of a cluster."""
+    """The name of a cluster; None where no image voted."""
 
     name: str | None
-    """None where no image voted."""
     score: float | None
     """Mean probability that a member gives the name, in [0, 1]; larger is better."""
     runners_up: tuple[tuple[str, float], ...]
@@ -206,9 +205,7 @@ def _matched(shares: list[list[tuple[int, float]]], width: int) -> list[int | No
 
 
 class TopRows:
-    """The rows of each cluster with the largest scores, merged block by block.
-
-    The result does not depend on the order of blocks; of equal scores the smaller row counts.
+    """The rows of each cluster with the largest scores, of equal ones the smaller rows, whatever the order of blocks.
 
     Args:
         count: rows to keep per cluster.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayclust.arrays import FloatArray, require_matrix
-from rayclust.errors import ConfigError, DataError
+from rayclust.errors import DataError
 
 LONGEST = 200
 """Characters of one name; a longer line is not a list of names."""
@@ -61,7 +62,8 @@ def from_text(data: bytes, source: str) -> Vocabulary:
             lines = [row[place] for row in rows if len(row) > place]
         except csv.Error as error:
             raise DataError(f"label.vocabulary = {source}: line {rows.line_num} cannot be read ({error})") from error
-    return Vocabulary(_distinct((line for line in lines if not line.lstrip().startswith("#")), source))
+    names = (line for line in lines if not line.lstrip().startswith("#"))
+    return Vocabulary(tuple(_distinct(names, source).values()))
 
 
 def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) -> Vocabulary:
@@ -85,15 +87,8 @@ def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) 
     if not finite.all():
         first = int(np.argmin(finite))
         raise DataError(f"label.vocabulary = {source}: the row of {words[first]!r} is not finite; remove it")
-    shown = [_shown(word or "") for word in words]
-    kept: dict[str, int] = {}
-    for index, word in enumerate(shown):
-        if word:
-            kept.setdefault(word.casefold(), index)
-    if not kept:
-        raise DataError(f"label.vocabulary = {source}: holds no name")
-    indices = list(kept.values())
-    return Vocabulary(tuple(shown[i] for i in indices), embeddings[indices].astype(np.float32))
+    kept = _distinct((word or "" for word in words), source, longest=math.inf)
+    return Vocabulary(tuple(kept.values()), embeddings[list(kept)].astype(np.float32))
 
 
 def from_labels(labels: Iterable[str]) -> Vocabulary:
@@ -105,7 +100,7 @@ def from_labels(labels: Iterable[str]) -> Vocabulary:
     names = sorted(set(labels))
     if not names:
         raise DataError("label.vocabulary = classes: no image has a label; name a list of words")
-    return Vocabulary(_distinct(names, "classes"))
+    return Vocabulary(tuple(_distinct(names, "classes").values()))
 
 
 @dataclass(frozen=True)
@@ -123,10 +118,7 @@ class Candidates:
 
 
 def merged(lists: Sequence[Vocabulary]) -> Candidates:
-    """Merge lists in their order; names that differ in case only are one.
-
-    Args:
-        lists: at least one.
+    """Merge lists, one or more, in their order; names that differ in case only are one.
 
     Raises:
         DataError: two lists bring rows of different widths.
@@ -161,30 +153,21 @@ def imagenet() -> Vocabulary:
     """Return the names of ImageNet's 1,000 classes as open_clip words them; equal names count once."""
     from open_clip import IMAGENET_CLASSNAMES
 
-    return Vocabulary(_distinct(IMAGENET_CLASSNAMES, "imagenet"))
+    return Vocabulary(tuple(_distinct(IMAGENET_CLASSNAMES, "imagenet").values()))
 
 
-def wordnet_refusal() -> ConfigError:
-    """Return the error for `wordnet`, whose nouns are not shipped; it says what to fetch and where to put it."""
-    return ConfigError(
-        "label.vocabulary = wordnet: its nouns are not shipped: fetch a list of them, one a line (the noun lemmas of "
-        "Open English WordNet 2022, CC BY 4.0, or TAC's WordNetNouns.csv), and set label.vocabulary to its path or URI"
-    )
-
-
-def _distinct(lines: Iterable[str], source: str) -> tuple[str, ...]:
-    words: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        word = _shown(line)
-        if len(word) > LONGEST:
-            raise DataError(
-                f"label.vocabulary = {source}: name {number} has {len(word)} characters; {LONGEST} at most, one a line"
-            )
-        if word:
-            words.setdefault(word.casefold(), word)
-    if not words:
+def _distinct(names: Iterable[str], source: str, longest: float = LONGEST) -> dict[int, str]:
+    """Return the names as they are shown by their places, the first of those that differ in case only."""
+    kept: dict[str, tuple[int, str]] = {}
+    for place, name in enumerate(map(_shown, names)):
+        if len(name) > longest:
+            size = f"name {place + 1} has {len(name)} characters; {longest} at most, one a line"
+            raise DataError(f"label.vocabulary = {source}: {size}")
+        if name:
+            kept.setdefault(name.casefold(), (place, name))
+    if not kept:
         raise DataError(f"label.vocabulary = {source}: holds no name; one name a line is expected")
-    return tuple(words.values())
+    return dict(kept.values())
 
 
 def _shown(word: str) -> str:

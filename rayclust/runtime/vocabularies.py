@@ -58,7 +58,11 @@ def read_lists(config: RunConfig, labels: Callable[[], Iterable[str]] | None = N
     lists = []
     for name, kind in vocabulary_kinds(config).items():
         if kind == "wordnet":
-            raise vocabulary.wordnet_refusal()
+            raise ConfigError(
+                "label.vocabulary = wordnet: its nouns are not shipped: fetch a list of them, one a line (the noun "
+                "lemmas of Open English WordNet 2022, CC BY 4.0, or TAC's WordNetNouns.csv), and set label.vocabulary "
+                "to its path or URI"
+            )
         if kind == "embeddings":
             lists.append(_read_embeddings(name))
         elif kind == "classes":

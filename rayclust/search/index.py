@@ -24,14 +24,15 @@ Stream = Callable[[], Iterator[tuple[FloatArray, IntArray]]]
 
 _TRAINING_ROWS_PER_LIST = 64
 _RECALL_QUERIES = 1000
+_TIE = 1e-6
+"""Similarities as near as this tie."""
 
 
 @dataclass
 class VectorIndex:
-    """A faiss index whose ids are rows."""
+    """A faiss index whose ids are rows: flat, or an inverted file with float16 codes."""
 
     faiss_index: Any
-    """IndexIDMap2 over IndexFlatIP, or an inverted file with float16 codes."""
     recall: float = float("nan")
     """Measured recall@k when it was built; 1 for flat, NaN after loading."""
 
@@ -135,13 +136,7 @@ def build_index(
         faiss_index.nprobe = min(2 * faiss_index.nprobe, nlist)
 
 
-def recall_at_k(
-    found: IntArray,
-    found_similarity: FloatArray,
-    truth: IntArray,
-    truth_similarity: FloatArray,
-    tolerance: float = 1e-6,
-) -> float:
+def recall_at_k(found: IntArray, found_similarity: FloatArray, truth: IntArray, truth_similarity: FloatArray) -> float:
     """Return the share of the true k nearest rows that a search found; a row that ties with the last is as good.
 
     Range 0 to 1, larger is better; k/N by chance. Not symmetric.
@@ -151,25 +146,21 @@ def recall_at_k(
         found_similarity: Float[B k].
         truth: Int64[B k] of an exact search, −1 where there are fewer rows.
         truth_similarity: Float[B k].
-        tolerance: similarities as near as this tie.
     """
     expected = (truth >= 0).sum(axis=1)
     last = np.where(truth >= 0, truth_similarity, np.inf).min(axis=1, keepdims=True)
-    hits = (found[:, :, None] == truth[:, None, :]).any(axis=2) | (found_similarity >= last - tolerance)
+    hits = (found[:, :, None] == truth[:, None, :]).any(axis=2) | (found_similarity >= last - _TIE)
     counted = np.minimum((hits & (found >= 0)).sum(axis=1), expected)
     return float(counted.sum() / max(expected.sum(), 1))
 
 
 def without_self(ids: IntArray, similarity: FloatArray, own: IntArray) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Remove the query itself from its results.
+    """Return Int64[B k], Float32[B k], results without the query itself, or without the last where that is not found.
 
     Args:
         ids: Int64[B k+1] found.
         similarity: Float[B k+1].
         own: Int64[B], the queries' ids.
-
-    Returns:
-        Int64[B k], Float32[B k]: without the query's id, or without the last result where that was not found.
     """
     drop = ids == own[:, None]
     drop[~drop.any(axis=1), -1] = True

@@ -31,9 +31,8 @@ _GROUP = 16
 class RunningTopK:
     """The k nearest rows of a database that is read block by block, in any order.
 
-    Greater similarity first; ties go to the smaller id. A query never finds the row of its own id.
-    The result does not depend on how the database is cut, except that similarities which differ by less than a float32
-    product's rounding may change places.
+    Greater similarity first; ties go to the smaller id. A query never finds the row of its own id. The cut of the
+    database does not matter, but for similarities that differ by less than a float32 product's rounding.
 
     Args:
         queries: Float[B D], unit rows for cosine.

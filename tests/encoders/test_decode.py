@@ -184,12 +184,12 @@ def test_drafts_stay_close() -> None:
 def test_visible_boxes_worked_by_hand(
     shown: tuple[int, int], target: tuple[int, int], resize: Any, fraction: float, expected: Box
 ) -> None:
-    assert visible_box(shown, target, resize, fraction) == expected
+    assert visible_box(shown, Preprocess(target, resize, crop_fraction=fraction)) == expected
 
 
 def test_very_long_images_keep_a_box_inside() -> None:
     for size in ((1, 100_000), (100_000, 1), (3, 7919)):
-        left, top, right, bottom = visible_box(size, (224, 224), "crop", 0.9)
+        left, top, right, bottom = visible_box(size, Preprocess(224, crop_fraction=0.9))
         assert 0 <= left < right <= size[0]
         assert 0 <= top < bottom <= size[1]
 

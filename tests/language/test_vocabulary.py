@@ -14,7 +14,6 @@ from rayclust.language.vocabulary import (
     imagenet,
     merged,
     same_name,
-    wordnet_refusal,
 )
 from tests.stages.runs import tree
 
@@ -73,13 +72,6 @@ def test_imagenet_has_its_classes() -> None:
     words = imagenet().words
     assert {"tench", "golf ball", "parachute"} <= set(words)
     assert 990 <= len(words) <= 1000
-
-
-def test_wordnet_says_what_to_fetch() -> None:
-    error = wordnet_refusal()
-    assert isinstance(error, ConfigError)
-    assert "one a line" in str(error)
-    assert "label.vocabulary" in str(error)
 
 
 def test_words_with_rows_keep_the_first_of_equal_ones() -> None:

@@ -128,7 +128,7 @@ def test_words_that_cannot_be_used_are_one_line(named: RunConfig, tmp_path: Path
         run_stage("label", vocabulary("imagenet"))
     with pytest.raises(DataError, match=r"none\.parquet"):
         run_stage("label", vocabulary(str(tmp_path / "none.parquet")))
-    with pytest.raises(ConfigError, match="wordnet"):
+    with pytest.raises(ConfigError, match=r"label\.vocabulary = wordnet: .* fetch a list of them, one a line"):
         run_stage("label", vocabulary("wordnet"))
 
 
