@@ -94,8 +94,8 @@ class TorchEncoder(Encoder):
             network: from Float[B 3 H W] to Float[B D], in `encode_image` where it has two towers, else when called.
             config: precision, chunk size, threads.
             preprocess: what the network takes.
-            mean: of the three channels, which run from 0 to 1.
-            std: standard deviation of the three channels.
+            mean: subtracted from the three channels, which run from 0 to 1.
+            std: what they are then divided by.
             device: cpu, cuda, cuda:1 …
 
         Raises:

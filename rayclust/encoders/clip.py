@@ -35,13 +35,7 @@ class ClipEncoder(TorchEncoder):
     has_text = True
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode phrases, in the space of the images' rows.
-
-        Args:
-            texts: phrases as the network was trained on, e.g. "a photo of a cat"; words past its context are cut off.
-
-        Returns:
-            Float32[V D]; unit rows unless `normalize` is off.
+        """Encode phrases, e.g. "a photo of a cat", to Float32[V D]; words past the network's context are cut off.
 
         Raises:
             ConfigError: the network's tokenizer is not on this machine.
@@ -116,7 +110,7 @@ def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder
 
 
 def clip_hub_file(config: EncoderConfig) -> HubFile:
-    """Look up where the weights that a tag names are published.
+    """Return where the weights that a tag names are published.
 
     Raises:
         ConfigError: unknown architecture or tag.
@@ -151,10 +145,7 @@ def _published(config: EncoderConfig) -> dict[str, Any]:
 
 @contextmanager
 def _quiet_logging() -> Iterator[None]:
-    """Disable log lines of all kinds: open_clip logs to the root logger.
-
-    Such a call would also configure logging, which only the command line may do, unless a handler is there.
-    """
+    """Disable all log lines: open_clip logs to the root logger, which is configured by that unless it has a handler."""
     root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
     root.addHandler(handler)
     logging.disable(logging.CRITICAL)
@@ -171,11 +162,8 @@ def _converted(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
     state = convert_state_dict(network, state)
     if "positional_embedding" in state and "positional_embedding" not in expected:
         state = convert_to_custom_text_state_dict(state)
-    for key in ("logit_scale", "logit_bias"):
-        if key in expected and key in state:
-            state[key] = state[key].reshape(expected[key].shape)
-        elif key in expected:
-            state[key] = expected[key]
+    for key in {"logit_scale", "logit_bias"} & expected.keys():
+        state[key] = state.get(key, expected[key]).reshape(expected[key].shape)
     if "text.transformer.embeddings.position_ids" not in expected:
         state.pop("text.transformer.embeddings.position_ids", None)
     resize_pos_embed(state, network)

@@ -407,8 +407,8 @@ def quiet_pillow() -> Iterator[None]:
             logger = logging.getLogger("PIL")
             _quiet_state.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
-            library = ctypes.CDLL(_imaging.__file__)
-            with suppress(AttributeError):  # Pillow is built without libtiff
+            with suppress(AttributeError, OSError):  # of a Pillow without libtiff
+                library = ctypes.CDLL(_imaging.__file__)
                 for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
                     set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
                     _quiet_state.callback(set_handler, set_handler(None))

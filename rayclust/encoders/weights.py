@@ -108,14 +108,11 @@ def without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[
         `state` itself when no prefix fits any.
     """
     # 1. Prefixes under which the checkpoint holds one of the first names.
-    prefixes = {""}
-    for name in list(wanted)[:3]:
-        prefixes |= {key[: -len(name)] for key in state if key.endswith("." + name)}
+    prefixes = {""} | {key[: -len(name)] for name in list(wanted)[:3] for key in state if key.endswith("." + name)}
     # 2. The one with most names, averaged copies and short prefixes before others.
-    rank = {
-        p: (sum(p + name in state for name in wanted), any(a in p for a in _AVERAGED), -len(p), p) for p in prefixes
-    }
-    best = max(prefixes, key=lambda prefix: rank[prefix])
+    best = max(
+        prefixes, key=lambda p: (sum(p + name in state for name in wanted), any(a in p for a in _AVERAGED), -len(p), p)
+    )
     return {key[len(best) :]: value for key, value in state.items() if key.startswith(best)}
 
 
@@ -125,7 +122,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, encoder: str, 
     Args:
         network: changed in place.
         state: weights by name; counters of batches may be absent.
-        encoder: `encoder.name`, and
+        encoder: `encoder.name`, for the message.
         source: `encoder.pretrained`, for the message.
 
     Raises:

@@ -48,16 +48,13 @@ def encode_words(
     *,
     normalize_each: bool = True,
 ) -> NDArray[np.float32]:
-    """Encode words as the mean of the rows of their prompts.
+    """Encode words to Float32[V D]: the mean of the rows of their prompts, scaled to unit rows.
 
     Args:
         encode_texts: phrases to Float32[V D], an encoder's.
         words: V names.
         templates: prompts with one {} each.
         normalize_each: unit rows before the mean, as CLIP's authors do; TAC's code averages raw ones.
-
-    Returns:
-        Float32[V D], unit rows.
 
     Raises:
         ConfigError: no template, or one without {}.
@@ -128,7 +125,7 @@ def cluster_votes(
 def name_clusters(
     votes: sparse.csr_array, sizes: IntArray, words: Sequence[str], *, unique: bool = False, runners_up: int = 5
 ) -> list[ClusterName]:
-    """Name clusters by their votes.
+    """Return the K clusters' names by their votes.
 
     By default two clusters may share a name, as when a class is split in two. With `unique`, distinct names are
     assigned so that the sum of scores is largest.
@@ -139,9 +136,6 @@ def name_clusters(
         words: V names.
         unique: use each name once. A cluster without a word left keeps its best, numbered.
         runners_up: number of further names to list.
-
-    Returns:
-        K names, in the order of clusters.
 
     Raises:
         ShapeError: sizes differ.
@@ -249,15 +243,12 @@ class TopRows:
 
 
 def typicality(embeddings: FloatArray, clusters: IntArray, prototypes: FloatArray) -> FloatArray:
-    """Return the cosine between each row and its cluster's prototype.
+    """Return Float64[B] in [−1, 1], the cosine of each row and its cluster's prototype; 0 for a zero row or prototype.
 
     Args:
         embeddings: Float[B D].
         clusters: Int[B], below K; −1 gives NaN.
         prototypes: Float[K D], of any length, e.g. sums of members.
-
-    Returns:
-        Float64[B] in [−1, 1]; 0 for a zero row or prototype.
 
     Raises:
         ShapeError: widths or lengths differ, or a cluster is out of range.

@@ -97,8 +97,7 @@ def from_labels(labels: Iterable[str]) -> Vocabulary:
     Raises:
         DataError: there is no label.
     """
-    names = sorted(set(labels))
-    if not names:
+    if not (names := sorted(set(labels))):
         raise DataError("label.vocabulary = classes: no image has a label; name a list of words")
     return Vocabulary(tuple(_distinct(names, "classes").values()))
 

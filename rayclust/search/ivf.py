@@ -40,13 +40,9 @@ class ListCenters:
     """Int64[P + 1]: the first list of each parent, and L."""
 
     def assign(self, x: Tensor) -> Tensor:
-        """Return the list of each row: the one with the nearest centre among those of the four nearest parents.
+        """Return Int64[B], the list of each of Float32[B D] unit or zero rows.
 
-        Args:
-            x: Float32[B D], unit or zero rows.
-
-        Returns:
-            Int64[B].
+        It is the one with the nearest centre among those of the four nearest parents.
 
         Raises:
             ShapeError: `x` is not as wide as the centres.
@@ -143,7 +139,7 @@ def ranked_lists(
 def choose_probes(
     centers: Tensor, sizes: Tensor, queries: Tensor, homes: Tensor, truth: Tensor, min_recall: float
 ) -> tuple[int, int]:
-    """Choose the fewest lists to open, from where the true neighbours of some rows lie; nothing is searched.
+    """Return `reach` and `nprobe` of `ranked_lists`, the fewest, from where the true neighbours of some rows lie.
 
     Args:
         centers: Float32[L D].
@@ -152,9 +148,6 @@ def choose_probes(
         homes: Int64[q], their lists.
         truth: Int64[q k], the list of each of their true neighbours.
         min_recall: share of the true neighbours that must lie in lists that are opened, from 0 to 1.
-
-    Returns:
-        `reach` and `nprobe` of `ranked_lists`.
     """
     k, reach = truth.shape[1], min(_FIRST_REACH, len(centers))
     while True:

@@ -121,7 +121,9 @@ def top_k(
     database_ids: Tensor | None = None,
     block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the k rows of the database with the greatest inner product with each query, exactly.
+    """Return Int64[B k] ids and Float32[B k] similarities of the rows with the greatest inner products, exactly.
+
+    Greater similarity first, then smaller id.
 
     Args:
         queries: Float[B D], unit rows for cosine.
@@ -130,9 +132,6 @@ def top_k(
         query_ids: Int64[B], the queries' own ids in the database, which are excluded; None excludes nothing.
         database_ids: Int64[N], at least 0; None numbers the rows from 0.
         block: rows of the database compared at once; None fits the memory. Does not change the result.
-
-    Returns:
-        Int64[B k] ids, Float32[B k] similarities; greater similarity first, then smaller id.
 
     Raises:
         ConfigError: `k` is below 1 or above the number of rows that can be found.
@@ -160,10 +159,6 @@ class TopKInt64:
     As `RunningTopK`, for many small products: each update compares some of the queries with some rows, and one
     comparison with a query's k-th best discards most of them. Similarities are kept in steps of 2⁻²⁴, what float32
     resolves below 1.
-
-    Args:
-        queries: number of queries.
-        k: how many, above 0.
     """
 
     def __init__(self, queries: int, k: int) -> None:
