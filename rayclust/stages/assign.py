@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,14 @@ def run(context: StageContext) -> StageResult:
     if coarser:
         levels = run_remotely(nested, context.run.uri, model, coarser, config.seed)
     # 2. The parts.
-    work = _Assignment(context.run, transform_of(encode, config.features), model, levels)
+    work = partial(_assign_part, context.run, transform_of(encode, config.features), model, levels)
     tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
     sizes = np.zeros(clusters, np.int64)
     results = run_tasks(
         context.run,
         "assign",
         tasks,
-        work.assign,
+        work,
         # Summed at once: K numbers for each of many parts would be as much as rows.
         on_result=lambda _, result: np.add(sizes, result.extra.pop("sizes"), out=sizes),
     )
@@ -57,10 +57,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.ndarray]:
-    """Return the levels above the clusters of a fitted method; see `clustering.hierarchy.nest`.
-
-    Returns:
-        Int32[K] by number of clusters: each cluster's parent in that level.
+    """Return each cluster's parent, Int32[K], in the levels above a fitted method's clusters, by level size.
 
     Raises:
         ConfigError: the sizes do not fall, or the method's clusters have no prototypes.
@@ -72,39 +69,23 @@ def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.nd
     return {size: level.numpy().astype(np.int32) for size, level in zip(sizes, levels, strict=True)}
 
 
-@dataclass(frozen=True)
-class _Assignment:
-    """Assigns one part in a worker."""
-
-    run: Run
-    transform: FeatureTransform
-    model: str
-    levels: dict[int, np.ndarray]
-
-    def assign(self, task: Task) -> TaskResult:
-        """Write the assignments of one part."""
-        torch.set_num_threads(1)
-        method = load_method(self.run.uri, self.model)
-        table = tables.read_table(self.run.embeddings(task.index), ["row", "key", "embedding"])
-        clusters, confidence = assign(method, self.transform(tables.matrix(table["embedding"])))
-        columns = [table["row"], table["key"], pa.array(clusters), pa.array(confidence)]
-        columns += [pa.array(parents[clusters]) for parents in self.levels.values()]
-        content = pa.table(columns, schema=tables.assignments(list(self.levels)))
-        written = put_table(self.run, self.run.assignments(task.index), content)
-        sizes = np.bincount(clusters, minlength=method.config.clusters)
-        return TaskResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
+def _assign_part(
+    run: Run, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray], task: Task
+) -> TaskResult:
+    """Write the assignments of one part."""
+    torch.set_num_threads(1)
+    method = load_method(run.uri, model)
+    table = tables.read_table(run.embeddings(task.index), ["row", "key", "embedding"])
+    clusters, confidence = assign(method, transform(tables.matrix(table["embedding"])))
+    columns = [table["row"], table["key"], pa.array(clusters), pa.array(confidence)]
+    columns += [pa.array(parents[clusters]) for parents in levels.values()]
+    written = put_table(run, run.assignments(task.index), pa.table(columns, schema=tables.assignments(list(levels))))
+    sizes = np.bincount(clusters, minlength=method.config.clusters)
+    return TaskResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
 
 
 def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable cluster of each row and its probability.
-
-    Args:
-        method: fitted.
-        features: Float32[B D].
-
-    Returns:
-        Int32[B] and Float32[B].
-    """
+    """Return the most probable clusters, Int32[B], of Float32[B D] features and their probabilities, Float32[B]."""
     if not len(features):
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
     with torch.inference_mode():

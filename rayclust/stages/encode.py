@@ -73,13 +73,7 @@ CHUNK = pa.schema(
     ]
 )
 COUNTS = pa.schema(
-    [
-        ("images", pa.int64()),
-        ("rejected", pa.int64()),
-        ("encoder", pa.string()),
-        ("encoding", pa.float64()),
-        ("writing", pa.float64()),
-    ]
+    {"images": "int64", "rejected": "int64", "encoder": "string", "encoding": "float64", "writing": "float64"}
 )
 """Row that the driver receives for a chunk, beside the columns of its decoder; times in seconds."""
 
@@ -209,13 +203,7 @@ def _number_rows(run: Run, results: Sequence[TaskResult]) -> list[TaskResult]:
 def stream(
     context: StageContext, todo: Sequence[Task], preprocess: Preprocess, dimension: int
 ) -> Iterator[tuple[int, int]]:
-    """Encode unfinished shards through Ray Data.
-
-    Args:
-        context: of the encode stage.
-        todo: shards without a mark.
-        preprocess: size and limits of the images that the encoder takes.
-        dimension: D.
+    """Encode shards without a mark through Ray Data, with an encoder of that input size and width D.
 
     Yields:
         (images, rejects) of chunks that their shard's writer has received.
@@ -317,12 +305,7 @@ def chunk_rows(config: RunConfig) -> int:
 
 
 class ReadAndDecode:
-    """Ray Data operator: shards to chunks of pixels, on a CPU and without torch. Undecodable images become rejects.
-
-    Args:
-        rows: records of a chunk.
-        preprocess: size and limits of the images that the encoder takes.
-    """
+    """Ray Data operator: shards to chunks of pixels, on a CPU and without torch. Undecodable images become rejects."""
 
     def __init__(self, rows: int, preprocess: Preprocess) -> None:
         self._rows, self._preprocess = rows, preprocess
@@ -433,7 +416,6 @@ class ShardWriter:
         records = [record for kept, _, _ in chunks for record in kept]
         rejects = [reject for _, rejects, _ in chunks for reject in rejects]
         embeddings = np.concatenate([embeddings for _, _, embeddings in chunks])
-
         write = partial(write_shard, self._run, shard, named["row_start"], records, embeddings, rejects)
         run_and_mark(self._run.shard_manifest(shard.index), shard, write)
 

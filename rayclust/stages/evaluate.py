@@ -196,14 +196,15 @@ def _sample(count: int, wanted: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, min(wanted, count), replace=False))
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    return {
+STAGE = Stage(
+    "evaluate",
+    lambda config: {
         "evaluate": settings_of(config.evaluate),
         "features": settings_of(config.features),
         "seed": config.seed,
-    }
-
-
-STAGE = Stage(
-    "evaluate", _settings, run, needs=("encode", "neighbors", "assign"), own_space_needs=("train",), revision=2
+    },
+    run,
+    needs=("encode", "neighbors", "assign"),
+    own_space_needs=("train",),
+    revision=2,
 )

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,7 @@ from rayclust.arrays import FloatArray, require_matrix
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.methods.base import Membership, Transform
-from rayclust.metrics.geometry import (
-    absolute_gram,
-    directions,
-    kernel_membership,
-    neighbor_precision,
-    quantiles,
-    similar_order,
-    singular_values,
-)
+from rayclust.metrics import geometry
 from rayclust.metrics.selection import CRITERIA
 from rayclust.report import charts, svg
 from rayclust.report.formats import count, percent
@@ -87,15 +80,12 @@ _MEASURED = {
 
 @dataclass(frozen=True)
 class Sample:
-    """The rows that are measured.
-
-    Attributes:
-        spread: Int64[m], sorted: evenly from all rows.
-        members: cluster → Int64[m], sorted: rows of the clusters drawn.
-    """
+    """The rows that are measured."""
 
     spread: np.ndarray
+    """Int64[m], sorted: evenly from all rows."""
     members: dict[int, np.ndarray]
+    """Cluster → Int64[m], sorted: rows of the clusters drawn."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -103,23 +93,12 @@ class Sample:
         return np.unique(np.concatenate([self.spread, *self.members.values()]))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The arguments of the worker."""
-
-    run: Run
-    config: RunConfig
-    starts: list[int]
-    transform: FeatureTransform
-    model: str
-
-
 def run(context: StageContext) -> StageResult:
     """Measure in one worker, which holds two whole numbers a row of N, besides the samples."""
     encode, config = context.inputs["encode"], context.config
     model = content_digest(context.inputs["train"])
-    job = _Job(context.run, config, row_starts(encode), transform_of(encode, config.features), model)
-    outputs, summary = run_remotely(_measure, job)
+    transform = transform_of(encode, config.features)
+    outputs, summary = run_remotely(_measure, context.run, config, row_starts(encode), transform, model)
     return StageResult(outputs, {"rows": summary["rows"]}, {}, f"of {summary['rows']:,} rows")
 
 
@@ -129,12 +108,7 @@ def numbers(run: Run, name: str) -> str:
 
 
 def sample(clusters: np.ndarray, seed: int) -> Sample:
-    """Draw rows, and of many clusters some.
-
-    Args:
-        clusters: Int[N].
-        seed: the run's.
-    """
+    """Draw rows, and of many clusters some, from the clusters of all rows, Int[N]."""
     rng = np.random.default_rng(seed)
     spread = np.sort(rng.choice(len(clusters), min(MAP_ROWS, len(clusters)), replace=False))
     occupied = np.unique(clusters)
@@ -188,17 +162,18 @@ def planar_map(x: FloatArray, seed: int = 0) -> NDArray[np.float32]:
     return np.asarray(rows / (np.abs(rows).max() or 1.0), dtype=np.float32)
 
 
-def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
+def _measure(
+    run: Run, config: RunConfig, starts: list[int], transform: FeatureTransform, model: str
+) -> tuple[Outputs, dict[str, Any]]:
     torch.set_num_threads(1)
-    run, seed = job.run, job.config.seed
-    clusters = np.empty(job.starts[-1], np.int32)
-    for part, start in enumerate(job.starts[:-1]):
-        clusters[start : job.starts[part + 1]] = tables.read_table(run.assignments(part), ["cluster"])["cluster"]
+    clusters = np.empty(starts[-1], np.int32)
+    for part, (start, stop) in enumerate(pairwise(starts)):
+        clusters[start:stop] = tables.read_table(run.assignments(part), ["cluster"])["cluster"]
     # 1. Draw rows, and give them in every space; from here on `spread` and `members` are places among them.
-    drawn = sample(clusters, seed)
+    drawn = sample(clusters, config.seed)
     rows = drawn.rows
-    features = features_at(run, job.starts, job.transform, rows)
-    method = load_method(run.uri, job.model)
+    features = features_at(run, starts, transform, rows)
+    method = load_method(run.uri, model)
     spaces = {FEATURES: features}
     if isinstance(method, Transform):
         spaces[OWN] = transform_rows(method, features)
@@ -207,38 +182,40 @@ def _measure(job: _Job) -> tuple[Outputs, dict[str, Any]]:
     members = {k: np.searchsorted(rows, chosen) for k, chosen in drawn.members.items()}
     # 2. Heat-maps: clusters in an order in which alike ones are side by side, each with its share of the rows.
     keys, total = list(members), sum(map(len, members.values()))
-    order = similar_order(np.stack([last[members[k]].mean(axis=0) for k in keys]))
+    order = geometry.similar_order(np.stack([last[members[k]].mean(axis=0) for k in keys]))
     shares = {k: max(2, round(HEAT_ROWS * len(members[k]) / max(total, HEAT_ROWS))) for k in keys}
     groups = {keys[i]: members[keys[i]][: shares[keys[i]]] for i in order}
     places = np.concatenate(list(groups.values()))
     with torch.inference_mode():
         codes = method.membership(torch.from_numpy(features[places])) if isinstance(method, Membership) else None
-    kernel = kernel_membership(features[places], KERNEL_TEMPERATURE)
+    kernel = geometry.kernel_membership(features[places], KERNEL_TEMPERATURE)
     heat: dict[str, Any] = {
         "row": rows[places],
         "cluster": np.concatenate([np.full(len(group), k, np.int32) for k, group in groups.items()]),
     }
-    matrices = {name: absolute_gram(x[places]) for name, x in spaces.items()}
+    matrices = {name: geometry.absolute_gram(x[places]) for name, x in spaces.items()}
     matrices["membership"] = kernel if codes is None else codes.double().numpy()
     heat |= {name: tables.fixed_list(matrix.astype(np.float16)) for name, matrix in matrices.items()}
     # 3. The map, with the share of neighbours in it that have a row's own class.
-    flat = planar_map(last[spread], seed)
+    flat = planar_map(last[spread], config.seed)
     dots = {"row": drawn.spread, "cluster": clusters[drawn.spread], "x": flat[:, 0], "y": flat[:, 1]}
-    labels = labels_at(run, job.starts, drawn.spread)
+    labels = labels_at(run, starts, drawn.spread)
     known = np.array([label is not None for label in labels])
     precision = {}
     if known.sum() > 1:
         classes = np.unique(np.array([label or "" for label in labels])[known], return_inverse=True)[1]
-        precision = {name: neighbor_precision(x[spread[known]], classes, PRECISION_AT) for name, x in spaces.items()}
+        precision = {
+            name: geometry.neighbor_precision(x[spread[known]], classes, PRECISION_AT) for name, x in spaces.items()
+        }
     summary = {
         "rows": len(rows),
         "spaces": list(spaces),
         "membership": "kernel" if codes is None else "codes",
         "clusters": len(np.unique(clusters)),
         "precision": precision,
-        "directions": {name: directions(singular_values(x[spread])) for name, x in spaces.items()},
+        "directions": {name: geometry.directions(geometry.singular_values(x[spread])) for name, x in spaces.items()},
     }
-    lines = _spectra(spaces, spread, members, job.config.method.clusters, seed)
+    lines = _spectra(spaces, spread, members, config.method.clusters, config.seed)
     outputs: Outputs = put_json(run, numbers(run, "summary.json"), summary)
     for name, table in zip(_TABLES, (pa.table(dots), pa.table(heat), lines), strict=True):
         outputs |= put_table(run, numbers(run, name), table)
@@ -251,30 +228,25 @@ def _spectra(
     """Return singular values of all rows and of each cluster: space, membership, cluster (null: all), values."""
     from rayclust.estimators import KMeans
 
-    wanted: list[tuple[str, str | None, int | None, np.ndarray]] = []
+    lines: list[dict[str, Any]] = []
+
+    def add(space: str, membership: str | None, cluster: int | None, rows: np.ndarray) -> None:
+        values = geometry.singular_values(spaces[space][rows]).astype(np.float32)
+        lines.append({"space": space, "membership": membership, "cluster": cluster, "values": values})
+
     for space in spaces:
-        wanted.append((space, None, None, spread))
-        wanted += [(space, "own", cluster, rows) for cluster, rows in members.items()]
+        add(space, None, None, spread)
+        for cluster, rows in members.items():
+            add(space, "own", cluster, rows)
     if OWN in spaces and 2 <= count <= len(spread) // 20:
         # The paper compares the method's clusters of z with what k-means makes of the encoder's rows.
         labels = KMeans(n_clusters=count, random_state=seed).fit_predict(spaces[FEATURES][spread])
         for cluster in np.unique(labels)[:CLUSTERS].tolist():
-            wanted.append((FEATURES, "kmeans", cluster, spread[labels == cluster][:CLUSTER_ROWS]))
-    columns = {
-        "space": pa.array([space for space, *_ in wanted], pa.string()),
-        "membership": pa.array([membership for _, membership, *_ in wanted], pa.string()),
-        "cluster": pa.array([cluster for *_, cluster, _ in wanted], pa.int32()),
-        "values": pa.array([singular_values(spaces[space][rows]).astype(np.float32) for space, *_, rows in wanted]),
-    }
-    schema = pa.schema(
-        [
-            pa.field("space", pa.string(), nullable=False),
-            pa.field("membership", pa.string()),
-            pa.field("cluster", pa.int32()),
-            pa.field("values", pa.list_(pa.field("element", pa.float32())), nullable=False),
-        ]
-    )
-    return pa.table(columns).cast(schema)
+            add(FEATURES, "kmeans", cluster, spread[labels == cluster][:CLUSTER_ROWS])
+    values = pa.list_(pa.field("element", pa.float32()))
+    fields = [pa.field("space", pa.string(), nullable=False), ("membership", pa.string()), ("cluster", pa.int32())]
+    schema = pa.schema([*fields, pa.field("values", values, nullable=False)])
+    return pa.Table.from_pylist(lines, schema=schema)
 
 
 def export(config: RunConfig, out: str | None) -> list[str]:
@@ -310,12 +282,7 @@ def export(config: RunConfig, out: str | None) -> list[str]:
 
 
 def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawing]:
-    """Return the figures of a run whose stage figures is complete.
-
-    Args:
-        run: the run.
-        selection: `selection.json` where the number of clusters was chosen.
-    """
+    """Return the figures of a complete stage; `selection` is selection.json where the number of clusters was chosen."""
     summary = read_json_output(run, "figures", numbers(run, "summary.json"))
     dots, heat, lines = (tables.read_table(numbers(run, name)) for name in _TABLES)
     points = np.stack([dots["x"].to_numpy(), dots["y"].to_numpy()], axis=1)
@@ -395,10 +362,10 @@ def _spectra_drawing(lines: pa.Table, summary: Mapping[str, Any]) -> Drawing:
         spectra.setdefault((line["space"], line["membership"]), []).append(np.array(line["values"]))
     series = []
     for place, space in enumerate(summary["spaces"]):
-        bands = quantiles(spectra[space, "own"], (0.1, 0.5, 0.9))
+        bands = geometry.quantiles(spectra[space, "own"], (0.1, 0.5, 0.9))
         series.append(charts.Spectrum(_TITLES[space], place, spectra[space, None][0], bands))
     if (FEATURES, "kmeans") in spectra:
-        values = quantiles(spectra[FEATURES, "kmeans"], (0.1, 0.5, 0.9))
+        values = geometry.quantiles(spectra[FEATURES, "kmeans"], (0.1, 0.5, 0.9))
         series.append(charts.Spectrum("encoder features, clusters of k-means", 2, None, values, is_dashed=True))
     title = "Singular values, over the largest"
     needed = [f"{_TITLES[space]} {n}" for space, n in summary["directions"].items()]

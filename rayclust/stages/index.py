@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from rayclust.config import IndexConfig, RunConfig
+from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.methods import has_transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
@@ -44,20 +44,19 @@ Nearest = list[list[dict[str, Any]]]
 def run(context: StageContext) -> StageResult:
     """Build the indexes, each in one worker."""
     run, encode, config = context.run, context.inputs["encode"], context.config
-    starts = row_starts(encode)
+    starts, transform = row_starts(encode), transform_of(encode, config.features)
     # Example queries of the report, the same in both spaces.
     drawn = np.random.default_rng(config.seed).choice(starts[-1], min(QUERIES, starts[-1]), replace=False)
-    queries = np.sort(drawn)
-    job = _Job(run, starts, config.index, config.seed, queries)
-    outputs, extra, nearest = run_remotely(job.index_encoder)
+    queries, scratch = np.sort(drawn), run.at("index", "scratch", context.digest)
+    model = content_digest(context.inputs["train"]) if "train" in context.inputs else ""
+    work = _Indexing(run, config, starts, queries, transform, model, scratch)
+    outputs, extra, nearest = run_remotely(work.index_encoder)
     summary = f"{extra['kind']} over {starts[-1]:,} rows{_recall(extra)}"
-    if "train" in context.inputs:
+    if model:
         # All rows in the method's own space part by part, then their index in one worker.
-        model, scratch = content_digest(context.inputs["train"]), run.at("index", "scratch", context.digest)
-        own = _OwnSpace(job, transform_of(encode, config.features), model, scratch)
         tasks = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
-        run_tasks(run, "index", tasks, own.represent)
-        more, extra[OWN], own_nearest = run_remotely(own.build)
+        run_tasks(run, "index", tasks, work.represent)
+        more, extra[OWN], own_nearest = run_remotely(work.index_own)
         # Marks first: without marks the rows are made again, marks without rows would be wrong.
         storage.remove_tree(run.at("manifests", "index"))
         storage.remove_tree(run.at("index", "scratch"))
@@ -72,37 +71,59 @@ def _recall(extra: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Inputs of the workers."""
+class _Indexing:
+    """The work of the stage's workers."""
 
     run: Run
+    config: RunConfig
     starts: list[int]
-    config: IndexConfig
-    seed: int
     queries: np.ndarray
     """Int64[q], sorted: rows."""
+    transform: FeatureTransform
+    model: str
+    """Digest of the method; empty where only the encoder's space is indexed."""
+    folder: str
+    """Scratch folder of rows in the own space, part by part: building the index may read them three times."""
 
     def index_encoder(self) -> tuple[Outputs, dict[str, Any], Nearest]:
         """Build the index over the encoder's space and search it for the queries."""
         queries = features_at(self.run, self.starts, UNIT, self.queries)
-        return self.build(
+        return self._build(
             lambda: ((block.numpy(), ids.numpy()) for block, ids in blocks(self.run, self.starts, UNIT)),
             ENCODER_INDEX,
             queries,
         )
 
-    def build(self, stream: Blocks, name: str, queries: np.ndarray) -> tuple[Outputs, dict[str, Any], Nearest]:
-        """Build and write an index over a space, and search it for the queries.
+    def represent(self, task: Task) -> TaskResult:
+        """Write the rows of one part in the own space."""
+        torch.set_num_threads(1)
+        method = load_method(self.run.uri, self.model)
+        rows = transform_rows(method, part_features(self.run, task.index, self.transform))
+        table = pa.table({"z": tables.fixed_list(rows.astype(np.float16))})
+        return TaskResult(put_table(self.run, self._at(task.index), table), {"rows": len(rows)})
 
-        Args:
-            stream: gives Float32[B d] unit rows and their numbers, as often as it is called.
-            name: of the file.
-            queries: Float32[q d].
-        """
-        kind = self.config.kind
+    def index_own(self) -> tuple[Outputs, dict[str, Any], Nearest]:
+        """Build the index over the own space and search it for the queries."""
+        features = features_at(self.run, self.starts, self.transform, self.queries)
+        return self._build(
+            lambda: (
+                (UNIT(tables.matrix(tables.read_table(self._at(part), ["z"])["z"])), np.arange(start, stop))
+                for part, (start, stop) in enumerate(pairwise(self.starts))
+                if stop > start
+            ),
+            OWN_INDEX,
+            transform_rows(load_method(self.run.uri, self.model), features),
+        )
+
+    def _at(self, part: int) -> str:
+        return storage.join(self.folder, f"part-{part:05d}.parquet")
+
+    def _build(self, stream: Blocks, name: str, queries: np.ndarray) -> tuple[Outputs, dict[str, Any], Nearest]:
+        """Build and write the index `name` over Float32[B d] unit rows, and search it for queries, Float32[q d]."""
+        kind = self.config.index.kind
         if kind == "auto":
-            kind = "ivf" if self.starts[-1] > self.config.flat_rows else "flat"
-        index = build_index(stream, count=self.starts[-1], kind=kind, seed=self.seed, k=10)
+            kind = "ivf" if self.starts[-1] > self.config.index.flat_rows else "flat"
+        index = build_index(stream, count=self.starts[-1], kind=kind, seed=self.config.seed, k=10)
         outputs = put_bytes(self.run, storage.join(self.run.index_folder, name), index.to_bytes())
         ids, similarity = index.search(queries, SHOWN + 1)
         nearest = [
@@ -114,41 +135,6 @@ class _Job:
             for some, near, query in zip(ids, similarity, self.queries, strict=True)
         ]
         return outputs, {"kind": kind, "recall": index.recall}, nearest
-
-
-@dataclass(frozen=True)
-class _OwnSpace:
-    """Rows in the own space, part by part, in a scratch folder: building the index may read them three times."""
-
-    job: _Job
-    transform: FeatureTransform
-    model: str
-    folder: str
-
-    def represent(self, task: Task) -> TaskResult:
-        """Write the rows of one part."""
-        torch.set_num_threads(1)
-        run = self.job.run
-        rows = transform_rows(load_method(run.uri, self.model), part_features(run, task.index, self.transform))
-        table = pa.table({"z": tables.fixed_list(rows.astype(np.float16))})
-        return TaskResult(put_table(run, self._at(task.index), table), {"rows": len(rows)})
-
-    def build(self) -> tuple[Outputs, dict[str, Any], Nearest]:
-        """Index all rows and search the queries."""
-        job = self.job
-        features = features_at(job.run, job.starts, self.transform, job.queries)
-        return job.build(
-            lambda: (
-                (UNIT(tables.matrix(tables.read_table(self._at(part), ["z"])["z"])), np.arange(start, stop))
-                for part, (start, stop) in enumerate(pairwise(job.starts))
-                if stop > start
-            ),
-            OWN_INDEX,
-            transform_rows(load_method(job.run.uri, self.model), features),
-        )
-
-    def _at(self, part: int) -> str:
-        return storage.join(self.folder, f"part-{part:05d}.parquet")
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

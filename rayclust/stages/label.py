@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -18,7 +17,7 @@ from rayclust.language.vocabulary import merged, same_name
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import row_starts, transform_of
+from rayclust.runtime.rows import part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import storage, tables
@@ -31,15 +30,13 @@ VOTERS = 300
 """With more words, so many images per cluster vote."""
 WITHOUT_CLASSES = "without_classes"
 """Key of the names by all lists but the data set's own class names."""
-logger = logging.getLogger(__name__)
-
 BINS = 20
 """Equal bins of the histogram of confidence over [0, 1]."""
 
 
 @dataclass(frozen=True)
-class Votes:
-    """Votes of each part as tables (cluster, word, mass) in a scratch folder.
+class Labeling:
+    """The work of the stage's workers; each part's votes are tables (cluster, word, mass) in a scratch folder.
 
     A run with its own class names beside other lists is named twice, with and without them.
     """
@@ -131,6 +128,49 @@ class Votes:
             )
         return right / labelled if labelled else None
 
+    def extremes(self) -> dict[str, list[Any]]:
+        """Find exemplars and outliers in two passes: the clusters' mean directions, then cosines to one's own.
+
+        Returns:
+            `exemplars` and `outliers`, rows of each cluster; `mean_confidence` of each cluster, None for an empty one;
+            and `confidence`, the histogram over all rows.
+        """
+        from scipy import sparse
+
+        count, label = self.config.method.clusters, self.config.label
+
+        def read(part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            """Return features Float32[B D], clusters Int32[B] and confidence Float32[B] of one part."""
+            assigned = tables.read_table(self.run.assignments(part), ["cluster", "confidence"])
+            features = part_features(self.run, part, self.transform)
+            return features, assigned["cluster"].to_numpy(), assigned["confidence"].to_numpy()
+
+        # 1. Sums of features Float64[K D] and confidence Float64[K], sizes Int64[K], histogram Int64[BINS].
+        confidence, sizes, histogram = np.zeros(count), np.zeros(count, np.int64), np.zeros(BINS, np.int64)
+        sums: Any = 0.0
+        for part in range(len(self.starts) - 1):
+            features, clusters, certain = read(part)
+            place = (clusters, np.arange(len(clusters)))
+            members = sparse.csr_array((np.ones(len(clusters)), place), shape=(count, len(clusters)))
+            sums = sums + members @ features.astype(np.float64)
+            confidence += np.bincount(clusters, certain, count)
+            sizes += np.bincount(clusters, minlength=count)
+            histogram += np.histogram(certain, BINS, (0, 1))[0]
+        # 2. The most typical and the least certain rows.
+        typical, odd = TopRows(label.exemplars), TopRows(label.outliers, largest=False)
+        for part, start in enumerate(self.starts[:-1]):
+            features, clusters, certain = read(part)
+            rows = np.arange(start, start + len(clusters))
+            typical.update(rows, clusters, typicality(features, clusters, sums))
+            odd.update(rows, clusters, certain)
+        exemplars = [typical.of(cluster) for cluster in range(count)]
+        return {
+            "exemplars": exemplars,
+            "outliers": [_apart(odd.of(cluster), exemplars[cluster]) for cluster in range(count)],
+            "mean_confidence": [float(c / n) if n else None for c, n in zip(confidence, sizes, strict=True)],
+            "confidence": histogram.tolist(),
+        }
+
     def _parts(self) -> list[int]:
         """Return the parts that hold rows."""
         return [part for part, start in enumerate(self.starts[:-1]) if self.starts[part + 1] > start]
@@ -162,16 +202,7 @@ class Votes:
 
 
 def sample_of_each(clusters: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Draw a seeded sample of each cluster's rows.
-
-    Args:
-        clusters: Int[N].
-        most: rows per cluster; a smaller cluster is taken whole.
-        seed: of the draw.
-
-    Returns:
-        Int64[n], sorted.
-    """
+    """Draw at most `most` rows of each cluster of Int[N] rows; return them as Int64[n], sorted."""
     order = np.lexsort((np.random.default_rng(seed).random(len(clusters)), clusters))
     rank = np.arange(len(order)) - np.searchsorted(clusters[order], clusters[order])
     return np.sort(order[rank < most])
@@ -184,88 +215,34 @@ _read_scratch = lru_cache(2)(tables.read_table)
 def run(context: StageContext) -> StageResult:
     """Find exemplars and outliers in one worker, count votes part by part, and write a row per cluster."""
     encode, config = context.inputs["encode"], context.config
-    job = _Job(context.run, config, row_starts(encode), transform_of(encode, config.features))
-    names, facts = _names(context, job)
-    extremes: _Extremes = run_remotely(_extremes, job)
-    sizes = context.inputs["assign"].extra["sizes"]
+    folder, transform = context.run.at("label", context.digest), transform_of(encode, config.features)
+    work = Labeling(context.run, config, row_starts(encode), transform, folder)
+    names, facts = _names(context, work)
+    extremes = run_remotely(work.extremes)
     blind = names.get(WITHOUT_CLASSES)
     rows = [
         {
             "cluster": cluster,
             "size": size,
-            "name": names["all"][cluster].name,
-            "score": names["all"][cluster].score,
-            "runners_up": [{"name": name, "score": score} for name, score in names["all"][cluster].runners_up],
+            "name": named.name,
+            "score": named.score,
+            "runners_up": [{"name": name, "score": score} for name, score in named.runners_up],
             "name_without_classes": blind[cluster].name if blind else None,
             "score_without_classes": blind[cluster].score if blind else None,
-            "exemplars": extremes.exemplars[cluster],
-            "outliers": extremes.outliers[cluster],
+            "exemplars": extremes["exemplars"][cluster],
+            "outliers": extremes["outliers"][cluster],
         }
-        for cluster, size in enumerate(sizes)
+        for cluster, (size, named) in enumerate(zip(context.inputs["assign"].extra["sizes"], names["all"], strict=True))
     ]
     outputs = put_table(context.run, context.run.clusters, pa.Table.from_pylist(rows, schema=tables.CLUSTERS))
-    named = sum(name.name is not None for name in names["all"])
-    summary = f"{named} of {len(rows)} clusters named" if named else f"{len(rows)} clusters, no vocabulary"
-    if named and facts["name_accuracy"] is not None:
+    count = sum(name.name is not None for name in names["all"])
+    summary = f"{count} of {len(rows)} clusters named" if count else f"{len(rows)} clusters, no vocabulary"
+    if count and facts["name_accuracy"] is not None:
         summary += f", {facts['name_accuracy']:.1%} of the images by their class's name"
-    if named and facts["true_names"]:
+    if count and facts["true_names"]:
         summary += ", with the data set's own class names among the words"
-    extra = {"confidence": extremes.histogram, "mean_confidence": extremes.confidence} | facts
-    return StageResult(outputs, {"clusters": len(rows), "named": named}, extra, summary)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Inputs of the workers."""
-
-    run: Run
-    config: RunConfig
-    starts: list[int]
-    transform: FeatureTransform
-
-    def part(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return embeddings Float16[B D], clusters Int32[B] and confidence Float32[B] of one part."""
-        embeddings = tables.matrix(tables.read_table(self.run.embeddings(index), ["embedding"])["embedding"])
-        assigned = tables.read_table(self.run.assignments(index), ["cluster", "confidence"])
-        return embeddings, assigned["cluster"].to_numpy(), assigned["confidence"].to_numpy()
-
-
-@dataclass(frozen=True)
-class _Extremes:
-    exemplars: list[list[int]]
-    outliers: list[list[int]]
-    confidence: list[float | None]
-    """Mean of each cluster; None for an empty one."""
-    histogram: list[int]
-
-
-def _extremes(job: _Job) -> _Extremes:
-    """Find exemplars and outliers in two passes: the clusters' mean directions, then each image's cosine to its own."""
-    from scipy import sparse
-
-    count, label = job.config.method.clusters, job.config.label
-    # 1. Sums of features Float64[K D] and confidence Float64[K], sizes Int64[K], histogram Int64[BINS].
-    confidence, sizes, histogram = np.zeros(count), np.zeros(count, np.int64), np.zeros(BINS, np.int64)
-    sums: Any = 0.0
-    for part in range(len(job.starts) - 1):
-        embeddings, clusters, certain = job.part(part)
-        place = (clusters, np.arange(len(clusters)))
-        members = sparse.csr_array((np.ones(len(clusters)), place), shape=(count, len(clusters)))
-        sums = sums + members @ job.transform(embeddings).astype(np.float64)
-        confidence += np.bincount(clusters, certain, count)
-        sizes += np.bincount(clusters, minlength=count)
-        histogram += np.histogram(certain, BINS, (0, 1))[0]
-    # 2. The most typical and the least certain rows.
-    typical, odd = TopRows(label.exemplars), TopRows(label.outliers, largest=False)
-    for part, start in enumerate(job.starts[:-1]):
-        embeddings, clusters, certain = job.part(part)
-        rows = np.arange(start, start + len(clusters))
-        typical.update(rows, clusters, typicality(job.transform(embeddings), clusters, sums))
-        odd.update(rows, clusters, certain)
-    exemplars = [typical.of(cluster) for cluster in range(count)]
-    outliers = [_apart(odd.of(cluster), exemplars[cluster]) for cluster in range(count)]
-    means = [float(c / n) if n else None for c, n in zip(confidence, sizes, strict=True)]
-    return _Extremes(exemplars, outliers, means, histogram.tolist())
+    extra = {name: extremes[name] for name in ("confidence", "mean_confidence")} | facts
+    return StageResult(outputs, {"clusters": len(rows), "named": count}, extra, summary)
 
 
 def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
@@ -274,21 +251,20 @@ def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
     return others or outliers[:1]
 
 
-def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName]], dict[str, Any]]:
+def _names(context: StageContext, work: Labeling) -> tuple[dict[str, list[ClusterName]], dict[str, Any]]:
     """Return each cluster's name by the vote of its images, by naming, and facts for the manifest."""
-    kinds = vocabulary_kinds(job.config)
+    kinds = vocabulary_kinds(work.config)
     if not kinds:
-        return {"all": [ClusterName(None, None, ())] * job.config.method.clusters}, {}
-    votes = Votes(context.run, job.config, job.starts, job.transform, context.run.at("label", context.digest))
-    words = run_remotely(votes.prepare)
+        return {"all": [ClusterName(None, None, ())] * work.config.method.clusters}, {}
+    words = run_remotely(work.prepare)
     parts = context.inputs["encode"].extra["parts"]
     tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
-    run_tasks(context.run, "label", tasks, votes.vote)
-    names, voters = run_remotely(votes.count)
+    run_tasks(context.run, "label", tasks, work.vote)
+    names, voters = run_remotely(work.count)
     facts: dict[str, Any] = {"words": words, "voters": voters, "true_names": "classes" in kinds.values()}
     for naming, key in (("all", "name_accuracy"), (WITHOUT_CLASSES, f"name_accuracy_{WITHOUT_CLASSES}")):
         if naming in names:
-            facts[key] = run_remotely(votes.named_as_classes, [name.name for name in names[naming]])
+            facts[key] = run_remotely(work.named_as_classes, [name.name for name in names[naming]])
     # Marks first: without marks the votes are counted again, marks without votes would be wrong.
     storage.remove_tree(context.run.at("manifests", "label"))
     storage.remove_tree(context.run.at("label"))
@@ -296,12 +272,10 @@ def _names(context: StageContext, job: _Job) -> tuple[dict[str, list[ClusterName
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    content: dict[str, Any] = {"label": settings_of(config.label), "encoder": settings_of(config.encoder)}
-    files = [name for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
-    if files:
-        found = [storage.stat(name) for name in files]
-        content["words"] = [file.stamp if file else None for file in found]
-    return content | {"features": settings_of(config.features), "seed": config.seed}
+    groups = {name: settings_of(getattr(config, name)) for name in ("label", "encoder", "features")}
+    files = [storage.stat(name) for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
+    words = {"words": [file.stamp if file else None for file in files]} if files else {}
+    return groups | words | {"seed": config.seed}
 
 
 STAGE = Stage("label", _settings, run, needs=("encode", "assign"), outputs=LabelOutputs)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,6 @@ from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage
 from rayclust.store.manifest import NeighborsOutputs, digest_of
 from rayclust.store.run import Run
-
-logger = logging.getLogger(__name__)
 
 TASK_ROWS = 2048
 """Rows of the smallest task; larger sets take N / 64, so that each task's pass over all rows is worth its reading."""
@@ -50,7 +47,9 @@ def run(context: StageContext) -> StageResult:
         layout = IvfLayout(context.run, context.digest, starts, [task.payload for task in tasks], rows, width, k)
         results, extra = search_ivf(layout, transform, config.neighbors.min_recall, tasks)
     else:
-        results = run_tasks(context.run, "neighbors", tasks, _Exact(context.run, starts, transform, k).search)
+        results = run_tasks(
+            context.run, "neighbors", tasks, partial(_search_exactly, context.run, starts, transform, k)
+        )
     drop_stale_parts(context.run.neighbors_folder, len(starts) - 1)
     drop_scratch(context.run, len(tasks))
     storage.remove(storage.join(context.run.neighbors_folder, _OLD_INDEX))
@@ -79,32 +78,21 @@ def _tasks(parts: list[int], digest: str, wanted: int) -> list[Task]:
     return tasks
 
 
-@dataclass(frozen=True)
-class _Exact:
-    """Exact search in a worker."""
-
-    run: Run
-    starts: list[int]
-    transform: FeatureTransform
-    k: int
-
-    def search(self, task: Task) -> TaskResult:
-        """Search the neighbours of the rows of the task's parts and write them part by part."""
-        torch.set_num_threads(1)
-        queries = torch.from_numpy(np.concatenate([part_features(self.run, p, self.transform) for p in task.payload]))
-        rows = torch.cat([torch.arange(self.starts[p], self.starts[p + 1]) for p in task.payload])
-        best = RunningTopK(unit_rows(queries), rows, self.k)
-        for block, ids in blocks(self.run, self.starts, self.transform):
-            best.update(block, ids)
-        neighbors, similarity = best.result()
-        outputs: Outputs = {}
-        done = 0
-        for part in task.payload:
-            some = slice(done, done + self.starts[part + 1] - self.starts[part])
-            found = (rows[some], neighbors[some], similarity[some])
-            outputs |= put_neighbors(self.run, part, *(column.numpy() for column in found))
-            done = some.stop
-        return TaskResult(outputs, {"rows": len(rows)})
+def _search_exactly(run: Run, starts: list[int], transform: FeatureTransform, k: int, task: Task) -> TaskResult:
+    """Search the neighbours of the rows of a task's parts and write them part by part."""
+    torch.set_num_threads(1)
+    queries = torch.from_numpy(np.concatenate([part_features(run, part, transform) for part in task.payload]))
+    rows = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in task.payload])
+    best = RunningTopK(unit_rows(queries), rows, k)
+    for block, ids in blocks(run, starts, transform):
+        best.update(block, ids)
+    neighbors, similarity = best.result()
+    outputs: Outputs = {}
+    for part in task.payload:
+        some = slice(*(starts[place] - starts[task.payload[0]] for place in (part, part + 1)))
+        found = (rows[some], neighbors[some], similarity[some])
+        outputs |= put_neighbors(run, part, *(column.numpy() for column in found))
+    return TaskResult(outputs, {"rows": len(rows)})
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -39,15 +39,11 @@ from rayclust.store.run import Run
 
 THREADS = 16
 """Ranges that a worker reads at once."""
-_BOUND = np.dtype("<i8")
 BLOCK_BYTES = 2**25
 """Rows that are read at once from other shards."""
 PAIRS_AT_ONCE = 2**22
 """Pairs of a row and a list that a worker keeps."""
 QUERIES_AT_ONCE = 2**14
-logger = logging.getLogger(__name__)
-
-STAGE = "neighbors"
 SEED = 0
 """Seed of the samples and the first centres; not the run's, since the recall that they give is measured."""
 QUERIES = 1000
@@ -57,6 +53,8 @@ SAMPLE_BYTES = 2**32
 """Most bytes of the sample that trains the centres, as float32."""
 SAMPLED_PARTS = 512
 """Most parts that the sample is read from."""
+_BOUND = np.dtype("<i8")
+logger = logging.getLogger(__name__)
 
 
 # Scratch files: records, read in ranges, and arrays, read whole.
@@ -114,36 +112,17 @@ def found_records(k: int) -> np.dtype[Any]:
 
 
 def put_records(run: Run, uri: str, records: np.ndarray, bounds: np.ndarray | None = None) -> Outputs:
-    """Write records behind the bounds of their groups.
-
-    Args:
-        run: the run.
-        uri: the file, below the run.
-        records: of `row_records` or `found_records`, sorted by group.
-        bounds: Int64[G + 1], the first record of each group, and their number; None where there are no groups.
-    """
-    head = b"" if bounds is None else bounds.astype(_BOUND).tobytes()
-    return put_bytes(run, uri, b"".join([head, records.tobytes()]))
+    """Write records, sorted by group, behind the bounds of their groups, Int64[G + 1]; None: there are no groups."""
+    return put_bytes(run, uri, (b"" if bounds is None else bounds.astype(_BOUND).tobytes()) + records.tobytes())
 
 
 def read_bounds(uri: str, first: int, last: int) -> np.ndarray:
-    """Return where the groups `first` … `last` − 1 begin and the last of them ends, Int64[last − first + 1].
-
-    Raises:
-        ArtefactError: the file is shorter than that.
-    """
+    """Return where groups `first` … `last` − 1 begin and the last ends, Int64[last − first + 1]; see `read_records`."""
     return read_records(uri, _BOUND, first, last + 1)
 
 
 def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: int | None = None) -> np.ndarray:
-    """Return the records `start` … `end` − 1 of a file.
-
-    Args:
-        uri: the file.
-        kind: dtype of the records.
-        start: the first.
-        end: behind the last.
-        groups: G of the bounds before the records; None where there are none.
+    """Return the records `start` … `end` − 1 of a file with the bounds of so many groups before them, or without.
 
     Raises:
         ArtefactError: the file is shorter than that.
@@ -163,11 +142,7 @@ def put_tensors(run: Run, uri: str, tensors: Mapping[str, Tensor]) -> Outputs:
 
 
 def read_tensors(uri: str, digest: str) -> dict[str, Tensor]:
-    """Return arrays by name.
-
-    Raises:
-        ArtefactError: the file's SHA-256 is not `digest`.
-    """
+    """Return arrays by name; raise ArtefactError if the file's SHA-256 is not `digest`."""
     return safetensors.torch.load(read_unchanged(uri, digest, "neighbors"))
 
 
@@ -181,7 +156,94 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
         return list(threads.map(function, items))
 
 
-# Sharding, searching and collecting.
+# The phases.
+
+
+def _train(layout: IvfLayout, transform: FeatureTransform, index: int) -> TaskResult:
+    """Train the lists' centres and draw the queries on which the recall is measured."""
+    torch.set_num_threads(1)
+    wanted, random = list_count(layout.count), np.random.default_rng(SEED)
+    queries = np.sort(random.choice(layout.count, min(QUERIES, layout.count), replace=False))
+    # A sample: rows of parts that are drawn, as large a share of each.
+    most = max(wanted, min(SAMPLED_PER_LIST * wanted, SAMPLE_BYTES // (4 * layout.width)))
+    counts = np.diff(layout.starts)
+    filled = np.flatnonzero(counts)
+    parts = np.sort(random.choice(filled, min(SAMPLED_PARTS, len(filled)), replace=False))
+    share = min(1.0, most / counts[parts].sum())
+    drawn = []
+    for part in parts.tolist():
+        count = int(counts[part])
+        some = np.sort(random.choice(count, int(np.ceil(share * count)), replace=False))
+        drawn.append(part_features(layout.run, part, transform)[some])
+    sample = unit_rows(torch.from_numpy(np.concatenate(drawn)))
+    centers = train_centers(sample, wanted, SEED)
+    units = unit_rows(torch.from_numpy(features_at(layout.run, list(layout.starts), transform, queries)))
+    tensors = {"centers": centers.centers, "parents": centers.parents, "starts": centers.starts}
+    tensors |= {"query": torch.from_numpy(queries), "query_unit": units.half()}
+    return TaskResult(put_tensors(layout.run, layout.at("centers"), tensors), {"rows": len(sample)})
+
+
+def _sort(layout: IvfLayout, transform: FeatureTransform, centers: str, group: int) -> TaskResult:
+    """Sort the rows of a group by (list, row), and find the nearest of them to the queries."""
+    torch.set_num_threads(1)
+    found = kept_tensors(layout.at("centers"), centers)
+    lists = ListCenters(found["centers"], found["parents"], found["starts"])
+    queries, query_rows = found["query_unit"].float(), found["query"]
+    nearest, everyone = TopKInt64(len(queries), layout.k), torch.arange(len(queries))
+    first, end = layout.span(group)
+    units = torch.empty((end - first, layout.width), dtype=torch.float16)
+    homes = torch.empty(end - first, dtype=torch.int64)
+    for part in layout.groups[group]:
+        start, stop = layout.starts[part : part + 2]
+        if stop > start:
+            own = unit_rows(torch.from_numpy(part_features(layout.run, part, transform))).half()
+            some = slice(start - first, stop - first)
+            units[some], homes[some] = own, lists.assign(own.float())
+            nearest.update(everyone, queries, query_rows, own.float(), torch.arange(start, stop))
+    order = homes.argsort(stable=True)
+    records = np.empty(end - first, row_records(layout.width))
+    records["row"], records["unit"] = (first + order).numpy(), units[order].numpy()
+    bounds = np.searchsorted(homes[order].numpy(), np.arange(len(lists.centers) + 1))
+    outputs = put_records(layout.run, layout.at("sorted", group), records, bounds)
+    # Lists of the rows found and of the queries, −1 outside the group.
+    ids, _ = unpack_keys(nearest.keys)
+    places = {"lists": ids - first, "homes": query_rows - first}
+    known = torch.cat([homes, torch.tensor([-1])])
+    tensors = {name: known[torch.where((x >= 0) & (x < len(homes)), x, -1)] for name, x in places.items()}
+    tensors["keys"] = nearest.keys
+    return TaskResult(outputs | put_tensors(layout.run, layout.at("nearest", group), tensors), {"rows": end - first})
+
+
+def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: float, index: int) -> TaskResult:
+    """Compute the lists' bounds over all rows, the queries' true neighbours, and how many lists to probe."""
+    torch.set_num_threads(1)
+    found = read_tensors(layout.at("centers"), centers)
+    nlist = len(found["centers"])
+    # Keys of the queries' true neighbours Int64[q k], their lists Int64[q k], the queries' own lists Int64[q].
+    keys = TopKInt64(len(found["query"]), layout.k).keys
+    lists, homes = torch.full_like(keys, -1), torch.full((len(keys),), -1)
+    for group, digest in enumerate(nearest):
+        near = read_tensors(layout.at("nearest", group), digest)
+        keys, order = torch.cat([keys, near["keys"]], dim=1).topk(layout.k, dim=1)
+        lists = torch.cat([lists, near["lists"]], dim=1).gather(1, order)
+        homes = torch.maximum(homes, near["homes"])
+    # Sizes of the lists over all groups.
+    sizes = np.zeros(nlist, np.int64)
+    for first in range(0, len(layout.groups), STORAGE_THREADS):  # bounds of as many groups are held at a time
+        some = range(first, min(first + STORAGE_THREADS, len(layout.groups)))
+        for bounds in map_threads(lambda group: read_bounds(layout.at("sorted", group), 0, nlist), some):
+            sizes += np.diff(bounds)
+    reach, nprobe = choose_probes(
+        found["centers"], torch.from_numpy(sizes), found["query_unit"].float(), homes, lists, min_recall
+    )
+    tensors = {name: found[name] for name in ("centers", "query")}
+    tensors |= {"keys": keys, "bounds": torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))}
+    logger.debug("neighbors: %d of %d lists for a recall of %.3f, the nearest of %d", nprobe, nlist, min_recall, reach)
+    return TaskResult(
+        put_tensors(layout.run, layout.at("lists"), tensors),
+        {"rows": layout.count},
+        {"nlist": nlist, "reach": reach, "nprobe": nprobe},
+    )
 
 
 @dataclass(frozen=True)
@@ -197,9 +259,9 @@ class ListSearch:
 
     def shard(self, shard: int) -> TaskResult:
         """Merge the sorted groups into one shard, in order of (list, row)."""
-        layout, bounds = self.layout, self._tensors()["bounds"].numpy()
-        low, high = layout.places(shard)
-        kind = row_records(layout.width)
+        layout = self.layout
+        bounds = kept_tensors(layout.at("lists"), self.digest)["bounds"].numpy()
+        (low, high), kind = layout.places(shard), row_records(layout.width)
         first, end = int(np.searchsorted(bounds, low, "right")) - 1, int(np.searchsorted(bounds, high, "left"))
         groups = range(len(layout.groups))
         own = np.stack(map_threads(lambda group: read_bounds(layout.at("sorted", group), first, end), groups))
@@ -209,13 +271,12 @@ class ListSearch:
         records = np.empty(high - low, kind)
 
         def fill(group: int) -> None:
-            places = np.repeat(begin[group] - (own[group, :-1] - own[group, 0]), counts[group]) + np.arange(
-                own[group, -1] - own[group, 0]
-            )
-            some = slice(*np.searchsorted(places, [low, high]))
-            start, stop = own[group, 0] + some.start, own[group, 0] + some.stop
-            found = read_records(layout.at("sorted", group), kind, int(start), int(stop), self.nlist)
-            records[places[some] - low] = found
+            start = int(own[group, 0])
+            places = np.repeat(begin[group] - own[group, :-1] + start, counts[group])
+            places += np.arange(own[group, -1] - start)
+            some = slice(*np.searchsorted(places, [low, high]).tolist())
+            uri = layout.at("sorted", group)
+            records[places[some] - low] = read_records(uri, kind, start + some.start, start + some.stop, self.nlist)
 
         map_threads(fill, groups)
         return TaskResult(put_records(layout.run, layout.at("shard", shard), records), {"rows": high - low})
@@ -223,7 +284,8 @@ class ListSearch:
     def search(self, shard: int) -> TaskResult:
         """Search the neighbours of a shard's rows, and count the hits of the queries among them."""
         torch.set_num_threads(1)
-        layout, known = self.layout, self._tensors()
+        layout = self.layout
+        known = kept_tensors(layout.at("lists"), self.digest)
         low, high = layout.places(shard)
         own = _read(layout, low, high)
         best, halo = TopKInt64(high - low, layout.k), 0
@@ -249,9 +311,6 @@ class ListSearch:
         recall = recall_at_k(found.numpy(), near.numpy(), truth.numpy(), nearest.numpy())
         measured = {"wanted": truth.numel(), "hits": round(recall * truth.numel())}
         return TaskResult(outputs, {"rows": high - low, "halo": halo}, measured)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return kept_tensors(self.layout.at("lists"), self.digest)
 
     def _pairs(self, own: _Block, known: dict[str, Tensor], start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return Int64[p] rows (positions in the shard) and Int64[p] lists that they probe.
@@ -309,7 +368,7 @@ def _blocks(
         lists: Int64[p], equal ones side by side.
         bounds: Int64[L + 1].
 
-    Returns:
+    Yields:
         Int64[q] places, Int64[m] rows, Float32[m D]; a long list comes in several blocks.
     """
     opened, counts = lists.unique_consecutive(return_counts=True)
@@ -342,19 +401,15 @@ def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
 
 
 def collect(layout: IvfLayout, summary: dict[str, Any], task: Task) -> TaskResult:
-    """Write the tables of a group's parts from the results of all shards.
-
-    Args:
-        layout: of the rows.
-        summary: recall and parameters; kept in the mark, which outlives the scratch files.
-        task: a group.
-    """
+    """Write the tables of a group's parts from the results of all shards; its mark keeps recall and parameters."""
     group, kind = task.index, found_records(layout.k)
-    uris = [layout.at("found", shard) for shard in range(layout.shards)]
-    bounds = map_threads(lambda uri: read_bounds(uri, group, group + 1).tolist(), uris)
-    ranges = [(uri, start, end) for uri, (start, end) in zip(uris, bounds, strict=True)]
-    groups = len(layout.groups)
-    records = np.concatenate(map_threads(lambda own: read_records(own[0], kind, own[1], own[2], groups), ranges))
+
+    def read(shard: int) -> np.ndarray:
+        uri = layout.at("found", shard)
+        start, end = read_bounds(uri, group, group + 1).tolist()
+        return read_records(uri, kind, start, end, len(layout.groups))
+
+    records = np.concatenate(map_threads(read, range(layout.shards)))
     records = records[records["row"].argsort()]
     first, end = layout.span(group)
     if not np.array_equal(records["row"], np.arange(first, end)):
@@ -369,7 +424,7 @@ def collect(layout: IvfLayout, summary: dict[str, Any], task: Task) -> TaskResul
 
 
 def search_ivf(
-    layout: IvfLayout, transform: FeatureTransform, min_recall: float, tasks: Sequence[Task]
+    layout: IvfLayout, transform: FeatureTransform, min_recall: float, groups: Sequence[Task]
 ) -> tuple[list[TaskResult], dict[str, Any]]:
     """Search the neighbours of all rows and write them part by part.
 
@@ -377,66 +432,45 @@ def search_ivf(
         layout: of the rows.
         transform: embeddings to features.
         min_recall: wanted recall@k, from 0 to 1.
-        tasks: the layout's groups, numbered from 0; their marks outlive the scratch files.
+        groups: tasks of the layout's groups, numbered from 0; their marks outlive the scratch files.
 
     Returns:
-        What `tasks` wrote; recall, nlist, nprobe, and the halo: rows read from other shards for each row.
+        What `groups` wrote; recall, nlist, nprobe, and the halo: rows read from other shards for each row.
 
     Raises:
         DataError: the recall that was found is below the wanted one.
     """
-    done = finished_tasks(layout.run, STAGE, tasks)
-    if len(done) == len(tasks):  # killed while the scratch files were removed
-        results = [done[task.index] for task in tasks]
-    else:
-        collect_group = partial(collect, layout, _search_shards(layout, transform, min_recall, tasks))
-        results = run_tasks(layout.run, STAGE, tasks, collect_group, section="collecting")
-    return results, results[0].extra
-
-
-def drop_scratch(run: Run, tasks: int) -> None:
-    """Remove scratch files, and the marks of all but the first `tasks` tasks.
-
-    Marks go first: without marks the files are made again, marks without files would be wrong.
-    """
-    markers = storage.walk(run.at("manifests", STAGE), suffixes=(".json",), missing_ok=True)
-    stale = [file.uri for file in markers if file.key.startswith("part-") and int(file.key[5:-5]) >= tasks]
-    map_threads(storage.remove, stale)
-    storage.remove_tree(run.at("neighbors", "scratch"))
-
-
-def _search_shards(
-    layout: IvfLayout, transform: FeatureTransform, min_recall: float, groups: Sequence[Task]
-) -> dict[str, Any]:
-    """Run the phases before the last and return recall and parameters; results lie in the scratch files.
-
-    Their tasks, one for each file, are numbered behind those of the last phase.
-    """
+    finished = finished_tasks(layout.run, "neighbors", groups)
+    if len(finished) == len(groups):  # killed while the scratch files were removed
+        results = [finished[task.index] for task in groups]
+        return results, results[0].extra
+    # Tasks of the phases before the last, one for each file, are numbered behind those of the last.
     numbers, count = itertools.count(len(groups)), layout.count
 
     def run(section: str, sizes: Sequence[int], work: Callable[[int], TaskResult]) -> list[TaskResult]:
         tasks = [Task(next(numbers), digest_of([layout.digest, section, i]), i, n) for i, n in enumerate(sizes)]
-        return run_tasks(layout.run, STAGE, tasks, lambda task: work(task.payload), section=section)
+        return run_tasks(layout.run, "neighbors", tasks, lambda task: work(task.payload), section=section)
 
-    sorting = _Sorting(layout, transform)
     shards = [high - low for low, high in map(layout.places, range(layout.shards))]
-    [centers] = _digests(run("centres", [count], sorting.train))
-    nearest = _digests(run("sorting", [task.size for task in groups], partial(sorting.sort, centers)), "nearest")
+    [centers] = _digests(run("centres", [count], partial(_train, layout, transform)))
+    sort = partial(_sort, layout, transform, centers)
+    nearest = _digests(run("sorting", [task.size for task in groups], sort), "nearest")
     plan = run("probing", [count], partial(_probe, layout, centers, nearest, min_recall))
     [digest] = _digests(plan)
     lists = ListSearch(layout, digest, **plan[0].extra)
     run("sharding", shards, lists.shard)
-    results = run("searching", shards, lists.search)
+    found = run("searching", shards, lists.search)
     # The recall of the search's own results, over the queries of all shards.
-    hits, wanted = (sum(result.extra[name] for result in results) for name in ("hits", "wanted"))
-    recall = hits / wanted
+    recall = sum(result.extra["hits"] for result in found) / sum(result.extra["wanted"] for result in found)
     if recall < min_recall:
         raise DataError(
             f"neighbors.min_recall = {min_recall}: the inverted file reaches {recall:.3f}; "
             "lower the bound or set neighbors.method: exact"
         )
-    halo = round(sum(result.counts["halo"] for result in results) / count, 3)
-    return {"recall": recall, "nlist": lists.nlist, "nprobe": lists.nprobe, "halo": halo}
+    halo = round(sum(result.counts["halo"] for result in found) / count, 3)
+    summary = {"recall": recall, "nlist": lists.nlist, "nprobe": lists.nprobe, "halo": halo}
+    results = run_tasks(layout.run, "neighbors", groups, partial(collect, layout, summary), section="collecting")
+    return results, results[0].extra
 
 
 def _digests(results: Sequence[TaskResult], kind: str = "") -> list[str]:
@@ -449,97 +483,12 @@ def _digests(results: Sequence[TaskResult], kind: str = "") -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class _Sorting:
-    """Makes the lists, and sorts rows into them."""
+def drop_scratch(run: Run, tasks: int) -> None:
+    """Remove scratch files, and the marks of all but the first `tasks` tasks.
 
-    layout: IvfLayout
-    transform: FeatureTransform
-
-    def train(self, index: int) -> TaskResult:
-        """Train the lists' centres and draw the queries on which the recall is measured."""
-        torch.set_num_threads(1)
-        layout, wanted = self.layout, list_count(self.layout.count)
-        random = np.random.default_rng(SEED)
-        queries = np.sort(random.choice(layout.count, min(QUERIES, layout.count), replace=False))
-        # A sample: rows of parts that are drawn, as large a share of each.
-        most = max(wanted, min(SAMPLED_PER_LIST * wanted, SAMPLE_BYTES // (4 * layout.width)))
-        counts = np.diff(layout.starts)
-        filled = np.flatnonzero(counts)
-        parts = np.sort(random.choice(filled, min(SAMPLED_PARTS, len(filled)), replace=False))
-        share = min(1.0, most / counts[parts].sum())
-        drawn = []
-        for part in parts.tolist():
-            count = int(counts[part])
-            some = np.sort(random.choice(count, int(np.ceil(share * count)), replace=False))
-            drawn.append(part_features(layout.run, part, self.transform)[some])
-        sample = unit_rows(torch.from_numpy(np.concatenate(drawn)))
-        centers = train_centers(sample, wanted, SEED)
-        units = unit_rows(torch.from_numpy(features_at(layout.run, list(layout.starts), self.transform, queries)))
-        tensors = {"centers": centers.centers, "parents": centers.parents, "starts": centers.starts}
-        tensors |= {"query": torch.from_numpy(queries), "query_unit": units.half()}
-        return TaskResult(put_tensors(layout.run, layout.at("centers"), tensors), {"rows": len(sample)})
-
-    def sort(self, centers: str, group: int) -> TaskResult:
-        """Sort the rows of a group by (list, row), and find the nearest of them to the queries."""
-        torch.set_num_threads(1)
-        layout, found = self.layout, kept_tensors(self.layout.at("centers"), centers)
-        lists = ListCenters(found["centers"], found["parents"], found["starts"])
-        queries, query_rows = found["query_unit"].float(), found["query"]
-        nearest, everyone = TopKInt64(len(queries), layout.k), torch.arange(len(queries))
-        first, end = layout.span(group)
-        units = torch.empty((end - first, layout.width), dtype=torch.float16)
-        homes = torch.empty(end - first, dtype=torch.int64)
-        for part in layout.groups[group]:
-            start, stop = layout.starts[part : part + 2]
-            if stop > start:
-                own = unit_rows(torch.from_numpy(part_features(layout.run, part, self.transform))).half()
-                some = slice(start - first, stop - first)
-                units[some], homes[some] = own, lists.assign(own.float())
-                nearest.update(everyone, queries, query_rows, own.float(), torch.arange(start, stop))
-        order = homes.argsort(stable=True)
-        records = np.empty(end - first, row_records(layout.width))
-        records["row"], records["unit"] = (first + order).numpy(), units[order].numpy()
-        bounds = np.searchsorted(homes[order].numpy(), np.arange(len(lists.centers) + 1))
-        outputs = put_records(layout.run, layout.at("sorted", group), records, bounds)
-        # Lists of the rows found and of the queries, −1 outside the group.
-        ids, _ = unpack_keys(nearest.keys)
-        places = {"lists": ids - first, "homes": query_rows - first}
-        known = torch.cat([homes, torch.tensor([-1])])
-        tensors = {name: known[torch.where((x >= 0) & (x < len(homes)), x, -1)] for name, x in places.items()}
-        tensors["keys"] = nearest.keys
-        return TaskResult(
-            outputs | put_tensors(layout.run, layout.at("nearest", group), tensors), {"rows": end - first}
-        )
-
-
-def _probe(layout: IvfLayout, centers: str, nearest: Sequence[str], min_recall: float, index: int) -> TaskResult:
-    """Compute the lists' bounds over all rows, the queries' true neighbours, and how many lists to probe."""
-    torch.set_num_threads(1)
-    found = read_tensors(layout.at("centers"), centers)
-    nlist = len(found["centers"])
-    # Keys of the queries' true neighbours Int64[q k], their lists Int64[q k], the queries' own lists Int64[q].
-    keys = TopKInt64(len(found["query"]), layout.k).keys
-    lists, homes = torch.full_like(keys, -1), torch.full((len(keys),), -1)
-    for group, digest in enumerate(nearest):
-        near = read_tensors(layout.at("nearest", group), digest)
-        keys, order = torch.cat([keys, near["keys"]], dim=1).topk(layout.k, dim=1)
-        lists = torch.cat([lists, near["lists"]], dim=1).gather(1, order)
-        homes = torch.maximum(homes, near["homes"])
-    # Sizes of the lists over all groups.
-    sizes = np.zeros(nlist, np.int64)
-    for first in range(0, len(layout.groups), STORAGE_THREADS):  # bounds of as many groups are held at a time
-        some = range(first, min(first + STORAGE_THREADS, len(layout.groups)))
-        for bounds in map_threads(lambda group: read_bounds(layout.at("sorted", group), 0, nlist), some):
-            sizes += np.diff(bounds)
-    reach, nprobe = choose_probes(
-        found["centers"], torch.from_numpy(sizes), found["query_unit"].float(), homes, lists, min_recall
-    )
-    tensors = {name: found[name] for name in ("centers", "query")}
-    tensors |= {"keys": keys, "bounds": torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))}
-    logger.debug("neighbors: %d of %d lists for a recall of %.3f, the nearest of %d", nprobe, nlist, min_recall, reach)
-    return TaskResult(
-        put_tensors(layout.run, layout.at("lists"), tensors),
-        {"rows": layout.count},
-        {"nlist": nlist, "reach": reach, "nprobe": nprobe},
-    )
+    Marks go first: without marks the files are made again, marks without files would be wrong.
+    """
+    markers = storage.walk(run.at("manifests", "neighbors"), suffixes=(".json",), missing_ok=True)
+    stale = [file.uri for file in markers if file.key.startswith("part-") and int(file.key[5:-5]) >= tasks]
+    map_threads(storage.remove, stale)
+    storage.remove_tree(run.at("neighbors", "scratch"))

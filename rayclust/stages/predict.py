@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -66,7 +65,13 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
     given, wanted = int(encoded.extra["dimension"]), int(encode.extra["dimension"])
     if given != wanted:
         raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
-    _write(out, _table(run, scratch, config, encode, content_digest(train)))
+    table = _table(run, scratch, config, encode, content_digest(train))
+    if out.endswith(".parquet"):
+        tables.write_table(out, table)
+    else:
+        buffer = io.BytesIO()
+        pyarrow.csv.write_csv(table, buffer)
+        storage.write_bytes(out, buffer.getvalue())
     storage.remove_tree(scratch.uri)
     return {"rows": encoded.counts["rows"], "rejects": encoded.counts["rejects"]}
 
@@ -74,33 +79,13 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
 def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: str) -> pa.Table:
     method, transform = load_method(run.uri, model), transform_of(encode, config.features)
     names = cluster_names(run)
-    found: list[pa.Table] = []
+    found = [SCHEMA.empty_table()]
     for _, uri in parts(scratch.embeddings_folder):
         table = tables.read_table(uri, ["key", "uri", "embedding"])
         clusters, confidence = assign(method, transform(tables.matrix(table["embedding"])))
-        columns = {
-            "cluster": pa.array(clusters),
-            "name": pa.array([names.get(cluster) for cluster in clusters.tolist()], pa.string()),
-            "confidence": pa.array(confidence),
-        }
-        found.append(_filled({"key": table["key"], "uri": table["uri"], **columns}))
-    for _, uri in parts(scratch.rejects_folder):
-        table = tables.read_table(uri, ["key", "uri", "reason"])
-        found.append(_filled({name: table[name] for name in table.column_names}))
-    return pa.concat_tables(found)
-
-
-def _filled(columns: dict[str, Any]) -> pa.Table:
-    """Return a table of `SCHEMA` with nulls where no column is given."""
-    count = len(columns["key"])
-    arrays = [columns[field.name] if field.name in columns else pa.nulls(count, field.type) for field in SCHEMA]
-    return pa.table(arrays, schema=SCHEMA)
-
-
-def _write(out: str, table: pa.Table) -> None:
-    if out.endswith(".parquet"):
-        tables.write_table(out, table)
-        return
-    buffer = io.BytesIO()
-    pyarrow.csv.write_csv(table, buffer)
-    storage.write_bytes(out, buffer.getvalue())
+        named = pa.array([names.get(cluster) for cluster in clusters.tolist()], pa.string())
+        columns = {"key": table["key"], "uri": table["uri"], "cluster": clusters, "name": named}
+        found.append(pa.table(columns | {"confidence": confidence}))
+    found += [tables.read_table(uri, ["key", "uri", "reason"]) for _, uri in parts(scratch.rejects_folder)]
+    # Columns that a table lacks become null.
+    return pa.concat_tables(found, promote_options="default").cast(SCHEMA)

@@ -9,18 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.report.model import (
-    Cluster,
-    Contingency,
-    Curve,
-    MethodResult,
-    Picture,
-    Reject,
-    RejectGroup,
-    ReportData,
-    Retrieval,
-    StageTime,
-)
+from rayclust.report import model
 from rayclust.report.page import PageLimits, featured, render
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.api import as_yaml, load_run
@@ -73,7 +62,7 @@ def run(context: StageContext) -> StageResult:
             "(label.vocabulary: classes). They don't show what would be found without labels."
         )
     selection = read_json_output(run, SELECT_K, run.selection) if SELECT_K in context.inputs else None
-    data = ReportData(
+    data = model.ReportData(
         run=run.uri,
         images=metrics["rows"],
         encoder=config.encoder.name,
@@ -82,7 +71,7 @@ def run(context: StageContext) -> StageResult:
         clusters=tuple(_cluster(cluster, pictures, majorities, label) for cluster in clusters),
         classes=metrics.get("classes"),
         stages=tuple(
-            StageTime(name=name, seconds=manifest.seconds, count=manifest.counts.get("rows"))
+            model.StageTime(name=name, seconds=manifest.seconds, count=manifest.counts.get("rows"))
             for name in stages_of(written)
             if name != "report" and (manifest := read_manifest(run, name)) is not None
         ),
@@ -101,18 +90,18 @@ def run(context: StageContext) -> StageResult:
     return StageResult(outputs, {"clusters": len(clusters)}, {}, f"{len(page) / 1e6:.1f} MB, {run.report}")
 
 
-def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[MethodResult]:
+def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[model.MethodResult]:
     """Yield the run's method, its coarser levels, and methods that were run beside it on the same rows."""
     run, method = context.run, context.config.method.name
     settings = read_json_output(run, "train", storage.join(run.model_folder, "config.json"))["config"]
     named = {key: value for key, value in context.inputs["label"].extra.items() if key.startswith("name_accuracy")}
-    yield MethodResult(
+    yield model.MethodResult(
         name=method,
         settings={key: value for key, value in settings.items() if key != "name"},
         metrics={key: value for key, value in (metrics | named).items() if isinstance(value, float)},
     )
     for level in metrics.get("levels", []):
-        yield MethodResult(
+        yield model.MethodResult(
             name=f"{method}, level of {level['clusters']:,} clusters",
             metrics={key: value for key, value in level.items() if isinstance(value, float)},
         )
@@ -123,24 +112,24 @@ def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[MethodR
     for name, runs in beside.items():
         if name != method:
             scores = {key: np.array([run[key] for run in runs]) for key in runs[0]}
-            yield MethodResult(
+            yield model.MethodResult(
                 name=name,
                 metrics={key: float(np.mean(values)) for key, values in scores.items()},
                 spread={key: float(np.std(values)) for key, values in scores.items()},
             )
 
 
-def _retrieval(near: dict[str, Any], pictures: dict[int, Picture]) -> Iterator[Retrieval]:
+def _retrieval(near: dict[str, Any], pictures: dict[int, model.Picture]) -> Iterator[model.Retrieval]:
     """Yield the searches of the index stage; none without a space of the method's own."""
     for place, row in enumerate(near.get("rows", ())):
         nearest = {
             title: tuple((pictures[hit["row"]], hit["similarity"]) for hit in near[space][place])
             for space, title in ((ENCODER, "Encoder"), (OWN, "z"))
         }
-        yield Retrieval(query=pictures[row], found=nearest)
+        yield model.Retrieval(query=pictures[row], found=nearest)
 
 
-def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, Picture]:
+def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, model.Picture]:
     """Return row → picture for sorted rows; only the parts that hold them are read."""
     run, records = context.run, list[dict[str, Any]]()
     for part, positions in rows_by_part(row_starts(context.inputs["encode"]), np.array(rows, np.int64)):
@@ -158,20 +147,20 @@ def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, Picture]:
     for row, record in zip(rows, records, strict=True):
         data = images.get(record["uri"])  # none for ready embeddings, or images that have been moved since
         small = None if data is None else thumbnail(data, context.config.report.thumbnail)
-        pictures[row] = Picture(thumbnail=small, **record)
+        pictures[row] = model.Picture(thumbnail=small, **record)
     return pictures
 
 
 def _cluster(
     cluster: dict[str, Any],
-    pictures: dict[int, Picture],
+    pictures: dict[int, model.Picture],
     majorities: dict[int, tuple[str, float]],
     label: Manifest,
-) -> Cluster:
+) -> model.Cluster:
     """Convert a row of `clusters.parquet` to a cluster of the page."""
     majority, purity = majorities.get(cluster["cluster"], (None, None))
     blind = cluster["name_without_classes"]
-    return Cluster(
+    return model.Cluster(
         id=cluster["cluster"],
         size=cluster["size"],
         name=cluster["name"],
@@ -197,7 +186,7 @@ def _majorities(counts: pa.Table) -> dict[int, tuple[str, float]]:
     return dict(zip(keys.tolist(), zip(classes, shares, strict=True), strict=True))
 
 
-def _contingency(counts: pa.Table, clusters: int) -> Contingency | None:
+def _contingency(counts: pa.Table, clusters: int) -> model.Contingency | None:
     """Return the table of counts while it is small enough to be drawn."""
     classes = sorted(set(counts["label"].to_pylist()))
     if len(classes) > DRAWN_CLASSES or clusters > DRAWN_CLASSES:
@@ -206,10 +195,10 @@ def _contingency(counts: pa.Table, clusters: int) -> Contingency | None:
     where = {name: i for i, name in enumerate(classes)}
     for cell in counts.to_pylist():
         table[where[cell["label"]], cell["cluster"]] = cell["count"]
-    return Contingency(counts=table, classes=tuple(classes), clusters=tuple(range(clusters)))
+    return model.Contingency(counts=table, classes=tuple(classes), clusters=tuple(range(clusters)))
 
 
-def _curves(history: pa.Table) -> list[Curve]:
+def _curves(history: pa.Table) -> list[model.Curve]:
     """Return the training curves that are worth drawing."""
     titles = {"loss": "Loss", "inertia": "Inertia", "marginal_entropy": "Entropy of the clusters' shares, nats"}
     titles |= {"live_clusters": "Live clusters of the best head", "agreement": "Agreement of the best head's teacher"}
@@ -217,7 +206,7 @@ def _curves(history: pa.Table) -> list[Curve]:
     for name, title in titles.items():
         if name in history.column_names and history.num_rows > 1:
             values = [float("nan") if value is None else value for value in history[name].to_pylist()]
-            curves.append(Curve(title=title, series={name: values}))
+            curves.append(model.Curve(title=title, series={name: values}))
     return curves
 
 
@@ -230,19 +219,21 @@ def _health(history: pa.Table) -> list[str]:
     return [f"Clusters collapsed in {heads} of the heads; the best one has {live:,} live clusters. Lower method.beta."]
 
 
-def _rejects(run: Run, encode: Manifest) -> list[RejectGroup]:
+def _rejects(run: Run, encode: Manifest) -> list[model.RejectGroup]:
     """Return reasons with their counts and the first examples; parts are read only until every reason has enough."""
     reasons: dict[str, int] = encode.extra["reasons"]
-    examples: dict[str, list[Reject]] = {reason: [] for reason in reasons}
+    examples: dict[str, list[model.Reject]] = {reason: [] for reason in reasons}
     for _, uri in parts(run.rejects_folder):
         if all(len(examples[reason]) >= min(EXAMPLES, count) for reason, count in reasons.items()):
             break
         for reject in tables.read_table(uri).to_pylist():
             known = examples.setdefault(reject["reason"], [])
             if len(known) < EXAMPLES:
-                known.append(Reject(key=reject["key"], uri=reject["uri"], detail=reject["detail"]))
+                known.append(model.Reject(key=reject["key"], uri=reject["uri"], detail=reject["detail"]))
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    return [RejectGroup(reason=reason, count=count, examples=tuple(examples[reason])) for reason, count in ordered]
+    return [
+        model.RejectGroup(reason=reason, count=count, examples=tuple(examples[reason])) for reason, count in ordered
+    ]
 
 
 STAGE = Stage(

@@ -100,7 +100,7 @@ class Search:
             "revision": REVISION,
             "settings": candidate_settings(config),
             "inputs": {name: content_digest(manifest) for name, manifest in inputs.items()},
-            "largest": None if refits(config) else largest,
+            "largest": largest if is_recuttable(config.method.name) else None,
         }
         gpus = config.select_k.gpus_per_trial
         gpus = config.resources.gpus_per_worker if gpus == "auto" else gpus
@@ -114,11 +114,6 @@ class Search:
     def task(self, clusters: int) -> Task:
         """Return the task of a candidate; its index is its number of clusters."""
         return Task(clusters, digest_of([self.settings, clusters]))
-
-
-def refits(config: RunConfig) -> bool:
-    """Return whether the method needs a fit for each number of clusters."""
-    return not is_recuttable(config.method.name)
 
 
 def examine(search: Search, clusters: int) -> TaskResult:
@@ -158,7 +153,7 @@ def drop_checkpoints(search: Search, clusters: int) -> None:
 def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple[Method, list[dict[str, Any]]]]:
     """Yield the candidate's fits and their metrics, one per seed; the first seed is the run's own."""
     clusters = config.method.clusters
-    if not refits(config):
+    if is_recuttable(config.method.name):
         folder = search.run.selection_fit
         history = tables.read_table(storage.join(folder, "metrics.parquet")).to_pylist()
         marked = read_mark(search.run.shard_manifest(FIT, SELECT_K))
@@ -221,17 +216,14 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
 
 # Candidates over the cluster: one Ray Tune trial each.
 
-OnChange = Callable[[Sequence[int], int], None]
-"""Callback with the candidates that are running and the number that just finished."""
 
-
-def run_trials(search: Search, candidates: Sequence[int], on_change: OnChange) -> None:
+def run_trials(search: Search, candidates: Sequence[int], on_change: Callable[[Sequence[int], int], None]) -> None:
     """Fit and measure candidates on the cluster.
 
     Args:
         search: what they have in common.
         candidates: numbers of clusters; each leaves its mark.
-        on_change: called whenever a trial begins or ends.
+        on_change: called whenever a trial begins or ends, with the candidates that run and how many just finished.
 
     Raises:
         RayclustError: a trial failed; the line names the candidate. Those under way are stopped, those finished kept.
@@ -304,7 +296,7 @@ def _raise_failure(k: int, result: Any) -> None:
         raise kind(f"select-k: the candidate k = {k} failed: {result.metrics['refused']}")
 
 
-def _callbacks(on_change: OnChange) -> tuple[Any, Any]:
+def _callbacks(on_change: Callable[[Sequence[int], int], None]) -> tuple[Any, Any]:
     """Return a stopper that ends all trials after the first error, since the stage fails then, and a watcher."""
     from ray import tune
     from ray.tune.progress_reporter import TrialProgressCallback
@@ -322,7 +314,9 @@ def _callbacks(on_change: OnChange) -> tuple[Any, Any]:
     class Watcher(TrialProgressCallback):
         """Calls `on_change` in place of the lines that Tune prints."""
 
-        def __init__(self, on_change: OnChange) -> None:  # not from the closure: Tune pickles the class
+        def __init__(
+            self, on_change: Callable[[Sequence[int], int], None]
+        ) -> None:  # not from the closure: Tune pickles the class
             super().__init__()
             self._running, self._on_change = set[int](), on_change
 
@@ -351,7 +345,7 @@ def run(context: StageContext) -> StageResult:
     config.select_k.refuse_above(rows)
     search = Search.of(context)
     run, outputs = search.run, Outputs()
-    if not refits(config):
+    if is_recuttable(config.method.name):
         # The one fit from which every candidate is cut.
         task = Task(FIT, digest_of([search.settings, "fit", search.largest]))
         done = finished_tasks(run, SELECT_K, [task])
@@ -383,11 +377,26 @@ def run(context: StageContext) -> StageResult:
 
 def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
     """Return all candidates with their results, by number, and the choice among them."""
-    options, tried = search.config.select_k, dict[int, TaskResult]()
+    run, options, tried = search.run, search.config.select_k, dict[int, TaskResult]()
     wanted = options.first(rows)
     with drop_rows_on_error(search.digest), Progress(SELECT_K, "candidates", total=0) as progress:
+
+        def show(running: Sequence[int], ended: int) -> None:
+            progress.advance(ended, f"trying k = {', '.join(map(str, running))}" if running else "")
+
         for number in range(1 + (options.rounds if options.candidates == "auto" else 0)):
-            tried |= _fit_candidates(search, wanted, progress)
+            # Those without a result are fitted on the cluster.
+            tasks = [search.task(k) for k in wanted]
+            results = finished_tasks(run, SELECT_K, tasks)
+            progress.more(len(tasks), done=len(results))
+            report_resume(SELECT_K, len(tasks), len(results))
+            if len(results) < len(tasks):
+                run_trials(search, [k for k in wanted if k not in results], show)
+                results = finished_tasks(run, SELECT_K, tasks)
+            for k in wanted:
+                if k not in results:
+                    raise RayclustError(f"select-k: the candidate k = {k} left no result: run the same line again")
+            tried |= results
             measured = [Candidate(k, result.extra["criteria"]) for k, result in tried.items()]
             choice = selection.choose(measured, options.rule)
             wanted = selection.refine(list(tried), choice.k)
@@ -395,32 +404,10 @@ def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
                 break
             logger.info("select-k: after round %d of candidates k = %d is best", number + 1, choice.k)
     on_every_node(drop_cache, search.digest)
-    for k in tried if refits(search.config) else ():
+    for k in () if is_recuttable(search.config.method.name) else tried:
         # A trial that outlives its killed driver for a moment may save once more what another has finished.
         drop_checkpoints(search, k)
     return dict(sorted(tried.items())), choice
-
-
-def _fit_candidates(search: Search, candidates: Sequence[int], progress: Progress) -> dict[int, TaskResult]:
-    """Return the results of candidates; those without one are fitted on the cluster."""
-    run, tasks = search.run, [search.task(k) for k in candidates]
-    before = finished_tasks(run, SELECT_K, tasks)
-    progress.more(len(tasks), done=len(before))
-    report_resume(SELECT_K, len(tasks), len(before))
-    missing = [k for k in candidates if k not in before]
-    if missing:
-        run_trials(
-            search,
-            missing,
-            lambda running, ended: progress.advance(
-                ended, f"trying k = {', '.join(map(str, running))}" if running else ""
-            ),
-        )
-    results = finished_tasks(run, SELECT_K, tasks)
-    for k in candidates:
-        if k not in results:
-            raise RayclustError(f"select-k: the candidate k = {k} left no result: run the same line again")
-    return results
 
 
 def candidate_settings(config: RunConfig) -> dict[str, Any]:

@@ -133,19 +133,25 @@ def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
 
     resources, (fewest, workers) = job.config.resources, worker_range(job.config)
     if fewest < workers:
-        _check_every_worker_count(job, fewest, workers)
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
+        # Settings that some of the possible numbers of workers cannot fit are refused before a worker is lost.
+        rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
+        for count in range(fewest, workers + 1):
+            try:
+                job.config.method.describe_plan(rows, dimension, count, "cuda" if resources.gpus_per_worker else "cpu")
+            except ConfigError as error:
+                raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
     labels = resources.placement.train
     require_label("train", labels)
-    cores = 1 if resources.gpus_per_worker else cores_per_worker(workers, labels)
+    gpus = resources.gpus_per_worker
+    cores = 1 if gpus else cores_per_worker(workers, labels)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job, "metrics": metrics, "threads": cores},
         scaling_config=ScalingConfig(
             num_workers=(fewest, workers) if fewest < workers else workers,
-            use_gpu=bool(resources.gpus_per_worker),
-            resources_per_worker={"CPU": cores}
-            | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": cores} | ({"GPU": gpus} if gpus else {}),
             label_selector=dict(labels) or None,
         ),
         run_config=RunConfig(
@@ -160,30 +166,15 @@ def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
     return result
 
 
-def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
-    """Refuse settings that some of the possible numbers of workers cannot fit, before a worker is lost."""
-    rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
-    device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
-    for count in range(fewest, most + 1):
-        try:
-            job.config.method.describe_plan(rows, dimension, count, device)
-        except ConfigError as error:
-            raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
-
-
 def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Fit in one worker; worker 0 writes the model and returns the result."""
     job: Job = settings["job"]
     torch.set_num_threads(settings["threads"])
     config, run = job.config, Run(job.config.run)
     rank = distributed.rank()
-    device = (
-        torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else torch.device("cpu")
-    )
-    cache, workers = cache_folder(job.digest), distributed.world_size()
-    rows = StoredRows(run, job.encode, config.features, cache, rank, workers)
+    device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else "cpu"
+    rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), rank, distributed.world_size())
     method = build(config.method, rows.dimension, rows.count, config.seed)
-    store = StoredCheckpoints(run, job.digest)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config) if rank == 0 and job.stage == "train" else None
 
@@ -193,15 +184,14 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
             trackers.log(row)
 
     every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
+    store = StoredCheckpoints(run, job.digest)
     trainer = Trainer(config.seed, device, on_row if rank == 0 else None, store, every)
     method.fit(rows, trainer)
     if trackers is not None:
         trackers.close()
     distributed.barrier()
     drop_cache(job.digest)
-    if rank:
-        return None
-    return write_fit(run, job.folder, method, trainer.history)
+    return None if rank else write_fit(run, job.folder, method, trainer.history)
 
 
 def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -333,20 +323,19 @@ class Trackers:
                 numbers |= {f"{key}/{place}": float(each) for place, each in enumerate(value)}
             elif isinstance(value, int | float):
                 numbers[key] = float(value)
-        for name, tracker in list(self._open.items()):
-            self._attempt(name, partial(tracker.send, numbers, step=int(row.get("step", 0))))
+        self._each(lambda tracker: tracker.send(numbers, step=int(row.get("step", 0))))
 
     def close(self) -> None:
         """Send what is left."""
-        for name, tracker in list(self._open.items()):
-            self._attempt(name, tracker.close)
+        self._each(lambda tracker: tracker.close())
 
-    def _attempt(self, name: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001 - whatever a tracker's service does, the training goes on
-            logger.warning("tracking.to = %s: %s; no more is sent there", name, " ".join(str(error).split()))
-            self._open.pop(name, None)
+    def _each(self, action: Callable[[_Tracker], None]) -> None:
+        for name, tracker in list(self._open.items()):
+            try:
+                action(tracker)
+            except Exception as error:  # noqa: BLE001 - whatever a tracker's service does, the training goes on
+                logger.warning("tracking.to = %s: %s; no more is sent there", name, " ".join(str(error).split()))
+                del self._open[name]
 
 
 class _Tracker(NamedTuple):

@@ -16,7 +16,7 @@ from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.runtime.tasks import Task
 from rayclust.stages import label
-from rayclust.stages.label import FEW_WORDS, VOTERS, WITHOUT_CLASSES, Votes, sample_of_each
+from rayclust.stages.label import FEW_WORDS, VOTERS, WITHOUT_CLASSES, Labeling, sample_of_each
 from rayclust.store import storage
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
@@ -112,7 +112,7 @@ def test_votes_that_are_lost_are_cast_again(named: RunConfig, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(label.Votes, "count", killed)
+        patch.setattr(label.Labeling, "count", killed)
         with pytest.raises(KeyboardInterrupt):
             run_stage("label", named)
     [votes, *_] = sorted((Path(named.run) / "label").glob("*/all-*.parquet"))
@@ -185,10 +185,10 @@ def test_each_cluster_has_a_seeded_sample() -> None:
     assert not np.array_equal(rows, sample_of_each(clusters, 10, seed=1))
 
 
-def votes(sealed: Sealed, folder: Path, **label: object) -> Votes:
+def votes(sealed: Sealed, folder: Path, **label: object) -> Labeling:
     config: RunConfig = sealed.config.model_copy(update={"label": sealed.config.label.model_copy(update=label)})
     encode = sealed.manifest("encode")
-    return Votes(sealed.run, config, row_starts(encode), transform_of(encode, config.features), str(folder))
+    return Labeling(sealed.run, config, row_starts(encode), transform_of(encode, config.features), str(folder))
 
 
 @pytest.fixture

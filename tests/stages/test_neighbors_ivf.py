@@ -404,7 +404,7 @@ def test_each_pair_of_a_row_and_a_list_sees_all_rows_of_the_list(
     layout, lists = sorted_groups(tmp_path, homes, 13)
     for shard in range(layout.shards):
         lists.shard(shard)
-    bounds = lists._tensors()["bounds"]
+    bounds = kept_tensors(layout.at("lists"), lists.digest)["bounds"]
     own = neighbors_ivf._read(layout, *layout.places(2))
     pairs = [(4, 0), (12, 0), (3, 1), (0, 2), (1, 2), (5, 4), (5, 5), (9, 6)]
     places, opened = torch.tensor(pairs).T
@@ -424,7 +424,7 @@ def test_lists_side_by_side_are_read_in_one_go(tmp_path: Path, monkeypatch: pyte
         lists.shard(shard)
     reads, read = [], neighbors_ivf._read
     monkeypatch.setattr(neighbors_ivf, "_read", lambda *arguments: reads.append(arguments[1:]) or read(*arguments))
-    bounds = lists._tensors()["bounds"]
+    bounds = kept_tensors(layout.at("lists"), lists.digest)["bounds"]
     opened = torch.tensor([0, 1, 2, 5])
     own = read(layout, *layout.places(4))
     assert len(list(neighbors_ivf._blocks(layout, own, torch.zeros(4).long(), opened, bounds))) == 4
