@@ -72,10 +72,6 @@ CHUNK = pa.schema(
         ("decoding", pa.float64()),
     ]
 )
-COUNTS = pa.schema(
-    {"images": "int64", "rejected": "int64", "encoder": "string", "encoding": "float64", "writing": "float64"}
-)
-"""Row that the driver receives for a chunk, beside the columns of its decoder; times in seconds."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -311,14 +307,11 @@ class ReadAndDecode:
         self._rows, self._preprocess = rows, preprocess
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Yield the chunks of each shard named in `batch`, in order."""
-        for task, shard in zip(batch["task"].to_pylist(), batch["shard"].to_pylist(), strict=True):
-            yield from self._chunks(task, Shard.from_json(storage.read_json(shard)))
-
-    def _chunks(self, task: str, shard: Shard) -> Iterator[pa.Table]:
-        records, started = iter(read_records(shard, self._preprocess.max_bytes)), time.monotonic()
-        group = list(islice(records, self._rows))
-        number = 0
+        """Yield the chunks of the shard named in `batch`, a row of one task, in order."""
+        [item] = batch.to_pylist()
+        started, shard = time.monotonic(), Shard.from_json(storage.read_json(item["shard"]))
+        records = iter(read_records(shard, self._preprocess.max_bytes))
+        group, number = list(islice(records, self._rows)), 0
         while True:
             following = list(islice(records, self._rows))
             read = time.monotonic()
@@ -336,7 +329,7 @@ class ReadAndDecode:
                         reason, detail = error.reason, error.detail
                 if reason is not None:
                     rejects.append({"key": record.key, "uri": record.uri, "reason": reason, "detail": detail})
-            row = {"task": task, "chunk": number, "last": not following, "records": kept, "rejects": rejects}
+            row = {"task": item["task"], "chunk": number, "last": not following, "records": kept, "rejects": rejects}
             row["pixels"] = np.stack(pixels).tobytes() if pixels else b""
             times = {"worker": worker_name(), "reading": read - started, "decoding": time.monotonic() - read}
             yield pa.Table.from_pylist([row | times], schema=CHUNK)
@@ -346,32 +339,26 @@ class ReadAndDecode:
 
 
 class EncodeChunks:
-    """Ray Data operator: chunks of pixels to embeddings, sent to the writer of their shard; yields counts and times."""
+    """Ray Data operator: chunks of pixels to embeddings, sent to the writer of their shard; gives counts and times."""
 
     def __init__(self, config: RunConfig, writers: list[Any]) -> None:
         self._encoder = load_run_encoder(config, worker_device(config))
         self._writers = writers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Encode each chunk and send it to its writer; return rows of `COUNTS`."""
+        """Encode a chunk, a table of one row, and send it to its writer; return counts, workers and seconds."""
         import ray
 
-        done: list[dict[str, Any]] = []
-        for row in range(batch.num_rows):
-            task = batch["task"][row].as_py()
-            records, rejects = batch["records"][row].as_py(), batch["rejects"][row].as_py()
-            started = time.monotonic()
-            embeddings = self._embeddings(batch["pixels"][row], len(records))
-            encoded = time.monotonic()
-            writer = self._writers[json.loads(task)["index"] % len(self._writers)]
-            chunk, last = batch["chunk"][row].as_py(), batch["last"][row].as_py()
-            # Waiting here keeps the writers from falling behind without bound.
-            written = ray.get(writer.add.remote(task, chunk, last, records, rejects, embeddings))
-            done.append({"images": len(records), "rejected": len(rejects), "encoder": worker_name()})
-            done[-1] |= {"encoding": encoded - started, "writing": written}
-        of_decoder = {name: batch[name].combine_chunks() for name in ("worker", "reading", "decoding")}
-        table = pa.Table.from_pylist(done, schema=COUNTS)
-        return pa.table(of_decoder | {name: table[name] for name in COUNTS.names})
+        [chunk] = batch.drop_columns(["pixels"]).to_pylist()
+        started = time.monotonic()
+        embeddings = self._embeddings(batch["pixels"][0], len(chunk["records"]))
+        encoded = time.monotonic()
+        writer = self._writers[json.loads(chunk["task"])["index"] % len(self._writers)]
+        # Waiting here keeps the writers from falling behind without bound.
+        content = [chunk.pop(name) for name in ("task", "chunk", "last", "records", "rejects")]
+        written = ray.get(writer.add.remote(*content, embeddings))
+        counts = {"images": len(content[3]), "rejected": len(content[4]), "encoder": worker_name()}
+        return pa.Table.from_pylist([chunk | counts | {"encoding": encoded - started, "writing": written}])
 
     def _embeddings(self, pixels: pa.Scalar, count: int) -> np.ndarray:
         if not count:

@@ -45,15 +45,7 @@ from rayclust.runtime.pipeline import (
 )
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import BLOCK, StoredRows, cache_folder, drop_cache
-from rayclust.runtime.tasks import (
-    Task,
-    TaskResult,
-    done_marks,
-    finished_tasks,
-    read_mark,
-    report_resume,
-    run_and_mark,
-)
+from rayclust.runtime.tasks import Task, TaskResult, done_marks, finished_tasks, read_mark, report_resume, run_and_mark
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, SelectKOutputs, digest_of

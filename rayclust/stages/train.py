@@ -31,24 +31,9 @@ from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
 from rayclust.methods.base import Method
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
-from rayclust.runtime.cluster import (
-    connect,
-    cores_per_worker,
-    on_every_node,
-    plain_errors,
-    require_label,
-    worker_range,
-)
+from rayclust.runtime.cluster import connect, cores_per_worker, on_every_node, plain_errors, require_label, worker_range
 from rayclust.runtime.models import save_method
-from rayclust.runtime.pipeline import (
-    CHOSEN,
-    SELECT_K,
-    Stage,
-    StageContext,
-    StageResult,
-    method_settings,
-    settings_of,
-)
+from rayclust.runtime.pipeline import CHOSEN, SELECT_K, Stage, StageContext, StageResult, method_settings, settings_of
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache
 from rayclust.store import manifest, storage
