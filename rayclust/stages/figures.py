@@ -310,8 +310,8 @@ def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawi
         text += f" Of the {PRECISION_AT} nearest among them, so many have the image's own class: {shares}."
     title = f"Map of {space}"
     chart = charts.scatter(points, of_dots, names, title=title)
-    drawn = [*_heat_maps(heat, summary, groups), Drawing(key="map", title=title, text=text, svg=chart)]
-    drawn.append(_spectra_drawing(lines, summary))
+    flat = Drawing(key="map", title=title, text=text, svg=chart)
+    drawn = [*_heat_maps(heat, summary, groups), flat, _spectra_drawing(lines, summary)]
     return drawn if selection is None else [*drawn, _selection(selection)]
 
 
@@ -368,28 +368,22 @@ def _spectra_drawing(lines: pa.Table, summary: Mapping[str, Any]) -> Drawing:
         values = geometry.quantiles(spectra[FEATURES, "kmeans"], (0.1, 0.5, 0.9))
         series.append(charts.Spectrum("encoder features, clusters of k-means", 2, None, values, is_dashed=True))
     title = "Singular values, over the largest"
-    needed = [f"{_TITLES[space]} {n}" for space, n in summary["directions"].items()]
+    needed = ", ".join(f"{_TITLES[space]} {n}" for space, n in summary["directions"].items())
     text = (
         "The faster a line falls, the fewer directions the rows take up. At the right the median over clusters, with "
-        "the band that holds four fifths of them. Directions that hold 90% of the energy of all rows: "
-        f"{', '.join(needed)}."
+        f"the band that holds four fifths of them. Directions that hold 90% of the energy of all rows: {needed}."
     )
     return Drawing(key="singular-values", title=title, text=text, svg=charts.spectra(series, title), is_wide=True)
 
 
 def _selection(selection: Mapping[str, Any]) -> Drawing:
-    table: dict[str, dict[int, float]] = {}
-    for candidate in selection["candidates"]:
-        for name in _MEASURED:
-            if candidate.get(name) is not None:
-                table.setdefault(name, {})[int(candidate["k"])] = float(candidate[name])
-    knee = selection.get("picks", {}).get("knee")
-    shown = []
-    for name, values in table.items():
-        better = CRITERIA[name].larger_is_better if name in CRITERIA else None
-        arrow = {True: " ↑", False: " ↓", None: ""}[better]
-        bend = knee if name == "coding_length" else None
-        shown.append(charts.Criterion(_MEASURED[name] + arrow, values, better, knee=bend))
+    knee, shown = selection.get("picks", {}).get("knee"), []
+    for name, title in _MEASURED.items():
+        values = {int(each["k"]): float(each[name]) for each in selection["candidates"] if each.get(name) is not None}
+        if values:
+            better = CRITERIA[name].larger_is_better if name in CRITERIA else None
+            arrow, bend = {True: " ↑", False: " ↓", None: ""}[better], knee if name == "coding_length" else None
+            shown.append(charts.Criterion(title + arrow, values, better, knee=bend))
     title = "Criteria against the number of clusters"
     text = (
         f"{count(selection['chosen'])} clusters were chosen (dashed): {selection['reason'].rstrip('.')}. Arrows say "

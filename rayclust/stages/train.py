@@ -206,9 +206,8 @@ class StoredCheckpoints:
             return
         data = safetensors.torch.save(tensors)
         storage.write_bytes(self._at(step, "tensors.safetensors"), data)
-        manifest.write_checked(
-            self._at(step, "state.json"), {"digest": hashlib.sha256(data).hexdigest(), "state": state}
-        )
+        content = {"digest": hashlib.sha256(data).hexdigest(), "state": state}
+        manifest.write_checked(self._at(step, "state.json"), content)
         for old in self._steps()[:-CHECKPOINTS_KEPT]:
             storage.remove_tree(storage.join(self._folder, f"step-{old:09d}"))
 
@@ -279,9 +278,6 @@ def _watch_metrics(stage: str) -> Iterator[Any]:
 class Trackers:
     """Sends each epoch's metrics to the services of `tracking.to`; one that fails is logged and dropped.
 
-    Args:
-        config: the run's.
-
     Raises:
         ConfigError: a package is not installed.
     """
@@ -293,9 +289,8 @@ class Trackers:
             try:
                 library = importlib.import_module(package)
             except ImportError as error:
-                raise ConfigError(
-                    f"tracking.to = {name}: the package {package} is not installed, remove it or install it"
-                ) from error
+                refusal = f"tracking.to = {name}: the package {package} is not installed, remove it or install it"
+                raise ConfigError(refusal) from error
             self._open[name] = build_tracker(library, config)
 
     def log(self, row: dict[str, Any]) -> None:

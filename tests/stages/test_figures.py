@@ -82,8 +82,13 @@ def test_spectra_are_of_all_rows_and_of_each_cluster(vectors_run: Sealed) -> Non
 
 
 @pytest.fixture
-def own_space(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """A copy of the run by a method that sees one direction only, and says which rows belong together."""
+def own_space(
+    vectors_run: Sealed, pictures_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> RunConfig:
+    """A copy of the run by a method that sees one direction only, and says which rows belong together.
+
+    The session's runs are made before: `isinstance` with a protocol keeps the answer that a patched class gave.
+    """
     monkeypatch.setattr(KMeans, "width", 1, raising=False)
     monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1] - x[:, 1:2]), raising=False)
     monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.full((len(x), len(x)), 1 / len(x)), raising=False)
