@@ -119,13 +119,7 @@ def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
     resources, (fewest, workers) = job.config.resources, worker_range(job.config)
     if fewest < workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
-        # Settings that some of the possible numbers of workers cannot fit are refused before a worker is lost.
-        rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
-        for count in range(fewest, workers + 1):
-            try:
-                job.config.method.describe_plan(rows, dimension, count, "cuda" if resources.gpus_per_worker else "cpu")
-            except ConfigError as error:
-                raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
+        _check_every_worker_count(job, fewest, workers)
     labels = resources.placement.train
     require_label("train", labels)
     gpus = resources.gpus_per_worker
@@ -149,6 +143,17 @@ def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
     )
     result: dict[str, Any] = trainer.fit().return_value
     return result
+
+
+def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
+    """Refuse settings that some of the possible numbers of workers cannot fit, before a worker is lost."""
+    rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
+    device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
+    for count in range(fewest, most + 1):
+        try:
+            job.config.method.describe_plan(rows, dimension, count, device)
+        except ConfigError as error:
+            raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
