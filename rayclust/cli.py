@@ -252,11 +252,11 @@ def demo(out: str) -> None:
 def schema(method: str | None) -> None:
     """Print the JSON schema of RUN.yaml, for editors."""
     from rayclust.config import RunConfig
-    from rayclust.methods import CONFIGS
+    from rayclust.methods import METHODS, find
 
-    if method is not None and method not in CONFIGS:
-        raise ConfigError(f"--method {method}: must be one of {', '.join(CONFIGS)}")
-    model = RunConfig if method is None else CONFIGS[method]
+    if method is not None and method not in METHODS:
+        raise ConfigError(f"--method {method}: must be one of {', '.join(METHODS)}")
+    model = RunConfig if method is None else find(method).config_type
     click.echo(json.dumps(model.model_json_schema(), indent=2))
 
 

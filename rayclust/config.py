@@ -23,7 +23,7 @@ from pydantic import (
 
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
-from rayclust.methods import CONFIGS, AnyMethodConfig
+from rayclust.methods import AnyMethodConfig, config_types
 from rayclust.settings import Config, format_error
 
 # The number of clusters.
@@ -489,7 +489,7 @@ class RunConfig(Config):
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the JSON schema of RUN.yaml, in which `method.clusters` may also be open."""
         schema = super().model_json_schema(*args, **kwargs)
-        for method in CONFIGS.values():
+        for method in config_types().values():
             # What `normalize_clusters` reads: `clusters` is open, or `select_k.candidates` stands for it.
             group = schema["$defs"][method.__name__]
             clusters = group["properties"]["clusters"]
@@ -526,7 +526,7 @@ def validate(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(format_error(error, known_keys(), tuple(CONFIGS))) from None
+        raise ConfigError(format_error(error, known_keys())) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -596,6 +596,6 @@ def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[s
         keys.append(prefix + name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += known_keys(field.annotation, f"{prefix}{name}.")
-    for method in () if model else CONFIGS.values():
+    for method in () if model else config_types().values():
         keys += known_keys(method, "method.")
     return list(dict.fromkeys(keys))
