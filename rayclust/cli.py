@@ -162,7 +162,7 @@ def submit(
     overrides: tuple[str, ...],
     *,
     address: str | None,
-    action: str | None,
+    action: Any,
     stage: str | None,
     shared_paths: bool,
 ) -> int:
@@ -170,14 +170,10 @@ def submit(
 
     The same line again follows a job that is under way, and goes on after one that failed.
     """
-    from rayclust.runtime.jobs import Submission, address_of, stop_run, submit_run
+    from rayclust.runtime.jobs import Submission, address_of, submit_run
 
     url, submission = address_of(address), Submission(_load(config, overrides), stage or "run")
-    if action == "stop":
-        return stop_run(submission, url)
-    send, wait = action != "follow", action != "no-wait"
-    show = partial(click.echo, nl=False)
-    return submit_run(submission, url, show, send=send, wait=wait, shared_paths=shared_paths)
+    return submit_run(submission, url, partial(click.echo, nl=False), action=action, shared_paths=shared_paths)
 
 
 @commands.command()
