@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from rayclust.runtime.rows import Moments
+from rayclust.runtime.shards import Moments
 from rayclust.runtime.tasks import Task, TaskResult
 from rayclust.search.ivf import list_count
 from rayclust.stages.neighbors import TASK_BYTES, task_rows

@@ -100,7 +100,8 @@ class JobServer:
         error = None if has_proxy and not is_here(address) else unreachable(place.hostname or "", place.port or 443)
         if error is not None:
             raise ConfigError(
-                f"--address {address}: nobody answers there ({error}); is the cluster up, and its dashboard's port open?"
+                f"--address {address}: nobody answers there ({error}); is the cluster up, and its dashboard's port "
+                "open?"
             )
         before = os.environ.get(ADDRESS_VARIABLE)
         os.environ[ADDRESS_VARIABLE] = address  # the client prefers the variable to its argument

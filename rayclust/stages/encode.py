@@ -35,7 +35,7 @@ from rayclust.runtime.encoder import encoder_shape, load_run_encoder, worker_dev
 from rayclust.runtime.inputs import input_shards, plan_inputs
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
-from rayclust.runtime.rows import MomentsInOrder, renumber, write_shard
+from rayclust.runtime.shards import MomentsInOrder, renumber, write_shard
 from rayclust.runtime.tasks import (
     STORAGE_THREADS,
     Task,
