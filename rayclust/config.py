@@ -219,11 +219,6 @@ class PlacementConfig(Config):
     """All other work: writers, neighbours, assignments, names, indexes, measures."""
 
 
-def has_labels(node: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether a node carries all wanted labels."""
-    return all(node.get(key) == value for key, value in wanted.items())
-
-
 def are_disjoint(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
     """Return whether no node can carry both sets of labels."""
     return any(others.get(key, value) != value for key, value in some.items())

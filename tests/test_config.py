@@ -13,7 +13,6 @@ from rayclust.config import (
     are_disjoint,
     denormalize_clusters,
     format_labels,
-    has_labels,
     known_keys,
     normalize_clusters,
     parse,
@@ -291,14 +290,6 @@ def test_other_settings_of_the_group_stay():
 def test_the_stability_of_one_fit_cannot_choose():
     with pytest.raises(ValueError, match=r"rule = stability: needs select_k\.seeds of at least 2"):
         SelectKConfig(rule="stability", seeds=1)
-
-
-def test_a_node_must_carry_every_label_that_is_wanted():
-    node = {"pool": "gpu", "market": "spot", "ray.io/node-id": "1"}
-    assert has_labels(node, {})
-    assert has_labels(node, {"pool": "gpu", "market": "spot"})
-    assert not has_labels(node, {"pool": "cpu"})
-    assert not has_labels(node, {"pool": "gpu", "zone": "a"})
 
 
 def test_work_is_apart_where_no_node_can_carry_both_labels():

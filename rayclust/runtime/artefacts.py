@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,15 +70,7 @@ def drop_stale_parts(folder: str, count: int) -> None:
             storage.remove(uri)
 
 
-class Removed(NamedTuple):
-    """A damaged file that was removed."""
-
-    uri: str
-    stage: str
-    """The stage that writes it."""
-
-
-def remove_damaged(run: Run, stages: Iterable[str], message: str) -> Removed | None:
+def remove_damaged(run: Run, stages: Iterable[str], message: str) -> tuple[str, str]:
     """Remove the file that an error names, if its checksum differs from the manifest's, so that it is written again.
 
     Args:
@@ -87,7 +79,8 @@ def remove_damaged(run: Run, stages: Iterable[str], message: str) -> Removed | N
         message: of the error, which holds the file's URI.
 
     Returns:
-        None if no file of a complete stage is both named and damaged.
+        URI of the file and name of the stage that writes it; "" and "" if no file of a complete stage is both named and
+        damaged.
     """
     for stage in stages:
         manifest = read_manifest(run, stage)
@@ -96,8 +89,8 @@ def remove_damaged(run: Run, stages: Iterable[str], message: str) -> Removed | N
             if uri in message and _digest(uri) != written.digest:
                 logger.warning("%s: is damaged, its checksum is another than was written: made again", uri)
                 storage.remove(uri)
-                return Removed(uri, stage)
-    return None
+                return uri, stage
+    return "", ""
 
 
 class FileListing:
@@ -125,6 +118,10 @@ class FileListing:
             return True
         logger.warning("%s: is damaged, its checksum is another than was written: made again", self._run.at(path))
         return False
+
+    def has_all(self, outputs: Outputs) -> bool:
+        """Return whether every file of a mark or manifest is there as it was written."""
+        return all(self.has(path, written) for path, written in outputs.items())
 
     def find(self, path: str) -> FileStat | None:
         """Return size and stamp of the file at `path` below the run; None if there is none."""

@@ -107,7 +107,7 @@ def finished_tasks(
             if mark is None or mark[0] != task.digest:
                 continue
             result = mark[1]
-            if all(listing.has(path, written) for path, written in result.outputs.items()):
+            if listing.has_all(result.outputs):
                 if on_result is not None:
                     on_result(task, result)
                 results[task.index] = result

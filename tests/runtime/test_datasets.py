@@ -73,8 +73,8 @@ def place(cache: Path, name: str, files: dict[str, bytes], monkeypatch: pytest.M
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     known = DATASETS[name]
-    published = dataclasses.replace(known.archive, md5=hashlib.md5(buffer.getvalue()).hexdigest())  # noqa: S324
-    monkeypatch.setitem(DATASETS, name, dataclasses.replace(known, archive=published))
+    published = dataclasses.replace(known, md5=hashlib.md5(buffer.getvalue()).hexdigest())  # noqa: S324
+    monkeypatch.setitem(DATASETS, name, published)
     path = cache / "archives" / published.url.rpartition("/")[2]
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(buffer.getvalue())
