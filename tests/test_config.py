@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any, get_args
 
 import pytest
@@ -244,9 +245,11 @@ def test_auto_tries_up_to_twice_the_root_of_the_rows():
 
 def test_a_list_is_tried_as_it_is_and_auto_begins_with_a_grid():
     assert SelectKConfig(candidates=(3, 9)).first(100) == (3, 9)
-    grid = SelectKConfig(candidates="auto", least=4, most=40).first(1000)
-    assert (grid[0], grid[-1]) == (4, 40)
-    assert list(grid) == sorted(set(grid))
+    for least, most in ((4, 40), (2, 100), (2, 1000)):
+        grid = SelectKConfig(candidates="auto", least=least, most=most).first(10_000)
+        assert (grid[0], grid[-1]) == (least, most)
+        assert all(1 < b / a <= 1.5 + 1 / a for a, b in itertools.pairwise(grid))
+        assert len(grid) < 18
     assert SelectKConfig(candidates="auto").first(2) == (2,)
 
 

@@ -55,7 +55,7 @@ class Dataset:
     side: int = 32
     """Of the images, pixels."""
     label_bytes: int = 1
-    """Bytes before the pixels of a record; 0: labels lie in a file of their own, counted from 1, and pixels by column."""
+    """Bytes before the pixels of a record. 0: labels lie in a separate file, counted from 1, and pixels by column."""
     label: int = 0
     """The one of these bytes that holds the class."""
 

@@ -306,7 +306,7 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
     context = StageContext(manifests.resolved(name), run, "", inputs, stage.plan(config) if stage.plan else None)
     context.digest = stage_digest(stage, context.config, inputs, context.plan)
 
-    # 2. Skip what is complete. Its stamps become today's, so that files which were copied are not read again next time.
+    # 2. Skip what is complete. Its stamps become today's: files that were copied are not read again next time.
     manifest, listing = read_manifest(run, name), FileListing(run)
     if (
         manifest
