@@ -52,8 +52,8 @@ class _Union:
     """JSON schema of a method's settings: that of any method, discriminated by `name`."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        union = Annotated[reduce(or_, config_types().values()), Field(discriminator="name")]
-        return handler(TypeAdapter(union).core_schema)
+        any_config: Any = reduce(or_, config_types().values())
+        return handler(TypeAdapter(Annotated[any_config, Field(discriminator="name")]).core_schema)
 
 
 if TYPE_CHECKING:

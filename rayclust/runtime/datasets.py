@@ -13,6 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -60,7 +61,8 @@ class Dataset:
     """The one of these bytes that holds the class."""
 
 
-_CIFAR100 = (
+_cifar100 = partial(
+    Dataset,
     f"{_TORONTO}/cifar-100-binary.tar.gz",
     "03b5dce01913d631647c71ecec9e9cb8",
     {"train": ("cifar-100-binary/train.bin",), "test": ("cifar-100-binary/test.bin",)},
@@ -75,8 +77,8 @@ DATASETS = {
         },
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     ),
-    "cifar20": Dataset(*_CIFAR100, "cifar-100-binary/coarse_label_names.txt", label_bytes=2),
-    "cifar100": Dataset(*_CIFAR100, "cifar-100-binary/fine_label_names.txt", label_bytes=2, label=1),
+    "cifar20": _cifar100(names="cifar-100-binary/coarse_label_names.txt", label_bytes=2),
+    "cifar100": _cifar100(names="cifar-100-binary/fine_label_names.txt", label_bytes=2, label=1),
     "stl10": Dataset(
         "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
         "91f7769df0f17e558f3565bffb0c7dfb",
