@@ -95,11 +95,7 @@ class SelectKConfig(Config):
         return self
 
     def refuse_above(self, rows: int) -> None:
-        """Refuse candidates above the number of rows.
-
-        Raises:
-            ConfigError: a candidate, or the least that `auto` tries, is above the number of rows.
-        """
+        """Raise `ConfigError` if a candidate, or the least that `auto` tries, is above the number of rows."""
         if self.candidates == "auto" and self.least > rows:
             raise ConfigError(f"select_k.least = {self.least}: must be at most the number of rows, {rows}")
         if isinstance(self.candidates, tuple) and max(self.candidates) > rows:
@@ -107,10 +103,7 @@ class SelectKConfig(Config):
             raise ConfigError(f"method.clusters = {shown}: {max(shown)} is above the number of rows, {rows}")
 
     def first(self, rows: int) -> tuple[int, ...]:
-        """Return the candidates of the first round on so many rows.
-
-        For `auto` a geometric grid from `least` to the largest, each about 1.5 times the one before.
-        """
+        """Return the candidates of the first round: the list, or for `auto` a geometric grid of ratio 1.5."""
         if isinstance(self.candidates, tuple):
             return self.candidates
         least, most = min(self.least, rows), self.largest(rows)
@@ -126,10 +119,7 @@ class SelectKConfig(Config):
 
 
 def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """Move an open number of clusters from `method.clusters` to `select_k.candidates`.
-
-    Args:
-        tree: as written; not changed.
+    """Move an open number of clusters from `method.clusters` to `select_k.candidates`; the tree is not changed.
 
     Returns:
         The tree with a number in `method.clusters` in any case: for an open one the largest candidate, or 2 for `auto`.
@@ -513,11 +503,7 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") ->
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:
-    """Return the config of a tree of dicts, lists and scalars.
-
-    Raises:
-        ConfigError: a key or value is refused; one line.
-    """
+    """Return the config of a tree; raise `ConfigError`, in one line, if a key or value is refused."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -561,12 +547,7 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
-    """Return all dotted keys of a model.
-
-    Args:
-        model: None is RUN.yaml's, with the keys of every method.
-        prefix: of the keys, with a dot at its end.
-    """
+    """Return all dotted keys of a model below a prefix that ends with a dot; None is RUN.yaml's with all methods'."""
     keys: list[str] = []
     for name, field in (model or RunConfig).model_fields.items():
         keys.append(prefix + name)

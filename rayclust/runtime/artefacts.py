@@ -45,7 +45,7 @@ def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, 
 
     Args:
         run: the run.
-        part: index of the part.
+        part: its index.
         rows: Int64[B].
         neighbors: Int[B M], rows of the neighbours.
         similarity: Float[B M], cosines; stored as float16.
@@ -59,24 +59,14 @@ def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, 
 
 
 def drop_stale_parts(folder: str, count: int) -> None:
-    """Remove the parts of an earlier, longer input from a folder: readers take every part that is there.
-
-    Args:
-        folder: URI of a folder of tables.
-        count: number of parts to keep.
-    """
+    """Remove the parts from `count` on from a folder of tables: readers take every part that is there."""
     for index, uri in parts(folder):
         if index >= count:
             storage.remove(uri)
 
 
 def remove_damaged(run: Run, stages: Iterable[str], message: str) -> tuple[str, str]:
-    """Remove the file that an error names, if its checksum differs from the manifest's, so that it is written again.
-
-    Args:
-        run: the run.
-        stages: names of all stages.
-        message: of the error, which holds the file's URI.
+    """Remove the file that an error's message names if its checksum is not the manifest's, so that it is made again.
 
     Returns:
         URI of the file and name of the stage that writes it; "" and "" if no file of a complete stage is both named and
@@ -98,9 +88,6 @@ class FileListing:
 
     A file with the stamp of its manifest is taken as unchanged. One with another stamp, because it was copied or
     edited, is read and its digest decides.
-
-    Args:
-        run: the run.
     """
 
     def __init__(self, run: Run) -> None:

@@ -73,10 +73,7 @@ def refuse_unreachable(address: str) -> None:
 
 
 def unreachable(host: str, port: int) -> OSError | None:
-    """Return why a connection to an address fails; None if it is accepted.
-
-    Tried before Ray's clients, which retry for minutes.
-    """
+    """Return why a connection to an address fails, None if it is accepted; Ray's clients would retry for minutes."""
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
     except OSError as error:
@@ -116,14 +113,11 @@ def scheduling(placement: PlacementConfig) -> Iterator[None]:
 
 
 def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Return options of a Ray task or actor that runs on nodes with these labels only.
+    """Return options of a Ray task or actor that runs on nodes with these labels only; {} without labels.
 
     Args:
         key: the kind of work, as below `resources.placement`.
         labels: that a node must carry.
-
-    Returns:
-        {} without labels: the options of a cluster whose nodes have none.
 
     Raises:
         ConfigError: as `require_label`.
@@ -194,8 +188,7 @@ def cpus(labels: Mapping[str, str]) -> int:
 def cores_per_worker(workers: int, labels: Mapping[str, str]) -> int:
     """Return the most CPUs that each of so many workers can have if those of each lie on one node with some labels.
 
-    Returns:
-        1 if even that does not fit yet.
+    1 if even that does not fit yet.
     """
     nodes = [int(node.get("CPU", 0)) for node in live_nodes(labels)]
     shares = range(max(nodes, default=1), 1, -1)

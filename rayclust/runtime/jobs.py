@@ -48,10 +48,7 @@ _TOKEN_ADVICE = "set RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOK
 
 
 def address_of(given: str | None) -> str:
-    """Return the job server's URL.
-
-    Args:
-        given: HOST, HOST:PORT or a URL; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
+    """Return the job server's URL, from HOST, HOST:PORT or a URL; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
     Raises:
         ConfigError: there is none, or it is no address of a job server.
@@ -83,14 +80,7 @@ def is_here(address: str) -> bool:
 
 
 class JobServer:
-    """Ray's client of one cluster's job server.
-
-    Args:
-        address: URL of its dashboard, as `address_of` gives it.
-
-    Raises:
-        ConfigError: no server answers, or it refuses the token.
-    """
+    """Ray's client of the job server at a URL; raises `ConfigError` if none answers or it refuses the token."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -161,7 +151,7 @@ class JobServer:
             time.sleep(1.0)
 
     def log(self, submission: str) -> Iterator[str]:
-        """Yield the log of a job as it comes, until the job ends; after a lost connection, go on behind what was seen.
+        """Yield the log of a job as it comes, until it ends; after a lost connection, go on behind what was seen.
 
         Raises:
             DataError: the server is away for longer than `AWAY_SECONDS`.
@@ -216,12 +206,7 @@ def auth_headers(address: str) -> dict[str, str] | None:
 
 
 class Submission:
-    """Run as a job: the same config has the same name, wherever it is submitted from.
-
-    Args:
-        config: with absolute paths.
-        command: `run`, or the name of one stage.
-    """
+    """Run as a job: the same config, with absolute paths, has the same name wherever it is submitted from."""
 
     def __init__(self, config: RunConfig, command: str = "run") -> None:
         self.config, self.command = config, command
@@ -248,15 +233,12 @@ class Submission:
 
 
 def refuse_far_paths(config: RunConfig, address: str, *, shared_paths: bool = False) -> None:
-    """Refuse local paths that the nodes of a cluster do not see.
+    """Raise `ConfigError` if the config names local paths that the nodes of a cluster do not see.
 
     Args:
         config: with absolute paths.
         address: URL of the job server.
         shared_paths: True if the nodes see this machine's paths.
-
-    Raises:
-        ConfigError: the config names local paths, and the server is not on this machine.
     """
     local = {key: path for key, path in local_paths(config).items() if not storage.is_remote(path)}
     if not local or shared_paths:
@@ -290,11 +272,7 @@ def submit(server: JobServer, submission: Submission) -> str:
 
 
 def newest(server: JobServer, submission: Submission) -> str:
-    """Return the id of the last attempt, under way or not.
-
-    Raises:
-        ConfigError: the cluster knows of none.
-    """
+    """Return the id of the last attempt, under way or not; raise `ConfigError` if the cluster knows of none."""
     attempts = submission.attempts(server)
     if not attempts:
         raise ConfigError(f"{submission.config.run}: no job with this config was submitted to {server.address}")
@@ -302,15 +280,7 @@ def newest(server: JobServer, submission: Submission) -> str:
 
 
 def follow(server: JobServer, job: str, show: Callable[[str], None]) -> int:
-    """Show the log of a job until it ends, over lost connections.
-
-    Args:
-        server: of the cluster.
-        job: submission id.
-        show: called with each piece of text.
-
-    Returns:
-        The driver's exit code; 1 if the job ended without one.
+    """Show the log of a job, piece by piece, until it ends; return the driver's exit code, 1 if it ended without one.
 
     Raises:
         DataError: the server is away for longer than `AWAY_SECONDS`.

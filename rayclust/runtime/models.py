@@ -63,13 +63,7 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
 
 
 def transform_rows(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:
-    """Return Float32[B d], rows in the method's own space.
-
-    Args:
-        method: fitted, with a space of its own.
-        features: Float32[B D].
-        block: rows transformed at once.
-    """
+    """Return Float32[B d], rows in the method's own space, from features Float32[B D], `block` rows at once."""
     if not isinstance(method, Transform):
         raise ConfigError(f"method.name = {method.config.name}: has no space of its own")
     with torch.inference_mode():

@@ -126,12 +126,7 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def settings_of(group: Any, *keys: str) -> dict[str, Any]:
-    """Return a group of settings as JSON, for a stage's digest.
-
-    Args:
-        group: part of a config.
-        keys: the fields to take; none takes all.
-    """
+    """Return some fields of a group of settings, all if none is named, as JSON for a stage's digest."""
     dumped: dict[str, Any] = group.model_dump(mode="json")
     return {key: dumped[key] for key in keys} if keys else dumped
 
@@ -150,14 +145,7 @@ def method_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], plan: Any = None) -> str:
-    """Return the digest that a manifest must carry to be valid for a config and inputs.
-
-    Args:
-        stage: the stage.
-        config: resolved for the stage; see `Manifests.resolved`.
-        inputs: manifests of the stages that it reads.
-        plan: the result of its `plan`.
-    """
+    """Return the digest that a manifest must carry to be valid for a resolved config, inputs and a plan."""
     return digest_of(
         {
             "stage": stage.name,
@@ -185,11 +173,7 @@ def _input_digests(stage: Stage, inputs: dict[str, Manifest]) -> dict[str, str]:
 
 
 class Manifests:
-    """Valid manifests of a run; each is read once.
-
-    Args:
-        config: of the run.
-    """
+    """Valid manifests of a run; each is read once."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._run = config, Run(config.run)
@@ -234,15 +218,7 @@ class DamagedInputError(ArtefactError):
 
 
 def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
-    """Run one stage, unless it is complete for the same config and inputs.
-
-    Args:
-        name: of the stage.
-        config: of the run.
-        force: run it even if it is complete.
-
-    Returns:
-        Its manifest.
+    """Run one stage, unless it is complete for the same config and inputs and `force` is false; return its manifest.
 
     Raises:
         ArtefactError: a stage that it reads is not complete.
@@ -254,7 +230,7 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
 
 
 def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
-    """Run every stage that is not complete, in order.
+    """Run every stage that is not complete, in order; return the manifests by stage.
 
     If a stage finds a damaged file of an earlier one, the loop begins again and that stage writes the file once more.
 
@@ -262,9 +238,6 @@ def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = 
         config: of the run.
         force: run all stages, complete or not.
         stop_after: the last stage to run; None runs all.
-
-    Returns:
-        Manifests by stage.
 
     Raises:
         HeldError: another process works on the run.

@@ -67,8 +67,7 @@ class Finding:
 def check(config: RunConfig) -> list[Finding]:
     """Check everything that a run needs, without Ray and without writing any artefact.
 
-    Returns:
-        One finding per subject; all are checked, also after one that is bad.
+    All subjects are checked, also after one that is bad; each gives one finding.
     """
     checks = _Checks(config)
     subjects: dict[str, Callable[[], str]] = {
@@ -236,14 +235,7 @@ class _Checks:
 
 
 def traffic(config: RunConfig, images: int, dimension: int, sample: Sample | None) -> str:
-    """Return bytes read and written, and those on a training node, in one line.
-
-    Args:
-        config: of the run.
-        images: their number N.
-        dimension: width D of an embedding.
-        sample: cost of an image; None if nothing is encoded.
-    """
+    """Return bytes read and written, and those on a training node, in one line; embeddings have `dimension` values."""
     stored, neighbors = images * dimension * 2, images * min(config.neighbors.k, max(images - 1, 0)) * NEIGHBOR_BYTES
     read = f"reads {images * sample.file_bytes / GIGABYTE:.2f} GB of images; " if sample else ""
     return (

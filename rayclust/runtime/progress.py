@@ -34,7 +34,7 @@ class Progress:
     """Counter of a stage's work, shown as a bar or as log lines. Thread-safe.
 
     Args:
-        stage: name of the stage.
+        stage: its name.
         unit: of the counts, in the plural: images, rows, steps.
         total: how many there will be; None if unknown.
         done: how many were finished by an earlier run; not counted in the rate.

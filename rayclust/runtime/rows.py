@@ -61,12 +61,7 @@ def blocks(run: Run, starts: list[int], transform: FeatureTransform) -> Iterator
 
 
 def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each part that holds some of the rows, with their positions in it.
-
-    Args:
-        starts: as `row_starts` gives them.
-        rows: Int64[n], sorted.
-    """
+    """Yield each part that holds some of the rows, Int64[n] sorted, with their positions in it."""
     for part, start in enumerate(starts[:-1]):
         local = rows[(rows >= start) & (rows < starts[part + 1])] - start
         if len(local):
@@ -74,14 +69,7 @@ def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.
 
 
 def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
-    """Return Float32[n D], the features of some rows; only the parts that hold them are read.
-
-    Args:
-        run: the run.
-        starts: as `row_starts` gives them.
-        transform: from embeddings to features.
-        rows: Int64[n], sorted.
-    """
+    """Return Float32[n D], the features of some rows, Int64[n] sorted; only the parts that hold them are read."""
     gathered = []
     for part, local in rows_by_part(starts, rows):
         embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
@@ -108,8 +96,7 @@ class StoredRows:
         encode: manifest of its embeddings.
         features: settings of the features.
         cache: folder for this training's files on this node.
-        worker: rank of this worker.
-        workers: number of workers.
+        worker, workers: rank of this worker, and their number.
     """
 
     def __init__(
@@ -192,7 +179,7 @@ def cache_folder(digest: str) -> Path:
     """Return this user's folder on this node for the files of one training.
 
     Raises:
-        ConfigError: the folder lies below the shared temporary one, and other users own it or can write to it.
+        ConfigError: it lies below the shared temporary folder, and other users own it or can write to it.
     """
     root = os.environ.get("RAYCLUST_SCRATCH")
     if root:

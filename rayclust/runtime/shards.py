@@ -74,11 +74,7 @@ class MomentsInOrder:
 
     @property
     def sum(self) -> Moments:
-        """Moments of all rows.
-
-        Raises:
-            ArtefactError: a part is missing among those that were seen, or no part has rows.
-        """
+        """Moments of all rows; `ArtefactError` if a part before the last one seen is missing, or none has rows."""
         if self._sum is None or self._waiting:
             raise ArtefactError("encode: the moments of a part are missing; run encode again")
         return self._sum
@@ -135,11 +131,7 @@ def write_shard(
 
 
 def renumber(run: Run, index: int, row_start: int) -> TaskResult:
-    """Rewrite a part so that its rows begin at `row_start`; idempotent.
-
-    Raises:
-        ArtefactError: the part has no mark.
-    """
+    """Rewrite a part so that its rows begin at `row_start`; idempotent. Raise `ArtefactError` if it has no mark."""
     uri = run.shard_manifest(index)
     mark = read_mark(uri)
     if mark is None:

@@ -19,14 +19,7 @@ BUSY_SHARE = 0.5
 
 
 def lines(uri: str) -> Iterator[str]:
-    """Yield the state of a run, a line a stage.
-
-    Args:
-        uri: of the run.
-
-    Raises:
-        ArtefactError: there is no run.
-    """
+    """Yield the state of the run at a URI, a line a stage; raise `ArtefactError` if there is none."""
     config = load_run(uri)
     run, manifests = Run(config.run), Manifests(config)
     if not config.needs_selection:
@@ -87,9 +80,6 @@ def bottleneck(sections: Sequence[Section]) -> str:
 
     Groups that work at the same time wait for the busiest of them, and more of its workers would shorten the stage.
     Where even the busiest was idle for most of the time, it waited for resources or its own start.
-
-    Args:
-        sections: of the stage's manifest.
 
     Returns:
         Such as "decoding (decoders: 4 workers, busy 93 % of 12 s)"; "starting and waiting, then" stands before it

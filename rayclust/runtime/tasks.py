@@ -94,11 +94,7 @@ def finished_tasks(
 ) -> dict[int, TaskResult]:
     """Return results, by index, of the tasks whose mark matches and whose outputs are all there.
 
-    Args:
-        run: the run.
-        stage: name of the stage.
-        tasks: the whole work, or a part of it.
-        on_result: called for each of them.
+    `on_result` is called for each of them.
     """
     listing, results = FileListing(run), dict[int, TaskResult]()
     uris = [run.shard_manifest(task.index, stage) for task in tasks]

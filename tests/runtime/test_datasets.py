@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from rayclust.config import validate
 from rayclust.errors import DataError
 from rayclust.runtime import datasets, demo
 from rayclust.runtime.datasets import DATASETS, export, local_folder
@@ -204,11 +203,6 @@ def test_the_digits_are_written_the_same_every_time_and_as_they_are(tmp_path: Pa
             )
             seen += 1
     assert seen == len(scans.target) == 1797
-
-
-def test_the_settings_of_the_demo_hold(tmp_path: Path):
-    config = validate(demo.demo_tree("/images", "/run", "temi", 2))
-    assert (config.method.name, config.method.clusters, config.seed) == ("temi", 10, 2)
 
 
 def test_the_table_shows_mean_and_deviation_in_percent():
