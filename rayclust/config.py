@@ -513,21 +513,18 @@ def validate(tree: dict[str, Any]) -> RunConfig:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe loader, which refuses a key given twice: the second would silently win."""
 
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not text")
-        if key in mapping:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key} is given twice")
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        seen = set[Any]()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            where = f"line {key_node.start_mark.line + 1}: the key"
+            if not isinstance(key, str):
+                raise ConfigError(f"{where} {key!r} is not text")
+            if key in seen:
+                raise ConfigError(f"{where} {key} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep=True)
 
 
 def _read_yaml(text: str, source: str) -> dict[str, Any]:

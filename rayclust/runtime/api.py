@@ -22,9 +22,6 @@ DEFAULT_ENCODER = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
 """Small enough for a laptop's CPU."""
 
 
-# Configs.
-
-
 def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a RUN.yaml, from a path, a URI or `-` for standard input, and make its local paths absolute.
 
@@ -83,9 +80,6 @@ def _replaced(node: Any, keys: Sequence[str], value: str) -> Any:
         position = int(keys[0])
         return (*node[:position], value, *node[position + 1 :])
     return node.model_copy(update={keys[0]: _replaced(getattr(node, keys[0]), keys[1:], value)})
-
-
-# Runs.
 
 
 def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = ()) -> RunTables:

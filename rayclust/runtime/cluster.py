@@ -31,9 +31,6 @@ _warned = set[str]()
 """Warnings of labels that were given: each once, however many tasks ask."""
 
 
-# Connecting.
-
-
 def connect() -> None:
     """Join the cluster named by RAY_ADDRESS (a job has it set), else start one on this machine; once a process.
 
@@ -99,9 +96,6 @@ def _without_core_messages() -> Iterator[None]:
         del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
-# Node labels.
-
-
 @contextmanager
 def scheduling(placement: PlacementConfig) -> Iterator[None]:
     """Give the tasks that are submitted in this block the labels of `placement.tasks`."""
@@ -113,31 +107,16 @@ def scheduling(placement: PlacementConfig) -> Iterator[None]:
 
 
 def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Return options of a Ray task or actor that runs on nodes with these labels only; {} without labels.
-
-    Args:
-        key: the kind of work, as below `resources.placement`.
-        labels: that a node must carry.
-
-    Raises:
-        ConfigError: as `require_label`.
-    """
+    """Return options of a Ray task or actor that runs on nodes with these labels only; see `require_label`."""
     require_label(key, labels)
     return {"label_selector": dict(labels)} if labels else {}
 
 
 def require_label(key: str, labels: Mapping[str, str]) -> None:
-    """Warn if no live node carries the labels: work for such a node waits, silently, until one joins.
+    """Warn if no live node carries the labels of a kind of work, `key`: it waits, silently, until one joins.
 
     A driver cannot find out from Ray whether an autoscaler could add one. Only in a cluster that this process has
-    started will none join.
-
-    Args:
-        key: the kind of work, as below `resources.placement`.
-        labels: that a node must carry.
-
-    Raises:
-        ConfigError: no node carries them, in a cluster that this process has started.
+    started will none join: there a `ConfigError` is raised.
     """
     import ray
 
@@ -169,9 +148,6 @@ def describe_placement(placement: PlacementConfig) -> str:
     return f"{work}; the driver, with Tune's and Train's controllers, on the head of a cluster it is submitted to"
 
 
-# Resources.
-
-
 def live_nodes(labels: Mapping[str, str]) -> list[dict[str, float]]:
     """Return the resources of each live node that carries these labels."""
     import ray
@@ -186,10 +162,7 @@ def cpus(labels: Mapping[str, str]) -> int:
 
 
 def cores_per_worker(workers: int, labels: Mapping[str, str]) -> int:
-    """Return the most CPUs that each of so many workers can have if those of each lie on one node with some labels.
-
-    1 if even that does not fit yet.
-    """
+    """Return the most CPUs, at least 1, that each of so many workers can have on one node with some labels."""
     nodes = [int(node.get("CPU", 0)) for node in live_nodes(labels)]
     shares = range(max(nodes, default=1), 1, -1)
     return next((share for share in shares if sum(cores // share for cores in nodes) >= workers), 1)
@@ -216,17 +189,10 @@ def worker_range(config: RunConfig) -> tuple[int, int]:
     return (most, most) if fewest is None else (fewest, max(fewest, most))
 
 
-# Single calls.
-
-
 def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0) -> Any:
     """Return the result of one call in a Ray worker: nothing that grows with N runs in the driver.
 
-    Args:
-        function: runs in the worker; must give the same result if it runs twice.
-        arguments: of the function.
-        cpus: of the worker.
-        gpus: of the worker.
+    The function may run twice, and must give the same result then; `cpus` and `gpus` are the worker's.
     """
     import ray
 

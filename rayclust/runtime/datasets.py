@@ -150,14 +150,9 @@ def cache_root() -> str:
 
 
 def export(name: str, cache: str | None = None) -> str:
-    """Write a data set as Parquet with key, image (PNG) and label, unless the cache holds it already.
+    """Write a data set as Parquet with key, image (PNG) and label, unless the cache holds it; return the folder.
 
-    Args:
-        name: a key of `DATASETS`.
-        cache: folder or URI; None is `cache_root()`.
-
-    Returns:
-        The folder, with one folder per split below it. Every export writes the same bytes.
+    It has one folder per split. Every export writes the same bytes. None as cache is `cache_root()`.
 
     Raises:
         DataError: the archive is missing and cannot be fetched, or does not hold what it should.

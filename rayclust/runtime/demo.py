@@ -23,11 +23,8 @@ SCORES = ("accuracy", "nmi", "ari")
 def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, dict[str, list[dict[str, float]]]]:
     """Run every stage on the digits for each method and seed; stages that depend on neither run once.
 
-    A demo that was killed goes on from the last finished method and seed.
-
-    Args:
-        out: folder or URI; images and run go below it.
-        methods: their names; the report shows the last one.
+    A demo that was killed goes on from the last finished method and seed. Images and run go below `out`, a folder or
+    URI; the report shows the last method.
 
     Returns:
         The run's URI, and by method its scores, one dict per seed.

@@ -34,11 +34,9 @@ class InputPlan:
 
 
 def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
-    """List the input. The listing streams: one small record per shard, and packed names of images, stay in memory.
+    """List the input, and the digests of all that its embeddings depend on: `settings`, weights and content.
 
-    Args:
-        config: of the run.
-        settings: that the embeddings depend on.
+    The listing streams: one small record per shard, and packed names of images, stay in memory.
 
     Raises:
         ConfigError: the run lies where its tables would be taken for input.

@@ -233,13 +233,7 @@ class Submission:
 
 
 def refuse_far_paths(config: RunConfig, address: str, *, shared_paths: bool = False) -> None:
-    """Raise `ConfigError` if the config names local paths that the nodes of a cluster do not see.
-
-    Args:
-        config: with absolute paths.
-        address: URL of the job server.
-        shared_paths: True if the nodes see this machine's paths.
-    """
+    """Raise `ConfigError` if a config with absolute paths names local ones that the nodes of a cluster do not see."""
     local = {key: path for key, path in local_paths(config).items() if not storage.is_remote(path)}
     if not local or shared_paths:
         return

@@ -27,14 +27,9 @@ def save_method(run: Run, state: MethodState, folder: str) -> Outputs:
 
 @lru_cache(2)
 def load_method(uri: str, digest: str) -> Method:
-    """Load the fitted method of a run; the two most recent stay in memory.
+    """Load the fitted method of the run at a URI; the two most recent stay in memory.
 
-    Args:
-        uri: of the run.
-        digest: content digest of its train stage, so that a new model is read anew.
-
-    Raises:
-        ArtefactError: the model is missing or damaged.
+    The content digest of its train stage lets a new model be read anew. Raise `ArtefactError` if it is damaged.
     """
     manifest = read_manifest(Run(uri), "train")
     digests = {path: written.digest for path, written in manifest.outputs.items()} if manifest else {}

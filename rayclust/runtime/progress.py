@@ -163,10 +163,7 @@ def collect_timings() -> Iterator[list[Timing]]:
 def timed_section(name: str, workers: int = 0, unit: str = "rows") -> Iterator[Timing]:
     """Measure a group of workers while the block runs; a timing of the same name is continued.
 
-    Args:
-        name: of the group.
-        workers: their number; 0 counts those that were seen.
-        unit: of their counts.
+    0 workers count those that were seen; `unit` is that of the counts.
     """
     timings = _timings.get()
     timing = next((timing for timing in timings or [] if timing.name == name), None) or Timing(name, workers, unit)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,37 +17,16 @@ from rayclust.store import storage, tables
 from rayclust.store.run import Run
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, sum and sum of squares of rows, in float64, for centring and z-scores."""
+def moments_of(embeddings: np.ndarray) -> dict[str, Any]:
+    """Return count, sum and sum of squares of Float16[N D] rows, in float64, for centring and z-scores; see `_pack`."""
+    rows = embeddings.astype(np.float64)
+    return _pack(len(rows), np.stack([rows.sum(0), (rows**2).sum(0)]))
 
-    count: int
-    total: np.ndarray
-    """Float64[D]."""
-    squares: np.ndarray
-    """Float64[D]."""
 
-    @classmethod
-    def of(cls, embeddings: np.ndarray) -> Moments:
-        """Compute the moments of Float16[N D] rows."""
-        rows = embeddings.astype(np.float64)
-        return cls(len(rows), rows.sum(0), (rows**2).sum(0))
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return exact JSON: the sums as base64 of their little-endian float64s."""
-        total, squares = (
-            base64.b64encode(values.astype("<f8").tobytes()).decode() for values in (self.total, self.squares)
-        )
-        return {"count": self.count, "total": total, "squares": squares}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Moments:
-        """Return the inverse of `to_json`."""
-        total, squares = (np.frombuffer(base64.b64decode(content[name]), "<f8").copy() for name in ("total", "squares"))
-        return cls(content["count"], total, squares)
+def _pack(count: int, sums: np.ndarray) -> dict[str, Any]:
+    """Return exact JSON of Float64[2 D]: sums and squares as base64 of their little-endian float64s."""
+    total, squares = (base64.b64encode(values.astype("<f8").tobytes()).decode() for values in sums)
+    return {"count": count, "total": total, "squares": squares}
 
 
 class MomentsInOrder:
@@ -57,27 +36,29 @@ class MomentsInOrder:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[int, Moments | None] = {}
-        self._next = 0
-        self._sum: Moments | None = None
+        self._waiting: dict[int, dict[str, Any]] = {}
+        self._next = self._count = self.dimension = 0
+        self._sums: np.ndarray | None = None
 
     def take(self, task: Task, result: TaskResult) -> None:
         """Add one part's moments (an `OnResult`); a part that comes again changes nothing."""
-        moments = Moments.from_json(result.extra.pop("moments"))
+        moments = result.extra.pop("moments")
         if task.index >= self._next:
-            self._waiting[task.index] = moments if result.counts["rows"] else None
+            self._waiting[task.index] = moments
         while self._next in self._waiting:
             found = self._waiting.pop(self._next)
-            if found is not None:
-                self._sum = found if self._sum is None else self._sum + found
+            if found["count"]:
+                sums = np.stack([np.frombuffer(base64.b64decode(found[name]), "<f8") for name in ("total", "squares")])
+                self._sums = sums if self._sums is None else self._sums + sums
+                self._count, self.dimension = self._count + found["count"], sums.shape[1]
             self._next += 1
 
     @property
-    def sum(self) -> Moments:
+    def sum(self) -> dict[str, Any]:
         """Moments of all rows; `ArtefactError` if a part before the last one seen is missing, or none has rows."""
-        if self._sum is None or self._waiting:
+        if self._sums is None or self._waiting:
             raise ArtefactError("encode: the moments of a part are missing; run encode again")
-        return self._sum
+        return _pack(self._count, self._sums)
 
 
 def write_shard(
@@ -120,13 +101,11 @@ def write_shard(
         outputs |= put_table(run, run.rejects(task.index), pa.Table.from_pylist(rejects, schema=tables.REJECTS))
     else:
         storage.remove(run.rejects(task.index))
-    reasons = dict.fromkeys(sorted({reject["reason"] for reject in rejects}), 0)
-    for reject in rejects:
-        reasons[reject["reason"]] += 1
+    reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     return TaskResult(
         outputs,
         {"rows": len(kept), "rejects": len(rejects), "labelled": sum(r["label"] is not None for r in kept)},
-        {"row_start": row_start, "reasons": reasons, "moments": Moments.of(embeddings).to_json()},
+        {"row_start": row_start, "reasons": reasons, "moments": moments_of(embeddings)},
     )
 
 

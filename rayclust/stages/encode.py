@@ -110,9 +110,9 @@ def run(context: StageContext) -> StageResult:
     # 3. Row numbers, now that all counts are known.
     results = _number_rows(context.run, results)
     extra = {
-        "dimension": len(moments.sum.total),
+        "dimension": moments.dimension,
         "parts": [result.counts["rows"] for result in results],
-        "moments": moments.sum.to_json(),
+        "moments": moments.sum,
         "reasons": dict(reasons),
     }
     outputs = {path: written for result in results for path, written in result.outputs.items()}
