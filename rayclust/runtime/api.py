@@ -85,12 +85,8 @@ def _replaced(node: Any, keys: Sequence[str], value: str) -> Any:
 def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = ()) -> RunTables:
     """Run every stage that is not complete; return the run's tables.
 
-    Args:
-        config: a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`.
-        overrides: `KEY=VALUE` items, for a path or URI.
-
-    Raises:
-        RayclustError: with the line that the command would show.
+    The config is a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`; `KEY=VALUE` overrides go with a
+    path or URI. Raise `RayclustError` with the line that the command would show.
     """
     if isinstance(config, str):
         settings = load_config(config, overrides)
@@ -145,11 +141,7 @@ class RunTables:
         """URI of the page."""
 
     def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the parts of a table (embeddings, rejects, neighbors or assignments) in order.
-
-        Args:
-            name: of the table.
-            columns: the columns to read; None reads all.
+        """Yield the parts of a table (embeddings, rejects, neighbors or assignments) in order, all columns or some.
 
         Raises:
             ArtefactError: a part is missing or damaged.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from io import BufferedReader
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +17,6 @@ from rayclust.store.run import Run, parts
 from rayclust.store.storage import FileStat
 
 logger = logging.getLogger(__name__)
-
-READ_BYTES = 8 << 20
-"""Bytes read at a time to compute a checksum."""
 
 Outputs = dict[str, dict[str, Any]]
 """Path below the run → {digest, size, stamp}."""
@@ -123,11 +121,8 @@ class FileListing:
 
 def _digest(uri: str) -> str:
     """Return the SHA-256 of a file, "" if it is missing."""
-    digest = hashlib.sha256()
     try:
         with storage.open_input(uri) as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
+            return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
     except storage.MissingError:
         return ""
-    return digest.hexdigest()

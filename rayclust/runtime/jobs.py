@@ -50,8 +50,7 @@ _TOKEN_ADVICE = "set RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOK
 def address_of(given: str | None) -> str:
     """Return the job server's URL, from HOST, HOST:PORT or a URL; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
-    Raises:
-        ConfigError: there is none, or it is no address of a job server.
+    Raise `ConfigError` if there is none, or it is no address of a job server.
     """
     address = given or os.environ.get(ADDRESS_VARIABLE) or os.environ.get("RAY_ADDRESS")
     if not address:
@@ -131,25 +130,6 @@ class JobServer:
         with self.plain_errors():
             return self.client.get_job_info(submission)
 
-    def submit(self, submission: str, entrypoint: str, metadata: dict[str, str]) -> bool:
-        """Submit a job that runs on the head; return False if the id has been used before.
-
-        Raises:
-            DataError: the server refuses it; a cluster that has just started is given a while.
-        """
-        deadline = time.monotonic() + STARTING_SECONDS
-        while True:
-            try:
-                with self.plain_errors():
-                    self.client.submit_job(entrypoint=entrypoint, submission_id=submission, metadata=metadata)
-                return True
-            except DataError as error:
-                if "already exists" in str(error):
-                    return False
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise
-            time.sleep(1.0)
-
     def log(self, submission: str) -> Iterator[str]:
         """Yield the log of a job as it comes, until it ends; after a lost connection, go on behind what was seen.
 
@@ -188,8 +168,7 @@ class JobServer:
 def auth_headers(address: str) -> dict[str, str] | None:
     """Return the cluster's token as a header, found where Ray finds it; None leaves it to Ray's other modes.
 
-    Raises:
-        ConfigError: a token is required and none is set.
+    Raise `ConfigError` if a token is required and none is set.
     """
     mode, token = os.environ.get("RAY_AUTH_MODE", "").lower(), os.environ.get("RAY_AUTH_TOKEN", "").strip()
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -248,7 +227,12 @@ def refuse_far_paths(config: RunConfig, address: str, *, shared_paths: bool = Fa
 
 
 def submit(server: JobServer, submission: Submission) -> str:
-    """Submit the run's next attempt, unless one is under way; return the id of the attempt that is under way now."""
+    """Submit the run's next attempt, unless one is under way; return the id of the attempt that is under way now.
+
+    Raises:
+        DataError: the server refuses it; a cluster that has just started is given a while.
+    """
+    deadline = time.monotonic() + STARTING_SECONDS
     while True:
         attempts = submission.attempts(server)
         last = next(reversed(attempts), f"{submission.name}-0")
@@ -259,10 +243,20 @@ def submit(server: JobServer, submission: Submission) -> str:
             return last
         job = f"{submission.name}-{int(last.rpartition('-')[2]) + 1}"
         metadata = {"rayclust_run": submission.config.run, "rayclust_config": submission.digest}
-        if server.submit(job, submission.entrypoint(job), metadata):
-            after = f", after {last} {before.status.lower()}" if before is not None else ""
-            logger.info("job %s submitted to %s%s", job, server.address, after)
-            return job
+        try:
+            with server.plain_errors():
+                entrypoint = submission.entrypoint(job)
+                server.client.submit_job(entrypoint=entrypoint, submission_id=job, metadata=metadata)
+        except DataError as error:
+            # Somebody else has submitted it a moment ago, or the cluster is not ready yet.
+            if "already exists" not in str(error):
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+            continue
+        after = f", after {last} {before.status.lower()}" if before is not None else ""
+        logger.info("job %s submitted to %s%s", job, server.address, after)
+        return job
 
 
 def newest(server: JobServer, submission: Submission) -> str:

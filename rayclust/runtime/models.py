@@ -37,15 +37,10 @@ def load_method(uri: str, digest: str) -> Method:
 
 
 def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = None) -> Method:
-    """Load the fitted method in a folder.
+    """Load the fitted method in the folder at a URI, which `stage` writes.
 
-    Args:
-        folder: URI.
-        stage: name of the stage that writes the folder, for messages.
-        digests: SHA-256 by path of the files as they were written; None compares nothing.
-
-    Raises:
-        ArtefactError: the model is missing or damaged.
+    `digests` are SHA-256 by path, as the files were written; None compares nothing. Raise `ArtefactError` if one is
+    missing or damaged.
     """
     config, weights = (storage.join(folder, name) for name in ("config.json", "weights.safetensors"))
     known = {path.rpartition("/")[2]: digest for path, digest in (digests or {}).items()}

@@ -122,9 +122,6 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
     return tuple(name for name in STAGES if name != SELECT_K or config.needs_selection)
 
 
-# Settings and digests.
-
-
 def settings_of(group: Any, *keys: str) -> dict[str, Any]:
     """Return some fields of a group of settings, all if none is named, as JSON for a stage's digest."""
     dumped: dict[str, Any] = group.model_dump(mode="json")
@@ -208,9 +205,6 @@ class Manifests:
     def _follows_choice(self, name: str) -> bool:
         needs = STAGES[name].inputs(self._config)
         return SELECT_K in needs or any(self._follows_choice(need) for need in needs)
-
-
-# Running.
 
 
 class DamagedInputError(ArtefactError):

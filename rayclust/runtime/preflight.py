@@ -222,9 +222,6 @@ class _Checks:
         return f"encode{each} on " + "; on ".join(costs(self.config, self.images or THOUSAND, self.sample))
 
 
-# Estimates.
-
-
 def traffic(config: RunConfig, images: int, dimension: int, sample: Sample | None) -> str:
     """Return bytes read and written, and those on a training node, in one line; embeddings have `dimension` values."""
     if not images:

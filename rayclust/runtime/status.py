@@ -85,15 +85,14 @@ def bottleneck(sections: Sequence[Section]) -> str:
         Such as "decoding (decoders: 4 workers, busy 93 % of 12 s)"; "starting and waiting, then" stands before it
         below 50 %; "" if nothing was measured.
     """
-
-    def busy(section: Section) -> float:  # rounding may bring it above 1
-        return min(1.0, sum(section.busy.values()) / (section.workers * section.seconds))
-
     measured = [part for part in sections if part.busy and part.workers and part.seconds]
     if not measured:
         return ""
-    slowest = max(measured, key=lambda part: busy(part) * part.seconds)
+    # Rounding may bring a share above 1.
+    busy = {part.name: min(1.0, sum(part.busy.values()) / (part.workers * part.seconds)) for part in measured}
+    slowest = max(measured, key=lambda part: busy[part.name] * part.seconds)
     kind = max(slowest.busy, key=lambda name: slowest.busy[name])
     workers = f"{slowest.workers} worker{'s' if slowest.workers > 1 else ''}"
-    idle = "starting and waiting, then " if busy(slowest) < BUSY_SHARE else ""
-    return f"{idle}{kind} ({slowest.name}: {workers}, busy {100 * busy(slowest):.0f} % of {duration(slowest.seconds)})"
+    idle = "starting and waiting, then " if busy[slowest.name] < BUSY_SHARE else ""
+    share, taken = busy[slowest.name], duration(slowest.seconds)
+    return f"{idle}{kind} ({slowest.name}: {workers}, busy {100 * share:.0f} % of {taken})"

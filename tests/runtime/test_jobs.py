@@ -420,6 +420,7 @@ class Dashboard(BaseHTTPRequestHandler):
     mode = "open"
     starting: list[int]
     seen: list[str]
+    known: list[str]
 
     def do_GET(self) -> None:
         self.seen.append(self.headers.get("Authorization", ""))
@@ -434,14 +435,18 @@ class Dashboard(BaseHTTPRequestHandler):
         elif self.path == "/api/version":
             self.answer(200, json.dumps({"ray_version": "2.60.0", "version": "4", "ray_commit": "x"}))
         else:
-            self.answer(200, json.dumps([JOB, JOB | {"submission_id": None, "type": "DRIVER"}]))
+            others = [JOB, JOB | {"submission_id": None, "type": "DRIVER"}]
+            self.answer(
+                200, json.dumps(others + [JOB | {"submission_id": name, "status": "PENDING"} for name in self.known])
+            )
 
     def do_POST(self) -> None:
         if self.starting:
             self.starting.pop()
             self.answer(500, "No available agent to submit job, please try again later.")
             return
-        self.answer(500, "ValueError: Job with submission_id a-1 already exists. Please use another.")
+        self.known.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["submission_id"])
+        self.answer(500, "ValueError: Job with this submission_id already exists. Please use another.")  # by another
 
     def answer(self, code: int, text: str) -> None:
         self.send_response(code)
@@ -457,7 +462,7 @@ JOB = {"type": "SUBMISSION", "submission_id": "a-1", "status": "FAILED", "entryp
 
 @pytest.fixture
 def dashboard() -> Iterator[tuple[str, type[Dashboard]]]:
-    handler = type("Handler", (Dashboard,), {"seen": [], "starting": []})
+    handler = type("Handler", (Dashboard,), {"seen": [], "starting": [], "known": []})
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -473,7 +478,7 @@ def test_jobs_of_an_open_cluster(dashboard: tuple[str, type[Dashboard]], monkeyp
     server = JobServer(address)
     assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://another:1"
     assert {job.submission_id: job.driver_exit_code for job in server.client.list_jobs()} == {"a-1": 3, None: 3}
-    assert server.submit("a-1", "true", {}) is False
+    assert submit(server, submission()) == handler.known[0] == f"{submission().name}-1"
     assert set(handler.seen) == {""}
 
 
@@ -482,11 +487,11 @@ def test_a_cluster_that_has_just_started_is_given_a_while(
 ):
     address, handler = dashboard
     handler.starting.append(1)
-    assert JobServer(address).submit("a-1", "true", {}) is False
+    assert submit(JobServer(address), submission()) == f"{submission().name}-1"
     monkeypatch.setattr(module, "STARTING_SECONDS", 0.0)
     handler.starting.append(1)
     with pytest.raises(DataError, match="try again later"):
-        JobServer(address).submit("a-1", "true", {})
+        submit(JobServer(address), submission(seed=1))
 
 
 def test_the_token_is_sent_where_it_is_asked_for_and_never_said(
