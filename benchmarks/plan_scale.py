@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from rayclust.runtime.rows import Moments
+from rayclust.runtime.shards import moments_of
 from rayclust.runtime.tasks import Task, TaskResult
 from rayclust.search.ivf import list_count
 from rayclust.stages.neighbors import TASK_BYTES, task_rows
@@ -226,7 +226,7 @@ def limits(i: Inputs, per_shard: float) -> list[tuple[str, float, float]]:
 
 def driver_bytes(width: int, *, with_moments: bool, count: int = 2000) -> float:
     """Bytes that the driver keeps for each shard of encode: shard, unit, result, and its line in the manifest."""
-    moments = Moments.of(np.ones((2, width), np.float16)).to_json()
+    moments = moments_of(np.ones((2, width), np.float16))
     text = json.dumps({"row_start": 0, "reasons": {}} | ({"moments": moments} if with_moments else {}))
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]

@@ -36,9 +36,9 @@ from temi_step import processor, synchronize
 
 from rayclust.kernels import pair_softmax
 from rayclust.losses import information
-from rayclust.methods import Temi, TemiConfig, build
+from rayclust.methods import build
 from rayclust.methods.base import EMBEDDINGS, Batch, Plan
-from rayclust.methods.temi import Cost, Layout, estimate_cost
+from rayclust.methods.temi import Cost, Layout, Temi, TemiConfig, estimate_cost
 from rayclust.training.loop import Stepper
 
 IMAGENET_ROWS = 1_281_167

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from published_temi import PublishedTemi
 
-from rayclust.methods import TemiConfig, build
+from rayclust.methods import build
+from rayclust.methods.temi import TemiConfig
 from rayclust.training.loop import Stepper
 from rayclust.training.sampling import ArrayRows, RowSource
 

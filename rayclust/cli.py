@@ -109,9 +109,10 @@ def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, meth
 @_VERBOSE
 def run(config: str, overrides: tuple[str, ...], force: bool) -> None:
     """Run all stages of the run in CONFIG (RUN.yaml, or - for standard input) that are not done yet."""
+    from rayclust.runtime.api import load_config
     from rayclust.runtime.pipeline import run_all
 
-    settings = _load(config, overrides)
+    settings = load_config(config, overrides)
     run_all(settings, force=force)
     _show_result(settings.run)
 
@@ -122,9 +123,10 @@ def _stage_command(name: str) -> click.Command:
     @_FORCE
     @_VERBOSE
     def command(config: str, overrides: tuple[str, ...], force: bool) -> None:
+        from rayclust.runtime.api import load_config
         from rayclust.runtime.pipeline import run_stage
 
-        run_stage(name, _load(config, overrides), force=force)
+        run_stage(name, load_config(config, overrides), force=force)
 
     return click.command(name, help=f"Run the stage {name} of the run in CONFIG (RUN.yaml).")(command)
 
@@ -139,9 +141,10 @@ for _name in STAGE_COMMANDS:
 @_VERBOSE
 def check(config: str, overrides: tuple[str, ...]) -> int:
     """Refuse a bad run before it costs money: config, access, encoder, a sample of inputs, estimates."""
+    from rayclust.runtime.api import load_config
     from rayclust.runtime.preflight import check as run_check
 
-    findings = run_check(_load(config, overrides))
+    findings = run_check(load_config(config, overrides))
     for finding in findings:
         click.echo(f"{'ok  ' if finding.good else 'FAIL'}  {finding.subject:<12} {finding.text}")
     return 0 if all(finding.good for finding in findings) else 2
@@ -162,7 +165,7 @@ def submit(
     overrides: tuple[str, ...],
     *,
     address: str | None,
-    action: str | None,
+    action: Any,
     stage: str | None,
     shared_paths: bool,
 ) -> int:
@@ -170,14 +173,11 @@ def submit(
 
     The same line again follows a job that is under way, and goes on after one that failed.
     """
-    from rayclust.runtime.jobs import Submission, address_of, stop_run, submit_run
+    from rayclust.runtime.api import load_config
+    from rayclust.runtime.jobs import Submission, address_of, submit_run
 
-    url, submission = address_of(address), Submission(_load(config, overrides), stage or "run")
-    if action == "stop":
-        return stop_run(submission, url)
-    send, wait = action != "follow", action != "no-wait"
-    show = partial(click.echo, nl=False)
-    return submit_run(submission, url, show, send=send, wait=wait, shared_paths=shared_paths)
+    url, submission = address_of(address), Submission(load_config(config, overrides), stage or "run")
+    return submit_run(submission, url, partial(click.echo, nl=False), action=action, shared_paths=shared_paths)
 
 
 @commands.command()
@@ -200,10 +200,11 @@ def status(run_uri: str) -> None:
 @_VERBOSE
 def search(run_uri: str, image: str | None, text: str | None, top: int, space: str) -> None:
     """Find the images of RUN nearest to an image or to words; z is the method's own space, for images alone."""
+    from rayclust.runtime.api import load_run
     from rayclust.stages.search import as_lines
     from rayclust.stages.search import search as run_search
 
-    for line in as_lines(run_search(_load_run(run_uri), image=image, text=text, top=top, space=space)):
+    for line in as_lines(run_search(load_run(run_uri), image=image, text=text, top=top, space=space)):
         click.echo(clean(line))
 
 
@@ -213,10 +214,11 @@ def search(run_uri: str, image: str | None, text: str | None, top: int, space: s
 @_VERBOSE
 def figures(run_uri: str, out: str | None) -> None:
     """Write the figures of RUN (a run, or its RUN.yaml) as SVG files, with the numbers behind them."""
+    from rayclust.runtime.api import load_config, load_run
     from rayclust.stages.figures import export
 
     is_file = run_uri.lower().endswith((".yaml", ".yml"))
-    for uri in export(_load(run_uri, ()) if is_file else _load_run(run_uri), out):
+    for uri in export(load_config(run_uri) if is_file else load_run(run_uri), out):
         click.echo(uri)
 
 
@@ -227,9 +229,10 @@ def figures(run_uri: str, out: str | None) -> None:
 @_VERBOSE
 def predict(run_uri: str, images: str, out: str) -> None:
     """Assign new IMAGES to the clusters of the frozen RUN."""
+    from rayclust.runtime.api import load_run
     from rayclust.stages.predict import predict as run_predict
 
-    counts = run_predict(_load_run(run_uri), images, out)
+    counts = run_predict(load_run(run_uri), images, out)
     click.echo(f"{counts['rows']:,} images and {counts['rejects']:,} rejects in {out}")
 
 
@@ -252,24 +255,12 @@ def demo(out: str) -> None:
 def schema(method: str | None) -> None:
     """Print the JSON schema of RUN.yaml, for editors."""
     from rayclust.config import RunConfig
-    from rayclust.methods import CONFIGS
+    from rayclust.methods import METHODS, find
 
-    if method is not None and method not in CONFIGS:
-        raise ConfigError(f"--method {method}: must be one of {', '.join(CONFIGS)}")
-    model = RunConfig if method is None else CONFIGS[method]
+    if method is not None and method not in METHODS:
+        raise ConfigError(f"--method {method}: must be one of {', '.join(METHODS)}")
+    model = RunConfig if method is None else find(method).config_type
     click.echo(json.dumps(model.model_json_schema(), indent=2))
-
-
-def _load(config: str, overrides: Sequence[str]) -> Any:
-    from rayclust.runtime.api import load_config
-
-    return load_config(config, overrides)
-
-
-def _load_run(run_uri: str) -> Any:
-    from rayclust.runtime.api import load_run
-
-    return load_run(run_uri)
 
 
 def _show_result(run_uri: str) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     SerializerFunctionWrapHandler,
@@ -23,8 +24,17 @@ from pydantic import (
 
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
-from rayclust.methods import CONFIGS, AnyMethodConfig
+from rayclust.methods import AnyMethodConfig, config_types
 from rayclust.settings import Config, format_error
+
+
+def _at_least_one(value: int | str) -> int | str:
+    if not isinstance(value, str) and value < 1:
+        raise ValueError("must be at least 1, or auto")
+    return value
+
+
+CountOrAuto = Annotated[int | Literal["auto"], AfterValidator(_at_least_one)]
 
 # The number of clusters.
 #
@@ -43,8 +53,6 @@ Rule = Literal[
     "stability",
 ]
 
-PLACEHOLDER = 2
-"""Number in `method.clusters` while it is `auto`; nothing reads it."""
 _LIST = "a list of integers such as [5, 8, 10]"
 
 
@@ -73,7 +81,7 @@ class SelectKConfig(Config):
     """CPUs, and threads, of each trial."""
     gpus_per_trial: float | Literal["auto"] = "auto"
     """GPUs of each trial; 0 computes on the CPU. auto: as many as `resources.gpus_per_worker`."""
-    max_concurrent: int | Literal["auto"] = "auto"
+    max_concurrent: CountOrAuto = "auto"
     """Trials at a time. auto: as many as the cluster has room for when the stage begins."""
 
     @model_validator(mode="after")
@@ -84,16 +92,10 @@ class SelectKConfig(Config):
             raise ValueError("rule = stability: needs select_k.seeds of at least 2, whose partitions it compares")
         if self.gpus_per_trial != "auto" and not 0 <= self.gpus_per_trial <= 16:
             raise ValueError(f"gpus_per_trial = {self.gpus_per_trial:g}: must be from 0 to 16, or auto")
-        if self.max_concurrent != "auto" and self.max_concurrent < 1:
-            raise ValueError(f"max_concurrent = {self.max_concurrent}: must be at least 1, or auto")
         return self
 
     def refuse_above(self, rows: int) -> None:
-        """Refuse candidates above the number of rows.
-
-        Raises:
-            ConfigError: a candidate, or the least that `auto` tries, is above the number of rows.
-        """
+        """Raise `ConfigError` if a candidate, or the least that `auto` tries, is above the number of rows."""
         if self.candidates == "auto" and self.least > rows:
             raise ConfigError(f"select_k.least = {self.least}: must be at most the number of rows, {rows}")
         if isinstance(self.candidates, tuple) and max(self.candidates) > rows:
@@ -101,10 +103,12 @@ class SelectKConfig(Config):
             raise ConfigError(f"method.clusters = {shown}: {max(shown)} is above the number of rows, {rows}")
 
     def first(self, rows: int) -> tuple[int, ...]:
-        """Return the candidates of the first round on so many rows: the list, or for `auto` a geometric grid."""
+        """Return the candidates of the first round: the list, or for `auto` a geometric grid of ratio 1.5."""
         if isinstance(self.candidates, tuple):
             return self.candidates
-        return grid(min(self.least, rows), self.largest(rows))
+        least, most = min(self.least, rows), self.largest(rows)
+        steps = math.ceil(math.log(most / least) / math.log(1.5))
+        return tuple(sorted({round(least * (most / least) ** (i / max(steps, 1))) for i in range(steps + 1)}))
 
     def largest(self, rows: int) -> int:
         """Return the largest candidate on so many rows."""
@@ -114,30 +118,8 @@ class SelectKConfig(Config):
         return min(max(most, self.least), rows)
 
 
-def grid(least: int, most: int, *, ratio: float = 1.5) -> tuple[int, ...]:
-    """Return candidates from `least` to `most`, each about `ratio` times the one before.
-
-    Args:
-        least: at least 1.
-        most: at least `least`.
-        ratio: above 1.
-
-    Raises:
-        ConfigError: a bound is broken.
-    """
-    if not 1 <= least <= most:
-        raise ConfigError(f"least = {least}, most = {most}: 1 ≤ least ≤ most is needed")
-    if not ratio > 1:
-        raise ConfigError(f"ratio = {ratio}: must be above 1")
-    steps = max(1, math.ceil(math.log(most / least) / math.log(ratio))) if most > least else 0
-    return tuple(sorted({round(least * (most / least) ** (i / max(steps, 1))) for i in range(steps + 1)}))
-
-
 def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """Move an open number of clusters from `method.clusters` to `select_k.candidates`.
-
-    Args:
-        tree: as written; not changed.
+    """Move an open number of clusters from `method.clusters` to `select_k.candidates`; the tree is not changed.
 
     Returns:
         The tree with a number in `method.clusters` in any case: for an open one the largest candidate, or 2 for `auto`.
@@ -161,7 +143,7 @@ def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
     else:
         key = "select_k.candidates"
     found = _validate_clusters(key, candidates)
-    stand_in = PLACEHOLDER if found == "auto" else found[-1]
+    stand_in = 2 if found == "auto" else found[-1]  # nothing reads the 2
     return tree | {"method": method | {"clusters": stand_in}, "select_k": group | {"candidates": found}}
 
 
@@ -219,11 +201,6 @@ class PlacementConfig(Config):
     """All other work: writers, neighbours, assignments, names, indexes, measures."""
 
 
-def has_labels(node: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether a node carries all wanted labels."""
-    return all(node.get(key) == value for key, value in wanted.items())
-
-
 def are_disjoint(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
     """Return whether no node can carry both sets of labels."""
     return any(others.get(key, value) != value for key, value in some.items())
@@ -237,13 +214,13 @@ def format_labels(labels: Mapping[str, str]) -> str:
 class ResourcesConfig(Config):
     """Resources of the machine or cluster that a run may use."""
 
-    workers: int | Literal["auto"] = "auto"
+    workers: CountOrAuto = "auto"
     """Workers of encode and train. auto: one per GPU; without GPUs, encode takes every CPU and train one worker."""
     min_workers: int | None = Field(None, ge=1)
     """Fewest workers that train goes on with while others are lost, with the same batches. None: all are needed."""
     gpus_per_worker: float = Field(0, ge=0, le=16)
     """GPUs of each worker; 0 computes on the CPU."""
-    decode_workers: int | Literal["auto"] = "auto"
+    decode_workers: CountOrAuto = "auto"
     """CPU actors that decode images."""
     max_failures: int = Field(3, ge=0)
     """Times a lost training worker is replaced before the stage fails."""
@@ -262,11 +239,7 @@ class ResourcesConfig(Config):
         return tree
 
     @model_validator(mode="after")
-    def _positive(self) -> ResourcesConfig:
-        for key in ("workers", "decode_workers"):
-            value = getattr(self, key)
-            if value != "auto" and value < 1:
-                raise ValueError(f"{key} = {value}: must be at least 1, or auto")
+    def _bounded(self) -> ResourcesConfig:
         if self.min_workers is not None and self.workers != "auto" and self.min_workers > self.workers:
             raise ValueError(f"min_workers = {self.min_workers}: must be at most workers, {self.workers}")
         return self
@@ -489,7 +462,7 @@ class RunConfig(Config):
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the JSON schema of RUN.yaml, in which `method.clusters` may also be open."""
         schema = super().model_json_schema(*args, **kwargs)
-        for method in CONFIGS.values():
+        for method in config_types().values():
             # What `normalize_clusters` reads: `clusters` is open, or `select_k.candidates` stands for it.
             group = schema["$defs"][method.__name__]
             clusters = group["properties"]["clusters"]
@@ -513,40 +486,45 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") ->
     """
     tree = _read_yaml(text, source)
     for override in overrides:
-        _override(tree, override)
+        key, equals, value = override.partition("=")
+        *groups, last = key.split(".")
+        if not equals or not all((*groups, last)):
+            raise ConfigError(f"override {override!r}: write KEY=VALUE, for example method.clusters=20")
+        node = tree
+        for group in groups:
+            if not isinstance(node.get(group), dict):
+                node[group] = {}
+            node = node[group]
+        try:
+            node[last] = yaml.load(value, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, ConfigError, ValueError):
+            raise ConfigError(f"override {key}: {value!r} is not a YAML value") from None
     return validate(tree)
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:
-    """Return the config of a tree of dicts, lists and scalars.
-
-    Raises:
-        ConfigError: a key or value is refused; one line.
-    """
+    """Return the config of a tree; raise `ConfigError`, in one line, if a key or value is refused."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(format_error(error, known_keys(), tuple(CONFIGS))) from None
+        raise ConfigError(format_error(error, known_keys())) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe loader, which refuses a key given twice: the second would silently win."""
 
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not text")
-        if key in mapping:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key} is given twice")
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        seen = set[Any]()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            where = f"line {key_node.start_mark.line + 1}: the key"
+            if not isinstance(key, str):
+                raise ConfigError(f"{where} {key!r} is not text")
+            if key in seen:
+                raise ConfigError(f"{where} {key} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep=True)
 
 
 def _read_yaml(text: str, source: str) -> dict[str, Any]:
@@ -565,37 +543,13 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"override {override!r}: write KEY=VALUE, for example method.clusters=20")
-    try:
-        parsed = yaml.load(value, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ConfigError, ValueError):
-        raise ConfigError(f"override {key}: {value!r} is not a YAML value") from None
-    node = tree
-    for part in parts[:-1]:
-        child = node.get(part)
-        if not isinstance(child, dict):
-            child = {}
-        node[part] = child
-        node = child
-    node[parts[-1]] = parsed
-
-
 def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
-    """Return all dotted keys of a model.
-
-    Args:
-        model: None is RUN.yaml's, with the keys of every method.
-        prefix: of the keys, with a dot at its end.
-    """
+    """Return all dotted keys of a model below a prefix that ends with a dot; None is RUN.yaml's with all methods'."""
     keys: list[str] = []
     for name, field in (model or RunConfig).model_fields.items():
         keys.append(prefix + name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += known_keys(field.annotation, f"{prefix}{name}.")
-    for method in () if model else CONFIGS.values():
+    for method in () if model else config_types().values():
         keys += known_keys(method, "method.")
     return list(dict.fromkeys(keys))

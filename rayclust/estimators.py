@@ -93,7 +93,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             return self._config_class(**(values | overrides))
         except ValidationError as error:
             names = {field: name for name, field in self._fields.items()}
-            text = format_error(error, list(self._config_class.model_fields), ())
+            text = format_error(error, list(self._config_class.model_fields))
             field, separator, rest = text.partition(" = ")
             raise ConfigError(f"{names.get(field, field)}{separator}{rest}") from None
 

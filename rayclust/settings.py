@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,58 +25,45 @@ class Config(BaseModel):
     )
 
 
-def format_error(error: ValidationError, known: Sequence[str], methods: Sequence[str]) -> str:
+def format_error(error: ValidationError, known: Sequence[str]) -> str:
     """Return the first error in one line: full key, value, bound, and for an unknown key the nearest known one.
 
     Args:
-        error: of RUN.yaml's model.
+        error: of a config.
         known: all dotted keys.
-        methods: names of methods, which the error's paths go through.
     """
-    problems = error.errors(include_url=False)
-    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    problems: list[Any] = error.errors(include_url=False)
+    problem = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{_describe((unknown or problems)[0], known, methods)}{more}"
 
-
-def _describe(problem: Any, known: Sequence[str], methods: Sequence[str]) -> str:
     # 1. The dotted key, without pydantic's names for the branches of unions.
-    path: list[str] = []
-    for part in problem["loc"]:
-        is_tag = path == ["method"] and part in methods
-        is_branch = isinstance(part, str) and (
-            "[" in part or part in {"int", "str", "float", "bool", "constrained-str"}
-        )
-        if not is_tag and not is_branch:
-            path.append(str(part))
+    branches = {"int", "str", "float", "bool", "constrained-str"}
+    path = [str(part) for part in problem["loc"] if isinstance(part, int) or ("[" not in part and part not in branches)]
     key, kind, value = ".".join(path), problem["type"], problem["input"]
+
     # 2. The message for each kind of error.
     if kind == "extra_forbidden":
-        return f"{key}: unknown key{_suggest_key(path, known)}"
+        return f"{key}: unknown key{_suggest_key(path, known)}{more}"
     if kind == "missing":
-        return f"{key}: this key is required"
-    if kind.startswith("union_tag"):
-        given = value.get("name") if isinstance(value, dict) else value
-        return f"{key}.name = {given!r}: must be one of {', '.join(sorted(methods))}{_closest(str(given), methods)}"
+        return f"{key}: this key is required{more}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if kind == "value_error" and isinstance(value, dict):
-        return f"{key}.{message}" if key else message  # a group's own check names the key below it
+    if kind == "value_error" and isinstance(value, dict):  # a group's own check names the key below it
+        return f"{key}.{message}{more}" if key else f"{message}{more}"
     shown = repr(value) if isinstance(value, str) else str(value)
-    return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}"
+    return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}{more}"
 
 
 def _suggest_key(path: list[str], known: Sequence[str]) -> str:
     """Return a hint at the intended key: a similar one here, one of that name elsewhere, or all keys of the group."""
     prefix = "".join(part + "." for part in path[:-1])
     fields = sorted({key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)})
-    if near := _closest(path[-1], fields):
-        return near
     elsewhere = [key for key in known if key.split(".")[-1] == path[-1]]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    return f"; known here: {', '.join(fields)}" if fields else ""
+    if (near := closest(path[-1], fields)) or not (elsewhere or fields):
+        return near
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(fields)}"
 
 
-def _closest(word: str, words: Sequence[str]) -> str:
+def closest(word: str, words: Iterable[str]) -> str:
+    """Return a hint at the word that a mistyped one most resembles, "" if none is near."""
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""

@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
+import pkgutil
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny, TypeAdapter
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticKnownError
 
 from rayclust.errors import ConfigError
 from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Recuttable
-from rayclust.methods.cpp import Cpp
-from rayclust.methods.kmeans import KMeans
-from rayclust.methods.kmeans import KMeansConfig as KMeansConfig
-from rayclust.methods.spectral import SpectralClustering
-from rayclust.methods.temi import Temi
-from rayclust.methods.temi import TemiConfig as TemiConfig
+from rayclust.settings import closest
 
-METHODS: dict[str, type[Any]] = {
-    "kmeans": KMeans,
-    "temi": Temi,
-    "cpp": Cpp,
-    "spectral": SpectralClustering,
+METHODS = {
+    "kmeans": "rayclust.methods.kmeans:KMeans",
+    "temi": "rayclust.methods.temi:Temi",
+    "cpp": "rayclust.methods.cpp:Cpp",
+    "spectral": "rayclust.methods.spectral:SpectralClustering",
 }
-"""Each method's class by the name that RUN.yaml gives it. It is built from (config, dimension, count, seed)."""
+"""Each method's class by the name that RUN.yaml gives it; imported when it is first asked for. It is built from
+(config, dimension, count, seed)."""
 
-CONFIGS: dict[str, type[BaseMethodConfig]] = {name: method.config_type for name, method in METHODS.items()}
-"""Each method's config by name."""
+
+def find(name: str) -> type[Any]:
+    """Return the class of the method of that name."""
+    found: type[Any] = pkgutil.resolve_name(METHODS[name])
+    return found
+
+
+def config_types() -> dict[str, type[BaseMethodConfig]]:
+    """Return each method's config by name; imports them all."""
+    return {name: find(name).config_type for name in METHODS}
+
+
+def _read(value: Any) -> Any:
+    """Validate a method's settings by the config that their `name` asks for."""
+    if not isinstance(value, dict):
+        if isinstance(value, BaseMethodConfig):
+            return value
+        raise PydanticKnownError("model_attributes_type")
+    name = value.get("name")
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"name = {name!r}: must be one of {', '.join(sorted(METHODS))}{closest(str(name), METHODS)}")
+    return find(name).config_type.model_validate(value)
+
+
+class _Union:
+    """JSON schema of a method's settings: that of any method, discriminated by `name`."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        any_config: Any = reduce(or_, config_types().values())
+        return handler(TypeAdapter(Annotated[any_config, Field(discriminator="name")]).core_schema)
+
 
 if TYPE_CHECKING:
     AnyMethodConfig = BaseMethodConfig
 else:
-    AnyMethodConfig = Annotated[reduce(or_, CONFIGS.values()), Field(discriminator="name")]
-    """Any method's config, discriminated by `name`: the type of a config's field."""
+    AnyMethodConfig = Annotated[SerializeAsAny[BaseMethodConfig], BeforeValidator(_read), _Union()]
+    """Any method's config, found by its `name`: the type of a config's field."""
 
 
 def has_transform(name: str) -> bool:
     """Return whether the method of that name learns a space of its own; see `base.Transform`."""
-    return hasattr(METHODS[name], "transform")
+    return hasattr(find(name), "transform")
 
 
 def is_recuttable(name: str) -> bool:
     """Return whether one fit of the method of that name serves other numbers of clusters; see `base.Recuttable`."""
-    return issubclass(METHODS[name], Recuttable)
+    return issubclass(find(name), Recuttable)
 
 
 def build(config: BaseMethodConfig, dimension: int, count: int, seed: int) -> Method:
     """Build the method that a config asks for, not yet fitted.
 
     Args:
-        config: of one of the classes in `CONFIGS`.
+        config: of one of the methods in `METHODS`.
         dimension: D, the width of the rows.
         count: N, the rows of all workers.
         seed: of everything random in the method.
@@ -59,11 +87,11 @@ def build(config: BaseMethodConfig, dimension: int, count: int, seed: int) -> Me
     """
     if count < config.clusters:
         raise ConfigError(f"method.clusters = {config.clusters}: must be at most the number of rows, {count}")
-    method: Method = METHODS[config.name](config, dimension, count, seed)
+    method: Method = find(config.name)(config, dimension, count, seed)
     return method
 
 
 def load(state: MethodState) -> Method:
     """Build a fitted method from its state."""
-    method: Method = METHODS[state.settings["config"]["name"]].from_state(state)
+    method: Method = find(state.settings["config"]["name"]).from_state(state)
     return method

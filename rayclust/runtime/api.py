@@ -22,19 +22,12 @@ DEFAULT_ENCODER = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
 """Small enough for a laptop's CPU."""
 
 
-# Configs.
-
-
 def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a RUN.yaml and make its local paths absolute.
-
-    Args:
-        uri: a path, a URI, or `-` for standard input.
-        overrides: `KEY=VALUE` items.
+    """Read a RUN.yaml, from a path, a URI or `-` for standard input, and make its local paths absolute.
 
     Raises:
         DataError: there is no such file.
-        ConfigError: a key or value in it is refused.
+        ConfigError: a key or value in it, or in the `KEY=VALUE` overrides, is refused.
     """
     data = sys.stdin.buffer.read() if uri == "-" else storage.read_bytes(uri)
     source = "standard input" if uri == "-" else uri
@@ -42,11 +35,7 @@ def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run(uri: str) -> RunConfig:
-    """Return the config that the run at `uri` was last started with.
-
-    Raises:
-        ArtefactError: there is no run.
-    """
+    """Return the config that the run at `uri` was last started with; raise `ArtefactError` if there is no run."""
     run = storage.absolute(uri)
     try:
         tree = storage.read_json(Run(run).config)
@@ -77,11 +66,7 @@ def local_paths(config: RunConfig) -> dict[str, str]:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Return the config with absolute local paths: workers do not share the directory of the command.
-
-    Raises:
-        DataError: a scheme is not supported.
-    """
+    """Return the config with absolute local paths: workers do not share the directory of the command."""
     for key, path in local_paths(config).items():
         config = _replaced(config, key.split("."), storage.absolute(path))
     return config
@@ -97,21 +82,11 @@ def _replaced(node: Any, keys: Sequence[str], value: str) -> Any:
     return node.model_copy(update={keys[0]: _replaced(getattr(node, keys[0]), keys[1:], value)})
 
 
-# Runs.
-
-
 def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = ()) -> RunTables:
-    """Run every stage that is not complete.
+    """Run every stage that is not complete; return the run's tables.
 
-    Args:
-        config: a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`.
-        overrides: `KEY=VALUE` items, for a path or URI.
-
-    Returns:
-        The run's tables.
-
-    Raises:
-        RayclustError: with the line that the command would show.
+    The config is a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`; `KEY=VALUE` overrides go with a
+    path or URI. Raise `RayclustError` with the line that the command would show.
     """
     if isinstance(config, str):
         settings = load_config(config, overrides)
@@ -124,18 +99,15 @@ def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = 
 def quick(
     images: str, out: str, *, clusters: str, method: str, encoder: str | None, overrides: Sequence[str] = ()
 ) -> str:
-    """Run everything with settings for a first look, and leave the RUN.yaml in the run.
+    """Run everything with settings for a first look, and leave the RUN.yaml in the run; return the run's URI.
 
     Args:
         images: anything that `images.uri` takes.
         out: folder or URI of the run.
         clusters: a number, `auto`, or candidates with commas between.
-        method: name of the method.
-        encoder: name of the encoder; None takes the default.
+        method: its name.
+        encoder: its name; None takes the default.
         overrides: `KEY=VALUE` items for RUN.yaml.
-
-    Returns:
-        The run's URI.
     """
     tree: dict[str, Any] = {
         "run": out,
@@ -154,20 +126,12 @@ def quick(
 
 
 def load(run: str) -> RunTables:
-    """Open the run below a folder or URI; tables are read on demand.
-
-    Raises:
-        ArtefactError: there is no run.
-    """
+    """Open the run below a folder or URI, read on demand; raise `ArtefactError` if there is no run."""
     return RunTables(load_run(run))
 
 
 class RunTables:
-    """Artefacts of a run, read on demand.
-
-    Args:
-        config: of the run.
-    """
+    """Artefacts of a run, read on demand."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -177,11 +141,7 @@ class RunTables:
         """URI of the page."""
 
     def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the parts of a table in order.
-
-        Args:
-            name: embeddings, rejects, neighbors or assignments.
-            columns: the columns to read; None reads all.
+        """Yield the parts of a table (embeddings, rejects, neighbors or assignments) in order, all columns or some.
 
         Raises:
             ArtefactError: a part is missing or damaged.
@@ -189,11 +149,7 @@ class RunTables:
         return (tables.read_table(uri, columns) for _, uri in parts(self._run.at(name)))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return a whole table; see `iter`.
-
-        Raises:
-            ArtefactError: the stage that writes it has not begun.
-        """
+        """Return a whole table; see `iter`. Raise `ArtefactError` if the stage that writes it has not begun."""
         found = list(self.iter(name, columns))
         if not found:
             raise ArtefactError(f"{self._run.at(name)}: no parts there: the stage that writes them has not run")
@@ -206,11 +162,7 @@ class RunTables:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """Scores by name.
-
-        Raises:
-            ArtefactError: the stage evaluate has not run.
-        """
+        """Scores by name. Raises `ArtefactError` if the stage evaluate has not run."""
         try:
             scores: dict[str, Any] = read_json_output(self._run, "evaluate", self._run.metrics)
         except storage.MissingError:

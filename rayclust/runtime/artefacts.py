@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from io import BufferedReader
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +17,6 @@ from rayclust.store.run import Run, parts
 from rayclust.store.storage import FileStat
 
 logger = logging.getLogger(__name__)
-
-READ_BYTES = 8 << 20
-"""Bytes read at a time to compute a checksum."""
 
 Outputs = dict[str, dict[str, Any]]
 """Path below the run → {digest, size, stamp}."""
@@ -45,7 +43,7 @@ def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, 
 
     Args:
         run: the run.
-        part: index of the part.
+        part: its index.
         rows: Int64[B].
         neighbors: Int[B M], rows of the neighbours.
         similarity: Float[B M], cosines; stored as float16.
@@ -59,35 +57,18 @@ def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, 
 
 
 def drop_stale_parts(folder: str, count: int) -> None:
-    """Remove the parts of an earlier, longer input from a folder: readers take every part that is there.
-
-    Args:
-        folder: URI of a folder of tables.
-        count: number of parts to keep.
-    """
+    """Remove the parts from `count` on from a folder of tables: readers take every part that is there."""
     for index, uri in parts(folder):
         if index >= count:
             storage.remove(uri)
 
 
-class Removed(NamedTuple):
-    """A damaged file that was removed."""
-
-    uri: str
-    stage: str
-    """The stage that writes it."""
-
-
-def remove_damaged(run: Run, stages: Iterable[str], message: str) -> Removed | None:
-    """Remove the file that an error names, if its checksum differs from the manifest's, so that it is written again.
-
-    Args:
-        run: the run.
-        stages: names of all stages.
-        message: of the error, which holds the file's URI.
+def remove_damaged(run: Run, stages: Iterable[str], message: str) -> tuple[str, str]:
+    """Remove the file that an error's message names if its checksum is not the manifest's, so that it is made again.
 
     Returns:
-        None if no file of a complete stage is both named and damaged.
+        URI of the file and name of the stage that writes it; "" and "" if no file of a complete stage is both named and
+        damaged.
     """
     for stage in stages:
         manifest = read_manifest(run, stage)
@@ -96,8 +77,8 @@ def remove_damaged(run: Run, stages: Iterable[str], message: str) -> Removed | N
             if uri in message and _digest(uri) != written.digest:
                 logger.warning("%s: is damaged, its checksum is another than was written: made again", uri)
                 storage.remove(uri)
-                return Removed(uri, stage)
-    return None
+                return uri, stage
+    return "", ""
 
 
 class FileListing:
@@ -105,9 +86,6 @@ class FileListing:
 
     A file with the stamp of its manifest is taken as unchanged. One with another stamp, because it was copied or
     edited, is read and its digest decides.
-
-    Args:
-        run: the run.
     """
 
     def __init__(self, run: Run) -> None:
@@ -126,6 +104,10 @@ class FileListing:
         logger.warning("%s: is damaged, its checksum is another than was written: made again", self._run.at(path))
         return False
 
+    def has_all(self, outputs: Outputs) -> bool:
+        """Return whether every file of a mark or manifest is there as it was written."""
+        return all(self.has(path, written) for path, written in outputs.items())
+
     def find(self, path: str) -> FileStat | None:
         """Return size and stamp of the file at `path` below the run; None if there is none."""
         folder, _, name = path.partition("/")
@@ -139,11 +121,8 @@ class FileListing:
 
 def _digest(uri: str) -> str:
     """Return the SHA-256 of a file, "" if it is missing."""
-    digest = hashlib.sha256()
     try:
         with storage.open_input(uri) as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
+            return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
     except storage.MissingError:
         return ""
-    return digest.hexdigest()

@@ -9,14 +9,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from rayclust.config import PlacementConfig, RunConfig, format_labels, has_labels
+from rayclust.config import PlacementConfig, RunConfig, format_labels
 from rayclust.errors import ConfigError, RayclustError
 from rayclust.runtime.progress import timed_section
 
@@ -28,9 +27,8 @@ CONNECT_SECONDS = 10.0
 """How long a server may take to accept a connection."""
 task_labels: ContextVar[dict[str, str]] = ContextVar("task_labels", default={})  # noqa: B039 - never changed in place
 """Labels of the tasks that are submitted here; {} outside of `scheduling`."""
-
-
-# Connecting.
+_warned = set[str]()
+"""Warnings of labels that were given: each once, however many tasks ask."""
 
 
 def connect() -> None:
@@ -44,22 +42,22 @@ def connect() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    # A laptop's cluster serves this process only: no dashboard, nothing left behind.
+    target: dict[str, Any] = {"address": "local", "namespace": OWN, "include_dashboard": False}
     if address:
-        _refuse_unreachable(address)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        refuse_unreachable(address)
+        target = {"address": address}
     try:
         with _without_core_messages():
-            if address:
-                ray.init(address=address, **quiet)
-            else:
-                # A laptop's cluster serves this process only: no dashboard, nothing left behind.
-                ray.init(address="local", namespace=OWN, include_dashboard=False, **quiet)
+            ray.init(**target, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
-    logger.info("ray: %s", describe())
+    total, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+    logger.info("ray: %d node(s), %g CPUs, %g GPUs", nodes, total.get("CPU", 0), total.get("GPU", 0))
 
 
-def _refuse_unreachable(address: str) -> None:
+def refuse_unreachable(address: str) -> None:
+    """Raise `ConfigError` if nobody answers at the value of RAY_ADDRESS; words such as `auto` pass."""
     place = urlsplit("//" + address.rpartition("://")[2])
     try:
         host, port = place.hostname, place.port
@@ -72,10 +70,7 @@ def _refuse_unreachable(address: str) -> None:
 
 
 def unreachable(host: str, port: int) -> OSError | None:
-    """Return why a connection to an address fails; None if it is accepted.
-
-    Tried before Ray's clients, which retry for minutes.
-    """
+    """Return why a connection to an address fails, None if it is accepted; Ray's clients would retry for minutes."""
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
     except OSError as error:
@@ -101,18 +96,6 @@ def _without_core_messages() -> Iterator[None]:
         del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
-def describe() -> str:
-    """Return nodes, CPUs and GPUs of the cluster in one line."""
-    import ray
-
-    total = ray.cluster_resources()
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    return f"{nodes} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-
-
-# Node labels.
-
-
 @contextmanager
 def scheduling(placement: PlacementConfig) -> Iterator[None]:
     """Give the tasks that are submitted in this block the labels of `placement.tasks`."""
@@ -124,34 +107,16 @@ def scheduling(placement: PlacementConfig) -> Iterator[None]:
 
 
 def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Return options of a Ray task or actor that runs on nodes with these labels only.
-
-    Args:
-        key: the kind of work, as below `resources.placement`.
-        labels: that a node must carry.
-
-    Returns:
-        {} without labels: the options of a cluster whose nodes have none.
-
-    Raises:
-        ConfigError: as `require_label`.
-    """
+    """Return options of a Ray task or actor that runs on nodes with these labels only; see `require_label`."""
     require_label(key, labels)
     return {"label_selector": dict(labels)} if labels else {}
 
 
 def require_label(key: str, labels: Mapping[str, str]) -> None:
-    """Warn if no live node carries the labels: work for such a node waits, silently, until one joins.
+    """Warn if no live node carries the labels of a kind of work, `key`: it waits, silently, until one joins.
 
     A driver cannot find out from Ray whether an autoscaler could add one. Only in a cluster that this process has
-    started will none join.
-
-    Args:
-        key: the kind of work, as below `resources.placement`.
-        labels: that a node must carry.
-
-    Raises:
-        ConfigError: no node carries them, in a cluster that this process has started.
+    started will none join: there a `ConfigError` is raised.
     """
     import ray
 
@@ -168,12 +133,11 @@ def require_label(key: str, labels: Mapping[str, str]) -> None:
         raise ConfigError(
             f"{text}. A cluster on this machine has no labels: leave the placement out, or set RAY_ADDRESS"
         )
-    _warn_once(text)
-
-
-@lru_cache(64)
-def _warn_once(text: str) -> None:
-    logger.warning("%s. The work waits until such a node joins; where none is to come, stop and mend the label", text)
+    if text not in _warned:
+        _warned.add(text)
+        logger.warning(
+            "%s. The work waits until such a node joins; where none is to come, stop and mend the label", text
+        )
 
 
 def describe_placement(placement: PlacementConfig) -> str:
@@ -184,41 +148,22 @@ def describe_placement(placement: PlacementConfig) -> str:
     return f"{work}; the driver, with Tune's and Train's controllers, on the head of a cluster it is submitted to"
 
 
-# Resources.
-
-
 def live_nodes(labels: Mapping[str, str]) -> list[dict[str, float]]:
     """Return the resources of each live node that carries these labels."""
     import ray
 
-    return [n["Resources"] for n in ray.nodes() if n["Alive"] and has_labels(n["Labels"], labels)]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in nodes if all(node["Labels"].get(k) == v for k, v in labels.items())]
 
 
-def total_resource(resource: str, labels: Mapping[str, str]) -> float:
-    """Return how much of a resource, CPU or GPU, the live nodes with these labels have together."""
-    return float(sum(node.get(resource, 0) for node in live_nodes(labels)))
+def cpus(labels: Mapping[str, str]) -> int:
+    """Return the number of CPUs of the live nodes with these labels; at least 1."""
+    return max(1, int(sum(node.get("CPU", 0) for node in live_nodes(labels))))
 
 
-def cpus(labels: Mapping[str, str] | None = None) -> int:
-    """Return the number of CPUs of the cluster, or of its nodes with some labels; at least 1."""
-    return max(1, int(total_resource("CPU", labels or {})))
-
-
-def cores_per_worker(workers: int, labels: Mapping[str, str] | None = None) -> int:
-    """Return the most CPUs that each of so many workers on nodes with some labels can have."""
-    return widest([int(node.get("CPU", 0)) for node in live_nodes(labels or {})], workers)
-
-
-def widest(nodes: Sequence[int], workers: int) -> int:
-    """Return the most CPUs a worker can have if the CPUs of each lie on one node.
-
-    Args:
-        nodes: CPUs of each node.
-        workers: their number.
-
-    Returns:
-        1 if even that does not fit yet.
-    """
+def cores_per_worker(workers: int, labels: Mapping[str, str]) -> int:
+    """Return the most CPUs, at least 1, that each of so many workers can have on one node with some labels."""
+    nodes = [int(node.get("CPU", 0)) for node in live_nodes(labels)]
     shares = range(max(nodes, default=1), 1, -1)
     return next((share for share in shares if sum(cores // share for cores in nodes) >= workers), 1)
 
@@ -233,7 +178,8 @@ def worker_count(config: RunConfig, work: Literal["encode", "train"]) -> int:
     if resources.workers != "auto":
         return resources.workers
     if resources.gpus_per_worker:
-        return max(1, int((total_resource("GPU", labels) or 1) / resources.gpus_per_worker))
+        gpus = sum(node.get("GPU", 0) for node in live_nodes(labels)) or 1
+        return max(1, int(gpus / resources.gpus_per_worker))
     return 1 if work == "train" else cpus(labels)
 
 
@@ -243,17 +189,10 @@ def worker_range(config: RunConfig) -> tuple[int, int]:
     return (most, most) if fewest is None else (fewest, max(fewest, most))
 
 
-# Single calls.
-
-
 def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0) -> Any:
     """Return the result of one call in a Ray worker: nothing that grows with N runs in the driver.
 
-    Args:
-        function: runs in the worker; must give the same result if it runs twice.
-        arguments: of the function.
-        cpus: of the worker.
-        gpus: of the worker.
+    The function may run twice, and must give the same result then; `cpus` and `gpus` are the worker's.
     """
     import ray
 

@@ -11,8 +11,9 @@ import logging
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -38,32 +39,73 @@ PART_IMAGES = 1000
 _FORMAT = 1
 """Raised when the content of an export changes, so that older ones are made again."""
 
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
-
-Blocks = Iterator[tuple[np.ndarray, np.ndarray]]
-"""UInt8[n H W 3] pixels and Int64[n] labels."""
-
-
-@dataclass(frozen=True)
-class Archive:
-    """Published archive, with the MD5 that its authors state."""
-
-    url: str
-    md5: str
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Data set and how it is read from its archive."""
+    """Published archive of a data set, and the form of the records in it."""
 
-    archive: Archive
+    url: str
+    md5: str
+    """As its authors state it."""
     splits: dict[str, tuple[str, ...]]
     """By split, the members of the archive that hold it."""
-    read: Callable[[tarfile.TarFile, str], Blocks]
-    """Read one member."""
     names: str | tuple[str, ...]
     """The classes, or the member that lists them, one a line."""
+    side: int = 32
+    """Of the images, pixels."""
+    label_bytes: int = 1
+    """Bytes before the pixels of a record. 0: labels lie in a separate file, counted from 1, and pixels by column."""
+    label: int = 0
+    """The one of these bytes that holds the class."""
+
+
+_cifar100 = partial(
+    Dataset,
+    f"{_TORONTO}/cifar-100-binary.tar.gz",
+    "03b5dce01913d631647c71ecec9e9cb8",
+    {"train": ("cifar-100-binary/train.bin",), "test": ("cifar-100-binary/test.bin",)},
+)
+DATASETS = {
+    "cifar10": Dataset(
+        f"{_TORONTO}/cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530",
+        {
+            "train": tuple(f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)),
+            "test": ("cifar-10-batches-bin/test_batch.bin",),
+        },
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    ),
+    "cifar20": _cifar100(names="cifar-100-binary/coarse_label_names.txt", label_bytes=2),
+    "cifar100": _cifar100(names="cifar-100-binary/fine_label_names.txt", label_bytes=2, label=1),
+    "stl10": Dataset(
+        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+        "91f7769df0f17e558f3565bffb0c7dfb",
+        {"train": ("stl10_binary/train_X.bin",), "test": ("stl10_binary/test_X.bin",)},
+        "stl10_binary/class_names.txt",
+        side=96,
+        label_bytes=0,
+    ),
+}
+
+
+def _read(archive: tarfile.TarFile, member: str, dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield UInt8[n H W 3] pixels and Int64[n] labels of a member."""
+    head, size = dataset.label_bytes, dataset.label_bytes + 3 * dataset.side**2
+    stream, start = _open(archive, member), 0
+    if not head:
+        classes = np.frombuffer(_open(archive, member.replace("_X", "_y")).read(), np.uint8).astype(np.int64) - 1
+    while data := stream.read(PART_IMAGES * size):
+        if len(data) % size:
+            raise DataError(f"{member}: ends within a record; fetch the archive again")
+        block = np.frombuffer(data, np.uint8).reshape(-1, size)
+        planes = block[:, head:].reshape(-1, 3, dataset.side, dataset.side)
+        if head:
+            yield planes.transpose(0, 2, 3, 1), block[:, dataset.label].astype(np.int64)
+        else:
+            yield planes.transpose(0, 3, 2, 1), classes[start : start + len(block)]
+        start += len(block)
 
 
 def _open(archive: tarfile.TarFile, member: str) -> IO[bytes]:
@@ -71,67 +113,6 @@ def _open(archive: tarfile.TarFile, member: str) -> IO[bytes]:
     if stream is None:
         raise KeyError(member)
     return stream
-
-
-def _records(archive: tarfile.TarFile, member: str, head: int, side: int) -> Blocks:
-    """Yield UInt8[n 3 side side] planes and UInt8[n head] label bytes."""
-    size = head + 3 * side * side
-    stream = _open(archive, member)
-    while data := stream.read(PART_IMAGES * size):
-        if len(data) % size:
-            raise DataError(f"{member}: ends within a record; fetch the archive again")
-        block = np.frombuffer(data, np.uint8).reshape(-1, size)
-        yield block[:, head:].reshape(-1, 3, side, side), block[:, :head]
-
-
-def _cifar(head: int, label: int) -> Callable[[tarfile.TarFile, str], Blocks]:
-    """Return a reader of records with `head` label bytes, of which that at `label` counts."""
-
-    def read(archive: tarfile.TarFile, member: str) -> Blocks:
-        for planes, heads in _records(archive, member, head, 32):
-            yield planes.transpose(0, 2, 3, 1), heads[:, label].astype(np.int64)
-
-    return read
-
-
-def _stl10(archive: tarfile.TarFile, member: str) -> Blocks:
-    """Yield pixels, which lie column by column, and labels, which count from 1 in a separate file."""
-    labels = np.frombuffer(_open(archive, member.replace("_X", "_y")).read(), np.uint8).astype(np.int64) - 1
-    start = 0
-    for planes, _ in _records(archive, member, 0, 96):
-        yield planes.transpose(0, 3, 2, 1), labels[start : start + len(planes)]
-        start += len(planes)
-
-
-_CIFAR100_ARCHIVE = Archive(f"{_TORONTO}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8")
-_CIFAR100_SPLITS: dict[str, tuple[str, ...]] = {
-    "train": ("cifar-100-binary/train.bin",),
-    "test": ("cifar-100-binary/test.bin",),
-}
-
-DATASETS = {
-    "cifar10": Dataset(
-        Archive(f"{_TORONTO}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
-        {
-            "train": tuple(f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)),
-            "test": ("cifar-10-batches-bin/test_batch.bin",),
-        },
-        _cifar(head=1, label=0),
-        _CIFAR10,
-    ),
-    "cifar20": Dataset(
-        _CIFAR100_ARCHIVE, _CIFAR100_SPLITS, _cifar(head=2, label=0), "cifar-100-binary/coarse_label_names.txt"
-    ),
-    "cifar100": Dataset(
-        _CIFAR100_ARCHIVE, _CIFAR100_SPLITS, _cifar(head=2, label=1), "cifar-100-binary/fine_label_names.txt"
-    ),
-    "stl10": Dataset(
-        Archive("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb"),
-        {"train": ("stl10_binary/train_X.bin",), "test": ("stl10_binary/test_X.bin",)},
-        _stl10,
-        "stl10_binary/class_names.txt",
-    ),
-}
 
 
 def local_folder(uri: str) -> str:
@@ -169,14 +150,9 @@ def cache_root() -> str:
 
 
 def export(name: str, cache: str | None = None) -> str:
-    """Write a data set as Parquet with key, image (PNG) and label, unless the cache holds it already.
+    """Write a data set as Parquet with key, image (PNG) and label, unless the cache holds it; return the folder.
 
-    Args:
-        name: a key of `DATASETS`.
-        cache: folder or URI; None is `cache_root()`.
-
-    Returns:
-        The folder, with one folder per split below it. Every export writes the same bytes.
+    It has one folder per split. Every export writes the same bytes. None as cache is `cache_root()`.
 
     Raises:
         DataError: the archive is missing and cannot be fetched, or does not hold what it should.
@@ -186,7 +162,7 @@ def export(name: str, cache: str | None = None) -> str:
     marker = storage.join(folder, "dataset.json")
     if storage.exists(marker) and storage.read_json(marker).get("format") == _FORMAT:
         return folder
-    path = _fetch(name, dataset.archive, cache)
+    path = _fetch(name, dataset, cache)
     logger.info("%s%s: writing its images to %s", SCHEME, name, folder)
     counts = {}
     try:
@@ -196,7 +172,7 @@ def export(name: str, cache: str | None = None) -> str:
                 names = tuple(_open(archive, names).read().decode().split())
             for split, members in dataset.splits.items():
                 counts[split] = 0
-                blocks = (block for member in members for block in dataset.read(archive, member))
+                blocks = (block for member in members for block in _read(archive, member, dataset))
                 for part, (pixels, labels) in enumerate(blocks):
                     columns = {
                         "key": [f"{split}/{counts[split] + i:06d}" for i in range(len(pixels))],
@@ -211,7 +187,7 @@ def export(name: str, cache: str | None = None) -> str:
     return folder
 
 
-def _fetch(name: str, archive: Archive, cache: str) -> Path:
+def _fetch(name: str, archive: Dataset, cache: str) -> Path:
     """Return the archive on this machine, checked against its MD5, downloading it if it is missing."""
     from torchvision.datasets.utils import check_integrity, download_url
 

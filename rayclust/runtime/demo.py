@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,11 +23,8 @@ SCORES = ("accuracy", "nmi", "ari")
 def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, dict[str, list[dict[str, float]]]]:
     """Run every stage on the digits for each method and seed; stages that depend on neither run once.
 
-    A demo that was killed goes on from the last finished method and seed.
-
-    Args:
-        out: folder or URI; images and run go below it.
-        methods: their names; the report shows the last one.
+    A demo that was killed goes on from the last finished method and seed. Images and run go below `out`, a folder or
+    URI; the report shows the last method.
 
     Returns:
         The run's URI, and by method its scores, one dict per seed.
@@ -45,7 +41,14 @@ def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, di
 
     with run_lock(run):
         write_digits(images)
-        configs = [validate(demo_tree(images, run.uri, method, seed)) for method, seed in plan]
+        tree = {
+            "run": run.uri,
+            "images": {"uri": images},
+            "encoder": {"name": "pixels", "image_size": 8, "grayscale": True},
+            "features": {"center": True},
+            "label": {"vocabulary": "none"},
+        }
+        configs = [validate(tree | {"seed": seed, "method": {"name": name, "clusters": 10}}) for name, seed in plan]
         digest = digest_of([config.model_dump(mode="json") for config in configs])
         scores: list[dict[str, float]] = []
         try:
@@ -63,19 +66,6 @@ def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, di
             storage.write_json(run.at("demo.json"), {"digest": digest, "scores": scores})
         run_all(configs[-1])
         return run.uri, by_method(scores)
-
-
-def demo_tree(images: str, run: str, method: str, seed: int) -> dict[str, Any]:
-    """Return the RUN.yaml of one method and seed."""
-    return {
-        "run": run,
-        "seed": seed,
-        "images": {"uri": images},
-        "encoder": {"name": "pixels", "image_size": 8, "grayscale": True},
-        "features": {"center": True},
-        "method": {"name": method, "clusters": 10},
-        "label": {"vocabulary": "none"},
-    }
 
 
 def table(scores: dict[str, list[dict[str, float]]]) -> str:

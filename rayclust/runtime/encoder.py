@@ -16,11 +16,7 @@ from rayclust.store import storage
 
 
 def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
-    """Load the run's encoder with the run's limits.
-
-    Args:
-        config: of the run.
-        device: None takes a GPU where `resources` gives one, else the CPU.
+    """Load the run's encoder with the run's limits; on a GPU where `resources` gives one, unless a device is named.
 
     Raises:
         ConfigError: its weights are missing; the message names the file and where to put it.
@@ -40,11 +36,7 @@ def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
 
 
 def worker_device(config: RunConfig) -> str:
-    """Return the device of an encode worker, "cpu" or "cuda".
-
-    Raises:
-        ConfigError: torch does not see the GPU of the worker; the CPU would take hours at a GPU's price.
-    """
+    """Return the device of an encode worker, "cpu" or "cuda"; raise `ConfigError` if torch does not see its GPU."""
     if not config.resources.gpus_per_worker:
         return "cpu"
     if not torch.cuda.is_available():
@@ -63,11 +55,7 @@ def encoder_shape(config: RunConfig) -> tuple[Preprocess, int]:
 
 
 def weights_stamp(config: RunConfig) -> str:
-    """Return a string that changes with the encoder's weights: a hub tag, or a file's stamp (size and time, or ETag).
-
-    Raises:
-        ConfigError: there is no such file.
-    """
+    """Return a string that changes with the encoder's weights: a hub tag, or a file's size and time, or its ETag."""
     uri = config.encoder.weights_uri
     if uri is None:
         return str(config.encoder.pretrained)

@@ -24,7 +24,7 @@ class InputPlan:
     shards: tuple[Shard, ...]
     """Without the names of their images."""
     digests: tuple[str, ...]
-    """By shard; see `list_shards`."""
+    """By shard: of all that its embeddings depend on."""
     packed: tuple[bytes, ...]
     """By shard: compressed JSON of the whole shard, some bytes per image of a folder."""
 
@@ -34,36 +34,16 @@ class InputPlan:
 
 
 def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
-    """List the input. The listing streams: one small record per shard, and packed names of images, stay in memory.
+    """List the input, and the digests of all that its embeddings depend on: `settings`, weights and content.
 
-    Args:
-        config: of the run.
-        settings: that the embeddings depend on.
-
-    Raises:
-        ConfigError: the run lies where its tables would be taken for input.
-        DataError: the input is missing, unreadable or empty.
-    """
-    shards, digests, packed = [], [], []
-    for shard, digest in list_shards(config, settings):
-        digests.append(digest)
-        packed.append(zlib.compress(json.dumps(shard.to_json()).encode(), 1))
-        shards.append(replace(shard, members=()))
-    return InputPlan(digest_of(digests), tuple(shards), tuple(digests), tuple(packed))
-
-
-def list_shards(config: RunConfig, settings: dict[str, Any]) -> Iterator[tuple[Shard, str]]:
-    """Yield the shards of the run's input with the digests of all that their embeddings depend on.
-
-    Args:
-        config: of the run.
-        settings: that the embeddings depend on.
+    The listing streams: one small record per shard, and packed names of images, stay in memory.
 
     Raises:
         ConfigError: the run lies where its tables would be taken for input.
         DataError: the input is missing, unreadable or empty.
     """
     settings = settings | {"weights": weights_stamp(config)}
+    shards, digests, packed = [], [], []
     for shard in input_shards(config):
         has_tables = shard.kind not in ("folder", "webdataset")
         if shard.index == 0 and has_tables and config.run.startswith(config.images.uri.rstrip("/") + "/"):
@@ -71,11 +51,12 @@ def list_shards(config: RunConfig, settings: dict[str, Any]) -> Iterator[tuple[S
                 f"run = {config.run}: lies within images.uri = {config.images.uri}, so that its tables would be read "
                 "as input; choose a folder outside"
             )
+        packed.append(zlib.compress(json.dumps(shard.to_json()).encode(), 1))
+        shards.append(replace(shard, members=()))
         # A shard's place among the others is left out, so that a grown input keeps what was done.
-        content = {
-            key: value for key, value in replace(shard, members=()).to_json().items() if key not in ("index", "first")
-        }
-        yield shard, digest_of({"shard": content, "settings": settings})
+        content = {key: value for key, value in shards[-1].to_json().items() if key not in ("index", "first")}
+        digests.append(digest_of({"shard": content, "settings": settings}))
+    return InputPlan(digest_of(digests), tuple(shards), tuple(digests), tuple(packed))
 
 
 def input_shards(config: RunConfig) -> Iterator[Shard]:

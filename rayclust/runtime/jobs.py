@@ -13,11 +13,10 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rayclust.config import RunConfig
@@ -48,17 +47,10 @@ _PREAMBLE_WITHIN = 2000
 _TOKEN_ADVICE = "set RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOKEN, or its file as RAY_AUTH_TOKEN_PATH"  # noqa: S105
 
 
-# The server.
-
-
 def address_of(given: str | None) -> str:
-    """Return the job server's URL.
+    """Return the job server's URL, from HOST, HOST:PORT or a URL; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
 
-    Args:
-        given: HOST, HOST:PORT or a URL; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
-
-    Raises:
-        ConfigError: there is none, or it is no address of a job server.
+    Raise `ConfigError` if there is none, or it is no address of a job server.
     """
     address = given or os.environ.get(ADDRESS_VARIABLE) or os.environ.get("RAY_ADDRESS")
     if not address:
@@ -87,91 +79,35 @@ def is_here(address: str) -> bool:
 
 
 class JobServer:
-    """Jobs of one cluster, through Ray's client.
-
-    Args:
-        address: URL of its dashboard, as `address_of` gives it.
-
-    Raises:
-        ConfigError: no server answers, or it refuses the token.
-    """
+    """Ray's client of the job server at a URL; raises `ConfigError` if none answers or it refuses the token."""
 
     def __init__(self, address: str) -> None:
         self.address = address
         headers = auth_headers(address)
         place = urlsplit(address)
         has_proxy = any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ)
-        if not has_proxy or is_here(address):
-            error = unreachable(place.hostname or "", place.port or 443)
-            if error is not None:
-                raise ConfigError(
-                    f"--address {address}: nobody answers there ({error}); is the cluster up, and its dashboard's port "
-                    "open?"
-                )
+        error = None if has_proxy and not is_here(address) else unreachable(place.hostname or "", place.port or 443)
+        if error is not None:
+            raise ConfigError(
+                f"--address {address}: nobody answers there ({error}); is the cluster up, and its dashboard's port "
+                "open?"
+            )
         before = os.environ.get(ADDRESS_VARIABLE)
         os.environ[ADDRESS_VARIABLE] = address  # the client prefers the variable to its argument
         try:
-            with self._plain_errors():
+            with self.plain_errors():
                 from ray.job_submission import JobSubmissionClient
 
                 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
-                self._client = JobSubmissionClient(address, headers=headers)
+                self.client = JobSubmissionClient(address, headers=headers)
         finally:
             os.environ.pop(ADDRESS_VARIABLE)
             if before is not None:
                 os.environ[ADDRESS_VARIABLE] = before
 
-    def jobs(self) -> dict[str, Any]:
-        """Return the details of every submitted job, by submission id."""
-        with self._plain_errors():
-            return {job.submission_id: job for job in self._client.list_jobs() if job.submission_id}
-
-    def job(self, submission: str) -> Any:
-        """Return the details of one job."""
-        with self._plain_errors():
-            return self._client.get_job_info(submission)
-
-    def submit(self, submission: str, entrypoint: str, metadata: Mapping[str, str]) -> bool:
-        """Submit a job that runs on the head; return False if the id has been used before.
-
-        Raises:
-            DataError: the server refuses it; a cluster that has just started is given a while.
-        """
-        deadline = time.monotonic() + STARTING_SECONDS
-        while True:
-            try:
-                with self._plain_errors():
-                    self._client.submit_job(entrypoint=entrypoint, submission_id=submission, metadata=dict(metadata))
-                return True
-            except DataError as error:
-                if "already exists" in str(error):
-                    return False
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise
-            time.sleep(1.0)
-
-    def stop(self, submission: str) -> None:
-        """Send a job the signal to end; Ray kills it a few seconds later."""
-        with self._plain_errors():
-            self._client.stop_job(submission)
-
-    def tail(self, submission: str) -> Iterator[str]:
-        """Yield the log of a job from its first line on, as it comes, until the job ends.
-
-        Raises:
-            DataError: the connection is lost.
-        """
-        chunks = self._client.tail_job_logs(submission)
-
-        async def next_chunk() -> str | None:
-            return await anext(chunks, None)
-
-        with self._plain_errors(), asyncio.Runner() as runner:
-            while (chunk := runner.run(next_chunk())) is not None:
-                yield chunk
-
     @contextmanager
-    def _plain_errors(self) -> Iterator[None]:
+    def plain_errors(self) -> Iterator[None]:
+        """Re-raise the errors of a request in one line: a `ConfigError` for the token, a `DataError` for others."""
         import requests
         from aiohttp import ClientError
         from ray.exceptions import AuthenticationError
@@ -189,12 +125,50 @@ class JobServer:
             text = text if len(text) <= 300 else text[:297] + "..."
             raise DataError(f"{self.address}: {fault}: {text}") from None
 
+    def job(self, submission: str) -> Any:
+        """Return the details of one job."""
+        with self.plain_errors():
+            return self.client.get_job_info(submission)
+
+    def log(self, submission: str) -> Iterator[str]:
+        """Yield the log of a job as it comes, until it ends; after a lost connection, go on behind what was seen.
+
+        Raises:
+            DataError: the server is away for longer than `AWAY_SECONDS`.
+        """
+        seen, lost = 0, None
+        while True:
+            skip = seen
+            try:
+                with self.plain_errors(), asyncio.Runner() as runner:
+                    chunks = self.client.tail_job_logs(submission)
+                    while (text := runner.get_loop().run_until_complete(anext(chunks, None))) is not None:
+                        lost = None
+                        fresh = text[skip:]
+                        skip = max(0, skip - len(text))
+                        seen += len(fresh)
+                        if fresh:
+                            yield fresh
+                return
+            except DataError as error:
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > AWAY_SECONDS:
+                    raise
+                logger.info("%s; trying again", error)
+                time.sleep(5 * POLL_SECONDS)
+
+    def wait_for_end(self, submission: str) -> Any:
+        """Return a job's details once it has ended, or after `STOP_SECONDS`."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while not (info := self.job(submission)).status.is_terminal() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return info
+
 
 def auth_headers(address: str) -> dict[str, str] | None:
     """Return the cluster's token as a header, found where Ray finds it; None leaves it to Ray's other modes.
 
-    Raises:
-        ConfigError: a token is required and none is set.
+    Raise `ConfigError` if a token is required and none is set.
     """
     mode, token = os.environ.get("RAY_AUTH_MODE", "").lower(), os.environ.get("RAY_AUTH_TOKEN", "").strip()
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -210,58 +184,35 @@ def auth_headers(address: str) -> dict[str, str] | None:
     return {"Authorization": f"Bearer {token}"}
 
 
-# A run as a job.
-
-
-@dataclass(frozen=True)
 class Submission:
-    """Run as a job: the same config has the same name, wherever it is submitted from."""
+    """Run as a job: the same config, with absolute paths, has the same name wherever it is submitted from."""
 
-    config: RunConfig
-    """Its paths are absolute."""
-    command: str = "run"
-    """`run`, or the name of one stage."""
+    def __init__(self, config: RunConfig, command: str = "run") -> None:
+        self.config, self.command = config, command
+        self.digest = digest_of({"command": command, "config": config.model_dump(mode="json", exclude_unset=True)})
+        """Of the command and of everything that is set in the config."""
+        word = re.sub(r"[^a-z0-9]+", "-", config.run.rstrip("/").rpartition("/")[2].lower()).strip("-")
+        self.name = f"rayclust-{command}-{word[:40] or 'run'}-{self.digest[:12]}"
+        """Of all attempts, whose ids are NAME-1, NAME-2 and so on: a cluster accepts each once."""
 
-    @property
-    def digest(self) -> str:
-        """Digest of the command and of everything that is set in the config."""
-        return digest_of({"command": self.command, "config": self.config.model_dump(mode="json", exclude_unset=True)})
-
-    @property
-    def name(self) -> str:
-        """Prefix of the ids of all attempts: the last part of the run's URI, for readers, and the digest."""
-        word = re.sub(r"[^a-z0-9]+", "-", self.config.run.rstrip("/").rpartition("/")[2].lower()).strip("-")
-        return f"rayclust-{self.command}-{word[:40] or 'run'}-{self.digest[:12]}"
-
-    def id(self, attempt: int) -> str:
-        """Return the submission id of an attempt; a cluster accepts each once."""
-        return f"{self.name}-{attempt}"
-
-    def entrypoint(self, attempt: int) -> str:
+    def entrypoint(self, job: str) -> str:
         """Return the shell line for the head node; the RUN.yaml comes with it, so no directory has to be sent."""
-        command = f"exec env {SUBMISSION_VARIABLE}={self.id(attempt)} python -m rayclust {self.command} -"
         text, mark = as_yaml(self.config), "END_OF_RUN_YAML"
         while mark in text:  # no text may end itself and go on as a command
             mark += "_"
-        return f"{command} <<'{mark}'\n{text}{mark}\n"
+        return f"exec env {SUBMISSION_VARIABLE}={job} python -m rayclust {self.command} - <<'{mark}'\n{text}{mark}\n"
 
-    def attempts(self, jobs: Mapping[str, Any]) -> list[int]:
-        """Return the numbers of the attempts among a cluster's jobs, ascending."""
+    def attempts(self, server: JobServer) -> dict[str, Any]:
+        """Return the details of the attempts that a cluster knows by id, from the first to the last."""
+        with server.plain_errors():
+            jobs = {job.submission_id: job for job in server.client.list_jobs() if job.submission_id}
         pattern = re.compile(re.escape(self.name) + r"-([1-9]\d*)")
-        return sorted(int(found[1]) for job in jobs if (found := pattern.fullmatch(job)))
+        numbers = sorted(int(match[1]) for job in jobs if (match := pattern.fullmatch(job)))
+        return {f"{self.name}-{number}": jobs[f"{self.name}-{number}"] for number in numbers}
 
 
 def refuse_far_paths(config: RunConfig, address: str, *, shared_paths: bool = False) -> None:
-    """Refuse local paths that the nodes of a cluster do not see.
-
-    Args:
-        config: with absolute paths.
-        address: URL of the job server.
-        shared_paths: True if the nodes see this machine's paths.
-
-    Raises:
-        ConfigError: the config names local paths, and the server is not on this machine.
-    """
+    """Raise `ConfigError` if a config with absolute paths names local ones that the nodes of a cluster do not see."""
     local = {key: path for key, path in local_paths(config).items() if not storage.is_remote(path)}
     if not local or shared_paths:
         return
@@ -276,67 +227,48 @@ def refuse_far_paths(config: RunConfig, address: str, *, shared_paths: bool = Fa
 
 
 def submit(server: JobServer, submission: Submission) -> str:
-    """Submit the run's next attempt, unless one is under way.
+    """Submit the run's next attempt, unless one is under way; return the id of the attempt that is under way now.
 
-    Returns:
-        Id of the attempt that is under way now.
+    Raises:
+        DataError: the server refuses it; a cluster that has just started is given a while.
     """
+    deadline = time.monotonic() + STARTING_SECONDS
     while True:
-        jobs = server.jobs()
-        attempts = submission.attempts(jobs)
-        last = submission.id(attempts[-1]) if attempts else None
-        if last is not None and not jobs[last].status.is_terminal():
-            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime((jobs[last].start_time or 0) / 1000))
+        attempts = submission.attempts(server)
+        last = next(reversed(attempts), f"{submission.name}-0")
+        before = attempts.get(last)
+        if before is not None and not before.status.is_terminal():
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime((before.start_time or 0) / 1000))
             logger.info("job %s is under way since %s: followed", last, since)
             return last
-        attempt = attempts[-1] + 1 if attempts else 1
+        job = f"{submission.name}-{int(last.rpartition('-')[2]) + 1}"
         metadata = {"rayclust_run": submission.config.run, "rayclust_config": submission.digest}
-        if server.submit(submission.id(attempt), submission.entrypoint(attempt), metadata):
-            before = f", after {last} {jobs[last].status.lower()}" if last is not None else ""
-            logger.info("job %s submitted to %s%s", submission.id(attempt), server.address, before)
-            return submission.id(attempt)
+        try:
+            with server.plain_errors():
+                entrypoint = submission.entrypoint(job)
+                server.client.submit_job(entrypoint=entrypoint, submission_id=job, metadata=metadata)
+        except DataError as error:
+            # Somebody else has submitted it a moment ago, or the cluster is not ready yet.
+            if "already exists" not in str(error):
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+            continue
+        after = f", after {last} {before.status.lower()}" if before is not None else ""
+        logger.info("job %s submitted to %s%s", job, server.address, after)
+        return job
 
 
 def newest(server: JobServer, submission: Submission) -> str:
-    """Return the id of the last attempt, under way or not.
-
-    Raises:
-        ConfigError: the cluster knows of none.
-    """
-    attempts = submission.attempts(server.jobs())
+    """Return the id of the last attempt, under way or not; raise `ConfigError` if the cluster knows of none."""
+    attempts = submission.attempts(server)
     if not attempts:
         raise ConfigError(f"{submission.config.run}: no job with this config was submitted to {server.address}")
-    return submission.id(attempts[-1])
-
-
-def stop(server: JobServer, submission: Submission) -> str | None:
-    """End the attempt that is under way and wait for it; what it has finished stays.
-
-    Returns:
-        Its id; None if none was under way.
-
-    Raises:
-        DataError: it does not end.
-    """
-    job = newest(server, submission)
-    if server.job(job).status.is_terminal():
-        return None
-    server.stop(job)
-    if not _wait_for_end(server, job).status.is_terminal():
-        raise DataError(f"job {job}: has not ended within {STOP_SECONDS:g} s; look at {server.address}")
-    return job
+    return next(reversed(attempts))
 
 
 def follow(server: JobServer, job: str, show: Callable[[str], None]) -> int:
-    """Show the log of a job until it ends, over lost connections.
-
-    Args:
-        server: of the cluster.
-        job: submission id.
-        show: called with each piece of text.
-
-    Returns:
-        The driver's exit code; 1 if the job ended without one.
+    """Show the log of a job, piece by piece, until it ends; return the driver's exit code, 1 if it ended without one.
 
     Raises:
         DataError: the server is away for longer than `AWAY_SECONDS`.
@@ -352,7 +284,7 @@ def follow(server: JobServer, job: str, show: Callable[[str], None]) -> int:
     # 2. Show its log without Ray's preamble: the whole entrypoint, and with it the RUN.yaml.
     preamble = f"Running entrypoint for job {job}: {info.entrypoint}\n"
     head: str | None = ""
-    for text in _reconnecting_log(server, job):
+    for text in server.log(job):
         if head is None:
             show(text)
             continue
@@ -364,7 +296,7 @@ def follow(server: JobServer, job: str, show: Callable[[str], None]) -> int:
         show(head.replace(preamble, "", 1))
 
     # 3. Its exit code. The log may end a moment before the job does.
-    info = _wait_for_end(server, job)
+    info = server.wait_for_end(job)
     code = info.driver_exit_code
     if info.status == "SUCCEEDED":
         return 0
@@ -376,43 +308,12 @@ def follow(server: JobServer, job: str, show: Callable[[str], None]) -> int:
     return 1
 
 
-def _reconnecting_log(server: JobServer, job: str) -> Iterator[str]:
-    """Yield a job's log; after a lost connection, continue behind what has been seen."""
-    seen, lost = 0, None
-    while True:
-        skip = seen
-        try:
-            for text in server.tail(job):
-                lost = None
-                fresh = text[skip:]
-                skip = max(0, skip - len(text))
-                seen += len(fresh)
-                if fresh:
-                    yield fresh
-            return
-        except DataError as error:
-            lost = lost or time.monotonic()
-            if time.monotonic() - lost > AWAY_SECONDS:
-                raise
-            logger.info("%s; trying again", error)
-            time.sleep(5 * POLL_SECONDS)
-
-
-def _wait_for_end(server: JobServer, job: str) -> Any:
-    """Return a job's details once it has ended, or after `STOP_SECONDS`."""
-    deadline = time.monotonic() + STOP_SECONDS
-    while not (info := server.job(job)).status.is_terminal() and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    return info
-
-
 def submit_run(
     submission: Submission,
     address: str,
     show: Callable[[str], None],
     *,
-    send: bool = True,
-    wait: bool = True,
+    action: Literal["no-wait", "follow", "stop"] | None = None,
     shared_paths: bool = False,
 ) -> int:
     """Submit a run and follow its job.
@@ -421,32 +322,36 @@ def submit_run(
         submission: the run.
         address: URL of the job server, as `address_of` gives it.
         show: called with each piece of the job's log.
-        send: False follows the last attempt and submits nothing.
-        wait: False submits and does not follow.
+        action: instead of both. no-wait: submit alone. follow: follow the last attempt and submit nothing. stop: end
+            the attempt that is under way and wait for its end; what it has finished stays.
         shared_paths: True if the nodes see this machine's paths.
 
     Returns:
         An exit code: the driver's own if it was followed.
 
     Raises:
-        ConfigError: the config or the address cannot be used.
-        DataError: the job server is away for too long.
+        ConfigError: the config or the address cannot be used, or there is no attempt to follow or stop.
+        DataError: the job server is away for too long, or the attempt does not end.
     """
-    if send:
+    if action not in ("follow", "stop"):
         refuse_far_paths(submission.config, address, shared_paths=shared_paths)
     server = JobServer(address)
-    job = submit(server, submission) if send else newest(server, submission)
-    if not wait:
+    if action == "stop":
+        job = newest(server, submission)
+        if server.job(job).status.is_terminal():
+            logger.info("%s: no job of this config is under way", address)
+            return 0
+        with server.plain_errors():
+            server.client.stop_job(job)  # Ray kills it a few seconds after its signal to end
+        if not server.wait_for_end(job).status.is_terminal():
+            raise DataError(f"job {job}: has not ended within {STOP_SECONDS:g} s; look at {server.address}")
+        logger.info("job %s stopped", job)
+        return 0
+    job = newest(server, submission) if action == "follow" else submit(server, submission)
+    if action == "no-wait":
         return 0
     try:
         return follow(server, job, show)
     except KeyboardInterrupt:
         logger.info("job %s goes on; the same line follows it again, and with --stop ends it", job)
         return 1
-
-
-def stop_run(submission: Submission, address: str) -> int:
-    """End a run's job and log it; return exit code 0."""
-    job = stop(JobServer(address), submission)
-    logger.info("job %s stopped" if job else "%s no job of this config is under way", job or f"{address}:")
-    return 0

@@ -27,14 +27,9 @@ def save_method(run: Run, state: MethodState, folder: str) -> Outputs:
 
 @lru_cache(2)
 def load_method(uri: str, digest: str) -> Method:
-    """Load the fitted method of a run; the two most recent stay in memory.
+    """Load the fitted method of the run at a URI; the two most recent stay in memory.
 
-    Args:
-        uri: of the run.
-        digest: content digest of its train stage, so that a new model is read anew.
-
-    Raises:
-        ArtefactError: the model is missing or damaged.
+    The content digest of its train stage lets a new model be read anew. Raise `ArtefactError` if it is damaged.
     """
     manifest = read_manifest(Run(uri), "train")
     digests = {path: written.digest for path, written in manifest.outputs.items()} if manifest else {}
@@ -42,15 +37,10 @@ def load_method(uri: str, digest: str) -> Method:
 
 
 def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = None) -> Method:
-    """Load the fitted method in a folder.
+    """Load the fitted method in the folder at a URI, which `stage` writes.
 
-    Args:
-        folder: URI.
-        stage: name of the stage that writes the folder, for messages.
-        digests: SHA-256 by path of the files as they were written; None compares nothing.
-
-    Raises:
-        ArtefactError: the model is missing or damaged.
+    `digests` are SHA-256 by path, as the files were written; None compares nothing. Raise `ArtefactError` if one is
+    missing or damaged.
     """
     config, weights = (storage.join(folder, name) for name in ("config.json", "weights.safetensors"))
     known = {path.rpartition("/")[2]: digest for path, digest in (digests or {}).items()}
@@ -63,13 +53,7 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
 
 
 def transform_rows(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:
-    """Return Float32[B d], rows in the method's own space.
-
-    Args:
-        method: fitted, with a space of its own.
-        features: Float32[B D].
-        block: rows transformed at once.
-    """
+    """Return Float32[B d], rows in the method's own space, from features Float32[B D], `block` rows at once."""
     if not isinstance(method, Transform):
         raise ConfigError(f"method.name = {method.config.name}: has no space of its own")
     with torch.inference_mode():

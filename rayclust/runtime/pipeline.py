@@ -122,16 +122,8 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
     return tuple(name for name in STAGES if name != SELECT_K or config.needs_selection)
 
 
-# Settings and digests.
-
-
 def settings_of(group: Any, *keys: str) -> dict[str, Any]:
-    """Return a group of settings as JSON, for a stage's digest.
-
-    Args:
-        group: part of a config.
-        keys: the fields to take; none takes all.
-    """
+    """Return some fields of a group of settings, all if none is named, as JSON for a stage's digest."""
     dumped: dict[str, Any] = group.model_dump(mode="json")
     return {key: dumped[key] for key in keys} if keys else dumped
 
@@ -150,14 +142,7 @@ def method_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], plan: Any = None) -> str:
-    """Return the digest that a manifest must carry to be valid for a config and inputs.
-
-    Args:
-        stage: the stage.
-        config: resolved for the stage; see `Manifests.resolved`.
-        inputs: manifests of the stages that it reads.
-        plan: the result of its `plan`.
-    """
+    """Return the digest that a manifest must carry to be valid for a resolved config, inputs and a plan."""
     return digest_of(
         {
             "stage": stage.name,
@@ -185,11 +170,7 @@ def _input_digests(stage: Stage, inputs: dict[str, Manifest]) -> dict[str, str]:
 
 
 class Manifests:
-    """Valid manifests of a run; each is read once.
-
-    Args:
-        config: of the run.
-    """
+    """Valid manifests of a run; each is read once."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._run = config, Run(config.run)
@@ -226,23 +207,12 @@ class Manifests:
         return SELECT_K in needs or any(self._follows_choice(need) for need in needs)
 
 
-# Running.
-
-
 class DamagedInputError(ArtefactError):
     """A file of an earlier stage was damaged and has been removed; its stage writes it again."""
 
 
 def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
-    """Run one stage, unless it is complete for the same config and inputs.
-
-    Args:
-        name: of the stage.
-        config: of the run.
-        force: run it even if it is complete.
-
-    Returns:
-        Its manifest.
+    """Run one stage, unless it is complete for the same config and inputs and `force` is false; return its manifest.
 
     Raises:
         ArtefactError: a stage that it reads is not complete.
@@ -254,7 +224,7 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
 
 
 def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
-    """Run every stage that is not complete, in order.
+    """Run every stage that is not complete, in order; return the manifests by stage.
 
     If a stage finds a damaged file of an earlier one, the loop begins again and that stage writes the file once more.
 
@@ -262,9 +232,6 @@ def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = 
         config: of the run.
         force: run all stages, complete or not.
         stop_after: the last stage to run; None runs all.
-
-    Returns:
-        Manifests by stage.
 
     Raises:
         HeldError: another process works on the run.
@@ -303,18 +270,27 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
                 f"run `rayclust {need} RUN.yaml` first"
             )
         inputs[need] = found
-    resolved = manifests.resolved(name)
-    plan = stage.plan(config) if stage.plan is not None else None
-    digest = stage_digest(stage, resolved, inputs, plan)
+    context = StageContext(manifests.resolved(name), run, "", inputs, stage.plan(config) if stage.plan else None)
+    context.digest = stage_digest(stage, context.config, inputs, context.plan)
 
-    # 2. Skip what is complete.
+    # 2. Skip what is complete. Its stamps become today's: files that were copied are not read again next time.
     manifest, listing = read_manifest(run, name), FileListing(run)
-    if manifest and manifest.digest == digest and not force and outputs_present(run, manifest, listing):
+    if (
+        manifest
+        and manifest.digest == context.digest
+        and not force
+        and listing.has_all(manifest.model_dump()["outputs"])
+    ):
         save_config(config)
         logger.info("%s: done before, skipped", name)
-        return _refresh_stamps(run, manifest, listing)
+        stamps = {path: getattr(listing.find(path), "stamp", "") for path in manifest.outputs}
+        outputs = {path: file.model_copy(update={"stamp": stamps[path]}) for path, file in manifest.outputs.items()}
+        if outputs != manifest.outputs:
+            manifest = manifest.model_copy(update={"outputs": outputs})
+            write_manifest(run, manifest)
+        return manifest
     for need, found in inputs.items() if check_inputs else ():
-        if not outputs_present(run, found):
+        if not listing.has_all(found.model_dump()["outputs"]):
             raise ArtefactError(
                 f"{name}: a file of the stage {need} of {run.uri} is missing or damaged: "
                 f"run `rayclust {need} RUN.yaml` first, which makes it again"
@@ -325,17 +301,30 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
     save_config(config)
     if force:
         storage.remove_tree(run.at("manifests", name))
-    logger.info("%s: started", name)
-    started = time.monotonic()
-    with scheduling(config.resources.placement), collect_timings() as timings:
-        result = _run(stage, StageContext(resolved, run, digest, inputs, plan))
-    seconds = time.monotonic() - started
+    return _run(stage, context, lease)
 
-    # 4. The manifest comes last, and only from the process that still holds the run.
+
+def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
+    """Run a stage and write its manifest, which comes last, and only from the process that still holds the run."""
+    logger.info("%s: started", stage.name)
+    started = time.monotonic()
+    try:
+        with scheduling(context.config.resources.placement), collect_timings() as timings:
+            result = stage.run(context)
+    except ArtefactError as error:
+        uri, source = remove_damaged(context.run, STAGES, str(error))
+        if not uri:
+            raise
+        raise DamagedInputError(
+            f"{stage.name}: {uri} was damaged and is removed: run `rayclust {source} RUN.yaml` first, "
+            "which makes it again"
+        ) from error
+    seconds = time.monotonic() - started
+    settings = digest_of(stage.settings(context.config))
     manifest = Manifest(
-        stage=name,
-        digest=digest,
-        inputs=_input_digests(stage, inputs) | {"settings": digest_of(stage.settings(resolved))},
+        stage=stage.name,
+        digest=context.digest,
+        inputs=_input_digests(stage, context.inputs) | {"settings": settings},
         counts=result.counts,
         outputs={path: Output(**written) for path, written in result.outputs.items()},
         versions=versions(),
@@ -344,22 +333,10 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
         extra=stage.outputs.model_validate(result.extra).to_extra(),
     )
     lease.check()
-    write_manifest(run, manifest)
-    logger.info("%s: done in %s%s", name, duration(seconds), f", {result.summary}" if result.summary else "")
+    write_manifest(context.run, manifest)
+    summary = f", {result.summary}" if result.summary else ""
+    logger.info("%s: done in %s%s", stage.name, duration(seconds), summary)
     return manifest
-
-
-def _run(stage: Stage, context: StageContext) -> StageResult:
-    try:
-        return stage.run(context)
-    except ArtefactError as error:
-        removed = remove_damaged(context.run, STAGES, str(error))
-        if removed is None:
-            raise
-        raise DamagedInputError(
-            f"{stage.name}: {removed.uri} was damaged and is removed: run `rayclust {removed.stage} RUN.yaml` first, "
-            "which makes it again"
-        ) from error
 
 
 def save_config(config: RunConfig) -> None:
@@ -371,27 +348,3 @@ def save_config(config: RunConfig) -> None:
     except (storage.MissingError, ArtefactError):
         pass
     storage.write_json(run.config, content)
-
-
-def outputs_present(run: Run, manifest: Manifest, listing: FileListing | None = None) -> bool:
-    """Return whether every file that a manifest lists is there as it was written.
-
-    Args:
-        run: the run.
-        manifest: of one of its stages.
-        listing: of the run, to list each folder once for several manifests; None lists anew.
-    """
-    listing = listing or FileListing(run)
-    return all(listing.has(path, written.model_dump()) for path, written in manifest.outputs.items())
-
-
-def _refresh_stamps(run: Run, manifest: Manifest, listing: FileListing) -> Manifest:
-    """Write the manifest again with today's stamps, so that files which were copied are not read again next time."""
-    stamps = {path: found.stamp for path in manifest.outputs if (found := listing.find(path)) is not None}
-    outputs = {
-        path: written.model_copy(update={"stamp": stamps.get(path, "")}) for path, written in manifest.outputs.items()
-    }
-    if outputs != manifest.outputs:
-        manifest = manifest.model_copy(update={"outputs": outputs})
-        write_manifest(run, manifest)
-    return manifest

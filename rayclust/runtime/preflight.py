@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayclust.config import NodePrice, RunConfig
+from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import DataError, RayclustError
@@ -67,8 +67,7 @@ class Finding:
 def check(config: RunConfig) -> list[Finding]:
     """Check everything that a run needs, without Ray and without writing any artefact.
 
-    Returns:
-        One finding per subject; all are checked, also after one that is bad.
+    All subjects are checked, also after one that is bad; each gives one finding.
     """
     checks = _Checks(config)
     subjects: dict[str, Callable[[], str]] = {
@@ -78,8 +77,11 @@ def check(config: RunConfig) -> list[Finding]:
         "encoder": checks.encoder,
         "method": checks.method,
         "label": checks.vocabulary,
-        "estimate": checks.estimate,
-        "work": checks.work,
+        "estimate": lambda: (
+            ("at least " if checks.is_lower_bound and checks.images else "")
+            + traffic(config, checks.images, checks.dimension, checks.sample)
+        ),
+        "work": lambda: work(config, checks.images, checks.sample),
         "placement": lambda: describe_placement(config.resources.placement),
         "cost": checks.cost,
     }
@@ -211,18 +213,6 @@ class _Checks:
             return "the classes' own names" if own else "no vocabulary: clusters get no names"
         return f"{len(merged(found).words):,} words" + (", and the classes' own names" if own else "")
 
-    def estimate(self) -> str:
-        if not self.images:
-            return "the number of images is not known before they are read"
-        least = "at least " if self.is_lower_bound else ""
-        return least + traffic(self.config, self.images, self.dimension, self.sample)
-
-    def work(self) -> str:
-        if self.sample is None:
-            return "nothing is encoded"
-        each = "" if self.images else ", each 1,000 images"
-        return work(self.config, self.images or THOUSAND, self.sample) + each
-
     def cost(self) -> str:
         if not self.config.prices:
             return "not known: give prices, such as prices.g6.4xlarge: {dollars_per_hour: …, cpus: 16, gpus: 1}"
@@ -232,19 +222,11 @@ class _Checks:
         return f"encode{each} on " + "; on ".join(costs(self.config, self.images or THOUSAND, self.sample))
 
 
-# Estimates.
-
-
 def traffic(config: RunConfig, images: int, dimension: int, sample: Sample | None) -> str:
-    """Return bytes read and written, and those on a training node, in one line.
-
-    Args:
-        config: of the run.
-        images: their number N.
-        dimension: width D of an embedding.
-        sample: cost of an image; None if nothing is encoded.
-    """
-    stored, neighbors = images * dimension * 2, images * min(config.neighbors.k, max(images - 1, 0)) * NEIGHBOR_BYTES
+    """Return bytes read and written, and those on a training node, in one line; embeddings have `dimension` values."""
+    if not images:
+        return "the number of images is not known before they are read"
+    stored, neighbors = images * dimension * 2, images * min(config.neighbors.k, images - 1) * NEIGHBOR_BYTES
     read = f"reads {images * sample.file_bytes / GIGABYTE:.2f} GB of images; " if sample else ""
     return (
         f"{read}{stored / GIGABYTE:.2f} GB of embeddings and {neighbors / GIGABYTE:.2f} GB of neighbours in storage, "
@@ -252,47 +234,44 @@ def traffic(config: RunConfig, images: int, dimension: int, sample: Sample | Non
     )
 
 
-def work(config: RunConfig, images: int, sample: Sample) -> str:
+def work(config: RunConfig, images: int, sample: Sample | None) -> str:
     """Return CPU and GPU time of encode at this machine's speed, and how many CPUs keep a GPU busy, in one line."""
-    decode, encode = images * sample.decode_seconds, images * sample.encode_seconds
+    if sample is None:
+        return "nothing is encoded"
+    decode, encode = ((images or THOUSAND) * seconds for seconds in (sample.decode_seconds, sample.encode_seconds))
+    each = "" if images else ", each 1,000 images"
     if not config.resources.gpus_per_worker:
-        return f"decode {duration(decode)} and encode {duration(encode)} of CPU time at the speed of this machine"
+        return f"decode {duration(decode)} and encode {duration(encode)} of CPU time at the speed of this machine{each}"
     if not sample.on_gpu:
-        return f"decode {duration(decode)} of CPU time; how fast a GPU encodes cannot be seen on this machine"
+        return f"decode {duration(decode)} of CPU time; how fast a GPU encodes cannot be seen on this machine{each}"
     ratio = sample.decode_seconds / sample.encode_seconds
     return (
         f"decode {duration(decode)} of CPU time and encode {duration(encode)} of GPU time at this machine's speed: "
-        f"{ratio:.1f} CPUs keep one GPU busy"
+        f"{ratio:.1f} CPUs keep one GPU busy{each}"
     )
 
 
 def costs(config: RunConfig, images: int, sample: Sample) -> Iterator[str]:
     """Yield hours and dollars of encode on each kind of node in `prices`, and whether its CPUs or GPUs bound it."""
-
-    def priced(hours: float, node: NodePrice) -> str:
-        return f"{hours:.2f} node hours, ${hours * node.dollars_per_hour:,.2f}"
-
-    wants_gpus = bool(config.resources.gpus_per_worker)
+    needs_gpus = bool(config.resources.gpus_per_worker)
     for name, node in config.prices.items():
-        decode = images * sample.decode_seconds / HOUR / node.cpus
-        if wants_gpus and not node.gpus:
-            yield f"{name}: decoding alone takes {priced(decode, node)}"
-            continue
+        hours, before, after = images * sample.decode_seconds / HOUR / node.cpus, "", ""
         rate = node.images_per_second  # of one GPU, or one CPU
-        if rate is None:
-            if wants_gpus != sample.on_gpu:
-                why = "no GPU is here to see how fast one encodes"
-                yield f"{name}: not known, set prices.{name}.images_per_second: {why}"
-                continue
+        if rate is None and needs_gpus == sample.on_gpu:
             rate = 1 / sample.encode_seconds
-        if not wants_gpus:
-            hours = images * (sample.decode_seconds + 1 / rate) / HOUR / node.cpus
-            yield f"{name}: {priced(hours, node)}"
+        if needs_gpus and not node.gpus:
+            before = "decoding alone takes "
+        elif rate is None:
+            yield f"{name}: not known, set prices.{name}.images_per_second: no GPU is here to see how fast one encodes"
             continue
-        # The node's own CPUs decode: the slower of the two bounds it.
-        encode = images / rate / HOUR / node.gpus
-        needed, there = sample.decode_seconds * rate, node.cpus / node.gpus
-        bound = f"its GPUs bound it, {needed:.1f} of {there:.1f} CPUs a GPU are busy"
-        if encode < decode:
-            bound = f"its CPUs bound it, {needed:.1f} a GPU are needed and {there:.1f} are there: add CPU nodes"
-        yield f"{name}: {priced(max(encode, decode), node)}, {encode * node.gpus:.2f} GPU hours; {bound}"
+        elif not needs_gpus:
+            hours = images * (sample.decode_seconds + 1 / rate) / HOUR / node.cpus
+        else:
+            # The node's own CPUs decode: the slower of the two bounds it.
+            encode = images / rate / HOUR / node.gpus
+            needed, there = sample.decode_seconds * rate, node.cpus / node.gpus
+            bound = f"its GPUs bound it, {needed:.1f} of {there:.1f} CPUs a GPU are busy"
+            if encode < hours:
+                bound = f"its CPUs bound it, {needed:.1f} a GPU are needed and {there:.1f} are there: add CPU nodes"
+            hours, after = max(encode, hours), f", {encode * node.gpus:.2f} GPU hours; {bound}"
+        yield f"{name}: {before}{hours:.2f} node hours, ${hours * node.dollars_per_hour:,.2f}{after}"

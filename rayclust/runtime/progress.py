@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -34,7 +33,7 @@ class Progress:
     """Counter of a stage's work, shown as a bar or as log lines. Thread-safe.
 
     Args:
-        stage: name of the stage.
+        stage: its name.
         unit: of the counts, in the plural: images, rows, steps.
         total: how many there will be; None if unknown.
         done: how many were finished by an earlier run; not counted in the rate.
@@ -65,9 +64,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -163,10 +160,7 @@ def collect_timings() -> Iterator[list[Timing]]:
 def timed_section(name: str, workers: int = 0, unit: str = "rows") -> Iterator[Timing]:
     """Measure a group of workers while the block runs; a timing of the same name is continued.
 
-    Args:
-        name: of the group.
-        workers: their number; 0 counts those that were seen.
-        unit: of their counts.
+    0 workers count those that were seen; `unit` is that of the counts.
     """
     timings = _timings.get()
     timing = next((timing for timing in timings or [] if timing.name == name), None) or Timing(name, workers, unit)

@@ -19,14 +19,7 @@ BUSY_SHARE = 0.5
 
 
 def lines(uri: str) -> Iterator[str]:
-    """Yield the state of a run, a line a stage.
-
-    Args:
-        uri: of the run.
-
-    Raises:
-        ArtefactError: there is no run.
-    """
+    """Yield the state of the run at a URI, a line a stage; raise `ArtefactError` if there is none."""
     config = load_run(uri)
     run, manifests = Run(config.run), Manifests(config)
     if not config.needs_selection:
@@ -88,22 +81,18 @@ def bottleneck(sections: Sequence[Section]) -> str:
     Groups that work at the same time wait for the busiest of them, and more of its workers would shorten the stage.
     Where even the busiest was idle for most of the time, it waited for resources or its own start.
 
-    Args:
-        sections: of the stage's manifest.
-
     Returns:
         Such as "decoding (decoders: 4 workers, busy 93 % of 12 s)"; "starting and waiting, then" stands before it
         below 50 %; "" if nothing was measured.
     """
-
-    def busy(section: Section) -> float:  # rounding may bring it above 1
-        return min(1.0, sum(section.busy.values()) / (section.workers * section.seconds))
-
     measured = [part for part in sections if part.busy and part.workers and part.seconds]
     if not measured:
         return ""
-    slowest = max(measured, key=lambda part: busy(part) * part.seconds)
+    # Rounding may bring a share above 1.
+    busy = {part.name: min(1.0, sum(part.busy.values()) / (part.workers * part.seconds)) for part in measured}
+    slowest = max(measured, key=lambda part: busy[part.name] * part.seconds)
     kind = max(slowest.busy, key=lambda name: slowest.busy[name])
     workers = f"{slowest.workers} worker{'s' if slowest.workers > 1 else ''}"
-    idle = "starting and waiting, then " if busy(slowest) < BUSY_SHARE else ""
-    return f"{idle}{kind} ({slowest.name}: {workers}, busy {100 * busy(slowest):.0f} % of {duration(slowest.seconds)})"
+    idle = "starting and waiting, then " if busy[slowest.name] < BUSY_SHARE else ""
+    share, taken = busy[slowest.name], duration(slowest.seconds)
+    return f"{idle}{kind} ({slowest.name}: {workers}, busy {100 * share:.0f} % of {taken})"

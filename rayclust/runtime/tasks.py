@@ -94,11 +94,7 @@ def finished_tasks(
 ) -> dict[int, TaskResult]:
     """Return results, by index, of the tasks whose mark matches and whose outputs are all there.
 
-    Args:
-        run: the run.
-        stage: name of the stage.
-        tasks: the whole work, or a part of it.
-        on_result: called for each of them.
+    `on_result` is called for each of them.
     """
     listing, results = FileListing(run), dict[int, TaskResult]()
     uris = [run.shard_manifest(task.index, stage) for task in tasks]
@@ -107,7 +103,7 @@ def finished_tasks(
             if mark is None or mark[0] != task.digest:
                 continue
             result = mark[1]
-            if all(listing.has(path, written) for path, written in result.outputs.items()):
+            if listing.has_all(result.outputs):
                 if on_result is not None:
                     on_result(task, result)
                 results[task.index] = result

@@ -32,8 +32,7 @@ def cluster_names(run: Run) -> dict[int, str | None]:
 def vocabulary_kinds(config: RunConfig) -> dict[str, VocabularyKind]:
     """Return the kind of each list of words, `auto` resolved: ImageNet's names if the encoder reads text, else none.
 
-    Returns:
-        {} if no names are wanted.
+    {} if no names are wanted.
     """
     found = {name: kind_of(name) for name in config.label.lists}
     if "auto" in found:
@@ -100,11 +99,7 @@ def _read_embeddings(uri: str) -> Vocabulary:
 
 
 def check_classes(config: RunConfig) -> None:
-    """Refuse the list `classes` if there are no classes, or nothing to embed their names.
-
-    Raises:
-        ConfigError: so it is.
-    """
+    """Raise `ConfigError` if the list `classes` is wanted without classes, or with nothing to embed their names."""
     found = vocabulary_kinds(config)
     if "classes" not in found.values():
         return

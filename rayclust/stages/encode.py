@@ -35,7 +35,7 @@ from rayclust.runtime.encoder import encoder_shape, load_run_encoder, worker_dev
 from rayclust.runtime.inputs import input_shards, plan_inputs
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
-from rayclust.runtime.rows import MomentsInOrder, renumber, write_shard
+from rayclust.runtime.shards import MomentsInOrder, renumber, write_shard
 from rayclust.runtime.tasks import (
     STORAGE_THREADS,
     Task,
@@ -100,9 +100,9 @@ def run(context: StageContext) -> StageResult:
     # 3. Row numbers, now that all counts are known.
     results = _number_rows(context.run, results)
     extra = {
-        "dimension": len(moments.sum.total),
+        "dimension": moments.dimension,
         "parts": [result.counts["rows"] for result in results],
-        "moments": moments.sum.to_json(),
+        "moments": moments.sum,
         "reasons": dict(reasons),
     }
     outputs = {path: written for result in results for path, written in result.outputs.items()}

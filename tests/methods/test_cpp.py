@@ -13,9 +13,9 @@ from torch import nn
 from rayclust.clustering import spectral
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.losses.coding_rate import coding_rate
-from rayclust.methods import Cpp, build, load
+from rayclust.methods import build, load
 from rayclust.methods.base import EMBEDDINGS, Batch, Membership, Plan, Prototypes, Recuttable, Transform
-from rayclust.methods.cpp import CppConfig, CppNetwork
+from rayclust.methods.cpp import Cpp, CppConfig, CppNetwork
 from rayclust.metrics.external import accuracy
 from rayclust.training.loop import LOSS_SCALE, Stepper, Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows

@@ -72,7 +72,7 @@ class Rim(Method):
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(methods.METHODS, "rim", Rim)  # the line in methods/__init__.py
+    monkeypatch.setitem(methods.METHODS, "rim", f"{__name__}:Rim")  # the line in methods/__init__.py
 
 
 def planted(seed: int = 0, clusters: int = 4, count: int = 200) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 
-from rayclust.config import grid
 from rayclust.errors import ConfigError, DataError
 from rayclust.metrics.selection import (
     Candidate,
@@ -87,15 +85,6 @@ def test_an_end_of_the_candidates_is_no_optimum_until_most_pick_one():
     assert "no vote, being an end of the candidates: silhouette 2" in choose(candidates).reason
 
 
-def test_grids():
-    assert grid(2, 2) == (2,)
-    assert grid(2, 100)[0] == 2
-    assert grid(2, 100)[-1] == 100
-    ks = grid(2, 1000)
-    assert all(b / a <= 1.5 + 1 / a for a, b in itertools.pairwise(ks))
-    assert len(ks) < 18
-
-
 def test_refinement_lies_between_the_best_ones_neighbours():
     assert refine([2, 4, 8, 16], 8) == (5, 7, 9, 12)
     assert refine([2, 4, 8, 16], 2) == (3,)
@@ -115,10 +104,6 @@ def test_refuse_what_cannot_be():
         choose([Candidate(2, {"silhouette": 1.0})], "knee")
     with pytest.raises(ConfigError, match="rule = 'best': must be one of vote, coding_length, knee, silhouette"):
         choose(table(), "best")
-    with pytest.raises(ConfigError, match="1 ≤ least ≤ most"):
-        grid(5, 4)
-    with pytest.raises(ConfigError, match="must be above 1"):
-        grid(2, 4, ratio=1)
     with pytest.raises(ConfigError, match="best = 3"):
         refine([2, 4], 3)
     with pytest.raises(DataError, match="one for each"):

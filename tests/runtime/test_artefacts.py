@@ -91,8 +91,8 @@ def test_what_an_error_names_is_removed_only_where_a_manifest_says_that_it_was_a
         run, Manifest(stage="train", digest="d", outputs={path: Output(**file) for path, file in outputs.items()})
     )
     (tmp_path / "model" / "b").write_bytes(b"35")
-    assert remove_damaged(run, NAMES, f"{run.at('model', 'a')}: is said to be damaged") is None
-    assert remove_damaged(run, NAMES, f"{run.at('model', 'c')}: is said to be damaged") is None
-    assert remove_damaged(run, NAMES, "no file is named") is None
+    assert remove_damaged(run, NAMES, f"{run.at('model', 'a')}: is said to be damaged") == ("", "")
+    assert remove_damaged(run, NAMES, f"{run.at('model', 'c')}: is said to be damaged") == ("", "")
+    assert remove_damaged(run, NAMES, "no file is named") == ("", "")
     assert remove_damaged(run, NAMES, f"{run.at('model', 'b')}: is damaged") == (run.at("model", "b"), "train")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["a", "c"]

@@ -17,14 +17,12 @@ from rayclust.config import PlacementConfig
 from rayclust.errors import ConfigError, DataError, RayclustError
 from rayclust.runtime import cluster
 from rayclust.runtime.cluster import (
-    _refuse_unreachable,
     connect,
     cores_per_worker,
     cpus,
-    describe,
     plain_errors,
+    refuse_unreachable,
     run_remotely,
-    widest,
     worker_count,
     worker_range,
 )
@@ -90,8 +88,9 @@ def test_an_interrupt_is_no_error():
         ([0, 16, 16], 4, 8), ([0], 1, 1), ([], 1, 1), ([7, 5], 4, 2),
     ],
 )  # fmt: skip
-def test_a_workers_cpus_lie_on_one_node(nodes: list[int], workers: int, cores: int):
-    assert widest(nodes, workers) == cores
+def test_a_workers_cpus_lie_on_one_node(nodes: list[int], workers: int, cores: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "live_nodes", lambda labels: [{"CPU": cpus} for cpus in nodes])
+    assert cores_per_worker(workers, {}) == cores
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -100,18 +99,18 @@ def test_an_address_where_nobody_answers_is_one_line_at_once(scheme: str):
         probe.bind(("127.0.0.1", 0))  # bound, so nobody else's; not listening, so nobody answers
         address = f"{scheme}127.0.0.1:{probe.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"RAY_ADDRESS = {address}: no Ray cluster answers there"):
-            _refuse_unreachable(address)
+            refuse_unreachable(address)
 
 
 def test_an_address_that_is_none_is_refused_and_words_pass():
     with pytest.raises(ConfigError, match="is no address"):
-        _refuse_unreachable("head:port")
+        refuse_unreachable("head:port")
     for word in ("auto", "local"):
-        _refuse_unreachable(word)
+        refuse_unreachable(word)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        _refuse_unreachable(f"ray://127.0.0.1:{server.getsockname()[1]}")
+        refuse_unreachable(f"ray://127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_the_fewest_workers_are_all_unless_fewer_are_allowed():
@@ -132,10 +131,9 @@ def test_the_local_cluster_is_joined_described_and_used():
     from rayclust.config import validate
 
     connect()
-    assert cpus() == 2
-    assert describe() == "1 node(s), 2 CPUs, 0 GPUs"
+    assert cpus({}) == 2
     auto = validate(tree("run", "images"))
-    assert (worker_count(auto, "encode"), worker_count(auto, "train"), cores_per_worker(1)) == (2, 1, 2)
+    assert (worker_count(auto, "encode"), worker_count(auto, "train"), cores_per_worker(1, {})) == (2, 1, 2)
     three = validate(tree("run", "images", resources={"workers": 3}))
     assert (worker_count(three, "encode"), worker_count(three, "train")) == (3, 3)
 
@@ -169,10 +167,10 @@ def in_namespace(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def test_only_live_nodes_with_the_labels_count(cluster_nodes: list[dict[str, Any]]):
-    assert cluster.total_resource("CPU", CPU) == 5
-    assert cluster.total_resource("CPU", {}) == 5
-    assert cluster.total_resource("GPU", CPU) == 0
+    assert cpus(CPU) == cpus({}) == 5
+    assert cpus(GPU) == 1
     assert len(cluster.live_nodes(CPU)) == 2
+    assert cluster.live_nodes(CPU | {"zone": "a"}) == []
 
 
 def test_without_labels_ray_is_asked_what_it_was(cluster_nodes: list[dict[str, Any]]):
@@ -184,7 +182,7 @@ def test_a_label_that_no_node_carries_is_said_with_those_that_they_do(
     cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     in_namespace(monkeypatch, "anonymous")
-    cluster._warn_once.cache_clear()
+    monkeypatch.setattr(cluster, "_warned", set())
     with caplog.at_level(logging.WARNING):
         assert cluster.label_selector("encode", GPU) == {"label_selector": GPU}
         cluster.require_label("encode", GPU)

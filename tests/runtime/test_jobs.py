@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ from rayclust.runtime.jobs import (
     is_here,
     newest,
     refuse_far_paths,
-    stop,
-    stop_run,
     submit,
     submit_run,
 )
@@ -57,36 +56,40 @@ class Details:
     driver_exit_code: int | None = None
     message: str | None = None
     start_time: int = 0
+    submission_id: str = ""
 
 
 @dataclass
-class Server:
-    """A cluster's job server in a few lines: jobs end with what `endings` says, and their logs come in pieces."""
+class Server(JobServer):
+    """A cluster's job server, and Ray's client of it, in a few lines: logs come in pieces, and end in between."""
 
     address: str = "http://head:8265"
     known: dict[str, Details] = field(default_factory=dict)
     pieces: list[Any] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
 
-    def jobs(self) -> dict[str, Details]:
-        return dict(self.known)
+    @property
+    def client(self) -> Any:  # type: ignore[override]
+        return self
 
-    def job(self, submission: str) -> Details:
+    def list_jobs(self) -> list[Details]:
+        return [replace(details, submission_id=name) for name, details in self.known.items()]
+
+    def get_job_info(self, submission: str) -> Details:
         return self.known[submission]
 
-    def submit(self, submission: str, entrypoint: str, metadata: dict[str, str]) -> bool:
-        if submission in self.taken:
-            self.known[submission] = Details(Status("RUNNING"))
-            return False
-        self.known[submission] = Details(Status("PENDING"), entrypoint)
-        return True
+    def submit_job(self, *, submission_id: str, entrypoint: str, metadata: dict[str, str]) -> None:
+        if submission_id in self.taken:
+            self.known[submission_id] = Details(Status("RUNNING"))
+            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+        self.known[submission_id] = Details(Status("PENDING"), entrypoint)
 
-    def stop(self, submission: str) -> None:
+    def stop_job(self, submission: str) -> None:
         self.known[submission].status = Status("STOPPED")
 
-    def tail(self, submission: str) -> Iterator[str]:
+    async def tail_job_logs(self, submission: str) -> AsyncIterator[str]:
         for piece in self.pieces.pop(0):
-            if isinstance(piece, Exception):
+            if isinstance(piece, BaseException):
                 raise piece
             yield piece
 
@@ -108,13 +111,13 @@ def test_the_same_config_has_the_same_name_wherever_it_comes_from(tmp_path: Path
     assert Submission(one.config, "encode").name.startswith("rayclust-encode-my-photos-")
     monkeypatch.chdir("/")
     assert submission().name == one.name
-    assert one.id(3) == f"{one.name}-3"
 
 
 def test_attempts_of_this_run_are_told_from_others():
     one = submission()
-    jobs: Any = dict.fromkeys([one.id(10), one.id(2), one.name, one.id(2) + "-x", "x" + one.id(3), f"{one.name}-0"])
-    assert one.attempts(jobs) == [2, 10]
+    others = (one.name, f"{one.name}-2-x", f"x{one.name}-3", f"{one.name}-0")
+    known = {name: Details(Status("FAILED")) for name in (f"{one.name}-10", f"{one.name}-2", *others)}
+    assert list(one.attempts(Server(known=known))) == [f"{one.name}-2", f"{one.name}-10"]
 
 
 def test_the_shell_hands_the_config_on_as_it_is(tmp_path: Path):
@@ -124,8 +127,9 @@ def test_the_shell_hands_the_config_on_as_it_is(tmp_path: Path):
     (tmp_path / "python").write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -c "{shown}" "$@"\n')
     (tmp_path / "python").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(one.entrypoint(2), shell=True, capture_output=True, text=True, env=environment, check=False)  # noqa: S602
-    head = f"['run', '-'] {one.id(2)} "
+    line = one.entrypoint(f"{one.name}-2")
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment, check=False)  # noqa: S602
+    head = f"['run', '-'] {one.name}-2 "
     assert done.stdout.startswith(head)
     text = done.stdout.removeprefix(head)
     assert parse(text) == one.config
@@ -152,33 +156,38 @@ def test_local_paths_are_refused_by_a_cluster_elsewhere_and_warned_of_here(caplo
 def test_one_attempt_at_a_time_and_the_next_after_it_has_ended():
     server: Any = Server()
     one = submission()
-    assert submit(server, one) == one.id(1)
-    assert submit(server, one) == one.id(1)  # it waits
-    server.known[one.id(1)].status = Status("RUNNING")
-    assert submit(server, one) == one.id(1)
-    assert newest(server, one) == one.id(1)
-    server.known[one.id(1)].status = Status("FAILED")
-    assert submit(server, one) == one.id(2)
-    assert submit(server, submission(seed=1)) != one.id(1)
-    server.known[one.id(2)].status = Status("SUCCEEDED")
-    assert submit(server, one) == one.id(3)  # the images may have changed
+    assert submit(server, one) == f"{one.name}-1"
+    assert submit(server, one) == f"{one.name}-1"  # it waits
+    server.known[f"{one.name}-1"].status = Status("RUNNING")
+    assert submit(server, one) == f"{one.name}-1"
+    assert newest(server, one) == f"{one.name}-1"
+    server.known[f"{one.name}-1"].status = Status("FAILED")
+    assert submit(server, one) == f"{one.name}-2"
+    assert submit(server, submission(seed=1)) != f"{one.name}-1"
+    server.known[f"{one.name}-2"].status = Status("SUCCEEDED")
+    assert submit(server, one) == f"{one.name}-3"  # the images may have changed
 
 
 def test_of_two_who_submit_at_once_one_follows_the_other():
     one = submission()
-    server: Any = Server(taken={one.id(1)})
-    assert submit(server, one) == one.id(1)
+    server: Any = Server(taken={f"{one.name}-1"})
+    assert submit(server, one) == f"{one.name}-1"
 
 
-def test_stop_ends_what_is_under_way_and_says_where_nothing_is():
-    server: Any = Server()
-    one = submission()
+def test_stop_ends_what_is_under_way_and_says_where_nothing_is(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    caplog.set_level("INFO")
+    one, server = submission(), Server()
+    monkeypatch.setattr(module, "JobServer", lambda address: server)
+    stop = partial(submit_run, one, server.address, lambda text: None, action="stop")
     with pytest.raises(ConfigError, match="no job with this config was submitted"):
-        stop(server, one)
-    submit(server, one)
-    assert stop(server, one) == one.id(1)
-    assert server.known[one.id(1)].status == "STOPPED"
-    assert stop(server, one) is None
+        stop()
+    assert submit_run(one, server.address, lambda text: None, action="no-wait") == 0
+    assert list(server.known) == [f"{one.name}-1"]
+    assert stop() == 0
+    assert server.known[f"{one.name}-1"].status == "STOPPED"
+    assert f"job {one.name}-1 stopped" in caplog.text
+    assert stop() == 0
+    assert "no job of this config is under way" in caplog.text
 
 
 def followed(details: Details, *pieces: list[Any]) -> tuple[int, str]:
@@ -217,14 +226,14 @@ def test_the_log_is_shown_without_the_config_that_ray_writes_first():
 
 
 def test_a_lost_connection_is_taken_up_where_it_broke():
-    lost = DataError("http://head:8265: the job server does not answer")
+    lost = ConnectionError("nobody is there")
     done = Details(Status("SUCCEEDED"))
     assert followed(done, ["one\n", "two\n", lost], [lost], ["one\ntwo\nth", "ree\n"]) == (0, "one\ntwo\nthree\n")
 
 
 def test_a_server_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "AWAY_SECONDS", 0.1)
-    lost = DataError("http://head:8265: the job server does not answer")
+    lost = ConnectionError("nobody is there")
     with pytest.raises(DataError, match="does not answer"):
         followed(Details(Status("SUCCEEDED")), *[[lost]] * 100)
 
@@ -241,7 +250,7 @@ def test_a_job_that_waits_for_the_cluster_is_waited_for(monkeypatch: pytest.Monk
         details.status = Status("PENDING" if looks < 20 else "SUCCEEDED")
         return details
 
-    monkeypatch.setattr(Server, "job", job)
+    monkeypatch.setattr(Server, "get_job_info", job)
     assert followed(details, ["done\n"]) == (0, "done\n")
     assert "Waiting for a node." in caplog.text
 
@@ -249,21 +258,11 @@ def test_a_job_that_waits_for_the_cluster_is_waited_for(monkeypatch: pytest.Monk
 def test_an_interrupted_follower_leaves_the_job_alone(monkeypatch: pytest.MonkeyPatch, caplog: Any):
     caplog.set_level("INFO")
     one, server = submission(), Server(pieces=[["a\n", KeyboardInterrupt()]])
-    server.known[one.id(1)] = Details(Status("RUNNING"))
+    server.known[f"{one.name}-1"] = Details(Status("RUNNING"))
     monkeypatch.setattr(module, "JobServer", lambda address: server)
-    monkeypatch.setattr(Server, "tail", lambda self, job: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert submit_run(one, server.address, lambda text: None) == 1
-    assert f"job {one.id(1)} goes on" in caplog.text
-    assert server.known[one.id(1)].status == "RUNNING"
-
-
-def test_sending_does_not_wait(monkeypatch: pytest.MonkeyPatch):
-    one, server = submission(), Server()
-    monkeypatch.setattr(module, "JobServer", lambda address: server)
-    assert submit_run(one, server.address, lambda text: None, wait=False) == 0
-    assert list(server.known) == [one.id(1)]
-    assert stop_run(one, server.address) == 0
-    assert stop_run(one, server.address) == 0
+    assert f"job {one.name}-1 goes on" in caplog.text
+    assert server.known[f"{one.name}-1"].status == "RUNNING"
 
 
 TOKEN = "a-token-for-this-cluster-alone-0123456789"  # noqa: S105
@@ -421,6 +420,7 @@ class Dashboard(BaseHTTPRequestHandler):
     mode = "open"
     starting: list[int]
     seen: list[str]
+    known: list[str]
 
     def do_GET(self) -> None:
         self.seen.append(self.headers.get("Authorization", ""))
@@ -435,14 +435,18 @@ class Dashboard(BaseHTTPRequestHandler):
         elif self.path == "/api/version":
             self.answer(200, json.dumps({"ray_version": "2.60.0", "version": "4", "ray_commit": "x"}))
         else:
-            self.answer(200, json.dumps([JOB, JOB | {"submission_id": None, "type": "DRIVER"}]))
+            others = [JOB, JOB | {"submission_id": None, "type": "DRIVER"}]
+            self.answer(
+                200, json.dumps(others + [JOB | {"submission_id": name, "status": "PENDING"} for name in self.known])
+            )
 
     def do_POST(self) -> None:
         if self.starting:
             self.starting.pop()
             self.answer(500, "No available agent to submit job, please try again later.")
             return
-        self.answer(500, "ValueError: Job with submission_id a-1 already exists. Please use another.")
+        self.known.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["submission_id"])
+        self.answer(500, "ValueError: Job with this submission_id already exists. Please use another.")  # by another
 
     def answer(self, code: int, text: str) -> None:
         self.send_response(code)
@@ -458,7 +462,7 @@ JOB = {"type": "SUBMISSION", "submission_id": "a-1", "status": "FAILED", "entryp
 
 @pytest.fixture
 def dashboard() -> Iterator[tuple[str, type[Dashboard]]]:
-    handler = type("Handler", (Dashboard,), {"seen": [], "starting": []})
+    handler = type("Handler", (Dashboard,), {"seen": [], "starting": [], "known": []})
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -473,8 +477,8 @@ def test_jobs_of_an_open_cluster(dashboard: tuple[str, type[Dashboard]], monkeyp
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://another:1")
     server = JobServer(address)
     assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://another:1"
-    assert {name: job.driver_exit_code for name, job in server.jobs().items()} == {"a-1": 3}
-    assert server.submit("a-1", "true", {}) is False
+    assert {job.submission_id: job.driver_exit_code for job in server.client.list_jobs()} == {"a-1": 3, None: 3}
+    assert submit(server, submission()) == handler.known[0] == f"{submission().name}-1"
     assert set(handler.seen) == {""}
 
 
@@ -483,11 +487,11 @@ def test_a_cluster_that_has_just_started_is_given_a_while(
 ):
     address, handler = dashboard
     handler.starting.append(1)
-    assert JobServer(address).submit("a-1", "true", {}) is False
+    assert submit(JobServer(address), submission()) == f"{submission().name}-1"
     monkeypatch.setattr(module, "STARTING_SECONDS", 0.0)
     handler.starting.append(1)
     with pytest.raises(DataError, match="try again later"):
-        JobServer(address).submit("a-1", "true", {})
+        submit(JobServer(address), submission(seed=1))
 
 
 def test_the_token_is_sent_where_it_is_asked_for_and_never_said(
@@ -507,11 +511,11 @@ def test_the_token_is_sent_where_it_is_asked_for_and_never_said(
         JobServer(address)
     assert OPEN_TOKEN not in str(caught.value) + caplog.text
     monkeypatch.setenv("RAY_AUTH_TOKEN", OPEN_TOKEN)
-    assert set(JobServer(address).jobs()) == {"a-1"}
+    assert "a-1" in {job.submission_id for job in JobServer(address).client.list_jobs()}
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     (tmp_path / "token").write_text(OPEN_TOKEN + "\n")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    assert set(JobServer(address).jobs()) == {"a-1"}
+    assert "a-1" in {job.submission_id for job in JobServer(address).client.list_jobs()}
     assert OPEN_TOKEN not in caplog.text
 
 
@@ -526,7 +530,7 @@ def test_a_token_that_is_asked_for_and_missing_is_said_before_anything_is_sent(
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(OPEN_TOKEN)
     handler.mode = "token"
-    assert set(JobServer(address).jobs()) == {"a-1"}
+    assert "a-1" in {job.submission_id for job in JobServer(address).client.list_jobs()}
 
 
 def test_a_token_over_an_open_line_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: Any):

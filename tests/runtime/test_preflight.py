@@ -189,7 +189,7 @@ def test_bytes():
         "reads 720.00 GB of images; 11.06 GB of embeddings and 3.60 GB of neighbours in storage, 22.12 GB of rows per "
         "training node"
     )
-    assert traffic(priced(0), 0, 768, None).startswith("0.00 GB of embeddings")
+    assert traffic(priced(0), 1, 768, None).startswith("0.00 GB of embeddings")
 
 
 def test_two_hours_of_a_cpu_to_one_of_a_gpu():

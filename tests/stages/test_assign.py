@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rayclust.errors import ConfigError
-from rayclust.methods import KMeansConfig, build
-from rayclust.methods.kmeans import KMeans
+from rayclust.methods import build
+from rayclust.methods.kmeans import KMeans, KMeansConfig
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.stages import assign as stage
 from rayclust.stages.assign import assign

@@ -233,7 +233,7 @@ class CutKMeans(KMeans):
 def test_a_method_that_is_cut_is_fitted_once_with_the_largest_candidate(
     tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, examined: list[int]
 ):
-    monkeypatch.setitem(METHODS, "kmeans", CutKMeans)
+    monkeypatch.setitem(METHODS, "kmeans", f"{__name__}:CutKMeans")
     fits, before = list[int](), train.fit
 
     def note(job: train.Job) -> dict[str, Any]:

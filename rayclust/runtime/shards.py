@@ -1,0 +1,128 @@
+"""Write the embeddings of a run, a part per input shard, with the sums that centring and z-scores need."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayclust.errors import ArtefactError
+from rayclust.runtime.artefacts import put_table
+from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
+from rayclust.store import storage, tables
+from rayclust.store.run import Run
+
+
+def moments_of(embeddings: np.ndarray) -> dict[str, Any]:
+    """Return count, sum and sum of squares of Float16[N D] rows, in float64, for centring and z-scores; see `_pack`."""
+    rows = embeddings.astype(np.float64)
+    return _pack(len(rows), np.stack([rows.sum(0), (rows**2).sum(0)]))
+
+
+def _pack(count: int, sums: np.ndarray) -> dict[str, Any]:
+    """Return exact JSON of Float64[2 D]: sums and squares as base64 of their little-endian float64s."""
+    total, squares = (base64.b64encode(values.astype("<f8").tobytes()).decode() for values in sums)
+    return {"count": count, "total": total, "squares": squares}
+
+
+class MomentsInOrder:
+    """Sum of the moments of all parts in the order of the parts, whatever order they end in: same rows, same bytes.
+
+    Moments are removed from the results that pass: about 21 D bytes a part would be most of the driver's memory.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, dict[str, Any]] = {}
+        self._next = self._count = self.dimension = 0
+        self._sums: np.ndarray | None = None
+
+    def take(self, task: Task, result: TaskResult) -> None:
+        """Add one part's moments (an `OnResult`); a part that comes again changes nothing."""
+        moments = result.extra.pop("moments")
+        if task.index >= self._next:
+            self._waiting[task.index] = moments
+        while self._next in self._waiting:
+            found = self._waiting.pop(self._next)
+            if found["count"]:
+                sums = np.stack([np.frombuffer(base64.b64decode(found[name]), "<f8") for name in ("total", "squares")])
+                self._sums = sums if self._sums is None else self._sums + sums
+                self._count, self.dimension = self._count + found["count"], sums.shape[1]
+            self._next += 1
+
+    @property
+    def sum(self) -> dict[str, Any]:
+        """Moments of all rows; `ArtefactError` if a part before the last one seen is missing, or none has rows."""
+        if self._sums is None or self._waiting:
+            raise ArtefactError("encode: the moments of a part are missing; run encode again")
+        return _pack(self._count, self._sums)
+
+
+def write_shard(
+    run: Run,
+    task: Task,
+    row_start: int,
+    records: Sequence[dict[str, Any]],
+    embeddings: np.ndarray,
+    rejects: Sequence[dict[str, Any]],
+) -> TaskResult:
+    """Write embeddings and rejects of one input shard; the caller marks the task afterwards.
+
+    Args:
+        run: the run.
+        task: index and digest of the shard.
+        row_start: row of its first record; an estimate, which `renumber` corrects.
+        records: key, uri and label of each image, in order of key.
+        embeddings: Float16[n D], their embeddings. Rows that are not finite become rejects.
+        rejects: key, uri, reason and detail of each image left out.
+    """
+    finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float32)).all(axis=1))
+    kept, rejects = [], list(rejects)
+    for record, is_finite in zip(records, finite, strict=True):
+        if is_finite:
+            kept.append(record)
+        else:
+            detail = "the embedding has an infinite or undefined value"
+            rejects.append({"key": record["key"], "uri": record["uri"], "reason": "not_finite", "detail": detail})
+    embeddings = embeddings[finite]
+    rejects.sort(key=lambda reject: reject["key"])
+    columns = [
+        pa.array(np.arange(row_start, row_start + len(kept), dtype=np.int64)),
+        *(pa.array([record[name] for record in kept], pa.string()) for name in ("key", "uri", "label")),
+        tables.fixed_list(embeddings.astype(np.float16)),
+    ]
+    outputs = put_table(
+        run, run.embeddings(task.index), pa.table(columns, schema=tables.EMBEDDINGS(embeddings.shape[1]))
+    )
+    if rejects:
+        outputs |= put_table(run, run.rejects(task.index), pa.Table.from_pylist(rejects, schema=tables.REJECTS))
+    else:
+        storage.remove(run.rejects(task.index))
+    reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
+    return TaskResult(
+        outputs,
+        {"rows": len(kept), "rejects": len(rejects), "labelled": sum(r["label"] is not None for r in kept)},
+        {"row_start": row_start, "reasons": reasons, "moments": moments_of(embeddings)},
+    )
+
+
+def renumber(run: Run, index: int, row_start: int) -> TaskResult:
+    """Rewrite a part so that its rows begin at `row_start`; idempotent. Raise `ArtefactError` if it has no mark."""
+    uri = run.shard_manifest(index)
+    mark = read_mark(uri)
+    if mark is None:
+        raise ArtefactError(f"{uri}: is missing or damaged; run encode again")
+    digest, result = mark
+    table = tables.read_table(run.embeddings(index))
+    rows = pa.array(np.arange(row_start, row_start + table.num_rows, dtype=np.int64))
+    table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
+    # Until the part is whole its mark names no row: after a kill half-way it could name one that the part has not.
+    result.extra["row_start"] = None
+    write_mark(uri, Task(index, digest), result)
+    result.outputs |= put_table(run, run.embeddings(index), table)
+    result.extra["row_start"] = row_start
+    write_mark(uri, Task(index, digest), result)
+    return result
