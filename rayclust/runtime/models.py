@@ -44,7 +44,7 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
     """
     config, weights = (storage.join(folder, name) for name in ("config.json", "weights.safetensors"))
     known = {path.rpartition("/")[2]: digest for path, digest in (digests or {}).items()}
-    settings = storage.parse_json(read_unchanged(config, known.get("config.json"), stage), config)
+    settings = storage.read_json(config, read_unchanged(config, known.get("config.json"), stage))
     data = read_unchanged(weights, known.get("weights.safetensors"), stage)
     try:
         return load(MethodState(settings, safetensors.torch.load(data)))

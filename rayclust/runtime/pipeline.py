@@ -330,7 +330,7 @@ def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
         versions=versions(),
         seconds=round(seconds, 3),
         measured=tuple(timing.section() for timing in timings),
-        extra=stage.outputs.model_validate(result.extra).to_extra(),
+        extra=stage.outputs.model_validate(result.extra).model_dump(mode="json", exclude_unset=True),
     )
     lease.check()
     write_manifest(context.run, manifest)

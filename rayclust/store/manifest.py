@@ -55,15 +55,11 @@ class Section(Config):
 class StageOutputs(Config):
     """Results of a stage beside counts and files; the base class is for stages without any.
 
-    Only fields that were set are written, so that a manifest keeps the bytes it had before a field was added.
+    Only fields that were set are written (`exclude_unset`), so that a manifest keeps its bytes when a field is added.
     """
 
     stage: ClassVar[str] = ""
     """Name of the stage, for messages."""
-
-    def to_extra(self) -> dict[str, Any]:
-        """Return the JSON of `Manifest.extra`."""
-        return self.model_dump(mode="json", exclude_unset=True)
 
 
 class PackedMoments(Config):
@@ -307,7 +303,7 @@ def read_output(run: Run, stage: str, uri: str) -> bytes:
 
 def read_json_output(run: Run, stage: str, uri: str) -> Any:
     """Return the value in a JSON file that a stage wrote; see `read_output`."""
-    return storage.parse_json(read_output(run, stage, uri), uri)
+    return storage.read_json(uri, read_output(run, stage, uri))
 
 
 def read_unchanged(uri: str, digest: str | None, stage: str) -> bytes:

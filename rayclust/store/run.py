@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import partialmethod
 
 from rayclust.store import storage
 
@@ -60,25 +61,18 @@ class Run:
         """Return the path below the run of something at `uri`, as manifests name it."""
         return uri.removeprefix(self.uri.rstrip("/") + "/")
 
-    def rows(self, index: int) -> str:
-        """Return the rows (number, key, URI, label) of input shard `index`, in a run with several encoders."""
-        return self.at("rows", PART.format(index))
+    def _part(self, folder: str, index: int) -> str:
+        """Return the table with this index in a folder of tables."""
+        return self.at(folder, PART.format(index))
 
-    def embeddings(self, index: int, space: str | None = None) -> str:
-        """Return the embeddings of input shard `index` in a space; None is that of a run with one encoder."""
-        return self.at("embeddings", *([space] if space else []), PART.format(index))
-
-    def rejects(self, index: int) -> str:
-        """Return the rejects of input shard `index`."""
-        return self.at("rejects", PART.format(index))
-
-    def neighbors(self, index: int) -> str:
-        """Return the neighbours of the rows of embeddings part `index`."""
-        return self.at("neighbors", PART.format(index))
-
-    def assignments(self, index: int) -> str:
-        """Return the clusters of the rows of embeddings part `index`."""
-        return self.at("assignments", PART.format(index))
+    embeddings = partialmethod(_part, "embeddings")
+    """Takes the index of an input shard and returns its embeddings."""
+    rejects = partialmethod(_part, "rejects")
+    """Takes the index of an input shard and returns its rejects."""
+    neighbors = partialmethod(_part, "neighbors")
+    """Takes the index of a part of the embeddings and returns the neighbours of its rows."""
+    assignments = partialmethod(_part, "assignments")
+    """Takes the index of a part of the embeddings and returns the clusters of its rows."""
 
     def candidate(self, clusters: int) -> str:
         """Return the folder of the model that select-k fitted with so many clusters; its criteria end in .json."""

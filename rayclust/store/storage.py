@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 from rayclust.errors import ArtefactError, DataError
 from rayclust.store.failures import MissingError, UnreadableError, names, translated
@@ -59,12 +58,6 @@ class FileStat:
     """Bytes."""
     stamp: str
     """Changes whenever the content does: size with the ETag, or with the time of change in nanoseconds."""
-
-    @property
-    def etag(self) -> str:
-        """The ETag of an object of S3; elsewhere empty."""
-        etag = self.stamp.partition("-")[2]
-        return f'"{etag}"' if etag and self.uri.startswith("s3://") else ""
 
 
 def is_hidden(key: str) -> bool:
@@ -259,45 +252,43 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, canonical_json(value).encode())
 
 
-def read_json(uri: str) -> Any:
-    """Return the value in a JSON file.
+def read_json(uri: str, data: bytes | None = None) -> Any:
+    """Return the value in a JSON file, whose bytes may have been read before.
 
     Raises:
         MissingError: there is no such file.
         ArtefactError: it does not hold JSON.
     """
-    return parse_json(read_bytes(uri), uri)
-
-
-def parse_json(data: bytes, uri: str) -> Any:
-    """Return the value in the bytes of a JSON file.
-
-    Raises:
-        ArtefactError: they do not hold JSON.
-    """
+    data = read_bytes(uri) if data is None else data
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{uri}: is not readable JSON ({error}); remove it and run its stage again") from error
 
 
-def open_input(uri: str) -> BinaryIO:
-    """Open a seekable binary file; the caller closes it. Remote ones read ranges.
+def open_input(uri: str, *, whole: bool = False) -> BinaryIO:
+    """Open a seekable binary file; the caller closes it.
 
-    An object of S3 that is replaced between two reads raises UnreadableError.
+    Args:
+        uri: the file. An object of S3 that is replaced between two reads raises UnreadableError.
+        whole: fetch a remote file first, which leaves nothing behind when closed; else ranges of it are read.
+
+    Raises:
+        MissingError: there is no such file (a DataError).
+        DataError: it cannot be read.
     """
+    if whole and is_remote(uri):
+        with local_copy(uri) as path:
+            return path.open("rb")
     if is_remote(uri):
-        return cast(BinaryIO, io.BufferedReader(_RangeFile(_require(uri)), _READ_AHEAD))
+        from fsspec.spec import AbstractBufferedFile  # slow to import, so only where there is an object store
+
+        found = _require(uri)
+        file = AbstractBufferedFile(None, uri, block_size=_READ_AHEAD, size=found.size)
+        file.cache.fetcher = lambda start, end: _read(uri, start, end, found.stamp)[0]
+        return cast(BinaryIO, file)
     with translated(uri, "read"):
         return to_path(uri).open("rb")
-
-
-def open_whole(uri: str) -> BinaryIO:
-    """Open a seekable file on this machine: a remote one is fetched first, and leaves nothing behind when closed."""
-    if not is_remote(uri):
-        return open_input(uri)
-    with local_copy(uri) as path:
-        return path.open("rb")
 
 
 @contextmanager
@@ -311,7 +302,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         path = Path(folder) / (uri.rpartition("/")[2][-100:] or "object")
         with translated(str(path), "write"), path.open("wb") as file:
             for start in range(0, found.size, _BLOCK):
-                file.write(_read(uri, start, min(start + _BLOCK, found.size), found.etag)[0])
+                file.write(_read(uri, start, min(start + _BLOCK, found.size), found.stamp)[0])
         yield path
 
 
@@ -406,8 +397,8 @@ def _require(uri: str) -> FileStat:
     return found
 
 
-def _read(uri: str, start: int = 0, end: int | None = None, etag: str = "") -> tuple[bytes, str]:
-    """Return bytes `start` up to `end` of a file and, of S3, its ETag; with `etag` the object must still have it."""
+def _read(uri: str, start: int = 0, end: int | None = None, stamp: str = "-") -> tuple[bytes, str]:
+    """Return bytes `start` up to `end` of a file and, of S3, its ETag; with `stamp` an object must still have it."""
     with translated(uri, "read"):
         if is_remote(uri):
             if end is not None and end <= start:
@@ -415,7 +406,8 @@ def _read(uri: str, start: int = 0, end: int | None = None, etag: str = "") -> t
             fs, path = _filesystem(uri)
             try:
                 if uri.startswith("s3://"):
-                    return cast(tuple[bytes, str], fs.get_object(path, start, end, etag))
+                    etag = stamp.partition("-")[2]
+                    return cast(tuple[bytes, str], fs.get_object(path, start, end, f'"{etag}"' if etag else ""))
                 return fs.cat_file(path, start=start, end=end), ""
             except OSError as error:
                 if names(error) & {"InvalidRange", "416"}:  # an empty file, or a start beyond the end, has no range
@@ -425,32 +417,6 @@ def _read(uri: str, start: int = 0, end: int | None = None, etag: str = "") -> t
             file.seek(start)
             size = os.fstat(file.fileno()).st_size  # memory is taken for as much as is asked for
             return file.read(-1 if end is None else max(0, min(end, size) - start)), ""
-
-
-class _RangeFile(io.RawIOBase):
-    """A remote file over ranged requests; its errors are those of rayclust."""
-
-    def __init__(self, found: FileStat) -> None:
-        super().__init__()
-        self._found, self._position = found, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._found.size}[whence]
-        self._position = max(0, offset + base)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._found.size)
-        data = _read(self._found.uri, self._position, end, self._found.etag)[0]
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
 
 # Local files.
@@ -484,29 +450,6 @@ def _remove_orphans(path: Path, now: float) -> None:
                 (path.parent / name).unlink()
 
 
-class _Level(NamedTuple):
-    """One folder that a walk is in."""
-
-    path: bytes
-    prefix: str
-    names: Iterator[bytes]
-    """Sorted; those of folders end with `/`."""
-    identity: tuple[int, int]
-
-
-def _enter(path: bytes, prefix: str) -> _Level:
-    """List a folder; a folder in it sorts among its neighbours as its name with `/`."""
-    with translated(os.fsdecode(path), "list"):
-        found = Path(os.fsdecode(path)).stat()
-        below = list[bytes]()
-        with os.scandir(path) as entries:
-            for entry in entries:
-                below.append(entry.name)
-                with suppress(OSError):  # a link that leads to itself
-                    below[-1] += b"/" if entry.is_dir() else b""
-    return _Level(path, prefix, iter(sorted(below)), (found.st_dev, found.st_ino))
-
-
 def _walk_local(uri: str) -> Iterator[FileStat]:
     """Yield visible files, depth first."""
     single, root = stat(uri), to_path(uri)
@@ -515,38 +458,43 @@ def _walk_local(uri: str) -> Iterator[FileStat]:
         return
     if not root.is_dir():
         raise MissingError(f"{uri}: no such file or folder; check the path")
-    levels = [_enter(os.fsencode(root), "")]
+    base = os.fsencode(root) + b"/"
+    pending: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(base, frozenset())]
     linked: set[tuple[int, int]] = set()  # a folder is entered through links once, so that no web of links is endless
-    while levels:
-        level = levels[-1]
-        name = next(level.names, None)
-        if name is None:
-            levels.pop()
+    while pending:
+        name, above = pending.pop()
+        path, key = Path(os.fsdecode(name)), name[len(base) :].decode("utf-8", "backslashreplace")
+        if name.endswith(b"/"):
+            # A folder; what it holds comes next, a folder in it among its neighbours as its name with `/`.
+            with translated(str(path), "list"):
+                identity, below = _list_local(name)
+            if key and path.is_symlink():
+                if identity in linked | above:
+                    continue
+                linked.add(identity)
+            pending += [(name + each, above | {identity}) for each in below]
             continue
-        path = Path(os.fsdecode(level.path + b"/" + name.rstrip(b"/")))
-        key = level.prefix + name.rstrip(b"/").decode("utf-8", "backslashreplace")
-        if is_hidden(key.rpartition("/")[2]):
+        try:
+            found = path.stat()
+        except OSError:
+            if path.is_symlink():  # a broken link is listed, so that reading it becomes a reject
+                yield FileStat(key, f"{uri.rstrip('/')}/{key}", 0, "broken-link")
             continue
-        if not name.endswith(b"/"):
-            yield from _visit(path, key, f"{uri.rstrip('/')}/{key}")
-            continue
-        below = _enter(os.fsencode(path), key + "/")
-        if path.is_symlink():
-            if below.identity in linked or any(above.identity == below.identity for above in levels):
-                continue
-            linked.add(below.identity)
-        levels.append(below)
+        if modes.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            yield _local_stat(key, f"{uri.rstrip('/')}/{key}", found)
 
 
-def _visit(path: Path, key: str, uri: str) -> Iterator[FileStat]:
-    try:
-        found = path.stat()
-    except OSError:
-        if path.is_symlink():  # a broken link is listed, so that reading it becomes a reject
-            yield FileStat(key, uri, 0, "broken-link")
-        return
-    if modes.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-        yield _local_stat(key, uri, found)
+def _list_local(path: bytes) -> tuple[tuple[int, int], list[bytes]]:
+    """Return what identifies a folder, and the visible names in it, last first; those of folders end with `/`."""
+    found, below = os.stat(path), list[bytes]()  # noqa: PTH116 - a name need not be text
+    with os.scandir(path) as entries:
+        for entry in entries:
+            is_folder = False
+            with suppress(OSError):  # a link that leads to itself
+                is_folder = entry.is_dir()
+            below.append(entry.name + b"/" * is_folder)
+    below = [name for name in below if not is_hidden(os.fsdecode(name.rstrip(b"/")))]
+    return (found.st_dev, found.st_ino), sorted(below, reverse=True)
 
 
 # Object storage.

@@ -41,10 +41,3 @@ def test_parts_come_by_number(place: str) -> None:
     assert [index for index, _ in parts(place)] == [0, 2, 10, 99_999, 100_000]
     assert dict(parts(place))[2] == storage.join(place, "part-00002.parquet")
     assert list(parts(storage.join(place, "none"))) == []
-
-
-def test_each_space_of_several_has_its_own_folder():
-    run = Run("/r")
-    assert run.embeddings(3) == "/r/embeddings/part-00003.parquet"
-    assert run.embeddings(3, "clip") == "/r/embeddings/clip/part-00003.parquet"
-    assert run.rows(3) == "/r/rows/part-00003.parquet"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,8 @@ def test_ranges_end_where_the_file_does(place: str, data: bytes) -> None:
 def test_open_files_seek(place: str) -> None:
     data = np.random.default_rng(0).bytes(3 << 20)
     storage.write_bytes(storage.join(place, "big"), data)
-    for opener in (storage.open_input, storage.open_whole):
-        with opener(storage.join(place, "big")) as file:
+    for whole in (False, True):
+        with storage.open_input(storage.join(place, "big"), whole=whole) as file:
             assert file.seek(0, 2) == len(data)
             file.seek(5)
             assert file.read(10) == data[5:15]
@@ -140,7 +141,7 @@ def test_check_writable_leaves_nothing_behind(place: str) -> None:
     assert not storage.exists(place)
 
 
-@pytest.mark.parametrize("operation", [storage.read_bytes, storage.open_input, storage.open_whole])
+@pytest.mark.parametrize("operation", [storage.read_bytes, storage.open_input, partial(storage.open_input, whole=True)])
 def test_a_missing_file_is_one_clear_line(place: str, operation: object) -> None:
     uri = storage.join(place, "none.bin")
     with pytest.raises(MissingError) as caught:

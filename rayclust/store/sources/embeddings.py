@@ -11,7 +11,7 @@ import re
 import struct
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -149,16 +149,16 @@ def _check_matrix(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> N
         raise DataError(f"{where}: holds {dtype}; embeddings are real numbers")
 
 
+@dataclass
 class EmbeddingBuffer:
     """Rows of embeddings collected block by block, converted to float16 at once to save memory."""
 
-    def __init__(self) -> None:
-        self.widths: list[int] = []
-        """Numbers in each row; -1 where there is none."""
-        self.halves: dict[int, list[NDArray[np.float16]]] = {}
-        """By width, blocks of the rows of that width in order, Float16[m width]."""
-        self.reasons: dict[int, list[str]] = {}
-        """By width, the reason to reject each of its rows, or an empty text."""
+    widths: list[int] = field(default_factory=list)
+    """Numbers in each row; -1 where there is none."""
+    halves: dict[int, list[NDArray[np.float16]]] = field(default_factory=dict)
+    """By width, blocks of the rows of that width in order, Float16[m width]."""
+    reasons: dict[int, list[str]] = field(default_factory=dict)
+    """By width, the reason to reject each of its rows, or an empty text."""
 
     def add(self, widths: NDArray[np.int64], values: Mapping[int, NDArray[Any]]) -> None:
         """Add a block.
@@ -233,8 +233,7 @@ def validate_embeddings(
 
 def _unreadable(shard: Shard, detail: str, width: int | None) -> Rows:
     """Return no rows, and the one reject that stands for the file."""
-    reject = shard.file_reject("unreadable_file", detail)
-    lost = [_reject(reject.key, reject.uri, "unreadable_file", reject.detail)]
+    lost = [_reject(shard.name, shard.uri, "unreadable_file", detail)]
     return Rows([], [], [], np.empty((0, width or 0), np.float16), lost)
 
 
@@ -263,7 +262,6 @@ def read_table(shard: Shard, width: int | None) -> Rows:
                     lists = array.filter(pa.array(widths == each))
                     values[each] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, each)
                 buffer.add(widths, values)
-            parquet.check_length(table, len(buffer.widths))
             names = RowNames.numbered(shard, len(buffer.widths)).replaced(table, columns, shard.label_source)
             return validate_embeddings(shard, names, buffer, width)
     except (*parquet.DAMAGE, UnreadableError) as error:
@@ -367,13 +365,14 @@ def _array_rows(
                 with parquet.opened(place) as file:
                     columns = Columns.find(file.schema_arrow, shard.label_source, place)
                     table, lines = file.read(columns=columns.naming), file.metadata.num_rows
+                if lines == total:
+                    names = names.replaced(table.slice(shard.start, count), columns, shard.label_source)
             except (*parquet.DAMAGE, UnreadableError) as error:
                 raise DataError(
                     f"{place}: cannot be read ({' '.join(str(error).split())}); mend or remove it"
                 ) from error
             if lines != total:
                 raise DataError(f"{place}: {lines} lines for the {total} rows of {shard.uri}; there must be as many")
-            names = names.replaced(table.slice(shard.start, count), columns, shard.label_source)
         # 2. An array of labels, of which only the rows of the shard are read.
         elif place.endswith(".npy") and labels is None and shard.label_source is not None:
             try:

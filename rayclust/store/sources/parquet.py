@@ -149,7 +149,12 @@ class RowNames:
             table: has the columns `columns.naming`.
             columns: its `key` is taken if all values are there and differ, its `uri` where it is not empty.
             label_source: `Shard.label_source`.
+
+        Raises:
+            ArrowInvalid: the columns of a damaged file are of another length.
         """
+        if table.num_columns and table.num_rows != len(self.keys):
+            raise pa.ArrowInvalid(f"columns of {table.num_rows} rows where the footer states {len(self.keys)}")
         keys, uris, labels = self.keys, self.uris, self.labels
         if columns.key is not None:
             values = _values(table, columns.key)
@@ -272,12 +277,6 @@ def cut(file: FileStat, footer: Footer | None, template: Shard, shard_rows: int)
             start, begin, rows = start + rows, end, 0
 
 
-def check_length(table: pa.Table, count: int) -> None:
-    """Raise if a table does not have `count` rows, as the columns of a damaged file may not; a `DAMAGE` error."""
-    if table.num_columns and table.num_rows != count:
-        raise pa.ArrowInvalid(f"columns of {table.num_rows} rows where the footer states {count}")
-
-
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
     """Read the images of a range of row groups in order of key; null images and damaged rows or files are rejects.
 
@@ -297,7 +296,6 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
             columns = replace(columns, uri=None)  # records point into this table
             table = file.read_row_groups(list(groups), columns=columns.naming)
             count = sum(file.metadata.row_group(group).num_rows for group in groups)
-            check_length(table, count)
             names = RowNames.numbered(shard, count).replaced(table, columns, shard.label_source)
             if columns.image is None:
                 raise DataError(f"{shard.uri}: no column holds images; it has {describe_columns(file.schema_arrow)}")

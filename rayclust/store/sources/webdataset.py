@@ -103,7 +103,7 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
         DataError: the storage as a whole cannot be read.
     """
     try:
-        archive = storage.open_whole(shard.uri)
+        archive = storage.open_input(shard.uri, whole=True)
     except UnreadableError as error:
         yield shard.file_reject("unreadable_file", str(error))
         return
@@ -134,7 +134,7 @@ def fetch(uri: str, names: Collection[str]) -> dict[str, bytes]:
         UnreadableError: the tar cannot be read.
     """
     found = dict[str, bytes]()
-    with storage.open_whole(uri) as archive, decompress(archive)[0] as plain:
+    with storage.open_input(uri, whole=True) as archive, decompress(archive)[0] as plain:
         for member in scan_tar(plain):
             if isinstance(member, TarMember) and (name := escape_invalid(member.name)) in names and name not in found:
                 found[name] = _read_at(plain, member.offset, member.size)
@@ -170,32 +170,24 @@ def _sample_entries(shard: Shard, key: str, sample: list[tuple[str, TarMember]])
     images = [(suffix, member) for suffix, member in sample if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     sidecars = {suffix: member for suffix, member in reversed(sample) if suffix not in IMAGE_SUFFIXES}
     plain = [(suffix, member) for suffix, member in images if "." not in suffix]
+    if not images and not _SIDECAR_SUFFIXES.isdisjoint(sidecars):
+        uri = f"{shard.uri}#{escape_invalid(next(iter(sidecars.values())).name)}"
+        yield _Entry(key, uri, None, sidecars, "no_image", f"only {', '.join(sorted(sidecars))} beside no image")
 
-    def entry(member: TarMember, name: str = key, reason: str | None = None, detail: str = "") -> _Entry:
-        uri = f"{shard.uri}#{escape_invalid(member.name)}"
-        return _Entry(name, uri, member if reason is None else None, sidecars, reason, detail)
-
+    # One row per sample: the preferred suffix, of equals the first member. Suffixes with dots, such as scan.v2.jpg: one
+    # alone has its sample's key, several keep what tells them apart.
+    rows = dict(reversed(images))
     if plain:
-        # One row per sample: the preferred suffix, of equals the first member.
-        _, chosen = min(plain, key=lambda image: IMAGE_SUFFIXES.index(image[0]))
-        for _, member in plain:
-            if member is chosen:
-                yield entry(member)
-            else:
-                yield entry(member, key, "duplicate_key", "another image in the archive has this key")
-    elif images:
-        # Suffixes with dots, such as scan.v2.jpg: one alone has its sample's key, several keep what tells them apart.
-        seen = set()
-        for suffix, member in images:
-            name = key if len(images) == 1 else f"{key}.{suffix.rpartition('.')[0]}"
-            if suffix in seen:
-                yield entry(member, name, "duplicate_key", "another image in the archive has this name")
-            else:
-                yield entry(member, name)
-            seen.add(suffix)
-    elif not _SIDECAR_SUFFIXES.isdisjoint(sidecars):
-        found = ", ".join(sorted(sidecars))
-        yield entry(next(iter(sidecars.values())), key, "no_image", f"only {found} beside no image")
+        _, best = min(plain, key=lambda image: IMAGE_SUFFIXES.index(image[0]))
+        rows = dict.fromkeys(rows, best)
+    for suffix, member in plain or images:
+        name = key if plain or len(images) == 1 else f"{key}.{suffix.rpartition('.')[0]}"
+        uri = f"{shard.uri}#{escape_invalid(member.name)}"
+        if rows[suffix] is member:
+            yield _Entry(name, uri, member, sidecars)
+        else:
+            double = f"another image in the archive has this {'key' if plain else 'name'}"
+            yield _Entry(name, uri, None, sidecars, "duplicate_key", double)
 
 
 def _label(source: str, archive: BinaryIO, entry: _Entry) -> str | None:

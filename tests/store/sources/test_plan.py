@@ -210,7 +210,7 @@ def test_each_file_is_opened_once(place: str, monkeypatch: pytest.MonkeyPatch) -
     write(place, FETCHED["tar"])
     uris = [r.uri for shard in plan_shards(place) for r in read_records(shard)]
     opened = []
-    open_whole = storage.open_whole
-    monkeypatch.setattr(storage, "open_whole", lambda uri: (opened.append(uri), open_whole(uri))[1])
+    open_input = storage.open_input
+    monkeypatch.setattr(storage, "open_input", lambda uri, **how: (opened.append(uri), open_input(uri, **how))[1])
     assert all(data is not None for _, data in fetch_many(reversed(uris)))
     assert len(opened) == 2
