@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rayclust.config import RunConfig
@@ -51,10 +51,11 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
                 f"run = {config.run}: lies within images.uri = {config.images.uri}, so that its tables would be read "
                 "as input; choose a folder outside"
             )
-        packed.append(zlib.compress(json.dumps(shard.to_json()).encode(), 1))
+        packed.append(zlib.compress(json.dumps(asdict(shard)).encode(), 1))
         shards.append(replace(shard, members=()))
         # A shard's place among the others is left out, so that a grown input keeps what was done.
-        content = {key: value for key, value in shards[-1].to_json().items() if key not in ("index", "first")}
+        content = asdict(shards[-1])
+        del content["index"], content["first"]
         digests.append(digest_of({"shard": content, "settings": settings}))
     return InputPlan(digest_of(digests), tuple(shards), tuple(digests), tuple(packed))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def chunks(source: Path, rows: int, shard_size: int = 512) -> list[dict[str, Any
     found = []
     for shard in plan_shards(str(source), shard_size=shard_size):
         uri = str(source.parent / f"{shard.index}.json")
-        storage.write_json(uri, shard.to_json())
+        storage.write_json(uri, asdict(shard))
         batch = pa.table({"task": [json.dumps(shard.index)], "shard": [uri]})
         for table in ReadAndDecode(rows, PREPROCESS)(batch):
             assert table.schema.equals(CHUNK)
@@ -146,7 +147,7 @@ def test_an_image_that_vanished_or_grew_since_it_was_listed_is_a_reject(tmp_path
     [shard] = plan_shards(str(images))
     (images / "a.png").unlink()
     (images / "c.png").write_bytes(bytes(100_001))
-    storage.write_json(str(tmp_path / "s.json"), shard.to_json())
+    storage.write_json(str(tmp_path / "s.json"), asdict(shard))
     batch = pa.table({"task": ["u"], "shard": [str(tmp_path / "s.json")]})
     [chunk] = [row for table in ReadAndDecode(10, PREPROCESS)(batch) for row in table.to_pylist()]
     assert [record["key"] for record in chunk["records"]] == ["b.png"]

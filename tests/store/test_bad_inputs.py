@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def outcome(uri: str, case: BadInput) -> tuple[list[str], list[tuple[str, str]]]
     rejects: list[tuple[str, str]] = []
     width = None
     for planned in plan_shards(uri, **case.settings):
-        shard = Shard.from_json(planned.to_json())
+        shard = Shard.from_json(asdict(planned))
         if shard.has_embeddings:
             rows = read_rows(shard, load_tensors=load_tensors, width=width)
             width = width or (rows.embeddings.shape[1] if rows.keys else None)

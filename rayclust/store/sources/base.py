@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -115,13 +113,9 @@ class Shard:
         """True for ready embeddings, read with `read_rows`; False for images, read with `read_records`."""
         return self.kind.startswith("embeddings")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain lists, strings and numbers."""
-        return dataclasses.asdict(self) | {"members": [list(member) for member in self.members]}
-
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Shard:
-        """Build a shard from the result of `to_json`."""
+        """Build a shard from the JSON of its `dataclasses.asdict`."""
         content = dict(content)
         content["members"] = tuple(Member(*member) for member in content["members"])
         for name in ("row_groups", "beside", "classes"):
@@ -130,15 +124,7 @@ class Shard:
 
     def selects(self, key: str, label: str | None) -> bool:
         """Return whether an image belongs to the requested classes, by its label or by a folder of its key."""
-        return self.classes is None or label in self._class_set or not self._class_set.isdisjoint(key.split("/")[:-1])
-
-    @cached_property
-    def _class_set(self) -> frozenset[str | None]:
-        return frozenset(self.classes or ())
-
-    def file_reject(self, reason: str, detail: str) -> Record:
-        """Return the one reject that stands for the whole file."""
-        return Record(self.name, self.uri, reason=reason, detail=detail)
+        return self.classes is None or not {label, *key.split("/")[:-1]}.isdisjoint(self.classes)
 
 
 def oversize_detail(size: int, max_bytes: int) -> str:

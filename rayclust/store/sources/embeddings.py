@@ -231,85 +231,84 @@ def validate_embeddings(
     return Rows([key for key, _, _ in kept], [names.uris[row] for _, _, row in kept], labels, halves[order], lost)
 
 
-def _unreadable(shard: Shard, detail: str, width: int | None) -> Rows:
-    """Return no rows, and the one reject that stands for the file."""
-    lost = [_reject(shard.name, shard.uri, "unreadable_file", detail)]
-    return Rows([], [], [], np.empty((0, width or 0), np.float16), lost)
-
-
 def _reject(key: str, uri: str, reason: str, detail: str) -> dict[str, str]:
     return {"key": key, "uri": uri, "reason": reason, "detail": escape_invalid(detail)}
 
 
-def read_table(shard: Shard, width: int | None) -> Rows:
-    """Read the embeddings of a range of row groups of a Parquet file; see `read_rows`."""
+def read(shard: Shard, width: int | None, load_tensors: LoadTensors | None) -> Rows:
+    """Read the embeddings of a shard; see `read_rows`. A file that cannot be read is one reject."""
+    rejects = list[dict[str, str]]()
     try:
-        with parquet.opened(shard.uri) as file:
-            groups = list(range(*(shard.row_groups or (0, file.metadata.num_row_groups))))
-            columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri)
-            if columns.embedding is None:
-                raise DataError(f"{shard.uri}: no column `embedding`; it has {describe_columns(file.schema_arrow)}")
-            table = file.read_row_groups(groups, columns=columns.naming)
-            buffer = EmbeddingBuffer()
-            for batch in file.iter_batches(_BATCH_ROWS, groups, [columns.embedding], use_threads=False):
-                # Lists of numbers of any lengths are matrices by width; a null list has the width -1.
-                array = batch.column(0)
-                if isinstance(array.type, pa.BaseExtensionType):
-                    array = array.storage
-                lengths = pc.if_else(array.is_null(), -1, pc.list_value_length(array)).to_numpy(zero_copy_only=False)
-                widths, values = lengths.astype(np.int64), {}
-                for each in np.unique(widths[widths > 0]).tolist():
-                    lists = array.filter(pa.array(widths == each))
-                    values[each] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, each)
-                buffer.add(widths, values)
-            names = RowNames.numbered(shard, len(buffer.widths)).replaced(table, columns, shard.label_source)
-            return validate_embeddings(shard, names, buffer, width)
+        if shard.kind == "embeddings_parquet":
+            names, buffer = _table_rows(shard)
+        elif shard.kind == "embeddings_npy":
+            names, buffer = _npy_rows(shard, rejects)
+        elif load_tensors is not None:
+            names, buffer = _tensor_rows(shard, load_tensors)
+        else:
+            raise DataError(f"{shard.uri}: reading .pt files needs load_tensors; pass one, or save the tensor as .npy")
     except (*parquet.DAMAGE, UnreadableError) as error:
-        return _unreadable(shard, " ".join(str(error).split()), width)
-
-
-def read_npy(shard: Shard, width: int | None) -> Rows:
-    """Read rows of an array, with labels or metadata beside; see `read_rows`.
-
-    Rows that a file cut short lacks are one reject, of the shard that holds the last row before them.
-    """
-    try:
-        header, size = read_npy_header(shard.uri), getattr(storage.stat(shard.uri), "size", 0)
-        values = read_npy_rows(shard.uri, header, shard.start, shard.count)
-    except UnreadableError as error:
-        return _unreadable(shard, str(error), width)
-    total, present, rejects = header.shape[0], header.rows_within(size), []
-    if present < total and shard.start + len(values) == present:
-        detail = f"the file ends early: rows {present} to {total - 1} are missing"
-        rejects.append(_reject(shard.name, shard.uri, "truncated", detail))
-    names, buffer = _array_rows(shard, values, total)
+        lost = [_reject(shard.name, shard.uri, "unreadable_file", " ".join(str(error).split()))]
+        return Rows([], [], [], np.empty((0, width or 0), np.float16), lost)
     return validate_embeddings(shard, names, buffer, width, rejects)
 
 
-def read_pt(shard: Shard, width: int | None, load_tensors: LoadTensors | None) -> Rows:
-    """Read the rows of a file of tensors; see `read_rows`."""
-    if load_tensors is None:
-        raise DataError(f"{shard.uri}: reading .pt files needs load_tensors; pass one, or save the tensor as .npy")
-    try:
-        tensors = _named_arrays(shard.uri, load_tensors)
-        # 1. Embeddings by name, else the only matrix.
-        matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
-        named = [tensors[name] for name in TENSOR_NAMES if name in tensors]
-        if not named and len(matrices) != 1:
-            have = ", ".join(f"{name or 'a tensor'} {tensor.shape}" for name, tensor in tensors.items()) or "no tensors"
-            raise DataError(f"{shard.uri}: no tensor `embeddings` of N rows × D columns; it has {have}")
-        values = named[0] if named else matrices[0]
-        # 2. Labels by name, else the only vector as long as the embeddings, else a file beside.
-        found = [tensors[name] for name in TENSOR_LABEL_NAMES if name in tensors]
-        vectors = [tensor for tensor in tensors.values() if tensor.shape == values.shape[:1]]
-        labels = found[0] if found else vectors[0] if len(vectors) == 1 else None
-        beside = [place for place in shard.beside if place.lower().endswith(".pt")]
-        if labels is None and beside:
-            labels = next(iter(_named_arrays(beside[0], load_tensors).values()), None)
-    except UnreadableError as error:
-        return _unreadable(shard, str(error), width)
-    names, buffer = _array_rows(shard, values, len(values), labels)
-    return validate_embeddings(shard, names, buffer, width)
+def _table_rows(shard: Shard) -> tuple[RowNames, EmbeddingBuffer]:
+    """Read a range of row groups of a Parquet file."""
+    with parquet.opened(shard.uri) as file:
+        groups = list(range(*(shard.row_groups or (0, file.metadata.num_row_groups))))
+        columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri)
+        if columns.embedding is None:
+            raise DataError(f"{shard.uri}: no column `embedding`; it has {describe_columns(file.schema_arrow)}")
+        table = file.read_row_groups(groups, columns=columns.naming)
+        buffer = EmbeddingBuffer()
+        for batch in file.iter_batches(_BATCH_ROWS, groups, [columns.embedding], use_threads=False):
+            # Lists of numbers of any lengths are matrices by width; a null list has the width -1.
+            array = batch.column(0)
+            if isinstance(array.type, pa.BaseExtensionType):
+                array = array.storage
+            lengths = pc.if_else(array.is_null(), -1, pc.list_value_length(array)).to_numpy(zero_copy_only=False)
+            widths, values = lengths.astype(np.int64), {}
+            for each in np.unique(widths[widths > 0]).tolist():
+                lists = array.filter(pa.array(widths == each))
+                values[each] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, each)
+            buffer.add(widths, values)
+        names = RowNames.numbered(shard, len(buffer.widths)).replaced(table, columns, shard.label_source)
+        return names, buffer
+
+
+def _npy_rows(shard: Shard, rejects: list[dict[str, str]]) -> tuple[RowNames, EmbeddingBuffer]:
+    """Read rows of an array, with labels or metadata beside.
+
+    Rows that a file cut short lacks are one of the `rejects`, of the shard that holds the last row before them.
+    """
+    header, size = read_npy_header(shard.uri), getattr(storage.stat(shard.uri), "size", 0)
+    values = read_npy_rows(shard.uri, header, shard.start, shard.count)
+    total, present = header.shape[0], header.rows_within(size)
+    if present < total and shard.start + len(values) == present:
+        detail = f"the file ends early: rows {present} to {total - 1} are missing"
+        rejects.append(_reject(shard.name, shard.uri, "truncated", detail))
+    return _array_rows(shard, values, total)
+
+
+def _tensor_rows(shard: Shard, load_tensors: LoadTensors) -> tuple[RowNames, EmbeddingBuffer]:
+    """Read the rows of a file of tensors."""
+    tensors = _named_arrays(shard.uri, load_tensors)
+    # 1. Embeddings by name, else the only matrix.
+    matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
+    named = [tensors[name] for name in TENSOR_NAMES if name in tensors]
+    if not named and len(matrices) != 1:
+        have = ", ".join(f"{name or 'a tensor'} {tensor.shape}" for name, tensor in tensors.items()) or "no tensors"
+        raise DataError(f"{shard.uri}: no tensor `embeddings` of N rows × D columns; it has {have}")
+    values = named[0] if named else matrices[0]
+    # 2. Labels by name, else the only vector as long as the embeddings, else a file beside.
+    found = [tensors[name] for name in TENSOR_LABEL_NAMES if name in tensors]
+    vectors = [tensor for tensor in tensors.values() if tensor.shape == values.shape[:1]]
+    labels = found[0] if found else vectors[0] if len(vectors) == 1 else None
+    beside = [place for place in shard.beside if place.lower().endswith(".pt")]
+    if labels is None and beside:
+        labels = next(iter(_named_arrays(beside[0], load_tensors).values()), None)
+    return _array_rows(shard, values, len(values), labels)
 
 
 def _named_arrays(uri: str, load_tensors: LoadTensors) -> dict[str, NDArray[Any]]:
@@ -378,7 +377,7 @@ def _array_rows(
             try:
                 header = read_npy_header(place)
                 found = read_npy_rows(place, header, shard.start, count)
-            except DamagedNpyError as error:
+            except UnreadableError as error:
                 detail = f"is no readable npy file ({error}); mend it, or set images.labels: none"
                 raise DataError(f"{place}: {detail}") from error
             if header.shape[0] != total:

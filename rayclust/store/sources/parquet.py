@@ -303,7 +303,7 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
             is_sorted = all(a <= b for a, b in itertools.pairwise(names.keys))
             yield from records if is_sorted else _sorted_by_key(records)
     except (*DAMAGE, UnreadableError) as error:
-        yield shard.file_reject("unreadable_file", " ".join(str(error).split()))
+        yield Record(shard.name, shard.uri, reason="unreadable_file", detail=" ".join(str(error).split()))
 
 
 def _records(

@@ -218,11 +218,7 @@ def read_rows(shard: Shard, load_tensors: LoadTensors | None = None, width: int 
     """
     if not shard.has_embeddings:
         raise DataError(f"{shard.uri}: holds images, not ready embeddings; read its records")
-    if shard.kind == "embeddings_parquet":
-        return embeddings.read_table(shard, width)
-    if shard.kind == "embeddings_npy":
-        return embeddings.read_npy(shard, width)
-    return embeddings.read_pt(shard, width, load_tensors)
+    return embeddings.read(shard, width, load_tensors)
 
 
 def fetch(uri: str) -> bytes:

@@ -105,7 +105,7 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
     try:
         archive = storage.open_input(shard.uri, whole=True)
     except UnreadableError as error:
-        yield shard.file_reject("unreadable_file", str(error))
+        yield Record(shard.name, shard.uri, reason="unreadable_file", detail=str(error))
         return
     with archive:
         plain, damage = decompress(archive)

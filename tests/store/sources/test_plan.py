@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,7 @@ def test_the_same_images_in_every_format(place: str, form: str) -> None:
     files = {"folder": images, "webdataset": {"x.tar": tar(list(images.items()))}, "parquet": {"x.parquet": table}}
     write(place, files[form])
     (shard,) = plan_shards(place, labels="folder")
-    found = list(read_records(Shard.from_json(shard.to_json())))
+    found = list(read_records(Shard.from_json(asdict(shard))))
     assert [record.data for record in found] == [images[key] for key in sorted(images)]
     assert [record.label for record in found] == ["n0"] * 3 + ["n1"] * 3
     (shard,) = plan_shards(place, classes=["n1"], labels="none")
