@@ -61,10 +61,7 @@ class MissingError(UnreadableError):
 
 
 class ExhaustedError(Exception):
-    """A request failed at every try; its cause is the last failure."""
-
-    def __init__(self, attempts: int, seconds: float) -> None:
-        super().__init__(f"tried {'once' if attempts == 1 else f'{attempts} times'} in {seconds:.0f} s")
+    """A request failed at every try; its text is how often, its cause the last failure."""
 
 
 def names(error: BaseException) -> set[str]:
@@ -106,7 +103,8 @@ def retry(request: Callable[P, Awaitable[Result]]) -> Callable[P, Awaitable[Resu
                     raise
                 seconds = time.monotonic() - started
                 if attempt == ATTEMPTS or seconds + bound > (DEADLINE if has_answered else FIRST_CONTACT):
-                    raise ExhaustedError(attempt, seconds) from error
+                    times = "once" if attempt == 1 else f"{attempt} times"
+                    raise ExhaustedError(f"tried {times} in {seconds:.0f} s") from error
                 logger.debug("try %d of %d failed: %s: %s", attempt, ATTEMPTS, type(error).__name__, error)
             else:
                 has_answered = True

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from fsspec.asyn import sync
+from fsspec.asyn import sync, sync_wrapper
 from s3fs import S3FileSystem
 
 from rayclust.store.failures import ExhaustedError, names, retry
@@ -61,8 +61,11 @@ class S3(S3FileSystem):  # type: ignore[misc]
         super().__init__(**settings)
         self._call_s3 = retry(super()._call_s3)
         self._get_object = retry(self._get_object_once)
+        self.get_object = sync_wrapper(self._get_object, self)
 
-    def get_object(self, path: str, start: int = 0, end: int | None = None, etag: str = "") -> tuple[bytes, str]:
+    async def _get_object_once(
+        self, path: str, start: int = 0, end: int | None = None, etag: str = ""
+    ) -> tuple[bytes, str]:
         """Return bytes of an object and its ETag, of one request, so that they belong together.
 
         Args:
@@ -71,10 +74,6 @@ class S3(S3FileSystem):  # type: ignore[misc]
             end: the byte behind the last, or None.
             etag: that the object must have.
         """
-        found: tuple[bytes, str] = sync(self.loop, self._get_object, path, start, end, etag)
-        return found
-
-    async def _get_object_once(self, path: str, start: int, end: int | None, etag: str) -> tuple[bytes, str]:
         # s3fs sends a request again, but does not read again where the body breaks off.
         bucket, _, key = path.partition("/")
         request = {"IfMatch": etag} if etag else {}
@@ -110,7 +109,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             await super()._pipe_file(path, data, chunksize=PART_BYTES, max_concurrency=4)
         except FileNotFoundError as error:
             # The last request, sent again after its answer was lost, finds no upload because the object is there.
-            if "NoSuchUpload" not in names(error) or (await self._get_object(path, 0, None, ""))[0] != data:
+            if "NoSuchUpload" not in names(error) or (await self._get_object(path))[0] != data:
                 raise
         answer = await self._call_s3("head_object", Bucket=bucket, Key=key)
         return answer

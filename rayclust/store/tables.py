@@ -24,44 +24,29 @@ def _lists(element: pa.DataType, length: int = -1) -> pa.DataType:
     return pa.list_(pa.field("element", element), length)
 
 
+def _required(**types: pa.DataType) -> list[pa.Field]:
+    """Return columns without nulls, by their names."""
+    return [pa.field(name, kind, nullable=False) for name, kind in types.items()]
+
+
 def EMBEDDINGS(dimension: int) -> pa.Schema:  # noqa: N802 - stands beside the constants below
     """Return the schema of rows with embeddings of width `dimension`; row is dense over the run, by (shard, key)."""
-    return pa.schema(
-        [
-            pa.field("row", pa.int64(), nullable=False),
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("uri", pa.string(), nullable=False),
-            pa.field("label", pa.string()),
-            pa.field("embedding", _lists(pa.float16(), dimension), nullable=False),
-        ],
-        metadata={"dimension": str(dimension)},
-    )
+    names = [*_required(row=pa.int64(), key=pa.string(), uri=pa.string()), pa.field("label", pa.string())]
+    embedding = _required(embedding=_lists(pa.float16(), dimension))
+    return pa.schema(names + embedding, metadata={"dimension": str(dimension)})
 
 
-REJECTS = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "uri", "reason", "detail")])
+REJECTS = pa.schema(_required(key=pa.string(), uri=pa.string(), reason=pa.string(), detail=pa.string()))
 """Inputs that gave no row, and why."""
 
 
 def NEIGHBORS(count: int) -> pa.Schema:  # noqa: N802 - stands beside the constants
     """Return the schema of the `count` nearest rows of each row, nearest first, with their cosine similarity."""
-    return pa.schema(
-        [
-            pa.field("row", pa.int64(), nullable=False),
-            pa.field("neighbors", _lists(pa.int64(), count), nullable=False),
-            pa.field("similarity", _lists(pa.float16(), count), nullable=False),
-        ],
-        metadata={"neighbors": str(count)},
-    )
+    lists = {"neighbors": _lists(pa.int64(), count), "similarity": _lists(pa.float16(), count)}
+    return pa.schema(_required(row=pa.int64(), **lists), metadata={"neighbors": str(count)})
 
 
-ASSIGNMENTS = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("cluster", pa.int32(), nullable=False),
-        pa.field("confidence", pa.float32(), nullable=False),
-    ]
-)
+ASSIGNMENTS = pa.schema(_required(row=pa.int64(), key=pa.string(), cluster=pa.int32(), confidence=pa.float32()))
 """The cluster of each row, with the probability that the method gives it."""
 
 
@@ -72,8 +57,7 @@ def level_column(clusters: int) -> str:
 
 def assignments(levels: Sequence[int]) -> pa.Schema:
     """Return `ASSIGNMENTS` with an int32 column behind for each coarser level."""
-    fields = [pa.field(level_column(size), pa.int32(), nullable=False) for size in levels]
-    return pa.schema([*ASSIGNMENTS, *fields])
+    return pa.schema([*ASSIGNMENTS, *_required(**{level_column(size): pa.int32() for size in levels})])
 
 
 CLUSTERS = pa.schema(

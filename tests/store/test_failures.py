@@ -181,7 +181,7 @@ def test_a_mistake_in_the_code_is_not_told_as_a_failure_of_the_store() -> None:
 
 
 def test_tries_that_ran_out_name_the_cause() -> None:
-    error = ExhaustedError(12, 41.2)
+    error = ExhaustedError("tried 12 times in 41 s")
     error.__cause__ = OSError(16, "Please reduce your request rate")
     line = str(translate(error, "s3://b/k", "write"))
     assert line == "s3://b/k: cannot write: [Errno 16] Please reduce your request rate (tried 12 times in 41 s)"
