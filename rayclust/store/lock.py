@@ -121,12 +121,7 @@ class RunLock:
         self._thread = threading.Thread(target=self._renew_regularly, name="lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the run; where another process had it, wait until it is seen whether that one still works.
-
-        Raises:
-            HeldError: it does.
-            DataError: the storage cannot be read or written.
-        """
+        """Take the run, as `run_lock`; where another process had it, wait until it is seen whether that still works."""
         while self._version is None:
             found = storage.read_versioned(self._uri)
             if found is None or _is_abandoned(self._uri, found):

@@ -12,6 +12,7 @@ import struct
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -63,40 +64,22 @@ def is_array_file(key: str) -> bool:
     return name.endswith((".npy", ".pt")) and not _LABEL_FILE.fullmatch(name) and not is_text
 
 
-@dataclass(frozen=True)
-class _ArrayFile:
-    """The part of an array file that planning needs."""
-
-    stamp: str
-    """Of the file and of its labels and metadata."""
-    beside: tuple[str, ...]
-    """URIs of its labels and metadata."""
-    rows: int | None
-    """Rows within the size of the file; None if unknown before it is read."""
-
-
 def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterator[Shard]:
     """Make shards of Parquet, `.npy` and `.pt` files, as the listing comes; footers and headers are read ahead.
 
-    Args:
-        files: of these kinds.
-        template: carries the settings that all shards share.
-        shard_rows: rows of a shard; Parquet is cut at the row group where they are reached, a `.pt` file not at all.
+    Parquet is cut at the row group where `shard_rows` are reached, a `.pt` file not at all.
 
     Raises:
         DataError: a file holds no embeddings, or not the column of labels that is asked for.
     """
-    for file, found in prefetch(_inspect, files, _FILES_AHEAD):
-        if isinstance(found, _ArrayFile):
-            stem, _, ending = file.key.rpartition(".")
-            kind = "embeddings_pt" if ending.lower() == "pt" else "embeddings_npy"
-            shard = replace(template, kind=kind, uri=file.uri, name=stem, stamp=found.stamp, beside=found.beside)
-            if found.rows is None:
-                yield shard
+    for file, found in prefetch(partial(_inspect, template), files, _FILES_AHEAD):
+        if isinstance(found, Shard):
+            if found.count is None:
+                yield found
                 continue
-            for start in range(0, found.rows, shard_rows):
-                count = min(shard_rows, found.rows - start)
-                yield replace(shard, stamp=f"{found.stamp}:{start}+{count}", start=start, count=count)
+            for start in range(0, found.count, shard_rows):
+                count = min(shard_rows, found.count - start)
+                yield replace(found, stamp=f"{found.stamp}:{start}+{count}", start=start, count=count)
             continue
         if found is not None and Columns.find(found.schema).embedding is None:
             folder, _, name = file.key.rpartition("/")
@@ -109,8 +92,8 @@ def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterato
         yield from parquet.cut(file, found, replace(template, kind="embeddings_parquet"), shard_rows)
 
 
-def _inspect(file: FileStat) -> _ArrayFile | Footer | None:
-    """Read the footer of a table, or find rows, labels and metadata of an array.
+def _inspect(template: Shard, file: FileStat) -> Shard | Footer | None:
+    """Read the footer of a table; of an array return the shard of all rows, with its labels and metadata beside.
 
     Raises:
         DataError: the array cannot be a table of embeddings.
@@ -138,8 +121,10 @@ def _inspect(file: FileStat) -> _ArrayFile | Footer | None:
         if header is not None:
             _check_matrix(file.uri, header.shape, header.dtype)
             rows = header.rows_within(file.size) or (None if header.shape[0] else 0)
-    stamp = "+".join([file.stamp, *(found.stamp for found in present)])
-    return _ArrayFile(stamp, tuple(found.uri for found in present), rows)
+    kind = "embeddings_pt" if ending.lower() == "pt" else "embeddings_npy"
+    stamp, places = "+".join(found.stamp for found in [file, *present]), tuple(found.uri for found in present)
+    name = file.key.rpartition(".")[0]
+    return replace(template, kind=kind, uri=file.uri, name=name, stamp=stamp, beside=places, count=rows)
 
 
 def _check_matrix(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

@@ -26,13 +26,10 @@ def is_image(key: str) -> bool:
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterator[Shard]:
-    """Cut the image files of a listing into shards, as the listing comes.
+    """Cut the image files of a listing by order of key into shards of `shard_size` images, as the listing comes.
 
-    Args:
-        files: of a folder, in order of key.
-        template: carries the folder's URI and the settings that all shards share; with `classes`, only files below a
-            folder of one of these names are kept.
-        shard_size: images per shard.
+    The template carries the folder's URI and what all shards share; with `classes`, only files below a folder of one of
+    these names are kept.
     """
     ignored, group = 0, list[FileStat]()
     for file in chain(files, [None]):  # None closes the last shard
@@ -51,15 +48,7 @@ def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterato
 
 
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
-    """Read the files of a folder shard, in order of key; unreadable and oversized ones are rejects.
-
-    Args:
-        shard: of kind folder.
-        max_bytes: bytes of one encoded image above which it is rejected without being read.
-
-    Raises:
-        DataError: the storage as a whole cannot be read.
-    """
+    """Read the files of a folder shard in order of key, as `sources.read_records`; a remote input's several at once."""
 
     def read_member(member: Member) -> Record:
         label = None if shard.label_source is None else folder_label(member.key)

@@ -235,12 +235,7 @@ def read_footer(file: FileStat) -> Footer | None:
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterator[Shard]:
-    """Make shards of Parquet files with images, as the listing comes; footers are read ahead.
-
-    Args:
-        files: Parquet files.
-        template: carries the settings that all shards share.
-        shard_rows: rows from which on a shard ends.
+    """Make shards of Parquet files with images, as the listing comes; footers are read ahead. See `cut`.
 
     Raises:
         DataError: a file has no column of images, or not the column of labels that is asked for.
@@ -278,16 +273,9 @@ def cut(file: FileStat, footer: Footer | None, template: Shard, shard_rows: int)
 
 
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
-    """Read the images of a range of row groups in order of key; null images and damaged rows or files are rejects.
+    """Read a range of row groups as `sources.read_records`; null images and damaged rows or files are rejects.
 
     Keys come from a column that names the rows if that is without gaps and doubles, else they are file name and row.
-
-    Args:
-        shard: of kind parquet.
-        max_bytes: bytes of one encoded image above which it is rejected without being read.
-
-    Raises:
-        DataError: the storage as a whole cannot be read, or a column is missing.
     """
     try:
         with opened(shard.uri) as file:
@@ -347,14 +335,11 @@ def _sorted_by_key(records: Iterable[Record]) -> Iterator[Record]:
 
 
 def fetch(uri: str, rows: Collection[str]) -> dict[str, bytes]:
-    """Read single images of a table.
+    """Return encoded images of a table by row number, without those that are not there.
 
     Args:
         uri: of the table.
         rows: row numbers as they stand behind the `#` of the records' URIs.
-
-    Returns:
-        Encoded images by row number; those that are not there are left out.
 
     Raises:
         UnreadableError: the table cannot be read; damage raises one of `DAMAGE`.

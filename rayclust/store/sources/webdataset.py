@@ -77,12 +77,7 @@ class _Entry:
 
 
 def plan(files: Iterable[FileStat], template: Shard) -> Iterator[Shard]:
-    """Make one shard per tar of a listing, as the listing comes.
-
-    Args:
-        files: in order of key.
-        template: carries the settings that all shards share.
-    """
+    """Make one shard per tar of a listing by order of key, as the listing comes; `template` carries what all share."""
     for file in files:
         suffix = next((suffix for suffix in TAR_SUFFIXES if file.key.lower().endswith(suffix)), None)
         if suffix is not None:
@@ -91,16 +86,9 @@ def plan(files: Iterable[FileStat], template: Shard) -> Iterator[Shard]:
 
 
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
-    """Read the images of a tar in order of key; damages, duplicates and samples without an image are rejects.
+    """Read the images of a tar as `sources.read_records`; damages, duplicates and samples without one are rejects.
 
     A remote tar is fetched whole first.
-
-    Args:
-        shard: of kind webdataset.
-        max_bytes: bytes of one encoded image above which it is rejected without being read.
-
-    Raises:
-        DataError: the storage as a whole cannot be read.
     """
     try:
         archive = storage.open_input(shard.uri, whole=True)
@@ -121,14 +109,11 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
 
 
 def fetch(uri: str, names: Collection[str]) -> dict[str, bytes]:
-    """Read single members of a tar.
+    """Return members of a tar by name, the first of each name, without those that are not there.
 
     Args:
         uri: of the tar.
         names: as they stand behind the `#` of the records' URIs.
-
-    Returns:
-        Contents by name, the first member of each name; those that are not there are left out.
 
     Raises:
         UnreadableError: the tar cannot be read.
