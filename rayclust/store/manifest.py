@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -58,9 +58,6 @@ class StageOutputs(Config):
     Only fields that were set are written (`exclude_unset`), so that a manifest keeps its bytes when a field is added.
     """
 
-    stage: ClassVar[str] = ""
-    """Name of the stage, for messages."""
-
 
 class PackedMoments(Config):
     """Count, sum and sum of squares of rows."""
@@ -76,7 +73,6 @@ class PackedMoments(Config):
 class EncodeOutputs(StageOutputs):
     """Of encode: the shape of the embeddings."""
 
-    stage = "encode"
     dimension: int = Field(ge=1)
     """D."""
     parts: tuple[int, ...]
@@ -90,7 +86,6 @@ class EncodeOutputs(StageOutputs):
 class NeighborsOutputs(StageOutputs):
     """Of neighbors: how they were searched."""
 
-    stage = "neighbors"
     method: str
     """exact or ivf."""
     k: int = Field(ge=1)
@@ -119,7 +114,6 @@ class ChosenModel(Config):
 class SelectKOutputs(StageOutputs):
     """Of select-k: the choice."""
 
-    stage = "select-k"
     chosen: ChosenModel
     rule: str
     """That decided."""
@@ -130,7 +124,6 @@ class SelectKOutputs(StageOutputs):
 class AssignOutputs(StageOutputs):
     """Of assign: the clusters' sizes."""
 
-    stage = "assign"
     sizes: tuple[int, ...]
     """Rows of each cluster."""
     levels: tuple[int, ...] = ()
@@ -140,7 +133,6 @@ class AssignOutputs(StageOutputs):
 class LabelOutputs(StageOutputs):
     """Of label: how certain images and names are. Without a vocabulary only the first two are set."""
 
-    stage = "label"
     confidence: tuple[int, ...]
     """Images by confidence, in equal bins of [0, 1]."""
     mean_confidence: tuple[float | None, ...]
@@ -160,7 +152,6 @@ class LabelOutputs(StageOutputs):
 class IndexOutputs(StageOutputs):
     """Of index: the index over the encoder's space, and over the method's own."""
 
-    stage = "index"
     kind: str
     """flat or ivf."""
     recall: float | None

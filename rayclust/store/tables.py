@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,22 +100,13 @@ def encode_table(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def write_table(uri: str, table: pa.Table) -> str:
-    """Write a table at once.
-
-    Args:
-        uri: the file.
-        table: with the schema of its kind; it is stored with its metadata.
-
-    Returns:
-        SHA-256 of the file's bytes, hexadecimal.
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write a table at once; it is stored with its schema's metadata.
 
     Raises:
         DataError: it cannot be written.
     """
-    data = encode_table(table)
-    storage.write_bytes(uri, data)
-    return hashlib.sha256(data).hexdigest()
+    storage.write_bytes(uri, encode_table(table))
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:

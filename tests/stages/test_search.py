@@ -14,7 +14,7 @@ from rayclust.runtime.pipeline import run_stage
 from rayclust.stages.search import Hit, as_lines, search
 from rayclust.store import storage
 from rayclust.store.run import Run
-from rayclust.store.sources import fetch
+from rayclust.store.sources import fetch_many
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
 
@@ -23,7 +23,8 @@ from tests.stages.runs import tree
 def query(pictures_run: Sealed, tmp_path: Path) -> str:
     """The image of row 15: the fourth of the last tar."""
     path = tmp_path / "query.png"
-    path.write_bytes(fetch(f"{pictures_run.config.images.uri}/shard-001.tar#00003.png"))
+    [(_, data)] = fetch_many([f"{pictures_run.config.images.uri}/shard-001.tar#00003.png"])
+    path.write_bytes(data or b"")
     return str(path)
 
 
@@ -40,7 +41,7 @@ def test_the_image_itself_comes_first_then_its_like(pictures_run: Sealed, query:
     assert similarities == sorted(similarities, reverse=True)
     assert {hit.row % 3 for hit in hits} == {0}, "images of another colour"
     assert len({hit.cluster for hit in hits}) == 1
-    assert all(fetch(hit.uri) for hit in hits)
+    assert all(dict(fetch_many(hit.uri for hit in hits)).values())
 
 
 def test_asking_for_more_than_there_are_gives_all(pictures_run: Sealed, query: str):

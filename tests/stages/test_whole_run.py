@@ -187,10 +187,11 @@ def test_predict_gives_the_assignments_of_the_run_for_its_own_images(finished: P
 
 
 def test_search_finds_the_image_itself_first(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from rayclust.store.sources import fetch
+    from rayclust.store.sources import fetch_many
 
     query = tmp_path / "query.png"
-    query.write_bytes(fetch(f"{finished / 'images' / 'shard-001.tar'}#00007.png"))
+    [(_, data)] = fetch_many([f"{finished / 'images' / 'shard-001.tar'}#00007.png"])
+    query.write_bytes(data or b"")
     assert run_command(["search", str(finished / "run"), "--image", str(query), "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4

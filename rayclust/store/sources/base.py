@@ -46,7 +46,7 @@ class Record:
     key: str
     """Name within the input, valid UTF-8."""
     uri: str
-    """Location; `fetch` reads it again."""
+    """Location; `fetch_many` reads it again."""
     data: bytes | None = None
     """Encoded image; None for a reject."""
     label: str | None = None

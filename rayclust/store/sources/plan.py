@@ -14,7 +14,7 @@ from rayclust.store import storage
 from rayclust.store.sources import embeddings, folder, parquet, webdataset
 from rayclust.store.sources.base import MAX_RECORD_BYTES, Record, Rows, Shard, prefetch
 from rayclust.store.sources.embeddings import LoadTensors
-from rayclust.store.storage import FileStat, MissingError, UnreadableError
+from rayclust.store.storage import FileStat, UnreadableError
 
 log = logging.getLogger(__name__)
 
@@ -221,26 +221,11 @@ def read_rows(shard: Shard, load_tensors: LoadTensors | None = None, width: int 
     return embeddings.read(shard, width, load_tensors)
 
 
-def fetch(uri: str) -> bytes:
-    """Return the encoded image that a record's URI points to.
-
-    Args:
-        uri: of a file, of a tar's member (`shard.tar#name`) or of a table's row (`part.parquet#12`).
-
-    Raises:
-        DataError: it is not there, or cannot be read.
-    """
-    _, data = next(fetch_many([uri]))
-    if data is None:
-        raise MissingError(f"{uri}: no such image; the input has changed since it was read")
-    return data
-
-
 def fetch_many(uris: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
     """Fetch encoded images by their URIs; every tar or table is opened once.
 
     Args:
-        uris: as for `fetch`.
+        uris: of files, of tars' members (`shard.tar#name`) and of tables' rows (`part.parquet#12`).
 
     Yields:
         Each distinct URI with its image, grouped by file; None for what is not there or cannot be read.

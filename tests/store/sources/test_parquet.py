@@ -11,7 +11,7 @@ import pytest
 
 from rayclust.errors import DataError
 from rayclust.store import storage
-from rayclust.store.sources import Record, Shard, fetch, parquet, plan_shards, read_records
+from rayclust.store.sources import Record, Shard, fetch_many, parquet, plan_shards, read_records
 from rayclust.store.sources.parquet import Columns, RowNames, class_names
 from tests.store.inputs import image, write
 from tests.store.inputs import parquet as make
@@ -31,7 +31,7 @@ def test_rows_come_by_key_with_data_label_and_uri(place: str) -> None:
     assert [record.data for record in found] == [IMAGES[i] for i in (3, 1, 4, 2, 5, 0)]
     assert [record.label for record in found] == ["dog", "dog", None, "cat", None, "cat"]
     assert found[0].uri == f"{place}/x.parquet#3"
-    assert fetch(found[0].uri) == found[0].data
+    assert dict(fetch_many([found[0].uri])) == {found[0].uri: found[0].data}
 
 
 def test_huggingface_structs(place: str) -> None:
