@@ -78,9 +78,8 @@ class Run:
         """Return the folder of the model that select-k fitted with so many clusters; its criteria end in .json."""
         return self.at("selection", f"k-{clusters:05d}")
 
-    def checkpoints(self, digest: str) -> str:
-        """Return the folder of the checkpoints of the training whose settings have this digest."""
-        return self.at("checkpoints", digest)
+    checkpoints = partialmethod(at, "checkpoints")
+    """Takes the digest of the settings of a training and returns the folder of its checkpoints."""
 
     def manifest(self, stage: str) -> str:
         """Return the manifest of a stage."""

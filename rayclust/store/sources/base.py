@@ -28,6 +28,8 @@ LABEL_NAMES = (
 
 MAX_RECORD_BYTES = 256 << 20
 """Default bound on the bytes of one encoded image; a larger one is rejected unread."""
+TOO_LARGE = "{} bytes, above the bound of {}"
+"""Detail of a `too_large` reject."""
 
 
 class Member(NamedTuple):
@@ -125,11 +127,6 @@ class Shard:
     def selects(self, key: str, label: str | None) -> bool:
         """Return whether an image belongs to the requested classes, by its label or by a folder of its key."""
         return self.classes is None or not {label, *key.split("/")[:-1]}.isdisjoint(self.classes)
-
-
-def oversize_detail(size: int, max_bytes: int) -> str:
-    """Return the detail of a `too_large` reject; both arguments in bytes."""
-    return f"{size} bytes, above the bound of {max_bytes}"
 
 
 def escape_invalid(text: str) -> str:

@@ -122,9 +122,9 @@ def _inspect(template: Shard, file: FileStat) -> Shard | Footer | None:
             _check_matrix(file.uri, header.shape, header.dtype)
             rows = header.rows_within(file.size) or (None if header.shape[0] else 0)
     kind = "embeddings_pt" if ending.lower() == "pt" else "embeddings_npy"
-    stamp, places = "+".join(found.stamp for found in [file, *present]), tuple(found.uri for found in present)
-    name = file.key.rpartition(".")[0]
-    return replace(template, kind=kind, uri=file.uri, name=name, stamp=stamp, beside=places, count=rows)
+    name, stamp = file.key.rpartition(".")[0], "+".join(found.stamp for found in [file, *present])
+    uris = tuple(found.uri for found in present)
+    return replace(template, kind=kind, uri=file.uri, name=name, stamp=stamp, beside=uris, count=rows)
 
 
 def _check_matrix(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -394,10 +394,8 @@ class NpyHeader:
     offset: int
     """Bytes before the array."""
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row, in C order."""
-        return int(self.dtype.itemsize) * math.prod(self.shape[1:])
+    row_bytes: int
+    """Bytes of one row, in C order."""
 
     def rows_within(self, size: int) -> int:
         """Return the whole rows that a file of `size` bytes can hold, at most those of the shape."""
@@ -426,7 +424,7 @@ def read_npy_header(uri: str) -> NpyHeader:
         raise DataError(f"{uri}: holds records of {len(dtype.fields)} fields; save the numbers as an array of two axes")
     if any(length < 0 for length in shape) or math.prod(shape[1:]) > _MAX_WIDTH:
         raise DamagedNpyError(f"its shape {shape} is impossible")
-    return NpyHeader(tuple(shape), dtype, is_fortran, start.tell())
+    return NpyHeader(tuple(shape), dtype, is_fortran, start.tell(), int(dtype.itemsize) * math.prod(shape[1:]))
 
 
 def read_npy_rows(uri: str, header: NpyHeader, start: int = 0, count: int | None = None) -> NDArray[Any]:

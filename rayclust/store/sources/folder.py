@@ -10,7 +10,7 @@ from itertools import chain
 
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
-from rayclust.store.sources.base import IMAGE_SUFFIXES, Member, Record, Shard, folder_label, oversize_detail, prefetch
+from rayclust.store.sources.base import IMAGE_SUFFIXES, TOO_LARGE, Member, Record, Shard, folder_label, prefetch
 from rayclust.store.storage import FileStat, MissingError, UnreadableError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
         label = None if shard.label_source is None else folder_label(member.key)
         reject = partial(Record, member.key, member.uri, None, label)
         if member.size > max_bytes:
-            return reject("too_large", oversize_detail(member.size, max_bytes))
+            return reject("too_large", TOO_LARGE.format(member.size, max_bytes))
         try:
             return Record(member.key, member.uri, storage.read_bytes(member.uri), label)
         except MissingError:

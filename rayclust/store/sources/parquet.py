@@ -21,12 +21,12 @@ from rayclust.errors import DataError
 from rayclust.store import storage
 from rayclust.store.sources.base import (
     LABEL_NAMES,
+    TOO_LARGE,
     Record,
     Shard,
     escape_invalid,
     folder_label,
     label_text,
-    oversize_detail,
     prefetch,
 )
 from rayclust.store.storage import FileStat, UnreadableError
@@ -39,6 +39,7 @@ URI_NAMES = ("uri", "image_path")
 DAMAGE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowError)
 """Raised when a damaged Parquet file is read; storage errors are DataErrors, and pass."""
 
+_TEXT = (pa.string(), pa.large_string())
 _BATCH_ROWS = 16
 _BUFFER_BYTES, _UNBUFFERED_BYTES = 8 << 20, 256 << 20
 """Size of the read buffer, and of a row group above which it is used."""
@@ -76,11 +77,11 @@ class Columns:
         """
         images = [field for field in schema if _is_image(field.type)]
         image = find_column(schema, IMAGE_NAMES, _is_image) or (images[0].name if len(images) == 1 else None)
-        key = find_column(schema, KEY_NAMES, lambda kind: _is_text(kind) or bool(pa.types.is_integer(kind)))
+        key = find_column(schema, KEY_NAMES, lambda kind: kind in _TEXT or bool(pa.types.is_integer(kind)))
         if key is None and image is not None:
             kind = next(field.type for field in images if field.name == image)
             at = kind.get_field_index("path") if pa.types.is_struct(kind) else -1
-            key = f"{image}.path" if at >= 0 and _is_text(kind.field(at).type) else None
+            key = f"{image}.path" if at >= 0 and kind.field(at).type in _TEXT else None
         label = key if label_source == "folder" else label_source
         if label_source == "auto":
             label = find_column(schema, LABEL_NAMES, lambda kind: not _is_image(kind) and not _is_vector(kind))
@@ -88,7 +89,7 @@ class Columns:
             have = describe_columns(schema)
             raise DataError(f"images.labels = {label_source}: {where} has no such column; it has {have}")
         embedding = find_column(schema, EMBEDDING_NAMES, _is_vector)
-        return cls(image, embedding, key, find_column(schema, URI_NAMES, _is_text), label)
+        return cls(image, embedding, key, find_column(schema, URI_NAMES, lambda kind: kind in _TEXT), label)
 
     @property
     def naming(self) -> list[str]:
@@ -122,10 +123,6 @@ def _is_vector(kind: pa.DataType) -> bool:
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return bool(is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ def _values(table: pa.Table, name: str) -> list[Any]:
     """Return the values of a column, or with a dot in its name of the field of a struct; text is valid UTF-8."""
     outer, _, inner = name.partition(".")
     column = table[name] if name in table.column_names else pc.struct_field(table[outer], inner)
-    if not _is_text(column.type):
+    if column.type not in _TEXT:
         return column.to_pylist()  # type: ignore[no-any-return]
     # Files may hold text that is not UTF-8, which pyarrow refuses to decode.
     binary = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
@@ -310,7 +307,7 @@ def _records(
                     if not image.is_valid:
                         yield replace(record, reason="null_image", detail="the row holds no image")
                     elif size > max_bytes:
-                        yield replace(record, reason="too_large", detail=oversize_detail(size, max_bytes))
+                        yield replace(record, reason="too_large", detail=TOO_LARGE.format(size, max_bytes))
                     else:
                         yield replace(record, data=image.as_py())
                     row += 1

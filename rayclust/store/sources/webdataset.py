@@ -18,12 +18,12 @@ from rayclust.store import storage
 from rayclust.store.sources.base import (
     IMAGE_SUFFIXES,
     LABEL_NAMES,
+    TOO_LARGE,
     Record,
     Shard,
     escape_invalid,
     folder_label,
     label_text,
-    oversize_detail,
 )
 from rayclust.store.storage import FileStat, UnreadableError, is_hidden
 
@@ -101,7 +101,7 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
             for entry in sorted(_entries(shard, plain, damage), key=lambda entry: (entry.key, entry.uri)):
                 data, reason, detail = None, entry.reason, escape_invalid(entry.detail)
                 if entry.image is not None and entry.image.size > max_bytes:
-                    reason, detail = "too_large", oversize_detail(entry.image.size, max_bytes)
+                    reason, detail = "too_large", TOO_LARGE.format(entry.image.size, max_bytes)
                 elif entry.image is not None:
                     data = _read_at(plain, entry.image.offset, entry.image.size)
                 label = None if shard.label_source is None else _label(shard.label_source, plain, entry)
