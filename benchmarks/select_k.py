@@ -29,8 +29,8 @@ from rayclust.clustering import kmeans
 from rayclust.clustering.spectral import SpectralOptions, partition
 from rayclust.config import SelectKConfig
 from rayclust.features import FeatureTransform
-from rayclust.metrics.internal import CriteriaOptions, measure
-from rayclust.metrics.selection import CRITERIA, Candidate, Choice, choose, refine
+from rayclust.metrics.internal import measure
+from rayclust.metrics.selection import CRITERIA, Choice, choose, refine
 from rayclust.search.knn import top_k
 
 NEIGHBORS = 50
@@ -93,11 +93,11 @@ def search(x: np.ndarray, own_space: bool) -> tuple[Choice, int]:
         partitions = by_spectrum(rows, options.seeds, options.largest(len(x)))
     else:
         partitions = by_kmeans(rows, options.seeds)
-    tried: dict[int, Candidate] = {}
+    tried: dict[int, dict[str, float]] = {}
     wanted = options.first(len(x))
     for _ in range(1 + options.rounds):
-        tried |= {k: Candidate(k, measure(x, partitions(k), neighbors, CriteriaOptions())) for k in wanted}
-        choice = choose(list(tried.values()))
+        tried |= {k: measure(x, partitions(k), neighbors) for k in wanted}
+        choice = choose(tried)
         wanted = refine(list(tried), choice.k)
     return choice, len(tried)
 

@@ -31,6 +31,13 @@ __all__ = ["CPP", "TEMI", "KMeans"]
 
 _SHARED = {"center": False, "standardize": False, "normalize": True, "device": "auto", "random_state": None}
 """Parameters of every estimator, and their defaults."""
+_SHARED_ARGS = """\
+        center: subtract the mean first.
+        standardize: z-score each dimension first.
+        normalize: scale rows to length 1.
+        device: `auto` (a GPU where there is one), `cpu` or `cuda`.
+        random_state: seed of everything random.
+"""
 
 
 class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
@@ -48,7 +55,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     def __init_subclass__(
         cls, config: type[Config] | None = None, fields: dict[str, str] | None = None, **kwargs: Any
     ) -> None:
-        """Add the constructor, with the explicit signature that scikit-learn requires.
+        """Add the constructor, with the explicit signature that scikit-learn requires, and its shared documentation.
 
         Its parameters are `n_clusters`, those of `fields` and the shared ones. For a config with presets the default is
         None, which leaves a setting to the preset, and `settings` holds further keys; otherwise it is the field's
@@ -68,11 +75,11 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         for name, field in cls._fields.items():
             defaults[name] = None if has_presets and field != "preset" else config.model_fields[field].default
         defaults |= {"n_clusters": 8} | ({"settings": None} if has_presets else {}) | _SHARED
-        parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
-        for name, default in defaults.items():
-            kind = Parameter.POSITIONAL_OR_KEYWORD if name == "n_clusters" else Parameter.KEYWORD_ONLY
-            parameters.append(Parameter(name, kind, default=default))
-        signature = Signature(parameters)
+        cls.__doc__ = (cls.__doc__ or "").replace("\n\n    Attributes:", f"\n{_SHARED_ARGS}\n    Attributes:")
+        positional = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "n_clusters")]
+        positional[1] = positional[1].replace(default=8)
+        named = [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
+        signature = Signature([*positional, *named[1:]])
 
         def construct(self: Any, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
@@ -120,9 +127,8 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(auto if self.device == "auto" else self.device)
 
 
 class _Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # type: ignore[misc]
@@ -141,15 +147,10 @@ class KMeans(
     Args:
         n_clusters: K.
         metric: `cosine`: rows and centres are unit vectors. `euclidean`: centres are means of the features, so
-            `normalize=False` gives the k-means of the rows themselves.
+            `normalize=False` gives the k-means of the rows themselves; cosine scales rows to length 1 regardless.
         n_init: starts from different seeds, advanced together; the least inertia is kept.
         max_iter: most passes of one start.
         tol: shift of the centres at which a start stops, relative to the features' mean variance.
-        center: subtract the mean first.
-        standardize: z-score each dimension first.
-        normalize: scale rows to length 1 before clustering; always so for cosine.
-        device: `auto` (a GPU where there is one), `cpu` or `cuda`.
-        random_state: seed of the first centres.
 
     Attributes:
         cluster_centers_: Float32[K D], in feature space.
@@ -176,17 +177,14 @@ class KMeans(
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """Return the nearest centre of each row: Int64[N]."""
-        x = self._features(X)
-        labels: NDArray[np.int64] = kmeans.assign(x, torch.from_numpy(self.cluster_centers_))[0].numpy()
-        return labels
+        return np.asarray(kmeans.assign(self._features(X), torch.from_numpy(self.cluster_centers_))[0])
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return distances of features to centres: Float64[N K]."""
         # In float64 a row's distances do not depend on the other rows of the call.
         x = self._features(X).double()
         squares = kmeans.squared_distances(x, torch.from_numpy(self.cluster_centers_).double())
-        distances: NDArray[np.float64] = squares.sqrt().numpy()
-        return distances
+        return np.asarray(squares.sqrt())
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Return minus the inertia of rows X; larger is better. `y` is not used."""
@@ -214,11 +212,6 @@ class TEMI(
         batch_size: rows per step.
         learning_rate: per 256 rows of batch.
         settings: more keys of `rayclust.methods.temi.TemiConfig` and their values.
-        center: subtract the mean first.
-        standardize: z-score each dimension first.
-        normalize: scale rows to length 1.
-        device: `auto` (a GPU where there is one), `cpu` or `cuda`.
-        random_state: seed of everything random.
 
     Attributes:
         labels_: Int64[N].
@@ -253,8 +246,7 @@ class TEMI(
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """Return the most probable cluster of each row: Int64[N]."""
-        labels: NDArray[np.int64] = self.predict_proba(X).argmax(axis=1)
-        return labels
+        return np.asarray(self.predict_proba(X).argmax(axis=1))
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return probabilities of the clusters: Float64[N K], rows sum to 1."""
@@ -263,8 +255,7 @@ class TEMI(
     def _probabilities(self, x: Tensor) -> NDArray[np.float64]:
         if self.method_ is None:
             return np.ones((len(x), 1))
-        probabilities: NDArray[np.float64] = self.method_.predict_proba(x.double()).cpu().numpy()
-        return probabilities[:, self._order]
+        return np.asarray(self.method_.predict_proba(x.double()).cpu())[:, self._order]
 
 
 class CPP(
@@ -286,11 +277,6 @@ class CPP(
         batch_size: rows per step.
         learning_rate: per 256 rows of batch.
         settings: more keys of `rayclust.methods.cpp.CppConfig` and their values.
-        center: subtract the mean first.
-        standardize: z-score each dimension first.
-        normalize: scale rows to length 1.
-        device: `auto` (a GPU where there is one), `cpu` or `cuda`.
-        random_state: seed of everything random.
 
     Attributes:
         labels_: Int64[N].
@@ -312,12 +298,15 @@ class CPP(
         if len(x) > 1:
             self._train(x, None, config)
         self._n_features_out = int(self.method_.width) if self.method_ is not None else 0
-        self.labels_ = self._labels(x)
+        self.labels_ = self.predict(X)
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """Return the cluster of each row: Int64[N]."""
-        return self._labels(self._features(X))
+        x = self._features(X)
+        if self.method_ is None or self.n_clusters == 1:
+            return np.zeros(len(x), dtype=np.int64)
+        return np.asarray(self.method_.predict_proba(x.double()).argmax(dim=1).cpu())
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the learned features z, unit rows: Float64[N d].
@@ -328,11 +317,4 @@ class CPP(
         x = self._features(X)
         if self.method_ is None:
             raise ConfigError("n_samples = 1: at least 2 are needed to learn features")
-        z: NDArray[np.float64] = self.method_.transform(x.double()).cpu().numpy()
-        return z
-
-    def _labels(self, x: Tensor) -> NDArray[np.int64]:
-        if self.method_ is None or self.n_clusters == 1:
-            return np.zeros(len(x), dtype=np.int64)
-        labels: NDArray[np.int64] = self.method_.predict_proba(x.double()).argmax(dim=1).cpu().numpy()
-        return labels
+        return np.asarray(self.method_.transform(x.double()).cpu())

@@ -96,77 +96,51 @@ def neighbor_precision(x: FloatArray, labels: IntArray, k: int) -> float:
     return float((labels[near] == labels[:, None]).mean())
 
 
-def detection_error(membership: FloatArray, labels: IntArray) -> float:
-    """Return the feature-detection error: the mean share of a row's L1 mass that lies outside the row's class.
+def membership_scores(membership: FloatArray, labels: IntArray | None = None, least: float = 0.0) -> dict[str, float]:
+    """Measure a membership by its entries, its graph and, where there are labels, the classes of the rows.
 
-    The diagonal counts: a row of Π sums to 1 with it. Range 0 to 1, smaller is better; an even Π has the mean share of
-    rows of another class. A row of zeros has no error.
+    Two rows share an edge where |½(Π + Πᵀ)| of them is above `least`; no row has an edge to itself. Rows' order and the
+    names of classes play no part.
 
     Args:
         membership: Float[n n], Π.
-        labels: Int[n].
+        labels: Int[n]; None leaves out the last two.
+        least: an entry counts where its absolute value is above it.
+
+    Returns:
+        `nonzeros`: mean number of entries of a row, the diagonal's included, 0 to n. `components`: connected components
+        of the graph, 1 to n; above K, no K clusters hold them all. `detection_error`: the feature-detection error, the
+        mean share of a row's L1 mass outside the row's class, the diagonal counted; 0 to 1, smaller is better, the mean
+        share of rows of another class for an even Π, 0 for a row of zeros. `wrong_edges`: share of edges that join rows
+        of two classes; 0 to 1, smaller is better, 0 without edges.
 
     Raises:
         ShapeError: `membership` is not square or empty, or `labels` has another length.
 
     Source: arXiv 1507.01238, for self-expressive coefficients, whose diagonal is 0; arXiv 2306.05272's program for Π.
     """
-    _require_square(membership, labels)
-    mass = np.abs(membership, dtype=np.float64)
-    total = mass.sum(axis=1)
-    outside = (mass * (labels[:, None] != labels)).sum(axis=1)
-    return float((outside / np.where(total > 0, total, 1.0)).mean())
-
-
-def wrong_edges(membership: FloatArray, labels: IntArray, least: float = 0.0) -> float:
-    """Return the share of edges, each counted once, that join rows of two classes.
-
-    Range 0 to 1, smaller is better; 0 where there are no edges.
-
-    Args:
-        membership: Float[n n], Π.
-        labels: Int[n].
-        least: two rows share an edge where |½(Π + Πᵀ)| of them is above it; no row has an edge to itself.
-
-    Raises:
-        ShapeError: `membership` is not square or empty, or `labels` has another length.
-    """
-    _require_square(membership, labels)
-    edges = _edges(membership, least)
-    wrong = edges & (labels[:, None] != labels)
-    return float(wrong.sum() / max(edges.sum(), 1))
-
-
-def nonzeros(membership: FloatArray, least: float = 0.0) -> float:
-    """Return the mean number of entries of a row that are not zero, the diagonal's included. Range 0 to n.
-
-    Args:
-        membership: Float[n n], Π.
-        least: an entry counts where its absolute value is above it.
-
-    Raises:
-        ShapeError: `membership` is not square or empty.
-    """
-    _require_square(membership)
-    return float((np.abs(membership) > least).sum(axis=1).mean())
-
-
-def components(membership: FloatArray, least: float = 0.0) -> int:
-    """Count the connected components of the graph of rows; above K, no K clusters hold them all. Range 1 to n.
-
-    Args:
-        membership: Float[n n], Π.
-        least: two rows share an edge where |½(Π + Πᵀ)| of them is above it.
-
-    Raises:
-        ShapeError: `membership` is not square or empty.
-    """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
 
-    _require_square(membership)
-    edges = csr_array(_edges(membership, least))
-    return int(connected_components(edges, directed=False, return_labels=False))
+    require_matrix(membership, "membership")
+    rows, columns = membership.shape
+    if rows != columns or not rows:
+        raise ShapeError(f"membership is {rows} × {columns}: must be square, with at least 1 row")
+    if labels is not None and len(labels) != rows:
+        raise ShapeError(f"{len(labels)} labels for a membership of {rows} rows: as many are needed")
+    edges = np.abs(membership + membership.T) > 2 * least
+    np.fill_diagonal(edges, False)
+    scores = {
+        "nonzeros": float((np.abs(membership) > least).sum(axis=1).mean()),
+        "components": float(connected_components(csr_array(edges), directed=False, return_labels=False)),
+    }
+    if labels is not None:
+        differ = labels[:, None] != labels
+        mass = np.abs(membership, dtype=np.float64)
+        total = mass.sum(axis=1)
+        scores["detection_error"] = float(((mass * differ).sum(axis=1) / np.where(total > 0, total, 1.0)).mean())
+        scores["wrong_edges"] = float((edges & differ).sum() / max(edges.sum(), 1))
+    return scores
 
 
 def singular_values(x: FloatArray) -> NDArray[np.float64]:
@@ -239,18 +213,3 @@ def quantiles(spectra: Sequence[FloatArray], levels: Sequence[float]) -> NDArray
 def _unit(x: FloatArray) -> FloatArray:
     require_matrix(x, "x")
     return unit_rows(np.asarray(x, dtype=np.float64))
-
-
-def _edges(membership: FloatArray, least: float) -> NDArray[np.bool_]:
-    edges = np.abs(membership + membership.T) > 2 * least
-    np.fill_diagonal(edges, False)
-    return np.asarray(edges)
-
-
-def _require_square(membership: FloatArray, labels: IntArray | None = None) -> None:
-    require_matrix(membership, "membership")
-    rows, columns = membership.shape
-    if rows != columns or not rows:
-        raise ShapeError(f"membership is {rows} × {columns}: must be square, with at least 1 row")
-    if labels is not None and len(labels) != rows:
-        raise ShapeError(f"{len(labels)} labels for a membership of {rows} rows: as many are needed")

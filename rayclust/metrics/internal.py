@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import xlogy
@@ -19,20 +18,14 @@ DISTORTION = 0.1
 _ROWS_AT_ONCE = 8192
 
 
-@dataclass(frozen=True)
-class CriteriaOptions:
-    """Settings of `measure`."""
-
-    distortion: float = DISTORTION
-    """ε² of the coding length, in squared row lengths."""
-    silhouette_rows: int = 10_000
-    """Rows of the seeded sample on which the silhouette is taken."""
-    seed: int = 0
-    """Of that sample."""
-
-
 def measure(
-    x: FloatArray, partitions: Sequence[IntArray], neighbors: IntArray | None, options: CriteriaOptions
+    x: FloatArray,
+    partitions: Sequence[IntArray],
+    neighbors: IntArray | None,
+    *,
+    distortion: float = DISTORTION,
+    silhouette_rows: int = 10_000,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Compute all criteria of one candidate number of clusters.
 
@@ -41,7 +34,9 @@ def measure(
         partitions: label sets Int[N] of several seeds; the first is the one that would be kept, and all criteria but
             the stability are its own.
         neighbors: Int[N M], each row's nearest others, −1 where there are fewer; None leaves out what needs them.
-        options: settings.
+        distortion: ε² of the coding length, in squared row lengths.
+        silhouette_rows: rows of the seeded sample on which the silhouette is taken.
+        seed: of that sample.
 
     Returns:
         `coding_length` in nats per row; `silhouette`; `calinski_harabasz` (1974) and `davies_bouldin` (1979),
@@ -56,12 +51,12 @@ def measure(
     if not partitions:
         raise DataError("partitions = 0: criteria need at least one label set")
     labels = np.unique(partitions[0], return_inverse=True)[1]
-    criteria = {"coding_length": coding_length(x, labels, options.distortion) / max(len(labels), 1)}
+    criteria = {"coding_length": coding_length(x, labels, distortion) / max(len(labels), 1)}
     clusters = int(labels.max(initial=-1)) + 1
     if 2 <= clusters < len(labels):
         wide = x.astype(np.float64)
         try:
-            criteria["silhouette"] = silhouette(x, labels, rows=options.silhouette_rows, seed=options.seed)
+            criteria["silhouette"] = silhouette(x, labels, rows=silhouette_rows, seed=seed)
         except DataError:  # the sample lies in one cluster
             criteria["silhouette"] = 0.0
         criteria["calinski_harabasz"] = float(metrics.calinski_harabasz_score(wide, labels))

@@ -14,14 +14,8 @@ RULES = ("vote", "coding_length", "knee")
 """Rules of `choose`; the name of any criterion below is one too."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One number of clusters and its criteria."""
-
-    k: int
-    """K."""
-    criteria: Mapping[str, float]
-    """Values by name; see `metrics.internal.measure`."""
+Candidates = Mapping[int, Mapping[str, float]]
+"""K to its criteria, values by name; see `metrics.internal.measure`."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +23,7 @@ class Choice:
     """The chosen number of clusters."""
 
     k: int
-    """K."""
     rule: str
-    """The rule."""
     reason: str
     """In words."""
     picks: Mapping[str, int]
@@ -40,32 +32,30 @@ class Choice:
 
 @dataclass(frozen=True)
 class Criterion:
-    """How a criterion is read."""
+    """How a criterion is read: whether the largest value is the best, and whether it takes part in the vote."""
 
     larger_is_better: bool
-    """Whether the largest value is the best."""
-    votes: bool
-    """Whether it takes part in the vote."""
+    votes: bool = True
 
 
 CRITERIA = {
-    "coding_length": Criterion(larger_is_better=False, votes=True),
-    "silhouette": Criterion(larger_is_better=True, votes=True),
+    "coding_length": Criterion(larger_is_better=False),
+    "silhouette": Criterion(larger_is_better=True),
     "calinski_harabasz": Criterion(larger_is_better=True, votes=False),
-    "davies_bouldin": Criterion(larger_is_better=False, votes=True),
-    "modularity": Criterion(larger_is_better=True, votes=True),
-    "map_equation": Criterion(larger_is_better=False, votes=True),
-    "stability": Criterion(larger_is_better=True, votes=True),
+    "davies_bouldin": Criterion(larger_is_better=False),
+    "modularity": Criterion(larger_is_better=True),
+    "map_equation": Criterion(larger_is_better=False),
+    "stability": Criterion(larger_is_better=True),
 }
 _MIN_CANDIDATES_FOR_ENDS = 5
 """With at least this many candidates, a pick at either end counts as the end of a slope."""
 
 
-def choose(candidates: Sequence[Candidate], rule: str = "vote") -> Choice:
+def choose(candidates: Candidates, rule: str = "vote") -> Choice:
     """Choose the number of clusters by a rule, and give the reason.
 
     Args:
-        candidates: in any order, each K once.
+        candidates: in any order.
         rule: `vote`: the middle, in ratio, of the K that the criteria pick; `coding_length`: the least coding length;
             `knee`: the elbow of the coding length; or the name of any criterion.
 
@@ -74,17 +64,19 @@ def choose(candidates: Sequence[Candidate], rule: str = "vote") -> Choice:
         DataError: there are no candidates, or none has the criterion of the rule.
     """
     picked = picks(candidates)
-    ks = sorted(candidate.k for candidate in candidates)
+    ks = sorted(candidates)
     if rule not in RULES and rule not in CRITERIA:
         raise ConfigError(f"rule = {rule!r}: must be one of {', '.join(dict.fromkeys([*RULES, *CRITERIA]))}")
     if rule == "vote":
         k = vote(picked, ks)
         voting, abstaining = _votes(picked, ks)
         others = {name: k for name, k in picked.items() if name not in voting and name not in abstaining}
-        parts = [f"K = {k} is the middle, in ratio, of {_listed(voting)}"]
-        parts += [f"no vote, being an end of the candidates: {_listed(abstaining)}"] if abstaining else []
-        parts += [f"for comparison: {_listed(others)}"] if others else []
-        return Choice(k, rule, "; ".join(parts), picked)
+        heads = f"K = {k} is the middle, in ratio, of", "no vote, being an end of the candidates:", "for comparison:"
+        groups = (
+            (head, ", ".join(f"{name.replace('_', ' ')} {k}" for name, k in group.items()))
+            for head, group in zip(heads, (voting, abstaining, others), strict=True)
+        )
+        return Choice(k, rule, "; ".join(f"{head} {listed}" for head, listed in groups if listed), picked)
     if rule not in picked:
         raise DataError(f"rule = {rule!r}: no candidate has what it asks for")
     k = picked[rule]
@@ -92,29 +84,25 @@ def choose(candidates: Sequence[Candidate], rule: str = "vote") -> Choice:
     return Choice(k, rule, f"K = {k} has {words} among {', '.join(map(str, ks))}", picked)
 
 
-def picks(candidates: Sequence[Candidate]) -> dict[str, int]:
+def picks(candidates: Candidates) -> dict[str, int]:
     """Return the K that each criterion alone chooses, the smaller one on a tie; and `knee` of the coding length.
 
     Args:
-        candidates: in any order, each K once; values that are missing or not finite are left out.
+        candidates: in any order; values that are missing or not finite are left out.
 
     Raises:
-        DataError: there are no candidates, or a K comes twice.
+        DataError: there are no candidates.
     """
-    ordered = sorted(candidates, key=lambda candidate: candidate.k)
-    if not ordered:
+    if not candidates:
         raise DataError("candidates = 0: at least one is needed")
-    if len({c.k for c in ordered}) < len(ordered):
-        raise DataError(f"candidates hold a number of clusters twice: {[c.k for c in ordered]}")
-    picked: dict[str, int] = {}
-    elbow: int | None = None
+    picked, elbow = dict[str, int](), dict[str, int]()
     for name, criterion in CRITERIA.items():
-        finite = [(c.k, c.criteria[name]) for c in ordered if math.isfinite(c.criteria.get(name, math.nan))]
-        if finite:
-            ks, values = [k for k, _ in finite], np.array([value for _, value in finite])
-            picked[name] = ks[int(np.argmax(values if criterion.larger_is_better else -values))]
-            elbow = knee(ks, values.tolist()) if name == "coding_length" else elbow
-    return picked if elbow is None else picked | {"knee": elbow}
+        values = {k: candidates[k].get(name, math.nan) for k in sorted(candidates)}
+        values = {k: value for k, value in values.items() if math.isfinite(value)}
+        if values:
+            picked[name] = (max if criterion.larger_is_better else min)(values, key=lambda k: values[k])
+            elbow = {"knee": knee([*values], [*values.values()])} if name == "coding_length" else elbow
+    return picked | elbow
 
 
 def knee(ks: Sequence[int], values: Sequence[float], *, log: bool = True) -> int:
@@ -171,10 +159,6 @@ def _votes(picked: Mapping[str, int], ks: Sequence[int]) -> tuple[dict[str, int]
     if len(ks) < _MIN_CANDIDATES_FOR_ENDS or 3 * len(ends) > 2 * len(all_votes):
         return all_votes, {}
     return inner, ends
-
-
-def _listed(picked: Mapping[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {k}" for name, k in picked.items())
 
 
 def refine(ks: Sequence[int], best: int, *, points: int = 4) -> tuple[int, ...]:

@@ -133,14 +133,8 @@ class _Scoring:
         with torch.inference_mode():
             found = method.membership(torch.from_numpy(features_at(self.run, self.starts, self.transform, rows)))
         matrix, least = found.double().numpy(), EDGE / len(rows)
-        measured = {
-            "membership_nonzeros": geometry.nonzeros(matrix, least),
-            "membership_components": float(geometry.components(matrix, least)),
-        }
-        if is_labelled:
-            measured["membership_detection_error"] = geometry.detection_error(matrix, codes[rows])
-            measured["membership_wrong_edges"] = geometry.wrong_edges(matrix, codes[rows], least)
-        return measured
+        scores = geometry.membership_scores(matrix, codes[rows] if is_labelled else None, least)
+        return {f"membership_{name}": value for name, value in scores.items()}
 
 
 def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:

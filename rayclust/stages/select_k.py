@@ -28,7 +28,7 @@ from rayclust.errors import ArtefactError, RayclustError
 from rayclust.methods import build, is_recuttable
 from rayclust.methods.base import Method, Recuttable, Transform
 from rayclust.metrics import selection
-from rayclust.metrics.selection import Candidate, Choice
+from rayclust.metrics.selection import Choice
 from rayclust.runtime import cluster
 from rayclust.runtime.artefacts import Outputs, put_json
 from rayclust.runtime.cluster import connect, on_every_node, require_label
@@ -181,7 +181,7 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     Undefined ones (the silhouette of one occupied cluster, the stability of one fit) are left out.
     """
     from rayclust.metrics import internal
-    from rayclust.metrics.internal import CriteriaOptions, measure, size_summary
+    from rayclust.metrics.internal import measure, size_summary
 
     options = config.select_k
     sample = np.random.default_rng(config.seed).choice(rows.count, min(options.rows, rows.count), replace=False)
@@ -193,8 +193,8 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
             block = x[some].to(device)
             z = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
             blocks.append(z.float().cpu().numpy())
-    chosen = CriteriaOptions(options.distortion, silhouette_rows=options.rows, seed=config.seed)
-    found = measure(np.concatenate(blocks), [labels[0][sample]], None, chosen)
+    settings = {"distortion": options.distortion, "silhouette_rows": options.rows, "seed": config.seed}
+    found = measure(np.concatenate(blocks), [labels[0][sample]], None, **settings)
     neighbors = rows.neighbors().numpy()
     found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
     found["modularity"] = internal.modularity(labels[0], neighbors)
@@ -389,7 +389,7 @@ def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
                 if k not in results:
                     raise RayclustError(f"select-k: the candidate k = {k} left no result: run the same line again")
             tried |= results
-            measured = [Candidate(k, result.extra["criteria"]) for k, result in tried.items()]
+            measured = {k: result.extra["criteria"] for k, result in tried.items()}
             choice = selection.choose(measured, options.rule)
             wanted = selection.refine(list(tried), choice.k)
             if not wanted:

@@ -6,16 +6,13 @@ import pytest
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics.geometry import (
     absolute_gram,
-    components,
-    detection_error,
     directions,
     kernel_membership,
+    membership_scores,
     neighbor_precision,
-    nonzeros,
     quantiles,
     similar_order,
     singular_values,
-    wrong_edges,
 )
 
 HALVES = np.array([0, 0, 1, 1])
@@ -62,50 +59,46 @@ def test_precision_of_neighbours_by_hand() -> None:
         neighbor_precision(rows, np.array([0, 0, 1, 1]), 0)
 
 
-def test_a_membership_in_blocks_has_no_error_and_as_many_components() -> None:
-    assert detection_error(BLOCKS, HALVES) == wrong_edges(BLOCKS, HALVES) == 0
-    assert (nonzeros(BLOCKS), components(BLOCKS)) == (2, 2)
-
-
-def test_an_even_membership_of_two_equal_classes_is_wrong_by_half() -> None:
-    assert detection_error(EVEN, HALVES) == 0.5
-    assert wrong_edges(EVEN, HALVES) == pytest.approx(4 / 6), "of six pairs, four are of two classes"
-    assert (nonzeros(EVEN), components(EVEN)) == (4, 1)
-
-
-def test_rows_that_belong_to_themselves_alone_have_no_edges() -> None:
-    assert detection_error(np.eye(4), HALVES) == wrong_edges(np.eye(4), HALVES) == 0
-    assert (nonzeros(np.eye(4)), components(np.eye(4))) == (1, 4)
-    assert detection_error(np.zeros((4, 4)), HALVES) == nonzeros(np.zeros((4, 4))) == 0
+@pytest.mark.parametrize(
+    ("membership", "wanted"),
+    [
+        (BLOCKS, {"nonzeros": 2, "components": 2, "detection_error": 0, "wrong_edges": 0}),
+        (EVEN, {"nonzeros": 4, "components": 1, "detection_error": 0.5, "wrong_edges": 4 / 6}),
+        (np.eye(4), {"nonzeros": 1, "components": 4, "detection_error": 0, "wrong_edges": 0}),
+        (np.zeros((4, 4)), {"nonzeros": 0, "components": 4, "detection_error": 0, "wrong_edges": 0}),
+    ],
+    ids=["blocks", "even: of six pairs, four are of two classes", "to itself alone: no edges", "zeros"],
+)
+def test_memberships_of_two_equal_classes(membership: np.ndarray, wanted: dict[str, float]) -> None:
+    assert membership_scores(membership, HALVES) == pytest.approx(wanted)
+    assert membership_scores(membership).items() <= membership_scores(membership, HALVES).items()
 
 
 def test_a_chain_by_hand() -> None:
     """Halves of its edges: 0.25, 0.2, 0.05; the second is wrong."""
-    assert detection_error(CHAIN, HALVES) == pytest.approx(0.4 / 4)
-    assert detection_error(3 * CHAIN, HALVES) == pytest.approx(0.4 / 4), "a share of the row's mass"
-    assert [wrong_edges(CHAIN, HALVES, least) for least in (0, 0.1, 0.22, 0.3)] == pytest.approx([1 / 3, 1 / 2, 0, 0])
-    assert [components(CHAIN, least) for least in (0, 0.1, 0.22, 0.3)] == [1, 2, 3, 4]
-    assert [nonzeros(CHAIN, least) for least in (0, 0.1, 0.45)] == [7 / 4, 6 / 4, 5 / 4]
+    levels = {least: membership_scores(CHAIN, HALVES, least) for least in (0, 0.1, 0.22, 0.3, 0.45)}
+    assert [found["detection_error"] for found in levels.values()] == pytest.approx([0.4 / 4] * 5)
+    assert membership_scores(3 * CHAIN, HALVES)["detection_error"] == pytest.approx(0.4 / 4), "a share of the mass"
+    assert [found["wrong_edges"] for found in levels.values()] == pytest.approx([1 / 3, 1 / 2, 0, 0, 0])
+    assert [found["components"] for found in levels.values()] == [1, 2, 3, 4, 4]
+    assert [levels[least]["nonzeros"] for least in (0, 0.1, 0.45)] == [7 / 4, 6 / 4, 5 / 4]
 
 
 def test_measures_of_a_membership_know_no_order_of_rows_and_no_names_of_classes() -> None:
     rng = np.random.default_rng(0)
     matrix, labels, order = rng.random((12, 12)), rng.integers(0, 3, 12), rng.permutation(12)
     turned, named = matrix[np.ix_(order, order)], np.array([7, 2, 5])[labels[order]]
-    assert detection_error(turned, named) == pytest.approx(detection_error(matrix, labels))
     for least in (0.3, 0.7, 0.9):
-        assert wrong_edges(turned, named, least) == wrong_edges(matrix, labels, least)
-        assert components(turned, least) == components(matrix, least)
+        assert membership_scores(turned, named, least) == pytest.approx(membership_scores(matrix, labels, least))
 
 
 def test_a_membership_that_is_none_is_refused() -> None:
     with pytest.raises(ShapeError, match="2 × 3"):
-        nonzeros(np.ones((2, 3)))
+        membership_scores(np.ones((2, 3)))
     with pytest.raises(ShapeError, match="0 × 0"):
-        components(np.ones((0, 0)))
-    for measure in (detection_error, wrong_edges):
-        with pytest.raises(ShapeError, match="3 labels"):
-            measure(EVEN, HALVES[:3])
+        membership_scores(np.ones((0, 0)))
+    with pytest.raises(ShapeError, match="3 labels"):
+        membership_scores(EVEN, HALVES[:3])
 
 
 def test_values_of_a_diagonal_are_its_entries_over_the_largest() -> None:

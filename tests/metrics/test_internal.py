@@ -9,7 +9,6 @@ from rayclust.clustering.spectral import SpectralOptions, partition
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics import internal
 from rayclust.metrics.internal import (
-    CriteriaOptions,
     coding_length,
     map_equation,
     measure,
@@ -19,7 +18,7 @@ from rayclust.metrics.internal import (
     size_summary,
     stability,
 )
-from rayclust.metrics.selection import Candidate, choose
+from rayclust.metrics.selection import choose
 from rayclust.search.knn import top_k
 from tests.references import coding_length as plain_coding_length
 
@@ -170,7 +169,7 @@ def test_planted_subspaces_give_their_number(seed: int):
     z = z / np.linalg.norm(z, axis=1, keepdims=True) + 0.1 * rng.normal(size=z.shape) / 48**0.5
     z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
     found = partition(lambda: [torch.from_numpy(z)], 12, SpectralOptions(temperature=0.1, restarts=5), seed)
-    candidates = [Candidate(k, {"coding_length": coding_length(z, found.labels(k).numpy())}) for k in range(2, 13)]
+    candidates = {k: {"coding_length": coding_length(z, found.labels(k).numpy())} for k in range(2, 13)}
     assert choose(candidates, "coding_length").k == clusters
 
 
@@ -193,7 +192,7 @@ def test_each_criterion_is_its_own_function():
     rows, ids = torch.from_numpy(x), torch.arange(200)
     neighbors = top_k(rows, rows, 5, query_ids=ids, database_ids=ids)[0].numpy()
     other = np.random.default_rng(1).integers(4, size=200)
-    found = measure(x, [labels, other], neighbors, CriteriaOptions(silhouette_rows=100, seed=3))
+    found = measure(x, [labels, other], neighbors, silhouette_rows=100, seed=3)
     assert found["coding_length"] == pytest.approx(coding_length(x, labels) / 200)
     assert found["silhouette"] == silhouette(x, labels, rows=100, seed=3)
     assert found["calinski_harabasz"] == pytest.approx(calinski_harabasz_score(x, labels), rel=1e-5)
@@ -207,27 +206,27 @@ def test_each_criterion_is_its_own_function():
 
 def test_variances_by_hand():
     # Means 1 and 11 of a whole mean of 6: B = 4 · 25, W = 4, K − 1 = 1, N − K = 2.
-    found = measure(np.array([[0.0], [2], [10], [12]]), [np.array([0, 0, 1, 1])], None, CriteriaOptions())
+    found = measure(np.array([[0.0], [2], [10], [12]]), [np.array([0, 0, 1, 1])], None)
     assert found["calinski_harabasz"] == pytest.approx(100 / 1 / (4 / 2))
     assert found["davies_bouldin"] == pytest.approx((1 + 1) / 10)
 
 
 def test_half_precision_rows_are_widened():
     x, labels = planted()
-    half, options = x.astype(np.float16), CriteriaOptions()
-    assert measure(half, [labels], None, options) == measure(half.astype(np.float64), [labels], None, options)
+    half = x.astype(np.float16)
+    assert measure(half, [labels], None) == measure(half.astype(np.float64), [labels], None)
 
 
 def test_what_cannot_be_measured_is_left_out():
     x, _ = planted(200)
-    found = measure(x, [np.zeros(200, int)], None, CriteriaOptions())
+    found = measure(x, [np.zeros(200, int)], None)
     assert set(found) == {"coding_length", "occupied", "smallest", "median", "largest", "entropy"}
 
 
 def test_a_sample_within_one_cluster_has_no_silhouette():
     x, _ = planted(200)
     labels = (np.arange(200) == 0).astype(int)
-    assert measure(x, [labels], None, CriteriaOptions(silhouette_rows=5))["silhouette"] == 0.0
+    assert measure(x, [labels], None, silhouette_rows=5)["silhouette"] == 0.0
 
 
 def test_refuse_what_cannot_be():
@@ -237,7 +236,7 @@ def test_refuse_what_cannot_be():
     with pytest.raises(DataError, match="stability: 1 partition"):
         stability([labels])
     with pytest.raises(DataError, match="partitions = 0"):
-        measure(x, [], None, CriteriaOptions())
+        measure(x, [], None)
     with pytest.raises(ConfigError, match="distortion = 0: must be above 0"):
         coding_length(x, labels, 0)
     for measured in (silhouette, coding_length):
