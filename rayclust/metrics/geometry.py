@@ -183,7 +183,7 @@ def directions(values: FloatArray, share: float = 0.9) -> int:
     if not 0 < share <= 1:
         raise ConfigError(f"share = {share}: must be above 0 and at most 1")
     energy = np.cumsum(np.square(np.asarray(values, dtype=np.float64)))
-    if not len(energy) or energy[-1] == 0:
+    if not energy.any():
         return 0
     return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12)) + 1)
 

@@ -1,4 +1,8 @@
-"""Quality of a partition by itself, without true classes."""
+"""Quality of a partition by itself, without true classes.
+
+`labels` are Int[N], their names play no part; `neighbors` are Int[N M], each row's nearest others, −1 where it has fewer
+than M. Arrays that disagree are ShapeErrors.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ def measure(
         x: Float[N D], unit rows: z for a method with a space of its own, else the features.
         partitions: label sets Int[N] of several seeds; the first is the one that would be kept, and all criteria but
             the stability are its own.
-        neighbors: Int[N M], each row's nearest others, −1 where there are fewer; None leaves out what needs them.
+        neighbors: None leaves out what needs them.
         distortion: ε² of the coding length, in squared row lengths.
         silhouette_rows: rows of the seeded sample on which the silhouette is taken.
         seed: of that sample.
@@ -46,7 +50,6 @@ def measure(
 
     Raises:
         DataError: there are no partitions.
-        ShapeError: arrays disagree.
     """
     if not partitions:
         raise DataError("partitions = 0: criteria need at least one label set")
@@ -74,7 +77,7 @@ def silhouette(x: FloatArray, labels: IntArray, *, rows: int | None = None, seed
     """Return the mean of (b − a) / max(a, b), a the mean distance within and b that to the nearest other cluster.
 
     The distance is 1 − cosine. From −1 to 1, larger is better; about 0 for clusters that overlap or labels at random.
-    Labels' names play no part. Rows alone in their cluster count 0. Costs N·K·D.
+    Rows alone in their cluster count 0. Costs N·K·D.
 
     Args:
         x: Float[N D], which need not be unit rows.
@@ -84,7 +87,6 @@ def silhouette(x: FloatArray, labels: IntArray, *, rows: int | None = None, seed
 
     Raises:
         DataError: the rows lie in fewer than two clusters.
-        ShapeError: `x` is no matrix or `labels` has another length.
 
     Source: Rousseeuw 1987.
     """
@@ -151,7 +153,6 @@ def coding_length(z: FloatArray, labels: IntArray, distortion: float = DISTORTIO
 
     Raises:
         ConfigError: `distortion` is not above 0.
-        ShapeError: `z` is no matrix or `labels` has another length.
 
     Source: arXiv 2306.05272, Algorithm 1; Ma, Derksen, Hong & Wright 2007, eq. 11.
     """
@@ -184,13 +185,6 @@ def neighbor_agreement(labels: IntArray, neighbors: IntArray) -> float:
     """Return the share of the pairs of a row and one of its nearest neighbours that lie in one cluster.
 
     From 0 to 1, larger is better, but 1 for a single cluster and less with more clusters; see `modularity`.
-
-    Args:
-        labels: Int[N].
-        neighbors: Int[N M], −1 where a row has fewer than M.
-
-    Raises:
-        ShapeError: `neighbors` is no matrix or of another length.
     """
     require_matrix(neighbors, "neighbors")
     labels = _one_per_row(labels, len(neighbors))
@@ -209,13 +203,6 @@ def modularity(labels: IntArray, neighbors: IntArray) -> float:
     Below 1, larger is better; 0 for a single cluster and about 0 for random labels. The form for several workers is
     `clustering.neighborhood.modularity`.
 
-    Args:
-        labels: Int[N].
-        neighbors: Int[N M], −1 where a row has fewer than M.
-
-    Raises:
-        ShapeError: `neighbors` is no matrix or of another length.
-
     Source: Newman & Girvan 2004, eq. 5, for a graph in which every row has equally many neighbours.
     """
     shares = np.unique(labels, return_counts=True)[1] / len(labels)
@@ -227,13 +214,6 @@ def map_equation(labels: IntArray, neighbors: IntArray) -> float:
 
     At least 0, smaller is better. With too few clusters the code words of rows are long, with too many the walk leaves
     clusters often. Edges count in both directions.
-
-    Args:
-        labels: Int[N].
-        neighbors: Int[N M], −1 where a row has fewer than M.
-
-    Raises:
-        ShapeError: `neighbors` is no matrix or of another length.
 
     Source: Rosvall & Bergstrom 2008, eq. 4, of the two-level description.
     """

@@ -192,15 +192,6 @@ def contingency(counts: IntArray, classes: Sequence[str], clusters: Sequence[str
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One matrix of a heat-map."""
-
-    title: str
-    values: FloatArray
-    """Float[n n], 0 and above."""
-
-
-@dataclass(frozen=True)
 class Group:
     """Consecutive rows and columns of a heat-map that belong together."""
 
@@ -211,11 +202,11 @@ class Group:
 
 
 @styled
-def heatmap(panels: Sequence[Panel], groups: Sequence[Group], *, ceiling: float, title: str) -> Markup:
+def heatmap(panels: Mapping[str, FloatArray], groups: Sequence[Group], *, ceiling: float, title: str) -> Markup:
     """Draw matrices side by side over the same rows, with the groups' names at the left and one scale below.
 
     Args:
-        panels: one or two.
+        panels: title to Float[n n], 0 and above; one or two.
         groups: in the order of the rows; their counts sum to n.
         ceiling: the value of the full colour, and of all above it; above 0.
         title: what is drawn, for screen readers.
@@ -224,10 +215,10 @@ def heatmap(panels: Sequence[Panel], groups: Sequence[Group], *, ceiling: float,
         ShapeError: a matrix is not n × n.
     """
     size = sum(group.count for group in groups)
-    for panel in panels:
-        require_matrix(panel.values, panel.title, size)
-        if len(panel.values) != size:
-            raise ShapeError(f"{panel.title} has {len(panel.values)} rows: {size} are needed")
+    for name, values in panels.items():
+        require_matrix(values, name, size)
+        if len(values) != size:
+            raise ShapeError(f"{name} has {len(values)} rows: {size} are needed")
     left, top, gap, strip, line = 124.0, 30.0, 26.0, 5.0, 13.0
     side = 330.0 if len(panels) > 1 else 400.0
     right = left + len(panels) * (side + gap) - gap
@@ -241,10 +232,10 @@ def heatmap(panels: Sequence[Panel], groups: Sequence[Group], *, ceiling: float,
         if middle / unit - line / 2 >= free - 1e-6:
             named[float(middle)], free = one_line(group.name, 17), middle / unit + line / 2
     look = {"align": "edge", "color": [HUES[group.hue] for group in groups]}
-    for place, panel in enumerate(panels):
+    for place, (name, values) in enumerate(panels.items()):
         axes = add_axes(figure, left + place * (side + gap), top, side, side, x=(0, size or 1), y=(size or 1, 0))
-        shade(axes, panel.values / ceiling)
-        axes.set_title(one_line(panel.title, 60), pad=12)
+        shade(axes, values / ceiling)
+        axes.set_title(one_line(name, 60), pad=12)
         if not place:
             axes.set_yticks(list(named), labels=list(named.values()), color=INK)
             axes.tick_params(axis="y", pad=strip + 6)

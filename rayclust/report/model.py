@@ -179,21 +179,12 @@ class Contingency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reject:
-    """One input that was set aside."""
-
-    key: str
-    uri: str = ""
-    detail: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RejectGroup:
-    """The inputs set aside for one reason: how many, and some of them."""
+    """The inputs set aside for one reason: how many, and `key`, `uri` and `detail` of some of them."""
 
     reason: str
     count: int
-    examples: tuple[Reject, ...] = ()
+    examples: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,11 +244,6 @@ class ReportData:
             if cluster.id in seen:
                 raise ConfigError(f"report.clusters: id {cluster.id} is given twice: ids must be unique")
             seen.add(cluster.id)
-
-    @property
-    def method(self) -> MethodResult:
-        """The method that made the clusters."""
-        return self.methods[0]
 
     @property
     def rejected(self) -> int:

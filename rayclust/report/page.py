@@ -321,7 +321,7 @@ def _headline(report: ReportData) -> list[tuple[str, str, str]]:
     ]
     measured = columns(report.methods[:1])
     wanted = [score for score in measured if score.key in ("accuracy", "nmi", "ari", "silhouette")]
-    tiles += [(s.short, s.write(report.method.metrics.get(s.key)), s.meaning) for s in wanted[:3]]
+    tiles += [(s.short, s.write(report.methods[0].metrics.get(s.key)), s.meaning) for s in wanted[:3]]
     if report.rejected or report.images:
         share = report.rejected / max(1, report.rejected + report.images)
         hint = f"{percent(share)} of the inputs could not be used" if report.rejected else ""

@@ -340,10 +340,10 @@ def _heat_maps(heat: pa.Table, summary: Mapping[str, Any], groups: Sequence[char
         f"How much each image belongs with each other one, {source}; 1 is what chance gives. "
         f"The same {count(heat.num_rows)} images{lot}."
     )
-    panels = [charts.Panel(f"|ZᵀZ| of {_TITLES[space]}", matrix) for space, matrix in spaces.items()]
+    panels = {f"|ZᵀZ| of {_TITLES[space]}": matrix for space, matrix in spaces.items()}
     gram = charts.heatmap(panels, groups, ceiling=min(1.0, _ceiling(list(spaces.values()))), title=gram_title)
     matrix = tables.matrix(heat["membership"]).astype(np.float64) * heat.num_rows
-    membership = charts.heatmap([charts.Panel("n Π", matrix)], groups, ceiling=_ceiling([matrix]), title=title)
+    membership = charts.heatmap({"n Π": matrix}, groups, ceiling=_ceiling([matrix]), title=title)
     return [
         Drawing(key="gram", title=gram_title, text=gram_text, svg=gram, is_wide=len(panels) > 1),
         Drawing(key="membership", title=title, text=text, svg=membership),

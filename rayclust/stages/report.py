@@ -222,14 +222,14 @@ def _health(history: pa.Table) -> list[str]:
 def _rejects(run: Run, encode: Manifest) -> list[model.RejectGroup]:
     """Return reasons with their counts and the first examples; parts are read only until every reason has enough."""
     reasons: dict[str, int] = encode.extra["reasons"]
-    examples: dict[str, list[model.Reject]] = {reason: [] for reason in reasons}
+    examples: dict[str, list[dict[str, str]]] = {reason: [] for reason in reasons}
     for _, uri in parts(run.rejects_folder):
         if all(len(examples[reason]) >= min(EXAMPLES, count) for reason, count in reasons.items()):
             break
         for reject in tables.read_table(uri).to_pylist():
             known = examples.setdefault(reject["reason"], [])
             if len(known) < EXAMPLES:
-                known.append(model.Reject(key=reject["key"], uri=reject["uri"], detail=reject["detail"]))
+                known.append({name: reject[name] for name in ("key", "uri", "detail")})
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return [
         model.RejectGroup(reason=reason, count=count, examples=tuple(examples[reason])) for reason, count in ordered

@@ -195,7 +195,7 @@ def report(**changes: Any) -> model.ReportData:
         ),
         "rejects": (
             model.RejectGroup(
-                reason="truncated", count=12, examples=(model.Reject(key="a.jpg", uri="s3://b/a.jpg", detail="cut"),)
+                reason="truncated", count=12, examples=({"key": "a.jpg", "uri": "s3://b/a.jpg", "detail": "cut"},)
             ),
         ),
     }

@@ -12,7 +12,7 @@ from PIL import Image
 
 from rayclust.errors import ShapeError
 from rayclust.report import charts, svg
-from rayclust.report.charts import NAMED, WIDTH, Criterion, Group, Panel, Spectrum
+from rayclust.report.charts import NAMED, WIDTH, Criterion, Group, Spectrum
 from tests.report.pages import box, chart, points, shapes, tips, words
 
 # Histograms
@@ -99,9 +99,9 @@ def test_names_and_numbers_must_match() -> None:
     with pytest.raises(ShapeError, match="1 clusters for 2 points"):
         charts.scatter(np.zeros((2, 2)), np.zeros(1, int), {}, title="t")
     with pytest.raises(ShapeError, match="width 3: 4 is needed"):
-        charts.heatmap([Panel("p", np.eye(3))], GROUPS, ceiling=1, title="t")
+        charts.heatmap({"p": np.eye(3)}, GROUPS, ceiling=1, title="t")
     with pytest.raises(ShapeError, match="3 rows: 4 are needed"):
-        charts.heatmap([Panel("p", np.ones((3, 4)))], GROUPS, ceiling=1, title="t")
+        charts.heatmap({"p": np.ones((3, 4))}, GROUPS, ceiling=1, title="t")
 
 
 @pytest.mark.parametrize("size", [1, 12, 40])
@@ -124,7 +124,7 @@ def pictures(text: str) -> list[Image.Image]:
 
 def test_zero_is_clear_and_the_ceiling_and_all_above_have_the_full_colour() -> None:
     values = np.array([[0.0, 0.5], [1.0, np.nan]])
-    matrix, scale = pictures(charts.heatmap([Panel("p", values)], [Group("g", 2)], ceiling=0.5, title="t"))
+    matrix, scale = pictures(charts.heatmap({"p": values}, [Group("g", 2)], ceiling=0.5, title="t"))
     pixels = np.asarray(matrix.convert("RGBA"))
     assert pixels[..., 3].tolist() == [[0, 255], [255, 0]]
     assert (pixels[..., :3] == tuple(bytes.fromhex(svg.HEAT[1:]))).all()
@@ -132,7 +132,7 @@ def test_zero_is_clear_and_the_ceiling_and_all_above_have_the_full_colour() -> N
 
 
 def test_rows_are_sorted_under_their_names_and_strips() -> None:
-    root = chart(charts.heatmap([Panel("|ZᵀZ|", np.eye(4))], GROUPS, ceiling=0.7, title="Cosines"))
+    root = chart(charts.heatmap({"|ZᵀZ|": np.eye(4)}, GROUPS, ceiling=0.7, title="Cosines"))
     assert words(root) == ["cat", "dog", "|ZᵀZ|", "0", "≥ 0.7"]
     strips = [node for node in shapes(root, "path") if tips(node)]
     assert [tips(node)[0] for node in strips] == ["cat: 3 rows", "dog: 1 rows"] * 2
@@ -146,7 +146,7 @@ def test_rows_are_sorted_under_their_names_and_strips() -> None:
 
 
 def test_two_matrices_share_names_and_scale() -> None:
-    panels = [Panel("left", np.eye(4)), Panel("right", np.ones((4, 4)))]
+    panels = {"left": np.eye(4), "right": np.ones((4, 4))}
     text = charts.heatmap(panels, GROUPS, ceiling=1, title="t")
     assert words(chart(text)) == ["cat", "dog", "left", "right", "0", "≥ 1"]
     assert [picture.size for picture in pictures(text)] == [(4, 4), (4, 4), (charts.SHADES, 1)]
@@ -154,13 +154,13 @@ def test_two_matrices_share_names_and_scale() -> None:
 
 def test_names_that_would_touch_are_left_to_tooltips() -> None:
     groups = [Group(f"c{i}", 1, 0) for i in range(100)]
-    shown = words(chart(charts.heatmap([Panel("p", np.eye(100))], groups, ceiling=1, title="t")))
+    shown = words(chart(charts.heatmap({"p": np.eye(100)}, groups, ceiling=1, title="t")))
     assert 25 <= len(shown) - 3 <= 31
 
 
 def test_noise_of_four_hundred_rows_stays_a_small_file() -> None:
     noise = np.random.default_rng(0).random((400, 400))
-    assert len(charts.heatmap([Panel("p", noise)], [Group("g", 400)], ceiling=1, title="t")) < 120_000
+    assert len(charts.heatmap({"p": noise}, [Group("g", 400)], ceiling=1, title="t")) < 120_000
 
 
 # Maps

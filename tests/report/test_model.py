@@ -17,7 +17,7 @@ def test_a_cluster_without_a_name_is_called_by_its_number() -> None:
 
 def test_the_first_method_made_the_clusters_and_rejects_are_summed() -> None:
     data = report()
-    assert data.method.name == "temi"
+    assert data.methods[0].name == "temi"
     assert data.rejected == 12
     assert report(rejects=()).rejected == 0
 

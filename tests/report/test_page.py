@@ -22,7 +22,6 @@ from rayclust.report.model import (
     Drawing,
     MethodResult,
     Picture,
-    Reject,
     RejectGroup,
     Retrieval,
     StageTime,
@@ -47,14 +46,14 @@ def hostile(text: str) -> Any:
         stages=(StageTime(name=text, seconds=1.0, count=2, unit=text),),
         curves=(Curve(title=text, series={text: [1.0, 2.0], "b": [1.0]}, x_label=text),),
         contingency=Contingency(counts=np.array([[1]]), classes=(text,), clusters=(0,)),
-        rejects=(RejectGroup(reason=text, count=1, examples=(Reject(key=text, uri=text, detail=text),)),),
+        rejects=(RejectGroup(reason=text, count=1, examples=({"key": text, "uri": text, "detail": text},)),),
         drawings=drawings(text), retrieval=(retrieval(text),),
     )  # fmt: skip
 
 
 def drawings(name: str) -> tuple[Drawing, ...]:
     """A heat-map and a map that say `name`."""
-    panels = [charts.Panel(name, np.eye(3))] * 2
+    panels = {name: np.eye(3), f"{name} ": np.eye(3)}
     heat = charts.heatmap(panels, [charts.Group(name, 3)], ceiling=1, title=name)
     dots = charts.scatter(np.eye(2), np.arange(2), {0: name, 1: "b"}, title=name)
     return (
@@ -320,7 +319,7 @@ def test_featured_agrees_with_the_cards_of_the_page() -> None:
 
 def test_selection_caps_cards_rows_pictures_and_rejects() -> None:
     groups = tuple(
-        RejectGroup(reason=f"r{i}", count=i, examples=tuple(Reject(key=str(j)) for j in range(5))) for i in range(1, 6)
+        RejectGroup(reason=f"r{i}", count=i, examples=({"key": "k", "uri": "", "detail": ""},) * 5) for i in range(1, 6)
     )
     data = report(clusters=tuple(bare(k, k) for k in range(9)), rejects=groups, contingency=None)
     limits = PageLimits(cards=3, rows=5, exemplars=2, outliers=1, rejects=2, reasons=3)

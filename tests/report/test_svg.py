@@ -18,7 +18,7 @@ from tests.report.pages import HOSTILE, SVG, chart, shapes, tips, words
 @lru_cache
 def everything(text: str) -> list[str]:
     """One chart of each kind that says `text` wherever it can say anything."""
-    panels = [charts.Panel(text, np.eye(3)), charts.Panel(text, np.ones((3, 3)))]
+    panels = {text: np.eye(3), f"{text} ": np.ones((3, 3))}
     spectrum = charts.Spectrum(text, 0, np.array([1.0, 0.5]), np.ones((3, 2)))
     return [
         charts.size_histogram([1, 2], [text, "b"]),
