@@ -44,7 +44,8 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     """Input checks, features, config, seed and device of every estimator.
 
     The mean of the fitted rows is subtracted (`center`), rows are z-scored by their statistics (`standardize`) and
-    scaled to length 1 (`normalize`); every method works on these features.
+    scaled to length 1 (`normalize`); every method works on these features. `fit` raises a ConfigError, a ValueError,
+    where a parameter is impossible or there are more clusters than rows.
     """
 
     _config_class: ClassVar[type[Config]]
@@ -76,10 +77,11 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             defaults[name] = None if has_presets and field != "preset" else config.model_fields[field].default
         defaults |= {"n_clusters": 8} | ({"settings": None} if has_presets else {}) | _SHARED
         cls.__doc__ = (cls.__doc__ or "").replace("\n\n    Attributes:", f"\n{_SHARED_ARGS}\n    Attributes:")
-        positional = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "n_clusters")]
-        positional[1] = positional[1].replace(default=8)
-        named = [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
-        signature = Signature([*positional, *named[1:]])
+        parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
+        for name, default in defaults.items():
+            kind = Parameter.POSITIONAL_OR_KEYWORD if name == "n_clusters" else Parameter.KEYWORD_ONLY
+            parameters.append(Parameter(name, kind, default=default))
+        signature = Signature(parameters)
 
         def construct(self: Any, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
@@ -161,11 +163,7 @@ class KMeans(
     """
 
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
-        """Find the centres of rows X, Float[N D]; `y` is not used.
-
-        Raises:
-            ConfigError: a parameter is impossible, or there are more clusters than rows; a ValueError.
-        """
+        """Find the centres of rows X, Float[N D]; `y` is not used."""
         config = self._config()
         x = self._fit_features(X, normalize=self.normalize or self.metric == "cosine").to(self._device())
         result = kmeans.fit(lambda: [x], config, seed=self._seed())
@@ -221,11 +219,7 @@ class TEMI(
     """
 
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
-        """Train the heads on rows X, Float[N D]; `y` is not used.
-
-        Raises:
-            ConfigError: a parameter is impossible, or there are more clusters than rows; a ValueError.
-        """
+        """Train the heads on rows X, Float[N D]; `y` is not used."""
         x = self._fit_features(X, normalize=self.normalize)
         self.method_, self.n_steps_ = None, 0
         if self.n_clusters > 1:
@@ -286,11 +280,7 @@ class CPP(
     """
 
     def fit(self, X: ArrayLike, y: Any = None) -> Self:
-        """Train on rows X, Float[N D], and cut them into clusters; `y` is not used.
-
-        Raises:
-            ConfigError: a parameter is impossible, or there are more clusters than rows; a ValueError.
-        """
+        """Train on rows X, Float[N D], and cut them into clusters; `y` is not used."""
         x = self._fit_features(X, normalize=self.normalize)
         self.method_, self.n_steps_ = None, 0
         # For a single cluster features are learned all the same; their partition, which needs two, is not used.

@@ -18,13 +18,8 @@ def smooth(x: Tensor, neighbors: Tensor, rounds: int = 1) -> Tensor:
     A low-pass filter of the graph: components that neighbours share are kept, those of single rows average out, so that
     clusters become rounder.
 
-    Args:
-        x: Float[N D].
-        neighbors: Int[N M], −1 where a row has fewer than M.
-        rounds: number of repetitions; 0 returns the directions of `x`.
-
-    Returns:
-        Float[N D], unit rows; a zero row without neighbours stays zero.
+    Takes Float[N D] and Int[N M], −1 where a row has fewer than M, to Float[N D], unit rows; a zero row without
+    neighbours stays zero, and 0 rounds return the directions of `x`.
 
     Source: arXiv 1906.01210, eq. 6 (graph convolution before clustering), with equal weights.
     """
@@ -44,13 +39,8 @@ def smooth(x: Tensor, neighbors: Tensor, rounds: int = 1) -> Tensor:
 def modularity_terms(labels: Tensor, neighbor_labels: Tensor, clusters: int) -> Tensor:
     """Return the sums of which modularity is made; they add up over workers and over blocks of rows.
 
-    Args:
-        labels: Int64[R N], R partitions.
-        neighbor_labels: Int64[R N M], the labels of each row's neighbours; −1 where there is none.
-        clusters: K.
-
-    Returns:
-        Float64[R K+2]: rows in each cluster, pairs whose ends share a cluster, pairs.
+    Takes Int64[R N], the labels of R partitions, and Int64[R N M], those of each row's neighbours, −1 where there is
+    none, to Float64[R K+2]: rows in each cluster, pairs whose ends share a cluster, pairs.
     """
     sizes = labels.new_zeros((len(labels), clusters)).scatter_add_(1, labels, torch.ones_like(labels))
     kept = (neighbor_labels == labels.unsqueeze(2)).sum((1, 2))
@@ -63,13 +53,7 @@ def modularity(terms: Tensor) -> Tensor:
 
     Larger is better: below 1, about 0 for a random partition, and 0 for a single cluster. Unlike the share of pairs
     that is kept, it does not reward a single cluster with all rows; unlike the mutual information of the pairs, it
-    hardly favours even sizes.
-
-    Args:
-        terms: Float64[R K+2], from `modularity_terms`.
-
-    Returns:
-        Float64[R]: share of pairs kept − Σ_c (share of rows)².
+    hardly favours even sizes. Takes `modularity_terms` to Float64[R]: share of pairs kept − Σ_c (share of rows)².
 
     Source: Newman and Girvan 2004, eq. 5, for a graph in which every row has equally many neighbours.
     """

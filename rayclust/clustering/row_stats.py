@@ -91,14 +91,9 @@ def compute(blocks: Blocks, metric: Metric) -> RowStats:
 
 
 def gather_rows(stats: RowStats, positions: Tensor) -> Tensor:
-    """Return the rows at some positions, on every worker.
+    """Return the rows at Int64[S] positions as Float[S D], on every worker.
 
-    Args:
-        stats: of all workers' rows.
-        positions: Int64[S] on the CPU, increasing, the same on all workers.
-
-    Returns:
-        Float[S D].
+    The positions are on the CPU, increasing, and the same on all workers.
     """
     selected: list[Tensor] = []
     start = stats.first
@@ -114,13 +109,7 @@ def gather_rows(stats: RowStats, positions: Tensor) -> Tensor:
 def even_sample(count: int, size: int, seed: int) -> Tensor:
     """Return the positions of a seeded, evenly spread sample: one random row from each of `size` equal slices.
 
-    Args:
-        count: rows there are.
-        size: sample size; all rows if there are no more.
-        seed: of the sample.
-
-    Returns:
-        Int64[S], increasing, S = min(count, size).
+    Int64[S], increasing, S = min(count, size).
     """
     if size >= count:
         return torch.arange(count)

@@ -48,6 +48,7 @@ _ROWS_AT_ONCE = 256
 _SITE_TOLERANCE = 1e-5
 """1 − |cosine| below which a row counts as the site that it comes from."""
 _MIN_EIGENVALUE = 1e-6
+_TENSORS = ("codes", "scales", "functions", "values")
 
 
 class SpectralOptions(Config):
@@ -78,6 +79,12 @@ def unit(codes: Tensor) -> Tensor:
     return functional.normalize(codes.float(), dim=1)
 
 
+def _require_kernel(codes: Tensor, temperature: float) -> None:
+    require_matrix(codes, "codes")
+    if not temperature > 0:
+        raise ConfigError(f"temperature = {temperature}: must be above 0")
+
+
 def membership(codes: Tensor, temperature: float, half_steps: int | None = PUBLISHED_HALF_STEPS) -> Tensor:
     """Return Π of unit codes: the entropic projection of |C Cᵀ| onto doubly stochastic matrices, differentiable.
 
@@ -98,9 +105,7 @@ def membership(codes: Tensor, temperature: float, half_steps: int | None = PUBLI
         ConfigError: the temperature is not above 0, or the half-steps are not odd.
         ShapeError: `codes` is no matrix.
     """
-    require_matrix(codes, "codes")
-    if not temperature > 0:
-        raise ConfigError(f"temperature = {temperature}: must be above 0")
+    _require_kernel(codes, temperature)
     if half_steps is not None and (half_steps < 1 or half_steps % 2 == 0):
         raise ConfigError(f"half_steps = {half_steps}: must be odd, rows are normalised last")
     codes = codes if codes.dtype == torch.float64 else codes.float()
@@ -117,16 +122,7 @@ def membership(codes: Tensor, temperature: float, half_steps: int | None = PUBLI
 
 
 def kernel(queries: Tensor, codes: Tensor, temperature: float) -> Tensor:
-    """Return exp((|c_i·c_j| − 1)/η).
-
-    Args:
-        queries: Float[B d], unit rows.
-        codes: Float[S d], unit rows.
-        temperature: η, above 0.
-
-    Returns:
-        Float[B S], from exp(−1/η) to 1.
-    """
+    """Return exp((|c_i·c_j| − 1)/η), from exp(−1/η) to 1: Float[B d] and Float[S d], unit rows, to Float[B S]."""
     return (queries @ codes.T).abs_().sub_(1.0).div_(temperature).exp_()
 
 
@@ -146,20 +142,18 @@ class Affinity:
     """
 
     def __init__(self, codes: Tensor, temperature: float, *, weight: float = 1.0, keep: bool = True) -> None:
-        require_matrix(codes, "codes")
-        if not temperature > 0:
-            raise ConfigError(f"temperature = {temperature}: must be above 0")
+        _require_kernel(codes, temperature)
         self.codes, self.temperature, self.weight = codes, temperature, weight
-        self._own = distributed.own_slice(len(codes))
-        own_rows = self._own.stop - self._own.start
+        self._own = own = distributed.own_slice(len(codes))
         entries = _ENTRIES_ON_GPU if codes.is_cuda else _ENTRIES_ON_CPU
-        self._rows_at_once = max(1, min(1024, own_rows))
-        self._columns_at_once = max(1024, entries // self._rows_at_once)
+        step = max(1, min(1024, own.stop - own.start))
+        self._row_spans = [(start, min(start + step, own.stop)) for start in range(own.start, own.stop, step)]
+        self._columns_at_once = max(1024, entries // step)
         self._kept: Tensor | None = None
         if keep:
-            self._kept = codes.new_empty((own_rows, len(codes)))
-            for start, stop in self._row_spans():
-                self._kept[start - self._own.start : stop - self._own.start] = self._tile(start, stop, 0, len(codes))
+            self._kept = codes.new_empty((own.stop - own.start, len(codes)))
+            for start, stop in self._row_spans:
+                self._kept[start - own.start : stop - own.start] = self._tile(start, stop, 0, len(codes))
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply the off-diagonal kernel with x: Float[S B] to Float[S B], on all workers."""
@@ -167,15 +161,11 @@ class Affinity:
         if self._kept is not None:
             result[self._own] = self._kept @ x
         else:
-            for start, stop in self._row_spans():
+            for start, stop in self._row_spans:
                 for low in range(0, len(self.codes), self._columns_at_once):
                     high = min(low + self._columns_at_once, len(self.codes))
                     result[start:stop].addmm_(self._tile(start, stop, low, high), x[low:high])
         return distributed.all_reduce(result.mul_(self.weight))
-
-    def _row_spans(self) -> list[tuple[int, int]]:
-        step, end = self._rows_at_once, self._own.stop
-        return [(start, min(start + step, end)) for start in range(self._own.start, end, step)]
 
     def _tile(self, start: int, stop: int, low: int, high: int) -> Tensor:
         """Return Float[stop − start, high − low] with zeros on the kernel's diagonal."""
@@ -188,12 +178,10 @@ class Affinity:
 
 @dataclass(frozen=True)
 class Balance:
-    """Scaling factors of Π = diag(rows) K diag(columns)."""
+    """Scaling factors of Π = diag(rows) K diag(columns), each Float[S]; the two are equal when converged."""
 
     rows: Tensor
-    """Float[S], a."""
     columns: Tensor
-    """Float[S], b; equal to a when converged."""
     error: float
     """Largest distance of a row or column sum of Π from 1."""
 
@@ -222,23 +210,16 @@ def balance(affinity: Affinity, half_steps: int | None = None) -> Balance:
         return Balance(scale[:, 0], scale[:, 0], error)
     if half_steps < 1 or half_steps % 2 == 0:
         raise ConfigError(f"half_steps = {half_steps}: must be odd")
-    rows = columns = ones
-    for step in range(half_steps):
-        if step % 2 == 0:
-            rows = 1.0 / (affinity.product(columns) + columns)
-        else:
-            columns = 1.0 / (affinity.product(rows) + rows)
+    rows, columns = 1.0 / (affinity.product(ones) + ones), ones
+    for _ in range(half_steps // 2):
+        columns = 1.0 / (affinity.product(rows) + rows)
+        rows = 1.0 / (affinity.product(columns) + columns)
     error = float((columns * (affinity.product(rows) + rows) - 1.0).abs().max())
     return Balance(rows[:, 0], columns[:, 0], error)
 
 
 class NormalizedMembership:
-    """The operator D^{-1/2} ½(Π + Πᵀ) D^{-1/2} without its diagonal, D its column sums: 1 minus the Laplacian.
-
-    Args:
-        affinity: the kernel.
-        scaling: the factors that make it Π.
-    """
+    """The operator D^{-1/2} ½(Π + Πᵀ) D^{-1/2} without its diagonal, D its column sums: 1 minus the Laplacian."""
 
     def __init__(self, affinity: Affinity, scaling: Balance) -> None:
         self._affinity = affinity
@@ -352,10 +333,12 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Spectral:
-    """A spectral partition, which assigns rows to clusters for any K up to the one it was made for."""
+    """A spectral partition, which assigns rows to clusters for any K up to the one it was made for.
+
+    A larger K is a ConfigError, codes that are not as wide as the sites' a ShapeError.
+    """
 
     options: SpectralOptions
-    """Settings."""
     seed: int
     """Of the k-means."""
     codes: Tensor
@@ -375,27 +358,15 @@ class Spectral:
         return self.functions.shape[1]
 
     def labels(self, clusters: int, seed: int | None = None) -> Tensor:
-        """Return the clusters of the sites, which are all rows where those are at most `dense_rows`.
+        """Return the clusters of the sites, Int64[S], which are all rows where those are at most `dense_rows`.
 
-        Args:
-            clusters: K, at most `max_clusters`.
-            seed: of another k-means than the partition's own.
-
-        Returns:
-            Int64[S].
-
-        Raises:
-            ConfigError: K is above `max_clusters`.
+        `seed` is that of another k-means than the partition's own.
         """
         centers, _ = self._centers(clusters, self.seed if seed is None else seed)
         return kmeans.assign(functional.normalize(self.functions[:, :clusters], dim=1), centers)[0]
 
     def cut(self, clusters: int, seed: int | None = None) -> Spectral:
-        """Return this partition, or that of another seed, with the centres of K clusters kept for `assign`.
-
-        Raises:
-            ConfigError: K is above `max_clusters`.
-        """
+        """Return this partition, or that of another seed, with the centres of K clusters kept for `assign`."""
         partition = self if seed is None or seed == self.seed else replace(self, seed=seed, centers={})
         partition.labels(clusters)
         return partition
@@ -404,18 +375,8 @@ class Spectral:
     def assign(self, codes: Tensor, clusters: int) -> Tensor:
         """Return probabilities of the clusters, ∝ exp(−d² / (confidence · mean d²)), d the distance to the centre.
 
-        A row's probabilities depend on its own code alone, and a site's largest is that of its label.
-
-        Args:
-            codes: Float[B d].
-            clusters: K, at most `max_clusters`.
-
-        Returns:
-            Float32[B K], rows sum to 1.
-
-        Raises:
-            ConfigError: K is above `max_clusters`.
-            ShapeError: the codes are not as wide as the sites'.
+        Takes Float[B d] to Float32[B K], rows sum to 1. A row's probabilities depend on its own code alone, and a
+        site's largest is that of its label.
         """
         centers, spread = self._centers(clusters, self.seed)
         distances = kmeans.squared_distances(functional.normalize(self.embed(codes)[:, :clusters], dim=1), centers)
@@ -425,16 +386,8 @@ class Spectral:
     def embed(self, codes: Tensor) -> Tensor:
         """Extend the eigenvectors to any codes: f(c) = Σ_s p(c, s) f(s) / λ, p ∝ exp(|c·c_s|/η) b_s.
 
-        A site's own term is left out, as the eigenproblem has no diagonal.
-
-        Args:
-            codes: Float[B d].
-
-        Returns:
-            Float32[B Kmax]; 0 for a code without any link to a site.
-
-        Raises:
-            ShapeError: the codes are not as wide as the sites'.
+        A site's own term is left out, as the eigenproblem has no diagonal. Takes Float[B d] to Float32[B Kmax]; 0 for a
+        code without any link to a site.
         """
         require_matrix(codes, "codes", self.codes.shape[1])
         rows = unit(codes.to(self.codes.device))
@@ -455,7 +408,7 @@ class Spectral:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the partition by name, for safetensors; see `from_tensors`."""
-        named = {"codes": self.codes, "scales": self.scales, "functions": self.functions, "values": self.values}
+        named = {name: getattr(self, name) for name in _TENSORS}
         named |= {f"centers.{clusters}": centers for clusters, centers in sorted(self.centers.items())}
         return {name: value.detach().cpu().contiguous() for name, value in named.items()}
 
@@ -466,12 +419,11 @@ class Spectral:
         Raises:
             ArtefactError: a tensor is missing.
         """
-        missing = [name for name in ("codes", "scales", "functions", "values") if name not in tensors]
+        missing = [name for name in _TENSORS if name not in tensors]
         if missing:
             raise ArtefactError(f"spectral partition lacks {', '.join(missing)}: fit it again")
         centers = {int(name.split(".")[1]): value for name, value in tensors.items() if name.startswith("centers.")}
-        plain = {name: tensors[name] for name in ("codes", "scales", "functions", "values")}
-        return cls(options, seed, **plain, centers=centers)
+        return cls(options, seed, **{name: tensors[name] for name in _TENSORS}, centers=centers)
 
     def _centers(self, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return Float32[K K] centres of the embedding and Float32[] their mean squared distance; kept for `seed`."""
@@ -497,7 +449,7 @@ def partition(blocks: Blocks, max_clusters: int, options: SpectralOptions, seed:
     Args:
         blocks: this worker's codes Float[B d]; workers hold the rows in order of rank.
         max_clusters: the largest K for which it will be used.
-        options: settings.
+        options: of the kernel, its sites and the k-means.
         seed: of the sample, of the first block of vectors and of the k-means.
 
     Raises:

@@ -26,30 +26,15 @@ Labels = ArrayLike
 
 
 def labelled(labels: Labels) -> NDArray[np.bool_]:
-    """Return which rows have a label: not None, not NaN, and not below 0 where labels are integers.
-
-    Args:
-        labels: [N], may hold None.
-
-    Returns:
-        Bool[N].
-    """
+    """Return which rows have a label, Bool[N]: not None, not NaN, and not below 0 where labels are integers."""
     values = np.asarray(labels)
     if values.dtype.kind in "iu":
-        present = values >= 0
-    elif values.dtype.kind == "f":
-        present = ~np.isnan(values)
-    else:
-        present = np.array([value is not None and value == value for value in values.tolist()])
-    return present.astype(bool)
+        return np.asarray(values >= 0)
+    return np.array([value is not None and value == value for value in values.tolist()], dtype=bool)
 
 
 def contingency(labels_true: Labels, labels_pred: Labels) -> sparse.csr_array:
-    """Count rows by true class and cluster.
-
-    Returns:
-        Sparse Int64[C K]; classes and clusters that occur, each in sorted order.
-    """
+    """Count rows by true class and cluster: sparse Int64[C K], those that occur, each in sorted order."""
     rows, columns = _codes(labels_true, labels_pred)
     return sparse.coo_array((np.ones(len(rows), dtype=np.int64), (rows, columns))).tocsr()
 
@@ -118,15 +103,8 @@ def ami(labels_true: Labels, labels_pred: Labels) -> float:
 def expected_mutual_information(a: IntArray, b: IntArray) -> float:
     """Return the mean mutual information over all tables with the same row and column sums.
 
-    It depends on a class and a cluster through their sizes alone: equal sizes are summed once, which makes thousands of
-    clusters cheap.
-
-    Args:
-        a: Int[C], sizes of the classes, above 0.
-        b: Int[K], sizes of the clusters, above 0, of the same sum.
-
-    Returns:
-        Nats, at least 0.
+    Takes the sizes of the classes, Int[C], and of the clusters, Int[K], to nats. Equal sizes are summed once, which
+    makes thousands of clusters cheap.
 
     Source: Vinh, Epps & Bailey 2010, equation 24a.
     """
@@ -152,9 +130,6 @@ def majority_map(labels_true: Labels, labels_pred: Labels) -> dict[Any, Any]:
 
     Fit it on one split and score another with `mapped_accuracy`: on the split it was fitted on that only repeats
     `purity`.
-
-    Returns:
-        Class by cluster.
     """
     classes, clusters = np.unique(np.asarray(labels_true)), np.unique(np.asarray(labels_pred))
     commonest = classes[contingency(labels_true, labels_pred).argmax(axis=0)]
@@ -164,12 +139,8 @@ def majority_map(labels_true: Labels, labels_pred: Labels) -> dict[Any, Any]:
 def mapped_accuracy(labels_true: Labels, labels_pred: Labels, mapping: dict[Any, Any]) -> float:
     """Return the share of rows whose cluster is mapped to their class; clusters that the map lacks count as wrong.
 
-    Range 0 to 1, larger is better; the share of the largest class by chance. Not symmetric.
-
-    Args:
-        labels_true: [N].
-        labels_pred: [N].
-        mapping: class by cluster, of `majority_map` on another split.
+    Range 0 to 1, larger is better; the share of the largest class by chance. Not symmetric. The map is that of
+    `majority_map` on another split.
     """
     true, pred = _paired(labels_true, labels_pred)
     unknown = object()  # equal to no label
@@ -198,12 +169,7 @@ def halves_accuracy(labels_true: Labels, labels_pred: Labels, seed: int = 0) -> 
 
     For data without a split of their own. Range 0 to 1, larger is better; the share of the largest class by chance.
     Clusters that a half lacks count as wrong in the other, so that finer clusters do not win by themselves. Not
-    symmetric.
-
-    Args:
-        labels_true: [N], N at least 2.
-        labels_pred: [N].
-        seed: of the halves.
+    symmetric. N is at least 2, `seed` that of the halves.
     """
     true, pred = np.asarray(labels_true), np.asarray(labels_pred)
     order = np.random.default_rng(seed).permutation(len(true))

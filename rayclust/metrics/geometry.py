@@ -14,11 +14,7 @@ from rayclust.errors import ConfigError, DataError, ShapeError
 def absolute_gram(x: FloatArray) -> NDArray[np.float64]:
     """Return |ZᵀZ|: absolute cosines between all rows; in [0, 1], symmetric, 1 on the diagonal but for zero rows.
 
-    Args:
-        x: Float[N D], of any length.
-
-    Returns:
-        Float64[N N].
+    Takes Float[N D], of any length, to Float64[N N].
 
     Source: arXiv 2306.05272, figure 2; its Z has samples as columns.
     """
@@ -29,12 +25,7 @@ def absolute_gram(x: FloatArray) -> NDArray[np.float64]:
 def kernel_membership(x: FloatArray, temperature: float) -> NDArray[np.float64]:
     """Return the row softmax of cosine / temperature without the diagonal, for methods that have no Π.
 
-    Args:
-        x: Float[N D], of any length.
-        temperature: above 0.
-
-    Returns:
-        Float64[N N], rows sum to 1 (0 for a single row), the diagonal 0.
+    Takes Float[N D], of any length, to Float64[N N]; rows sum to 1 (0 for a single row), the diagonal is 0.
 
     Raises:
         ConfigError: `temperature` is not above 0.
@@ -53,11 +44,7 @@ def kernel_membership(x: FloatArray, temperature: float) -> NDArray[np.float64]:
 def similar_order(centers: FloatArray) -> list[int]:
     """Return an order in which similar rows are adjacent: leaves of average linkage by cosine, optimally ordered.
 
-    Args:
-        centers: Float[K D], of any length.
-
-    Returns:
-        The K positions, in order.
+    Takes Float[K D], of any length, to the K positions.
     """
     from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
     from scipy.spatial.distance import pdist
@@ -73,12 +60,7 @@ def similar_order(centers: FloatArray) -> list[int]:
 def neighbor_precision(x: FloatArray, labels: IntArray, k: int) -> float:
     """Return the mean share of each row's k nearest others by cosine that have its label (precision@k).
 
-    Range 0 to 1, larger is better; the sum of squared shares of the labels by chance.
-
-    Args:
-        x: Float[N D], N at least 2.
-        labels: Int[N].
-        k: at least 1; at most N − 1 count.
+    Range 0 to 1, larger is better; the sum of squared shares of the labels by chance. Of Float[N D] and Int[N].
 
     Raises:
         ConfigError: `k` is below 1.
@@ -149,11 +131,7 @@ def singular_values(x: FloatArray) -> NDArray[np.float64]:
     A group of rows in few directions has few values that are not small; rows spread out evenly have them all alike.
     They don't change when rows are turned, reordered or scaled together. Nothing is centred.
 
-    Args:
-        x: Float[N D].
-
-    Returns:
-        Float64[min(N, D)], the first 1; zeros where all rows are zero.
+    Takes Float[N D] to Float64[min(N, D)], the first 1; zeros where all rows are zero.
 
     Source: arXiv 2306.05272, the spectra of its figure 3.
     """
@@ -171,14 +149,10 @@ def singular_values(x: FloatArray) -> NDArray[np.float64]:
 def directions(values: FloatArray, share: float = 0.9) -> int:
     """Count the first directions that hold a share of the energy, the sum of squared singular values.
 
-    Range 1 to the number of values, 0 when all are zero.
-
-    Args:
-        values: Float[r], singular values, largest first, on any scale.
-        share: above 0, at most 1.
+    Takes Float[r], largest first, on any scale. Range 1 to the number of values, 0 when all are zero.
 
     Raises:
-        ConfigError: `share` is out of range.
+        ConfigError: `share` is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"share = {share}: must be above 0 and at most 1")
@@ -191,12 +165,7 @@ def directions(values: FloatArray, share: float = 0.9) -> int:
 def quantiles(spectra: Sequence[FloatArray], levels: Sequence[float]) -> NDArray[np.float64]:
     """Compute quantiles over several spectra, position by position, as far as nine in ten of them reach.
 
-    Args:
-        spectra: Float[r]s of any lengths, at least one; positions beyond a spectrum's end count as zero.
-        levels: Q numbers in [0, 1].
-
-    Returns:
-        Float64[Q R].
+    Takes Float[r]s of any lengths and Q levels in [0, 1] to Float64[Q R]; positions beyond a spectrum's end are zero.
 
     Raises:
         DataError: there is no spectrum.

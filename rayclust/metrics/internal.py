@@ -1,7 +1,7 @@
 """Quality of a partition by itself, without true classes.
 
-`labels` are Int[N], their names play no part; `neighbors` are Int[N M], each row's nearest others, −1 where it has fewer
-than M. Arrays that disagree are ShapeErrors.
+`labels` are Int[N], their names play no part; `neighbors` are Int[N M], each row's nearest others, −1 where there are
+fewer. Arrays that disagree are ShapeErrors.
 """
 
 from __future__ import annotations
@@ -118,11 +118,7 @@ def silhouette(x: FloatArray, labels: IntArray, *, rows: int | None = None, seed
 
 
 def size_summary(labels: IntArray, clusters: int) -> dict[str, float]:
-    """Summarise the sizes of the clusters.
-
-    Args:
-        labels: Int[N], from 0 to K − 1.
-        clusters: K.
+    """Summarise the sizes of K clusters, labelled from 0 to K − 1.
 
     Returns:
         `occupied`: clusters with a row; `smallest`, `median`, `largest`: rows, empty clusters included; `entropy`: that
@@ -236,9 +232,6 @@ def stability(partitions: Sequence[IntArray]) -> float:
     """Return the mean ARI of every two of several partitions of the same rows, such as those of several seeds.
 
     At most 1, larger is better; about 0 for independent random labels of any K.
-
-    Args:
-        partitions: each Int[N].
 
     Raises:
         DataError: fewer than two partitions.

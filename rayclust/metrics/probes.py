@@ -65,13 +65,7 @@ def linear_probe_accuracy(
     Adam from weights of deviation 0.01, learning rate 0.005 down to 0 by a cosine, weight decay 0.01, batches of 256.
     Taken after the last epoch, not the best one. Range 0 to 1, larger is better; chance: the largest class's share.
 
-    Args:
-        x: Float[N D], trained on.
-        labels: [N].
-        other_x: Float[M D], scored.
-        other_labels: [M]; classes that `labels` lacks count as wrong.
-        epochs: passes over `x`.
-        seed: of weights and order.
+    Trained on Float[N D], scored on Float[M D]; classes that `labels`, [N], lacks count as wrong.
 
     Raises:
         ShapeError: rows and labels do not have one length, or the two sets not one width.

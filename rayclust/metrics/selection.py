@@ -20,14 +20,12 @@ Candidates = Mapping[int, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen number of clusters."""
+    """The chosen number of clusters, why in words, and the K that each criterion alone would choose."""
 
     k: int
     rule: str
     reason: str
-    """In words."""
     picks: Mapping[str, int]
-    """The K that each criterion alone would choose."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def choose(candidates: Candidates, rule: str = "vote") -> Choice:
 def picks(candidates: Candidates) -> dict[str, int]:
     """Return the K that each criterion alone chooses, the smaller one on a tie; and `knee` of the coding length.
 
-    Args:
-        candidates: in any order; values that are missing or not finite are left out.
+    Values that are missing or not finite are left out.
 
     Raises:
         DataError: there are no candidates.
@@ -137,10 +134,6 @@ def vote(picked: Mapping[str, int], ks: Sequence[int]) -> int:
     A pick at either end of the candidates is the end of a slope rather than an optimum: it abstains, unless more than
     two thirds of the criteria pick an end or there are fewer than five candidates.
 
-    Args:
-        picked: K by criterion.
-        ks: the candidates.
-
     Raises:
         DataError: no criterion votes.
     """
@@ -153,24 +146,17 @@ def vote(picked: Mapping[str, int], ks: Sequence[int]) -> int:
 
 def _votes(picked: Mapping[str, int], ks: Sequence[int]) -> tuple[dict[str, int], dict[str, int]]:
     """Divide the picks into those that count and those that abstain."""
-    all_votes = {name: k for name, k in picked.items() if name in CRITERIA and CRITERIA[name].votes}
-    inner = {name: k for name, k in all_votes.items() if min(ks) < k < max(ks)}
-    ends = {name: k for name, k in all_votes.items() if name not in inner}
-    if len(ks) < _MIN_CANDIDATES_FOR_ENDS or 3 * len(ends) > 2 * len(all_votes):
-        return all_votes, {}
-    return inner, ends
+    votes = {name: k for name, k in picked.items() if name in CRITERIA and CRITERIA[name].votes}
+    ends = {name: k for name, k in votes.items() if not min(ks) < k < max(ks)}
+    if len(ks) < _MIN_CANDIDATES_FOR_ENDS or 3 * len(ends) > 2 * len(votes):
+        ends = {}
+    return {name: k for name, k in votes.items() if name not in ends}, ends
 
 
 def refine(ks: Sequence[int], best: int, *, points: int = 4) -> tuple[int, ...]:
     """Return further candidates between the best one's neighbours, geometrically spread, none tried before.
 
-    Args:
-        ks: candidates tried so far, among them `best`.
-        best: candidate to refine around.
-        points: largest number of new candidates.
-
-    Returns:
-        Increasing; empty when every number between the neighbours has been tried.
+    At most `points`, increasing; none when every number between the neighbours has been tried.
 
     Raises:
         ConfigError: `best` was not tried.

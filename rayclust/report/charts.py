@@ -1,7 +1,7 @@
 """The charts of a run, for the page and for `rayclust figures`, drawn by matplotlib as `svg` writes it.
 
 Every chart function returns one `svg` element that a page can inline, with `title` for screen readers. Equal numbers
-give equal text.
+give equal text. Arrays that do not fit together are ShapeErrors.
 """
 
 from __future__ import annotations
@@ -56,9 +56,6 @@ def size_histogram(sizes: Sequence[int], names: Sequence[str] | None = None) -> 
     Args:
         sizes: K numbers of images, in any order.
         names: K names; None numbers them in the order given.
-
-    Raises:
-        ShapeError: there are not as many names as sizes.
     """
     titles = [f"Cluster {index}" for index in range(len(sizes))] if names is None else list(names)
     if len(titles) != len(sizes):
@@ -94,11 +91,7 @@ def size_histogram(sizes: Sequence[int], names: Sequence[str] | None = None) -> 
 
 @styled
 def confidence_histogram(counts: Sequence[int]) -> Markup:
-    """Draw the confidence of the assignments as a histogram.
-
-    Args:
-        counts: images per equal bin of confidence over [0, 1].
-    """
+    """Draw how many images lie in each equal bin of the assignments' confidence over [0, 1]."""
     bins = max(1, len(counts))
     labels = [f"{100 * i / bins:.0f}–{100 * (i + 1) / bins:.0f}%" for i in range(len(counts))]
     marks = {bins * fifth / 5: f"{20 * fifth}%" for fifth in range(6)}
@@ -152,9 +145,6 @@ def contingency(counts: IntArray, classes: Sequence[str], clusters: Sequence[str
         counts: Int[C K], images of class c in cluster k.
         classes: C names.
         clusters: K names.
-
-    Raises:
-        ShapeError: `counts` is not C × K.
     """
     from matplotlib.patches import Rectangle
 
@@ -193,12 +183,11 @@ def contingency(counts: IntArray, classes: Sequence[str], clusters: Sequence[str
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive rows and columns of a heat-map that belong together."""
+    """Consecutive rows and columns of a heat-map that belong together, and their colour's place in `HUES`."""
 
     name: str
     count: int
     hue: int = 0
-    """Place in `HUES`."""
 
 
 @styled
@@ -210,9 +199,6 @@ def heatmap(panels: Mapping[str, FloatArray], groups: Sequence[Group], *, ceilin
         groups: in the order of the rows; their counts sum to n.
         ceiling: the value of the full colour, and of all above it; above 0.
         title: what is drawn, for screen readers.
-
-    Raises:
-        ShapeError: a matrix is not n × n.
     """
     size = sum(group.count for group in groups)
     for name, values in panels.items():
@@ -265,9 +251,6 @@ def scatter(points: FloatArray, clusters: IntArray, names: Mapping[int, str], *,
         clusters: Int[N].
         names: of the clusters.
         title: what is drawn, for screen readers.
-
-    Raises:
-        ShapeError: lengths differ.
     """
     require_matrix(points, "points", 2)
     if len(clusters) != len(points):
@@ -308,11 +291,7 @@ def scatter(points: FloatArray, clusters: IntArray, names: Mapping[int, str], *,
 
 
 def hues(centers: Mapping[int, FloatArray]) -> dict[int, int]:
-    """Return a place in `HUES` for each cluster, chosen so that equal colours lie far apart.
-
-    Args:
-        centers: cluster to Float[2], in the order in which colours are chosen.
-    """
+    """Return a place in `HUES` for each centre, Float[2], so that equal colours lie far apart."""
     points = np.array(list(centers.values())).reshape(-1, 2)
     # Each centre takes the colour whose nearest centre so far is farthest away; unused colours come first.
     chosen = np.zeros(len(points), int)
@@ -324,12 +303,7 @@ def hues(centers: Mapping[int, FloatArray]) -> dict[int, int]:
 
 
 def centers(points: FloatArray, clusters: IntArray) -> dict[int, FloatArray]:
-    """Return the median of each cluster along both axes: cluster to Float[2], largest cluster first.
-
-    Args:
-        points: Float[N 2].
-        clusters: Int[N].
-    """
+    """Return the median of each cluster of points, Float[N 2], along both axes: Float[2], largest cluster first."""
     keys, sizes = np.unique(clusters, return_counts=True)
     order = keys[np.lexsort((keys, -sizes))].tolist()
     return {cluster: np.median(points[clusters == cluster], axis=0) for cluster in order}
@@ -337,11 +311,10 @@ def centers(points: FloatArray, clusters: IntArray) -> dict[int, FloatArray]:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of rows in one space, each over the largest."""
+    """Singular values of rows in one space, each over the largest, and their colour's place in `HUES`."""
 
     name: str
     hue: int
-    """Place in `HUES`."""
     whole: FloatArray | None = None
     """Float[r] of all rows; None draws nothing at the left."""
     clusters: FloatArray | None = None
@@ -351,21 +324,16 @@ class Spectrum:
 
 @styled
 def spectra(series: Sequence[Spectrum], title: str) -> Markup:
-    """Draw singular values over their logarithmic places: of all rows at the left, cluster by cluster at the right.
-
-    Args:
-        series: the spaces compared.
-        title: what is drawn, for screen readers.
-    """
+    """Draw singular values over their logarithmic places: of all rows at the left, cluster by cluster at the right."""
     from matplotlib.ticker import LogLocator
 
     width, height, top = 330.0, 200.0, 28.0
     figure = new_figure(48 + 2 * width + 60 + 16, top + height + 66)
-    whole = [(s, s.whole[None]) for s in series if s.whole is not None and s.whole.size]
-    split = [(s, s.clusters) for s in series if s.clusters is not None and s.clusters.size]
-    legend = {}
-    dashes = {True: {"linestyle": (0, (2.5, 2)), "dash_capstyle": "butt"}, False: {}}
-    for place, (head, lines) in enumerate((("all rows", whole), ("cluster by cluster", split))):
+    whole = [(s, None if s.whole is None else s.whole[None]) for s in series]
+    legend, dashes = {}, {"linestyle": (0, (2.5, 2)), "dash_capstyle": "butt"}
+    halves = ("all rows", whole), ("cluster by cluster", [(s, s.clusters) for s in series])
+    for place, (head, drawn) in enumerate(halves):
+        lines = [(s, values) for s, values in drawn if values is not None and values.size]
         longest = max([2, *(values.shape[1] for _, values in lines)])
         left = 48 + place * (width + 60)
         axes = add_axes(figure, left, top, width, height, x=(1, longest), y_ticks=ticks(0, 1, 6), is_log=True)
@@ -380,7 +348,7 @@ def spectra(series: Sequence[Spectrum], title: str) -> Markup:
             if place:
                 axes.fill(np.append(at, at[::-1]), np.append(low, high[::-1]), color=HUES[s.hue], alpha=0.16, lw=0)
             gid = tooltip(f"{s.name}: median" if place else s.name)
-            [legend[s.name]] = axes.plot(at, middle, color=HUES[s.hue], gid=gid, **dashes[s.is_dashed])
+            [legend[s.name]] = axes.plot(at, middle, color=HUES[s.hue], gid=gid, **dashes if s.is_dashed else {})
     if legend:
         corner = {"loc": "lower left", "bbox_to_anchor": (0.05, 0), "ncols": len(legend), "handlelength": 1.6}
         figure.legend(legend.values(), [one_line(name, 60) for name in legend], **corner)
@@ -408,7 +376,7 @@ def criteria(found: Sequence[Criterion], chosen: int | None, title: str) -> Mark
 
     Args:
         found: in the order of the grid.
-        chosen: the number that was chosen, marked by a line; None marks none.
+        chosen: the number that was chosen, marked by a line.
         title: what is drawn, for screen readers.
     """
     columns, width, height, row, column = 3, 186.0, 104.0, 178.0, 258.0

@@ -17,31 +17,24 @@ from rayclust.errors import ConfigError, ShapeError
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image of a cluster.
-
-    Attributes:
-        key: the image's key in its run.
-        thumbnail: encoded webp, jpeg or png, as `thumbnails.thumbnail` makes them; None shows the key alone.
-        confidence: in [0, 1]; None when the method gives none.
-        uri: where the image lies, shown as text and never as a link.
-        label: its true class, None without labels.
-    """
+    """One image of a cluster, by its key in the run."""
 
     key: str
     thumbnail: bytes | None = None
+    """Encoded webp, jpeg or png, as `thumbnails.thumbnail` makes them; None shows the key alone."""
     confidence: float | None = None
+    """In [0, 1]; None when the method gives none."""
     uri: str = ""
+    """Where the image lies, shown as text and never as a link."""
     label: str | None = None
+    """Its true class, None without labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """One cluster: its name, its numbers and a few of its images.
+    """One cluster: its number in `assignments/`, its name, its measures and a few of its images.
 
     Attributes:
-        id: the cluster's number in `assignments/`.
-        size: images in it.
-        name: None shows "Cluster 7".
         score: how well the name fits, larger is better, in the naming's own scale.
         runners_up: (name, score) of the next best names, best first.
         blind: (name, score) without the data set's own class names among the candidates; None where that was not asked.
@@ -72,14 +65,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult:
-    """One method's settings and scores.
-
-    Attributes:
-        name: the method, e.g. `temi`.
-        settings: its config; nested groups are shown with dotted keys.
-        metrics: metric name to value, the keys of `metrics.json` (`accuracy`, `nmi`, …); others are shown as they are.
-        spread: metric name to standard deviation over seeds, where several were run.
-    """
+    """One method's config; its scores by the keys of `metrics.json`; and their standard deviations over seeds."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -89,14 +75,7 @@ class MethodResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """How long a stage took.
-
-    Attributes:
-        name: the stage's command.
-        seconds: wall time.
-        count: what it worked through; None shows no rate.
-        unit: what `count` counts.
-    """
+    """The wall time of a stage, and how much it worked through; None shows no rate."""
 
     name: str
     seconds: float
@@ -106,15 +85,7 @@ class StageTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Lines over epochs (or over K, …) that share one axis.
-
-    Attributes:
-        title: what is drawn.
-        series: name to values; values that are not finite leave a gap.
-        x_label: what the horizontal axis counts.
-        start: the first value's place on that axis.
-        step: distance between two values on that axis; above 0.
-    """
+    """Lines over epochs (or over K, …) that share one axis, as `charts.curve` takes them."""
 
     title: str
     series: Mapping[str, Sequence[float]]
@@ -125,31 +96,20 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A figure that was drawn before the page is.
-
-    Attributes:
-        key: what its file is called, without an ending.
-        title: what it shows.
-        text: how to read it, in a sentence or two.
-        svg: by a function of `charts`, every string in it escaped.
-        is_wide: whether it needs the width of the page.
-    """
+    """A figure that was drawn before the page is, by a function of `charts`, and how to read it."""
 
     key: str
+    """Name of its file, without an ending."""
     title: str
     text: str
     svg: Markup
     is_wide: bool = False
+    """Whether it needs the width of the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """One image with those nearest to it in each space.
-
-    Attributes:
-        query: the image.
-        found: title of the space to (image, cosine) pairs, nearest first.
-    """
+    """One image, and by the title of a space (image, cosine) pairs, nearest first."""
 
     query: Picture
     found: Mapping[str, tuple[tuple[Picture, float], ...]]
@@ -157,16 +117,7 @@ class Retrieval:
 
 @dataclass(frozen=True, kw_only=True)
 class Contingency:
-    """How the true classes fall into the clusters.
-
-    Attributes:
-        counts: Int[C K], images of class c in cluster k.
-        classes: C names.
-        clusters: K cluster ids.
-
-    Raises:
-        ShapeError: `counts` does not match `classes` and `clusters`.
-    """
+    """Int[C K] images of class c in cluster k, C names and K ids; a ShapeError where these don't match."""
 
     counts: IntArray
     classes: tuple[str, ...]
@@ -192,23 +143,15 @@ class ReportData:
     """Everything that one page shows.
 
     Attributes:
-        run: the run's folder or URI.
         images: N, the images that were clustered.
-        encoder: its name, e.g. `open_clip/ViT-L-14`.
         dimension: D, the width of an embedding.
         methods: the first one made `clusters`; the others stand beside it in the table of scores.
         clusters: all K of them, in any order.
         title: the page's title; empty takes the last part of `run`.
         classes: number of true classes; None when the run has no labels.
-        stages: in the order they ran.
-        versions: package to version.
         config: RUN.yaml as it was run.
-        curves: training curves.
         confidence: images per equal bin of confidence over [0, 1]; empty draws nothing.
-        contingency: classes against clusters; None draws nothing.
-        drawings: the method's own figures.
-        retrieval: a few images with their nearest in each space; empty for methods without a space of their own.
-        rejects: grouped by reason.
+        retrieval: empty for methods without a space of their own.
         notes: sentences that the reader should see first, e.g. a health warning.
 
     Raises:
@@ -237,7 +180,7 @@ class ReportData:
     def __post_init__(self) -> None:
         if not self.methods:
             raise ConfigError("report.methods is empty: name at least the method that made the clusters")
-        seen: set[int] = set()
+        seen = set[int]()
         for cluster in self.clusters:
             if cluster.size < 0:
                 raise ConfigError(f"report.clusters: cluster {cluster.id} has size {cluster.size}: must be at least 0")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -60,18 +61,12 @@ class PageLimits(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The part of a report that its page shows.
-
-    Attributes:
-        cards: clusters with pictures, largest first.
-        rows: clusters in the table, largest first.
-        rejects: most frequent reason first, each with a few examples.
-        other_reasons: reasons that are not in `rejects`.
-        dropped_pictures: pictures left out to keep the page small.
-    """
+    """The part of a report that its page shows: the largest clusters and the most frequent rejects first."""
 
     cards: tuple[Cluster, ...]
+    """With pictures."""
     rows: tuple[Cluster, ...]
+    """In the table."""
     rejects: tuple[RejectGroup, ...]
     other_reasons: int = 0
     dropped_pictures: int = 0
@@ -79,30 +74,24 @@ class Selection:
 
 @dataclass(frozen=True)
 class Score:
-    """How one metric is shown.
-
-    Attributes:
-        key: its key in `metrics.json`.
-        short: the column's head.
-        meaning: one sentence with range and chance level.
-        is_share: written in percent.
-        larger_is_better: which end of the range is good; None marks no winner.
-    """
+    """How one metric is shown."""
 
     key: str
+    """In `metrics.json`."""
     short: str
+    """The column's head."""
     meaning: str
+    """A sentence with range and chance level."""
     is_share: bool = True
+    """Written in percent."""
     larger_is_better: bool | None = True
+    """None marks no winner."""
 
     def write(self, value: float | None, spread: float | None = None) -> str:
         """Return the value as text, with ± its spread over seeds where there is one."""
-        written = percent(value) if self.is_share else number(value)
         if spread is None or value is None:
-            return written
-        if self.is_share:
-            return f"{100 * value:.1f} ± {100 * spread:.1f}%"
-        return f"{written} ± {number(spread, 2)}"
+            return percent(value) if self.is_share else number(value)
+        return f"{100 * value:.1f} ± {100 * spread:.1f}%" if self.is_share else f"{number(value)} ± {number(spread, 2)}"
 
 
 SCORES = (
@@ -182,20 +171,12 @@ def columns(methods: Iterable[MethodResult]) -> list[Score]:
     """Return the scores that at least one method has: known ones in the usual order, then the others as they come."""
     keys = {key: None for method in methods for key, value in method.metrics.items() if value is not None}
     known = [score for score in SCORES if score.key in keys]
-    names = {score.key for score in known}
-    return known + [Score(key, key, "", is_share=False, larger_is_better=None) for key in keys if key not in names]
+    others = [key for key in keys if key not in {score.key for score in known}]
+    return known + [Score(key, key, "", is_share=False, larger_is_better=None) for key in others]
 
 
 def best(score: Score, methods: Iterable[MethodResult]) -> float | None:
-    """Return the best value among methods.
-
-    Args:
-        score: the metric.
-        methods: whose values are compared.
-
-    Returns:
-        None where the score has no better end or fewer than two methods have it.
-    """
+    """Return the best value among methods; None where the score has no better end or fewer than two have it."""
     scores = [method.metrics.get(score.key) for method in methods]
     values = [value for value in scores if value is not None and math.isfinite(value)]
     if len(values) < 2 or score.larger_is_better is None:
@@ -204,14 +185,9 @@ def best(score: Score, methods: Iterable[MethodResult]) -> float | None:
 
 
 def featured(sizes: Sequence[int], limits: PageLimits | None = None) -> list[int]:
-    """Return the clusters that get pictures: images are fetched for these alone.
+    """Return the clusters that get pictures, of K sizes: images are fetched for these alone.
 
-    Args:
-        sizes: K numbers of images; the place is the cluster.
-        limits: None takes the defaults.
-
-    Returns:
-        Cluster numbers, largest first, the smaller number first among equals; empty clusters get no pictures.
+    Largest first, the smaller number first among equals; empty clusters get no pictures.
     """
     filled = (cluster for cluster, size in enumerate(sizes) if size > 0)
     return sorted(filled, key=lambda cluster: (-sizes[cluster], cluster))[: (limits or PageLimits()).cards]
@@ -234,14 +210,9 @@ def select(data: ReportData, limits: PageLimits) -> Selection:
 
 
 def fit_pictures(selection: Selection, room: int) -> Selection:
-    """Keep the pictures that fit, every cluster's first ones before any cluster's later ones.
+    """Take out the thumbnails that do not fit: every cluster's first ones are kept before any cluster's later ones.
 
-    Args:
-        selection: what the page shows.
-        room: bytes for pictures, base64 and all; negative keeps none.
-
-    Returns:
-        The selection with the thumbnails that do not fit taken out, and their number.
+    `room` is bytes for pictures, base64 and all; negative keeps none.
     """
     # Exemplars 0, 1 and 2 of all clusters, then exemplar 3 and outlier 0, and so on.
     queue = sorted(
@@ -274,17 +245,12 @@ def render(report: ReportData, limits: PageLimits | None = None) -> str:
     Every string of the report is shown as text and escaped; a key or a name can hold anything. The page forbids itself,
     by its content security policy, to load or send anything.
 
-    Args:
-        report: what to show.
-        limits: how much of it; None takes the defaults.
-
     Returns:
         HTML5 text that UTF-8 can encode, within `limits.bytes` unless names, settings and figures alone exceed it.
     """
     limits = limits or PageLimits()
     shown = select(report, limits)
-    style, script = _asset("page.css"), _asset("page.js")
-    context = {
+    context: dict[str, Any] = {
         "report": report,
         "title": report.title or formats.last_part(report.run) or "run",
         "headline": _headline(report),
@@ -296,11 +262,11 @@ def render(report: ReportData, limits: PageLimits | None = None) -> str:
         "named": any(cluster.name for cluster in report.clusters),
         "confident": any(cluster.confidence is not None for cluster in report.clusters),
         "config": formats.shorten(report.config, CONFIG_CHARACTERS),
-        "style": style,
-        "script": script,
-        "style_hash": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
+    for kind, name in (("style", "page.css"), ("script", "page.js")):
+        text = resources.files("rayclust.report").joinpath("templates", name).read_text(encoding="utf-8")
+        context[kind] = Markup(text)  # noqa: S704 - our own file
+        context[f"{kind}_hash"] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     template = _environment().get_template("page.html.j2")
     text_bytes = len(template.render(context, shown=fit_pictures(shown, -1)).encode())
     fitted = fit_pictures(shown, limits.bytes - text_bytes)
@@ -315,10 +281,7 @@ def render(report: ReportData, limits: PageLimits | None = None) -> str:
 
 def _headline(report: ReportData) -> list[tuple[str, str, str]]:
     """Return (label, value, hint) of the numbers on the first screen."""
-    tiles = [
-        ("Images", formats.count(report.images), ""),
-        ("Clusters", formats.count(len(report.clusters)), ""),
-    ]
+    tiles = [("Images", formats.count(report.images), ""), ("Clusters", formats.count(len(report.clusters)), "")]
     measured = columns(report.methods[:1])
     wanted = [score for score in measured if score.key in ("accuracy", "nmi", "ari", "silhouette")]
     tiles += [(s.short, s.write(report.methods[0].metrics.get(s.key)), s.meaning) for s in wanted[:3]]
@@ -385,8 +348,3 @@ def _search_text(cluster: Cluster) -> str:
     """Return the text that the search box looks in."""
     names = [cluster.title, f"#{cluster.id}", cluster.majority or "", *(name for name, _ in cluster.runners_up)]
     return formats.shorten(" ".join(names).casefold(), 400)
-
-
-def _asset(name: str) -> Markup:
-    text = resources.files("rayclust.report").joinpath("templates", name).read_text(encoding="utf-8")
-    return Markup(text)  # noqa: S704 - our own file

@@ -94,12 +94,7 @@ def styled(draw: Callable[_P, Markup]) -> Callable[_P, Markup]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure without a ground.
-
-    Args:
-        width: units; one is a pixel where the page has room.
-        height: units.
-    """
+    """Return an empty figure without a ground; one unit is a pixel where the page has room."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72), dpi=72, frameon=False)
@@ -117,18 +112,9 @@ def add_axes(
     y_ticks: Sequence[float] = (),
     is_log: bool = False,
 ) -> Axes:
-    """Add axes without a frame.
+    """Add axes without a frame, placed in units from the figure's upper left corner.
 
-    Args:
-        figure: by `new_figure`.
-        left: units from the left edge.
-        top: units from the upper edge.
-        width: units.
-        height: units.
-        x: span of the horizontal axis.
-        y: span of the vertical axis, from the bottom to the top.
-        y_ticks: numbers with a grid, which span the vertical axis instead.
-        is_log: whether the horizontal axis is logarithmic.
+    The spans are `x` from left to right and `y` from the bottom to the top, or that of `y_ticks`, which have a grid.
     """
     from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -147,12 +133,7 @@ def add_axes(
 
 
 def shade(axes: Axes, shares: FloatArray) -> None:
-    """Fill axes with a matrix in shades of one colour, and frame them.
-
-    Args:
-        axes: by `add_axes`.
-        shares: Float[n m], 0 is clear and 1 and above the full colour.
-    """
+    """Fill axes with Float[n m] in shades of one colour, 0 clear and 1 and above the full colour, and frame them."""
     levels = np.rint(np.clip(np.nan_to_num(shares), 0, 1) * (SHADES - 1)) * (255 // (SHADES - 1))
     pixels = np.zeros((*levels.shape, 4), np.uint8)
     pixels[..., :3], pixels[..., 3] = tuple(bytes.fromhex(HEAT[1:])), levels
@@ -162,13 +143,7 @@ def shade(axes: Axes, shares: FloatArray) -> None:
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Return round numbers a 1-2-5 step apart that cover a range.
-
-    Args:
-        low: the first one is at most this.
-        high: the last one is at least this; a range of one value is widened.
-        wanted: about how many.
-    """
+    """Return about `wanted` round numbers a 1-2-5 step apart that cover a range; that of one value is widened."""
     from matplotlib.ticker import MaxNLocator
 
     if not high > low:
@@ -188,12 +163,7 @@ def tooltip(text: str) -> str:
 
 
 def write(figure: Figure, title: str) -> Markup:
-    """Return a figure as one `svg` element that scales to its container.
-
-    Args:
-        figure: by `new_figure`.
-        title: what is drawn, for screen readers.
-    """
+    """Return a figure as one `svg` element that scales to its container, titled for screen readers."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
@@ -207,12 +177,7 @@ def write(figure: Figure, title: str) -> Markup:
 
 
 def standalone(chart: str, description: str = "") -> str:
-    """Return a chart as a file of its own: on a ground, in a light or a dark theme, with its caption.
-
-    Args:
-        chart: by `write`.
-        description: how to read it.
-    """
+    """Return a chart as a file of its own: on a ground, in a light or a dark theme, with how to read it."""
     head, _, rest = chart.partition(">")
     ground = f'<rect class="ground" width="100%" height="100%" fill="{ON_HUE}"/>'
     caption = f"<desc>{escape(clean(description))}</desc>" if description else ""

@@ -68,11 +68,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=8)
 def placeholder(size: int = 128) -> bytes:
-    """Draw the placeholder of a missing picture: a grey frame with hills and a sun, as webp with a clear ground.
-
-    Args:
-        size: pixels on each side, at least 1.
-    """
+    """Draw the square placeholder of a missing picture: grey hills and a sun, framed, as webp with a clear ground."""
     scale = 4 * max(16, size)
     image = Image.new("RGBA", (scale, scale), (128, 134, 142, 40))
     pen = ImageDraw.Draw(image)
@@ -80,13 +76,11 @@ def placeholder(size: int = 128) -> bytes:
     box = [scale * 0.28, scale * 0.32, scale * 0.72, scale * 0.68]
     pen.rounded_rectangle(box, radius=scale // 24, outline=ink, width=line)
     pen.ellipse([scale * 0.36, scale * 0.39, scale * 0.43, scale * 0.46], fill=ink)
-    pen.line([(scale * x, scale * y) for x, y in _HILLS], fill=ink, width=line, joint="curve")
+    hills = (0.31, 0.63), (0.42, 0.52), (0.50, 0.60), (0.59, 0.48), (0.69, 0.61)
+    pen.line([(scale * x, scale * y) for x, y in hills], fill=ink, width=line, joint="curve")
     buffer = io.BytesIO()
     image.resize((size, size), Image.Resampling.LANCZOS).save(buffer, "WEBP", lossless=True)
     return buffer.getvalue()
-
-
-_HILLS = [(0.31, 0.63), (0.42, 0.52), (0.50, 0.60), (0.59, 0.48), (0.69, 0.61)]
 
 
 def describe(data: bytes) -> tuple[str, int, int] | None:

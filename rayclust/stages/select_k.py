@@ -191,10 +191,10 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     with torch.inference_mode():
         for some in torch.from_numpy(sample).split(BLOCK):
             block = x[some].to(device)
-            z = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
-            blocks.append(z.float().cpu().numpy())
-    settings = {"distortion": options.distortion, "silhouette_rows": options.rows, "seed": config.seed}
-    found = measure(np.concatenate(blocks), [labels[0][sample]], None, **settings)
+            own = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
+            blocks.append(own.float().cpu().numpy())
+    z, kept = np.concatenate(blocks), [labels[0][sample]]
+    found = measure(z, kept, None, distortion=options.distortion, silhouette_rows=options.rows, seed=config.seed)
     neighbors = rows.neighbors().numpy()
     found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
     found["modularity"] = internal.modularity(labels[0], neighbors)
