@@ -372,13 +372,7 @@ class Criterion:
 
 @styled
 def criteria(found: Sequence[Criterion], chosen: int | None, title: str) -> Markup:
-    """Draw the criteria in a grid over one axis, the number of clusters.
-
-    Args:
-        found: in the order of the grid.
-        chosen: the number that was chosen, marked by a line.
-        title: what is drawn, for screen readers.
-    """
+    """Draw the criteria in a grid over one axis, the number of clusters; a line marks the one that was chosen."""
     columns, width, height, row, column = 3, 186.0, 104.0, 178.0, 258.0
     shown = [(c, {k: v for k, v in sorted(c.values.items()) if math.isfinite(v)}) for c in found]
     shown = [(c, values) for c, values in shown if values]
