@@ -1,4 +1,4 @@
-"""A thin way in: `python jobs/submit.py jobs/smoke.yaml --address http://HOST:8265` is `rayclust submit …`."""
+"""A thin way in: `python jobs/submit.py RUN.yaml --address http://HOST:8265` is `rayclust submit RUN.yaml …`."""
 
 from __future__ import annotations
 

@@ -47,7 +47,14 @@ POD = closed(
     ),
     terminationGracePeriodSeconds=COUNT,
     securityContext=closed([], runAsNonRoot=FLAG, runAsUser=COUNT, fsGroup=COUNT),
-    volumes=several(closed(["name"], name=TEXT, configMap=closed(["name"], name=TEXT))),
+    volumes=several(
+        closed(
+            ["name"],
+            name=TEXT,
+            configMap=closed(["name"], name=TEXT),
+            persistentVolumeClaim=closed(["claimName"], claimName=TEXT),
+        )
+    ),
 )  # fmt: skip
 TEMPLATE = closed(["spec"], metadata={"type": "object"}, spec=POD)
 
@@ -101,11 +108,21 @@ JOB = closed(
 )
 
 
-def manifest(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+def manifest(kind: str, spec: dict[str, Any], version: str = "ray.io/v1") -> dict[str, Any]:
     name = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,40}[a-z0-9])?$"}
     metadata = closed(["name"], name=name, namespace=TEXT, labels=TEXTS)
-    properties = {"apiVersion": {"const": "ray.io/v1"}, "kind": {"const": kind}, "metadata": metadata, "spec": spec}
+    properties = {"apiVersion": {"const": version}, "kind": {"const": kind}, "metadata": metadata, "spec": spec}
     return closed(list(properties), **properties)
 
 
-SCHEMAS = {"RayCluster": manifest("RayCluster", CLUSTER), "RayJob": manifest("RayJob", JOB)}
+CLAIM = closed(
+    ["accessModes", "resources"],
+    accessModes=several({"enum": ["ReadWriteOnce", "ReadWriteMany"]}),
+    storageClassName=TEXT,
+    resources=closed(["requests"], requests=closed(["storage"], storage=QUANTITY)),
+)
+SCHEMAS = {
+    "RayCluster": manifest("RayCluster", CLUSTER),
+    "RayJob": manifest("RayJob", JOB),
+    "PersistentVolumeClaim": manifest("PersistentVolumeClaim", CLAIM, version="v1"),
+}

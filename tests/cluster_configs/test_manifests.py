@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import inspect
 import re
 import shutil
 import subprocess
@@ -13,24 +14,29 @@ from typing import Any
 
 import jsonschema
 import pytest
-import yaml
+from ray._private import utils as ray_utils
 from ray._private.label_utils import validate_node_labels
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.sdk import get_docker_host_mount_location
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from tests.cluster_configs.kuberay import SCHEMAS
+from tests.cluster_configs.rendered import FOLDER, documents, read, script
 
-FOLDER = Path(__file__).resolve().parents[2] / "cluster_configs"
 LAUNCHER = ("aws.yaml", "gcp.yaml")
 KUBERAY = ("kuberay-cluster.yaml", "kuberay-job.yaml")
-
-
-def read(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text())
-    return content
+KIND = "kuberay-kind.yaml"
+KIND_SYSTEM_CORES, KIND_SYSTEM_MEBIBYTES = 1.05, 1400
+"""What kind's own pods and KubeRay's operator ask for (0.95 and 0.1 cores), and the memory that is left to them."""
+SPOT_TAINTS = {
+    "karpenter.sh/capacity-type",
+    "cloud.google.com/gke-spot",
+    "kubernetes.azure.com/scalesetpriority",
+}
 
 
 def pods(name: str) -> dict[str, Any]:
-    spec = read(name)["spec"]
+    spec = documents(name)[-1]["spec"]
     cluster: dict[str, Any] = spec.get("rayClusterSpec", spec)
     return cluster
 
@@ -75,7 +81,7 @@ def test_the_head_only_drives_and_workers_are_spot_first_with_something_to_fall_
 
 def is_spot(node: dict[str, Any]) -> bool:
     on_aws = node.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
-    return on_aws or any(entry.get("preemptible") for entry in node.get("scheduling", []))
+    return on_aws or node.get("scheduling", {}).get("provisioningModel") == "SPOT"
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
@@ -97,11 +103,11 @@ def test_the_token_goes_to_every_node_and_the_dashboard_to_nobody(name: str):
     assert config["idle_timeout_minutes"] <= 10
 
 
-@pytest.mark.parametrize("name", KUBERAY)
+@pytest.mark.parametrize("name", [*KUBERAY, KIND])
 def test_kuberay_manifests_have_the_fields_of_its_types(name: str):
-    content = read(name)
-    jsonschema.Draft202012Validator.check_schema(SCHEMAS[content["kind"]])
-    jsonschema.validate(content, SCHEMAS[content["kind"]])
+    for content in documents(name):
+        jsonschema.Draft202012Validator.check_schema(SCHEMAS[content["kind"]])
+        jsonschema.validate(content, SCHEMAS[content["kind"]])
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -123,6 +129,41 @@ def test_kuberay_groups_are_spot_first_and_ask_for_a_token(name: str):
         assert container["resources"]["requests"] == container["resources"]["limits"]  # Ray counts the limits
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (group["labels"]["pool"] == "gpu")
         assert pod["securityContext"]["runAsNonRoot"]
+        taints = {taint["key"] for taint in pod.get("tolerations", [])}
+        assert ("nvidia.com/gpu" in taints) == (group["labels"]["pool"] == "gpu")
+        assert taints & SPOT_TAINTS == (SPOT_TAINTS if group["labels"]["market"] == "spot" else set())
+
+
+def test_the_small_cluster_fits_a_laptop():
+    spec = pods(KIND)
+    [worker] = spec["workerGroupSpecs"]
+    groups = [spec["headGroupSpec"], worker]
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    asked = [container["resources"]["requests"] for container in containers]
+    assert sum(cores(request["cpu"]) for request in asked) <= 2 - KIND_SYSTEM_CORES
+    assert sum(mebibytes(request["memory"]) for request in asked) <= 6 * 1024 - KIND_SYSTEM_MEBIBYTES
+    for group, container in zip(groups, containers, strict=True):
+        limits, parameters = container["resources"]["limits"], group["rayStartParams"]
+        assert "nvidia.com/gpu" not in limits
+        assert limits["memory"] == container["resources"]["requests"]["memory"]
+        store = int(parameters["object-store-memory"]) / 2**20
+        assert store < mebibytes(limits["memory"]) / 4  # the rest is for processes
+        assert container["image"].endswith("-cpu")
+    assert cores(containers[1]["resources"]["limits"]["cpu"]) == int(worker["rayStartParams"]["num-cpus"]) == 2
+    assert worker["replicas"] == worker["minReplicas"] == worker["maxReplicas"] == 1
+    [claim] = [content["metadata"]["name"] for content in documents(KIND) if content["kind"] == "PersistentVolumeClaim"]
+    for group in groups:
+        pod = group["template"]["spec"]
+        assert pod["volumes"] == [{"name": "data", "persistentVolumeClaim": {"claimName": claim}}]
+        assert pod["containers"][0]["volumeMounts"] == [{"name": "data", "mountPath": "/data"}]
+
+
+def cores(quantity: str) -> float:
+    return float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
+
+
+def mebibytes(quantity: str) -> float:
+    return float(quantity[:-2]) * {"Mi": 1, "Gi": 1024}[quantity[-2:]]
 
 
 def test_a_lost_job_starts_again_on_a_cluster_of_the_same_kind():
@@ -138,16 +179,70 @@ def test_a_lost_job_starts_again_on_a_cluster_of_the_same_kind():
 
 def test_rays_version_is_the_one_that_is_installed():
     installed = importlib.metadata.version("ray")
-    assert {pods(name)["rayVersion"] for name in KUBERAY} == {installed}
-    release = re.search(r'^version = "(.+)"', (FOLDER.parent / "pyproject.toml").read_text(), re.MULTILINE)
-    assert release is not None
-    for name in (*LAUNCHER, *KUBERAY):
-        images = re.findall(r"image: (\S+)", (FOLDER / name).read_text())
-        assert images
-        assert all(image.endswith(f":{release[1]}-cuda") for image in images), images
+    assert {pods(name)["rayVersion"] for name in (*KUBERAY, KIND)} == {installed}
 
 
-@pytest.mark.parametrize("name", [*LAUNCHER, *KUBERAY, "Dockerfile", "local.py"])
+def release() -> str:
+    found = re.search(r'^version = "(.+)"', (FOLDER.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_nodes_without_a_gpu_pull_the_small_image_and_those_with_one_cudas(name: str):
+    config = AutoscalingConfig(read(name), skip_content_hash=True)
+    for kind, settings in read(name)["available_node_types"].items():
+        tag = f":{release()}-{'cuda' if 'GPU' in settings['resources'] else 'cpu'}"
+        assert config.get_docker_config(kind)["image"].endswith(f"/rayclust{tag}"), kind
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_without_a_gpu_pull_the_small_image_and_those_with_one_cudas(name: str):
+    spec = pods(name)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        tag = "cuda" if "nvidia.com/gpu" in container["resources"]["limits"] else "cpu"
+        assert container["image"].endswith(f"/rayclust:{release()}-{tag}")
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_what_a_node_does_first_is_done_by_those_with_a_gpu_as_well(name: str):
+    config = read(name)
+    for kind, settings in config["available_node_types"].items():
+        own = settings.get("initialization_commands")  # these replace the common ones
+        assert (own is not None) == ("GPU" in settings["resources"]), kind
+        assert own is None or own[: len(config["initialization_commands"])] == config["initialization_commands"]
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_the_token_can_be_read_by_the_images_user_where_ray_puts_it(name: str):
+    config = read(name)
+    [place] = config["file_mounts"]
+    host = get_docker_host_mount_location(config["cluster_name"]) + place
+    assert f"chmod a+r {host}" in config["initialization_commands"]
+    dockerfile = (FOLDER / "Dockerfile").read_text()
+    assert f"--owner=ray --group=users {Path(place).parent}" in dockerfile  # else Docker makes the folder, as root
+
+
+def test_both_images_hold_the_pinned_versions():
+    installs = re.findall(r"pip install (.*)", (FOLDER / "Dockerfile").read_text())
+    assert len(installs) == 3
+    assert all("--constraint constraints.txt" in line for line in installs), installs
+
+
+def test_nodes_of_both_images_join_one_cluster():
+    text = (FOLDER / "Dockerfile").read_text()
+    base = text[: text.index("FROM base")]
+    assert "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor" in base
+    assert text.count("FROM python:") == 1
+    source = inspect.getsource(ray_utils.check_version_info)
+    assert '"RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch"' in source  # Ray's own default would refuse some
+
+
+POLICIES = sorted(f"policies/{path.name}" for path in (FOLDER / "policies").iterdir())
+
+
+@pytest.mark.parametrize("name", [*LAUNCHER, *KUBERAY, KIND, *POLICIES, "Dockerfile", "local.py", "render.py"])
 def test_no_secret_is_written_down(name: str):
     text = (FOLDER / name).read_text()
     assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret_access_key|AWS_SECRET_ACCESS_KEY *[:=]", text)
@@ -170,13 +265,7 @@ def test_the_image_has_both_kinds_and_no_root():
 
 
 def test_the_local_cluster_is_labelled_like_the_others():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("local_cluster", FOLDER / "local.py")
-    assert spec is not None
-    assert spec.loader is not None
-    local = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(local)
+    local = script("local")
     head = local.head_command(8265, Path("/tmp/x"))  # noqa: S108 - a name in a command line
     assert {"--num-cpus=0", "--dashboard-host=127.0.0.1", "--labels=pool=head,market=on-demand"} <= set(head)
     worker = local.worker_command("10.0.0.1:6379", "gpu", 4, 1)

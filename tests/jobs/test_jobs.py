@@ -9,6 +9,7 @@ import pytest
 from rayclust.config import parse
 from rayclust.runtime.api import local_paths, with_absolute_paths
 from rayclust.store import storage
+from tests.cluster_configs import rendered
 
 FOLDER = Path(__file__).resolve().parents[2] / "jobs"
 JOBS = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -30,7 +31,12 @@ def test_there_are_jobs():
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_is_read_and_needs_nothing_of_the_machine_it_comes_from(name: str):
     text = (FOLDER / name).read_text()
-    config = with_absolute_paths(parse(text, source=name))
+    config = with_absolute_paths(parse(rendered.text(FOLDER / name), source=name))
     assert all(storage.is_remote(place) for place in local_paths(config).values()), local_paths(config)
     assert text.startswith("# ")
-    assert f"rayclust submit jobs/{name}" in text
+    assert f"render.py jobs/{name} | rayclust submit -" in text
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_is_yaml_before_its_bucket_is_filled_in(name: str):
+    assert parse((FOLDER / name).read_text(), source=name).run.startswith("${RAYCLUST_BUCKET}/runs/")
