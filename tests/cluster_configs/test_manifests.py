@@ -29,7 +29,7 @@ KIND = "kuberay-kind.yaml"
 KIND_SYSTEM_CORES, KIND_SYSTEM_MEBIBYTES = 1.05, 1400
 """What kind's own pods and KubeRay's operator ask for (0.95 and 0.1 cores), and the memory that is left to them."""
 SMOKE_PEAK_MEBIBYTES = (2603, 1868)
-"""Anonymous and shared memory of all processes of a head and of a worker of two CPUs, measured under jobs/smoke.yaml."""
+"""Anonymous and shared memory of all processes of a head and of a worker of 2 CPUs, measured under jobs/smoke.yaml."""
 SPOT_TAINTS = {
     "karpenter.sh/capacity-type",
     "cloud.google.com/gke-spot",
