@@ -19,7 +19,10 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:  # the base installation has what arrays need, and no more
+            raise ImportError(f"rayclust.{name} needs {error.name}: pip install 'rayclust[ray]'") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -18,6 +18,8 @@ from rayclust.errors import ShapeError
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
 
+_SHORTEST, _LONGEST = 1e-15, 1e15
+
 
 def require_matrix(x: Any, name: str, width: int | None = None) -> None:
     """Raise unless `x` is a matrix of the wanted width.
@@ -46,5 +48,12 @@ def unit_rows(rows: FloatArray) -> FloatArray:
     Returns:
         Float[B D] of the same dtype.
     """
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    far = (lengths[:, 0] > _LONGEST) | (lengths[:, 0] < _SHORTEST)
+    if far.any():  # their squares overflow or vanish: scale by the largest value first
+        largest = np.abs(rows[far]).max(axis=1, keepdims=True, initial=0.0)
+        rows = rows.copy()
+        rows[far] /= np.where(largest > 0, largest, 1.0)
+        lengths[far] = np.linalg.norm(rows[far], axis=1, keepdims=True)
     return np.asarray(rows / np.where(lengths > 0, lengths, 1.0))

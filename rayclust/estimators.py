@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import Parameter, Signature
 from typing import Any, ClassVar, Self
 
@@ -15,14 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
+from torch.nn import functional
 
 from rayclust.clustering import kmeans
 from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
 from rayclust.methods.cpp import CppConfig
 from rayclust.methods.temi import TemiConfig
+from rayclust.metrics.internal import modularity
 from rayclust.search.knn import top_k
 from rayclust.settings import Config, format_error
 from rayclust.training.loop import fit_arrays
@@ -30,6 +35,7 @@ from rayclust.training.loop import fit_arrays
 __all__ = ["CPP", "TEMI", "KMeans"]
 
 _SHARED = {"center": False, "standardize": False, "normalize": True, "device": "auto", "random_state": None}
+_SHARED |= {"verbose": 0}
 """Parameters of every estimator, and their defaults."""
 _SHARED_ARGS = """\
         center: subtract the mean first.
@@ -37,7 +43,12 @@ _SHARED_ARGS = """\
         normalize: scale rows to length 1.
         device: `auto` (a GPU where there is one), `cpu` or `cuda`.
         random_state: seed of everything random.
+        verbose: 1 shows passes, epochs and losses on standard error, in log lines of the logger `rayclust`.
 """
+SCORED_NEIGHBORS = 20
+"""Nearest neighbours of a row in the graph that a score is measured on."""
+_NEAR_ONE = 2.0**30
+"""Rows whose largest value is within this factor of 1 are taken as they are."""
 
 
 class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
@@ -54,7 +65,11 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     n_steps_: int
 
     def __init_subclass__(
-        cls, config: type[Config] | None = None, fields: dict[str, str] | None = None, **kwargs: Any
+        cls,
+        config: type[Config] | None = None,
+        fields: dict[str, str] | None = None,
+        defaults: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Add the constructor, with the explicit signature that scikit-learn requires, and its shared documentation.
 
@@ -65,6 +80,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         Args:
             config: the settings of the method; None leaves the class as it is.
             fields: field of the config, by parameter.
+            defaults: of parameters, where they are not those of the config.
             kwargs: of scikit-learn's classes.
         """
         super().__init_subclass__(**kwargs)
@@ -72,13 +88,13 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             return
         cls._config_class, cls._fields = config, {"n_clusters": "clusters", **(fields or {})}
         has_presets = "preset" in config.model_fields
-        defaults: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, field in cls._fields.items():
-            defaults[name] = None if has_presets and field != "preset" else config.model_fields[field].default
-        defaults |= {"n_clusters": 8} | ({"settings": None} if has_presets else {}) | _SHARED
+            values[name] = None if has_presets and field != "preset" else config.model_fields[field].default
+        values |= {"n_clusters": 8} | ({"settings": None} if has_presets else {}) | _SHARED | (defaults or {})
         cls.__doc__ = (cls.__doc__ or "").replace("\n\n    Attributes:", f"\n{_SHARED_ARGS}\n    Attributes:")
         parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
-        for name, default in defaults.items():
+        for name, default in values.items():
             kind = Parameter.POSITIONAL_OR_KEYWORD if name == "n_clusters" else Parameter.KEYWORD_ONLY
             parameters.append(Parameter(name, kind, default=default))
         signature = Signature(parameters)
@@ -86,7 +102,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         def construct(self: Any, *args: Any, **kwargs: Any) -> None:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            for name in defaults:
+            for name in values:
                 setattr(self, name, bound.arguments[name])
 
         construct.__signature__ = signature  # type: ignore[attr-defined]
@@ -106,23 +122,67 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             field, separator, rest = text.partition(" = ")
             raise ConfigError(f"{names.get(field, field)}{separator}{rest}") from None
 
-    def _fit_features(self, X: ArrayLike, *, normalize: bool) -> Tensor:
+    def _fit_features(self, X: ArrayLike, *, normalize: bool, weights: NDArray[np.float64] | None = None) -> Tensor:
         x = validate_data(self, X, dtype=[np.float64, np.float32])
         if self.n_clusters > len(x):
             raise ConfigError(f"n_clusters = {self.n_clusters}: at most the number of rows, n_samples = {len(x)}")
+        # Squares of numbers far from 1 overflow or vanish in float32; a power of two costs no digits.
+        largest = float(np.abs(x).max())
+        is_near_one = largest == 0 or 1 / _NEAR_ONE < largest < _NEAR_ONE
+        self._scale = 1.0 if is_near_one else 2.0 ** -float(np.clip(np.frexp(largest)[1], -1000, 1000))
+        x = x if is_near_one else x * self._scale
         self.features_ = FeatureTransform.fitted(
-            x, center=self.center, standardize=self.standardize, normalize=normalize
+            x, weights, center=self.center, standardize=self.standardize, normalize=normalize
         )
         return torch.from_numpy(self.features_(x))
 
     def _features(self, X: ArrayLike) -> Tensor:
         check_is_fitted(self)
         x = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return torch.from_numpy(self.features_(x))
+        return torch.from_numpy(self.features_(x if self._scale == 1 else x * self._scale))
+
+    def _refuse(self, unsupported: dict[str, Any]) -> None:
+        for name, value in unsupported.items():
+            if name != "sample_weight":
+                raise TypeError(f"fit() got an unexpected keyword argument {name!r}")
+            if value is not None:
+                kind = type(self).__name__
+                raise ConfigError(f"sample_weight: {kind} counts all rows alike: leave it out, or repeat rows")
+
+    @contextmanager
+    def _progress(self) -> Iterator[None]:
+        """Show the package's log lines while the block runs, on standard error where nothing else takes them."""
+        package = logging.getLogger("rayclust")
+        level, handler = package.level, None if package.hasHandlers() else logging.StreamHandler()
+        if self.verbose:
+            package.setLevel(logging.DEBUG)
+            if handler is not None:
+                package.addHandler(handler)
+        try:
+            yield
+        finally:
+            package.setLevel(level)
+            if handler is not None:
+                package.removeHandler(handler)
+
+    def score(self, X: ArrayLike, y: Any = None) -> float:
+        """Return the modularity of the clusters of rows X on the graph of their nearest neighbours by cosine.
+
+        Below 1, larger is better; about 0 for random labels, 0 for one cluster or one row. `y` is not used.
+
+        Source: Newman & Girvan 2004; see `rayclust.metrics.internal.modularity`.
+        """
+        x = functional.normalize(self._features(X), dim=1)
+        if len(x) < 2:
+            return 0.0
+        ids = torch.arange(len(x))
+        neighbors, _ = top_k(x, x, min(SCORED_NEIGHBORS, len(x) - 1), query_ids=ids, database_ids=ids)
+        return modularity(self.predict(X), neighbors.numpy())
 
     def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
         """Fit `method_` and widen it to float64, so that a row's result does not depend on other rows of a call."""
-        method = fit_arrays(x, neighbors, config, self._seed(), self._device())
+        with self._progress():
+            method = fit_arrays(x, neighbors, config, self._seed(), self._device())
         self.method_, self.n_steps_ = method.cpu().double(), method.plan.steps
 
     def _seed(self) -> int:
@@ -143,51 +203,73 @@ class KMeans(
     _Transformer,
     config=kmeans.KMeansOptions,
     fields={"metric": "metric", "n_init": "restarts", "max_iter": "max_iterations", "tol": "tolerance"},
+    defaults={"metric": "euclidean", "normalize": False},
 ):
-    """k-means, spherical (default) or Euclidean, from greedy k-means++ seeds.
+    """k-means of the rows as they are (default) or of their directions, from greedy k-means++ seeds.
 
     Args:
         n_clusters: K.
-        metric: `cosine`: rows and centres are unit vectors. `euclidean`: centres are means of the features, so
-            `normalize=False` gives the k-means of the rows themselves; cosine scales rows to length 1 regardless.
+        metric: `euclidean`: centres are means of the rows. `cosine`: rows and centres are unit vectors, whatever
+            `normalize` says.
         n_init: starts from different seeds, advanced together; the least inertia is kept.
         max_iter: most passes of one start.
         tol: shift of the centres at which a start stops, relative to the features' mean variance.
 
     Attributes:
-        cluster_centers_: Float32[K D], in feature space.
+        cluster_centers_: Float32[K D], in feature space; Float64 of rows whose values are far from 1.
         labels_: Int64[N].
-        inertia_: sum of squared distances to the nearest centre; for cosine 2·(1 − cosine) of each row.
+        inertia_: sum of squared distances to the nearest centre, weighted; for cosine 2·(1 − cosine) of each row.
         n_iter_: passes of the best start.
         n_features_in_: D.
     """
 
-    def fit(self, X: ArrayLike, y: Any = None) -> Self:
-        """Find the centres of rows X, Float[N D]; `y` is not used."""
-        config = self._config()
-        x = self._fit_features(X, normalize=self.normalize or self.metric == "cosine").to(self._device())
-        result = kmeans.fit(lambda: [x], config, seed=self._seed())
-        self.cluster_centers_ = result.centers.cpu().numpy()
-        self._n_features_out = len(self.cluster_centers_)
+    def fit(self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None) -> Self:
+        """Find the centres of rows X, Float[N D]; `y` is not used.
+
+        A row counts as often as its weight, Float[N], says; those of weight 0 get a label and change nothing.
+        """
+        config, weights, counted = self._config(), None, slice(None)
+        if sample_weight is not None:
+            weights = self._weights(X, sample_weight)
+            counted = weights > 0
+            if self.n_clusters > counted.sum():
+                at_hand = f"the number of rows with a weight above 0, {counted.sum()}"
+                raise ConfigError(f"n_clusters = {self.n_clusters}: at most {at_hand}")
+        is_cosine = self.metric == "cosine"
+        x = self._fit_features(X, normalize=self.normalize or is_cosine, weights=weights).to(self._device())
+        rows, given = x[counted], None if weights is None else torch.from_numpy(weights[counted]).to(x.device)
+        with self._progress():
+            result = kmeans.fit(lambda: [rows], config, seed=self._seed(), weights=given)
+        # Features of rows that were scaled are themselves scaled, unless that cancels in them.
+        self._feature_scale = 1.0 if self.features_.normalize or self.standardize else self._scale
+        centers = result.centers.cpu().numpy()
+        self.cluster_centers_ = centers if self._feature_scale == 1 else centers / np.float64(self._feature_scale)
+        self._n_features_out = len(centers)
         self.labels_ = kmeans.assign(x, result.centers)[0].cpu().numpy()
-        self.inertia_, self.n_iter_ = result.inertia, result.n_iter
+        self.inertia_, self.n_iter_ = result.inertia / self._feature_scale / self._feature_scale, result.n_iter
         return self
+
+    def _weights(self, X: ArrayLike, sample_weight: ArrayLike) -> NDArray[np.float64]:
+        return np.asarray(_check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True))
+
+    def _scaled_centers(self) -> Tensor:
+        return torch.from_numpy((self.cluster_centers_ * self._feature_scale).astype(np.float32))
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """Return the nearest centre of each row: Int64[N]."""
-        return np.asarray(kmeans.assign(self._features(X), torch.from_numpy(self.cluster_centers_))[0])
+        return np.asarray(kmeans.assign(self._features(X), self._scaled_centers())[0])
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return distances of features to centres: Float64[N K]."""
         # In float64 a row's distances do not depend on the other rows of the call.
         x = self._features(X).double()
-        squares = kmeans.squared_distances(x, torch.from_numpy(self.cluster_centers_).double())
-        return np.asarray(squares.sqrt())
+        return np.asarray(kmeans.squared_distances(x, self._scaled_centers().double()).sqrt() / self._feature_scale)
 
-    def score(self, X: ArrayLike, y: Any = None) -> float:
-        """Return minus the inertia of rows X; larger is better. `y` is not used."""
-        x = self._features(X)
-        return -float(kmeans.assign(x, torch.from_numpy(self.cluster_centers_))[1].sum(dtype=torch.float64))
+    def score(self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None) -> float:
+        """Return minus the inertia of rows X, weighted; larger is better. `y` is not used."""
+        squares = np.asarray(kmeans.assign(self._features(X), self._scaled_centers())[1].double())
+        squares = squares if sample_weight is None else squares * self._weights(X, sample_weight)
+        return -float(squares.sum()) / self._feature_scale / self._feature_scale
 
 
 class TEMI(
@@ -218,14 +300,15 @@ class TEMI(
         n_features_in_: D.
     """
 
-    def fit(self, X: ArrayLike, y: Any = None) -> Self:
-        """Train the heads on rows X, Float[N D]; `y` is not used."""
+    def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
+        """Train the heads on rows X, Float[N D]; `y` is not used, and a `sample_weight` is refused."""
+        self._refuse(unsupported)
         x = self._fit_features(X, normalize=self.normalize)
         self.method_, self.n_steps_ = None, 0
         if self.n_clusters > 1:
             config = self._config()
             # Neighbours by cosine, without the row itself.
-            rows = torch.nn.functional.normalize(x, dim=1).to(self._device())
+            rows = functional.normalize(x, dim=1).to(self._device())
             ids = torch.arange(len(rows), device=rows.device)
             count = min(config.resolved(len(x), x.shape[1]).neighbors, len(x) - 1)
             neighbors, _ = top_k(rows, rows, count, query_ids=ids, database_ids=ids)
@@ -279,8 +362,9 @@ class CPP(
         n_features_in_: D.
     """
 
-    def fit(self, X: ArrayLike, y: Any = None) -> Self:
-        """Train on rows X, Float[N D], and cut them into clusters; `y` is not used."""
+    def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
+        """Train on rows X, Float[N D], and cut them into clusters; `y` is not used, a `sample_weight` is refused."""
+        self._refuse(unsupported)
         x = self._fit_features(X, normalize=self.normalize)
         self.method_, self.n_steps_ = None, 0
         # For a single cluster features are learned all the same; their partition, which needs two, is not used.

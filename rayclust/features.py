@@ -23,7 +23,7 @@ class FeatureTransform:
     @classmethod
     def from_moments(
         cls,
-        count: int,
+        count: float,
         total: FloatArray,
         total_squares: FloatArray,
         *,
@@ -49,12 +49,15 @@ class FeatureTransform:
         return cls(mean.astype(np.float32), scale.astype(np.float32), normalize)
 
     @classmethod
-    def fitted(cls, x: FloatArray, *, center: bool, standardize: bool, normalize: bool) -> FeatureTransform:
-        """Return the transform whose statistics are those of `x`, Float[N D]."""
+    def fitted(
+        cls, x: FloatArray, weights: FloatArray | None = None, *, center: bool, standardize: bool, normalize: bool
+    ) -> FeatureTransform:
+        """Return the transform whose statistics are those of `x`, Float[N D]; weights say how often a row counts."""
         require_matrix(x, "x")
         x = x.astype(np.float64)
-        moments = (x.sum(0), (x**2).sum(0))
-        return cls.from_moments(len(x), *moments, center=center, standardize=standardize, normalize=normalize)
+        count = len(x) if weights is None else float(weights.sum())
+        moments = (x.sum(0), (x**2).sum(0)) if weights is None else (weights @ x, weights @ x**2)
+        return cls.from_moments(count, *moments, center=center, standardize=standardize, normalize=normalize)
 
     def __call__(self, x: FloatArray) -> FloatArray:
         """Apply the map to Float[B D]; return Float32[B D], a new array.

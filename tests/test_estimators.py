@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import sklearn.cluster
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import rayclust as rc
@@ -27,7 +32,15 @@ TINY_CPP = rc.CPP(
 )  # fmt: skip
 
 
-@parametrize_with_checks([rc.KMeans(), rc.KMeans(metric="euclidean", normalize=False), TINY_TEMI, TINY_CPP])
+NOT_THE_SAME_DRAWS = "k-means++ draws other rows when rows are repeated or left out, as in scikit-learn's own KMeans"
+
+
+def unmet(estimator):
+    dense = "check_sample_weight_equivalence_on_dense_data"
+    return {dense: NOT_THE_SAME_DRAWS} if isinstance(estimator, rc.KMeans) else {}
+
+
+@parametrize_with_checks([rc.KMeans(), rc.KMeans(metric="cosine"), TINY_TEMI, TINY_CPP], expected_failed_checks=unmet)
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
@@ -91,7 +104,8 @@ def test_constructors_show_and_check_their_parameters():
     assert list(signature.parameters)[:4] == ["n_clusters", "preset", "n_heads", "n_neighbors"]
     assert signature.parameters["preset"].default == "auto"
     assert signature.parameters["n_heads"].default is None
-    defaults = {"metric": "cosine", "n_init": 10, "max_iter": 300, "tol": 1e-4, "normalize": True}
+    assert signature.parameters["normalize"].default is True
+    defaults = {"metric": "euclidean", "n_init": 10, "max_iter": 300, "tol": 1e-4, "normalize": False}
     assert rc.KMeans(5).get_params().items() >= (defaults | {"n_clusters": 5}).items()
     with pytest.raises(TypeError, match="n_heads"):
         rc.KMeans(n_heads=3)
@@ -101,9 +115,9 @@ def test_constructors_show_and_check_their_parameters():
         rc.KMeans(2, n_init=None).fit(planted(5)[0])
 
 
-def test_euclidean_on_the_rows_themselves_is_scikit_learns_kmeans():
+def test_kmeans_is_that_of_the_rows_as_they_are_like_scikit_learns():
     x, _ = planted()
-    ours = rc.KMeans(4, metric="euclidean", normalize=False, random_state=0).fit(x)
+    ours = rc.KMeans(4, random_state=0).fit(x)
     theirs = sklearn.cluster.KMeans(4, n_init=10, random_state=0).fit(x)
     assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-5)
     assert accuracy(theirs.labels_, ours.labels_) == 1.0
@@ -166,3 +180,121 @@ def test_settings_are_named_as_the_estimator_names_them():
     x, _ = planted()
     with pytest.raises(ConfigError, match=r"^max_steps = 0: should be"):
         rc.CPP(2, max_steps=0).fit(x)
+
+
+def test_weights_count_rows_as_often_as_they_say():
+    x, _ = planted()
+    counts = np.random.default_rng(1).integers(0, 4, len(x))
+    weighted = rc.KMeans(4, center=True, random_state=0).fit(x, sample_weight=counts)
+    repeated = rc.KMeans(4, center=True, random_state=0).fit(x.repeat(counts, axis=0))
+    theirs = sklearn.cluster.KMeans(4, n_init=10, random_state=0).fit(x, sample_weight=counts)
+    assert weighted.inertia_ == pytest.approx(repeated.inertia_, rel=1e-5)
+    assert weighted.inertia_ == pytest.approx(theirs.inertia_, rel=1e-5)
+    assert accuracy(repeated.predict(x), weighted.labels_) == 1.0
+    assert weighted.score(x, sample_weight=counts) == pytest.approx(-weighted.inertia_, rel=1e-5)
+    assert not np.array_equal(
+        weighted.cluster_centers_, rc.KMeans(4, center=True, random_state=0).fit(x).cluster_centers_
+    )
+    plain, all_alike = (rc.KMeans(4, random_state=0).fit(x, sample_weight=w) for w in (None, np.full(len(x), 2.5)))
+    assert all_alike.inertia_ == pytest.approx(2.5 * plain.inertia_, rel=1e-5)
+
+
+def test_weights_that_cannot_be_are_refused():
+    x, _ = planted(20)
+    with pytest.raises(ConfigError, match="n_clusters = 4: at most the number of rows with a weight above 0, 3"):
+        rc.KMeans(4).fit(x, sample_weight=[1, 1, 1] + [0] * 17)
+    with pytest.raises(ValueError, match=r"[Nn]egative"):
+        rc.KMeans(4).fit(x, sample_weight=-np.ones(20))
+    with pytest.raises(ValueError, match="shape"):
+        rc.KMeans(4).fit(x, sample_weight=np.ones(19))
+    for estimator in (TINY_TEMI, TINY_CPP):
+        with pytest.raises(ConfigError, match=r"sample_weight: \w+ counts all rows alike: leave it out"):
+            clone(estimator).set_params(n_clusters=4).fit(x, sample_weight=np.ones(20))
+        with pytest.raises(TypeError, match="weight"):
+            clone(estimator).set_params(n_clusters=4).fit(x, weight=np.ones(20))
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-35, 1e-25, 1e25, 1e30, 1e38, 1e300])
+def test_rows_of_any_size_have_the_same_clusters(factor: float):
+    x, labels = planted()
+    for estimator in (rc.KMeans(4), rc.KMeans(4, metric="cosine"), rc.KMeans(4, center=True, standardize=True)):
+        found = clone(estimator).set_params(random_state=0).fit(x * factor)
+        assert accuracy(labels, found.labels_) > 0.97
+        assert np.array_equal(found.predict(x * factor), found.labels_)
+    found, near_one = (rc.KMeans(4, random_state=0).fit(rows) for rows in (x * factor, x))
+    np.testing.assert_allclose(found.cluster_centers_ / factor, near_one.cluster_centers_, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.transform(x * factor) / factor, near_one.transform(x), rtol=1e-3, atol=1e-4)
+    if 1e-100 < factor < 1e100:  # a square that float64 can hold
+        assert -found.score(x * factor) == pytest.approx(found.inertia_, rel=1e-5)
+        assert found.inertia_ / factor / factor == pytest.approx(near_one.inertia_, rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", [TINY_TEMI, TINY_CPP], ids=["TEMI", "CPP"])
+def test_huge_rows_do_not_fall_together(estimator):
+    x, labels = planted()
+    found = clone(estimator).set_params(n_clusters=4, random_state=1).fit(x * 1e30)
+    assert accuracy(labels, found.labels_) > 0.97
+
+
+@pytest.mark.parametrize("estimator", [rc.KMeans(), TINY_TEMI, TINY_CPP], ids=["KMeans", "TEMI", "CPP"])
+def test_a_grid_search_over_a_pipeline(estimator):
+    x, _ = planted()
+    pipeline = make_pipeline(StandardScaler(), clone(estimator).set_params(random_state=0))
+    name = type(estimator).__name__.lower()
+    search = GridSearchCV(pipeline, {f"{name}__n_clusters": [2, 4]}, cv=2, error_score="raise").fit(x)
+    assert search.best_params_ == {f"{name}__n_clusters": 4}
+    assert len(np.unique(search.predict(x))) == 4
+
+
+def test_scores_of_single_rows_and_clusters():
+    x, _ = planted()
+    assert clone(TINY_CPP).set_params(n_clusters=1).fit(x).score(x) == 0
+    assert clone(TINY_CPP).set_params(n_clusters=4).fit(x).score(x[:1]) == 0
+
+
+def test_verbose_shows_progress_on_standard_error_and_leaves_logging_as_it_was(capfd):
+    x, _ = planted()
+    package = logging.getLogger("rayclust")
+    before = package.level, [*package.handlers], package.propagate
+    for estimator, line in (
+        (rc.KMeans(4), "k-means: pass 1, inertia"),
+        (clone(TINY_TEMI), "epoch 0, step"),
+        (TINY_CPP, "loss"),
+    ):
+        quiet, told = clone(estimator), clone(estimator).set_params(verbose=1)
+        with without_handlers():
+            quiet.fit(x)
+            assert capfd.readouterr() == ("", "")
+            told.fit(x)
+        out, err = capfd.readouterr()
+        assert (out, line in err) == ("", True)
+    assert (package.level, package.handlers, package.propagate) == before
+
+
+@contextmanager
+def without_handlers():
+    """As in a program that has set up no logging: pytest has."""
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, []
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+
+
+def test_estimators_need_no_ray_and_nothing_of_runs():
+    """The base installation has neither."""
+    blocked = ("ray", "aiohttp", "click", "faiss", "fsspec", "huggingface_hub", "jinja2", "matplotlib", "open_clip")
+    blocked += ("PIL", "pyarrow", "requests", "rich", "s3fs", "timm", "torchvision")
+    code = f"""import sys
+sys.modules.update(dict.fromkeys({blocked}))
+import numpy as np, rayclust as rc
+x = np.random.default_rng(0).normal(size=(60, 4))
+rc.KMeans(3).fit(x), rc.TEMI(3, max_steps=4, n_heads=2).fit(x).predict(x), rc.CPP(3, max_steps=4).fit(x).score(x)
+try:
+    rc.run
+except ImportError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'rayclust[ray]'" in found.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from rayclust.clustering import row_stats
 from rayclust.clustering.row_stats import Blocks, Metric, RowStats, even_sample, gather_rows
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.settings import Config
+
+logger = logging.getLogger(__name__)
 
 _SAMPLED_PER_CLUSTER = 32
 _SCORES_ON_CPU, _SCORES_ON_GPU = 2**20, 2**26
@@ -78,7 +81,9 @@ class KMeansResult:
     """Of every restart."""
 
 
-def fit(blocks: Blocks, options: KMeansOptions, *, seed: int = 0, init: Tensor | None = None) -> KMeansResult:
+def fit(
+    blocks: Blocks, options: KMeansOptions, *, seed: int = 0, init: Tensor | None = None, weights: Tensor | None = None
+) -> KMeansResult:
     """Run k-means on all workers' rows; the result is the same on every worker and for every sharding of the rows.
 
     Args:
@@ -86,16 +91,20 @@ def fit(blocks: Blocks, options: KMeansOptions, *, seed: int = 0, init: Tensor |
         options: settings.
         seed: of the first centres.
         init: Float[K D] or Float[R K D], first centres instead of k-means++ and `options.restarts`.
+        weights: Float64[N'] above 0, of this worker's rows: a row counts as so many; None weighs all 1.
 
     Raises:
         ConfigError: more clusters than rows.
         DataError: rows are missing or not finite.
         ShapeError: `init` has the wrong shape.
     """
-    stats = row_stats.compute(blocks, options.metric)
+    stats = row_stats.compute(blocks, options.metric, weights)
     state = start(stats, options, seed, init)
-    for reached in advance(stats, options, state):
+    for number, reached in enumerate(advance(stats, options, state), 1):
         state = reached
+        if logger.isEnabledFor(logging.DEBUG):
+            least, running = float(state.inertia.min()), int(state.running.sum())
+            logger.debug("k-means: pass %d, inertia %.6g, %d starts go on", number, least, running)
     return finish(stats, state)
 
 
@@ -116,10 +125,11 @@ def start(stats: RowStats, options: KMeansOptions, seed: int, init: Tensor | Non
         raise ConfigError(f"clusters = {options.clusters}: at most the number of rows, {stats.count}")
     if init is None:
         size = max(options.seeding_rows, _SAMPLED_PER_CLUSTER * options.clusters)
-        sample = gather_rows(stats, even_sample(stats.count, size, seed))
+        places = even_sample(stats.count, size, seed)
+        sample, weights = gather_rows(stats, places), _weights_at(stats, places)
         seeds = [(seed, restart) for restart in range(options.restarts)]
         # Broadcast rank 0's centres: draws may differ in the last bit on different processors.
-        init = distributed.data_group().broadcast(sample[kmeans_plusplus(sample, options.clusters, seeds)])
+        init = distributed.data_group().broadcast(sample[kmeans_plusplus(sample, options.clusters, seeds, weights)])
     centers = init.clone() if init.ndim == 3 else init[None].clone()
     expected = (options.clusters, len(stats.origin))
     if centers.ndim != 3 or tuple(centers.shape[1:]) != expected:
@@ -155,7 +165,7 @@ def advance(stats: RowStats, options: KMeansOptions, state: KMeansState) -> Iter
             partitions.keep(active[members])
             members = active
         # 1. Assign rows and add up clusters, over all workers.
-        local = partitions.assign_and_sum(stats.blocks, old, stats.origin)
+        local = partitions.assign_and_sum(stats.blocks, old, stats.origin, stats.weights)
         sums, counts, scores = (distributed.all_reduce(part) for part in local)
         inertia = (stats.scatter - 2.0 * scores).clamp(min=0)
         # 2. Fill empty clusters.
@@ -166,7 +176,7 @@ def advance(stats: RowStats, options: KMeansOptions, state: KMeansState) -> Iter
             new = functional.normalize(sums, dim=2)
             is_defined = sums.square().sum(2, keepdim=True) > 0
         else:
-            new = sums / counts.clamp(min=1)[:, :, None] - stats.origin
+            new = sums / counts.where(counts > 0, 1)[:, :, None] - stats.origin
             is_defined = counts[:, :, None] > 0
         new = torch.where(is_defined, new.to(old.dtype), old)
         # 4. Stop the restarts that have converged.
@@ -182,8 +192,10 @@ def finish(stats: RowStats, state: KMeansState) -> KMeansResult:
     centers = state.centers
     bias = half_squares(centers, stats.origin)
     scores = bias.new_zeros(len(bias), dtype=torch.float64)
+    place = 0
     for part in in_parts(stats.blocks, bias.numel()):
-        scores += nearest(part, centers, bias)[0].sum(0, dtype=torch.float64)
+        scores += stats.weigh(nearest(part, centers, bias)[0], place).sum(0, dtype=torch.float64)
+        place += len(part)
     inertias = (stats.scatter - 2.0 * distributed.all_reduce(scores)).clamp(min=0)
     best = int(inertias.argmin())
     return KMeansResult(
@@ -308,28 +320,36 @@ class Partitions:
         self.sums = centers.new_zeros(centers.shape, dtype=torch.float64)
         """Float64[R K D] over this worker's rows, without an origin."""
         self.counts = centers.new_zeros((R, K), dtype=torch.int64)
-        """Int64[R K] over this worker's rows."""
+        """Int64[R K] over this worker's rows; Float64[R K] sums of their weights where they have some."""
         self.columns = R * K
         """Argument of `in_parts`; constant, so that parts stay the same when partitions are dropped."""
 
-    def assign_and_sum(self, blocks: Blocks, centers: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def assign_and_sum(
+        self, blocks: Blocks, centers: Tensor, origin: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Assign every row to its nearest centre and update the sums of the clusters.
 
         Args:
             blocks: this worker's rows; the same at every call.
             centers: Float[R K D] minus the origin.
             origin: Float64[D].
+            weights: Float64[N'] of the rows; their sums are made anew at every call, so that an empty cluster's is 0.
 
         Returns:
             Float64[R K D] sums and Int64[R K] counts of this worker's rows by cluster, not to be changed by the caller;
-            Float64[R] totals of the nearest centres' scores (see `half_squares`).
+            Float64[R] totals of the nearest centres' scores (see `half_squares`). All are weighted.
         """
         R, K, _ = self.sums.shape
+        if weights is not None:
+            self.labels, self.sums, self.counts = [], torch.zeros_like(self.sums), self.sums.new_zeros((R, K))
+        place = 0
         bias = half_squares(centers, origin)
         total = centers.new_zeros(len(centers), dtype=torch.float64)
         for i, part in enumerate(in_parts(blocks, self.columns)):
             scores, labels = nearest(part, centers, bias)
-            total += scores.sum(0, dtype=torch.float64)
+            own = None if weights is None else weights[place : place + len(part)]
+            total += (scores if own is None else scores * own[:, None]).sum(0, dtype=torch.float64)
+            place += len(part)
             # Rows that entered a cluster are added to it, and subtracted from the one that they left.
             old = self.labels[i] if i < len(self.labels) else None
             moved = (torch.ones_like(labels, dtype=torch.bool) if old is None else labels != old).nonzero()
@@ -337,12 +357,12 @@ class Partitions:
             entered = partition * K + labels[row, partition]
             left = None if old is None else partition * K + old[row, partition].long()
             counts = self.counts.view(-1)
-            counts += torch.bincount(entered, minlength=R * K)
+            counts += torch.bincount(entered, None if own is None else own[row], minlength=R * K)
             if left is not None:
                 counts -= torch.bincount(left, minlength=R * K)
             # Measured on AVX-512 cores: a row that moves costs as much as 100 columns of a float64 product for a row.
             dense = not part.is_cuda and len(row) > len(part) * (0.4 + 0.01 * R * K)
-            (self._add_product if dense else self._add_rows)(part, row, entered, left)
+            (self._add_product if dense else self._add_rows)(part, row, entered, left, own)
             self.labels[i : i + 1] = [labels.int()]
         return self.sums, self.counts, total
 
@@ -351,20 +371,23 @@ class Partitions:
         self.labels = [labels[:, chosen] for labels in self.labels]
         self.sums, self.counts = self.sums[chosen], self.counts[chosen]
 
-    def _add_rows(self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None) -> None:
+    def _add_rows(self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None, weights: Tensor | None) -> None:
         sums = self.sums.view(-1, x.shape[1])
         for low in range(0, len(row), _MOVED_AT_ONCE):
             span = slice(low, low + _MOVED_AT_ONCE)
             values = x[row[span]].double()
+            values = values if weights is None else values * weights[row[span], None]
             sums.index_add_(0, entered[span], values)
             if left is not None:
                 sums.index_add_(0, left[span], values, alpha=-1)
 
-    def _add_product(self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None) -> None:
+    def _add_product(
+        self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None, weights: Tensor | None
+    ) -> None:
         """Do the same as a product with +1 where a row entered and −1 where it left: faster when most rows move."""
         sums = self.sums.view(-1, x.shape[1])
         signs = sums.new_zeros((len(x), len(sums)))
-        signs[row, entered] = 1.0
+        signs[row, entered] = 1.0 if weights is None else weights[row]
         if left is not None:
             signs[row, left] = -1.0
         for low in range(0, len(x), _MULTIPLIED_AT_ONCE):
@@ -377,14 +400,15 @@ def relocate(
 ) -> tuple[Tensor, Tensor]:
     """Move one far row into each empty cluster, the farthest row to the smallest id, whatever the sharding of rows.
 
-    A row that is alone in its cluster, or lies on its centre, stays. Costs two passes over the rows.
+    A row that is alone in its cluster, or lies on its centre, stays. It takes its weight along. Costs two passes over
+    the rows.
 
     Args:
         stats: of all workers' rows.
         partitions: labels of this worker's rows under `centers`.
         centers: Float[R K D] minus the origin.
         sums: Float64[R K D] over all workers.
-        counts: Int64[R K] over all workers.
+        counts: Int64[R K] over all workers, or the weights' sums.
 
     Returns:
         New Float64[R K D] sums and Int64[R K] counts.
@@ -413,23 +437,34 @@ def relocate(
     merged = farthest(distributed.data_group().all_gather(best).movedim(0, 2).flatten(2))
     distances, positions, labels = merged[0], merged[1].long(), merged[2].long()
     unique, where = torch.unique(positions, return_inverse=True)
-    rows = gather_rows(stats, unique.cpu()).double()
+    rows, weights = gather_rows(stats, unique.cpu()).double(), _weights_at(stats, unique.cpu())
+    weights = counts.new_ones(len(rows)) if weights is None else weights
+    rows = rows * weights[:, None]
     # 3. Move them, one to each empty cluster.
     sums, counts = sums.clone(), counts.clone()
     for a, r in enumerate(affected.tolist()):
         for rank, k in enumerate((counts[r] == 0).nonzero().squeeze(1).tolist()):
-            old = int(labels[a, rank])
-            if distances[a, rank] <= 0 or counts[r, old] <= 1:
+            old, row, weight = int(labels[a, rank]), rows[where[a, rank]], weights[where[a, rank]]
+            if distances[a, rank] <= 0 or counts[r, old] <= weight:
                 continue
-            row = rows[where[a, rank]]
             sums[r, old] -= row
             sums[r, k] += row
-            counts[r, old] -= 1
-            counts[r, k] += 1
+            counts[r, old] -= weight
+            counts[r, k] += weight
     return sums, counts
 
 
-def kmeans_plusplus(x: Tensor, clusters: int, seeds: Sequence[int | tuple[int, ...]]) -> Tensor:
+def _weights_at(stats: RowStats, positions: Tensor) -> Tensor | None:
+    """Return the weights of the rows at Int64[S] positions, on every worker; see `gather_rows`."""
+    if stats.weights is None:
+        return None
+    column = stats.weights[:, None]
+    return gather_rows(replace(stats, blocks=lambda: [column]), positions)[:, 0]
+
+
+def kmeans_plusplus(
+    x: Tensor, clusters: int, seeds: Sequence[int | tuple[int, ...]], weights: Tensor | None = None
+) -> Tensor:
     """Draw greedy k-means++ seeds of several restarts together.
 
     Each next seed is the best of 2 + ⌊ln K⌋ rows that are drawn with a probability proportional to their squared
@@ -439,6 +474,7 @@ def kmeans_plusplus(x: Tensor, clusters: int, seeds: Sequence[int | tuple[int, .
         x: Float[N D], on one worker.
         clusters: K, from 1 to N.
         seeds: one per restart; a restart's seeds depend on its own seed alone.
+        weights: Float64[N] above 0, factors of the probabilities and distances; None weighs all 1.
 
     Returns:
         Int64[R K], positions of the seeds in `x`.
@@ -470,15 +506,18 @@ def kmeans_plusplus(x: Tensor, clusters: int, seeds: Sequence[int | tuple[int, .
 
     restarts = torch.arange(len(seeds), device=x.device)
     chosen = (uniform[:, 0, :1] * len(x)).long()
+    if weights is not None:
+        shares = weights.cumsum(0)
+        chosen = torch.searchsorted(shares, uniform[:, 0, :1] * shares[-1], right=True).clamp_(max=len(x) - 1)
     closest = distances_to(chosen)[:, 0]
     for k in range(1, clusters):
         # Draw T candidates with probability ∝ D(x)², by inverting the cumulative sum.
-        cumulative = closest.cumsum(1, dtype=torch.float64)
+        cumulative = (closest if weights is None else closest * weights).cumsum(1, dtype=torch.float64)
         candidates = torch.searchsorted(cumulative, uniform[:, k] * cumulative[:, -1:], right=True)
         candidates.clamp_(max=len(x) - 1)
         # Keep the one that lowers the potential most.
         distances = torch.minimum(distances_to(candidates), closest[:, None])
-        best = distances.sum(2, dtype=torch.float64).argmin(1)
+        best = (distances if weights is None else distances * weights).sum(2, dtype=torch.float64).argmin(1)
         closest = distances[restarts, best]
         chosen = torch.cat([chosen, candidates[restarts, best, None]], dim=1)
     return chosen

@@ -40,14 +40,21 @@ class RowStats:
     """Sum of the squared distances to the origin."""
     variance: float
     """Mean over dimensions of the variance; tolerances are relative to it."""
+    weights: Tensor | None = None
+    """Float64[N'] above 0, of this worker's rows; None weighs all rows 1."""
+
+    def weigh(self, values: Tensor, start: int) -> Tensor:
+        """Multiply values of this worker's rows, Float[B R], the first of them its row `start`, by their weights."""
+        return values if self.weights is None else values * self.weights[start : start + len(values), None]
 
 
-def compute(blocks: Blocks, metric: Metric) -> RowStats:
+def compute(blocks: Blocks, metric: Metric, weights: Tensor | None = None) -> RowStats:
     """Compute the statistics of all workers' rows in one pass; in two if rows for cosine are not of unit length.
 
     Args:
         blocks: this worker's rows; a worker without rows returns one block Float[0 D].
         metric: `cosine` uses the rows' directions only.
+        weights: Float64[N'] above 0, of this worker's rows in order: sums and means are weighted; None weighs all 1.
 
     Raises:
         DataError: a value is not finite, or there are no rows.
@@ -60,8 +67,12 @@ def compute(blocks: Blocks, metric: Metric) -> RowStats:
         squares = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square()
         not_unit = ((squares - 1).abs() > _UNIT_TOLERANCE) & (squares > 0)
         part = torch.stack([squares.sum(), not_unit.sum().double()])
+        added = block.sum(0, dtype=torch.float64)
+        if weights is not None:
+            own_weights = weights[own : own + len(block)]
+            added, part[0] = own_weights @ block.double(), own_weights @ squares
         own += len(block)
-        total = block.sum(0, dtype=torch.float64) + (0 if total is None else total)
+        total = added + (0 if total is None else total)
         rest = part + (0 if rest is None else rest)
     if total is None or rest is None:
         raise DataError("blocks = 0: a worker without rows gives one empty block, so that the width is known")
@@ -76,18 +87,19 @@ def compute(blocks: Blocks, metric: Metric) -> RowStats:
             for block in blocks():
                 yield functional.normalize(block if block.dtype == torch.float64 else block.float(), dim=1)
 
-        return compute(unit_blocks, "cosine")
+        return compute(unit_blocks, "cosine", weights)
     counts = distributed.data_group().all_gather(torch.tensor([own], device=total.device))
     count, first = int(counts.sum()), int(counts[: distributed.rank()].sum())
     if count == 0:
         raise DataError("rows = 0: k-means needs at least one")
     # 3. Moments.
-    mean, squared_norms = total / count, float(rest[0])
-    scatter = max(squared_norms - count * float(mean @ mean), 0.0)
-    variance = scatter / (count * len(mean))
+    mass = float(count) if weights is None else float(distributed.all_reduce(weights.sum()))
+    mean, squared_norms = total / mass, float(rest[0])
+    scatter = max(squared_norms - mass * float(mean @ mean), 0.0)
+    variance = scatter / (mass * len(mean))
     if metric == "cosine":
-        return RowStats(blocks, count, first, torch.zeros_like(mean), squared_norms, variance)
-    return RowStats(blocks, count, first, mean, scatter, variance)
+        return RowStats(blocks, count, first, torch.zeros_like(mean), squared_norms, variance, weights)
+    return RowStats(blocks, count, first, mean, scatter, variance, weights)
 
 
 def gather_rows(stats: RowStats, positions: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def _spectra(
             add(space, "own", cluster, rows)
     if OWN in spaces and 2 <= count <= len(spread) // 20:
         # The paper compares the method's clusters of z with what k-means makes of the encoder's rows.
-        labels = KMeans(n_clusters=count, random_state=seed).fit_predict(spaces[FEATURES][spread])
+        labels = KMeans(n_clusters=count, metric="cosine", random_state=seed).fit_predict(spaces[FEATURES][spread])
         for cluster in np.unique(labels)[:CLUSTERS].tolist():
             add(FEATURES, "kmeans", cluster, spread[labels == cluster][:CLUSTER_ROWS])
     values = pa.list_(pa.field("element", pa.float32()))

@@ -343,6 +343,7 @@ class Trainer:
     def report(self, row: MetricsRow) -> None:
         """Take one row of metrics: numbers, and lists of numbers."""
         self.history.append(row)
+        logger.debug("epoch %d, step %d: loss %.4g, %.1f s", row["epoch"], row["step"], row["loss"], row["seconds"])
         if self._on_row is not None:
             self._on_row(row)
 
