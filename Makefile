@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 .PHONY: demo test bench-gpu chaos check audit format clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.runs
 	$(BIN)/rayclust demo --out demo
 
 # Two processes: one takes the tests that share a Ray cluster, the other begins with all others, file by file.
@@ -39,9 +39,14 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # The constraints pin what CI runs; they name no index, so pip's own settings decide where packages come from.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.runs: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	touch $@
+
+# What tests and checks need besides.
+$(VENV)/.installed: $(VENV)/.runs
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

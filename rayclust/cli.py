@@ -18,6 +18,7 @@ import click
 from rayclust import stages
 from rayclust.errors import ConfigError, RayclustError
 from rayclust.report.formats import clean
+from rayclust.runtime.log import new_handler
 
 STAGE_COMMANDS = tuple(name for name in stages.NAMES if name != "figures")
 """Stages whose command takes a RUN.yaml; figures has one of its own."""
@@ -62,19 +63,8 @@ def commands(verbose: bool) -> None:
     # Ray warns of things that a user of rayclust cannot act on.
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    handler: logging.Handler
-    if sys.stderr.isatty():
-        from rich.logging import RichHandler
-
-        from rayclust.runtime.progress import console
-
-        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None)
-        handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger("rayclust")
-    package.handlers = [handler]
+    package.handlers = [new_handler()]
     package.propagate = False
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
 

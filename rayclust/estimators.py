@@ -228,18 +228,19 @@ class KMeans(
 
         A row counts as often as its weight, Float[N], says; those of weight 0 get a label and change nothing.
         """
-        config, weights, counted = self._config(), None, slice(None)
-        if sample_weight is not None:
-            weights = self._weights(X, sample_weight)
-            counted = weights > 0
-            if self.n_clusters > counted.sum():
-                at_hand = f"the number of rows with a weight above 0, {counted.sum()}"
-                raise ConfigError(f"n_clusters = {self.n_clusters}: at most {at_hand}")
+        config = self._config()
+        weights = None if sample_weight is None else self._weights(X, sample_weight)
+        if weights is not None and self.n_clusters > (count := np.count_nonzero(weights)):
+            at_hand = f"the number of rows with a weight above 0, {count}"
+            raise ConfigError(f"n_clusters = {self.n_clusters}: at most {at_hand}")
         is_cosine = self.metric == "cosine"
         x = self._fit_features(X, normalize=self.normalize or is_cosine, weights=weights).to(self._device())
-        rows, given = x[counted], None if weights is None else torch.from_numpy(weights[counted]).to(x.device)
+        rows, counts = x, None
+        if weights is not None:
+            counts = torch.from_numpy(weights).to(x.device)
+            rows, counts = x[counts > 0], counts[counts > 0]
         with self._progress():
-            result = kmeans.fit(lambda: [rows], config, seed=self._seed(), weights=given)
+            result = kmeans.fit(lambda: [rows], config, seed=self._seed(), weights=counts)
         # Features of rows that were scaled are themselves scaled, unless that cancels in them.
         self._feature_scale = 1.0 if self.features_.normalize or self.standardize else self._scale
         centers = result.centers.cpu().numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import rayclust
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-RUNS = [Requirement(line) for line in PROJECT["dependencies"]]
-DEVELOPS = [Requirement(line) for line in EXTRAS["dev"]]
+RUNS = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["ray"])]
+"""For commands; estimators on arrays need the first of them, those that no extra names."""
+DEVELOPS = [Requirement(line) for line in EXTRAS["dev"] if Requirement(line).name != "rayclust"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text().splitlines()
 PINS = {canonicalize_name(line.partition("==")[0]): Version(line.partition("==")[2]) for line in CONSTRAINTS}
 
@@ -65,7 +69,43 @@ def test_no_requirement_names_a_place_to_get_it_from():
 
 
 def test_only_named_extras_go_without_pins():
-    assert set(EXTRAS) - {"dev"} == set(NOT_IN_CI)
+    assert set(EXTRAS) - {"dev", "ray"} == set(NOT_IN_CI)
+
+
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"ray"}))
+def test_every_other_extra_brings_what_commands_need(extra: str):
+    assert "rayclust[ray]" in EXTRAS[extra]
+
+
+def test_the_version_is_written_once_and_types_are_shown():
+    assert PROJECT["dynamic"] == ["version"]
+    assert rayclust.__version__ == Version(rayclust.__version__).public
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]
+    assert settings["version"]["path"] == "rayclust/__init__.py"
+    assert (ROOT / "rayclust" / "py.typed").exists()
+
+
+def test_the_base_installation_has_estimators_and_says_what_commands_need():
+    """In a process where nothing of the extra `ray` can be imported."""
+    extra = {canonicalize_name(Requirement(line).name) for line in EXTRAS["ray"]}
+    owners = importlib.metadata.packages_distributions()
+    blocked = [module for module, found in owners.items() if extra & set(map(canonicalize_name, found))]
+    assert {"ray", "click", "PIL", "yaml", "pyarrow"} <= set(blocked)
+    code = f"""import sys
+sys.modules.update(dict.fromkeys({blocked}))
+import numpy as np, rayclust as rc
+x = np.random.default_rng(0).normal(size=(60, 4))
+rc.KMeans(3).fit(x), rc.TEMI(3, max_steps=4, n_heads=2).fit(x).predict(x), rc.CPP(3, max_steps=4).fit(x).score(x)
+try:
+    rc.load
+except ImportError as error:
+    print(error)
+from rayclust.__main__ import main
+main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert re.fullmatch(r"rayclust.load needs \w+: pip install 'rayclust\[ray\]'\n", found.stdout), found
+    assert (found.returncode, found.stderr) == (1, "rayclust: commands need click: pip install 'rayclust[ray]'\n")
 
 
 @pytest.mark.parametrize("requirement", [*RUNS, *DEVELOPS], ids=lambda requirement: requirement.name)

@@ -280,21 +280,3 @@ def without_handlers():
         yield
     finally:
         root.handlers = handlers
-
-
-def test_estimators_need_no_ray_and_nothing_of_runs():
-    """The base installation has neither."""
-    blocked = ("ray", "aiohttp", "click", "faiss", "fsspec", "huggingface_hub", "jinja2", "matplotlib", "open_clip")
-    blocked += ("PIL", "pyarrow", "requests", "rich", "s3fs", "timm", "torchvision")
-    code = f"""import sys
-sys.modules.update(dict.fromkeys({blocked}))
-import numpy as np, rayclust as rc
-x = np.random.default_rng(0).normal(size=(60, 4))
-rc.KMeans(3).fit(x), rc.TEMI(3, max_steps=4, n_heads=2).fit(x).predict(x), rc.CPP(3, max_steps=4).fit(x).score(x)
-try:
-    rc.run
-except ImportError as error:
-    print(error)
-"""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'rayclust[ray]'" in found.stdout

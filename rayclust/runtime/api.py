@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import yaml
 
 from rayclust.config import RunConfig, kind_of, parse, validate
 from rayclust.errors import ArtefactError
+from rayclust.runtime import log
 from rayclust.runtime.pipeline import run_all
-from rayclust.store import storage, tables
+from rayclust.store import storage
 from rayclust.store.lock import run_lock
-from rayclust.store.manifest import read_json_output
-from rayclust.store.run import Run, parts
+from rayclust.store.run import Run
+
+if TYPE_CHECKING:  # imported where a run is opened: it takes torch
+    from rayclust.runtime.results import RunTables
 
 DEFAULT_ENCODER = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
 """Small enough for a laptop's CPU."""
@@ -82,17 +84,21 @@ def _replaced(node: Any, keys: Sequence[str], value: str) -> Any:
     return node.model_copy(update={keys[0]: _replaced(getattr(node, keys[0]), keys[1:], value)})
 
 
-def run(config: RunConfig | Mapping[str, Any] | str, overrides: Sequence[str] = ()) -> RunTables:
+def run(
+    config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, progress: bool = True
+) -> RunTables:
     """Run every stage that is not complete; return the run's tables.
 
     The config is a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`; `KEY=VALUE` overrides go with a
-    path or URI. Raise `RayclustError` with the line that the command would show.
+    path or URI. `progress` shows bars and lines as the command does, unless the program has set up logging itself.
+    Raise `RayclustError` with the line that the command would show.
     """
-    if isinstance(config, str):
-        settings = load_config(config, overrides)
+    if isinstance(config, str | Path):
+        settings = load_config(str(config), overrides)
     else:
         settings = with_absolute_paths(config if isinstance(config, RunConfig) else validate(dict(config)))
-    run_all(settings)
+    with log.shown(progress):
+        run_all(settings)
     return load(settings.run)
 
 
@@ -125,46 +131,8 @@ def quick(
     return config.run
 
 
-def load(run: str) -> RunTables:
+def load(run: str | Path) -> RunTables:
     """Open the run below a folder or URI, read on demand; raise `ArtefactError` if there is no run."""
-    return RunTables(load_run(run))
+    from rayclust.runtime.results import RunTables
 
-
-class RunTables:
-    """Artefacts of a run, read on demand."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        """As the run was last started."""
-        self._run = Run(config.run)
-        self.report = self._run.report
-        """URI of the page."""
-
-    def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the parts of a table (embeddings, rejects, neighbors or assignments) in order, all columns or some.
-
-        Raises:
-            ArtefactError: a part is missing or damaged.
-        """
-        return (tables.read_table(uri, columns) for _, uri in parts(self._run.at(name)))
-
-    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return a whole table; see `iter`. Raise `ArtefactError` if the stage that writes it has not begun."""
-        found = list(self.iter(name, columns))
-        if not found:
-            raise ArtefactError(f"{self._run.at(name)}: no parts there: the stage that writes them has not run")
-        return pa.concat_tables(found)
-
-    @cached_property
-    def clusters(self) -> pa.Table:
-        """One row per cluster: size, name, score, runners-up, exemplars, outliers."""
-        return tables.read_table(self._run.clusters)
-
-    @cached_property
-    def metrics(self) -> dict[str, Any]:
-        """Scores by name. Raises `ArtefactError` if the stage evaluate has not run."""
-        try:
-            scores: dict[str, Any] = read_json_output(self._run, "evaluate", self._run.metrics)
-        except storage.MissingError:
-            raise ArtefactError(f"{self._run.metrics}: is missing: run evaluate first") from None
-        return scores
+    return RunTables(load_run(str(run)))

@@ -20,6 +20,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.sdk import get_docker_host_mount_location
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
+import rayclust
 from tests.cluster_configs.kuberay import SCHEMAS
 from tests.cluster_configs.rendered import FOLDER, documents, read, script
 
@@ -186,9 +187,7 @@ def test_rays_version_is_the_one_that_is_installed():
 
 
 def release() -> str:
-    found = re.search(r'^version = "(.+)"', (FOLDER.parent / "pyproject.toml").read_text(), re.MULTILINE)
-    assert found is not None
-    return found[1]
+    return rayclust.__version__
 
 
 @pytest.mark.parametrize("name", LAUNCHER)

@@ -1,0 +1,209 @@
+"""A finished run in Python: its tables, its images, its search and its clusters for new images (`rayclust.load`).
+
+Apart from `api`, which every command imports, because it needs torch.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from rayclust.arrays import require_matrix
+from rayclust.config import RunConfig
+from rayclust.encoders.decode import Undecodable, decode
+from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.runtime import log
+from rayclust.runtime.encoder import load_run_encoder
+from rayclust.runtime.models import load_method
+from rayclust.runtime.pipeline import content_digest
+from rayclust.runtime.rows import transform_of
+from rayclust.runtime.vocabularies import cluster_names
+from rayclust.store import storage, tables
+from rayclust.store.manifest import read_json_output, read_manifest
+from rayclust.store.run import Run, parts
+from rayclust.store.sources import fetch_many
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_OF_EVERY_ROW = {"neighbors": "neighbors", "assignments": "assign"}
+"""Tables with a line for every row, and the stages that write them."""
+
+
+class RunTables:
+    """Artefacts of a run, read on demand; `repr` lists the tables that are there. See docs/python.md."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        """As the run was last started."""
+        self._run = Run(config.run)
+        self.report = self._run.report
+        """URI of the page."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each table that a finished stage has written, by name."""
+        found = {stage: read_manifest(self._run, stage) for stage in ("encode", "neighbors", "assign", "label")}
+        encode = found["encode"]
+        if encode is None:
+            return {}
+        counts = {"embeddings": encode.counts["rows"], "rejects": encode.counts["rejects"]}
+        counts |= {name: encode.counts["rows"] for name, stage in _OF_EVERY_ROW.items() if found[stage] is not None}
+        return counts | ({} if found["label"] is None else {"clusters": self.clusters.num_rows})
+
+    def __repr__(self) -> str:
+        method = self.config.method
+        lines = [f"rayclust run {self.config.run}: {method.name}, {method.clusters} clusters"]
+        lines += [f"  {name:<12} {count:>12,} rows" for name, count in self.counts.items()]
+        return "\n".join(lines if len(lines) > 1 else [*lines, "  no table yet: the stage encode has not run"])
+
+    def frame(self, name: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return a table as a pandas frame, all columns or some.
+
+        Args:
+            name: embeddings, rejects, neighbors, assignments or clusters; None gives one line per image: row, key, uri,
+                label, cluster, confidence and the cluster's name.
+            columns: None takes all.
+        """
+        if name == "clusters":
+            return (self.clusters if columns is None else self.clusters.select(list(columns))).to_pandas()
+        if name is not None:
+            return self.table(name, columns).to_pandas()
+        table = self.table("embeddings", ["row", "key", "uri", "label"])
+        assigned = self.table("assignments", ["cluster", "confidence"])
+        frame = pa.table({name: t[name] for t in (table, assigned) for name in t.column_names}).to_pandas()
+        names = cluster_names(self._run)
+        frame["name"] = [names.get(cluster) for cluster in frame["cluster"]]
+        return frame if columns is None else frame[list(columns)]
+
+    def images(self, rows: Iterable[int]) -> list[Image.Image]:
+        """Return the images of some rows, as Pillow's, in the order given.
+
+        Raises:
+            DataError: an image is no longer where the run found it, or the run is of ready embeddings.
+        """
+        wanted = [int(row) for row in rows]
+        uris = self.table("embeddings", ["uri"])["uri"].take(pa.array(wanted, pa.int64())).to_pylist()
+        found = dict(fetch_many(uris))
+        for uri in uris:
+            if found.get(uri) is None:
+                raise DataError(f"{uri}: no image is there now: was it moved, or is the run of ready embeddings?")
+        return [Image.open(io.BytesIO(found[uri] or b"")) for uri in uris]
+
+    def search(
+        self, text: str | None = None, *, image: str | Path | None = None, top: int = 10, space: str = "encoder"
+    ) -> pd.DataFrame:
+        """Return the images nearest to words or to an image, nearest first, as the command `search` does.
+
+        Args:
+            text: words, for encoders that read text; or
+            image: a path or URI.
+            top: how many.
+            space: `encoder`, or `z` for methods that learn a space of their own.
+
+        Returns:
+            Columns row, similarity (cosine), key, uri, cluster and name.
+        """
+        if space not in ("encoder", "z"):
+            raise ConfigError(f"space = {space!r}: must be 'encoder' or 'z'")
+        # Stages lie above this module, so they are imported by name, as the pipeline does.
+        stage = import_module("rayclust.stages.search")
+        image = None if image is None else str(image)
+        [hits] = stage.search(self.config, image=image, text=text, top=top, space=space).values()
+        names = [field.name for field in fields(stage.Hit)]
+        return pa.table({name: [getattr(hit, name) for hit in hits] for name in names}).to_pandas()
+
+    def predict(self, images: NDArray[Any] | str | Path | Sequence[str | Path]) -> pd.DataFrame:
+        """Return the clusters of new images, or of embeddings that the run's own encoder made.
+
+        Args:
+            images: Float[B D] embeddings; paths or URIs of single images, encoded here; or a folder or URI of anything
+                that `images.uri` takes, encoded as the command `predict` does.
+
+        Returns:
+            Columns cluster, name and confidence; for images key, uri and the reason of what cannot be read as well.
+
+        Raises:
+            ArtefactError: the run is not trained.
+            ShapeError: embeddings are no matrix of the run's width.
+        """
+        if isinstance(images, str | Path):
+            with tempfile.TemporaryDirectory(prefix="rayclust-predict-") as folder, log.shown():
+                out = str(Path(folder) / "table.parquet")
+                import_module("rayclust.stages.predict").predict(self.config, str(images), out)
+                return tables.read_table(out).to_pandas()
+        encode, train = read_manifest(self._run, "encode"), read_manifest(self._run, "train")
+        if encode is None or train is None:
+            raise ArtefactError(f"{self._run.uri}: is not trained: run `rayclust run RUN.yaml` first")
+        uris, reasons = None, list[str | None]()
+        if isinstance(images, np.ndarray):
+            rows = images
+        else:
+            uris = [str(path) for path in images]
+            rows, reasons = self._encode(uris, int(encode.extra["dimension"]))
+        require_matrix(rows, "images", int(encode.extra["dimension"]))
+        method = load_method(self._run.uri, content_digest(train))
+        features = transform_of(encode, self.config.features)(rows)
+        clusters, confidence = import_module("rayclust.stages.assign").assign(method, features)
+        names = cluster_names(self._run)
+        found = {"cluster": clusters.tolist(), "name": [names.get(cluster) for cluster in clusters.tolist()]}
+        found["confidence"] = confidence.tolist()
+        if uris is not None:
+            good = iter(range(len(clusters)))
+            places = [None if reason else next(good) for reason in reasons]
+            found = {name: [None if at is None else values[at] for at in places] for name, values in found.items()}
+            found = {"key": [Path(uri).name for uri in uris], "uri": uris, **found, "reason": reasons}
+        return pa.table(found).to_pandas()
+
+    def _encode(self, uris: Sequence[str], width: int) -> tuple[NDArray[np.float32], list[str | None]]:
+        """Encode single images: rows Float32[B D] of those that can be read, and why each of the others cannot."""
+        encoder, rows, reasons = load_run_encoder(self.config), list[NDArray[np.float32]](), list[str | None]()
+        for uri in uris:
+            try:
+                pixels = decode(storage.read_bytes(uri), encoder.preprocess)
+            except (Undecodable, DataError) as error:
+                reasons.append(error.reason if isinstance(error, Undecodable) else "missing")
+            else:
+                rows.append(encoder.encode_images(pixels[None]))
+                reasons.append(None)
+        return np.concatenate([np.zeros((0, width), np.float32), *rows]), reasons
+
+    def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the parts of a table (embeddings, rejects, neighbors or assignments) in order, all columns or some.
+
+        Raises:
+            ArtefactError: a part is missing or damaged.
+        """
+        return (tables.read_table(uri, columns) for _, uri in parts(self._run.at(name)))
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return a whole table; see `iter`. Raise `ArtefactError` if the stage that writes it has not begun."""
+        found = list(self.iter(name, columns))
+        if not found:
+            raise ArtefactError(f"{self._run.at(name)}: no parts there: the stage that writes them has not run")
+        return pa.concat_tables(found)
+
+    @cached_property
+    def clusters(self) -> pa.Table:
+        """One row per cluster: size, name, score, runners-up, exemplars, outliers."""
+        return tables.read_table(self._run.clusters)
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Scores by name. Raises `ArtefactError` if the stage evaluate has not run."""
+        try:
+            scores: dict[str, Any] = read_json_output(self._run, "evaluate", self._run.metrics)
+        except storage.MissingError:
+            raise ArtefactError(f"{self._run.metrics}: is missing: run evaluate first") from None
+        return scores
