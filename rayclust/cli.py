@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from rayclust.runtime.log import new_handler
 
 STAGE_COMMANDS = tuple(name for name in stages.NAMES if name != "figures")
 """Stages whose command takes a RUN.yaml; figures has one of its own."""
+FIRST_WORD_SECONDS = 0.3
 
 
 def main() -> None:
@@ -58,7 +60,8 @@ def _fail(message: str, code: int, verbose: bool = False) -> int:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="rayclust")
 @click.option("-v", "--verbose", is_flag=True, help="Show debug lines, and the traceback of an error.")
-def commands(verbose: bool) -> None:
+@click.pass_context
+def commands(context: click.Context, verbose: bool) -> None:
     """From a bucket of unlabelled images to named, measured clusters."""
     # Ray warns of things that a user of rayclust cannot act on.
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
@@ -67,6 +70,15 @@ def commands(verbose: bool) -> None:
     package.handlers = [new_handler()]
     package.propagate = False
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
+    # The libraries take seconds to load; a mistake that is found without them is still one line.
+    timer = threading.Timer(FIRST_WORD_SECONDS, _say_loading, [context.invoked_subcommand])
+    timer.daemon = True
+    timer.start()
+
+
+def _say_loading(command: str) -> None:
+    if not hasattr(sys.modules.get("rayclust.runtime.api"), "load_config"):
+        logging.getLogger(__name__).info("%s: loading libraries", command)
 
 
 _FORCE = click.option("--force", is_flag=True, help="Run again even what is done.")
@@ -83,7 +95,9 @@ _VERBOSE = click.option(
     "--clusters", default="10", show_default=True, help="Number of clusters, or auto, or some to try: 5,8,10."
 )
 @click.option("--method", default="temi", show_default=True, help="temi, cpp, kmeans or spectral.")
-@click.option("--encoder", default=None, help="open_clip/ARCH, timm/ARCH or pixels.  [default: open_clip/ViT-B-32]")
+@click.option(
+    "--encoder", default=None, help="open_clip/ARCH, timm/ARCH or pixels.  [default: what the machine can do]"
+)
 @_VERBOSE
 def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, method: str, encoder: str | None) -> None:
     """Do everything in one line: encode IMAGES, cluster, name, measure, and write a report below --out."""
@@ -204,11 +218,10 @@ def search(run_uri: str, image: str | None, text: str | None, top: int, space: s
 @_VERBOSE
 def figures(run_uri: str, out: str | None) -> None:
     """Write the figures of RUN (a run, or its RUN.yaml) as SVG files, with the numbers behind them."""
-    from rayclust.runtime.api import load_config, load_run
+    from rayclust.runtime.api import load_run
     from rayclust.stages.figures import export
 
-    is_file = run_uri.lower().endswith((".yaml", ".yml"))
-    for uri in export(load_config(run_uri) if is_file else load_run(run_uri), out):
+    for uri in export(load_run(run_uri), out):
         click.echo(uri)
 
 

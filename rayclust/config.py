@@ -7,8 +7,10 @@ It refuses unknown keys and bad values in one line, with the full key, the value
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -25,6 +27,7 @@ from pydantic import (
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.methods import AnyMethodConfig, config_types
+from rayclust.methods.base import BaseMethodConfig
 from rayclust.settings import Config, format_error
 
 
@@ -34,7 +37,14 @@ def _at_least_one(value: int | str) -> int | str:
     return value
 
 
+def _few_gpus(value: float | str) -> float | str:
+    if not isinstance(value, str) and not 0 <= value <= 16:
+        raise ValueError("must be from 0 to 16, or auto")
+    return value
+
+
 CountOrAuto = Annotated[int | Literal["auto"], AfterValidator(_at_least_one)]
+GpusOrAuto = Annotated[float | Literal["auto"], AfterValidator(_few_gpus)]
 
 # The number of clusters.
 #
@@ -79,7 +89,7 @@ class SelectKConfig(Config):
     """Squared error allowed per row in the coding length, in squared row lengths. The paper's ε²."""
     cpus_per_trial: int = Field(1, ge=1)
     """CPUs, and threads, of each trial."""
-    gpus_per_trial: float | Literal["auto"] = "auto"
+    gpus_per_trial: GpusOrAuto = "auto"
     """GPUs of each trial; 0 computes on the CPU. auto: as many as `resources.gpus_per_worker`."""
     max_concurrent: CountOrAuto = "auto"
     """Trials at a time. auto: as many as the cluster has room for when the stage begins."""
@@ -90,8 +100,6 @@ class SelectKConfig(Config):
             raise ValueError(f"most = {self.most}: must be at least select_k.least = {self.least}, or auto")
         if self.rule == "stability" and self.seeds < 2:
             raise ValueError("rule = stability: needs select_k.seeds of at least 2, whose partitions it compares")
-        if self.gpus_per_trial != "auto" and not 0 <= self.gpus_per_trial <= 16:
-            raise ValueError(f"gpus_per_trial = {self.gpus_per_trial:g}: must be from 0 to 16, or auto")
         return self
 
     def refuse_above(self, rows: int) -> None:
@@ -218,8 +226,8 @@ class ResourcesConfig(Config):
     """Workers of encode and train. auto: one per GPU; without GPUs, encode takes every CPU and train one worker."""
     min_workers: int | None = Field(None, ge=1)
     """Fewest workers that train goes on with while others are lost, with the same batches. None: all are needed."""
-    gpus_per_worker: float = Field(0, ge=0, le=16)
-    """GPUs of each worker; 0 computes on the CPU."""
+    gpus_per_worker: GpusOrAuto = "auto"
+    """GPUs of each worker; 0 computes on the CPU. auto: 1 where the cluster has or can add GPUs, else 0."""
     decode_workers: CountOrAuto = "auto"
     """CPU actors that decode images."""
     max_failures: int = Field(3, ge=0)
@@ -227,6 +235,11 @@ class ResourcesConfig(Config):
     checkpoint_seconds: float = Field(30, gt=0)
     """Seconds between two checkpoints of a training."""
     placement: PlacementConfig = PlacementConfig()
+
+    @property
+    def gpus(self) -> float:
+        """`gpus_per_worker` as a number; 0 for an `auto` that no connected run has resolved."""
+        return 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker
 
     @model_validator(mode="before")
     @classmethod
@@ -470,6 +483,8 @@ class RunConfig(Config):
             candidates = {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
             clusters["anyOf"] = [number, {"const": "auto"}, candidates]
             group["required"] = [key for key in group.get("required", []) if key != "clusters"]
+        encoder = schema["properties"]["encoder"]
+        schema["properties"]["encoder"] = {"anyOf": [{"type": "string"}, encoder]}  # `encoder: auto`
         return schema
 
 
@@ -495,10 +510,7 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") ->
             if not isinstance(node.get(group), dict):
                 node[group] = {}
             node = node[group]
-        try:
-            node[last] = yaml.load(value, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-        except (yaml.YAMLError, ConfigError, ValueError):
-            raise ConfigError(f"override {key}: {value!r} is not a YAML value") from None
+        node[last] = _override_value(key, value)
     return validate(tree)
 
 
@@ -510,8 +522,51 @@ def validate(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError(format_error(error, known_keys())) from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key given twice: the second would silently win."""
+def _override_value(key: str, text: str) -> Any:
+    """Return the value of an override: text as it is given where the key takes text, else what it is as YAML."""
+    kinds = _kinds(key.split("."))
+    takes_text = str in kinds and kinds <= {str, tuple, type(None)}
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if takes_text and not is_quoted and not (tuple in kinds and text.startswith("[")):
+        return None if type(None) in kinds and text in ("null", "~") else text
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ConfigError, ValueError):
+        raise ConfigError(f"override {key}: {text!r} is not a YAML value") from None
+
+
+def _kinds(path: Sequence[str]) -> set[Any]:
+    """Return the types of value that a key takes; several methods may share its name."""
+    found: set[Any] = {RunConfig}
+    for part in path:
+        fields, found = found, set()
+        for kind in fields:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                models = config_types().values() if kind is BaseMethodConfig else (kind,)
+                annotations = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+            else:
+                annotations = list(get_args(kind)[1:]) if get_origin(kind) is dict else []
+            for annotation in annotations:
+                found |= _alternatives(annotation)
+    return {get_origin(kind) or kind for kind in found}
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _alternatives(part)}
+    return {annotation}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with the scalars of YAML 1.2: 010 is ten, and 1:30, no and 2024-01-01 are text.
+
+    It refuses a key given twice: the second would silently win.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - none of YAML 1.1's
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
@@ -526,10 +581,25 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep=True)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = node.value.lower()
+        return int(text, 16 if "x" in text else 8 if "o" in text else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+0123456789.")),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
 
 def _read_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

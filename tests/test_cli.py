@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,15 @@ def test_importing_the_package_is_light():
     code = "import sys, rayclust; print([m for m in ('torch', 'ray', 'pyarrow', 'sklearn') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+def test_the_first_word_comes_while_libraries_load(tmp_path: Path):
+    line = [sys.executable, "-m", "rayclust", "quick", str(tmp_path), "--out", str(tmp_path / "run"), "--clusters", "1"]
+    started = time.monotonic()
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first, waited = process.stderr.readline(), time.monotonic() - started
+        rest, total = process.stderr.read(), time.monotonic() - started
+    assert first.endswith("quick: loading libraries\n")
+    assert waited < total / 2
+    assert rest.startswith("rayclust: method.clusters = 1")

@@ -8,6 +8,7 @@ import pytest
 from rayclust.config import (
     NodePrice,
     PlacementConfig,
+    ResourcesConfig,
     Rule,
     RunConfig,
     SelectKConfig,
@@ -345,3 +346,60 @@ def test_an_impossible_price_is_one_line(override: str, words: str):
     with pytest.raises(ConfigError) as caught:
         parse(GOOD, [override])
     assert str(caught.value).startswith(words)
+
+
+TEXTS = {
+    "run=s3://bucket/runs/try #2": ("run", "s3://bucket/runs/try #2"),
+    "run=2024": ("run", "2024"),
+    "run=a: b": ("run", "a: b"),
+    "run=[1": ("run", "[1"),
+    "run='quoted # text'": ("run", "quoted # text"),
+    "images.uri=/data/set #1": ("images.uri", "/data/set #1"),
+    "images.uri=*.jpg": ("images.uri", "*.jpg"),
+    "images.uri=%x": ("images.uri", "%x"),
+    "images.uri={a}": ("images.uri", "{a}"),
+    "images.labels=no": ("images.labels", "no"),
+    "images.classes=@list #3.txt": ("images.classes", "@list #3.txt"),
+    "images.classes=[cat, no, dog]": ("images.classes", ("cat", "no", "dog")),
+    "label.vocabulary=- a": ("label.vocabulary", "- a"),
+    "encoder.pretrained=null": ("encoder.pretrained", None),
+    "encoder=pixels": ("encoder.name", "pixels"),
+    "tracking.project=#1": ("tracking.project", "#1"),
+    "resources.placement.train.pool=on": ("resources.placement.train", {"pool": "on"}),
+    "method.clusters=010": ("method.clusters", 10),
+    "method.clusters=0o17": ("method.clusters", 15),
+    "method.tolerance=1e-3": ("method.tolerance", 1e-3),
+    "features.center=no": ("features.center", False),
+    "resources.workers=auto": ("resources.workers", "auto"),
+    "seed=1_000": ("seed", 1000),
+}
+
+
+@pytest.mark.parametrize("override", TEXTS)
+def test_text_is_taken_as_it_is_given_and_other_values_as_yaml_1_2(override: str):
+    key, wanted = TEXTS[override]
+    found: Any = parse("run: /r\nimages: {uri: /i}\nmethod: {name: kmeans, clusters: 2}\n", [override])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == wanted
+
+
+def test_numbers_of_yaml_1_1_are_decimal_or_refused():
+    text = "run: 2024-01-01\nimages: {uri: /i, labels: off}\nmethod: {name: kmeans, clusters: 010}\n"
+    config = parse(text)
+    assert (config.run, config.images.labels, config.method.clusters) == ("2024-01-01", "off", 10)
+    with pytest.raises(ConfigError, match=r"method\.clusters = '1:30': must be an integer, auto"):
+        parse(text.replace("010", "1:30"))
+
+
+def test_an_encoder_may_be_a_word_and_is_auto_by_default():
+    base = {"run": "/r", "images": {"uri": "/i"}, "method": {"name": "kmeans", "clusters": 2}}
+    assert validate(base).encoder == validate(base | {"encoder": "auto"}).encoder
+    assert validate(base | {"encoder": "timm/resnet18"}).encoder.family == "timm"
+    with pytest.raises(ConfigError, match=r"encoder\.pretrained = w\.pt: needs encoder\.name"):
+        validate(base | {"encoder": {"pretrained": "w.pt"}})
+
+
+def test_gpus_are_a_number_once_they_are_resolved():
+    assert ResourcesConfig().gpus == ResourcesConfig(gpus_per_worker=0).gpus == 0
+    assert ResourcesConfig(gpus_per_worker=0.5).gpus == 0.5

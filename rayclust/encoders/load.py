@@ -22,6 +22,8 @@ def load_encoder(config: EncoderConfig, *, weights: Path | None = None, device: 
         ConfigError: unknown name or tag, weights that do not fit, or weights that cannot be had.
         DataError: the file with the weights cannot be read.
     """
+    if config.family in ("auto", "unknown"):
+        raise ConfigError(f"encoder.name = {config.name}: name the encoder, such as open_clip/ViT-B-32")
     # Both libraries take seconds to import: only the one that is needed.
     if config.family == "pixels":
         return PixelEncoder(config)
@@ -40,3 +42,25 @@ def load_encoder(config: EncoderConfig, *, weights: Path | None = None, device: 
             raise ConfigError(f"encoder.pretrained = {config.weights_uri}: pass a local copy of it as `weights`")
         weights = Path(str(config.weights_uri)).expanduser()
     return build(config, weights, device)
+
+
+def dimension_of(config: EncoderConfig) -> int | None:
+    """Return the width D of a named encoder's rows, known without its weights; None for an architecture of neither.
+
+    timm's networks are built without memory for their weights.
+    """
+    if config.family == "pixels":
+        return PixelEncoder(config).dimension
+    if config.family == "open_clip":
+        import open_clip
+
+        found = open_clip.get_model_config(config.architecture)
+        return int(found["embed_dim"]) if found else None
+    import timm
+    import torch
+
+    if not timm.is_model(config.architecture):
+        return None
+    with torch.device("meta"):
+        network = timm.create_model(config.architecture, pretrained=False, num_classes=0, **config.options)
+    return int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]

@@ -19,9 +19,11 @@ _WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".th
 class EncoderConfig(Config):
     """What turns one image, or one phrase, into one row."""
 
-    name: str = "open_clip/ViT-L-14"
+    name: str = "auto"
     """open_clip/<architecture>, timm/<architecture>, or pixels, which needs no weights. `.<tag>` may follow, as in
-    open_clip/ViT-L-14.openai: published weights, or, with a file in `pretrained`, how such weights see images."""
+    open_clip/ViT-L-14.openai: published weights, or, with a file in `pretrained`, how such weights see images.
+    auto: the one that the run has; for a new run open_clip/ViT-L-14 on GPUs, open_clip/ViT-B-32 on CPUs, and unknown
+    for ready embeddings. unknown: no names from words alone, and no search by text or image."""
     pretrained: str | None = None
     """A tag of published weights (openai, laion2b_s32b_b82k, dino …), or a path or URI of a file with weights,
     safetensors or a torch file of tensors. Absent: `openai` for open_clip, the architecture's own default for timm."""
@@ -54,11 +56,21 @@ class EncoderConfig(Config):
     """Decode large JPEGs at reduced size: five times faster on photographs of 12 megapixels; rows move a little (cosine
     0.996 to 0.9996)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, tree: Any) -> Any:
+        return {"name": tree} if isinstance(tree, str) else tree  # `encoder: auto`
+
     @model_validator(mode="after")
     def _check(self) -> EncoderConfig:
         family, _, architecture = self.name.partition("/")
-        if self.name != "pixels" and (family not in ("open_clip", "timm") or not architecture):
-            raise ValueError(f"name = {self.name}: must be open_clip/<architecture>, timm/<architecture> or pixels")
+        if self.name not in ("auto", "unknown", "pixels") and (family not in ("open_clip", "timm") or not architecture):
+            raise ValueError(
+                f"name = {self.name}: must be auto, open_clip/<architecture>, timm/<architecture>, pixels, or unknown "
+                "for ready embeddings"
+            )
+        if self.name in ("auto", "unknown") and self.pretrained is not None:
+            raise ValueError(f"pretrained = {self.pretrained}: needs encoder.name, of which {self.name} says nothing")
         if self.weights_uri is None and self.pretrained and self.tag != self.pretrained:
             raise ValueError(f"pretrained = {self.pretrained}: contradicts the tag in name = {self.name}")
         if self.grayscale and self.name != "pixels":
@@ -72,7 +84,7 @@ class EncoderConfig(Config):
 
     @property
     def family(self) -> str:
-        """open_clip, timm or pixels."""
+        """open_clip, timm, pixels, auto or unknown."""
         return self.name.partition("/")[0]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import urllib.error
 import urllib.request
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rayclust.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub to answer at all, before giving up with one line."""
@@ -173,6 +176,9 @@ class HubFile:
         reason = "the hub cannot be reached"
         for name in self.names if hub_answers() else ():
             try:
+                url = huggingface_hub.hf_hub_url(self.repository, name)
+                size = huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT).size or 0
+                logger.info("%s: downloading %.0f MB of weights, once", self.name, size / 1e6)
                 return Path(huggingface_hub.hf_hub_download(self.repository, name))
             except (EntryNotFoundError, LocalEntryNotFoundError) as error:
                 reason = type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,7 @@ from rayclust.store.run import Run
 if TYPE_CHECKING:  # imported where a run is opened: it takes torch
     from rayclust.runtime.results import RunTables
 
-DEFAULT_ENCODER = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
-"""Small enough for a laptop's CPU."""
+logger = logging.getLogger(__name__)
 
 
 def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -37,8 +37,11 @@ def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run(uri: str) -> RunConfig:
-    """Return the config that the run at `uri` was last started with; raise `ArtefactError` if there is no run."""
-    run = storage.absolute(uri)
+    """Return the config that a run, named by its URI or its RUN.yaml, was last started with.
+
+    Raise `ArtefactError` if there is no run.
+    """
+    run = load_config(uri).run if uri.lower().endswith((".yaml", ".yml")) else storage.absolute(uri)
     try:
         tree = storage.read_json(Run(run).config)
     except storage.MissingError:
@@ -112,19 +115,21 @@ def quick(
         out: folder or URI of the run.
         clusters: a number, `auto`, or candidates with commas between.
         method: its name.
-        encoder: its name; None takes the default.
+        encoder: its name; None leaves it to `encoder.name: auto`.
         overrides: `KEY=VALUE` items for RUN.yaml.
     """
     tree: dict[str, Any] = {
         "run": out,
         "images": {"uri": images},
-        "encoder": dict(DEFAULT_ENCODER) if encoder is None else {"name": encoder},
+        "encoder": {"name": encoder or "auto"},
         "features": {"center": True},
         "method": {"name": method},
     }
     text = yaml.safe_dump(tree, sort_keys=False)
     number_or_list = f"[{clusters}]" if "," in clusters and "[" not in clusters else clusters
     config = with_absolute_paths(parse(text, [f"method.clusters={number_or_list}", *overrides]))
+    if config.encoder.family in ("timm", "pixels") and config.label.vocabulary == "auto":
+        logger.info("encoder: %s has no text tower: clusters get no names", config.encoder.name)
     with run_lock(Run(config.run)):
         storage.write_bytes(storage.join(config.run, "RUN.yaml"), as_yaml(config).encode())
         run_all(config)
@@ -132,7 +137,7 @@ def quick(
 
 
 def load(run: str | Path) -> RunTables:
-    """Open the run below a folder or URI, read on demand; raise `ArtefactError` if there is no run."""
+    """Open a run, by its folder, URI or RUN.yaml, read on demand; raise `ArtefactError` if there is no run."""
     from rayclust.runtime.results import RunTables
 
     return RunTables(load_run(str(run)))

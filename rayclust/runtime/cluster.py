@@ -9,11 +9,17 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+import torch
+import yaml
 
 from rayclust.config import PlacementConfig, RunConfig, format_labels
 from rayclust.errors import ConfigError, RayclustError
@@ -23,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 OWN = "rayclust-own"
 """Namespace of a cluster that this process has started on its machine: no node will ever join it."""
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+"""Description of a cluster that `ray up` has started, on its head."""
 CONNECT_SECONDS = 10.0
 """How long a server may take to accept a connection."""
 task_labels: ContextVar[dict[str, str]] = ContextVar("task_labels", default={})  # noqa: B039 - never changed in place
 """Labels of the tasks that are submitted here; {} outside of `scheduling`."""
-_warned = set[str]()
-"""Warnings of labels that were given: each once, however many tasks ask."""
 
 
 def connect() -> None:
@@ -52,8 +58,9 @@ def connect() -> None:
             ray.init(**target, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
-    total, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
-    logger.info("ray: %d node(s), %g CPUs, %g GPUs", nodes, total.get("CPU", 0), total.get("GPU", 0))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = sum(node.get("CPU", 0) for node in nodes)
+    logger.info("ray: %d node(s), %g CPUs, %s", len(nodes), cores, describe_gpus(nodes))
 
 
 def refuse_unreachable(address: str) -> None:
@@ -133,11 +140,12 @@ def require_label(key: str, labels: Mapping[str, str]) -> None:
         raise ConfigError(
             f"{text}. A cluster on this machine has no labels: leave the placement out, or set RAY_ADDRESS"
         )
-    if text not in _warned:
-        _warned.add(text)
-        logger.warning(
-            "%s. The work waits until such a node joins; where none is to come, stop and mend the label", text
-        )
+    _warn_once(f"{text}. The work waits until such a node joins; where none is to come, stop and mend the label")
+
+
+@lru_cache(64)
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def describe_placement(placement: PlacementConfig) -> str:
@@ -168,6 +176,58 @@ def cores_per_worker(workers: int, labels: Mapping[str, str]) -> int:
     return next((share for share in shares if sum(cores // share for cores in nodes) >= workers), 1)
 
 
+def describe_gpus(nodes: Sequence[Mapping[str, float]]) -> str:
+    """Return the GPUs of nodes by their resources, such as "2 × NVIDIA H100"; "CPU only" without any."""
+    counts = Counter[str]()
+    for node in nodes:
+        kinds = [key.partition(":")[2] for key in node if key.startswith("accelerator_type:")]
+        kind = kinds[0] if kinds else "GPU"
+        maker = "" if kind.startswith(("AMD", "Intel", "GPU")) else "NVIDIA "  # Ray names these alone by their maker
+        counts[maker + kind] += int(node.get("GPU", 0))
+    return ", ".join(f"{count} × {kind}" for kind, count in counts.items() if count) or "CPU only"
+
+
+def with_gpus(config: RunConfig) -> RunConfig:
+    """Return the config with `resources.gpus_per_worker: auto` as a number; connects to find it.
+
+    1 where the nodes that encode and those that train have GPUs, or the cluster's autoscaler can add some; else 0.
+    """
+    import ray
+
+    resources, places = config.resources, config.resources.placement
+    if resources.gpus_per_worker != "auto":
+        return config
+    connect()
+    has_gpus = all(
+        any(node.get("GPU", 0) >= 1 for node in live_nodes(labels)) for labels in (places.encode, places.train)
+    )
+    if has_gpus and ray.get_runtime_context().namespace == OWN and not torch.cuda.is_available():
+        _warn_once(
+            f"a GPU of this machine lies idle: torch {torch.__version__} sees no CUDA device; install a CUDA build"
+        )
+        has_gpus = False
+    count = float(has_gpus or _may_add_gpus())
+    return config.model_copy(update={"resources": resources.model_copy(update={"gpus_per_worker": count})})
+
+
+def _may_add_gpus() -> bool:
+    """Return whether the cluster's autoscaler knows of nodes with GPUs, as far as it can be asked."""
+    from ray._private.state import state
+
+    found: Any = {}
+    with suppress(Exception):  # of a cluster of another version
+        found = state.get_max_resources_from_cluster_config() or {}
+    if found.get("GPU"):
+        return True
+    # The file that `ray up` leaves on the head, where a job's driver runs.
+    try:
+        tree = yaml.safe_load(Path(BOOTSTRAP).expanduser().read_text())
+        kinds = tree["available_node_types"].values()
+        return any((kind.get("resources") or {}).get("GPU") and kind.get("max_workers", 1) for kind in kinds)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def worker_count(config: RunConfig, work: Literal["encode", "train"]) -> int:
     """Return the number of encoder actors or training workers that `resources` asks for.
 
@@ -177,9 +237,9 @@ def worker_count(config: RunConfig, work: Literal["encode", "train"]) -> int:
     labels: dict[str, str] = getattr(resources.placement, work)
     if resources.workers != "auto":
         return resources.workers
-    if resources.gpus_per_worker:
+    if resources.gpus:
         gpus = sum(node.get("GPU", 0) for node in live_nodes(labels)) or 1
-        return max(1, int(gpus / resources.gpus_per_worker))
+        return max(1, int(gpus / resources.gpus))
     return 1 if work == "train" else cpus(labels)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Preprocess
-from rayclust.encoders.load import load_encoder
+from rayclust.encoders.load import dimension_of, load_encoder
 from rayclust.errors import ConfigError
 from rayclust.store import storage
 
@@ -22,9 +24,14 @@ def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
         ConfigError: its weights are missing; the message names the file and where to put it.
     """
     if device is None:
-        device = "cuda" if config.resources.gpus_per_worker and torch.cuda.is_available() else "cpu"
+        device = "cuda" if config.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
     settings = config.encoder
-    if device == "cpu" and settings.precision == "fp16" and config.resources.gpus_per_worker:
+    if settings.name == "unknown":
+        raise ConfigError(
+            "encoder.name = unknown: the run's rows are ready embeddings; name the encoder that made them to add images"
+            " or to search"
+        )
+    if device == "cpu" and settings.precision == "fp16" and config.resources.gpus_per_worker != 0:
         # The run's GPUs are elsewhere: one query, or the words, on a machine without.
         settings = settings.model_copy(update={"precision": "fp32"})
     uri = settings.weights_uri
@@ -37,21 +44,36 @@ def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
 
 def worker_device(config: RunConfig) -> str:
     """Return the device of an encode worker, "cpu" or "cuda"; raise `ConfigError` if torch does not see its GPU."""
-    if not config.resources.gpus_per_worker:
+    if not config.resources.gpus:
         return "cpu"
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"resources.gpus_per_worker = {config.resources.gpus_per_worker:g}: torch {torch.__version__} sees no CUDA "
+            f"resources.gpus_per_worker = {config.resources.gpus:g}: torch {torch.__version__} sees no CUDA "
             "device in this worker; install a CUDA build and driver on the node, or set it to 0"
         )
     return "cuda"
 
 
-def encoder_shape(config: RunConfig) -> tuple[Preprocess, int]:
-    """Return the preprocessing of the run's encoder and the width D of its rows, found on this machine's CPU."""
+def encoder_shape(config: RunConfig) -> tuple[Preprocess, int, float]:
+    """Load the run's encoder on this machine's CPU; return its preprocessing, its width D and its seconds per image."""
     plain = config.encoder.model_copy(update={"precision": "fp32", "compile": False})
     encoder = load_run_encoder(config.model_copy(update={"encoder": plain}), device="cpu")
-    return encoder.preprocess, encoder.dimension
+    black = np.zeros((1, *encoder.preprocess.shape), np.uint8)
+    encoder.encode_images(black)  # only the first call allocates
+    started = time.monotonic()
+    encoder.encode_images(black)
+    return encoder.preprocess, encoder.dimension, time.monotonic() - started
+
+
+def refuse_other_width(config: RunConfig, width: int) -> None:
+    """Raise `ConfigError` if a named encoder cannot have made embeddings of a width: names would be wrong."""
+    if config.encoder.family not in ("auto", "unknown"):
+        expected = dimension_of(config.encoder)
+        if expected not in (None, width):
+            raise ConfigError(
+                f"encoder.name = {config.encoder.name}: has {expected} values an image, the embeddings of "
+                f"images.uri = {config.images.uri} have {width}; name the encoder that made them, or unknown"
+            )
 
 
 def weights_stamp(config: RunConfig) -> str:

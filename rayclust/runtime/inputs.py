@@ -1,19 +1,30 @@
-"""List a run's input: its shards, and the digest of everything that the embeddings of each depend on."""
+"""List a run's input, with digests of all that its embeddings depend on, and choose an encoder that fits it."""
 
 from __future__ import annotations
 
 import json
+import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rayclust.config import RunConfig
-from rayclust.errors import ConfigError
+from rayclust.encoders.settings import EncoderConfig
+from rayclust.errors import ArtefactError, ConfigError
 from rayclust.runtime import datasets
 from rayclust.runtime.encoder import weights_stamp
+from rayclust.store import storage
 from rayclust.store.manifest import digest_of
+from rayclust.store.run import Run
 from rayclust.store.sources import Shard, plan_shards
+
+logger = logging.getLogger(__name__)
+
+ON_GPU = {"name": "open_clip/ViT-L-14"}
+"""Chosen by `encoder.name: auto` for GPUs."""
+ON_CPU = {"name": "open_clip/ViT-B-32", "pretrained": "openai"}
+"""Chosen for CPUs: a laptop encodes some ten images a second."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,15 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
         ConfigError: the run lies where its tables would be taken for input.
         DataError: the input is missing, unreadable or empty.
     """
+    run = Run(config.run)
+    own = (run.embeddings_folder, run.rejects_folder, run.neighbors_folder, run.assignments_folder, run.index_folder)
+    if any(within(config.images.uri, folder) for folder in own):
+        raise ConfigError(f"images.uri = {config.images.uri}: is written by run = {config.run}; choose another run")
     settings = settings | {"weights": weights_stamp(config)}
     shards, digests, packed = [], [], []
     for shard in input_shards(config):
         has_tables = shard.kind not in ("folder", "webdataset")
-        if shard.index == 0 and has_tables and config.run.startswith(config.images.uri.rstrip("/") + "/"):
+        if shard.index == 0 and has_tables and within(config.run, config.images.uri):
             raise ConfigError(
                 f"run = {config.run}: lies within images.uri = {config.images.uri}, so that its tables would be read "
                 "as input; choose a folder outside"
@@ -65,3 +80,41 @@ def input_shards(config: RunConfig) -> Iterator[Shard]:
     images = config.images
     uri = datasets.local_folder(images.uri)
     return plan_shards(uri, images.format, images.labels, shard_size=images.shard_size, classes=images.classes)
+
+
+def within(uri: str, folder: str) -> bool:
+    """Return whether a path or URI is a folder or lies in it, also by another spelling or a symbolic link."""
+    resolved = [
+        place
+        if storage.is_remote(place) or place.startswith(datasets.SCHEME)
+        else str(storage.to_path(place).resolve())
+        for place in (uri, folder)
+    ]
+    inner, outer = (place.rstrip("/") + "/" for place in resolved)
+    return inner.startswith(outer)
+
+
+def with_encoder(config: RunConfig, has_gpus: Callable[[], bool]) -> RunConfig:
+    """Return the config with `encoder.name: auto` resolved, so that every later call of the run finds the same encoder.
+
+    Args:
+        config: of the run.
+        has_gpus: asked only where images are encoded for the first time.
+    """
+    if config.encoder.name != "auto":
+        return config
+    chosen, why = {"name": "unknown"}, "the rows are ready embeddings: no names for clusters, no search by text"
+    try:
+        saved = storage.read_json(Run(config.run).config)
+    except (storage.MissingError, ArtefactError):
+        saved = {}
+    before = saved.get("encoder", {}) if saved.get("images", {}).get("uri") == config.images.uri else {}
+    if before.get("name", "auto") != "auto":
+        chosen = {key: before[key] for key in ("name", "pretrained") if key in before}
+        why = "as this run began"
+    elif not next(input_shards(config)).has_embeddings:
+        on_gpus = has_gpus()
+        chosen, why = (ON_GPU, "for GPUs") if on_gpus else (ON_CPU, "small, for CPUs")
+    logger.info("encoder: %s, %s; encoder.name takes another", chosen["name"], why)
+    settings = config.encoder.model_dump(exclude_unset=True) | chosen
+    return config.model_copy(update={"encoder": EncoderConfig.model_validate(settings)})

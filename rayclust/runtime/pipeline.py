@@ -14,7 +14,7 @@ from rayclust.errors import ArtefactError
 from rayclust.methods import has_transform
 from rayclust.report.formats import duration
 from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
-from rayclust.runtime.cluster import scheduling
+from rayclust.runtime.cluster import scheduling, with_gpus
 from rayclust.runtime.progress import collect_timings
 from rayclust.store import storage
 from rayclust.store.lock import RunLock, run_lock
@@ -86,6 +86,10 @@ class Stage:
     """By stage, the one entry of its manifest's `extra` that is read; all outputs of the stages that are not named."""
     outputs: type[StageOutputs] = StageOutputs
     """Type of the `extra` of its manifest."""
+    on_gpu: bool = False
+    """True if it computes on the GPUs that `resources` gives."""
+    resolve: Callable[[RunConfig], RunConfig] | None = None
+    """Fill in what the config leaves to the run, before any digest."""
     plan: Callable[[RunConfig], Any] | None = None
     """List the inputs of the stage from outside of the run; the plan's `digest` goes into the stage's."""
 
@@ -220,7 +224,7 @@ def run_stage(name: str, config: RunConfig, *, force: bool = False) -> Manifest:
         RayclustError: the stage itself fails.
     """
     with run_lock(Run(config.run)) as lease:
-        return _run_or_skip(name, config, lease, force=force)
+        return _run_or_skip(name, _resolved(config), lease, force=force)
 
 
 def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = None) -> dict[str, Manifest]:
@@ -239,6 +243,7 @@ def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = 
     """
     done, damaged = dict[str, Manifest](), set[str]()
     with run_lock(Run(config.run)) as lease:
+        config = _resolved(config)
         while True:
             try:
                 for name in stages_of(config):
@@ -252,6 +257,12 @@ def run_all(config: RunConfig, *, force: bool = False, stop_after: str | None = 
                 if str(error) in damaged:
                     raise
                 damaged.add(str(error))
+
+
+def _resolved(config: RunConfig) -> RunConfig:
+    for stage in STAGES.values():
+        config = stage.resolve(config) if stage.resolve is not None else config
+    return config
 
 
 def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, check_inputs: bool = True) -> Manifest:
@@ -301,6 +312,8 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
     save_config(config)
     if force:
         storage.remove_tree(run.at("manifests", name))
+    if stage.on_gpu:
+        context.config = with_gpus(context.config)  # not saved: `predict` and `search` may run on another machine
     return _run(stage, context, lease)
 
 

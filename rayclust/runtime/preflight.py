@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,8 @@ from rayclust.language.vocabulary import merged
 from rayclust.methods import is_recuttable
 from rayclust.report.formats import duration
 from rayclust.runtime.cluster import describe_placement
-from rayclust.runtime.encoder import load_run_encoder
-from rayclust.runtime.inputs import input_shards
+from rayclust.runtime.encoder import load_run_encoder, refuse_other_width
+from rayclust.runtime.inputs import input_shards, with_encoder
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds
 from rayclust.store import storage
 from rayclust.store.lock import check_conditional_puts
@@ -70,10 +72,12 @@ def check(config: RunConfig) -> list[Finding]:
     All subjects are checked, also after one that is bad; each gives one finding.
     """
     checks = _Checks(config)
+    config = checks.config
     subjects: dict[str, Callable[[], str]] = {
         "config": checks.describe_config,
         "run": checks.run,
         "images": checks.list_images,
+        "gpus": checks.gpus,
         "encoder": checks.encoder,
         "method": checks.method,
         "label": checks.vocabulary,
@@ -98,6 +102,11 @@ class _Checks:
     """The checks of one run, in order: each may use the results of those before it."""
 
     def __init__(self, config: RunConfig) -> None:
+        # `auto` as a run on this machine would take it; a cluster is not asked.
+        self.has_gpu = torch.cuda.is_available()
+        if config.resources.gpus_per_worker == "auto":
+            resources = config.resources.model_copy(update={"gpus_per_worker": float(self.has_gpu)})
+            config = config.model_copy(update={"resources": resources})
         self.config = config
         self.images = 0
         self.is_lower_bound = False
@@ -126,7 +135,18 @@ class _Checks:
         more = " at least" if self.is_lower_bound and self.images else ""
         return f"{shards[0].kind}: {counted}{more} in {len(shards):,} shards{'+' if is_cut else ''}"
 
+    def gpus(self) -> str:
+        here = f"1 × {torch.cuda.get_device_name()}" if self.has_gpu else "CPU only"
+        if os.environ.get("RAY_ADDRESS"):
+            return f"as the cluster at RAY_ADDRESS has them; this machine: {here}"
+        if self.has_gpu and not self.config.resources.gpus:
+            return f"{here} lies idle: set resources.gpus_per_worker to 1, or leave it out"
+        if not self.has_gpu and any(Path("/dev").glob("nvidia[0-9]*")):
+            return f"a GPU lies idle: torch {torch.__version__} sees no CUDA device; install a CUDA build"
+        return here
+
     def encoder(self) -> str:
+        self.config = with_encoder(self.config, lambda: self.config.resources.gpus > 0)
         shard = next(input_shards(self.config))
         if shard.has_embeddings:
             from rayclust.encoders.weights import load_tensors
@@ -135,7 +155,10 @@ class _Checks:
             if not rows.keys:
                 raise DataError(f"{shard.uri}: none of the first {len(rows.rejects)} embeddings can be used")
             self.dimension = int(rows.embeddings.shape[1])
-            return f"ready embeddings of {self.dimension} values"
+            refuse_other_width(self.config, self.dimension)
+            if self.config.encoder.name == "unknown":
+                return f"unknown, ready embeddings of {self.dimension} values: no names, no search by text or image"
+            return f"{self.config.encoder.name}, ready embeddings of {self.dimension} values"
         encoder = load_run_encoder(self.config)
         self.dimension = encoder.dimension
         good, reasons = self._encode_sample(encoder)
@@ -163,7 +186,7 @@ class _Checks:
             file_bytes += len(record.data or b"")
             pixels.append(found)
         if pixels:
-            on_gpu = bool(config.resources.gpus_per_worker) and torch.cuda.is_available()
+            on_gpu = bool(config.resources.gpus) and torch.cuda.is_available()
             rows = max(len(pixels), (config.encoder.batch_size or GPU_BATCH) if on_gpu else 1)
             batch = np.stack([pixels[i % len(pixels)] for i in range(rows)])
             encoder.encode_images(batch if on_gpu else batch[:1])  # not timed: only the first call allocates
@@ -202,7 +225,7 @@ class _Checks:
             return known
         workers, resources = config.resources.workers, config.resources
         count = workers if isinstance(workers, int) else 1  # `auto` is the cluster's number of GPUs, not known here
-        device = "cuda" if resources.gpus_per_worker else "cpu"
+        device = "cuda" if resources.gpus else "cpu"
         plan = config.method.describe_plan(self.images, self.dimension, count, device)
         return f"{known}, {plan}" if plan else known
 
@@ -240,7 +263,7 @@ def work(config: RunConfig, images: int, sample: Sample | None) -> str:
         return "nothing is encoded"
     decode, encode = ((images or THOUSAND) * seconds for seconds in (sample.decode_seconds, sample.encode_seconds))
     each = "" if images else ", each 1,000 images"
-    if not config.resources.gpus_per_worker:
+    if not config.resources.gpus:
         return f"decode {duration(decode)} and encode {duration(encode)} of CPU time at the speed of this machine{each}"
     if not sample.on_gpu:
         return f"decode {duration(decode)} of CPU time; how fast a GPU encodes cannot be seen on this machine{each}"
@@ -253,7 +276,7 @@ def work(config: RunConfig, images: int, sample: Sample | None) -> str:
 
 def costs(config: RunConfig, images: int, sample: Sample) -> Iterator[str]:
     """Yield hours and dollars of encode on each kind of node in `prices`, and whether its CPUs or GPUs bound it."""
-    needs_gpus = bool(config.resources.gpus_per_worker)
+    needs_gpus = bool(config.resources.gpus)
     for name, node in config.prices.items():
         hours, before, after = images * sample.decode_seconds / HOUR / node.cpus, "", ""
         rate = node.images_per_second  # of one GPU, or one CPU

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 LOG_INTERVAL = 30.0
 """Seconds between lines where there is no terminal."""
 
+FIRST_LINE = 5.0
+"""Seconds until the first such line."""
+
 console = Console(stderr=True)
 """Shared by bars and log lines, so that neither breaks the other."""
 
@@ -43,7 +46,8 @@ class Progress:
         self.stage, self.unit, self.total = stage, unit, total
         self.done = self._resumed = done
         self.note = ""
-        self._started = self._last_line = time.monotonic()
+        self._started = time.monotonic()
+        self._last_line = self._started - LOG_INTERVAL + FIRST_LINE
         self._lock = threading.Lock()
         self._bar: RichProgress | None = None
         if sys.stderr.isatty():

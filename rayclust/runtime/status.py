@@ -28,7 +28,9 @@ def lines(uri: str) -> Iterator[str]:
         clusters = "clusters yet to be counted"
     else:
         clusters = f"{manifests.resolved('train').method.clusters} clusters by select-k"
-    yield f"{run.uri}: {config.method.name}, {clusters}, {config.encoder.name}"
+    name = config.encoder.name
+    encoder = "encoder unknown: no names, no search by text or image" if name == "unknown" else name
+    yield f"{run.uri}: {config.method.name}, {clusters}, {encoder}"
 
     for stage in stages_of(config):
         manifest = read_manifest(run, stage)

@@ -117,6 +117,8 @@ def run_tasks(
     function: Callable[[Task], TaskResult],
     on_result: OnResult | None = None,
     section: str = "parts",
+    *,
+    gpus: float = 0,
 ) -> list[TaskResult]:
     """Run the tasks that have no mark on the cluster, and mark each as it ends.
 
@@ -126,6 +128,7 @@ def run_tasks(
         tasks: the whole work, in order of index.
         function: does one task; runs in a Ray worker with one CPU.
         on_result: called once for each task.
+        gpus: of each task's worker.
         section: name of the timing, where a stage has several kinds of tasks; shown beside its progress.
 
     Returns:
@@ -146,7 +149,7 @@ def run_tasks(
         bar = Progress(stage, "rows", sum(task.size for task in tasks), done)
         with bar, timed_section(section) as timing:
             bar.advance(note=section if section != "parts" else None)
-            for task, (result, seconds, worker) in map_tasks(timed, todo):
+            for task, (result, seconds, worker) in map_tasks(timed, todo, gpus=gpus):
                 timing.add("working", seconds, worker)
                 if on_result is not None:
                     on_result(task, result)
@@ -163,19 +166,20 @@ def report_resume(stage: str, total: int, done: int) -> None:
 
 
 def map_tasks(
-    function: Callable[[Item], Result], items: Iterable[Item], *, in_order: bool = False
+    function: Callable[[Item], Result], items: Iterable[Item], *, in_order: bool = False, gpus: float = 0
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with `function(item)`, computed by Ray tasks of one CPU each.
+    """Yield each item with `function(item)`, computed by Ray tasks of one CPU, and some GPUs, each.
 
     Args:
         function: runs in a Ray worker; must give the same result if it runs twice.
         items: taken as they are needed: two per CPU are under way, so that no CPU waits and the driver stays small.
         in_order: yield in the order of `items`, else as results come.
+        gpus: of each task's worker.
     """
     import ray
 
     labels = task_labels.get()
-    remote = ray.remote(num_cpus=1, max_retries=5, **label_selector("tasks", labels))(function)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5, **label_selector("tasks", labels))(function)
     waiting, running = iter(items), dict[Any, Item]()
     with plain_errors():
         while True:

@@ -28,11 +28,12 @@ from rayclust.config import RunConfig, are_disjoint
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.errors import ArtefactError, DataError
+from rayclust.report.formats import duration
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
-from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, worker_count
-from rayclust.runtime.encoder import encoder_shape, load_run_encoder, worker_device
-from rayclust.runtime.inputs import input_shards, plan_inputs
+from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, with_gpus, worker_count
+from rayclust.runtime.encoder import encoder_shape, load_run_encoder, refuse_other_width, worker_device
+from rayclust.runtime.inputs import input_shards, plan_inputs, with_encoder
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
 from rayclust.runtime.shards import MomentsInOrder, renumber, write_shard
@@ -119,6 +120,7 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
         first = read_rows(shard, load_tensors=load_tensors)
         if len(first.keys):
             width = int(first.embeddings.shape[1])
+            refuse_other_width(context.config, width)
             break
     else:
         raise DataError(f"images.uri = {context.config.images.uri}: no table there holds a usable embedding")
@@ -140,8 +142,14 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
     report_resume("encode", len(tasks), len(done))
     if len(done) < len(tasks):
         # Asked here first: weights that are missing are one line at once, not many workers' failures.
-        shape = encoder_shape(context.config)
+        preprocess, dimension, seconds = encoder_shape(context.config)
         connect()
+        if not context.config.resources.gpus:
+            rate = worker_count(context.config, "encode") / seconds
+            count = sum(task.size for task in tasks if task.payload.count and task.index not in done)
+            time_left = f": {count:,} in about {duration(count / rate)}" if count else ""
+            name = context.config.encoder.name
+            logger.info("encode: %s, about %.3g images a second on CPUs as fast as this one%s", name, rate, time_left)
     while len(done) < len(tasks):
         total = sum(task.size for task in tasks) if all(task.payload.count for task in tasks) else None
         resumed = sum(result.counts["rows"] + result.counts["rejects"] for result in done.values())
@@ -149,7 +157,7 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
         todo = [task for task in tasks if task.index not in done]
         with plain_errors(), Progress("encode", "images", total, resumed) as bar:
             bar.advance(note=f"{rejected} rejects")
-            for images, newly_rejected in stream(context, todo, *shape):
+            for images, newly_rejected in stream(context, todo, preprocess, dimension):
                 rejected += newly_rejected
                 bar.advance(images + newly_rejected, f"{rejected:,} rejects")
                 _check_reject_share(context.config, rejected, total, {})
@@ -207,7 +215,7 @@ def stream(
     import ray.data
 
     config, places = context.config, context.config.resources.placement
-    pools, gpus = ActorPools.of(config), config.resources.gpus_per_worker
+    pools, gpus = ActorPools.of(config), config.resources.gpus
     # Errors reach the user through the command line; Ray Data would print their tracebacks besides.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     settings = ray.data.DataContext.get_current()
@@ -297,7 +305,7 @@ def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
 
 def chunk_rows(config: RunConfig) -> int:
     """Return the images of a chunk: one pass of the network on a GPU, about a second of work on a CPU."""
-    return config.encoder.batch_size or (GPU_BATCH if config.resources.gpus_per_worker else CPU_CHUNK)
+    return config.encoder.batch_size or (GPU_BATCH if config.resources.gpus else CPU_CHUNK)
 
 
 class ReadAndDecode:
@@ -413,5 +421,11 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 STAGE = Stage(
-    "encode", _settings, run, outputs=EncodeOutputs, plan=lambda config: plan_inputs(config, _settings(config))
+    "encode",
+    _settings,
+    run,
+    outputs=EncodeOutputs,
+    on_gpu=True,
+    resolve=lambda config: with_encoder(config, lambda: with_gpus(config).resources.gpus > 0),
+    plan=lambda config: plan_inputs(config, _settings(config)),
 )

@@ -95,7 +95,7 @@ class Search:
             "largest": largest if is_recuttable(config.method.name) else None,
         }
         gpus = config.select_k.gpus_per_trial
-        gpus = config.resources.gpus_per_worker if gpus == "auto" else gpus
+        gpus = config.resources.gpus if gpus == "auto" else gpus
         return cls(config, inputs["encode"], context.digest, digest_of(content), largest, gpus)
 
     @property
@@ -416,4 +416,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"candidate": candidate_settings(config), "search": search}
 
 
-STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"), revision=2, outputs=SelectKOutputs)
+STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"), revision=2, on_gpu=True, outputs=SelectKOutputs)

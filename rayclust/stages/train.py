@@ -122,7 +122,7 @@ def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
         _check_every_worker_count(job, fewest, workers)
     labels = resources.placement.train
     require_label("train", labels)
-    gpus = resources.gpus_per_worker
+    gpus = resources.gpus
     cores = 1 if gpus else cores_per_worker(workers, labels)
     trainer = TorchTrainer(
         _work,
@@ -148,7 +148,7 @@ def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
 def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
     """Refuse settings that some of the possible numbers of workers cannot fit, before a worker is lost."""
     rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
-    device = "cuda" if job.config.resources.gpus_per_worker else "cpu"
+    device = "cuda" if job.config.resources.gpus else "cpu"
     for count in range(fewest, most + 1):
         try:
             job.config.method.describe_plan(rows, dimension, count, device)
@@ -162,7 +162,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     torch.set_num_threads(settings["threads"])
     config, run = job.config, Run(job.config.run)
     rank = distributed.rank()
-    device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus_per_worker else "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus else "cpu"
     rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), rank, distributed.world_size())
     method = build(config.method, rows.dimension, rows.count, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
@@ -387,4 +387,5 @@ STAGE = Stage(
     pair_needs=("neighbors",),
     needs_choice=True,
     reads_entry={SELECT_K: CHOSEN},
+    on_gpu=True,
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rayclust.encoders import weights
-from rayclust.encoders.load import load_encoder
+from rayclust.encoders.load import dimension_of, load_encoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError, DataError
 from tests.encoders.networks import noise, tiny_clip, tiny_timm
@@ -64,3 +64,19 @@ def test_pixels_need_no_library_of_networks() -> None:
         "load(EncoderConfig(name='pixels')); sys.exit('timm' in sys.modules or 'open_clip' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("open_clip/ViT-B-32", 512), ("open_clip/ViT-L-14.openai", 768), ("timm/resnet18", 512), ("timm/vit_tiny_patch16_224.x", 192),
+     ("timm/no_such_network", None), ("open_clip/no-such-network", None)],
+)  # fmt: skip
+def test_the_width_of_a_network_is_known_without_its_weights(name: str, width: int | None) -> None:
+    assert dimension_of(EncoderConfig(name=name)) == width
+    assert dimension_of(EncoderConfig(name="pixels", image_size=4, grayscale=True)) == 16
+
+
+def test_an_encoder_that_is_not_named_is_not_loaded() -> None:
+    for name in ("auto", "unknown"):
+        with pytest.raises(ConfigError, match="name the encoder"):
+            load_encoder(EncoderConfig(name=name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,11 @@ def test_a_run_is_found_by_its_folder_from_anywhere(pictures_run: Sealed, monkey
     monkeypatch.chdir(pictures_run.folder.parent)
     for uri in ("run", "./run/", str(pictures_run.folder) + "/", f"file://{pictures_run.folder}"):
         assert load_run(uri) == pictures_run.config
+    assert load(pictures_run.folder).config == pictures_run.config
+    line = pictures_run.folder.parent / "RUN.yaml"
+    write_yaml(line, tree("run", "elsewhere"))
+    assert load_run(str(line)) == load_run("RUN.yaml") == pictures_run.config
+    line.unlink()
     with pytest.raises(ArtefactError, match="no run there"):
         load_run("runs")
 
@@ -126,12 +132,15 @@ def test_a_run_that_was_moved_lies_where_it_lies_now(pictures_run: Sealed, tmp_p
 
 
 def test_one_line_does_everything_and_leaves_its_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None, caplog: pytest.LogCaptureFixture
 ):
+    caplog.set_level("INFO", "rayclust")
+    monkeypatch.setattr(logging.getLogger("rayclust"), "propagate", True)
     write_folder(tmp_path / "photos", per_class=5)
     monkeypatch.chdir(tmp_path)
     uri = quick("photos", "out", clusters="3", method="kmeans", encoder="pixels", overrides=["neighbors.k=4"])
     assert uri == str(tmp_path / "out")
+    assert "encoder: pixels has no text tower: clusters get no names" in caplog.text
     assert (tmp_path / "out" / "report" / "index.html").exists()
     written = load_config(f"{uri}/RUN.yaml")
     assert (written.images.uri, written.method.clusters, written.neighbors.k) == (str(tmp_path / "photos"), 3, 4)

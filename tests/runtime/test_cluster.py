@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from rayclust.config import PlacementConfig
+from rayclust.config import PlacementConfig, validate
 from rayclust.errors import ConfigError, DataError, RayclustError
 from rayclust.runtime import cluster
 from rayclust.runtime.cluster import (
@@ -114,8 +115,6 @@ def test_an_address_that_is_none_is_refused_and_words_pass():
 
 
 def test_the_fewest_workers_are_all_unless_fewer_are_allowed():
-    from rayclust.config import validate
-
     def wanted(**resources: int) -> tuple[int, int]:
         return worker_range(validate(tree("run", "images", resources=resources)))
 
@@ -128,8 +127,6 @@ def test_the_fewest_workers_are_all_unless_fewer_are_allowed():
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_the_local_cluster_is_joined_described_and_used():
-    from rayclust.config import validate
-
     connect()
     assert cpus({}) == 2
     auto = validate(tree("run", "images"))
@@ -182,7 +179,7 @@ def test_a_label_that_no_node_carries_is_said_with_those_that_they_do(
     cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     in_namespace(monkeypatch, "anonymous")
-    monkeypatch.setattr(cluster, "_warned", set())
+    cluster._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert cluster.label_selector("encode", GPU) == {"label_selector": GPU}
         cluster.require_label("encode", GPU)
@@ -210,6 +207,74 @@ def test_the_plan_names_every_kind_of_work():
     assert cluster.describe_placement(PlacementConfig()).startswith("all work on any node; the driver")
     text = cluster.describe_placement(PlacementConfig(decode=CPU, encode=GPU))
     assert text.startswith("decode on pool=cpu, encode on pool=gpu, train on any node, trials on any node")
+
+
+def gpu_node(labels: dict[str, str], kind: str = "H100", gpus: float = 1) -> dict[str, Any]:
+    found = node(labels)
+    found["Resources"] |= {"GPU": gpus, f"accelerator_type:{kind}": 1.0}
+    return found
+
+
+def test_gpus_are_said_by_their_kind():
+    nodes = [gpu_node({})["Resources"], gpu_node({}, gpus=4)["Resources"], gpu_node({}, "AMD-Instinct-MI300X-OAM")]
+    assert cluster.describe_gpus(nodes[:2]) == "5 × NVIDIA H100"
+    assert cluster.describe_gpus([*nodes[:2], nodes[2]["Resources"]]) == "5 × NVIDIA H100, 1 × AMD-Instinct-MI300X-OAM"
+    assert cluster.describe_gpus([{"CPU": 4, "GPU": 2}]) == "2 × GPU"
+    assert cluster.describe_gpus([{"CPU": 4}]) == "CPU only"
+
+
+@pytest.fixture
+def auto_gpus(cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
+    """What `gpus_per_worker: auto` becomes with these nodes."""
+    in_namespace(monkeypatch, "anonymous")
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "BOOTSTRAP", "/nonexistent")
+
+    def resolved(**resources: Any) -> float:
+        config = validate(tree("run", "images", resources=resources))
+        return cluster.with_gpus(config).resources.gpus
+
+    return resolved
+
+
+def test_a_gpu_that_is_there_is_used(auto_gpus: Callable[..., float], cluster_nodes: list[dict[str, Any]]):
+    assert auto_gpus() == 0
+    cluster_nodes.append(gpu_node(GPU))
+    assert auto_gpus() == 1
+    assert auto_gpus(gpus_per_worker=0) == 0
+    assert auto_gpus(placement={"encode": GPU, "train": GPU}) == 1
+    assert auto_gpus(placement={"train": CPU}) == 0, "training would wait for ever"
+    cluster_nodes[-1]["Alive"] = False
+    assert auto_gpus() == 0
+
+
+def test_gpus_that_an_autoscaler_can_add_are_counted_on(
+    auto_gpus: Callable[..., float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "bootstrap.yaml"
+    monkeypatch.setattr(cluster, "BOOTSTRAP", str(path))
+    path.write_text("available_node_types: {head: {resources: {CPU: 4}}, gpu: {resources: {CPU: 4, GPU: 1}}}")
+    assert auto_gpus() == 1
+    path.write_text("available_node_types: {head: {resources: {CPU: 4}}, gpu: {resources: {GPU: 1}, max_workers: 0}}")
+    assert auto_gpus() == 0
+    path.write_text("- no: [cluster")
+    assert auto_gpus() == 0
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_gpu_of_this_machine_is_used_where_torch_reports_it(
+    sees: bool,
+    auto_gpus: Callable[..., float],
+    cluster_nodes: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    in_namespace(monkeypatch, cluster.OWN)
+    cluster._warn_once.cache_clear()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: sees)
+    cluster_nodes.append(gpu_node({}))
+    assert auto_gpus() == sees
+    assert ("lies idle" in caplog.text) == (not sees)
 
 
 DRIVER = (

@@ -9,7 +9,9 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
-from rayclust.runtime.inputs import InputPlan
+from rayclust.runtime.encoder import load_run_encoder
+from rayclust.runtime.inputs import InputPlan, with_encoder
+from rayclust.runtime.pipeline import save_config
 from rayclust.stages.encode import STAGE
 from tests.stages.runs import tree, write_folder, write_tars
 
@@ -89,6 +91,17 @@ def test_a_run_within_its_own_tables_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"lies within images\.uri"):
         plan_inputs(config(tmp_path, str(tmp_path / "run")))
     assert len(plan_inputs(config(tmp_path, str(tmp_path) + "-run")).shards) == 1
+    (tmp_path / "link").symlink_to(tmp_path)
+    for same in (tmp_path, f"{tmp_path}/", f"{tmp_path}/x/..", tmp_path / "link", f"file://{tmp_path}"):
+        with pytest.raises(ConfigError, match=r"lies within images\.uri"):
+            plan_inputs(config(tmp_path, str(same)))
+
+
+def test_a_run_does_not_read_what_it_writes(tmp_path: Path):
+    (tmp_path / "run" / "embeddings").mkdir(parents=True)
+    np.save(tmp_path / "run" / "embeddings" / "a.npy", np.ones((4, 2), np.float32))
+    with pytest.raises(ConfigError, match=r"images\.uri = .* is written by run = "):
+        plan_inputs(config(tmp_path / "run" / "embeddings", str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("write", [write_folder, lambda path: write_tars(path, 1, 2)], ids=["folder", "tars"])
@@ -105,3 +118,31 @@ def test_a_run_among_images_or_tars_is_no_harm(tmp_path: Path, write: Any):
 def test_nothing_to_read_is_one_line(tmp_path: Path):
     with pytest.raises(DataError, match="nowhere"):
         plan_inputs(config(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(("has_gpus", "name"), [(True, "open_clip/ViT-L-14"), (False, "open_clip/ViT-B-32")])
+def test_images_get_an_encoder_that_fits_the_machine_and_keep_it(tmp_path: Path, has_gpus: bool, name: str):
+    images = write_folder(tmp_path / "images", per_class=1)
+    content = {
+        "run": str(tmp_path / "run"),
+        "images": {"uri": str(images)},
+        "method": {"name": "kmeans", "clusters": 2},
+    }
+    settings = with_encoder(validate(content), lambda: has_gpus)
+    assert settings.encoder.name == name
+    save_config(settings)
+    again = with_encoder(validate(content | {"encoder": {"name": "auto", "threads": 2}}), pytest.fail)
+    assert (again.encoder.name, again.encoder.pretrained) == (name, settings.encoder.pretrained)
+    assert again.encoder.threads == 2
+    assert with_encoder(validate(content | {"encoder": "pixels"}), pytest.fail).encoder.name == "pixels"
+    other = write_folder(tmp_path / "other", per_class=1)
+    elsewhere = with_encoder(validate(content | {"images": {"uri": str(other)}}), lambda: not has_gpus)
+    assert elsewhere.encoder.name != name, "of other images"
+
+
+def test_ready_embeddings_are_of_an_unknown_encoder(tmp_path: Path):
+    np.save(tmp_path / "a.npy", np.ones((4, 2), np.float32))
+    settings = with_encoder(config(tmp_path, "/runs/one"), pytest.fail)
+    assert settings.encoder.name == "unknown"
+    with pytest.raises(ConfigError, match="ready embeddings; name the encoder"):
+        load_run_encoder(settings)

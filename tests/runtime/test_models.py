@@ -24,7 +24,8 @@ def config(**groups: Any) -> RunConfig:
 
 def test_the_encoder_has_the_limits_of_the_run():
     settings = config(images={"max_bytes": 123, "max_pixels": 456})
-    preprocess, dimension = encoder_shape(settings)
+    preprocess, dimension, seconds = encoder_shape(settings)
+    assert seconds > 0
     assert (preprocess.max_bytes, preprocess.max_pixels, dimension) == (123, 456, 192)
     assert load_run_encoder(settings).preprocess == preprocess
 
@@ -42,7 +43,7 @@ def test_half_precision_for_far_gpus_is_single_precision_here(tmp_path: Path):
     here = load_run_encoder(config(encoder=encoder | {"precision": "fp32"}))
     np.testing.assert_array_equal(far.encode_images(pixels), here.encode_images(pixels))
     with pytest.raises(ConfigError, match="precision = fp16"):
-        load_run_encoder(config(encoder=encoder))
+        load_run_encoder(config(encoder=encoder, resources={"gpus_per_worker": 0}))
     assert encoder_shape(config(encoder=encoder, resources={"gpus_per_worker": 1}))[1] == here.dimension
 
 

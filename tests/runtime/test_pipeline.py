@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +20,14 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, HeldError
 from rayclust.methods import METHODS, build
 from rayclust.methods.base import Pairing
+from rayclust.runtime import cluster, pipeline
+from rayclust.runtime.api import quick
 from rayclust.runtime.pipeline import (
     SELECT_K,
     STAGES,
     Manifests,
+    StageContext,
+    StageResult,
     content_digest,
     run_all,
     run_stage,
@@ -31,7 +38,7 @@ from rayclust.stages import NAMES as ORDER
 from rayclust.stages.select_k import candidate_settings
 from rayclust.store import storage
 from rayclust.store.lock import LockOwner, RunLock, process_start_time
-from rayclust.store.manifest import Manifest, Output
+from rayclust.store.manifest import Manifest, Output, StageOutputs
 from rayclust.store.run import Run
 from tests.sealed import Sealed
 from tests.stages.runs import tree, write_tars, write_yaml
@@ -261,6 +268,30 @@ def test_a_driver_that_lost_the_run_meanwhile_does_not_seal(
     with pytest.raises(HeldError, match="taken over"):
         run_stage("encode", settings)
     assert not storage.exists(run.manifest("encode"))
+
+
+def test_every_stage_with_a_gpu_route_computes_on_a_gpu_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    node = {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}, "Labels": {}}
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(namespace=cluster.OWN))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    given = dict[str, float]()
+
+    def record(name: str, context: StageContext) -> StageResult:
+        given[name] = context.config.resources.gpus
+        return StageResult({}, {"rows": 1})
+
+    stages = {name: replace(stage, run=partial(record, name), outputs=StageOutputs) for name, stage in STAGES.items()}
+    monkeypatch.setattr(pipeline, "STAGES", stages)
+    write_tars(tmp_path / "images", shards=1, per_shard=3)
+    quick(str(tmp_path / "images"), str(tmp_path / "run"), clusters="2", method="kmeans", encoder=None)
+    on_gpu = {name for name, stage in STAGES.items() if stage.on_gpu} - {SELECT_K}
+    assert {"encode", "train"} <= on_gpu
+    assert {name for name, gpus in given.items() if gpus == 1} == on_gpu
+    saved = storage.read_json(Run(str(tmp_path / "run")).config)
+    assert saved["encoder"]["name"] == "open_clip/ViT-L-14"
+    assert "resources" not in saved, "another machine has other GPUs"
 
 
 def test_a_run_with_a_number_has_no_choice_and_one_without_has():

@@ -128,10 +128,13 @@ def test_words_that_will_be_missing_at_the_end_are_found_at_the_start(tmp_path: 
 def test_ready_embeddings_need_no_encoder(tmp_path: Path):
     (tmp_path / "images").mkdir()
     np.save(tmp_path / "images" / "a.npy", np.ones((30, 6), np.float32))
-    encoder = {"name": "timm/resnet18", "pretrained": "/nowhere/w.safetensors"}
-    findings = {finding.subject: finding for finding in check(config(tmp_path, encoder=encoder))}
-    assert findings["encoder"].text == "ready embeddings of 6 values"
+    findings = {finding.subject: finding for finding in check(config(tmp_path))}
+    assert findings["encoder"].text == "unknown, ready embeddings of 6 values: no names, no search by text or image"
     assert all(finding.good for finding in findings.values())
+    wrong = {"name": "timm/resnet18", "pretrained": "/nowhere/w.safetensors"}
+    said = bad(config(tmp_path, encoder=wrong))["encoder"]
+    assert "encoder.name = timm/resnet18: has 512 values an image" in said
+    assert "have 6" in said
 
 
 @pytest.mark.parametrize("x", [np.full((4, 3), np.nan, np.float32), np.zeros((4, 3), np.float32)], ids=["nan", "zero"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rayclust.runtime import tasks
+from rayclust.runtime import pipeline, tasks
 from rayclust.runtime.tasks import Task
 from rayclust.stages import assign, encode, evaluate, figures, index, label, select_k, train
 from rayclust.stages.encode import ReadAndDecode, ShardWriter
@@ -33,6 +33,9 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "run_remotely", lambda function, *arguments: function(*arguments))
     for module in (tasks, encode, train):
         patch.setattr(module, "connect", lambda: None)
+    for module in (encode, pipeline):
+        patch.setattr(module, "with_gpus", lambda config: config)
+    patch.setattr(encode, "worker_count", lambda config, work: 1)
     patch.setattr(tasks, "map_tasks", _map)
     patch.setattr(encode, "map_tasks", _map)
     patch.setattr(encode, "stream", _stream)
@@ -45,7 +48,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def _map(function: Callable[[Any], Any], items: Iterable[Any], *, in_order: bool = False) -> Iterator[tuple[Any, Any]]:
+def _map(function: Callable[[Any], Any], items: Iterable[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
     return ((item, function(item)) for item in items)
 
 

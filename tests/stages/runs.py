@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def write_tars(folder: Path, shards: int, per_shard: int) -> Path:
 
 
 def tree(run: str, source: str, **groups: Any) -> dict[str, Any]:
-    """A small RUN.yaml over pixels; `groups` replace or add groups of keys."""
+    """A small RUN.yaml, over pixels unless the source holds embeddings; `groups` replace or add groups of keys."""
     base: dict[str, Any] = {
         "run": run,
         "images": {"uri": source, "shard_size": 16},
@@ -67,7 +68,18 @@ def tree(run: str, source: str, **groups: Any) -> dict[str, Any]:
     }
     for name, group in groups.items():
         base[name] = {**base.get(name, {}), **group} if isinstance(group, dict) else group
+    if _has_embeddings(Path(source)) and "encoder" not in groups:
+        del base["encoder"]
     return base
+
+
+def _has_embeddings(source: Path) -> bool:
+    files = list(source.glob("*")) if source.is_dir() else [source]
+    for file in files:
+        if file.suffix == ".parquet":
+            with suppress(pa.ArrowInvalid, OSError):
+                return "embedding" in pq.read_schema(file).names
+    return any(file.suffix in (".npy", ".pt") for file in files)
 
 
 def write_yaml(path: Path, content: dict[str, Any]) -> Path:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig, validate
-from rayclust.errors import ArtefactError, DataError
+from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.rows import transform_of
 from rayclust.stages import encode
@@ -93,7 +93,7 @@ def test_a_shard_that_never_finishes_ends_the_stage(tmp_path: Path, monkeypatch:
     stream = encode.stream
     monkeypatch.setattr(encode, "stream", loses_the_second)
     with pytest.raises(ArtefactError, match=r"1 shard\(s\) do not finish, the first is shard-001"):
-        run_stage("encode", config(tmp_path))
+        run_stage("encode", config(tmp_path, encoder={"name": "pixels"}))
     assert passes == [[0, 1], *[[1]] * encode.MAX_STALLED_PASSES]
 
 
@@ -111,6 +111,10 @@ def test_tables_of_another_width_than_the_first_are_rejects(tmp_path: Path):
     np.save(tmp_path / "images" / "b.npy", np.ones((2, 5), np.float32))
     manifest = run_stage("encode", config(tmp_path, images={"max_reject_share": 0.5}))
     assert (manifest.counts["rows"], manifest.extra["reasons"]) == (3, {"wrong_width": 2})
+    with pytest.raises(
+        ConfigError, match=r"encoder\.name = pixels: has 192 values an image, .* have 4; name the encoder"
+    ):
+        run_stage("encode", config(tmp_path))
 
 
 def test_unicode_keys_and_labels_come_through(tmp_path: Path):

@@ -84,7 +84,7 @@ def test_nothing_usable_is_one_line_with_the_reasons(frozen: RunConfig, tmp_path
 
 def test_embeddings_of_another_width_are_refused(frozen: RunConfig, tmp_path: Path):
     np.save(tmp_path / "x.npy", np.ones((3, 5), np.float32))
-    with pytest.raises(DataError, match="embeddings of 5 values; the run's have 192"):
+    with pytest.raises(ConfigError, match=r"encoder\.name = pixels: has 192 values an image, .* have 5"):
         predict(frozen, str(tmp_path / "x.npy"), str(tmp_path / "t.csv"))
 
 
