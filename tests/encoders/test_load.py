@@ -68,8 +68,8 @@ def test_pixels_need_no_library_of_networks() -> None:
 
 @pytest.mark.parametrize(
     ("name", "width"),
-    [("open_clip/ViT-B-32", 512), ("open_clip/ViT-L-14.openai", 768), ("timm/resnet18", 512), ("timm/vit_tiny_patch16_224.x", 192),
-     ("timm/no_such_network", None), ("open_clip/no-such-network", None)],
+    [("open_clip/ViT-B-32", 512), ("open_clip/ViT-L-14.openai", 768), ("timm/resnet18", 512),
+     ("timm/vit_tiny_patch16_224.x", 192), ("timm/no_such_network", None), ("open_clip/no-such-network", None)],
 )  # fmt: skip
 def test_the_width_of_a_network_is_known_without_its_weights(name: str, width: int | None) -> None:
     assert dimension_of(EncoderConfig(name=name)) == width

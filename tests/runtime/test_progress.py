@@ -58,7 +58,9 @@ def test_a_log_gets_one_line_every_interval_with_rate_note_and_time_left(clock: 
         for _ in range(int(LOG_INTERVAL) + 4):
             clock.now += 1
             shown.advance(100, "3 rejects")
-    assert lines.messages == ["encode: 4,500 of 10,000 images, 100 images/s, 3 rejects, 55 s left"], "the first is early"
+    assert lines.messages == ["encode: 4,500 of 10,000 images, 100 images/s, 3 rejects, 55 s left"], (
+        "the first is early"
+    )
     clock.now += 1
     shown.advance()
     assert len(lines.messages) == 2

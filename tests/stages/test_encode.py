@@ -114,7 +114,7 @@ def test_tables_of_another_width_than_the_first_are_rejects(tmp_path: Path):
     with pytest.raises(
         ConfigError, match=r"encoder\.name = pixels: has 192 values an image, .* have 4; name the encoder"
     ):
-        run_stage("encode", config(tmp_path))
+        run_stage("encode", config(tmp_path, encoder={"name": "pixels"}))
 
 
 def test_unicode_keys_and_labels_come_through(tmp_path: Path):
