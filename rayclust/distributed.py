@@ -10,7 +10,7 @@ of a method. Inside `data_parallel` all functions here act on this worker's grou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -97,7 +97,7 @@ def world() -> ProcessGroup:
 
 
 def data_group() -> ProcessGroup:
-    """Return the workers that share the rows of a batch: all, or those that `data_parallel` has named."""
+    """Return the workers that share the rows of a batch, and this one's rank: all, or those of `data_parallel`."""
     return _data_group[-1] if _data_group else world()
 
 
@@ -137,21 +137,15 @@ class DeviceMesh:
         width = everyone.size // head_parts
         along_data = [range(start, start + width) for start in range(0, everyone.size, width)]
         along_heads = [range(place, everyone.size, width) for place in range(width)]
-        return cls(_own_group(along_data, everyone), _own_group(along_heads, everyone))
-
-
-def _own_group(groups: Sequence[Sequence[int]], everyone: ProcessGroup) -> ProcessGroup:
-    """Return the group with this worker; torch wants every worker to create every group."""
-    if len(groups) == 1:
-        return everyone
-    if len(groups[0]) == 1:
-        return ProcessGroup()
-    own = ProcessGroup()
-    for ranks in groups:
-        group = dist.new_group(list(ranks))
-        if everyone.rank in ranks:
-            own = ProcessGroup(len(ranks), ranks.index(everyone.rank), cast(dist.ProcessGroup, group))
-    return own
+        own = []
+        for groups in (along_data, along_heads):
+            found = everyone if len(groups) == 1 else ProcessGroup()
+            for ranks in groups if 1 < len(groups) < everyone.size else ():
+                group = dist.new_group(list(ranks))  # torch wants every worker to create every group
+                if everyone.rank in ranks:
+                    found = ProcessGroup(len(ranks), ranks.index(everyone.rank), cast(dist.ProcessGroup, group))
+            own.append(found)
+        return cls(*own)
 
 
 def even_slices(total: int, parts: int) -> list[slice]:
@@ -164,21 +158,6 @@ def own_slice(total: int) -> slice:
     """Return this worker's one of the `even_slices` over the data-parallel workers."""
     group = data_group()
     return even_slices(total, group.size)[group.rank]
-
-
-def world_size() -> int:
-    """Return the number of data-parallel workers; 1 outside a process group."""
-    return data_group().size
-
-
-def rank() -> int:
-    """Return the number of this worker among the data-parallel ones, from 0."""
-    return data_group().rank
-
-
-def is_main() -> bool:
-    """Return whether this is the first of all workers, inside `data_parallel` as well."""
-    return world().rank == 0
 
 
 def all_reduce(x: Tensor) -> Tensor:
@@ -230,24 +209,10 @@ def differentiable_all_reduce(x: Tensor) -> Tensor:
     Returns:
         A tensor like `x`.
     """
-    if world_size() == 1:
+    if data_group().size == 1:
         return x
     result: Tensor = _AllReduce.apply(x)
     return result
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        lengths: list[int] = data_group().all_gather(torch.tensor(len(x), device=x.device)).tolist()
-        ctx.start, ctx.length = sum(lengths[: rank()]), len(x)
-        whole = x.new_zeros((sum(lengths), *x.shape[1:]))
-        whole[ctx.start : ctx.start + ctx.length] = x
-        return all_reduce(whole)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return all_reduce(grads[0])[ctx.start : ctx.start + ctx.length]
 
 
 def differentiable_all_gather(x: Tensor) -> Tensor:
@@ -259,10 +224,14 @@ def differentiable_all_gather(x: Tensor) -> Tensor:
     Returns:
         A tensor like `x` with the rows of all workers, the same bits on every worker.
     """
-    if world_size() == 1:
+    group = data_group()
+    if group.size == 1:
         return x
-    result: Tensor = _AllGather.apply(x)
-    return result
+    # Each worker's rows at their place among zeros: the concatenation is a sum.
+    lengths: list[int] = group.all_gather(torch.tensor(len(x), device=x.device)).tolist()
+    before, after = sum(lengths[: group.rank]), sum(lengths[group.rank + 1 :])
+    parts = [x.new_zeros((before, *x.shape[1:])), x, x.new_zeros((after, *x.shape[1:]))]
+    return differentiable_all_reduce(torch.cat(parts))
 
 
 def barrier() -> None:

@@ -15,7 +15,7 @@ X = torch.arange(12, dtype=torch.float64).reshape(4, 3) / 7
 
 def test_one_worker_changes_nothing():
     x = torch.ones(2, requires_grad=True)
-    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.data_group() == distributed.world() == distributed.ProcessGroup(1, 0)
     assert distributed.all_reduce(x) is x
     assert distributed.differentiable_all_reduce(x) is x
     assert distributed.differentiable_all_gather(x) is x
@@ -42,7 +42,8 @@ def _weight() -> nn.Parameter:
 
 def _on_half(rank: int, world: int) -> dict[str, Any]:
     own = torch.tensor([rank + 1.0])
-    found: dict[str, Any] = {"place": (distributed.rank(), distributed.world_size())}
+    group = distributed.data_group()
+    found: dict[str, Any] = {"place": (group.rank, group.size)}
     found |= {"sum": distributed.all_reduce(own), "own": own}
     found["first"] = distributed.data_group().broadcast(own)
     # 1. A loss through the sum over workers: its value and its averaged gradient.
@@ -93,7 +94,8 @@ def _in_meshes(rank: int, world: int) -> dict[str, Any]:
     number = torch.tensor(rank)
     found: dict[str, Any] = {"all": distributed.all_reduce(number)}
     with distributed.data_parallel(mesh.data):
-        found["place"] = (distributed.rank(), distributed.world_size(), distributed.is_main(), distributed.own_slice(6))
+        group = distributed.data_group()
+        found["place"] = (group.rank, group.size, distributed.world().rank, distributed.own_slice(6))
         found["data"], found["world"] = distributed.all_reduce(number), distributed.world().all_reduce(number)
         found["first"] = distributed.data_group().broadcast(number)
         distributed.barrier()
@@ -106,7 +108,7 @@ def _in_meshes(rank: int, world: int) -> dict[str, Any]:
 def test_four_workers_in_a_mesh():
     for rank, found in enumerate(on_workers(4, _in_meshes)):
         assert found["all"] == found["world"] == 6
-        assert found["place"] == (rank % 2, 2, rank == 0, slice(3 * (rank % 2), 3 * (rank % 2) + 3))
+        assert found["place"] == (rank % 2, 2, rank, slice(3 * (rank % 2), 3 * (rank % 2) + 3))
         assert found["data"] == (1 if rank < 2 else 5)
         assert found["first"] == 2 * (rank // 2)
         assert found["heads"].tolist() == [rank % 2, rank % 2 + 2]

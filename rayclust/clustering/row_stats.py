@@ -89,7 +89,7 @@ def compute(blocks: Blocks, metric: Metric, weights: Tensor | None = None) -> Ro
 
         return compute(unit_blocks, "cosine", weights)
     counts = distributed.data_group().all_gather(torch.tensor([own], device=total.device))
-    count, first = int(counts.sum()), int(counts[: distributed.rank()].sum())
+    count, first = int(counts.sum()), int(counts[: distributed.data_group().rank].sum())
     if count == 0:
         raise DataError("rows = 0: k-means needs at least one")
     # 3. Moments.

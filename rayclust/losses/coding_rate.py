@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.errors import ShapeError
+from rayclust.kernels.pair_softmax import accum_dtype
 
 GROUP_OFFSET = 1e-8
 """Added to every t_j, as published."""
@@ -81,7 +81,7 @@ def coding_rate(z: Tensor, distortion: float) -> Tensor:
     Source: arXiv 2006.08558, R(Z, ε), with `distortion` = ε².
     """
     require_matrix(z, "z")
-    z = z if z.dtype == torch.float64 else z.float()
+    z = z.to(accum_dtype(z.dtype))
     count, width = z.shape
     if count < width:  # ZZᵀ has the same determinant
         z = z.T
@@ -356,18 +356,12 @@ def pack_form(rectangles: Tensor, first: Tensor, across: Tensor, last: Tensor) -
         last: A₂₂.
     """
     half = rectangles.shape[1]
-    doubled = _doubled_upper(half, rectangles.dtype, rectangles.device)
+    ones = torch.ones_like(rectangles[0, :, :half])
+    doubled = ones.triu() + ones.triu(1)  # 1 on the diagonal, 2 above, 0 below
     torch.mul(last, doubled.mT, out=rectangles[:, :, :half])
     rectangles[:, :, half].zero_()
     rectangles[:, :, 1 : half + 1].addcmul_(first, doubled)
     torch.mul(across, 2.0, out=rectangles[:, :, half + 1 :])
-
-
-@lru_cache(8)
-def _doubled_upper(half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return 1 on the diagonal, 2 above, 0 below: Float[k k]."""
-    ones = torch.ones(half, half, dtype=dtype, device=device)
-    return ones.triu() + ones.triu(1)
 
 
 # Inverses and log-determinants by halves: with the Schur complement S = C − Bᵀ A⁻¹ B of [[A, B], [Bᵀ, C]] the

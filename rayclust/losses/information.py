@@ -15,7 +15,7 @@ Source: arXiv 2303.17896 (TEMI, PMI, WMI), arXiv 2005.12320 (SCAN).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -79,13 +79,10 @@ class LastLayer:
         out = direction.new_empty((len(direction), columns, direction.shape[2]), dtype=self.dtype)
         return scaled_rows(direction, self.scale[heads], 1.0 / self.temperature, out)
 
-    def rows(self, heads: slice, rows: slice) -> Tensor:
-        """Return Compute[h V·b I], the unit rows of a chunk."""
-        return self.units[heads, :, rows].to(self.dtype).flatten(1, 2)
-
-    def logits(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """Return Compute[h V b P] from weights Compute[h P I] and rows Compute[h V·b I]."""
-        return torch.bmm(rows, weights.mT).view(len(rows), self.units.shape[1], -1, weights.shape[1])
+    def logits(self, weights: Tensor, heads: slice = slice(None), rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Return the logits of a chunk, Compute[h V b P], by weights Compute[h P I], and its rows, Compute[h V·b I]."""
+        units = self.units[heads, :, rows].to(self.dtype).flatten(1, 2)
+        return torch.bmm(units, weights.mT).view(len(units), self.units.shape[1], -1, weights.shape[1]), units
 
     def chunks(self, max_bytes: int) -> tuple[list[slice], list[slice]]:
         """Return slices of heads and of rows such that logits of one of each take at most `max_bytes` if possible."""
@@ -96,7 +93,7 @@ class LastLayer:
     def log_probabilities(self) -> Tensor:
         """Return Accum[H V B K] of the whole batch at once, with gradient in rows and layers."""
         weights = functional.normalize(self.direction, dim=-1) * (self.scale / self.temperature)[..., None]
-        return log_probabilities(self.logits(weights.to(self.dtype), self.units.to(self.dtype).flatten(1, 2)), 1.0)
+        return log_probabilities(self.logits(weights.to(self.dtype))[0], 1.0)
 
 
 class Marginal(nn.Module):
@@ -239,7 +236,7 @@ def _teacher_forward(teacher: LastLayer) -> _TeacherPass:
     for some_heads in head_slices:
         weights = teacher.weights(some_heads)
         for some_rows in row_slices:
-            logits = teacher.logits(weights, teacher.rows(some_heads, some_rows))
+            logits, _ = teacher.logits(weights, some_heads, some_rows)
             part = pair_softmax.teacher_forward(logits, clusters)
             stats.normalizer[some_heads, :, some_rows] = part.normalizer
             stats.agreement[some_heads, some_rows] = part.agreement
@@ -270,21 +267,16 @@ class _PairLosses(torch.autograd.Function):
             teacher_weights = teacher_outputs.layer.weights(heads) if teacher_outputs.logits is None else weights
             slopes: Tensor | None = None
             for some_rows in row_slices:
-                rows = student.rows(heads, some_rows)
-                logits = student.logits(weights, rows)
+                logits, rows = student.logits(weights, heads, some_rows)
                 if teacher_outputs.logits is None:
-                    targets = teacher_outputs.layer.logits(
-                        teacher_weights, teacher_outputs.layer.rows(heads, some_rows)
-                    )
+                    targets, _ = teacher_outputs.layer.logits(teacher_weights, heads, some_rows)
                 else:
                     targets = teacher_outputs.logits.pop(0)
-                part = PairLossInputs(
-                    inputs.normalizer[heads, :, some_rows].contiguous(),
-                    inputs.log_marginal[heads],
-                    inputs.weights[heads, some_rows],
-                    inputs.beta,
-                    inputs.scale,
-                    inputs.positive,
+                part = replace(
+                    inputs,
+                    normalizer=inputs.normalizer[heads, :, some_rows].contiguous(),
+                    log_marginal=inputs.log_marginal[heads],
+                    weights=inputs.weights[heads, some_rows],
                 )
                 losses[heads] += pair_softmax.student_forward_backward(logits, targets, part, wants)
                 if wants:  # the logits are now their gradient

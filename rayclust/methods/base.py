@@ -6,7 +6,9 @@ what is declared here. What only some methods can do are protocols that callers 
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
@@ -15,7 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from rayclust import distributed
 from rayclust.settings import Config
+
+logger = logging.getLogger(__name__)
 
 NO_NEIGHBOR = -1
 """Neighbour number that stands behind the last neighbour of a row that has fewer than M."""
@@ -167,13 +172,10 @@ class Batch:
 class Rows(Protocol):
     """The rows of a run in one space, as a worker sees them."""
 
-    @property
-    def count(self) -> int:
-        """N."""
-
-    @property
-    def dimension(self) -> int:
-        """D."""
+    count: int
+    """N."""
+    dimension: int
+    """D."""
 
     def tensor(self) -> Tensor:
         """Return all rows, Float[N D]."""
@@ -202,31 +204,118 @@ class Source(Protocol):
         """
 
 
-class Trainer(Protocol):
-    """Fits a method by gradient; keeps metrics and checkpoints, also for methods that fit themselves."""
+class CheckpointStore(Protocol):
+    """Keeps checkpoints of one training."""
 
-    seed: int
-    device: torch.device
-    history: list[dict[str, Any]]
-    """Every row of metrics reported so far, those before a resume included."""
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keep a checkpoint; called by every worker at the same step with equal content, so that the first may write.
+
+        Args:
+            step: steps done.
+            tensors: on the CPU, contiguous, sharing no memory with the training.
+            state: JSON.
+        """
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest whole checkpoint, the same on every worker, or None."""
+
+
+@dataclass(frozen=True)
+class CheckpointInterval:
+    """Time between two checkpoints, by whichever count comes first; the end of a training is always kept."""
+
+    epochs: int | None = 1
+    """Epochs between two; None does not count them."""
+    seconds: float | None = None
+    """Seconds between two, looked at every few steps; None has no clock."""
+
+
+class BaseTrainer:
+    """Metrics and checkpoints of a fit, also of methods that fit themselves; a subclass adds the fit by gradient.
+
+    Args:
+        seed: of order, neighbours and all other chance.
+        device: where the method and its batches live.
+        on_row: takes each epoch's row of metrics, on every worker.
+        store: keeps checkpoints; None keeps none.
+        every: when checkpoints are due.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device | str = "cpu",
+        on_row: Callable[[dict[str, Any]], None] | None = None,
+        store: CheckpointStore | None = None,
+        every: CheckpointInterval | None = None,
+    ) -> None:
+        self.seed, self.device = seed, torch.device(device)
+        self.store, self.every = store, every or CheckpointInterval()
+        self.history: list[dict[str, Any]] = []
+        """Every row reported so far, those before a resume included."""
+        self._on_row = on_row
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        self._saved = self._started
 
     def fit(self, method: Method, data: Rows | Source, start: Callable[[], None] | None = None) -> None:
-        """Run all steps of the method's plan; `start` is called before the first one, and not on a resume."""
+        """Run all steps of the method's plan.
+
+        Args:
+            method: to be trained.
+            data: the rows of the only space, or a source of batches.
+            start: called before the first step, and not on a resume.
+        """
+        raise NotImplementedError
 
     def report(self, row: dict[str, Any]) -> None:
         """Take one row of metrics: numbers, and lists of numbers."""
+        self.history.append(row)
+        logger.debug("epoch %d, step %d: loss %.4g, %.1f s", row["epoch"], row["step"], row["loss"], row["seconds"])
+        if self._on_row is not None:
+            self._on_row(row)
 
     def seconds(self) -> float:
         """Return the seconds of this fit so far, those before a resume included."""
-
-    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return tensors and state of the newest checkpoint, if any, and take back its history and seconds."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def is_due(self, epochs: int | None) -> bool:
-        """Return whether a checkpoint is due after so many epochs; None within one. Called by all workers together."""
+        """Return whether a checkpoint is due; called by all workers together.
+
+        Args:
+            epochs: done so far; None within an epoch.
+        """
+        if self.store is None:
+            return False
+        if epochs is not None and self.every.epochs is not None and epochs % self.every.epochs == 0:
+            return True
+        if self.every.seconds is None:
+            return False
+        everyone = distributed.world()
+        due = everyone.rank == 0 and time.monotonic() - self._saved >= self.every.seconds  # one clock for all
+        return bool(everyone.all_reduce(torch.tensor(int(due), device=self.device)))
 
     def save(self, step: int, tensors: dict[str, Tensor], **state: Any) -> None:
-        """Keep a checkpoint with history and seconds; called by all workers with equal content."""
+        """Keep a checkpoint with history and seconds; called by all workers with equal content.
+
+        Args:
+            step: steps done.
+            tensors: on any device; copied.
+            state: JSON.
+        """
+        if self.store is None:
+            return
+        copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+        self.store.save(step, copies, {**state, "step": step, "seconds": self.seconds(), "history": self.history})
+        self._saved = time.monotonic()
+
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest checkpoint's tensors and state, if any, and take back its history and seconds."""
+        checkpoint = self.store.latest() if self.store is not None else None
+        self._started = self._saved = time.monotonic()
+        if checkpoint is not None:
+            self._seconds_before = float(checkpoint[1]["seconds"])
+            self.history[:] = checkpoint[1]["history"]
+        return checkpoint
 
 
 @dataclass(frozen=True)
@@ -319,7 +408,7 @@ class Method(nn.Module):
         """Return probabilities of the clusters: Float[B D] to Float[B K], rows sum to 1."""
         raise NotImplementedError
 
-    def fit(self, rows: Rows, trainer: Trainer) -> None:
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Fit the method to the rows; by gradient unless overridden.
 
         Args:
@@ -358,9 +447,8 @@ class Method(nn.Module):
 class Transform(Protocol):
     """A method that learns a space of its own."""
 
-    @property
-    def width(self) -> int:
-        """d, the width of its rows."""
+    width: int
+    """d, the width of its rows."""
 
     def transform(self, x: Tensor) -> Tensor:
         """Map rows into the method's space: Float[B D] to unit rows Float[B d]."""

@@ -8,7 +8,6 @@ number are running batch-norm statistics at inference, taken over all rows, and 
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -23,10 +22,11 @@ from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.clustering import spectral
 from rayclust.clustering.spectral import Spectral, SpectralOptions
-from rayclust.errors import ArtefactError
+from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.losses.coding_rate import CompressionOptions, coding_rate, compression_rate, membership_energy
-from rayclust.methods.base import Batch, Method, MethodState, Plan, Rows, TrainedConfig, Trainer
+from rayclust.methods.base import BaseTrainer, Batch, MethodState, Plan, Rows, TrainedConfig
 from rayclust.methods.heads import StackedNorm, matmul_dtype
+from rayclust.methods.spectral import SpectralMethod
 
 __all__ = ["Cpp", "CppConfig", "CppNetwork"]
 
@@ -165,11 +165,6 @@ class CppConfig(TrainedConfig):
         """Number of the step after which the cluster head is copied; −1 where there is none."""
         return self.expansion_steps - (0 if self.extra_expansion_step else 1)
 
-    @property
-    def compression(self) -> CompressionOptions:
-        """Memory and truncation of R_c."""
-        return CompressionOptions(int(self.memory_gib * 2**30), self.top_entries)
-
 
 class CppNetwork(nn.Module):
     """Linear → BatchNorm → ReLU → Linear → ReLU, then Linear → unit rows for features and, with two heads, for codes.
@@ -209,12 +204,11 @@ class CppNetwork(nn.Module):
             Unit rows Float[B d] each, in float32 or wider.
         """
         x = self._affine(self.first, x, training)
-        x = functional.relu(self.norm(_wide(x)[None], training)[0])
+        x = functional.relu(self.norm(x.to(accum_dtype(x.dtype))[None], training)[0])
         x = functional.relu(self._affine(self.second, x, training))
-        z = functional.normalize(_wide(self._affine(self.features, x, training)), dim=1)
-        if self.codes is None:
-            return z, z
-        return z, functional.normalize(_wide(self._affine(self.codes, x, training)), dim=1)
+        heads = [self._affine(head, x, training) for head in (self.features, self.codes) if head is not None]
+        units = [functional.normalize(y.to(accum_dtype(y.dtype)), dim=1) for y in heads]
+        return units[0], units[-1]
 
     def _affine(self, layer: nn.Linear, x: Tensor, training: bool) -> Tensor:
         if not training:
@@ -288,11 +282,7 @@ class CppNetwork(nn.Module):
         self.norm.running_var.copy_(variance[None])
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class Cpp(Method):
+class Cpp(SpectralMethod):
     """CPP on rows of width `dimension`.
 
     Args:
@@ -309,17 +299,11 @@ class Cpp(Method):
     def __init__(self, config: CppConfig, dimension: int, count: int, seed: int) -> None:
         config = config.resolved(count)
         super().__init__(config, dimension, count, seed)
-        self.plan = Plan.of(config, count)
+        self.plan, self.width = Plan.of(config, count), config.width
         self.scales_loss = config.precision == "fp16"
         self.network = CppNetwork(config, dimension, seed)
-        self.spectral: Spectral | None = None
         # Sum of losses and steps of the unfinished window of `patience`, and the mean of the last whole one.
         self.register_buffer("progress", torch.tensor([0.0, 0.0, math.inf], dtype=torch.float64))
-
-    @property
-    def width(self) -> int:
-        """d, the width of z."""
-        return self.config.width
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute −R during expansion and L after it, of all workers' rows.
@@ -340,7 +324,8 @@ class Cpp(Method):
         membership = spectral.membership(codes, config.temperature, config.half_steps)
         # Each worker takes its columns of Π; R_c and the energy are sums over columns.
         own = membership[:, distributed.own_slice(len(z))]
-        terms = torch.stack([compression_rate(z, own, config.distortion, config.compression), membership_energy(own)])
+        options = CompressionOptions(int(config.memory_gib * 2**30), config.top_entries)
+        terms = torch.stack([compression_rate(z, own, config.distortion, options), membership_energy(own)])
         compressed, energy = distributed.differentiable_all_reduce(terms)
         loss = -rate + config.compression_weight * compressed + config.membership_weight * energy
         return {"loss": loss, "rate": rate, "compressed": compressed, "energy": energy}
@@ -379,17 +364,15 @@ class Cpp(Method):
             self.progress.copy_(torch.tensor([total, steps, before], dtype=torch.float64))
         return terms
 
-    def fit(self, rows: Rows, trainer: Trainer) -> None:
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Train the network and cut all rows' membership into clusters."""
         clusters, principal = self.config.clusters, self.config.start == "principal"
         trainer.fit(self, rows, start=(lambda: self.network.start_from_principal(rows.blocks)) if principal else None)
         self.network.recompute_running_moments(rows.blocks)
-
-        def codes() -> Iterator[Tensor]:
-            for block in rows.blocks():
-                yield self._infer(block)[1]
-
-        self.spectral = spectral.partition(codes, clusters, self._spectral_options(), self.seed).cut(clusters)
+        fitted = spectral.partition(
+            lambda: (self._infer(block)[1] for block in rows.blocks()), clusters, self._spectral_options(), self.seed
+        )
+        self.partition = fitted.cut(clusters)
         logger.info("spectral clusters: %d of %d rows", clusters, self.count)
 
     def _spectral_options(self) -> SpectralOptions:
@@ -418,42 +401,22 @@ class Cpp(Method):
 
     def predict_proba(self, x: Tensor) -> Tensor:
         """Return probabilities of the clusters: Float[B D] to Float[B K]; each row's depend on it alone."""
-        return self._partition().assign(self._infer(x)[1], self.config.clusters)
+        return self.fitted().assign(self._infer(x)[1], self.config.clusters)
 
     def prototypes(self) -> Tensor:
         """Return the clusters' centres among the membership's eigenvectors: unit rows Float[K K]."""
         clusters = self.config.clusters
-        return functional.normalize(self._partition().centers[clusters][:clusters], dim=1)
-
-    def recut(self, clusters: int, seed: int | None = None) -> Cpp:
-        """Return the same network and eigenvectors cut into another number of clusters, or from another seed.
-
-        Args:
-            clusters: K, at most that of the fit.
-            seed: of the k-means of the eigenvectors' rows; None takes that of the fit.
-
-        Raises:
-            ConfigError: it was fitted for fewer.
-        """
-        other = copy.copy(self)
-        other.spectral = self._partition().cut(clusters, seed)
-        other.config = self.config.model_copy(update={"clusters": clusters})
-        return other
-
-    def _partition(self) -> Spectral:
-        if self.spectral is None:
-            raise ArtefactError("method = cpp: has no clusters yet, fit it first")
-        return self.spectral
+        return functional.normalize(self.fitted().centers[clusters][:clusters], dim=1)
 
     def state(self) -> MethodState:
         """Return network and spectral partition."""
         tensors = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-        tensors |= {SPECTRAL + name: value for name, value in self._partition().tensors().items()}
-        tensors["seed"] = torch.tensor(self._partition().seed)
+        tensors |= {SPECTRAL + name: value for name, value in self.fitted().tensors().items()}
+        tensors["seed"] = torch.tensor(self.fitted().seed)
         return MethodState(self._settings(), tensors)
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.seed = int(tensors.pop("seed"))
         partition = {n.removeprefix(SPECTRAL): value for n, value in tensors.items() if n.startswith(SPECTRAL)}
         self.network.load_state_dict({n: value for n, value in tensors.items() if not n.startswith(SPECTRAL)})
-        self.spectral = Spectral.from_tensors(partition, self._spectral_options(), self.seed)
+        self.partition = Spectral.from_tensors(partition, self._spectral_options(), self.seed)

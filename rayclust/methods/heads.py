@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.distributed import all_reduce, differentiable_all_reduce
+from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.losses.information import LastLayer
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -190,12 +191,6 @@ class Heads(nn.Module):
         units = bottleneck.view(len(bottleneck), len(x), -1, bottleneck.shape[2])
         return LastLayer(units, self.direction, self.scale, temperature, dtype)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Return the input of the bottleneck's linear layer: Float[R D] to Float[H R 512]; for one layer the rows."""
-        if len(self.weights) == 1:
-            return x.expand(self.shape.heads, *x.shape)
-        return self._hidden(x, False, slice(None), x.dtype)
-
     def is_decayed(self, name: str) -> bool:
         """Return whether weight decay acts on a parameter: on matrices and g (as published), not on biases, norms."""
         return not name.startswith(("biases.", "norms."))
@@ -204,18 +199,25 @@ class Heads(nn.Module):
         """Return unit rows, Float[H R 256] in float32 or wider, and the dtype of the products."""
         require_matrix(x, "x", self.shape.dimension)
         dtype = matmul_dtype(self.precision, x) if training else x.dtype
-        x = self._hidden(x, training, heads, dtype)
+        x = self.hidden(x, training, heads, dtype)
         x = stacked_affine(x, self.weights[-1][heads], self.biases[-1][heads], dtype)
         if self.shape.final_gelu:
             x = functional.gelu(x)
-        return functional.normalize(x if dtype == torch.float64 else x.float(), dim=-1), dtype
+        return functional.normalize(x.to(accum_dtype(dtype)), dim=-1), dtype
 
-    def _hidden(self, x: Tensor, training: bool, heads: slice, dtype: torch.dtype) -> Tensor:
-        """Apply all layers before the bottleneck's: linear, batch norm if any, GELU, dropout if any."""
+    def hidden(
+        self, x: Tensor, training: bool = False, heads: slice = slice(None), dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Apply all layers before the bottleneck's: linear, batch norm if any, GELU, dropout if any.
+
+        Returns:
+            Float[H R 512] for Float[R D], in `dtype` or as the rows; where there are no such layers, the rows.
+        """
+        dtype = dtype or x.dtype
         for layer in range(len(self.weights) - 1):
             x = stacked_affine(x, self.weights[layer][heads], self.biases[layer][heads], dtype)
             if self.shape.batch_norm:
-                x = self.norms[layer](x if x.dtype == torch.float64 else x.float(), training, heads).to(x.dtype)
+                x = self.norms[layer](x.to(accum_dtype(x.dtype)), training, heads).to(x.dtype)
             x = functional.gelu(x)
             if self.shape.dropout:
                 x = functional.dropout(x, self.shape.dropout, training)

@@ -14,7 +14,7 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import compute
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import BaseMethodConfig, Method, Rows, Trainer
+from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows
 
 
 class KMeansConfig(kmeans.KMeansOptions, BaseMethodConfig):
@@ -49,7 +49,7 @@ class KMeans(Method):
         self.register_buffer("centers", torch.zeros(config.clusters, dimension))
         self.register_buffer("inertia", torch.zeros((), dtype=torch.float64))
 
-    def fit(self, rows: Rows, trainer: Trainer) -> None:
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Run Lloyd's passes over all workers' rows, from the newest checkpoint if there is one.
 
         Reports a row of metrics after each pass, of the restart that is best so far.

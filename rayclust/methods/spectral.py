@@ -6,8 +6,7 @@ The baseline beside CPP: what its membership finds in features that no rate redu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -17,7 +16,7 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import spectral
 from rayclust.clustering.spectral import Spectral, SpectralOptions, unit
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Rows, Trainer
+from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, MethodState, Rows
 
 
 class SpectralConfig(SpectralOptions, BaseMethodConfig):
@@ -33,7 +32,31 @@ class SpectralConfig(SpectralOptions, BaseMethodConfig):
         return SpectralOptions.model_validate(self.model_dump(include=set(SpectralOptions.model_fields)))
 
 
-class SpectralClustering(Method):
+class SpectralMethod(Method):
+    """A method whose clusters are a spectral partition of its rows or of codes of them."""
+
+    partition: Spectral | None = None
+    """Set by a fit."""
+
+    def fitted(self) -> Spectral:
+        """Return the partition.
+
+        Raises:
+            ArtefactError: the method was not fitted.
+        """
+        if self.partition is None:
+            raise ArtefactError(f"method = {self.config.name}: has no clusters yet, fit it first")
+        return self.partition
+
+    def recut(self, clusters: int, seed: int | None = None) -> Self:
+        """Return the same eigenvectors cut into another number of clusters, or from another seed; see `Recuttable`."""
+        other = copy.copy(self)
+        other.partition = self.fitted().cut(clusters, seed)
+        other.config = self.config.model_copy(update={"clusters": clusters})
+        return other
+
+
+class SpectralClustering(SpectralMethod):
     """Spectral clustering of rows of width `dimension`.
 
     Args:
@@ -46,19 +69,13 @@ class SpectralClustering(Method):
     config_type = SpectralConfig
     config: SpectralConfig
 
-    def __init__(self, config: SpectralConfig, dimension: int, count: int, seed: int) -> None:
-        super().__init__(config, dimension, count, seed)
-        self.partition: Spectral | None = None
-
-    def fit(self, rows: Rows, trainer: Trainer) -> None:
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Solve one eigenproblem, on the trainer's device."""
-
-        def blocks() -> Iterator[Tensor]:
-            for block in rows.blocks():
-                yield block.to(trainer.device)
-
-        clusters = self.config.clusters
-        self.partition = spectral.partition(blocks, clusters, self.config.options(), self.seed).cut(clusters)
+        clusters, device = self.config.clusters, trainer.device
+        fitted = spectral.partition(
+            lambda: (block.to(device) for block in rows.blocks()), clusters, self.config.options(), self.seed
+        )
+        self.partition = fitted.cut(clusters)
 
     @torch.no_grad()
     def membership(self, x: Tensor) -> Tensor:
@@ -69,25 +86,13 @@ class SpectralClustering(Method):
     def predict_proba(self, x: Tensor) -> Tensor:
         """Return Float[B K] for Float[B D], rows sum to 1; each row's depend on it alone."""
         require_matrix(x, "x", self.dimension)
-        return self._fitted().assign(x, self.config.clusters)
-
-    def recut(self, clusters: int, seed: int | None = None) -> SpectralClustering:
-        """Return the same eigenvectors cut into another number of clusters, or from another seed."""
-        other = copy.copy(self)
-        other.partition = self._fitted().cut(clusters, seed)
-        other.config = self.config.model_copy(update={"clusters": clusters})
-        return other
+        return self.fitted().assign(x, self.config.clusters)
 
     def state(self) -> MethodState:
         """Return sites, eigenvectors and centres."""
-        fitted = self._fitted()
+        fitted = self.fitted()
         return MethodState(self._settings(), fitted.tensors() | {"seed": torch.tensor(fitted.seed)})
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.seed = int(tensors.pop("seed"))
         self.partition = Spectral.from_tensors(tensors, self.config.options(), self.seed)
-
-    def _fitted(self) -> Spectral:
-        if self.partition is None:
-            raise ArtefactError("method = spectral: has no clusters yet, fit it first")
-        return self.partition

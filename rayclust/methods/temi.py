@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from rayclust.errors import ConfigError
 from rayclust.losses import information
 from rayclust.losses.information import InformationOptions, Marginal, information_losses, log_probabilities
 from rayclust.methods.base import (
+    BaseTrainer,
     Batch,
     Method,
     MethodState,
@@ -32,7 +33,6 @@ from rayclust.methods.base import (
     Plan,
     Rows,
     TrainedConfig,
-    Trainer,
     cosine_schedule,
 )
 from rayclust.methods.heads import Heads, HeadShape, Precision, ema_update
@@ -154,18 +154,8 @@ class TemiConfig(TrainedConfig):
 
     def head_shape(self, dimension: int) -> HeadShape:
         """Return the sizes and parts of the heads on rows of width `dimension`."""
-        return HeadShape(
-            heads=self.heads,
-            dimension=dimension,
-            clusters=self.clusters,
-            hidden=self.hidden,
-            bottleneck=self.bottleneck,
-            layers=self.layers,
-            batch_norm=self.batch_norm,
-            dropout=self.dropout,
-            final_gelu=self.final_gelu,
-            learn_scale=self.learn_scale,
-        )
+        shared = {field.name for field in fields(HeadShape)} & TemiConfig.model_fields.keys()
+        return HeadShape(dimension=dimension, **{name: getattr(self, name) for name in shared})
 
     def layout(self, count: int, dimension: int, workers: int) -> Layout:
         """Return how workers divide the training of this resolved config.
@@ -376,12 +366,8 @@ class Cost:
     """Sent and received per step."""
     operations: float
     """Of matrix products per step."""
-
-    @property
-    def step_operations(self) -> float:
-        """Time of a step, in operations."""
-        held = self.state_bytes / (STATE_COPIES * FLOAT) * OPTIMIZER_BYTES
-        return self.operations + OPERATIONS_PER_BYTE_SENT * self.sent_bytes + OPERATIONS_PER_BYTE_HELD * held
+    step_operations: float
+    """Time of a step, in operations: those of products, of sending, and of the optimiser's memory."""
 
 
 def estimate_cost(shape: HeadShape, plan: Plan, layout: Layout, device: str = "cuda") -> Cost:
@@ -406,12 +392,16 @@ def estimate_cost(shape: HeadShape, plan: Plan, layout: Layout, device: str = "c
     last = min(heads, max(1, chunk // logits)) * shape.clusters * shape.bottleneck
     # Numbers sent: gradients and p̂ over rows, agreement over heads; a ring sends each about twice.
     ring_rows, ring_heads = (2 * (parts - 1) / parts for parts in (layout.row_parts, layout.head_parts))
+    sent = FLOAT * ((parameters + heads * shape.clusters) * ring_rows + pairs * ring_heads)
+    operations = float(heads * pairs * 4 * products)
+    held = float(parameters) * OPTIMIZER_BYTES
     return Cost(
         state_bytes=float(FLOAT * STATE_COPIES * parameters),
         logits_bytes=float(min(heads * logits, kept) + min(heads * logits, chunk)),
         passing_bytes=float((2 * NARROW + FLOAT) * last),
-        sent_bytes=FLOAT * ((parameters + heads * shape.clusters) * ring_rows + pairs * ring_heads),
-        operations=float(heads * pairs * 4 * products),
+        sent_bytes=sent,
+        operations=operations,
+        step_operations=operations + OPERATIONS_PER_BYTE_SENT * sent + OPERATIONS_PER_BYTE_HELD * held,
     )
 
 
@@ -492,7 +482,7 @@ class Temi(Method):
         super().__init__(config, dimension, count, seed)
         self.plan = Plan.of(config, count)
         self.pairing = Pairing(config.neighbors, config.noise, config.repeats)
-        layout = config.layout(count, dimension, distributed.world_size())
+        layout = config.layout(count, dimension, distributed.data_group().size)
         self._build_heads(distributed.DeviceMesh.of(layout.head_parts))
         self._momentum = config.teacher_momentum
         self.register_buffer("best_head", torch.tensor(0))
@@ -508,7 +498,7 @@ class Temi(Method):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.marginal = Marginal(shape.heads, shape.clusters, config.marginal_momentum)
 
-    def fit(self, rows: Rows, trainer: Trainer) -> None:
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Start warm, where asked for, take the plan's steps, and choose a head; then every worker holds all heads."""
         c = self.config
 

@@ -151,7 +151,7 @@ def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
     # 1. Second moments of the hidden units, and of them with the clusters, around their means; workers share the rows.
     gram, cross, mean = (x.new_zeros(shape) for shape in ((H, width, width), (H, width, K), (H, width)))
     for ids in torch.split(torch.arange(count, device=x.device)[own_slice(count)], _BLOCK):
-        units = heads.hidden(x[ids])
+        units = heads.hidden(x[ids]).expand(H, -1, -1)
         members = (labels[:, ids, None] == torch.arange(K, device=labels.device)).to(units)
         gram.baddbmm_(units.mT, units)
         cross.baddbmm_(units.mT, members)

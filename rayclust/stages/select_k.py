@@ -26,7 +26,7 @@ from rayclust.arrays import IntArray
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, RayclustError
 from rayclust.methods import build, is_recuttable
-from rayclust.methods.base import Method, Recuttable, Transform
+from rayclust.methods.base import CheckpointInterval, Method, Recuttable, Transform
 from rayclust.metrics import selection
 from rayclust.metrics.selection import Choice
 from rayclust.runtime import cluster
@@ -50,7 +50,7 @@ from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fi
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, SelectKOutputs, digest_of
 from rayclust.store.run import Run
-from rayclust.training.loop import CheckpointInterval, Trainer
+from rayclust.training.loop import Trainer
 
 REVISION = 3
 """Raised when a candidate's result changes for the same settings."""

@@ -29,7 +29,7 @@ from rayclust import distributed
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
-from rayclust.methods.base import Method
+from rayclust.methods.base import CheckpointInterval, Method
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
 from rayclust.runtime.cluster import connect, cores_per_worker, on_every_node, plain_errors, require_label, worker_range
 from rayclust.runtime.models import save_method
@@ -39,7 +39,7 @@ from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache
 from rayclust.store import manifest, storage
 from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.store.run import Run
-from rayclust.training.loop import CheckpointInterval, Trainer
+from rayclust.training.loop import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -161,12 +161,12 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     job: Job = settings["job"]
     torch.set_num_threads(settings["threads"])
     config, run = job.config, Run(job.config.run)
-    rank = distributed.rank()
+    group = distributed.data_group()
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus else "cpu"
-    rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), rank, distributed.world_size())
+    rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), group.rank, group.size)
     method = build(config.method, rows.dimension, rows.count, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
-    trackers = Trackers(config) if rank == 0 and job.stage == "train" else None
+    trackers = Trackers(config) if group.rank == 0 and job.stage == "train" else None
 
     def on_row(row: dict[str, Any]) -> None:
         settings["metrics"].report.remote(row | total)
@@ -175,13 +175,13 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
     store = StoredCheckpoints(run, job.digest)
-    trainer = Trainer(config.seed, device, on_row if rank == 0 else None, store, every)
+    trainer = Trainer(config.seed, device, on_row if group.rank == 0 else None, store, every)
     method.fit(rows, trainer)
     if trackers is not None:
         trackers.close()
     distributed.barrier()
     drop_cache(job.digest)
-    return None if rank else write_fit(run, job.folder, method, trainer.history)
+    return None if group.rank else write_fit(run, job.folder, method, trainer.history)
 
 
 def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class StoredCheckpoints:
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write on worker 0; return at once on the others."""
-        if not distributed.is_main():
+        if distributed.world().rank != 0:
             return
         data = safetensors.torch.save(tensors)
         storage.write_bytes(self._at(step, "tensors.safetensors"), data)

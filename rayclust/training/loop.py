@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build
 from rayclust.methods.base import (
     BaseMethodConfig,
+    BaseTrainer,
     Batch,
     HeadParallel,
     Method,
@@ -39,10 +39,10 @@ CLOCK_STEPS = 20
 """Steps between two looks at the clock for a checkpoint."""
 LOSS_SCALE, LOSS_SCALE_STEPS = 2.0**12, 2_000
 """Initial factor on the loss of fp16 gradients; doubles after so many finite steps, halves after another one."""
+SCALE_KEYS = ("scale", "_growth_tracker")
+"""What changes in the state of a `GradScaler`, which is empty where the loss is not scaled."""
 METHOD, OPTIMIZER, SUMS = "method.", "optimizer.", "sums."
 """Prefixes of tensors in a checkpoint."""
-
-MetricsRow = dict[str, Any]
 
 
 def learning_rate(config: TrainedConfig, plan: Plan, step: int) -> float:
@@ -187,7 +187,8 @@ class Stepper:
 
     def state(self) -> dict[str, Tensor]:
         """Return each parameter's state as "parameter.key" and the loss scale, if any; numbers become float64."""
-        state = {f"loss_scale.{key}": torch.tensor(x, dtype=torch.float64) for key, x in self._scale_state().items()}
+        scale = self._scaler.state_dict()
+        state = {f"loss_scale.{key}": torch.tensor(scale[key], dtype=torch.float64) for key in SCALE_KEYS if scale}
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:
@@ -201,7 +202,7 @@ class Stepper:
         Raises:
             ArtefactError: it is of other parameters.
         """
-        scale, positions = self._scale_state(), {name: n for n, name in enumerate(self._parameters)}
+        scale, positions = self._scaler.state_dict(), {name: n for n, name in enumerate(self._parameters)}
         nested: dict[int, dict[str, Tensor]] = {}
         for full, value in state.items():
             name, _, key = full.rpartition(".")
@@ -213,66 +214,11 @@ class Stepper:
             else:
                 nested.setdefault(positions[name], {})[key] = value
         self.optimizer.load_state_dict({"state": nested, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        if scale:
-            self._scaler.load_state_dict({**self._scaler.state_dict(), **scale})
-
-    def _scale_state(self) -> dict[str, Any]:
-        state = self._scaler.state_dict()
-        return {key: state[key] for key in ("scale", "_growth_tracker") if key in state}
+        self._scaler.load_state_dict(scale)
 
 
-class CheckpointStore(Protocol):
-    """Keeps checkpoints of one training."""
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Keep a checkpoint; called by every worker at the same step with equal content, so that the first may write.
-
-        Args:
-            step: steps done.
-            tensors: on the CPU, contiguous, sharing no memory with the training.
-            state: JSON.
-        """
-
-    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the newest whole checkpoint, the same on every worker, or None."""
-
-
-@dataclass(frozen=True)
-class CheckpointInterval:
-    """Time between two checkpoints, by whichever count comes first; the end of a training is always kept."""
-
-    epochs: int | None = 1
-    """Epochs between two; None does not count them."""
-    seconds: float | None = None
-    """Seconds between two, looked at every few steps; None has no clock."""
-
-
-class Trainer:
-    """Fits a method to rows by gradient, and keeps metrics and checkpoints of any fit.
-
-    Args:
-        seed: of order, neighbours and all other chance.
-        device: where the method and its batches live.
-        on_row: takes each epoch's row of metrics, on every worker.
-        store: keeps checkpoints; None keeps none.
-        every: when checkpoints are due.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        device: torch.device | str = "cpu",
-        on_row: Callable[[MetricsRow], None] | None = None,
-        store: CheckpointStore | None = None,
-        every: CheckpointInterval | None = None,
-    ) -> None:
-        self.seed, self.device = seed, torch.device(device)
-        self.store, self.every = store, every or CheckpointInterval()
-        self.history: list[MetricsRow] = []
-        """Every row reported so far, those before a resume included."""
-        self._on_row = on_row
-        self._seconds_before, self._started = 0.0, time.monotonic()
-        self._saved = self._started
+class Trainer(BaseTrainer):
+    """Fits methods by gradient."""
 
     def fit(self, method: Method, data: Rows | Source, start: Callable[[], None] | None = None) -> None:
         """Run the steps of the method's plan, from the latest checkpoint if there is one.
@@ -288,6 +234,7 @@ class Trainer:
             RayclustError: the loss is no longer a finite number.
         """
         devices = [self.device] if self.device.type == "cuda" else []
+        rank = distributed.data_group().rank
         with torch.random.fork_rng(devices=devices):
             stepper = Stepper(method.to(self.device))
             plan, dtype = stepper.plan, next(method.parameters()).dtype
@@ -296,14 +243,14 @@ class Trainer:
             )
             sums: dict[str, Tensor] = {}
             step = self._resume(stepper, sums)
-            batches = source.batches(plan, distributed.rank(), step or 0)
+            batches = source.batches(plan, rank, step or 0)
             if step is None and start is not None:
                 start()
                 self._started = self._saved = time.monotonic()
             logger.info("training: %d steps of %d rows from step %d", plan.steps, plan.batch_size, step or 0)
             method.train()
             for batch in () if method.stop else batches:
-                torch.manual_seed(derive_seed(self.seed, STEP_STREAM, batch.step, distributed.rank()))
+                torch.manual_seed(derive_seed(self.seed, STEP_STREAM, batch.step, rank))
                 for name, value in stepper.step(batch).items():
                     if name not in sums:
                         sums[name] = torch.zeros_like(value, dtype=torch.float64)
@@ -324,7 +271,7 @@ class Trainer:
         """Average the epoch's metrics over steps and workers, and report them."""
         method, plan = stepper.method, stepper.plan
         steps = step - epoch * plan.steps_per_epoch
-        divisor = steps * distributed.world_size()
+        divisor = steps * distributed.data_group().size
         means = {name: distributed.all_reduce(sums[name]) / divisor for name in sorted(sums)}
         if isinstance(method, HeadParallel):
             means = method.gather_state(means)
@@ -340,55 +287,6 @@ class Trainer:
                 f"training loss = {row['loss']} in epoch {epoch}: lower learning_rate or use precision: fp32"
             )
 
-    def report(self, row: MetricsRow) -> None:
-        """Take one row of metrics: numbers, and lists of numbers."""
-        self.history.append(row)
-        logger.debug("epoch %d, step %d: loss %.4g, %.1f s", row["epoch"], row["step"], row["loss"], row["seconds"])
-        if self._on_row is not None:
-            self._on_row(row)
-
-    def seconds(self) -> float:
-        """Return the seconds of this fit so far, those before a resume included."""
-        return self._seconds_before + time.monotonic() - self._started
-
-    def is_due(self, epochs: int | None) -> bool:
-        """Return whether a checkpoint is due; called by all workers together.
-
-        Args:
-            epochs: done so far; None within an epoch.
-        """
-        if self.store is None:
-            return False
-        if epochs is not None and self.every.epochs is not None and epochs % self.every.epochs == 0:
-            return True
-        if self.every.seconds is None:
-            return False
-        due = distributed.is_main() and time.monotonic() - self._saved >= self.every.seconds  # one clock for all
-        return bool(distributed.world().all_reduce(torch.tensor(int(due), device=self.device)))
-
-    def save(self, step: int, tensors: dict[str, Tensor], **state: Any) -> None:
-        """Keep a checkpoint with history and seconds; called by all workers with equal content.
-
-        Args:
-            step: steps done.
-            tensors: on any device; copied.
-            state: JSON.
-        """
-        if self.store is None:
-            return
-        copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
-        self.store.save(step, copies, {**state, "step": step, "seconds": self.seconds(), "history": self.history})
-        self._saved = time.monotonic()
-
-    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the newest checkpoint's tensors and state, if any, and take back its history and seconds."""
-        checkpoint = self.store.latest() if self.store is not None else None
-        self._started = self._saved = time.monotonic()
-        if checkpoint is not None:
-            self._seconds_before = float(checkpoint[1]["seconds"])
-            self.history[:] = checkpoint[1]["history"]
-        return checkpoint
-
     def _save(self, stepper: Stepper, step: int, sums: dict[str, Tensor]) -> None:
         """Keep a training of all heads: the same content however workers divide it."""
         if self.store is None:
@@ -402,7 +300,7 @@ class Trainer:
                 prefix, _, own = name.partition(".")
                 whole = method.gather_state({own: tensors[name].detach()})[own]
                 tensors[f"{prefix}.{own}"] = whole.to("cpu")
-        self.save(step, tensors, workers=distributed.world_size(), stop=method.stop)
+        self.save(step, tensors, workers=distributed.data_group().size, stop=method.stop)
 
     def _resume(self, stepper: Stepper, sums: dict[str, Tensor]) -> int | None:
         """Put the newest checkpoint back, if any: method, optimiser and an unfinished epoch's sums; return its step."""
@@ -426,9 +324,9 @@ class Trainer:
             ) from error
         stepper.load(part(OPTIMIZER))
         method.stop = bool(state["stop"])
-        if distributed.rank() == 0:
+        if distributed.data_group().rank == 0:
             # Weights of W workers add up to W means: sums of more or fewer workers are scaled to this number.
-            scale = distributed.world_size() / state["workers"]
+            scale = distributed.data_group().size / state["workers"]
             sums.update({name: total.to(self.device) * scale for name, total in part(SUMS).items()})
         return int(state["step"])
 

@@ -29,8 +29,8 @@ MEMORY_FRACTION = 0.5
 """Part of the free memory, a GPU's or a worker's part of the node's, that one tensor may take."""
 
 _MASK = (1 << 64) - 1
-_WEYL = 0x9E3779B97F4A7C15
-_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_WEYL = 0x9E3779B97F4A7C15 - 2**64  # signed, as tensors hold 64 bits
+_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
@@ -53,24 +53,20 @@ def row_hash(seed: int, rows: Tensor) -> Tensor:
     """Return a random number for each row, the same whatever other rows stand beside it.
 
     Args:
-        seed: of the stream.
+        seed: of the stream, of at most 63 bits.
         rows: Int64[B].
 
     Returns:
         Int64[B], uniform in [0, 2³¹).
     """
 
-    def signed(number: int) -> int:
-        """Return the same 64 bits as the signed number that tensors hold."""
-        return number - (1 << 64) if number >= 1 << 63 else number
-
     def shifted(x: Tensor, bits: int) -> Tensor:
         """Shift to the right with zeros; torch repeats the sign."""
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
-    z = rows * signed(_WEYL) + signed(seed)
+    z = rows * _WEYL + seed
     for shift, multiplier in _MULTIPLIERS:
-        z = (z ^ shifted(z, shift)) * signed(multiplier)
+        z = (z ^ shifted(z, shift)) * multiplier
     return shifted(z ^ shifted(z, 31), 33)
 
 
@@ -187,7 +183,7 @@ class RowSource:
         Raises:
             ConfigError: there are more workers than rows in a batch.
         """
-        workers = distributed.world_size()
+        workers = distributed.data_group().size
         if plan.batch_size < workers:
             raise ConfigError(f"workers = {workers}: a batch has only {plan.batch_size} rows, use no more workers")
         return self._batches(plan, rank, workers, start)

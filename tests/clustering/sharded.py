@@ -58,9 +58,9 @@ def moved(x: Tensor, centers: Tensor, block: int = 100) -> tuple[Tensor, Tensor]
 
 def own(x: Tensor, split: int) -> Tensor:
     """This worker's rows: the first `split` on the first of two workers."""
-    if distributed.world_size() == 1:
+    if distributed.data_group().size == 1:
         return x
-    return x[:split] if distributed.rank() == 0 else x[split:]
+    return x[:split] if distributed.data_group().rank == 0 else x[split:]
 
 
 def fits() -> dict[str, Any]:
@@ -84,7 +84,7 @@ def relocated() -> list[Tensor]:
 def statistics() -> list[Any]:
     rows = own(planted(50, 3), 20)
     stats = row_stats.compute(lambda: rows.split(4), "euclidean")
-    assert stats.first == 20 * distributed.rank()
+    assert stats.first == 20 * distributed.data_group().rank
     gathered = row_stats.gather_rows(stats, torch.tensor([0, 3, 19, 20, 49]))
     return [stats.count, stats.origin, stats.scatter, stats.variance, gathered]
 

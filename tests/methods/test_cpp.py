@@ -13,7 +13,7 @@ from torch import nn
 from rayclust.clustering import spectral
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.losses.coding_rate import coding_rate
-from rayclust.methods import build, load
+from rayclust.methods import build, cpp, load
 from rayclust.methods.base import EMBEDDINGS, Batch, Membership, Plan, Prototypes, Recuttable, Transform
 from rayclust.methods.cpp import Cpp, CppConfig, CppNetwork
 from rayclust.metrics.external import accuracy
@@ -34,11 +34,6 @@ def test_written_keys_win_over_the_preset():
 def test_half_steps_are_odd():
     with pytest.raises(ValidationError, match="half_steps = 4: must be odd"):
         CppConfig(clusters=2, half_steps=4)
-
-
-def test_memory_and_truncation_reach_the_compression_term():
-    options = CppConfig(clusters=2, memory_gib=0.5, top_entries=7).compression
-    assert (options.memory, options.top) == (2**29, 7)
 
 
 @pytest.mark.parametrize(("preset", "count", "wanted"), [
@@ -182,6 +177,13 @@ def test_workers_with_unequal_shares_train_as_one_does():
                 assert found[part].keys() == wanted[part].keys()
                 for name, tensor in wanted[part].items():
                     torch.testing.assert_close(found[part][name], tensor, rtol=0, atol=1e-9, msg=f"{part} {name}")
+
+
+def test_memory_and_truncation_reach_the_compression_term(monkeypatch: pytest.MonkeyPatch):
+    found = []
+    monkeypatch.setattr(cpp, "compression_rate", lambda z, *others: found.append(others[-1]) or z.sum())
+    method(memory_gib=0.5, top_entries=7).training_step(batch(2))
+    assert [(options.memory, options.top) for options in found] == [(2**29, 7)]
 
 
 def test_the_loss_is_rate_reduction_with_the_published_membership():

@@ -13,7 +13,7 @@ from torch.nn import functional
 from rayclust import distributed, methods
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
-from rayclust.methods.base import Batch, Method, Plan, Rows, TrainedConfig, Trainer
+from rayclust.methods.base import BaseTrainer, Batch, Method, Plan, Rows, TrainedConfig
 from rayclust.metrics.external import accuracy
 from rayclust.training.loop import fit_arrays
 from tests.workers import on_two_workers
@@ -43,7 +43,7 @@ class Rim(Method):
         self.plan = Plan.of(config, count)
         self.head = nn.Linear(dimension, config.clusters)
 
-    def fit(self, rows: Rows, trainer: Trainer) -> None:
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Start at the centres of k-means, as the paper does, then take the plan's steps."""
 
         @torch.no_grad()
@@ -59,7 +59,7 @@ class Rim(Method):
         logs = self.head(batch.x[0]).log_softmax(dim=1)
         conditional = -(logs.exp() * logs).sum(1).mean()
         share = logs.exp().mean(0) * batch.weight  # of this worker in the mean over the batch
-        mean = distributed.differentiable_all_reduce(share) / distributed.world_size()
+        mean = distributed.differentiable_all_reduce(share) / distributed.data_group().size
         marginal = -torch.xlogy(mean, mean).sum()
         return {"loss": conditional - marginal, "conditional": conditional, "marginal": marginal}
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from rayclust.clustering import kmeans as clustering
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.methods import build, load
+from rayclust.methods.base import CheckpointInterval
 from rayclust.methods.kmeans import KMeans, KMeansConfig
-from rayclust.training.loop import CheckpointInterval, Trainer
+from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers
 

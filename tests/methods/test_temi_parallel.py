@@ -11,8 +11,9 @@ from torch import Tensor
 from rayclust import distributed
 from rayclust.losses import information
 from rayclust.methods import build, temi
+from rayclust.methods.base import CheckpointInterval
 from rayclust.methods.temi import Temi, TemiConfig
-from rayclust.training.loop import CheckpointInterval, Trainer
+from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers, on_workers
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from rayclust import distributed
 from rayclust.errors import ArtefactError, ConfigError, DataError, RayclustError
 from rayclust.methods import build
-from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig, Batch, Method, Plan, TrainedConfig
+from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig, Batch, CheckpointInterval, Method, Plan, TrainedConfig
 from rayclust.methods.temi import Temi, TemiConfig
 from rayclust.training import loop
 from rayclust.training.loop import (
-    CheckpointInterval,
     Lars,
     Stepper,
     Trainer,

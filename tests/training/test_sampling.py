@@ -44,7 +44,7 @@ def _plan(count: int, batch_size: int = 4, **settings: int) -> Plan:
 def _batches(count: int, pairing: Pairing, start: int = 0, batch_size: int = 4, **settings: int) -> Iterator[Batch]:
     source = RowSource(ArrayRows(_numbered(count), _ring(count, 5)), pairing, 3, CPU)
     assert isinstance(source, Source)
-    return source.batches(_plan(count, batch_size, **settings), distributed.rank(), start)
+    return source.batches(_plan(count, batch_size, **settings), distributed.data_group().rank, start)
 
 
 def test_every_epoch_visits_whole_batches_of_different_rows():
