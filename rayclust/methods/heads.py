@@ -191,10 +191,6 @@ class Heads(nn.Module):
         units = bottleneck.view(len(bottleneck), len(x), -1, bottleneck.shape[2])
         return LastLayer(units, self.direction, self.scale, temperature, dtype)
 
-    def is_decayed(self, name: str) -> bool:
-        """Return whether weight decay acts on a parameter: on matrices and g (as published), not on biases, norms."""
-        return not name.startswith(("biases.", "norms."))
-
     def _bottleneck(self, x: Tensor, training: bool, heads: slice) -> tuple[Tensor, torch.dtype]:
         """Return unit rows, Float[H R 256] in float32 or wider, and the dtype of the products."""
         require_matrix(x, "x", self.shape.dimension)

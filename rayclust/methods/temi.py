@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.nn import Parameter, functional
+from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
@@ -556,16 +556,14 @@ class Temi(Method):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the last layer, frozen in the first epochs; the other matrices; and biases and norms without decay.
 
+        The last layer's scale g decays with its directions, as published.
         All are stacked: heads are trained as if each were alone.
         """
-        last, matrices, others = list[Parameter](), list[Parameter](), list[Parameter]()
-        for name, parameter in self.student.named_parameters():
-            if parameter.requires_grad:
-                is_last = name in ("direction", "scale")
-                (last if is_last else matrices if self.student.is_decayed(name) else others).append(parameter)
+        student, others = self.student, [*self.student.biases, *self.student.norms.parameters()]
+        last = [parameter for parameter in (student.direction, student.scale) if parameter.requires_grad]
         return [
             {"params": last, "stacked": True, "frozen_epochs": self.config.freeze_last_layer},
-            {"params": matrices, "stacked": True},
+            {"params": list(student.weights), "stacked": True},
             {"params": others, "stacked": True, "weight_decay": 0.0},
         ]
 
