@@ -330,14 +330,14 @@ class AssignConfig(Config):
     those into one of 50, by their prototypes. K itself may stand at the start."""
 
 
-VocabularyKind = Literal["auto", "none", "imagenet", "wordnet", "classes", "embeddings", "text"]
+VocabularyKind = Literal["auto", "none", "imagenet", "classes", "embeddings", "text"]
 
 
 class LabelConfig(Config):
     """Names for clusters."""
 
     vocabulary: str | tuple[str, ...] = "auto"
-    """auto | none | imagenet | wordnet | classes | a text file or URI, one name a line | a parquet of words with
+    """auto | none | imagenet | classes | a text file or URI, one name a line | a parquet of words with
     embeddings; or a list of them, in which equal names count once.
 
     `auto` is ImageNet's names when the encoder reads text, else none. `classes` are the true names of the run's labels:
@@ -380,7 +380,7 @@ class LabelConfig(Config):
 
 def kind_of(value: str) -> VocabularyKind:
     """Return the kind of a `label.vocabulary`: a keyword, a parquet file of words with embeddings, or a text file."""
-    if value in ("auto", "none", "imagenet", "wordnet", "classes"):
+    if value in ("auto", "none", "imagenet", "classes"):
         return value  # type: ignore[return-value]
     return "embeddings" if value.lower().endswith((".parquet", ".pq")) else "text"
 

@@ -286,7 +286,7 @@ class TEMI(
     Args:
         n_clusters: K.
         preset: `auto` chooses from N, D and K; `readme` and `paper` are the published settings.
-        n_heads: H; the one with the highest modularity (`auto`) or the lowest training loss is kept.
+        n_heads: H; one is kept, of the highest modularity (`auto`) or, in the other presets, the lowest training loss.
         n_neighbors: neighbours of a row among which its partner is drawn; at most N − 1 are used.
         beta: β, balance of the clusters.
         max_steps: optimiser steps.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -71,6 +71,13 @@ class SpectralOptions(Config):
     """Longest residual of an eigenvector, relative to the largest eigenvalue."""
     confidence: float = Field(0.1, gt=0)
     """Temperature of the probabilities when assigning, relative to the mean squared distance to the centres."""
+
+    @field_validator("half_steps", "final_half_steps", check_fields=False)
+    @classmethod
+    def _odd(cls, value: int | None) -> int | None:
+        if value is not None and value % 2 == 0:
+            raise ValueError("must be odd, rows are normalised last")
+        return value
 
 
 def unit(codes: Tensor) -> Tensor:
@@ -471,6 +478,11 @@ def partition(blocks: Blocks, max_clusters: int, options: SpectralOptions, seed:
     affinity = Affinity(codes, options.temperature, weight=stats.count / len(codes), keep=keep)
     scaling = balance(affinity, options.half_steps)
     operator = NormalizedMembership(affinity, scaling)
+    if isolated := int((operator.degrees == 0).sum()):
+        logger.warning(
+            "spectral clusters: %d of %d rows have no neighbour at η = %g, where the kernel is 0 in float32 if "
+            "1 − |cosine| is above 100 η: raise the temperature", isolated, len(codes), options.temperature,
+        )  # fmt: skip
     # 3. Its eigenvectors. The Krylov space starts with the whole space where that is small.
     if len(codes) <= _WHOLE_SPACE_ROWS:
         start = torch.eye(len(codes), dtype=codes.dtype, device=codes.device)

@@ -37,14 +37,24 @@ PUBLISHED_RATE = 1e-4
 RATE_ROWS = 256
 """Rows of batch that a config's learning rate is given for."""
 PAPER: dict[str, dict[str, Any]] = {
-    "cifar10": {"batch_size": 1024, "temperature": 0.175, "epochs": 15, "expansion_steps": 50},
-    "cifar20": {"batch_size": 1024, "temperature": 0.13, "epochs": 15, "expansion_epochs": 1},
-    "cifar100": {"batch_size": 1500, "temperature": 0.10, "epochs": 50, "expansion_epochs": 1},
+    "cifar10": {
+        "variant": "two_head", "batch_size": 1024, "temperature": 0.175, "epochs": 15, "expansion_steps": 50
+    },
+    "cifar20": {
+        "variant": "two_head", "batch_size": 1024, "temperature": 0.13, "epochs": 15, "expansion_epochs": 1
+    },
+    "cifar100": {
+        "variant": "two_head", "batch_size": 1500, "temperature": 0.10, "epochs": 50, "expansion_epochs": 1
+    },
     "imagenet": {
-        "batch_size": 1024, "temperature": 0.12, "epochs": 20, "expansion_steps": 2000, "hidden": 2048, "width": 1024
+        "variant": "single_head", "batch_size": 1024, "temperature": 0.12, "epochs": 20, "expansion_steps": 2000,
+        "hidden": 2048, "width": 1024,
     },
 }  # fmt: skip
-"""The published program's example commands for CIFAR-10 and ImageNet; Table 8 of the paper for the others."""
+"""The published program's example commands for CIFAR-10 (`main.py`, two heads) and ImageNet (`main_efficient.py`, whose
+codes are z); Table 8 of the paper for the others, run by `main.py`."""
+FINAL_TEMPERATURE = 0.15
+"""η of the published scripts that cluster after training, whatever the training's."""
 AUTO_BATCH, AUTO_HIDDEN = 512, 512
 AUTO_RATE = 1e-3
 """At the batch above and d = 32; R's slope grows with d, so that the rate falls as 1/d."""
@@ -55,16 +65,18 @@ AUTO_STEPS, AUTO_EPOCHS = (75, 2_000), 4
 
 PREDICT_ROWS = 8192
 """Rows whose hidden units are held at once outside training."""
+LOW_RANK = 0.1
+"""Standard deviation, relative to the largest, up to which a component does not count as separating clusters."""
 UNUSED_SCALE = 1e-2
 """Scale of the random weights of those outputs for which the rows have no principal component."""
 SPECTRAL = "spectral."
 """Prefix of the partition's tensors in a state."""
 
 
-class CppConfig(TrainedConfig):
+class CppConfig(SpectralOptions, TrainedConfig):
     """CPP (arXiv 2306.05272): rate reduction on frozen embeddings. A key that is written wins over the preset."""
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     name: Literal["cpp"] = "cpp"
     """Clustering by the principle of rate reduction with pretrained models."""
     preset: Literal["auto", "cifar10", "cifar20", "cifar100", "imagenet", "none"] = "auto"
@@ -82,7 +94,7 @@ class CppConfig(TrainedConfig):
     temperature: float = Field(0.175, gt=0)
     """η of the membership in training. Smaller: each row belongs to fewer others."""
     half_steps: int | None = Field(5, ge=1)
-    """Sinkhorn half-steps, odd; None goes on until rows and columns sum to 1."""
+    """Sinkhorn half-steps in training, odd; None goes on until rows and columns sum to 1."""
     compression_weight: float = Field(1.0, ge=0)
     """γ, on R_c."""
     membership_weight: float = Field(0.05, ge=0)
@@ -120,11 +132,16 @@ class CppConfig(TrainedConfig):
     loss. Membership and log-determinants are float32 in any case."""
     final_temperature: float | None = Field(None, gt=0)
     """η of the membership of all rows that is cut into clusters; None is the training's."""
+    final_half_steps: int | None = Field(None, ge=1)
+    """Sinkhorn half-steps of that membership, odd (published: 5); None goes on until rows and columns sum to 1."""
 
     @model_validator(mode="after")
-    def _half_steps_are_odd(self) -> CppConfig:
-        if self.half_steps is not None and self.half_steps % 2 == 0:
-            raise ValueError(f"half_steps = {self.half_steps}: must be odd, rows are normalised last")
+    def _codes_have_a_head(self) -> CppConfig:
+        written = self.variant if "variant" in self.model_fields_set else None
+        variant = written or PAPER.get(self.preset, {}).get("variant", self.variant)
+        for name in ("code_rate", "code_weight_decay") if variant == "single_head" else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} = {value:g}: there is no cluster head, set variant: two_head")
         return self
 
     def resolved(self, count: int) -> CppConfig:
@@ -136,7 +153,8 @@ class CppConfig(TrainedConfig):
             epochs = paper.pop("expansion_epochs", None)
             if epochs is not None:
                 paper["expansion_steps"] = epochs * max(1, count // paper["batch_size"])
-            preset = {"hidden": 4096, "width": 128, "learning_rate": rate, "min_learning_rate": rate, **paper}
+            rates = {"learning_rate": rate, "min_learning_rate": rate, "final_temperature": FINAL_TEMPERATURE}
+            preset = {"hidden": 4096, "width": 128, **rates, **paper}
         elif self.preset == "auto":  # docs/methods.md has the numbers behind each choice
             batch = max(2, min(AUTO_BATCH, count))
             width = max(AUTO_WIDTHS[0], min(AUTO_WIDTHS[1], 1 << (3 * self.clusters - 1).bit_length()))
@@ -160,6 +178,11 @@ class CppConfig(TrainedConfig):
             values["min_learning_rate"] = self.learning_rate
         return CppConfig.model_validate(values)
 
+    def spectral_options(self) -> SpectralOptions:
+        """Return the settings of the final partition, which has its own η and half-steps."""
+        own = {"temperature": self.final_temperature or self.temperature, "half_steps": self.final_half_steps}
+        return SpectralOptions.model_validate(self.model_dump(include=set(SpectralOptions.model_fields)) | own)
+
     @property
     def last_expansion_step(self) -> int:
         """Number of the step after which the cluster head is copied; −1 where there is none."""
@@ -179,7 +202,7 @@ class CppNetwork(nn.Module):
 
     def __init__(self, config: CppConfig, dimension: int, seed: int) -> None:
         super().__init__()
-        self.precision = config.precision
+        self.precision, self.clusters = config.precision, config.clusters
         self.first = nn.Linear(dimension, config.hidden)
         self.norm = StackedNorm(1, config.hidden)
         self.second = nn.Linear(config.hidden, config.hidden)
@@ -260,6 +283,11 @@ class CppNetwork(nn.Module):
         self.features.weight[:count, : 2 * count] = torch.cat([eye, -eye], dim=1)
         self.features.weight[count:] *= UNUSED_SCALE
         self.features.bias.zero_()
+        # 3. Fewer components than clusters: the clusters' means are a simplex around the mean of all rows, with cosines
+        # of −1/(K − 1), opposite each other for K = 2, which Π cannot tell apart. A constant makes them orthogonal.
+        rank = int((deviations > LOW_RANK * deviations[0]).sum())
+        if rank < min(self.clusters, len(self.features.bias)):
+            self.features.bias[rank] = 1.0 / math.sqrt(self.clusters - 1)
         self.copy_features_to_codes()
 
     @torch.no_grad()
@@ -370,13 +398,13 @@ class Cpp(SpectralMethod):
         trainer.fit(self, rows, start=(lambda: self.network.start_from_principal(rows.blocks)) if principal else None)
         self.network.recompute_running_moments(rows.blocks)
         fitted = spectral.partition(
-            lambda: (self._infer(block)[1] for block in rows.blocks()), clusters, self._spectral_options(), self.seed
+            lambda: (self._infer(block)[1] for block in rows.blocks()),
+            clusters,
+            self.config.spectral_options(),
+            self.seed,
         )
         self.partition = fitted.cut(clusters)
         logger.info("spectral clusters: %d of %d rows", clusters, self.count)
-
-    def _spectral_options(self) -> SpectralOptions:
-        return SpectralOptions(temperature=self.config.final_temperature or self.config.temperature)
 
     @torch.no_grad()
     def _infer(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,4 +447,4 @@ class Cpp(SpectralMethod):
         self.seed = int(tensors.pop("seed"))
         partition = {n.removeprefix(SPECTRAL): value for n, value in tensors.items() if n.startswith(SPECTRAL)}
         self.network.load_state_dict({n: value for n, value in tensors.items() if not n.startswith(SPECTRAL)})
-        self.partition = Spectral.from_tensors(partition, self._spectral_options(), self.seed)
+        self.partition = Spectral.from_tensors(partition, self.config.spectral_options(), self.seed)

@@ -51,17 +51,11 @@ def read_lists(config: RunConfig, labels: Callable[[], Iterable[str]] | None = N
         [] if no names are wanted.
 
     Raises:
-        ConfigError: words are not shipped, the encoder cannot read them, or there are no classes.
+        ConfigError: the encoder cannot read words, or there are no classes.
         DataError: a file cannot be used.
     """
     lists = []
     for name, kind in vocabulary_kinds(config).items():
-        if kind == "wordnet":
-            raise ConfigError(
-                "label.vocabulary = wordnet: its nouns are not shipped: fetch a list of them, one a line (the noun "
-                "lemmas of Open English WordNet 2022, CC BY 4.0, or TAC's WordNetNouns.csv), and set label.vocabulary "
-                "to its path or URI"
-            )
         if kind == "embeddings":
             lists.append(_read_embeddings(name))
         elif kind == "classes":

@@ -24,7 +24,7 @@ from tests.stages.runs import tree
         ("auto", "auto"),
         ("none", "none"),
         ("imagenet", "imagenet"),
-        ("wordnet", "wordnet"),
+        ("wordnet", "text"),
         ("classes", "classes"),
         ("s3://bucket/nouns.parquet", "embeddings"),
         ("words.PQ", "embeddings"),

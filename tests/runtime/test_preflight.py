@@ -119,7 +119,6 @@ def test_more_clusters_than_images_are_found(tmp_path: Path):
 
 def test_words_that_will_be_missing_at_the_end_are_found_at_the_start(tmp_path: Path):
     write_folder(tmp_path / "images", per_class=1)
-    assert "wordnet" in bad(config(tmp_path, label={"vocabulary": "wordnet"}))["label"]
     (tmp_path / "words.parquet").write_bytes(b"words")
     words = {"vocabulary": str(tmp_path / "words.parquet")}
     assert "is not a readable parquet file" in bad(config(tmp_path, label=words))["label"]

@@ -128,8 +128,6 @@ def test_words_that_cannot_be_used_are_one_line(named: RunConfig, tmp_path: Path
         run_stage("label", vocabulary("imagenet"))
     with pytest.raises(DataError, match=r"none\.parquet"):
         run_stage("label", vocabulary(str(tmp_path / "none.parquet")))
-    with pytest.raises(ConfigError, match=r"label\.vocabulary = wordnet: .* fetch a list of them, one a line"):
-        run_stage("label", vocabulary("wordnet"))
 
 
 def test_true_class_names_say_so_and_names_without_them_stand_beside(named: RunConfig):
