@@ -366,3 +366,11 @@ def test_running_out_of_products_is_said(caplog: pytest.LogCaptureFixture):
 def test_eigenpairs_refuse_more_vectors_than_columns():
     with pytest.raises(ConfigError, match="count = 3: from 1 to the 2 columns"):
         leading_eigenpairs(torch.zeros_like, first_block(9, 2), 3)
+
+
+def test_rows_that_the_kernel_leaves_without_neighbours_are_a_warning(caplog: pytest.LogCaptureFixture):
+    codes = torch.eye(6)
+    partition(lambda: iter([codes]), 2, SpectralOptions(temperature=0.1))
+    assert not caplog.records
+    partition(lambda: iter([codes]), 2, SpectralOptions(temperature=0.005))
+    assert "6 of 6 rows have no neighbour at η = 0.005" in caplog.text

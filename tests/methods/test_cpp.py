@@ -68,6 +68,16 @@ def test_auto_leaves_room_for_many_clusters_and_moves_the_slower_for_it():
     assert CppConfig(clusters=1_000).resolved(5_000).width == 128
 
 
+@pytest.mark.parametrize(("clusters", "noise"), [(2, 0.0), (2, 0.02), (3, 0.05)])
+def test_auto_tells_tight_clusters_apart_that_lie_opposite_each_other_around_the_mean(clusters: int, noise: float):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20 * clusters) % clusters
+    x = torch.randn(clusters, 16, generator=generator)[labels]
+    x = x + noise * torch.randn(x.shape, generator=generator)
+    found = fit_arrays(x, None, CppConfig(clusters=clusters)).predict_proba(x).argmax(1)
+    assert accuracy(found.numpy(), labels.numpy()) == 1.0
+
+
 def network(variant: str = "two_head", precision: str = "fp32") -> CppNetwork:
     settings = {"clusters": 2, "preset": "none", "hidden": 12, "width": 5, "variant": variant, "precision": precision}
     return CppNetwork(CppConfig.model_validate(settings), 7, seed=0)

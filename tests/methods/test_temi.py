@@ -271,7 +271,7 @@ def test_the_row_of_an_epoch_has_every_head_and_the_best_and_a_collapse_is_logge
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_training_ends_at_a_collapse_where_that_is_asked_for(stops: bool):
+def test_training_ends_at_a_collapse_where_that_is_asked_for(stops: bool, caplog: pytest.LogCaptureFixture):
     settings = {"clusters": 20, "preset": "none", "heads": 2, "hidden": 8, "bottleneck": 5, "batch_size": 20}
     settings |= {"epochs": 4, "marginal_momentum": 0.0, "stop_on_collapse": stops}
     method = build(TemiConfig.model_validate(settings), 6, 20, seed=0)
@@ -287,6 +287,7 @@ def test_training_ends_at_a_collapse_where_that_is_asked_for(stops: bool):
     method.fit(ArrayRows(torch.randn(20, 6), (torch.arange(20)[:, None] + torch.arange(1, 4)) % 20), trainer)
     assert trainer.history[0]["collapsed_heads"] == 2
     assert len(trainer.history) == (1 if stops else 4)
+    assert caplog.text.count("clusters collapse") == 1, "one line a fit"
 
 
 def _method(**settings: Any) -> Temi:

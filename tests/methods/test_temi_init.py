@@ -59,6 +59,17 @@ def test_heads_with_other_parts_start_too(part: str):
     assert heads(rows.tensor()).isfinite().all()
 
 
+def test_heads_start_from_the_partitions_of_highest_modularity(monkeypatch: pytest.MonkeyPatch):
+    """Two partitions, the true one and one that cuts across it; the one head takes the first."""
+    labels, rows = planted()
+    found = [torch.arange(len(labels)).flip(0) % 7 % K, labels]
+    monkeypatch.setattr(temi_init.kmeans, "assign", lambda x, centers: (found.pop(0), None))
+    heads = Heads(HeadShape(1, 8, K, hidden=32, bottleneck=16), seed=0).double()
+    start_from_kmeans(heads, rows, StartOptions(K, 2, 5, 2), seed=0)
+    assert not found
+    assert agreement(labels, heads(rows.tensor())[0].argmax(-1)) > 0.97
+
+
 def test_large_sets_start_from_a_sample_with_its_own_neighbours(monkeypatch: pytest.MonkeyPatch):
     labels, rows = planted(400)
     monkeypatch.setattr(temi_init, "SAMPLE_ROWS", 100)
