@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -134,6 +134,20 @@ class TemiConfig(TrainedConfig):
         if isinstance(value, str) and (value == "clusters" or value.count("x") == 2):
             raise ValueError("clusters are no longer divided over workers; use auto, data, heads or RxC")
         return value
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> TemiConfig:
+        shallow = "there is no hidden layer to act on, set layers above 1"
+        refused = (
+            ("entropy_weight", self.loss in ("temi", "pmi") and self.entropy_weight, "is for loss: wmi and scan"),
+            ("positive_pmi", self.loss == "scan" and self.positive_pmi, "is not for loss: scan"),
+            ("batch_norm", self.layers == 1 and self.batch_norm, shallow),
+            ("dropout", self.layers == 1 and self.dropout, shallow),
+        )
+        for name, is_idle, reason in refused:
+            if is_idle:
+                raise ValueError(f"{name} = {getattr(self, name)}: {reason}")
+        return self
 
     def resolved(self, count: int, dimension: int) -> TemiConfig:
         """Return this config with its preset written out; `preset` is then `none`.

@@ -122,6 +122,20 @@ def test_settings_of_cpp_without_effect_are_refused(settings: dict[str, Any], me
     assert CppConfig(clusters=3, preset="cifar10", code_rate=2.0).resolved(50_000).code_rate == 2.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"entropy_weight": 0.5}, "entropy_weight = 0.5: is for loss: wmi and scan"),
+        ({"loss": "scan", "positive_pmi": True}, "positive_pmi = True: is not for loss: scan"),
+        ({"layers": 1, "batch_norm": True}, "batch_norm = True: there is no hidden layer"),
+        ({"layers": 1, "dropout": 0.1}, "dropout = 0.1: there is no hidden layer"),
+    ],
+)
+def test_settings_of_temi_without_effect_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ValidationError, match=message):
+        TemiConfig.model_validate({"clusters": 3, **settings})
+
+
 def job(name: str) -> RunConfig:
     return parse(rendered.text(JOBS / f"{name}.yaml"), source=name)
 

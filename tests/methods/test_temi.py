@@ -316,7 +316,7 @@ def _gradients(rank: int, world: int) -> dict[str, tuple[torch.Tensor, dict[str,
     """Of each loss: what the workers' mean loss is, and each parameter's mean gradient."""
     found = {}
     for loss in ("temi", "pmi", "wmi", "scan"):
-        method = _method(loss=loss, entropy_weight=3.0)
+        method = _method(loss=loss, entropy_weight=3.0 if loss in ("wmi", "scan") else None)
         batch = _batch(rank, world)
         value = method.training_step(batch)["loss"] * batch.weight
         value.backward()
