@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from rayclust.clustering import spectral
@@ -29,11 +28,6 @@ def test_written_keys_win_over_the_preset():
     assert config.learning_rate == config.min_learning_rate == 1e-3
     assert config.preset == "none"
     assert config.resolved(10) == config
-
-
-def test_half_steps_are_odd():
-    with pytest.raises(ValidationError, match="half_steps = 4: must be odd"):
-        CppConfig(clusters=2, half_steps=4)
 
 
 @pytest.mark.parametrize(("preset", "count", "wanted"), [
