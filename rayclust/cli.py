@@ -229,14 +229,18 @@ def figures(run_uri: str, out: str | None) -> None:
 @click.argument("run_uri", metavar="RUN")
 @click.argument("images")
 @click.option("--out", required=True, help="Table to write: .parquet or .csv, a path or URI.")
+@click.option("--evaluate", is_flag=True, help="Score the clusters against the images' own labels.")
 @_VERBOSE
-def predict(run_uri: str, images: str, out: str) -> None:
+def predict(run_uri: str, images: str, out: str, evaluate: bool) -> None:
     """Assign new IMAGES to the clusters of the frozen RUN."""
     from rayclust.runtime.api import load_run
     from rayclust.stages.predict import predict as run_predict
 
-    counts = run_predict(load_run(run_uri), images, out)
-    click.echo(f"{counts['rows']:,} images and {counts['rejects']:,} rejects in {out}")
+    found = run_predict(load_run(run_uri), images, out, evaluate=evaluate)
+    click.echo(f"{found['rows']:,} images and {found['rejects']:,} rejects in {out}")
+    if evaluate:
+        shown = ", ".join(f"{name} {score:.4f}" for name, score in found.items() if isinstance(score, float))
+        click.echo(f"{found['labelled']:,} images with a label: {shown}")
 
 
 @commands.command()
@@ -273,6 +277,8 @@ def _show_result(run_uri: str) -> None:
     run = Run(run_uri)
     metrics = storage.read_json(run.metrics)
     names = ("accuracy", "nmi", "ari", "ami", "purity", "knn_accuracy", "silhouette")
-    shown = [f"{name} {metrics[name]:.3f}" for name in names if metrics.get(name) is not None]
-    click.echo(f"{metrics['rows']:,} images in {metrics['clusters']} clusters: {', '.join(shown)}")
+    scores, test = metrics | metrics.get("test", {}), metrics.get("test")
+    shown = [f"{name} {scores[name]:.3f}" for name in names if scores.get(name) is not None]
+    where = f"; of the {test['rows']:,} kept aside" if test else ""
+    click.echo(f"{metrics['rows']:,} images in {metrics['clusters']} clusters{where}: {', '.join(shown)}")
     click.echo(f"report: {run.report}")

@@ -288,6 +288,11 @@ class ImagesConfig(Config):
     """auto | none | folder | a column or tar suffix. Used for evaluation only, never to fit."""
     classes: tuple[str, ...] | str | None = None
     """Keep only these classes: a list of names (ImageNet: wnids), or a text file with one a line. None keeps all."""
+    split: Annotated[float, Field(gt=0, lt=1)] | str | tuple[str, ...] | None = None
+    """Rows kept aside as the test split: methods are fitted on the others and scored on both. Patterns of keys or files
+    ("test/*", "*/val-*.tar"), or a share of all rows, drawn by the run's seed. None fits and scores on all rows."""
+    test: str | None = None
+    """A second input like `uri`, all of whose rows are kept aside; the start of their keys is test/."""
     shard_size: int = Field(512, ge=1, le=1_000_000)
     """Images per task where the input has no shards of its own (folders, large parquet files)."""
     max_reject_share: float = Field(0.1, ge=0, le=1)
@@ -296,6 +301,12 @@ class ImagesConfig(Config):
     """Bytes of one encoded image above which it is rejected."""
     max_pixels: int = Field(128_000_000, ge=1, le=PIXEL_CEILING)
     """Pixels of one image above which it is rejected before it is decoded (decompression bombs)."""
+
+    @model_validator(mode="after")
+    def _one_split(self) -> ImagesConfig:
+        if self.split is not None and self.test is not None:
+            raise ValueError(f"test = {self.test}: keeps rows aside, as does split = {self.split}; give one of them")
+        return self
 
 
 class FeaturesConfig(Config):
@@ -318,6 +329,8 @@ class NeighborsConfig(Config):
     """exact: all pairs by blocks. ivf: an inverted file with measured recall. auto: ivf above `exact_rows` rows."""
     exact_rows: int = Field(2_000_000, ge=1)
     """Rows up to which `auto` is exact."""
+    features: Literal["run", "raw"] = "run"
+    """run: rows as `features` makes them. raw: the encoder's unit rows, where TEMI's published neighbours are found."""
     min_recall: float = Field(0.95, gt=0, le=1)
     """Recall@k that the ivf route must reach on a sample of rows, else the stage fails."""
 
@@ -400,9 +413,10 @@ class EvaluateConfig(Config):
     silhouette_rows: int = Field(5000, ge=0)
     """Rows of the seeded sample on which the silhouette is taken; 0 leaves it out."""
     probe_neighbors: int = Field(20, ge=1)
-    """Neighbours that vote in the k-NN probe, where labels exist."""
+    """Neighbours that vote in the k-NN probe, where labels exist, each with weight exp(cosine / 0.02)."""
     linear_probe_rows: int = Field(0, ge=0)
-    """Rows of the seeded sample on which a linear probe is trained and, the other half, scored; 0 leaves it out."""
+    """Rows of the seeded sample on which a linear probe is trained and, the other half, scored; 0 leaves it out. With a
+    split it is trained on so many fitted rows, and scored on so many of the test."""
 
 
 class ReportConfig(Config):

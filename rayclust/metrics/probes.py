@@ -20,12 +20,13 @@ def knn_accuracy(
     labels_true: ArrayLike | None = None,
     *,
     k: int = 20,
-    temperature: float = 0.07,
+    temperature: float = 0.02,
+    top: int = 1,
 ) -> float:
-    """Return the share of rows whose class wins the vote of their nearest other rows.
+    """Return the share of rows whose class is among the `top` ones in the vote of their nearest other rows.
 
-    A neighbour's vote weighs exp(similarity / temperature); a draw goes to the class that sorts first. Range 0 to 1,
-    larger is better; the share of the largest class by chance.
+    A neighbour's vote weighs exp(similarity / temperature); a draw goes to the class that sorts first, and a class
+    without a vote is none of them. Range 0 to 1, larger is better; the share of the largest classes by chance.
 
     Args:
         neighbors: Int64[B M], positions in `labels`, nearest first, without the row itself; −1 where there are fewer.
@@ -33,7 +34,8 @@ def knn_accuracy(
         labels: [N], of all rows.
         labels_true: [B], of the rows that `neighbors` belongs to; None where those are all rows.
         k: neighbours that vote; at most M do.
-        temperature: above 0; 0.02 in TEMI's probe.
+        temperature: above 0.
+        top: classes that count, above 0.
 
     Raises:
         ShapeError: the shapes do not fit together.
@@ -48,7 +50,9 @@ def knn_accuracy(
     classes, codes = np.unique(known[near], return_inverse=True)
     votes = np.zeros((len(near), len(classes)))
     np.add.at(votes, (np.arange(len(near))[:, None], codes.reshape(near.shape)), weights)
-    return float(np.mean(classes[votes.argmax(axis=1)] == truth))
+    best = np.argsort(-votes, axis=1, kind="stable")[:, :top]
+    hits = (classes[best] == truth[:, None]) & (np.take_along_axis(votes, best, axis=1) > 0)
+    return float(np.mean(hits.any(axis=1)))
 
 
 def linear_probe_accuracy(

@@ -99,7 +99,7 @@ SCORES = (
     Score(
         "accuracy_held_out",
         "ACC, map from other half",
-        "Images whose cluster's most common class is theirs; that class comes from the other half of the images.",
+        "Images with their cluster's most common class, taken from the train rows or from the other half.",
     ),
     Score(
         "accuracy_in_sample",
@@ -115,6 +115,7 @@ SCORES = (
         "linear_probe", "Linear probe", "Images whose class a linear layer tells after seeing others with their labels."
     ),
     Score("knn_accuracy", "kNN probe", "Images whose class their nearest neighbours tell: what the encoder sees."),
+    Score("knn_accuracy_top5", "kNN probe, top 5", "Images whose class is among the five that their neighbours tell."),
     Score(
         "name_accuracy",
         "Names",

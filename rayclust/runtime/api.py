@@ -59,6 +59,8 @@ def local_paths(config: RunConfig) -> dict[str, str]:
     found = {"run": config.run}
     if not config.images.uri.startswith("dataset:"):
         found["images.uri"] = config.images.uri
+    if config.images.test is not None and not config.images.test.startswith("dataset:"):
+        found["images.test"] = config.images.test
     if isinstance(config.images.classes, str):
         found["images.classes"] = config.images.classes
     if config.encoder.weights_uri is not None:

@@ -33,8 +33,8 @@ BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """Description of a cluster that `ray up` has started, on its head."""
 CONNECT_SECONDS = 10.0
 """How long a server may take to accept a connection."""
-task_labels: ContextVar[dict[str, str]] = ContextVar("task_labels", default={})  # noqa: B039 - never changed in place
-"""Labels of the tasks that are submitted here; {} outside of `scheduling`."""
+task_labels: ContextVar[dict[str, dict[str, str]]] = ContextVar("task_labels", default={})  # noqa: B039 - stays as it is
+"""Labels of the tasks that are submitted here, by kind; {} outside of `scheduling`."""
 
 
 def connect() -> None:
@@ -105,12 +105,19 @@ def _without_core_messages() -> Iterator[None]:
 
 @contextmanager
 def scheduling(placement: PlacementConfig) -> Iterator[None]:
-    """Give the tasks that are submitted in this block the labels of `placement.tasks`."""
-    token = task_labels.set(placement.tasks)
+    """Give the tasks that are submitted in this block the labels of `placement.tasks`; with GPUs, those of `train`."""
+    token = task_labels.set({"tasks": placement.tasks, "train": placement.train})
     try:
         yield
     finally:
         task_labels.reset(token)
+
+
+def task_options(gpus: float) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Return where Ray places a task, as options, and the labels: those of `train` are on the nodes with GPUs."""
+    kind = "train" if gpus else "tasks"
+    labels = task_labels.get().get(kind, {})
+    return label_selector(kind, labels), labels
 
 
 def label_selector(key: str, labels: Mapping[str, str]) -> dict[str, Any]:
@@ -258,7 +265,7 @@ def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1,
 
     connect()
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, **label_selector("tasks", task_labels.get()))
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, **task_options(gpus)[0])
     def call() -> tuple[Any, float]:  # bound methods cannot be remote themselves
         started = time.monotonic()
         return function(*arguments), time.monotonic() - started

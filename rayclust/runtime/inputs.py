@@ -57,8 +57,14 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
     own = (run.embeddings_folder, run.rejects_folder, run.neighbors_folder, run.assignments_folder, run.index_folder)
     if any(within(config.images.uri, folder) for folder in own):
         raise ConfigError(f"images.uri = {config.images.uri}: is written by run = {config.run}; choose another run")
-    settings = settings | {"weights": weights_stamp(config)}
-    shards, digests, packed = [], [], []
+    settings, images = settings | {"weights": weights_stamp(config)}, config.images
+    if images.test is not None and within(images.test, images.uri):
+        inside = images.test.removeprefix(images.uri).strip("/")
+        raise ConfigError(
+            f"images.test = {images.test}: lies within images.uri, so that its rows would be read twice; set "
+            f"images.split: {inside}/* instead"
+        )
+    shards, digests, packed = list[Shard](), [], []
     for shard in input_shards(config):
         has_tables = shard.kind not in ("folder", "webdataset")
         if shard.index == 0 and has_tables and within(config.run, config.images.uri):
@@ -66,6 +72,8 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
                 f"run = {config.run}: lies within images.uri = {config.images.uri}, so that its tables would be read "
                 "as input; choose a folder outside"
             )
+        if shards and shard.has_embeddings != shards[0].has_embeddings:
+            raise ConfigError(f"images.test = {config.images.test}: one input holds images and the other embeddings")
         packed.append(zlib.compress(json.dumps(asdict(shard)).encode(), 1))
         shards.append(replace(shard, members=()))
         # A shard's place among the others is left out, so that a grown input keeps what was done.
@@ -76,10 +84,17 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
 
 
 def input_shards(config: RunConfig) -> Iterator[Shard]:
-    """Yield the shards of the run's input, in order."""
-    images = config.images
-    uri = datasets.local_folder(images.uri)
-    return plan_shards(uri, images.format, images.labels, shard_size=images.shard_size, classes=images.classes)
+    """Yield the shards of the run's input, in order, and those of a second one that is kept aside behind them."""
+    images, index, first = config.images, 0, 0
+    for source in (images.uri,) if images.test is None else (images.uri, images.test):
+        size, classes = images.shard_size, images.classes
+        listed = plan_shards(
+            datasets.local_folder(source), images.format, images.labels, shard_size=size, classes=classes
+        )
+        start, rows = index, first
+        for shard in listed:
+            yield replace(shard, index=start + shard.index, first=rows + shard.first)
+            index, first = start + shard.index + 1, rows + shard.first + (shard.count or 0)
 
 
 def within(uri: str, folder: str) -> bool:

@@ -10,6 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,26 @@ def row_starts(encode: Manifest) -> list[int]:
     return [0, *np.cumsum(encode.outputs_of(EncodeOutputs).parts, dtype=np.int64).tolist()]
 
 
+def fitted_count(encode: Manifest) -> int:
+    """Return the number of rows that methods are fitted on: all but those kept aside."""
+    outputs = encode.outputs_of(EncodeOutputs)
+    return sum(outputs.parts) - sum(outputs.test)
+
+
+def kept_aside(run: Run, encode: EncodeOutputs) -> np.ndarray | None:
+    """Return which rows are kept aside as the test split, Bool[N]; None in a run without one."""
+    if not encode.test:
+        return None
+    aside = []
+    for part, (rows, test) in enumerate(zip(encode.parts, encode.test, strict=True)):
+        if test in (0, rows):
+            aside.append(np.full(rows, test > 0))
+        else:
+            column = tables.read_table(run.embeddings(part), ["split"])["split"]
+            aside.append(column.to_numpy() == "test")
+    return np.concatenate(aside)
+
+
 def part_features(run: Run, index: int, transform: FeatureTransform) -> np.ndarray:
     """Return Float32[B D], the features of the rows of one part."""
     table = tables.read_table(run.embeddings(index), ["embedding"])
@@ -52,12 +73,18 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1)
 
 
-def blocks(run: Run, starts: list[int], transform: FeatureTransform) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield Float32[B D] unit features and Int64[B] rows of every part that has rows, in order."""
-    for part in range(len(starts) - 1):
-        if starts[part + 1] > starts[part]:
-            features = torch.from_numpy(part_features(run, part, transform))
-            yield unit_rows(features), torch.arange(starts[part], starts[part + 1])
+def blocks(
+    run: Run, starts: list[int], transform: FeatureTransform, aside: np.ndarray | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield Float32[B D] unit features and Int64[B] rows of every part that has rows, in order.
+
+    Rows kept aside, Bool[N], are left out; None leaves out none.
+    """
+    for part, (start, stop) in enumerate(pairwise(starts)):
+        rows = np.arange(start, stop) if aside is None else start + np.flatnonzero(~aside[start:stop])
+        if len(rows):
+            features = torch.from_numpy(part_features(run, part, transform)[rows - start])
+            yield unit_rows(features), torch.from_numpy(rows)
 
 
 def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -86,7 +113,7 @@ def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]
 
 
 class StoredRows:
-    """Rows of a run for the methods (`methods.base.Rows`), mapped from a file on the worker's node.
+    """Rows of a run that are not kept aside, for the methods (`methods.base.Rows`), mapped from a file on the node.
 
     The first worker on a node copies the rows into the file; all workers of the node map it, so that rows beyond memory
     stream from disk and the page cache is shared.
@@ -106,15 +133,23 @@ class StoredRows:
         self._transform = transform_of(encode, features)
         self._starts = row_starts(encode)
         self._worker, self._workers = worker, workers
-        self.count = self._starts[-1]
+        self._aside = kept_aside(run, encode.outputs_of(EncodeOutputs))
+        self.count = fitted_count(encode)
         """Number of rows, N."""
         self.dimension = encode.outputs_of(EncodeOutputs).dimension
         """Width of a row, D."""
 
     def tensor(self) -> Tensor:
         """Return Float32[N D], mapped."""
-        features = (part_features(self._run, part, self._transform) for part in range(len(self._starts) - 1))
+        features = (
+            self._fitted(part, part_features(self._run, part, self._transform)) for part in range(len(self._starts) - 1)
+        )
         return mapped(self._cache / "features.npy", (self.count, self.dimension), np.float32, features)
+
+    def _fitted(self, part: int, values: np.ndarray) -> np.ndarray:
+        """Return the values of a part's rows that are not kept aside."""
+        start, stop = self._starts[part : part + 2]
+        return values if self._aside is None else values[~self._aside[start:stop]]
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield Float32[B D] blocks of this worker's contiguous share of the rows."""
@@ -128,7 +163,11 @@ class StoredRows:
         """Return Int64[N M], mapped."""
         uris = [self._run.neighbors(part) for part in range(len(self._starts) - 1)]
         width = tables.read_table(uris[0], ["neighbors"]).schema.field("neighbors").type.list_size
-        found = (tables.matrix(tables.read_table(uri, ["neighbors"])["neighbors"]) for uri in uris)
+        read = (tables.matrix(tables.read_table(uri, ["neighbors"])["neighbors"]) for uri in uris)
+        found = (self._fitted(part, neighbors) for part, neighbors in enumerate(read))
+        if self._aside is not None:  # neighbours are fitted rows as well: number them among these
+            positions = np.cumsum(~self._aside) - 1
+            found = (positions[neighbors] for neighbors in found)
         return mapped(self._cache / "neighbors.npy", (self.count, width), np.int64, found)
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+import fnmatch
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
 from rayclust.runtime.artefacts import put_table
+from rayclust.runtime.datasets import local_folder
 from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
 from rayclust.store import storage, tables
 from rayclust.store.run import Run
@@ -61,6 +66,35 @@ class MomentsInOrder:
         return _pack(self._count, self._sums)
 
 
+@dataclass(frozen=True)
+class Split:
+    """Which rows of a run are kept aside as the test split."""
+
+    rule: float | tuple[str, ...]
+    """A share of the rows, or patterns of keys and files."""
+    source: str
+    """Folder or file of a second input, whose rows all are; empty if there is none."""
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Split | None:
+        """Return the split that a run asks for."""
+        rule, test = config.images.split, config.images.test
+        if test is not None:
+            return cls((), local_folder(test).rstrip("/"), config.seed)
+        return None if rule is None else cls((rule,) if isinstance(rule, str) else rule, "", config.seed)
+
+    def holds(self, key: str, uri: str) -> bool:
+        """Return whether a row is kept aside; a share depends on key and seed alone, not on the other rows."""
+        if self.source:
+            return uri == self.source or uri.startswith((f"{self.source}/", f"{self.source}#"))
+        if isinstance(self.rule, float):
+            drawn = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8).digest()
+            return int.from_bytes(drawn, "big") < self.rule * 2**64
+        names = key, uri.partition("#")[0]
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.rule for name in names)
+
+
 def write_shard(
     run: Run,
     task: Task,
@@ -68,6 +102,8 @@ def write_shard(
     records: Sequence[dict[str, Any]],
     embeddings: np.ndarray,
     rejects: Sequence[dict[str, Any]],
+    *,
+    split: Split | None = None,
 ) -> TaskResult:
     """Write embeddings and rejects of one input shard; the caller marks the task afterwards.
 
@@ -78,6 +114,7 @@ def write_shard(
         records: key, uri and label of each image, in order of key.
         embeddings: Float16[n D], their embeddings. Rows that are not finite become rejects.
         rejects: key, uri, reason and detail of each image left out.
+        split: says which rows are kept aside; the moments leave these out.
     """
     finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float32)).all(axis=1))
     kept, rejects = [], list(rejects)
@@ -89,24 +126,29 @@ def write_shard(
             rejects.append({"key": record["key"], "uri": record["uri"], "reason": "not_finite", "detail": detail})
     embeddings = embeddings[finite]
     rejects.sort(key=lambda reject: reject["key"])
+    texts = {name: [record[name] for record in kept] for name in ("key", "uri", "label")}
+    aside = np.zeros(len(kept), bool)
+    if split is not None:
+        aside[:] = [split.holds(record["key"], record["uri"]) for record in kept]
+        texts["split"] = ["test" if is_test else "train" for is_test in aside]
+        if split.source:  # keys of two inputs may be the same
+            texts["key"] = [f"test/{key}" if is_test else key for key, is_test in zip(texts["key"], aside, strict=True)]
     columns = [
         pa.array(np.arange(row_start, row_start + len(kept), dtype=np.int64)),
-        *(pa.array([record[name] for record in kept], pa.string()) for name in ("key", "uri", "label")),
+        *(pa.array(values, pa.string()) for values in texts.values()),
         tables.fixed_list(embeddings.astype(np.float16)),
     ]
-    outputs = put_table(
-        run, run.embeddings(task.index), pa.table(columns, schema=tables.EMBEDDINGS(embeddings.shape[1]))
-    )
+    schema = tables.EMBEDDINGS(embeddings.shape[1], split is not None)
+    outputs = put_table(run, run.embeddings(task.index), pa.table(columns, schema=schema))
     if rejects:
         outputs |= put_table(run, run.rejects(task.index), pa.Table.from_pylist(rejects, schema=tables.REJECTS))
     else:
         storage.remove(run.rejects(task.index))
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
-    return TaskResult(
-        outputs,
-        {"rows": len(kept), "rejects": len(rejects), "labelled": sum(r["label"] is not None for r in kept)},
-        {"row_start": row_start, "reasons": reasons, "moments": moments_of(embeddings)},
-    )
+    counts = {"rows": len(kept), "rejects": len(rejects), "labelled": sum(r["label"] is not None for r in kept)}
+    counts |= {} if split is None else {"test": int(aside.sum())}
+    extra = {"row_start": row_start, "reasons": reasons, "moments": moments_of(embeddings[~aside])}
+    return TaskResult(outputs, counts, extra)
 
 
 def renumber(run: Run, index: int, row_start: int) -> TaskResult:

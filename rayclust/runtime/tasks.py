@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from rayclust.errors import ArtefactError
 from rayclust.runtime.artefacts import FileListing, Outputs
-from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, task_labels
+from rayclust.runtime.cluster import connect, cpus, live_nodes, plain_errors, task_options
 from rayclust.runtime.progress import Progress, timed_section, worker_name
 from rayclust.store import manifest, storage
 from rayclust.store.run import Run
@@ -128,8 +128,8 @@ def run_tasks(
         tasks: the whole work, in order of index.
         function: does one task; runs in a Ray worker with one CPU.
         on_result: called once for each task.
-        gpus: of each task's worker.
         section: name of the timing, where a stage has several kinds of tasks; shown beside its progress.
+        gpus: of each task; its worker sees no others.
 
     Returns:
         All results, those of earlier calls among them, in the order of `tasks`.
@@ -168,22 +168,24 @@ def report_resume(stage: str, total: int, done: int) -> None:
 def map_tasks(
     function: Callable[[Item], Result], items: Iterable[Item], *, in_order: bool = False, gpus: float = 0
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with `function(item)`, computed by Ray tasks of one CPU, and some GPUs, each.
+    """Yield each item with `function(item)`, computed by Ray tasks of one CPU each, and some GPUs.
 
     Args:
         function: runs in a Ray worker; must give the same result if it runs twice.
-        items: taken as they are needed: two per CPU are under way, so that no CPU waits and the driver stays small.
+        items: taken as they are needed: two per CPU, or per share of GPUs, are under way, so that none waits and the
+            driver stays small.
         in_order: yield in the order of `items`, else as results come.
-        gpus: of each task's worker.
+        gpus: of each task.
     """
     import ray
 
-    labels = task_labels.get()
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5, **label_selector("tasks", labels))(function)
+    options, labels = task_options(gpus)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5, **options)(function)
     waiting, running = iter(items), dict[Any, Item]()
     with plain_errors():
         while True:
-            for item in islice(waiting, max(0, 2 * cpus(labels) - len(running))):  # a cluster may shrink
+            at_once = cpus(labels) if not gpus else int(sum(node.get("GPU", 0) for node in live_nodes(labels)) / gpus)
+            for item in islice(waiting, max(0, 2 * max(1, at_once) - len(running))):  # a cluster may shrink
                 running[remote.remote(item)] = item
             if not running:
                 return

@@ -123,10 +123,11 @@ def build_index(
         return index
     # 3. Probe the smallest power of two of lists, or all, that reaches the recall on a sample.
     queries, query_ids = _sampled(stream, rng, count, _RECALL_QUERIES)
-    exact = RunningTopK(torch.from_numpy(queries), torch.from_numpy(query_ids), k)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exact = RunningTopK(torch.from_numpy(queries).to(device), torch.from_numpy(query_ids), k)
     for block, ids in stream():
         exact.update(torch.from_numpy(np.asarray(block, np.float32)), torch.from_numpy(np.asarray(ids, np.int64)))
-    truth, truth_similarity = (part.numpy() for part in exact.result())
+    truth, truth_similarity = (part.cpu().numpy() for part in exact.result())
     while True:
         found = without_self(*index.search(queries, k + 1), query_ids)
         index.recall = recall_at_k(*found, truth, truth_similarity)

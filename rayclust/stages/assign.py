@@ -16,6 +16,7 @@ from rayclust.features import FeatureTransform
 from rayclust.methods.base import Method, Prototypes
 from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
 from rayclust.runtime.rows import row_starts, transform_of
@@ -36,7 +37,7 @@ def run(context: StageContext) -> StageResult:
     if coarser:
         levels = run_remotely(nested, context.run.uri, model, coarser, config.seed)
     # 2. The parts.
-    work = partial(_assign_part, context.run, transform_of(encode, config.features), model, levels)
+    work = partial(_assign_part, config, transform_of(encode, config.features), model, levels)
     tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
     sizes = np.zeros(clusters, np.int64)
     results = run_tasks(
@@ -46,6 +47,7 @@ def run(context: StageContext) -> StageResult:
         work,
         # Summed at once: K numbers for each of many parts would be as much as rows.
         on_result=lambda _, result: np.add(sizes, result.extra.pop("sizes"), out=sizes),
+        gpus=config.resources.gpus_per_worker,
     )
     drop_stale_parts(context.run.assignments_folder, len(tasks))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
@@ -70,11 +72,12 @@ def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.nd
 
 
 def _assign_part(
-    run: Run, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray], task: Task
+    config: RunConfig, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray], task: Task
 ) -> TaskResult:
-    """Write the assignments of one part."""
+    """Write the assignments of one part, on a GPU where the worker has one."""
     torch.set_num_threads(1)
-    method = load_method(run.uri, model)
+    run = Run(config.run)
+    method = load_method(run.uri, model).to(worker_device(config))
     table = tables.read_table(run.embeddings(task.index), ["row", "key", "embedding"])
     clusters, confidence = assign(method, transform(tables.matrix(table["embedding"])))
     columns = [table["row"], table["key"], pa.array(clusters), pa.array(confidence)]
@@ -88,9 +91,10 @@ def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Return the most probable clusters, Int32[B], of Float32[B D] features and their probabilities, Float32[B]."""
     if not len(features):
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
+    device = next((tensor.device for tensor in method.state_dict().values()), torch.device("cpu"))
     with torch.inference_mode():
-        probability, cluster = method.predict_proba(torch.from_numpy(features)).max(dim=1)
-    return cluster.numpy().astype(np.int32), probability.float().numpy()
+        probability, cluster = method.predict_proba(torch.from_numpy(features).to(device)).max(dim=1)
+    return cluster.cpu().numpy().astype(np.int32), probability.float().cpu().numpy()
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

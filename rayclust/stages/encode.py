@@ -36,7 +36,7 @@ from rayclust.runtime.encoder import encoder_shape, load_run_encoder, refuse_oth
 from rayclust.runtime.inputs import input_shards, plan_inputs, with_encoder
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
-from rayclust.runtime.shards import MomentsInOrder, renumber, write_shard
+from rayclust.runtime.shards import MomentsInOrder, Split, renumber, write_shard
 from rayclust.runtime.tasks import (
     STORAGE_THREADS,
     Task,
@@ -90,7 +90,9 @@ def run(context: StageContext) -> StageResult:
     results = work(context, tasks, moments)
     storage.remove_tree(context.run.at("manifests", "encode-inputs"))
     # 2. Totals; too many rejects stop the run here.
-    counts = {name: sum(result.counts[name] for result in results) for name in ("rows", "rejects", "labelled")}
+    has_split = Split.of(config) is not None
+    names = ("rows", "rejects", "labelled", *(("test",) if has_split else ()))
+    counts = {name: sum(result.counts[name] for result in results) for name in names}
     reasons = Counter[str]()
     for result in results:
         reasons.update(result.extra["reasons"])
@@ -98,6 +100,12 @@ def run(context: StageContext) -> StageResult:
     _check_reject_share(config, counts["rejects"], total, reasons)
     if counts["rejects"] == total:
         raise DataError(f"images.uri = {config.images.uri}: no image there can be used: {_most_frequent(reasons)}")
+    if has_split and counts["test"] in (0, counts["rows"]):
+        given = config.images.test or config.images.split
+        share = "no row" if not counts["test"] else "every row"
+        raise DataError(
+            f"images.split = {given}: keeps {share} of {counts['rows']} aside; some must be left for either"
+        )
     # 3. Row numbers, now that all counts are known.
     results = _number_rows(context.run, results)
     extra = {
@@ -106,6 +114,8 @@ def run(context: StageContext) -> StageResult:
         "moments": moments.sum,
         "reasons": dict(reasons),
     }
+    if has_split:
+        extra["test"] = [result.counts["test"] for result in results]
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     summary = f"{counts['rows']:,} images in {len(results)} parts, {counts['rejects']:,} rejects"
     return StageResult(outputs, counts, extra, summary)
@@ -115,7 +125,7 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
     """Copy tables of ready embeddings, shard by shard; all must be as wide as the first that holds a usable row."""
     from rayclust.encoders.weights import load_tensors
 
-    run = context.run
+    run, split = context.run, Split.of(context.config)
     for shard in input_shards(context.config):
         first = read_rows(shard, load_tensors=load_tensors)
         if len(first.keys):
@@ -131,7 +141,7 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
             {"key": key, "uri": uri, "label": label}
             for key, uri, label in zip(rows.keys, rows.uris, rows.labels, strict=True)
         ]
-        return write_shard(run, task, task.payload.first, records, rows.embeddings, rows.rejects)
+        return write_shard(run, task, task.payload.first, records, rows.embeddings, rows.rejects, split=split)
 
     return run_tasks(run, "encode", tasks, copy_rows, on_result=moments.take)
 
@@ -227,7 +237,7 @@ def stream(
     # 1. Writers gather the chunks of shards.
     at_tasks = label_selector("tasks", places.tasks)
     Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **at_tasks)(ShardWriter)
-    writers = [Writer.remote(config.run, dimension) for _ in range(max(1, worker_count(config, "encode") // 4))]
+    writers = [Writer.remote(config.run, Split.of(config)) for _ in range(max(1, worker_count(config, "encode") // 4))]
     # 2. Shards to chunks of pixels, on CPUs.
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
         ReadAndDecode,
@@ -383,8 +393,8 @@ class ShardWriter:
     shards have no mark and the driver sends them through again.
     """
 
-    def __init__(self, run: str, dimension: int) -> None:
-        self._run, self._dimension = Run(run), dimension
+    def __init__(self, run: str, split: Split | None = None) -> None:
+        self._run, self._split = Run(run), split
         self._open: dict[str, dict[int, tuple[list[Any], list[Any], np.ndarray]]] = {}
         self._lengths: dict[str, int] = {}
         self._written: set[str] = set()
@@ -411,13 +421,16 @@ class ShardWriter:
         records = [record for kept, _, _ in chunks for record in kept]
         rejects = [reject for _, rejects, _ in chunks for reject in rejects]
         embeddings = np.concatenate([embeddings for _, _, embeddings in chunks])
-        write = partial(write_shard, self._run, shard, named["row_start"], records, embeddings, rejects)
+        start, split = named["row_start"], self._split
+        write = partial(write_shard, self._run, shard, start, records, embeddings, rejects, split=split)
         run_and_mark(self._run.shard_manifest(shard.index), shard, write)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    images = ("format", "labels", "classes", "shard_size", "max_bytes", "max_pixels")
-    return {"images": settings_of(config.images, *images), "encoder": settings_of(config.encoder)}
+    names = ["format", "labels", "classes", "shard_size", "max_bytes", "max_pixels"]
+    names += [name for name in ("split", "test") if getattr(config.images, name) is not None]
+    settings = {"images": settings_of(config.images, *names), "encoder": settings_of(config.encoder)}
+    return settings | ({} if config.images.split is None else {"seed": config.seed})
 
 
 STAGE = Stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,8 +19,9 @@ from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
-from rayclust.runtime.rows import features_at, row_starts, transform_of
+from rayclust.runtime.rows import features_at, kept_aside, row_starts, transform_of
 from rayclust.store import tables
+from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
 
 MEMBERSHIP_ROWS = 1000
@@ -36,11 +38,13 @@ def run(context: StageContext) -> StageResult:
     model = content_digest(context.inputs["train"]) if "train" in context.inputs else None
     transform = transform_of(encode, context.config.features)
     metrics: dict[str, Any]
-    metrics, counts = run_remotely(_Scoring(context.run, starts, transform, context.config, levels, model).score)
+    scoring = _Scoring(context.run, encode.outputs_of(EncodeOutputs), transform, context.config, levels, model)
+    metrics, counts = run_remotely(scoring.score)
     outputs = put_json(context.run, context.run.metrics, metrics | {"sizes": assign.extra["sizes"]})
     if counts is not None:
         outputs |= put_table(context.run, contingency_uri(context.run), counts)
-    shown = [f"{name} {metrics[name]:.4f}" for name in ("accuracy", "nmi", "ari", "silhouette") if name in metrics]
+    scores = metrics | metrics.get("test", {})
+    shown = [f"{name} {scores[name]:.4f}" for name in ("accuracy", "nmi", "ari", "silhouette") if name in scores]
     return StageResult(outputs, {"rows": starts[-1], "labelled": encode.counts["labelled"]}, {}, ", ".join(shown))
 
 
@@ -54,7 +58,7 @@ class _Scoring:
     """Scores a run in a worker."""
 
     run: Run
-    starts: list[int]
+    encode: EncodeOutputs
     transform: FeatureTransform
     config: RunConfig
     levels: tuple[int, ...]
@@ -62,63 +66,95 @@ class _Scoring:
     model: str | None
     """Digest of the method, if its membership is to be measured."""
 
+    @property
+    def starts(self) -> list[int]:
+        """First row of each part, and N."""
+        return [0, *np.cumsum(self.encode.parts, dtype=np.int64).tolist()]
+
     def score(self) -> tuple[dict[str, Any], pa.Table | None]:
         """Return the metrics, and the contingency table where there are labels."""
-        from rayclust.metrics import internal
+        from rayclust.metrics import external, internal
 
-        [clusters, *coarser], codes, classes = _columns(self.run, self.starts, self.levels)
+        levels, codes, classes = _columns(self.run, self.starts, self.levels)
+        clusters, labelled, is_labelled = levels[0], codes >= 0, len(classes) > 1
         metrics: dict[str, Any] = {"rows": len(clusters), "clusters": self.config.method.clusters}
-        counts, labelled, is_labelled = None, codes >= 0, len(classes) > 1
-        # 1. Against the labels.
+        counts, aside = None, kept_aside(self.run, self.encode)
         if is_labelled:
-            metrics |= _against_labels(codes[labelled], clusters[labelled])
             metrics |= {"classes": len(classes), "labelled": int(labelled.sum())}
             counts = _contingency(codes[labelled], clusters[labelled], classes)
-            metrics |= self._probes(codes)
-        # 2. Without them.
+        # 1. The partition, against the labels of those rows that have one: of all rows, or of each split.
+        if aside is None:
+            metrics |= self._partition(levels, codes, np.ones(len(codes), bool), is_labelled=is_labelled)
+        else:
+            for name, rows in (("train", ~aside), ("test", aside)):
+                metrics[name] = {"rows": int(rows.sum()), "labelled": int((rows & labelled).sum())}
+                metrics[name] |= self._partition(levels, codes, rows, is_labelled=is_labelled)
+            known, asked = ~aside & labelled, aside & labelled
+            if known.any() and asked.any():
+                commonest = external.majority_map(codes[known], clusters[known])
+                held_out = external.mapped_accuracy(codes[asked], clusters[asked], commonest)
+                metrics["test"]["accuracy_held_out"] = held_out
+        # 2. The embedding, by probes and by how far the clusters are apart.
+        if is_labelled:
+            (metrics if aside is None else metrics["test"]).update(self._probes(codes, aside))
         sample = _sample(len(clusters), self.config.evaluate.silhouette_rows, self.config.seed)
         if len(sample) and len(np.unique(clusters[sample])) > 1:
             features = features_at(self.run, self.starts, self.transform, sample)
             metrics["silhouette"] = internal.silhouette(features, clusters[sample])
             metrics["silhouette_rows"] = len(sample)
-        # 3. The coarser levels.
-        if self.levels:
-            metrics["levels"] = [
-                {"clusters": size, "occupied": len(np.unique(level))}
-                | (_against_labels(codes[labelled], level[labelled]) if is_labelled else {})
-                for size, level in zip(self.levels, coarser, strict=True)
-            ]
         if self.model is not None:
             metrics |= self._membership(self.model, codes, is_labelled=is_labelled)
         return metrics, counts
 
-    def _probes(self, codes: np.ndarray) -> dict[str, float]:
-        """Return the accuracy of a linear probe, and of the k-NN vote where all rows have labels.
+    def _partition(
+        self, levels: np.ndarray, codes: np.ndarray, rows: np.ndarray, *, is_labelled: bool
+    ) -> dict[str, Any]:
+        """Score the clusters and the coarser levels, Int32[1 + L, N], of some rows, Bool[N]."""
+        labelled = rows & (codes >= 0)
+        scored = is_labelled and bool(labelled.any())
+        found = [_against_labels(codes[labelled], level[labelled]) if scored else {} for level in levels]
+        if not self.levels:
+            return found[0]
+        occupied = [len(np.unique(level[rows])) for level in levels[1:]]
+        sizes = [{"clusters": k, "occupied": used} for k, used in zip(self.levels, occupied, strict=True)]
+        return found[0] | {"levels": [size | scores for size, scores in zip(sizes, found[1:], strict=True)]}
 
-        The linear probe is trained on half of a sample of the labelled rows and measured on the other half; the vote
-        is leave-one-out over all rows.
+    def _probes(self, codes: np.ndarray, aside: np.ndarray | None) -> dict[str, float]:
+        """Return the accuracy of a linear probe and of the k-NN vote, over rows with labels.
+
+        With a split they learn from its train rows and are scored on its test rows. Without one the linear probe is
+        trained on half of a sample and measured on the other half, and the vote is leave-one-out.
         """
         from rayclust.metrics import probes
 
-        found, options = dict[str, float](), self.config.evaluate
+        found, options, rng = dict[str, float](), self.config.evaluate, np.random.default_rng(self.config.seed)
         known = np.flatnonzero(codes >= 0)
-        wanted = min(options.linear_probe_rows, len(known))
-        if wanted >= 2:
-            drawn = np.random.default_rng(self.config.seed).choice(known, wanted, replace=False)
-            rows = np.sort(drawn)
-            x, y = features_at(self.run, self.starts, self.transform, rows), codes[rows]
-            half = np.isin(rows, drawn[: wanted // 2])
-            found["linear_probe"] = probes.linear_probe_accuracy(x[half], y[half], x[~half], y[~half])
-        if len(known) == len(codes):
-            right = 0.0
-            for part, (start, stop) in enumerate(pairwise(self.starts)):
-                if stop > start:
-                    table = tables.read_table(self.run.neighbors(part), ["neighbors", "similarity"])
-                    ids, similarity = tables.matrix(table["neighbors"]), tables.matrix(table["similarity"])
-                    y = codes[start:stop]
-                    right += len(y) * probes.knn_accuracy(ids, similarity, codes, y, k=options.probe_neighbors)
-            found["knn_accuracy"] = right / len(codes)
-        return found
+        # 1. The linear probe.
+        if aside is None:
+            drawn = rng.choice(known, min(options.linear_probe_rows, len(known)), replace=False)
+            sides = [drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]]
+        else:
+            sides = [known[~aside[known]], known[aside[known]]]
+            sides = [rng.choice(side, min(options.linear_probe_rows, len(side)), replace=False) for side in sides]
+        if all(map(len, sides)):
+            own, others = (np.sort(side) for side in sides)
+            x, z = (features_at(self.run, self.starts, self.transform, rows) for rows in (own, others))
+            found["linear_probe"] = probes.linear_probe_accuracy(x, codes[own], z, codes[others])
+        # 2. The vote. Neighbours are fitted rows; those with a label vote.
+        scored = codes >= 0 if aside is None else (codes >= 0) & aside
+        tops, right = {"knn_accuracy": 1, "knn_accuracy_top5": 5}, defaultdict[str, float](float)
+        for part, (start, stop) in enumerate(pairwise(self.starts)):
+            asked = np.flatnonzero(scored[start:stop])
+            if len(asked):
+                table = tables.read_table(self.run.neighbors(part), ["neighbors", "similarity"])
+                ids, similarity = (tables.matrix(table[name])[asked] for name in ("neighbors", "similarity"))
+                ids = np.where(codes[ids] >= 0, ids, -1)
+                order = np.argsort(ids < 0, axis=1, kind="stable")  # those that vote first, still the nearest first
+                ids, similarity = (np.take_along_axis(values, order, axis=1) for values in (ids, similarity))
+                for name, top in tops.items():
+                    truth, k = codes[start + asked], options.probe_neighbors
+                    right[name] += len(asked) * probes.knn_accuracy(ids, similarity, codes, truth, k=k, top=top)
+        return found | {name: right[name] / scored.sum() for name in tops if scored.any()}
 
     def _membership(self, model: str, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
         """Measure the membership Π of a sample of rows (labelled ones where there are), for methods that have one."""
@@ -200,5 +236,5 @@ STAGE = Stage(
     run,
     needs=("encode", "neighbors", "assign"),
     own_space_needs=("train",),
-    revision=2,
+    revision=3,
 )

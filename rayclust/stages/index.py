@@ -49,14 +49,15 @@ def run(context: StageContext) -> StageResult:
     drawn = np.random.default_rng(config.seed).choice(starts[-1], min(QUERIES, starts[-1]), replace=False)
     queries, scratch = np.sort(drawn), run.at("index", "scratch", context.digest)
     model = content_digest(context.inputs["train"]) if "train" in context.inputs else ""
+    gpus = config.resources.gpus_per_worker
     work = _Indexing(run, config, starts, queries, transform, model, scratch)
-    outputs, extra, nearest = run_remotely(work.index_encoder)
+    outputs, extra, nearest = run_remotely(work.index_encoder, gpus=gpus)
     summary = f"{extra['kind']} over {starts[-1]:,} rows{_recall(extra)}"
     if model:
         # All rows in the method's own space part by part, then their index in one worker.
         tasks = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
         run_tasks(run, "index", tasks, work.represent)
-        more, extra[OWN], own_nearest = run_remotely(work.index_own)
+        more, extra[OWN], own_nearest = run_remotely(work.index_own, gpus=gpus)
         # Marks first: without marks the rows are made again, marks without rows would be wrong.
         storage.remove_tree(run.at("manifests", "index"))
         storage.remove_tree(run.at("index", "scratch"))

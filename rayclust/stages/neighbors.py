@@ -9,16 +9,17 @@ import numpy as np
 import torch
 
 from rayclust.config import RunConfig
-from rayclust.errors import DataError
+from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeatureTransform
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors
+from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import blocks, part_features, row_starts, transform_of, unit_rows
+from rayclust.runtime.rows import blocks, fitted_count, kept_aside, part_features, row_starts, transform_of, unit_rows
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.knn import RunningTopK
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage
-from rayclust.store.manifest import NeighborsOutputs, digest_of
+from rayclust.store.manifest import EncodeOutputs, NeighborsOutputs, digest_of
 from rayclust.store.run import Run
 
 TASK_ROWS = 2048
@@ -31,25 +32,28 @@ _OLD_INDEX = "ivf.faiss"
 
 def run(context: StageContext) -> StageResult:
     """Search task by task; a task is a range of consecutive parts."""
-    config, encode = context.config, context.inputs["encode"]
-    starts = row_starts(encode)
-    count, width = starts[-1], int(encode.extra["dimension"])
-    k = min(config.neighbors.k, count - 1)
+    config, encode, extra = context.config, context.inputs["encode"], dict[str, Any]()
+    starts, encoded = row_starts(encode), encode.outputs_of(EncodeOutputs)
+    count, fitted = starts[-1], fitted_count(encode)
+    k = min(config.neighbors.k, fitted - 1)
     if k < 1:
-        raise DataError(f"neighbors: the run has {count} row: at least 2 are needed")
-    transform = transform_of(encode, config.features)
-    method, extra = config.neighbors.method, dict[str, Any]()
+        raise DataError(f"neighbors: the run has {fitted} row: at least 2 are needed")
+    is_raw = config.neighbors.features == "raw"
+    transform = FeatureTransform(normalize=True) if is_raw else transform_of(encode, config.features)
+    method = config.neighbors.method
     if method == "auto":
-        method = "ivf" if count > config.neighbors.exact_rows else "exact"
-    rows = task_rows(count, width, k)
-    tasks = _tasks(encode.extra["parts"], context.digest, rows)
+        method = "ivf" if count > config.neighbors.exact_rows and not encoded.test else "exact"
+    rows = task_rows(count, encoded.dimension, k)
+    tasks = _tasks(list(encoded.parts), context.digest, rows)
     if method == "ivf":
-        layout = IvfLayout(context.run, context.digest, starts, [task.payload for task in tasks], rows, width, k)
+        if encoded.test:
+            raise ConfigError("neighbors.method = ivf: finds no neighbours in one split alone; set it to exact")
+        groups = [task.payload for task in tasks]
+        layout = IvfLayout(context.run, context.digest, starts, groups, rows, encoded.dimension, k)
         results, extra = search_ivf(layout, transform, config.neighbors.min_recall, tasks)
     else:
-        results = run_tasks(
-            context.run, "neighbors", tasks, partial(_search_exactly, context.run, starts, transform, k)
-        )
+        search = partial(_search_exactly, config, encoded, transform, k)
+        results = run_tasks(context.run, "neighbors", tasks, search, gpus=config.resources.gpus_per_worker)
     drop_stale_parts(context.run.neighbors_folder, len(starts) - 1)
     drop_scratch(context.run, len(tasks))
     storage.remove(storage.join(context.run.neighbors_folder, _OLD_INDEX))
@@ -78,15 +82,21 @@ def _tasks(parts: list[int], digest: str, wanted: int) -> list[Task]:
     return tasks
 
 
-def _search_exactly(run: Run, starts: list[int], transform: FeatureTransform, k: int, task: Task) -> TaskResult:
-    """Search the neighbours of the rows of a task's parts and write them part by part."""
+def _search_exactly(
+    config: RunConfig, encode: EncodeOutputs, transform: FeatureTransform, k: int, task: Task
+) -> TaskResult:
+    """Search the neighbours of the rows of a task's parts and write them part by part, on a GPU where it has one.
+
+    With a split all rows find theirs among the rows that are not kept aside.
+    """
     torch.set_num_threads(1)
+    run, starts, device = Run(config.run), [0, *np.cumsum(encode.parts).tolist()], worker_device(config)
     queries = torch.from_numpy(np.concatenate([part_features(run, part, transform) for part in task.payload]))
     rows = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in task.payload])
-    best = RunningTopK(unit_rows(queries), rows, k)
-    for block, ids in blocks(run, starts, transform):
+    best = RunningTopK(unit_rows(queries).to(device), rows, k)
+    for block, ids in blocks(run, starts, transform, kept_aside(run, encode)):
         best.update(block, ids)
-    neighbors, similarity = best.result()
+    neighbors, similarity = (found.cpu() for found in best.result())
     outputs: Outputs = {}
     for part in task.payload:
         some = slice(*(starts[place] - starts[task.payload[0]] for place in (part, part + 1)))
@@ -96,7 +106,10 @@ def _search_exactly(run: Run, starts: list[int], transform: FeatureTransform, k:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    return {"neighbors": settings_of(config.neighbors), "features": settings_of(config.features)}
+    neighbors = settings_of(config.neighbors)
+    if config.neighbors.features == "run":  # runs of before had no other
+        del neighbors["features"]
+    return {"neighbors": neighbors, "features": settings_of(config.features)}
 
 
 STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2, outputs=NeighborsOutputs)

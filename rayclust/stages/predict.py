@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
@@ -32,7 +34,7 @@ SCHEMA = pa.schema(
 """One line per image; an image that cannot be read has a reason instead of a cluster."""
 
 
-def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
+def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False) -> dict[str, Any]:
     """Encode `images` as the run did, assign them to its clusters, and write a table.
 
     Embeddings are kept below the run until the table is written, so that a killed prediction resumes.
@@ -41,13 +43,16 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
         config: the run's.
         images: a folder or URI in any format that `images` takes.
         out: a .parquet or .csv file or URI.
+        evaluate: read the images' labels as the run reads those of its own, and score the clusters against them.
 
     Returns:
-        Counts of rows and rejects.
+        Counts of `rows` and `rejects`; with `evaluate`, the `labelled` ones and their scores by name, among them
+        `accuracy_held_out` by the majority classes of the run's own clusters where the run has labels.
 
     Raises:
         ArtefactError: the run is not trained.
         ConfigError: `out` has another ending.
+        DataError: the images have embeddings of another width, or no labels to score.
     """
     if not out.endswith((".parquet", ".csv")):
         raise ConfigError(f"--out {out}: must end in .parquet or .csv")
@@ -55,17 +60,19 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
     encode, train = manifests.of("encode"), manifests.of("train")
     if encode is None or train is None:
         raise ArtefactError(f"{run.uri}: is not trained: run `rayclust run RUN.yaml` first")
-    # A scratch run of the new images: the run's encoder and limits, no labels or classes.
+    # A scratch run of the new images: the run's encoder and limits, no classes, and labels only to score.
     uri = images if images.startswith(SCHEME) else storage.absolute(images)
-    scratch = Run(storage.join(config.run, "predict", digest_of(uri)))
+    labels = config.images.labels if evaluate and config.images.labels != "none" else "auto" if evaluate else "none"
+    scratch = Run(storage.join(config.run, "predict", digest_of([uri, labels] if evaluate else uri)))
     tree = config.model_dump(mode="json", exclude_unset=True)
     limits = {key: tree["images"][key] for key in ("shard_size", "max_bytes", "max_pixels") if key in tree["images"]}
-    tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": "none", "max_reject_share": 1.0} | limits}
+    tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": labels, "max_reject_share": 1.0} | limits}
     encoded = run_stage("encode", validate(tree))
     given, wanted = int(encoded.extra["dimension"]), int(encode.extra["dimension"])
     if given != wanted:
         raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
     table = _table(run, scratch, config, encode, content_digest(train))
+    scores = _scores(run, scratch, table) if evaluate else {}
     if out.endswith(".parquet"):
         tables.write_table(out, table)
     else:
@@ -73,7 +80,7 @@ def predict(config: RunConfig, images: str, out: str) -> dict[str, int]:
         pyarrow.csv.write_csv(table, buffer)
         storage.write_bytes(out, buffer.getvalue())
     storage.remove_tree(scratch.uri)
-    return {"rows": encoded.counts["rows"], "rejects": encoded.counts["rejects"]}
+    return {"rows": encoded.counts["rows"], "rejects": encoded.counts["rejects"]} | scores
 
 
 def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: str) -> pa.Table:
@@ -89,3 +96,23 @@ def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: s
     found += [tables.read_table(uri, ["key", "uri", "reason"]) for _, uri in parts(scratch.rejects_folder)]
     # Columns that a table lacks become null.
     return pa.concat_tables(found, promote_options="default").cast(SCHEMA)
+
+
+def _scores(run: Run, scratch: Run, table: pa.Table) -> dict[str, Any]:
+    """Score the clusters of new images against their labels."""
+    from rayclust.metrics import external
+
+    read = [tables.read_table(uri, ["label"])["label"].to_pylist() for _, uri in parts(scratch.embeddings_folder)]
+    labels = np.array([label for part in read for label in part], dtype=object)
+    clusters, known = table["cluster"].to_numpy()[: len(labels)], external.labelled(labels)
+    if not known.any():
+        raise DataError("predict --evaluate: none of the images has a label; see images.labels")
+    truth, found = labels[known].astype(str), clusters[known].astype(np.int64)
+    names = ("accuracy", "nmi", "ari", "ami", "purity")
+    scores = {"labelled": int(known.sum())} | {name: getattr(external, name)(truth, found) for name in names}
+    if storage.exists(run.at("evaluation", "contingency.parquet")):
+        cells = tables.read_table(run.at("evaluation", "contingency.parquet"))
+        counts, pairs = cells["count"].to_numpy(), (cells["label"].to_numpy(zero_copy_only=False), cells["cluster"])
+        commonest = external.majority_map(*(np.repeat(np.asarray(values), counts) for values in pairs))
+        scores["accuracy_held_out"] = external.mapped_accuracy(truth, found, commonest)
+    return scores

@@ -100,6 +100,10 @@ def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[model.M
         settings={key: value for key, value in settings.items() if key != "name"},
         metrics={key: value for key, value in (metrics | named).items() if isinstance(value, float)},
     )
+    for split in ("train", "test"):
+        if split in metrics:
+            found = {key: value for key, value in metrics[split].items() if isinstance(value, float)}
+            yield model.MethodResult(name=f"{method}, {metrics[split]['rows']:,} {split} rows", metrics=found)
     for level in metrics.get("levels", []):
         yield model.MethodResult(
             name=f"{method}, level of {level['clusters']:,} clusters",

@@ -44,7 +44,7 @@ from rayclust.runtime.pipeline import (
     settings_of,
 )
 from rayclust.runtime.progress import Progress
-from rayclust.runtime.rows import BLOCK, StoredRows, cache_folder, drop_cache
+from rayclust.runtime.rows import BLOCK, StoredRows, cache_folder, drop_cache, fitted_count
 from rayclust.runtime.tasks import Task, TaskResult, done_marks, finished_tasks, read_mark, report_resume, run_and_mark
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
 from rayclust.store import storage, tables
@@ -87,7 +87,7 @@ class Search:
     def of(cls, context: StageContext) -> Search:
         """Build the search from a stage's context."""
         config, inputs = context.config, context.inputs
-        largest = config.select_k.largest(inputs["encode"].counts["rows"])
+        largest = config.select_k.largest(fitted_count(inputs["encode"]))
         content = {
             "revision": REVISION,
             "settings": candidate_settings(config),
@@ -333,7 +333,7 @@ def _callbacks(on_change: Callable[[Sequence[int], int], None]) -> tuple[Any, An
 
 def run(context: StageContext) -> StageResult:
     """Fit every candidate that is not done, choose one, and write the choice with its reason."""
-    config, rows = context.config, context.inputs["encode"].counts["rows"]
+    config, rows = context.config, fitted_count(context.inputs["encode"])
     config.select_k.refuse_above(rows)
     search = Search.of(context)
     run, outputs = search.run, Outputs()

@@ -35,7 +35,7 @@ from rayclust.runtime.cluster import connect, cores_per_worker, on_every_node, p
 from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, Stage, StageContext, StageResult, method_settings, settings_of
 from rayclust.runtime.progress import Progress
-from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache
+from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache, fitted_count
 from rayclust.store import manifest, storage
 from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.store.run import Run
@@ -55,7 +55,7 @@ just after a loss it may still ask for the resources of a lost node; its own tim
 def run(context: StageContext) -> StageResult:
     """Train on the cluster; where select-k has fitted this very model, copy it."""
     config, encode = context.config, context.inputs["encode"]
-    rows = encode.counts["rows"]
+    rows = fitted_count(encode)
     if rows < config.method.clusters:  # refused here, not after every worker has tried
         raise ConfigError(f"method.clusters = {config.method.clusters}: must be at most the number of rows, {rows}")
     if SELECT_K in context.inputs:
@@ -147,7 +147,7 @@ def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
 
 def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
     """Refuse settings that some of the possible numbers of workers cannot fit, before a worker is lost."""
-    rows, dimension = job.encode.counts["rows"], int(job.encode.extra["dimension"])
+    rows, dimension = fitted_count(job.encode), int(job.encode.extra["dimension"])
     device = "cuda" if job.config.resources.gpus else "cpu"
     for count in range(fewest, most + 1):
         try:

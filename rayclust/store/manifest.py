@@ -77,8 +77,10 @@ class EncodeOutputs(StageOutputs):
     """D."""
     parts: tuple[int, ...]
     """Rows of each part."""
+    test: tuple[int, ...] = ()
+    """Rows of each part that are kept aside; empty in a run without a split."""
     moments: PackedMoments
-    """Of all embeddings."""
+    """Of all embeddings that are not kept aside."""
     reasons: dict[str, int]
     """Rejects by reason."""
 

@@ -28,9 +28,13 @@ def _required(**types: pa.DataType) -> list[pa.Field]:
     return [pa.field(name, kind, nullable=False) for name, kind in types.items()]
 
 
-def EMBEDDINGS(dimension: int) -> pa.Schema:  # noqa: N802 - stands beside the constants below
-    """Return the schema of rows with embeddings of width `dimension`; row is dense over the run, by (shard, key)."""
+def EMBEDDINGS(dimension: int, has_split: bool = False) -> pa.Schema:  # noqa: N802 - stands beside the constants below
+    """Return the schema of rows with embeddings of width `dimension`; row is dense over the run, by (shard, key).
+
+    In a run with a split a column `split` says "train" or "test".
+    """
     names = [*_required(row=pa.int64(), key=pa.string(), uri=pa.string()), pa.field("label", pa.string())]
+    names += _required(split=pa.string()) if has_split else []
     embedding = _required(embedding=_lists(pa.float16(), dimension))
     return pa.schema(names + embedding, metadata={"dimension": str(dimension)})
 

@@ -199,7 +199,7 @@ def test_a_cluster_of_our_own_will_never_have_the_label(
 def test_tasks_carry_the_labels_of_the_run_that_sends_them():
     assert cluster.task_labels.get() == {}
     with cluster.scheduling(PlacementConfig(tasks=CPU)):
-        assert cluster.task_labels.get() == CPU
+        assert cluster.task_labels.get()["tasks"] == CPU
     assert cluster.task_labels.get() == {}
 
 

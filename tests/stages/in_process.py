@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rayclust.runtime import pipeline, tasks
+from rayclust.runtime.shards import Split
 from rayclust.runtime.tasks import Task
 from rayclust.stages import assign, encode, evaluate, figures, index, label, select_k, train
 from rayclust.stages.encode import ReadAndDecode, ShardWriter
@@ -30,7 +31,7 @@ class Metrics:
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts."""
     for module in (assign, evaluate, figures, index, label):
-        patch.setattr(module, "run_remotely", lambda function, *arguments: function(*arguments))
+        patch.setattr(module, "run_remotely", lambda function, *arguments, **options: function(*arguments))
     for module in (tasks, encode, train):
         patch.setattr(module, "connect", lambda: None)
     for module in (encode, pipeline):
@@ -63,7 +64,7 @@ def _try_all(search: Search, candidates: Sequence[int], on_change: Callable[[Seq
 def _stream(context: Any, todo: Sequence[Task], preprocess: Any, dimension: int) -> Iterator[tuple[int, int]]:
     import pyarrow as pa
 
-    writer = ShardWriter(context.config.run, dimension)
+    writer = ShardWriter(context.config.run, Split.of(context.config))
     encoder = encode.EncodeChunks(context.config, [])
     decoder = ReadAndDecode(encode.chunk_rows(context.config), preprocess)
     for item in encode._items(context, todo):

@@ -269,7 +269,7 @@ CHUNKS = [
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_every_order_of_chunks_gives_the_same_part(order: tuple[int, ...], tmp_path: Path):
     run = Run(str(tmp_path))
-    writer = ShardWriter(run.uri, 2)
+    writer = ShardWriter(run.uri)
     for place, number in enumerate(order):
         assert read_mark(run.shard_manifest(0)) is None, place
         writer.add(unit(0, row_start=30), *CHUNKS[number])
@@ -285,7 +285,7 @@ def test_every_order_of_chunks_gives_the_same_part(order: tuple[int, ...], tmp_p
 
 def test_a_chunk_that_comes_twice_is_taken_once(tmp_path: Path):
     run = Run(str(tmp_path))
-    writer = ShardWriter(run.uri, 2)
+    writer = ShardWriter(run.uri)
     for number in (0, 0, 2, 1, 1, 0, 2):
         writer.add(unit(0), *CHUNKS[number])
     assert tables.read_table(run.embeddings(0)).num_rows == 5
@@ -298,7 +298,7 @@ def test_a_chunk_that_comes_twice_is_taken_once(tmp_path: Path):
 
 def test_shards_do_not_mix(tmp_path: Path):
     run = Run(str(tmp_path))
-    writer = ShardWriter(run.uri, 2)
+    writer = ShardWriter(run.uri)
     writer.add(unit(0), *CHUNKS[0])
     writer.add(unit(1), *writer_chunk(0, True))
     assert read_mark(run.shard_manifest(0)) is None
@@ -310,7 +310,7 @@ def test_shards_do_not_mix(tmp_path: Path):
 
 def test_a_shard_of_rejects_alone_and_one_of_nothing_are_written(tmp_path: Path):
     run = Run(str(tmp_path))
-    writer = ShardWriter(run.uri, 2)
+    writer = ShardWriter(run.uri)
     writer.add(unit(0), *writer_chunk(0, True, rows=0, rejects=2))
     writer.add(unit(1), *writer_chunk(0, True, rows=0))
     assert tables.read_table(run.rejects(0)).num_rows == 2
@@ -320,12 +320,12 @@ def test_a_shard_of_rejects_alone_and_one_of_nothing_are_written(tmp_path: Path)
 
 def test_an_older_marker_is_gone_while_its_part_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = Run(str(tmp_path))
-    ShardWriter(run.uri, 2).add(unit(0, "old"), *writer_chunk(0, True))
+    ShardWriter(run.uri).add(unit(0, "old"), *writer_chunk(0, True))
 
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rayclust.stages.encode.write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
-        ShardWriter(run.uri, 2).add(unit(0, "new"), *writer_chunk(0, True))
+        ShardWriter(run.uri).add(unit(0, "new"), *writer_chunk(0, True))
     assert read_mark(run.shard_manifest(0)) is None
