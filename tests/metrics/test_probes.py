@@ -35,7 +35,23 @@ def test_knn_vote_without_all_neighbours():
     neighbors = np.array([[1, -1], [2, -1], [-1, -1]])
     similarity = np.array([[0.5, -np.inf], [0.5, -np.inf], [-np.inf, -np.inf]], dtype=np.float16)
     with np.errstate(all="raise"):
-        assert knn_accuracy(neighbors, similarity, labels) == pytest.approx(2 / 3)
+        assert knn_accuracy(neighbors, similarity, labels) == pytest.approx(1 / 3), "no neighbour is no right answer"
+
+
+def test_a_row_is_right_if_its_class_is_among_the_top_ones_that_have_votes():
+    labels = np.array([0, 1, 2, 3])
+    neighbors = np.array([[1, 2, 0], [0, 2, 1], [3, 0, 1], [-1, 0, 1]])
+    similarity = np.array([[0.9, 0.8, 0.7], [0.9, 0.8, 0.7], [0.9, 0.8, 0.7], [0.9, 0.8, 0.7]])
+    found = [knn_accuracy(neighbors, similarity, labels, top=top) for top in (1, 2, 3, 9)]
+    assert found == [0.0, 0.0, 0.5, 0.5]
+
+
+def test_votes_weigh_as_in_the_published_probe():
+    labels = np.array([0, 0, 0, 1])
+    neighbors = np.array([[3, 1, 2]])  # the nearest against two: by exp(cos / 0.02) it wins from 0.0139 = 0.02 ln 2 on
+    for gap, right in ((0.013, 1.0), (0.015, 0.0)):
+        similarity = np.array([[0.5 + gap, 0.5, 0.5]])
+        assert knn_accuracy(neighbors, similarity, labels, labels[:1]) == right
 
 
 def test_knn_probe_of_real_features(shared_data):

@@ -203,6 +203,13 @@ def test_tasks_carry_the_labels_of_the_run_that_sends_them():
     assert cluster.task_labels.get() == {}
 
 
+def test_tasks_with_gpus_go_where_trainings_go(cluster_nodes: list[dict[str, Any]]):
+    with cluster.scheduling(PlacementConfig(tasks=CPU, train=GPU)):
+        assert cluster.task_options(0) == ({"label_selector": CPU}, CPU)
+        assert cluster.task_options(0.5) == ({"label_selector": GPU}, GPU)
+    assert cluster.task_options(1) == ({}, {})
+
+
 def test_the_plan_names_every_kind_of_work():
     assert cluster.describe_placement(PlacementConfig()).startswith("all work on any node; the driver")
     text = cluster.describe_placement(PlacementConfig(decode=CPU, encode=GPU))

@@ -210,6 +210,17 @@ def test_killed_before_the_seal_only_the_unmarked_parts_are_done_again(copied: S
     assert Path(copied.run.assignments(2)).stat().st_mtime_ns != times[1]
 
 
+def test_a_stage_that_is_killed_while_it_runs_again_is_not_sealed(copied: Sealed, monkeypatch: pytest.MonkeyPatch):
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert Path(copied.run.manifest("evaluate")).exists()
+    monkeypatch.setattr("rayclust.stages.evaluate.run_remotely", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("evaluate", copied.config, force=True)
+    assert not Path(copied.run.manifest("evaluate")).exists(), "it would stand for outputs that may be half new"
+
+
 def test_a_shorter_input_leaves_no_part_of_the_longer_one(tmp_path: Path, in_process: None):
     images = write_tars(tmp_path / "images", shards=3, per_shard=9)
     settings = validate(tree(str(tmp_path / "run"), str(images)))

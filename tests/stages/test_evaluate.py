@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from rayclust.config import RunConfig
+from rayclust.features import FeatureTransform
 from rayclust.methods.kmeans import KMeans
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.runtime.rows import row_starts
 from rayclust.stages import evaluate
 from rayclust.stages.evaluate import _columns, _contingency, _sample, contingency_uri
+from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
 
 
@@ -26,7 +28,7 @@ def test_labels_of_some_rows_score_those_rows(vectors_run: Sealed):
     found = metrics(vectors_run)
     assert (found["rows"], found["labelled"], found["classes"], found["clusters"]) == (7, 6, 2, 2)
     assert found["accuracy"] == found["purity"] == 1
-    assert "knn_accuracy" not in found, "a vote among rows without labels says nothing"
+    assert found["knn_accuracy"] == found["knn_accuracy_top5"] == 1, "rows without a label neither vote nor are asked"
     assert sum(found["sizes"]) == 7
 
 
@@ -115,3 +117,20 @@ def test_without_labels_entries_and_components_are_left(copied: RunConfig, monke
 def test_a_method_without_a_membership_has_none_of_its_measures(copied: RunConfig, vectors_run: Sealed):
     assert measured(copied) == {}
     assert not any(key.startswith("membership") for key in metrics(vectors_run))
+
+
+def test_the_linear_probe_is_scored_on_rows_that_it_was_not_trained_on(
+    copied: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    drawn, read = [], evaluate.features_at
+
+    def note(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
+        drawn.append(set(rows.tolist()))
+        return read(run, starts, transform, rows)
+
+    monkeypatch.setattr(evaluate, "features_at", note)
+    options = copied.evaluate.model_copy(update={"linear_probe_rows": 6})
+    run_stage("evaluate", copied.model_copy(update={"evaluate": options}))
+    trained, scored = drawn[:2]
+    assert (len(trained), len(scored)) == (3, 3)
+    assert not trained & scored

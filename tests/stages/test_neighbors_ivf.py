@@ -280,9 +280,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         sections.append(section)
         return timed(section)
 
-    def note(function: Any, items: Any) -> Any:
+    def note(function: Any, items: Any, **options: Any) -> Any:
         seen.extend([sections[-1]] * len(items))
-        return submit(function, items)
+        return submit(function, items, **options)
 
     monkeypatch.setattr(tasks, "timed_section", name)
     monkeypatch.setattr(tasks, "map_tasks", note)

@@ -466,6 +466,21 @@ def test_a_sample_of_the_rows_is_enough_for_what_is_taken_on_one(rows_run: Seale
     assert found["silhouette"] > 0.5
 
 
+def test_every_fit_of_a_candidate_has_a_seed_of_its_own(
+    rows_run: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seeds, build = [], select_k.build
+
+    def note(config: Any, dimension: int, count: int, seed: int) -> Any:
+        seeds.append(seed)
+        return build(config, dimension, count, seed)
+
+    monkeypatch.setattr(select_k, "build", note)
+    options = rows_run.config.select_k.model_copy(update={"seeds": 3})
+    examine(search(rows_run, tmp_path / "run", select_k=options, seed=7), 3)
+    assert seeds == [7, 8, 9]
+
+
 def test_a_killed_trial_goes_on_from_the_checkpoint_of_the_seed_it_was_at(
     rows_run: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
