@@ -322,7 +322,7 @@ def test_an_older_marker_is_gone_while_its_part_is_replaced(tmp_path: Path, monk
     run = Run(str(tmp_path))
     ShardWriter(run.uri).add(unit(0, "old"), *writer_chunk(0, True))
 
-    def killed(*arguments: object) -> None:
+    def killed(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rayclust.stages.encode.write_shard", killed)

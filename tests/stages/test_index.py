@@ -54,7 +54,7 @@ def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind:
     run = Run(copied.run)
     assert not list(Path(copied.run).glob("index/scratch*")), "rows are scratch"
     found = load_index(storage.read_bytes(storage.join(run.index_folder, OWN_INDEX)))
-    assert found.count == 24
+    assert found.faiss_index.ntotal == 24
     near = storage.read_json(storage.join(run.index_folder, RETRIEVAL))
     assert len(near["rows"]) == QUERIES
     for row, encoder, own in zip(near["rows"], near["encoder"], near["z"], strict=True):

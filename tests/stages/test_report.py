@@ -94,7 +94,11 @@ def test_the_table_of_counts_is_drawn_while_it_can_be_read():
 
 def test_examples_of_rejects_are_few_and_their_counts_whole(pictures_run: Sealed):
     [group] = report._rejects(pictures_run.run, pictures_run.manifest("encode"))
-    assert (group.reason, group.count, [reject.key for reject in group.examples]) == ("empty", 1, ["shard-001/broken"])
+    assert (group.reason, group.count, [reject["key"] for reject in group.examples]) == (
+        "empty",
+        1,
+        ["shard-001/broken"],
+    )
 
 
 def test_levels_stand_below_their_method(pictures_run: Sealed):
