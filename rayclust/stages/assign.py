@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageResult:
         work,
         # Summed at once: K numbers for each of many parts would be as much as rows.
         on_result=lambda _, result: np.add(sizes, result.extra.pop("sizes"), out=sizes),
-        gpus=config.resources.gpus_per_worker,
+        gpus=config.resources.gpus,
     )
     drop_stale_parts(context.run.assignments_folder, len(tasks))
     outputs = {path: written for result in results for path, written in result.outputs.items()}
@@ -102,4 +102,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"features": settings_of(config.features)} | levels
 
 
-STAGE = Stage("assign", _settings, run, needs=("encode", "train"), outputs=AssignOutputs)
+STAGE = Stage("assign", _settings, run, needs=("encode", "train"), on_gpu=True, outputs=AssignOutputs)

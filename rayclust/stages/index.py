@@ -49,7 +49,7 @@ def run(context: StageContext) -> StageResult:
     drawn = np.random.default_rng(config.seed).choice(starts[-1], min(QUERIES, starts[-1]), replace=False)
     queries, scratch = np.sort(drawn), run.at("index", "scratch", context.digest)
     model = content_digest(context.inputs["train"]) if "train" in context.inputs else ""
-    gpus = config.resources.gpus_per_worker
+    gpus = config.resources.gpus
     work = _Indexing(run, config, starts, queries, transform, model, scratch)
     outputs, extra, nearest = run_remotely(work.index_encoder, gpus=gpus)
     summary = f"{extra['kind']} over {starts[-1]:,} rows{_recall(extra)}"
@@ -143,4 +143,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"index": settings_of(config.index), "seed": config.seed} | features
 
 
-STAGE = Stage("index", _settings, run, needs=("encode",), own_space_needs=("train",), outputs=IndexOutputs)
+STAGE = Stage("index", _settings, run, needs=("encode",), own_space_needs=("train",), on_gpu=True, outputs=IndexOutputs)

@@ -53,7 +53,7 @@ def run(context: StageContext) -> StageResult:
         results, extra = search_ivf(layout, transform, config.neighbors.min_recall, tasks)
     else:
         search = partial(_search_exactly, config, encoded, transform, k)
-        results = run_tasks(context.run, "neighbors", tasks, search, gpus=config.resources.gpus_per_worker)
+        results = run_tasks(context.run, "neighbors", tasks, search, gpus=config.resources.gpus)
     drop_stale_parts(context.run.neighbors_folder, len(starts) - 1)
     drop_scratch(context.run, len(tasks))
     storage.remove(storage.join(context.run.neighbors_folder, _OLD_INDEX))
@@ -112,4 +112,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"neighbors": neighbors, "features": settings_of(config.features)}
 
 
-STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2, outputs=NeighborsOutputs)
+STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2, on_gpu=True, outputs=NeighborsOutputs)

@@ -14,6 +14,7 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
 from rayclust.runtime import tasks
+from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.runtime.rows import StoredRows, transform_of
 from rayclust.runtime.shards import Split
@@ -190,12 +191,12 @@ def test_what_cannot_be_parted_is_refused(tmp_path: Path, in_process: None):
 
 def test_new_images_are_scored_against_their_labels(parted: tuple, tmp_path: Path, in_process: None):
     write_table(tmp_path / "new.parquet", 30, 8)
-    found = predict(parted[0], str(tmp_path / "new.parquet"), str(tmp_path / "out.csv"), evaluate=True)
+    found = predict(load_run(parted[0].run), str(tmp_path / "new.parquet"), str(tmp_path / "out.csv"), evaluate=True)
     assert (found["rows"], found["labelled"]) == (30, 30)
     assert found["accuracy"] == found["accuracy_held_out"] > 0.8
     pq.write_table(pq.read_table(tmp_path / "new.parquet").drop_columns(["label"]), tmp_path / "bare.parquet")
     with pytest.raises(DataError, match="none of the images has a label"):
-        predict(parted[0], str(tmp_path / "bare.parquet"), str(tmp_path / "out.csv"), evaluate=True)
+        predict(load_run(parted[0].run), str(tmp_path / "bare.parquet"), str(tmp_path / "out.csv"), evaluate=True)
 
 
 def test_neighbours_of_the_raw_rows_do_not_depend_on_features(tmp_path: Path, in_process: None):
@@ -226,7 +227,7 @@ def test_tasks_ask_for_the_gpus_of_a_worker_and_compute_there(
         return mapped(function, items, **options)
 
     def device(config: RunConfig) -> str:
-        devices.append("cuda" if config.resources.gpus_per_worker else "cpu")
+        devices.append("cuda" if config.resources.gpus else "cpu")
         return "cpu"
 
     monkeypatch.setattr(tasks, "map_tasks", note)
