@@ -1,8 +1,8 @@
 """One partition out of many: vote of aligned members, and one round of self-training on its surest rows.
 
 The forms are classical (Strehl and Ghosh, JMLR 3, 2002; Fred and Jain, PAMI 2005): members are renamed to agree with
-the partition, rows take the name that most members give them, in turn until nothing changes. A linear classifier that is
-fitted to the rows on which members agree then labels all rows, those outside the fit included.
+the partition, rows take the name that most members give them, in turn until nothing changes. A linear classifier that
+is fitted to the rows on which members agree then labels all rows, those outside the fit included.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -39,7 +38,7 @@ class Vote:
     margin: Tensor
     """Float32[N], the same less the share of the second label."""
     agreement: float
-    """G, weight of all agreeing votes: Σ_h w_h · (rows on which member h, renamed, agrees); it never falls in a vote."""
+    """G = Σ_h w_h · (rows on which member h, renamed, agrees); it never falls from round to round."""
     names: tuple[IntArray, ...]
     """Of each member: Int64[K_h], the label that each of its clusters stands for; −1 for none."""
     rounds: int
@@ -182,13 +181,3 @@ def ridge_classifier(x: Tensor, labels: Tensor, clusters: int, penalty: float) -
     gram.diagonal().add_(penalty)
     weight = torch.cholesky_solve(sums.T, torch.linalg.cholesky(gram))
     return weight.to(x.dtype), (shares - mean @ weight).to(x.dtype)
-
-
-def anmi(labels: NDArray[np.integer], members: Sequence[NDArray[np.integer]]) -> float:
-    """Return the mean geometric normalised mutual information of a partition with the members: in [0, 1].
-
-    Source: Strehl and Ghosh, JMLR 3, 2002, eq. 5.
-    """
-    from sklearn.metrics import normalized_mutual_info_score
-
-    return float(np.mean([normalized_mutual_info_score(labels, m, average_method="geometric") for m in members]))

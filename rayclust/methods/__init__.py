@@ -16,6 +16,7 @@ from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Recutta
 from rayclust.settings import closest
 
 METHODS = {
+    "auto": "rayclust.methods.auto:Auto",
     "kmeans": "rayclust.methods.kmeans:KMeans",
     "temi": "rayclust.methods.temi:Temi",
     "cpp": "rayclust.methods.cpp:Cpp",
