@@ -3,7 +3,7 @@
     python benchmarks/defaults.py [--data ../shared/data] [--seeds 3] [--threads 1] [--sets NAME ...] [--trained]
 
 Claims, 3 seeds, CPU: `auto` is nowhere more than 0.5 points (ACC, NMI) below scikit-learn's k-means (10 starts,
-Euclidean, centred unit rows); its mean gain is at least 2 points; 3,000 x 1280 rows, K = 10 take at most 40 s of a core.
+Euclidean, centred unit rows); its mean gain is at least 2 points; 3,000 x 1280 rows, K = 10 take 40 s at most.
 
 Rows are centred and of length 1; labels only score. Sets: photographs as features of two MobileNetV2 that were trained
 WITH ImageNet labels (a and b; imagenette's classes are among those labels), and scikit-learn's digits as pixels. A

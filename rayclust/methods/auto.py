@@ -3,9 +3,9 @@
 k-means is the start and the floor. Its partitions, from starts in three views of the rows (their leading components,
 the same at length 1, and the same averaged over nearest neighbours), are the members of two candidates: the floor,
 refined without another structure, and a vote, which may have another. Both end in a linear classifier that is fitted to
-the surest rows of each cluster. A candidate replaces what stands before it only if it keeps the neighbour graph of the raw
-rows as well; without that evidence k-means is kept. benchmarks/defaults.py has the sets on which the constants below
-were found, and docs/methods.md what to expect of it. No label is read anywhere.
+the surest rows of each cluster. A candidate replaces what stands before it only if it keeps the neighbour graph of the
+raw rows as well; without that evidence k-means is kept. benchmarks/defaults.py has the sets on which the constants
+below were found, and docs/methods.md what to expect of it. No label is read anywhere.
 
 This is not a paper's method. Its parts are: k-means++ (Arthur and Vassilvitskii 2007), consensus by alternating
 alignment (Strehl and Ghosh 2002), label propagation (Zhou et al. 2004), modularity (Newman and Girvan 2004).

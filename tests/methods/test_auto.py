@@ -1,0 +1,127 @@
+"""The default method: planted clusters, what counts as evidence, and one result on any number of workers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rayclust import methods
+from rayclust.methods import auto
+from rayclust.methods.auto import Auto, AutoConfig, Candidate, choose, make_candidates
+from rayclust.metrics.external import accuracy
+from rayclust.search.knn import top_k
+from rayclust.training.loop import Trainer, fit_arrays
+from rayclust.training.sampling import ArrayRows
+from tests.workers import on_two_workers
+
+
+def planted(count: int = 240, sizes: tuple[float, ...] = (1, 1, 1, 1), noise: float = 0.28, seed: int = 0):
+    """Unit rows around orthogonal directions, the direction of each, and their neighbours."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = (torch.tensor(sizes) / sum(sizes) * count).round().long()
+    labels = torch.repeat_interleave(torch.arange(len(parts)), parts)
+    x = functional.normalize(torch.eye(16)[labels] + noise * torch.randn(len(labels), 16, generator=generator), dim=1)
+    ids = torch.arange(len(x))
+    return x, labels, top_k(x, x, 10, query_ids=ids, database_ids=ids)[0].long()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (8, 4, 2, 1)])
+def test_planted_clusters_are_found_even_or_not(sizes: tuple[float, ...]):
+    x, labels, neighbors = planted(sizes=sizes)
+    method = fit_arrays(x, neighbors, AutoConfig(clusters=4))
+    assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.95
+
+
+def test_each_row_is_predicted_alone_and_after_a_round_trip():
+    x, _, neighbors = planted()
+    method = fit_arrays(x, neighbors, AutoConfig(clusters=4))
+    whole = method.predict_proba(x)
+    assert torch.cat([method.predict_proba(row[None]) for row in x]).allclose(whole, atol=1e-6)
+    assert whole.sum(1).allclose(torch.ones(len(x)))
+    assert methods.load(method.state()).predict_proba(x).equal(whole)
+    assert method.prototypes().norm(dim=1).allclose(torch.ones(4))
+
+
+def test_probabilities_are_as_sharp_as_neighbours_agree():
+    for noise in (0.2, 0.6):
+        x, _, neighbors = planted(noise=noise)
+        method = fit_arrays(x, neighbors, AutoConfig(clusters=4))
+        probabilities = method.predict_proba(x)
+        labels = probabilities.argmax(1)
+        agreement = float((labels[neighbors] == labels[:, None]).double().mean())
+        assert float(probabilities.amax(1).mean()) == pytest.approx(min(agreement, 0.999), abs=0.01)
+
+
+def evidence(**changed: float) -> dict[str, float]:
+    return {"modularity": 0.5, "neighbor_agreement": 0.9, "size_entropy": 0.9, "occupied": 4.0} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [
+        ({"modularity": 0.51}, True),
+        ({}, False),
+        ({"modularity": 0.49}, False),
+        ({"modularity": 0.51, "neighbor_agreement": 0.87}, False),
+        ({"modularity": 0.51, "size_entropy": 0.96}, False),
+        ({"modularity": 0.51, "occupied": 3.0}, False),
+    ],
+)
+def test_a_candidate_needs_all_of_the_evidence(changed: dict[str, float], taken: bool):
+    empty = torch.zeros(0)
+    floor, rival = (Candidate(name, empty, empty, empty, evidence(**e)) for name, e in (("a", {}), ("b", changed)))
+    assert (choose([floor, rival]) is rival) == taken
+
+
+def test_the_report_has_a_row_for_each_candidate_and_one_is_chosen():
+    x, _, neighbors = planted()
+    rows: list[dict[str, object]] = []
+    method = methods.build(AutoConfig(clusters=4), 16, len(x), 0)
+    method.fit(ArrayRows(x, neighbors), Trainer(0, torch.device("cpu"), rows.append))
+    assert [row["candidate"] for row in rows] == ["k-means", "refined k-means", "consensus"]
+    assert sum(float(row["chosen"]) for row in rows) == 1
+
+
+def test_without_candidates_it_is_k_means():
+    x, _, neighbors = planted(noise=0.6)
+    (floor,) = make_candidates(x, neighbors, AutoConfig(clusters=4, candidates=False), 0)
+    p = x - x.mean(0)
+    centers = torch.stack([p[floor.labels == k].mean(0) for k in range(4)])
+    assert torch.cdist(p, centers).argmin(1).equal(floor.labels)
+
+
+def test_very_many_clusters_are_plain_k_means(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(auto, "OPERATION_LIMIT", 1.0)
+    x, _, neighbors = planted()
+    assert [c.name for c in make_candidates(x, neighbors, AutoConfig(clusters=4), 0)] == ["k-means"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_few_rows_and_equal_rows_end_without_an_error(count: int):
+    for x in (torch.eye(4)[:count].repeat(1, 2) if count <= 4 else torch.eye(8)[:count], torch.ones(count, 8)):
+        neighbors = torch.full((count, 1), -1)
+        method = fit_arrays(x, neighbors, AutoConfig(clusters=2))
+        assert method.predict_proba(x).isfinite().all()
+
+
+def test_a_sample_is_fitted_where_there_are_many_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(auto, "SAMPLE_ROWS", 100)
+    monkeypatch.setattr(auto, "SAMPLE_ROWS_PER_CLUSTER", 10)
+    x, labels, neighbors = planted(count=400, noise=0.25)
+    method = fit_arrays(x, neighbors, AutoConfig(clusters=4))
+    assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.95
+
+
+def test_two_workers_find_what_one_finds():
+    alone = _fitted(0, 1)
+    for weight in on_two_workers(_fitted):
+        assert weight.allclose(alone, atol=1e-4)
+
+
+def _fitted(rank: int, workers: int) -> Tensor:
+    x, _, neighbors = planted()
+    method = fit_arrays(x, neighbors, AutoConfig(clusters=4))
+    assert isinstance(method, Auto)
+    return method.weight
