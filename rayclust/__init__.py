@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Auto": "rayclust.estimators",
     "CPP": "rayclust.estimators",
     "KMeans": "rayclust.estimators",
     "TEMI": "rayclust.estimators",

@@ -94,7 +94,7 @@ _VERBOSE = click.option(
 @click.option(
     "--clusters", default="10", show_default=True, help="Number of clusters, or auto, or some to try: 5,8,10."
 )
-@click.option("--method", default="temi", show_default=True, help="temi, cpp, kmeans or spectral.")
+@click.option("--method", default="auto", show_default=True, help="auto, kmeans, temi, cpp or spectral.")
 @click.option(
     "--encoder", default=None, help="open_clip/ARCH, timm/ARCH or pixels.  [default: what the machine can do]"
 )

@@ -28,6 +28,7 @@ from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.methods import AnyMethodConfig, config_types
 from rayclust.methods.base import BaseMethodConfig
+from rayclust.metrics.selection import geometric_grid
 from rayclust.settings import Config, format_error
 
 
@@ -114,9 +115,7 @@ class SelectKConfig(Config):
         """Return the candidates of the first round: the list, or for `auto` a geometric grid of ratio 1.5."""
         if isinstance(self.candidates, tuple):
             return self.candidates
-        least, most = min(self.least, rows), self.largest(rows)
-        steps = math.ceil(math.log(most / least) / math.log(1.5))
-        return tuple(sorted({round(least * (most / least) ** (i / max(steps, 1))) for i in range(steps + 1)}))
+        return geometric_grid(min(self.least, rows), self.largest(rows))
 
     def largest(self, rows: int) -> int:
         """Return the largest candidate on so many rows."""

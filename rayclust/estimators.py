@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import Parameter, Signature
@@ -25,14 +26,16 @@ from torch.nn import functional
 from rayclust.clustering import kmeans
 from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
+from rayclust.methods.auto import AutoConfig
 from rayclust.methods.cpp import CppConfig
 from rayclust.methods.temi import TemiConfig
-from rayclust.metrics.internal import modularity
+from rayclust.metrics import internal, selection
+from rayclust.metrics.selection import geometric_grid
 from rayclust.search.knn import top_k
 from rayclust.settings import Config, format_error
 from rayclust.training.loop import fit_arrays
 
-__all__ = ["CPP", "TEMI", "KMeans"]
+__all__ = ["CPP", "TEMI", "Auto", "KMeans"]
 
 _SHARED = {"center": False, "standardize": False, "normalize": True, "device": "auto", "random_state": None}
 _SHARED |= {"verbose": 0}
@@ -124,7 +127,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
     def _fit_features(self, X: ArrayLike, *, normalize: bool, weights: NDArray[np.float64] | None = None) -> Tensor:
         x = validate_data(self, X, dtype=[np.float64, np.float32])
-        if self.n_clusters > len(x):
+        if self.n_clusters != "auto" and self.n_clusters > len(x):
             raise ConfigError(f"n_clusters = {self.n_clusters}: at most the number of rows, n_samples = {len(x)}")
         # Squares of numbers far from 1 overflow or vanish in float32; a power of two costs no digits.
         largest = float(np.abs(x).max())
@@ -177,13 +180,13 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             return 0.0
         ids = torch.arange(len(x))
         neighbors, _ = top_k(x, x, min(SCORED_NEIGHBORS, len(x) - 1), query_ids=ids, database_ids=ids)
-        return modularity(self.predict(X), neighbors.numpy())
+        return internal.modularity(self.predict(X), neighbors.numpy())
 
     def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
         """Fit `method_` and widen it to float64, so that a row's result does not depend on other rows of a call."""
         with self._progress():
             method = fit_arrays(x, neighbors, config, self._seed(), self._device())
-        self.method_, self.n_steps_ = method.cpu().double(), method.plan.steps
+        self.method_, self.n_steps_ = method.cpu().double(), method.plan.steps if hasattr(method, "plan") else 0
 
     def _seed(self) -> int:
         return int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -273,8 +276,104 @@ class KMeans(
         return -float(squares.sum()) / self._feature_scale / self._feature_scale
 
 
+class _PairEstimator(_Estimator):
+    """An estimator that needs nearest neighbours; clusters that no row of the fit belongs to are numbered last."""
+
+    def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
+        """Fit the method to rows X, Float[N D]; `y` is not used, and a `sample_weight` is refused."""
+        self._refuse(unsupported)
+        x = self._fit_features(X, normalize=self.normalize)
+        self.method_, self.n_steps_, self.n_clusters_ = None, 0, 1
+        if self.n_clusters != 1 and len(x) > 1:
+            # Neighbours by cosine, without the row itself.
+            rows = functional.normalize(x, dim=1).to(self._device())
+            ids = torch.arange(len(rows), device=rows.device)
+            config = self._config(**({"clusters": 2} if self.n_clusters == "auto" else {}))
+            resolved = config.resolved(len(x), x.shape[1]) if hasattr(config, "resolved") else config
+            columns = min(max(resolved.neighbors, self._columns), len(x) - 1)
+            neighbors = top_k(rows, rows, columns, query_ids=ids, database_ids=ids)[0].cpu()
+            if self.n_clusters == "auto":
+                config = self._config(clusters=self._choose(x, neighbors))
+            self.n_clusters_ = config.clusters
+            self._train(x, neighbors[:, : resolved.neighbors], config)
+        # Clusters without rows are numbered last.
+        self._order = np.arange(self.n_clusters_)
+        probabilities = self._probabilities(x)
+        occupied = np.bincount(probabilities.argmax(axis=1), minlength=self.n_clusters_) > 0
+        self._order = np.argsort(~occupied, kind="stable")
+        self.labels_ = probabilities[:, self._order].argmax(axis=1)
+        return self
+
+    _columns: ClassVar[int] = 0
+    """Nearest neighbours that are wanted, at least."""
+
+    def _choose(self, x: Tensor, neighbors: Tensor) -> int:
+        """Return the number of clusters for features Float[N D] with neighbours Int64[N M]."""
+        raise ConfigError(f"n_clusters = auto: {type(self).__name__} takes a number; rayclust.Auto finds one")
+
+    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+        """Return the most probable cluster of each row: Int64[N]."""
+        return np.asarray(self.predict_proba(X).argmax(axis=1))
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return probabilities of the clusters: Float64[N K], rows sum to 1."""
+        return self._probabilities(self._features(X))
+
+    def _probabilities(self, x: Tensor) -> NDArray[np.float64]:
+        if self.method_ is None:
+            return np.ones((len(x), 1))
+        return np.asarray(self.method_.predict_proba(x.double()).cpu())[:, self._order]
+
+
+class Auto(
+    _PairEstimator,
+    config=AutoConfig,
+    fields={"n_init": "restarts", "n_neighbors": "neighbors"},
+    defaults={"center": True},
+):
+    """The default: k-means, replaced by a consensus of its partitions where unlabelled evidence supports that.
+
+    Args:
+        n_clusters: K, or `auto`: the middle of what several criteria choose among k-means partitions.
+        n_init: starts of k-means in each of three views of the rows.
+        n_neighbors: nearest neighbours that are averaged, and that count as evidence.
+
+    Attributes:
+        labels_: Int64[N].
+        n_clusters_: K.
+        choice_: with `auto`, the `rayclust.metrics.selection.Choice` with its reason; else None.
+        candidates_: for each candidate its name, its evidence, and whether it was chosen.
+        method_: the fitted `rayclust.methods.auto.Auto`; None for a single cluster, which needs none.
+        n_features_in_: D.
+    """
+
+    _columns = SCORED_NEIGHBORS
+
+    def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
+        """Cluster rows X, Float[N D]; `y` is not used, and a `sample_weight` is refused."""
+        self.choice_: selection.Choice | None = None
+        self.candidates_: list[dict[str, Any]] = []
+        super().fit(X, y, **unsupported)
+        if self.method_ is not None:
+            self.candidates_ = self.method_.report
+        return self
+
+    def _choose(self, x: Tensor, neighbors: Tensor) -> int:
+        unit = functional.normalize(x, dim=1).numpy()
+        device, table = self._device(), dict[int, dict[str, float]]()
+        for k in geometric_grid(2, min(math.ceil(2 * math.sqrt(len(x))), len(x))):
+            options = kmeans.KMeansOptions(clusters=k, restarts=3, metric="euclidean")
+            labels = []
+            for seed in range(2):
+                result = kmeans.fit(lambda: [x.to(device)], options, seed=self._seed() + seed)
+                labels.append(kmeans.assign(x, result.centers.cpu())[0].numpy())
+            table[k] = internal.measure(unit, labels, neighbors.numpy())
+        choice = self.choice_ = selection.choose(table)
+        return choice.k
+
+
 class TEMI(
-    _Estimator,
+    _PairEstimator,
     config=TemiConfig,
     fields={"preset": "preset", "n_heads": "heads", "n_neighbors": "neighbors", "beta": "beta", "max_steps": "steps"}
     | {"batch_size": "batch_size", "learning_rate": "learning_rate"},
@@ -300,40 +399,6 @@ class TEMI(
         n_steps_: optimiser steps taken.
         n_features_in_: D.
     """
-
-    def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
-        """Train the heads on rows X, Float[N D]; `y` is not used, and a `sample_weight` is refused."""
-        self._refuse(unsupported)
-        x = self._fit_features(X, normalize=self.normalize)
-        self.method_, self.n_steps_ = None, 0
-        if self.n_clusters > 1:
-            config = self._config()
-            # Neighbours by cosine, without the row itself.
-            rows = functional.normalize(x, dim=1).to(self._device())
-            ids = torch.arange(len(rows), device=rows.device)
-            count = min(config.resolved(len(x), x.shape[1]).neighbors, len(x) - 1)
-            neighbors, _ = top_k(rows, rows, count, query_ids=ids, database_ids=ids)
-            self._train(x, neighbors.cpu(), config)
-        # Clusters without rows are numbered last.
-        self._order = np.arange(self.n_clusters)
-        probabilities = self._probabilities(x)
-        occupied = np.bincount(probabilities.argmax(axis=1), minlength=self.n_clusters) > 0
-        self._order = np.argsort(~occupied, kind="stable")
-        self.labels_ = probabilities[:, self._order].argmax(axis=1)
-        return self
-
-    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
-        """Return the most probable cluster of each row: Int64[N]."""
-        return np.asarray(self.predict_proba(X).argmax(axis=1))
-
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return probabilities of the clusters: Float64[N K], rows sum to 1."""
-        return self._probabilities(self._features(X))
-
-    def _probabilities(self, x: Tensor) -> NDArray[np.float64]:
-        if self.method_ is None:
-            return np.ones((len(x), 1))
-        return np.asarray(self.method_.predict_proba(x.double()).cpu())[:, self._order]
 
 
 class CPP(

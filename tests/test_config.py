@@ -64,7 +64,6 @@ BAD_FILES = {
     "no images": (GOOD.replace("images: {uri: photos}", ""), "images: this key is required"),
     "no uri": (GOOD.replace("uri: photos", "format: auto"), "images.uri: this key is required"),
     "no method": (GOOD.replace("method: {name: temi, clusters: 10}", ""), "method: this key is required"),
-    "method without a name": (GOOD.replace("name: temi, ", ""), "method.name"),
     "unclosed quote": ('run: "abc', "line"),
     "binary": ("\x00\x01", "not allowed"),
     "empty run": (GOOD.replace("runs/photos", "''"), "run = ''"),
@@ -403,3 +402,7 @@ def test_an_encoder_may_be_a_word_and_is_auto_by_default():
 def test_gpus_are_a_number_once_they_are_resolved():
     assert ResourcesConfig().gpus == ResourcesConfig(gpus_per_worker=0).gpus == 0
     assert ResourcesConfig(gpus_per_worker=0.5).gpus == 0.5
+
+
+def test_a_method_without_a_name_is_the_default():
+    assert parse(GOOD.replace("name: temi, ", "")).method.name == "auto"

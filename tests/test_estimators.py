@@ -40,7 +40,9 @@ def unmet(estimator):
     return {dense: NOT_THE_SAME_DRAWS} if isinstance(estimator, rc.KMeans) else {}
 
 
-@parametrize_with_checks([rc.KMeans(), rc.KMeans(metric="cosine"), TINY_TEMI, TINY_CPP], expected_failed_checks=unmet)
+@parametrize_with_checks(
+    [rc.KMeans(), rc.KMeans(metric="cosine"), rc.Auto(n_init=2), TINY_TEMI, TINY_CPP], expected_failed_checks=unmet
+)
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
 
@@ -51,7 +53,9 @@ def planted(count: int = 300, clusters: int = 4, width: int = 8) -> tuple[np.nda
     return rng.normal(size=(clusters, width))[labels] + 0.25 * rng.normal(size=(count, width)), labels
 
 
-@pytest.mark.parametrize("estimator", [rc.KMeans(4), TINY_TEMI, TINY_CPP], ids=["KMeans", "TEMI", "CPP"])
+@pytest.mark.parametrize(
+    "estimator", [rc.KMeans(4), rc.Auto(4), TINY_TEMI, TINY_CPP], ids=["KMeans", "Auto", "TEMI", "CPP"]
+)
 def test_finds_planted_clusters_and_new_rows_of_them(estimator):
     x, labels = planted()
     found = clone(estimator).set_params(n_clusters=4, random_state=1).fit(x[:200])
@@ -280,3 +284,21 @@ def without_handlers():
         yield
     finally:
         root.handlers = handlers
+
+
+def test_auto_says_what_it_chose_and_why():
+    x, _ = planted()
+    found = rc.Auto(4, random_state=0).fit(x)
+    assert [row["candidate"] for row in found.candidates_] == ["k-means", "refined k-means", "consensus"]
+    assert sum(row["chosen"] for row in found.candidates_) == 1
+    assert found.choice_ is None
+
+
+def test_auto_finds_the_number_of_clusters():
+    x, labels = planted(clusters=6, width=16)
+    found = rc.Auto("auto", random_state=0).fit(x)
+    assert 5 <= found.n_clusters_ <= 7
+    assert str(found.n_clusters_) in found.choice_.reason
+    assert accuracy(labels, found.labels_) > 0.8
+    with pytest.raises(ConfigError, match="TEMI takes a number"):
+        rc.TEMI("auto").fit(x)

@@ -43,10 +43,10 @@ def _read(value: Any) -> Any:
         if isinstance(value, BaseMethodConfig):
             return value
         raise PydanticKnownError("model_attributes_type")
-    name = value.get("name")
+    name = value.get("name", "auto")
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"name = {name!r}: must be one of {', '.join(sorted(METHODS))}{closest(str(name), METHODS)}")
-    return find(name).config_type.model_validate(value)
+    return find(name).config_type.model_validate({"name": name} | value)
 
 
 class _Union:

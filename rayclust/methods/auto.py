@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -107,6 +107,8 @@ class Auto(Method):
     bias: Tensor
     centers: Tensor
     temperature: Tensor
+    report: list[dict[str, Any]]
+    """Of the fit, for each candidate: `candidate`, its name; `chosen`, 0 or 1; and its evidence."""
 
     def __init__(self, config: AutoConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
@@ -124,9 +126,14 @@ class Auto(Method):
         x, neighbors = _sample(rows, self.config, self.seed, trainer.device)
         candidates = make_candidates(x, neighbors, self.config, self.seed)
         chosen = choose(candidates)
-        for place, candidate in enumerate(candidates):
-            row = {"epoch": place, "step": place + 1, "loss": candidate.evidence["inertia"]} | candidate.evidence
-            trainer.report(row | {"candidate": candidate.name, "chosen": float(candidate is chosen)})
+        self.report = [
+            {"candidate": candidate.name, "chosen": float(candidate is chosen)} | candidate.evidence
+            for candidate in candidates
+        ]
+        for place, row in enumerate(self.report):
+            trainer.report(
+                {"epoch": place, "step": place + 1, "loss": row["inertia"], "seconds": trainer.seconds()} | row
+            )
         logger.info("auto: %s is kept, of %s", chosen.name, ", ".join(candidate.name for candidate in candidates))
         # The mean rows of the clusters, and probabilities as sharp as neighbours agree.
         counts = torch.bincount(chosen.labels, minlength=self.config.clusters).clamp(min=1)

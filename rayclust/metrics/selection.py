@@ -49,6 +49,12 @@ _MIN_CANDIDATES_FOR_ENDS = 5
 """With at least this many candidates, a pick at either end counts as the end of a slope."""
 
 
+def geometric_grid(least: int, most: int, ratio: float = 1.5) -> tuple[int, ...]:
+    """Return whole numbers from `least` to `most`, each at most about `ratio` times the one before."""
+    steps = math.ceil(math.log(most / least) / math.log(ratio))
+    return tuple(sorted({round(least * (most / least) ** (i / max(steps, 1))) for i in range(steps + 1)}))
+
+
 def choose(candidates: Candidates, rule: str = "vote") -> Choice:
     """Choose the number of clusters by a rule, and give the reason.
 

@@ -151,6 +151,7 @@ class ReportData:
         classes: number of true classes; None when the run has no labels.
         config: RUN.yaml as it was run.
         confidence: images per equal bin of confidence over [0, 1]; empty draws nothing.
+        candidates: of a method that chooses among partitions: `name`, `chosen`, and the evidence by its title.
         retrieval: empty for methods without a space of their own.
         notes: sentences that the reader should see first, e.g. a health warning.
 
@@ -173,6 +174,7 @@ class ReportData:
     confidence: tuple[int, ...] = ()
     contingency: Contingency | None = None
     drawings: tuple[Drawing, ...] = ()
+    candidates: tuple[Mapping[str, Any], ...] = ()
     retrieval: tuple[Retrieval, ...] = ()
     rejects: tuple[RejectGroup, ...] = ()
     notes: tuple[str, ...] = ()

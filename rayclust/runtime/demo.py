@@ -20,7 +20,7 @@ SEEDS = (2, 1, 0)
 SCORES = ("accuracy", "nmi", "ari")
 
 
-def demo(out: str, methods: Sequence[str] = ("kmeans", "temi")) -> tuple[str, dict[str, list[dict[str, float]]]]:
+def demo(out: str, methods: Sequence[str] = ("kmeans", "auto")) -> tuple[str, dict[str, list[dict[str, float]]]]:
     """Run every stage on the digits for each method and seed; stages that depend on neither run once.
 
     A demo that was killed goes on from the last finished method and seed. Images and run go below `out`, a folder or

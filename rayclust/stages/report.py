@@ -78,6 +78,7 @@ def run(context: StageContext) -> StageResult:
         versions=encode.versions,
         config=as_yaml(written),
         curves=tuple(_curves(history)),
+        candidates=tuple(_candidates(history)),
         confidence=tuple(label.extra["confidence"]),
         contingency=None if counts is None else _contingency(counts, len(clusters)),
         drawings=tuple(drawings(run, selection)),
@@ -206,12 +207,22 @@ def _curves(history: pa.Table) -> list[model.Curve]:
     """Return the training curves that are worth drawing."""
     titles = {"loss": "Loss", "inertia": "Inertia", "marginal_entropy": "Entropy of the clusters' shares, nats"}
     titles |= {"live_clusters": "Live clusters of the best head", "agreement": "Agreement of the best head's teacher"}
-    curves = []
+    curves: list[model.Curve] = []
     for name, title in titles.items():
-        if name in history.column_names and history.num_rows > 1:
+        if name in history.column_names and history.num_rows > 1 and "candidate" not in history.column_names:
             values = [float("nan") if value is None else value for value in history[name].to_pylist()]
             curves.append(model.Curve(title=title, series={name: values}))
     return curves
+
+
+def _candidates(history: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield the partitions among which the method chose, with the evidence by its title."""
+    titles = {"inertia": "Inertia per row", "modularity": "Modularity", "neighbor_agreement": "Neighbours kept together"}
+    titles |= {"size_entropy": "Evenness of sizes", "occupied": "Clusters with rows"}
+    if "candidate" in history.column_names:
+        for row in history.to_pylist():
+            evidence = {title: row[name] for name, title in titles.items()}
+            yield {"name": row["candidate"], "chosen": bool(row["chosen"]), "evidence": evidence}
 
 
 def _health(history: pa.Table) -> list[str]:
@@ -247,5 +258,5 @@ STAGE = Stage(
     needs=("encode", "train", "assign", "label", "evaluate", "figures"),
     own_space_needs=("index",),
     needs_choice=True,
-    revision=2,
+    revision=3,
 )

@@ -193,6 +193,10 @@ def report(**changes: Any) -> model.ReportData:
         "contingency": model.Contingency(
             counts=np.array([[9, 1, 0], [1, 29, 16], [0, 0, 4]]), classes=("ship", "dog", "truck"), clusters=(0, 1, 2)
         ),
+        "candidates": (
+            {"name": "k-means", "chosen": False, "evidence": {"Modularity": 0.71}},
+            {"name": "consensus", "chosen": True, "evidence": {"Modularity": 0.8125}},
+        ),
         "rejects": (
             model.RejectGroup(
                 reason="truncated", count=12, examples=({"key": "a.jpg", "uri": "s3://b/a.jpg", "detail": "cut"},)

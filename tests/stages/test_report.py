@@ -120,6 +120,17 @@ def test_a_collapse_is_the_first_thing_to_read():
     assert report._health(pa.table({"inertia": [1.0]})) == []
 
 
+def test_a_choice_among_partitions_is_a_table_and_no_curve():
+    evidence = {"inertia": 0.5, "modularity": 0.8, "neighbor_agreement": 0.9, "size_entropy": 1.0, "occupied": 4.0}
+    rows = [evidence | {"candidate": name, "chosen": float(name == "consensus")} for name in ("k-means", "consensus")]
+    table = pa.Table.from_pylist(rows)
+    assert report._curves(table) == []
+    first, second = report._candidates(table)
+    assert (first["name"], first["chosen"], second["chosen"]) == ("k-means", False, True)
+    assert second["evidence"]["Modularity"] == 0.8
+    assert list(report._candidates(pa.table({"loss": [1.0]}))) == []
+
+
 def test_curves_are_those_that_the_method_reports(vectors_run: Sealed):
     history = pq.read_table(vectors_run.folder / "model" / "metrics.parquet")
     names = [name for curve in report._curves(history) for name in curve.series]
