@@ -39,7 +39,7 @@ BAD_LINES = {
     "candidates twice": (["quick", ".", "--out", "x", "--clusters", "5,5"], "method.clusters = [5, 5]"),
     "unknown method": (
         ["quick", ".", "--out", "x", "--method", "dbscan"],
-        "must be one of cpp, kmeans, spectral, temi",
+        "must be one of auto, cpp, kmeans, spectral, temi",
     ),
     "unknown encoder": (["quick", ".", "--out", "x", "--encoder", "resnet"], "open_clip/"),
     "a stage that is none": (["counterparts", "RUN.yaml"], "No such command 'counterparts'"),

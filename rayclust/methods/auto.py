@@ -32,7 +32,7 @@ from rayclust.clustering.consensus import ridge_classifier, surest_rows, vote
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.row_stats import compute, even_sample
 from rayclust.distributed import data_group, own_slice
-from rayclust.methods.base import BaseMethodConfig, Method, Rows, Trainer
+from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Pairing, Rows
 from rayclust.search.knn import top_k
 
 logger = logging.getLogger(__name__)
@@ -112,13 +112,14 @@ class Auto(Method):
 
     def __init__(self, config: AutoConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
+        self.pairing = Pairing(columns=config.neighbors)
         self.register_buffer("weight", torch.zeros(dimension, config.clusters))
         self.register_buffer("bias", torch.zeros(config.clusters))
         self.register_buffer("centers", torch.zeros(config.clusters, dimension))
         self.register_buffer("temperature", torch.ones(()))
 
     @torch.no_grad()
-    def fit(self, rows: Rows, trainer: Trainer) -> None:
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Make the candidates on a sample of the rows, choose one, and keep its classifier.
 
         Reports a row of metrics for each candidate; `chosen` is 1 for the one that is kept.

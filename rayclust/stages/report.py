@@ -217,8 +217,8 @@ def _curves(history: pa.Table) -> list[model.Curve]:
 
 def _candidates(history: pa.Table) -> Iterator[dict[str, Any]]:
     """Yield the partitions among which the method chose, with the evidence by its title."""
-    titles = {"inertia": "Inertia per row", "modularity": "Modularity", "neighbor_agreement": "Neighbours kept together"}
-    titles |= {"size_entropy": "Evenness of sizes", "occupied": "Clusters with rows"}
+    titles = {"inertia": "Inertia per row", "modularity": "Modularity", "size_entropy": "Evenness of sizes"}
+    titles |= {"neighbor_agreement": "Neighbours kept together", "occupied": "Clusters with rows"}
     if "candidate" in history.column_names:
         for row in history.to_pylist():
             evidence = {title: row[name] for name, title in titles.items()}
