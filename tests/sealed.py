@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig, validate
+from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import run_all
 from rayclust.store.manifest import Manifest, read_manifest
 from rayclust.store.run import Run
@@ -49,7 +50,7 @@ def sealed_run(config: RunConfig) -> Iterator[Sealed]:
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
         run_all(config)
-    yield Sealed(config)
+    yield Sealed(load_run(config.run))  # with the encoder that `auto` became
 
 
 def sealed_pictures(folder: Path) -> Iterator[Sealed]:

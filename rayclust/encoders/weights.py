@@ -176,9 +176,10 @@ class HubFile:
         reason = "the hub cannot be reached"
         for name in self.names if hub_answers() else ():
             try:
-                url = huggingface_hub.hf_hub_url(self.repository, name)
-                size = huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT).size or 0
-                logger.info("%s: downloading %.0f MB of weights, once", self.name, size / 1e6)
+                with suppress(Exception):  # the size is for the reader; the download has its own errors
+                    url = huggingface_hub.hf_hub_url(self.repository, name)
+                    size = huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT).size or 0
+                    logger.info("%s: downloading %.0f MB of weights, once", self.name, size / 1e6)
                 return Path(huggingface_hub.hf_hub_download(self.repository, name))
             except (EntryNotFoundError, LocalEntryNotFoundError) as error:
                 reason = type(error).__name__

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -283,7 +285,9 @@ def test_a_silent_hub_is_given_up_soon(monkeypatch: pytest.MonkeyPatch, silent_s
 
 
 @pytest.mark.usefixtures("_empty_cache")
-def test_the_first_file_that_is_there_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_file_that_is_there_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     asked: list[str] = []
 
     def download(repository: str, name: str) -> str:
@@ -294,7 +298,11 @@ def test_the_first_file_that_is_there_is_fetched(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(weights, "hub_answers", lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: SimpleNamespace(size=605_000_000))
+    monkeypatch.setattr(logging.getLogger("rayclust"), "propagate", True)
+    caplog.set_level("INFO", "rayclust")
     assert FILE.path() == Path("/w/model.bin")
+    assert "downloading 605 MB of weights, once" in caplog.text
     assert asked == ["owner/name/model.safetensors", "owner/name/model.bin"]
 
 

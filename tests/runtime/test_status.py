@@ -97,3 +97,7 @@ def test_a_long_phase_counts_more_than_a_short_busy_one():
     short = Section(name="index", workers=1, seconds=2, busy={"working": 2.1})
     assert bottleneck([short, long]).startswith("working (parts: 2 workers, busy 80 %")
     assert "busy 100 %" in bottleneck([short])
+
+
+def test_an_unknown_encoder_is_said(vectors_run: Sealed):
+    assert next(lines(vectors_run.config.run)).endswith("encoder unknown: no names, no search by text or image")

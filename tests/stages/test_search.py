@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayclust.config import RunConfig, validate
-from rayclust.errors import ArtefactError, ConfigError, DataError, ShapeError
+from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods.kmeans import KMeans
 from rayclust.runtime.pipeline import run_stage
 from rayclust.stages.search import Hit, as_lines, search
@@ -103,8 +103,10 @@ def test_an_index_over_other_rows_is_not_searched(copied: RunConfig, query: str)
 
 
 def test_ready_embeddings_of_another_encoder_are_refused(vectors_run: Sealed, query: str):
-    with pytest.raises((DataError, ShapeError), match="192"):
+    with pytest.raises(ConfigError, match="the run's rows are ready embeddings; name the encoder that made them"):
         find(vectors_run.config, image=query)
+    with pytest.raises(ConfigError, match="the run's rows are ready embeddings"):
+        find(vectors_run.config, text="words")
 
 
 @pytest.fixture
