@@ -12,8 +12,8 @@ _LAZY = {
     "CPP": "rayclust.estimators",
     "KMeans": "rayclust.estimators",
     "TEMI": "rayclust.estimators",
-    "run": "rayclust.runtime.api",
-    "load": "rayclust.runtime.api",
+    "run": "rayclust.runtime.results",
+    "load": "rayclust.runtime.results",
 }
 """Names that are imported when first asked for, so that `import rayclust` stays free of torch."""
 

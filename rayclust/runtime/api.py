@@ -1,25 +1,20 @@
-"""Read configs and runs, and run everything from Python (`rayclust.run`, `rayclust.load`) or in one line (`quick`)."""
+"""Read configs, of files and of runs, and run everything in one line (`quick`)."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import yaml
 
 from rayclust.config import RunConfig, kind_of, parse, validate
 from rayclust.errors import ArtefactError
-from rayclust.runtime import log
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
 from rayclust.store.lock import run_lock
 from rayclust.store.run import Run
-
-if TYPE_CHECKING:  # imported where a run is opened: it takes torch
-    from rayclust.runtime.results import RunTables
 
 logger = logging.getLogger(__name__)
 
@@ -89,24 +84,6 @@ def _replaced(node: Any, keys: Sequence[str], value: str) -> Any:
     return node.model_copy(update={keys[0]: _replaced(getattr(node, keys[0]), keys[1:], value)})
 
 
-def run(
-    config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, progress: bool = True
-) -> RunTables:
-    """Run every stage that is not complete; return the run's tables.
-
-    The config is a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`; `KEY=VALUE` overrides go with a
-    path or URI. `progress` shows bars and lines as the command does, unless the program has set up logging itself.
-    Raise `RayclustError` with the line that the command would show.
-    """
-    if isinstance(config, str | Path):
-        settings = load_config(str(config), overrides)
-    else:
-        settings = with_absolute_paths(config if isinstance(config, RunConfig) else validate(dict(config)))
-    with log.shown(progress):
-        run_all(settings)
-    return load(settings.run)
-
-
 def quick(
     images: str, out: str, *, clusters: str, method: str, encoder: str | None, overrides: Sequence[str] = ()
 ) -> str:
@@ -136,10 +113,3 @@ def quick(
         storage.write_bytes(storage.join(config.run, "RUN.yaml"), as_yaml(config).encode())
         run_all(config)
     return config.run
-
-
-def load(run: str | Path) -> RunTables:
-    """Open a run, by its folder, URI or RUN.yaml, read on demand; raise `ArtefactError` if there is no run."""
-    from rayclust.runtime.results import RunTables
-
-    return RunTables(load_run(str(run)))

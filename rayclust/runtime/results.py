@@ -1,13 +1,13 @@
-"""A finished run in Python: its tables, its images, its search and its clusters for new images (`rayclust.load`).
+"""Runs in Python (`rayclust.run`, `rayclust.load`): tables, images, search, and clusters for new images.
 
-Apart from `api`, which every command imports, because it needs torch.
+Apart from `api`, which every command imports, because it needs encoders and torch.
 """
 
 from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from importlib import import_module
@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rayclust.arrays import require_matrix
-from rayclust.config import RunConfig
+from rayclust.config import RunConfig, validate
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime import log
+from rayclust.runtime.api import load_config, load_run, with_absolute_paths
 from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.models import load_method
-from rayclust.runtime.pipeline import content_digest
+from rayclust.runtime.pipeline import content_digest, run_all
 from rayclust.runtime.rows import transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.store import storage, tables
@@ -39,6 +40,29 @@ if TYPE_CHECKING:
 
 _OF_EVERY_ROW = {"neighbors": "neighbors", "assignments": "assign"}
 """Tables with a line for every row, and the stages that write them."""
+
+
+def run(
+    config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, progress: bool = True
+) -> RunTables:
+    """Run every stage that is not complete; return the run's tables.
+
+    The config is a RUN.yaml's path or URI, its content as a mapping, or a `RunConfig`; `KEY=VALUE` overrides go with a
+    path or URI. `progress` shows bars and lines as the command does, unless the program has set up logging itself.
+    Raise `RayclustError` with the line that the command would show.
+    """
+    if isinstance(config, str | Path):
+        settings = load_config(str(config), overrides)
+    else:
+        settings = with_absolute_paths(config if isinstance(config, RunConfig) else validate(dict(config)))
+    with log.shown(progress):
+        run_all(settings)
+    return load(settings.run)
+
+
+def load(run: str | Path) -> RunTables:
+    """Open a run, by its folder, URI or RUN.yaml, read on demand; raise `ArtefactError` if there is no run."""
+    return RunTables(load_run(str(run)))
 
 
 class RunTables:

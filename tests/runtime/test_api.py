@@ -13,7 +13,8 @@ import yaml
 import rayclust
 from rayclust.config import parse, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.runtime.api import as_yaml, load, load_config, load_run, quick, run, with_absolute_paths
+from rayclust.runtime.api import as_yaml, load_config, load_run, quick, with_absolute_paths
+from rayclust.runtime.results import load, run
 from rayclust.store import storage
 from tests.sealed import Sealed
 from tests.stages.runs import tree, write_folder, write_yaml

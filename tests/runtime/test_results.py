@@ -12,7 +12,7 @@ from PIL import Image
 
 from rayclust.errors import ArtefactError, ConfigError, DataError, ShapeError
 from rayclust.runtime import log
-from rayclust.runtime.api import load
+from rayclust.runtime.results import load
 from rayclust.store import storage
 from tests.sealed import VECTORS, Sealed
 from tests.stages.runs import tree

@@ -23,9 +23,9 @@ from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans
 from rayclust.metrics.internal import coding_length
 from rayclust.runtime import models, pipeline
-from rayclust.runtime.api import load
 from rayclust.runtime.models import read_method
 from rayclust.runtime.pipeline import Manifests, StageContext, run_all, run_stage, stages_of
+from rayclust.runtime.results import load
 from rayclust.runtime.status import lines
 from rayclust.runtime.tasks import TaskResult
 from rayclust.stages import select_k, train
