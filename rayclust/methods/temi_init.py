@@ -149,14 +149,16 @@ def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
     last, bias, K = heads.weights[-1], heads.biases[-1], heads.shape.clusters
     H, width, count = len(last), last.shape[2], len(x)
     # 1. Second moments of the hidden units, and of them with the clusters, around their means; workers share the rows.
-    gram, cross, mean = (x.new_zeros(shape) for shape in ((H, width, width), (H, width, K), (H, width)))
+    # Sums over blocks are float64: the means are taken off them, and may be far from zero.
+    shapes = ((H, width, width), (H, width, K), (H, width))
+    gram, cross, mean = (x.new_zeros(shape, dtype=torch.float64) for shape in shapes)
     for ids in torch.split(torch.arange(count, device=x.device)[own_slice(count)], _BLOCK):
         units = heads.hidden(x[ids]).expand(H, -1, -1)
         members = (labels[:, ids, None] == torch.arange(K, device=labels.device)).to(units)
-        gram.baddbmm_(units.mT, units)
-        cross.baddbmm_(units.mT, members)
+        gram += units.mT @ units
+        cross += units.mT @ members
         mean += units.sum(1)
-    gram, cross, mean = (all_reduce(part.double()) / count for part in (gram, cross, mean))
+    gram, cross, mean = (all_reduce(part) / count for part in (gram, cross, mean))
     shares = torch.stack([torch.bincount(one, minlength=K) for one in labels]).double() / count
     gram = gram - mean[:, :, None] * mean[:, None]
     cross = cross - mean[:, :, None] * shares[:, None]
