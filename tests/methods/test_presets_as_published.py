@@ -146,6 +146,7 @@ def job(name: str) -> RunConfig:
 def test_jobs_that_are_called_published_train_on_rows_that_nothing_scales_to_length_1(name: str, standardize: bool):
     config = job(name)
     assert not config.encoder.normalize
+    assert config.neighbors.features == "raw" or not standardize
     assert config.features.model_dump() == {"center": False, "normalize": False, "standardize": standardize}
 
 
