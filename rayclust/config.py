@@ -285,6 +285,9 @@ class ImagesConfig(Config):
     """How the images are stored; `auto` looks at the names."""
     labels: str = "auto"
     """auto | none | folder | a column or tar suffix. Used for evaluation only, never to fit."""
+    columns: dict[Literal["image", "embedding", "key", "label"], str] = Field(default_factory=dict)
+    """Names of a table's columns of images (bytes), of embeddings (lists of numbers), of the rows' keys and of their
+    labels, where they are called otherwise than docs/inputs.md expects."""
     classes: tuple[str, ...] | str | None = None
     """Keep only these classes: a list of names (ImageNet: wnids), or a text file with one a line. None keeps all."""
     split: Annotated[float, Field(gt=0, lt=1)] | str | tuple[str, ...] | None = None

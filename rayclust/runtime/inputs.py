@@ -87,10 +87,8 @@ def input_shards(config: RunConfig) -> Iterator[Shard]:
     """Yield the shards of the run's input, in order, and those of a second one that is kept aside behind them."""
     images, index, first = config.images, 0, 0
     for source in (images.uri,) if images.test is None else (images.uri, images.test):
-        size, classes = images.shard_size, images.classes
-        listed = plan_shards(
-            datasets.local_folder(source), images.format, images.labels, shard_size=size, classes=classes
-        )
+        settings = images.model_dump(include={"shard_size", "classes", "columns"})
+        listed = plan_shards(datasets.local_folder(source), images.format, images.labels, **settings)
         start, rows = index, first
         for shard in listed:
             yield replace(shard, index=start + shard.index, first=rows + shard.first)

@@ -427,7 +427,7 @@ class ShardWriter:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    names = ["format", "labels", "classes", "shard_size", "max_bytes", "max_pixels"]
+    names = ["format", "labels", "columns", "classes", "shard_size", "max_bytes", "max_pixels"]
     names += [name for name in ("split", "test") if getattr(config.images, name) is not None]
     settings = {"images": settings_of(config.images, *names), "encoder": settings_of(config.encoder)}
     return settings | ({} if config.images.split is None else {"seed": config.seed})

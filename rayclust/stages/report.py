@@ -146,7 +146,8 @@ def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, model.Pic
     for record in records:
         together.setdefault(record["uri"].partition("#")[0], []).append(record["uri"])
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        fetched = threads.map(lambda uris: list(fetch_many(uris)), together.values())
+        columns = context.config.images.columns
+        fetched = threads.map(lambda uris: list(fetch_many(uris, columns)), together.values())
         images = {uri: data for group in fetched for uri, data in group}
     pictures = {}
     for row, record in zip(rows, records, strict=True):

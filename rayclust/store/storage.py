@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import socket
 import stat as modes
@@ -31,13 +33,27 @@ from rayclust.store.failures import MissingError, UnreadableError, names, transl
 
 __all__ = ["MissingError", "UnreadableError"]
 
+logger = logging.getLogger(__name__)
+
 SCHEMES = ("s3", "gs", "abfs", "hf", "memory")
 """Schemes of remote storage. The extras of rayclust that bring `gs`, `abfs` and `hf` are named after them."""
-IGNORED_NAMES = frozenset({"__MACOSX", "Thumbs.db"})
-"""Files that operating systems leave behind in folders and archives."""
+IGNORED_NAMES = frozenset(
+    {
+        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found"),
+        *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),  # Synology, QNAP
+        *("system volume information", "$recycle.bin", "recycler", "found.000"),  # Windows
+        *("network trash folder", "temporary items"),  # macOS on a server
+    }
+)
+"""Lower-case names of files and folders that operating systems and storage boxes leave behind beside a user's own."""
+CLOSED_FOLDER = -1
+"""`FileStat.size` of a folder that may not be listed."""
 
 _BLOCK, _READ_AHEAD = 32 << 20, 1 << 20
 """Bytes of one request of a download, and of a file that is read in order."""
+_ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")
+_NAME_BYTES = 80
+"""Bytes of a file's name that names of temporary files repeat; file systems allow 255 in all."""
 _DELETES = 32
 """Requests under way at once when a folder is removed."""
 _STALE_SECONDS = 3600.0
@@ -55,7 +71,7 @@ class FileStat:
     uri: str
     """Where to read it."""
     size: int
-    """Bytes."""
+    """Bytes; `CLOSED_FOLDER` for a folder that may not be listed."""
     stamp: str
     """Changes whenever the content does: size with the ETag, or with the time of change in nanoseconds."""
 
@@ -63,7 +79,7 @@ class FileStat:
 def is_hidden(key: str) -> bool:
     """Return whether listings leave `key` out: a part starts with a dot or is one of `IGNORED_NAMES`."""
     parts = (part for part in key.split("/") if part not in {".", ".."})
-    return any(part.startswith(".") or part in IGNORED_NAMES for part in parts)
+    return any(part.startswith(".") or part.lower() in IGNORED_NAMES for part in parts)
 
 
 def is_remote(uri: str) -> bool:
@@ -88,6 +104,8 @@ def join(uri: str, *parts: str) -> str:
 def to_path(uri: str) -> Path:
     """Return the path of a local URI, taken character by character; `~/` is the home folder.
 
+    An escape of a byte that is no UTF-8, as listings write it, leads to the file unless there is one of that very name.
+
     Raises:
         DataError: it is empty or holds a zero character.
     """
@@ -95,8 +113,13 @@ def to_path(uri: str) -> Path:
         raise DataError("'': an empty path; give a folder or an s3:// URI")
     if "\0" in uri:
         raise DataError(f"{uri!r}: a path cannot hold a zero character")
-    path = Path(uri.removeprefix("file://"))
-    return path.expanduser() if uri.startswith("~/") else path
+    text = uri.removeprefix("file://")
+    text = text.removeprefix("localhost") if uri.startswith("file://localhost/") else text
+    path = Path(text).expanduser() if text.startswith("~/") else Path(text)
+    raw = _ESCAPED_BYTE.sub(lambda match: bytes.fromhex(match[1].decode()), os.fsencode(path))
+    if raw != os.fsencode(path) and not os.path.lexists(path) and os.path.lexists(raw):
+        return Path(os.fsdecode(raw))
+    return path
 
 
 def stat(uri: str) -> FileStat | None:
@@ -299,7 +322,8 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield to_path(uri)
         return
     with tempfile.TemporaryDirectory(prefix="rayclust-") as folder:
-        path = Path(folder) / (uri.rpartition("/")[2][-100:] or "object")
+        name = uri.rpartition("/")[2].encode()[-_NAME_BYTES:].decode(errors="ignore")
+        path = Path(folder) / (name or "object")
         with translated(str(path), "write"), path.open("wb") as file:
             for start in range(0, found.size, _BLOCK):
                 file.write(_read(uri, start, min(start + _BLOCK, found.size), found.stamp)[0])
@@ -428,12 +452,16 @@ def _local_stat(key: str, uri: str, found: os.stat_result) -> FileStat:
 
 def temporary_prefix(path: Path) -> str:
     """Return how names of temporary files for `path` begin on this host; hidden, and short enough for a name."""
-    return f".{path.name[:80]}.{socket.gethostname()[:40]}-"
+    return f"{_temporary_start(path)}{socket.gethostname()[:40]}-"
+
+
+def _temporary_start(path: Path) -> str:
+    return f".{os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])}."
 
 
 def _remove_orphans(path: Path, now: float) -> None:
     """Remove temporary files of killed writers of `path`; `now` is by the clock that stamps the files."""
-    mine, any_host = temporary_prefix(path), f".{path.name[:80]}."
+    mine, any_host = temporary_prefix(path), _temporary_start(path)
     with os.scandir(path.parent) as entries:
         found = [entry.name for entry in entries if entry.name.startswith(any_host) and entry.name.endswith(".tmp")]
     for name in found:
@@ -464,24 +492,36 @@ def _walk_local(uri: str) -> Iterator[FileStat]:
     while pending:
         name, above = pending.pop()
         path, key = Path(os.fsdecode(name)), name[len(base) :].decode("utf-8", "backslashreplace")
-        if name.endswith(b"/"):
-            # A folder; what it holds comes next, a folder in it among its neighbours as its name with `/`.
-            with translated(str(path), "list"):
-                identity, below = _list_local(name)
-            if key and path.is_symlink():
-                if identity in linked | above:
-                    continue
-                linked.add(identity)
-            pending += [(name + each, above | {identity}) for each in below]
+        place = f"{uri.rstrip('/')}/{key}".rstrip("/")
+        if not name.endswith(b"/"):
+            yield from _visit(path, key, place)
             continue
+        # A folder; what it holds comes next, a folder in it among its neighbours as its name with `/`.
         try:
-            found = path.stat()
-        except OSError:
-            if path.is_symlink():  # a broken link is listed, so that reading it becomes a reject
-                yield FileStat(key, f"{uri.rstrip('/')}/{key}", 0, "broken-link")
+            with translated(place, "list"):
+                identity, below = _list_local(name)
+        except UnreadableError as error:
+            if not key or not isinstance(error.__cause__, PermissionError):
+                raise
+            logger.warning("%s", error)
+            yield FileStat(key.rstrip("/"), place, CLOSED_FOLDER, "closed-folder")
             continue
-        if modes.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-            yield _local_stat(key, f"{uri.rstrip('/')}/{key}", found)
+        if key and path.is_symlink():
+            if identity in linked | above:
+                continue
+            linked.add(identity)
+        pending += [(name + each, above | {identity}) for each in below]
+
+
+def _visit(path: Path, key: str, uri: str) -> Iterator[FileStat]:
+    try:
+        found = path.stat()
+    except OSError:
+        if path.is_symlink():  # a broken link is listed, so that reading it becomes a reject
+            yield FileStat(key, uri, 0, "broken-link")
+        return
+    if modes.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        yield _local_stat(key, uri, found)
 
 
 def _list_local(path: bytes) -> tuple[tuple[int, int], list[bytes]]:

@@ -32,7 +32,7 @@ def _files() -> Iterator[BadInput]:
 
 def _names() -> Iterator[BadInput]:
     for name, key in [
-        ("no_extension", "image"), ("other_extension", "a.psd"), ("hidden", ".a.png"), ("hidden_folder", ".git/a.png"),
+        ("no_extension", "image"), ("other_extension", "a.mp4"), ("hidden", ".a.png"), ("hidden_folder", ".git/a.png"),
         ("resource_fork", "__MACOSX/cat/._a.png"), ("thumbs", "Thumbs.db"), ("appended", "a.png.part"),
         ("notes", "a.txt"),
     ]:  # fmt: skip

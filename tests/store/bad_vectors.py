@@ -60,7 +60,7 @@ def _types() -> Iterator[BadInput]:
         )
     yield BadInput(
         "vectors/column_missing",
-        lambda: {"x.parquet": parquet({"vectors_": [GOOD]})},
+        lambda: {"x.parquet": parquet({"vectors_": [GOOD], "others_": [GOOD]})},
         error=r"vectors_ \(list",
         settings={"format": "embeddings"},
     )

@@ -18,6 +18,7 @@ import pytest
 
 from rayclust.errors import ArtefactError, DataError
 from rayclust.store import storage
+from rayclust.store.sources import plan_shards, read_records
 from rayclust.store.storage import MissingError, UnreadableError, is_hidden
 from tests.store.inputs import write
 
@@ -306,13 +307,57 @@ def test_pipes_and_sockets_are_left_out(tmp_path: Path) -> None:
         assert keys(tmp_path) == ["a.jpg"]
 
 
-def test_a_name_that_is_not_text_is_listed_escaped(tmp_path: Path) -> None:
-    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg"))).touch()
-    (found,) = storage.walk(str(tmp_path))
-    assert found.key == "\\xff.jpg"
-    found.key.encode()
-    with pytest.raises(UnreadableError):
-        storage.read_bytes(found.uri)
+def test_a_name_that_is_not_text_is_listed_escaped_and_read(tmp_path: Path) -> None:
+    for folder in (b"", b"/sm\xf8r"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + folder))
+        path.mkdir(exist_ok=True)
+        (path / os.fsdecode(b"\xff.jpg")).write_bytes(folder)
+    found = list(storage.walk(str(tmp_path)))
+    assert [file.key for file in found] == ["sm\\xf8r/\\xff.jpg", "\\xff.jpg"]
+    assert [storage.read_bytes(file.uri) for file in found] == [b"/sm\xf8r", b""]
+    assert all(storage.stat(file.uri) for file in found)
+    found[0].uri.encode()
+    (tmp_path / "\\xff.jpg").write_bytes(b"of this very name")
+    assert storage.read_bytes(str(tmp_path / "\\xff.jpg")) == b"of this very name"
+
+
+@pytest.mark.parametrize("folder", ["@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information"])
+def test_folders_of_storage_boxes_and_systems_are_left_out(place: str, folder: str) -> None:
+    write(place, {f"a/{folder}/x.jpg": b"", f"{folder}/x.jpg": b"", "a/x.jpg": b""})
+    assert [file.key for file in storage.walk(place)] == ["a/x.jpg"]
+
+
+def test_a_folder_that_may_not_be_listed_is_named_among_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(str(tmp_path), {"a/x.jpg": b"", "closed/x.jpg": b"", "z.jpg": b""})
+    scandir = os.scandir
+
+    def refuse(path: bytes) -> object:
+        if path.rstrip(b"/").endswith(b"closed"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = {file.key: file.size for file in storage.walk(str(tmp_path))}
+    assert found == {"a/x.jpg": 0, "closed": storage.CLOSED_FOLDER, "z.jpg": 0}
+    assert "closed: permission denied to list" in caplog.text
+    records = [(r.key, r.reason) for shard in plan_shards(str(tmp_path)) for r in read_records(shard)]
+    assert records == [("a/x.jpg", None), ("closed", "unreadable_folder"), ("z.jpg", None)]
+    with pytest.raises(UnreadableError, match="closed: permission denied to list"):
+        list(storage.walk(str(tmp_path / "closed")))
+
+
+def test_a_host_in_a_file_uri_is_this_one(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1")
+    assert storage.read_bytes(f"file://localhost{tmp_path}/x") == storage.read_bytes(f"file://{tmp_path}/x") == b"1"
+
+
+def test_long_names_are_bounded_in_bytes(place: str, shared_bucket: str) -> None:
+    name = "图" * (80 if "://" not in place else 90) + ".tar"
+    storage.write_bytes(storage.join(place, name), b"1")
+    with storage.open_input(storage.join(place, name), whole=True) as file:
+        assert file.read() == b"1"
 
 
 def test_very_deep_folders_are_walked(tmp_path: Path) -> None:

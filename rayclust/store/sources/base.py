@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_SUFFIXES = (
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "mpo", "avif", "jp2", "j2k", "jpx", "jpf",
+    "jpc", "j2c", "apng", "dib", "ico", "ppm", "pgm", "pbm", "pnm", "pfm",
+    "heic", "heif", "hif", "jxl", "svg", "svgz", "psd", "psb", "eps", "dcm", "dicom", "exr", "tga", "pcx", "dds",
+    "icns", "qoi", "jxr", "xcf", "bpg", "dng", "cr2", "cr3", "nef", "nrw", "arw", "orf", "raf", "rw2", "pef", "srw",
+)  # fmt: skip
 """Suffixes of file names, in any case, that mark an image in folders and tars; the format is decided by the bytes.
 
-The order is that of preference where one webdataset sample has several images.
+The decoder reads those of the first two lines and refuses the others with a reason: they become rejects, so that no
+image is left out in silence. The order is that of preference where one webdataset sample has several images.
 """
+RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw")
+"""Of cameras' raw files: most are TIFFs by their bytes, of which a decoder finds the small preview only."""
 
 LABEL_NAMES = (
     "label", "labels", "cls", "class", "class_name", "classname", "class_id", "category", "target", "fine_label",
@@ -102,6 +110,11 @@ class Shard:
     """auto | none | folder | a column or tar suffix."""
     classes: tuple[str, ...] | None = None
     """Only images with one of these labels, or below a folder of one of these names, are kept; None keeps all."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of the columns of tables by what they hold: image, embedding, key."""
+    prefixed: str = "never"
+    """Keys that begin with the name of their table, to tell those of several tables apart: never (there is one table),
+    names (all but paths, which hold a `/`), or always (tables have paths in common)."""
 
     @property
     def label_source(self) -> str | None:
@@ -123,6 +136,12 @@ class Shard:
         for name in ("row_groups", "beside", "classes"):
             content[name] = None if content[name] is None else tuple(content[name])
         return cls(**content)
+
+    @property
+    def folder(self) -> str | None:
+        """Name of the folder that the file lies in, of `cat/part-0` and of `label=cat/part-0` alike cat."""
+        name = folder_label(self.name)
+        return None if name is None else name.rpartition("=")[2] or None
 
     def selects(self, key: str, label: str | None) -> bool:
         """Return whether an image belongs to the requested classes, by its label or by a folder of its key."""
@@ -148,7 +167,7 @@ def label_text(value: Any, names: Sequence[str] | None = None) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
     if isinstance(value, str):
-        return escape_invalid(value.strip()) or None
+        return escape_invalid(value.strip("\ufeff \t\r\n\f\v").strip()) or None
     if isinstance(value, bool | np.bool_):
         return str(bool(value)).lower()
     if isinstance(value, float | np.floating) and float(value).is_integer():
@@ -159,8 +178,14 @@ def label_text(value: Any, names: Sequence[str] | None = None) -> str | None:
 
 
 def folder_label(key: str) -> str | None:
-    """Return the name of the folder that a file lies in; None for files at the top."""
-    return key.rpartition("/")[0].rpartition("/")[2] or None
+    """Return the name of the folder that a file lies in; None for files at the top.
+
+    A folder `images` in the folder of a class, as Tiny ImageNet has one in each, gives the class.
+    """
+    folders = key.split("/")[:-1]
+    while len(folders) > 1 and folders[-1].lower() in ("images", "image", "imgs", "img"):
+        folders.pop()
+    return folders[-1] or None if folders else None
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[tuple[Item, Result]]:

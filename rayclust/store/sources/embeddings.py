@@ -6,6 +6,7 @@ Clip-retrieval's folders are read too: `img_emb/img_emb_0.npy` with `metadata/me
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import struct
@@ -30,6 +31,8 @@ from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text,
 from rayclust.store.sources.parquet import EMBEDDING_NAMES, Columns, Footer, RowNames, describe_columns
 from rayclust.store.storage import FileStat, UnreadableError
 
+log = logging.getLogger(__name__)
+
 LoadTensors = Callable[[Path], Any]
 """Reads a `.pt` file without running code in it: a tensor, or dicts and lists of tensors and plain values."""
 
@@ -40,7 +43,9 @@ TENSOR_NAMES = (*EMBEDDING_NAMES, "feats", "x", "image_features")
 """Names of the embeddings in a file of tensors."""
 TENSOR_LABEL_NAMES = ("labels", "label", "ys", "y", "targets", "target")
 
-_LABEL_FILE = re.compile(r"(.*[_-])?(labels|targets)\.(npy|pt)")
+_LABEL_FILE = re.compile(
+    r"(.*[_-])?(labels?|targets?|classes|ids?|keys|names|file_?names|paths|urls|captions|ind(ex|exes|ices))\.(npy|pt)"
+)
 _CLIP_RETRIEVAL = re.compile(r"(?P<folder>.*/)?img_emb/img_emb_(?P<number>\d+)\.npy")
 _BATCH_ROWS = 4096
 _FILES_AHEAD = 8
@@ -58,7 +63,7 @@ _REJECT_DETAILS = {
 
 
 def is_array_file(key: str) -> bool:
-    """Return whether a file holds embeddings by its name: not labels, and not clip-retrieval's embeddings of texts."""
+    """Return whether a file holds embeddings by its name: no labels, names of rows, or embeddings of texts."""
     folder, _, name = key.lower().rpartition("/")
     is_text = name.startswith("text_emb") or "text_emb" in folder.split("/")
     return name.endswith((".npy", ".pt")) and not _LABEL_FILE.fullmatch(name) and not is_text
@@ -72,33 +77,50 @@ def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterato
     Raises:
         DataError: a file holds no embeddings, or not the column of labels that is asked for.
     """
+    refused, has_any = list[DataError](), False
     for file, found in prefetch(partial(_inspect, template), files, _FILES_AHEAD):
-        if isinstance(found, Shard):
-            if found.count is None:
-                yield found
-                continue
-            for start in range(0, found.count, shard_rows):
-                count = min(shard_rows, found.count - start)
-                yield replace(found, stamp=f"{found.stamp}:{start}+{count}", start=start, count=count)
+        if isinstance(found, DataError):
+            refused.append(found)
             continue
-        if found is not None and Columns.find(found.schema).embedding is None:
-            folder, _, name = file.key.rpartition("/")
-            if name.startswith("metadata") or folder.rpartition("/")[2] == "metadata":  # beside clip-retrieval's arrays
-                continue
+        for shard in _cut(file, found, template, shard_rows):
+            has_any = True
+            yield shard
+    # An array that is no table of embeddings, such as names of rows, is left out beside others.
+    for error in refused:
+        if not has_any:
+            raise error
+        log.warning("%s: left out", error)
+
+
+def _cut(file: FileStat, found: Shard | Footer | None, template: Shard, shard_rows: int) -> Iterator[Shard]:
+    """Make shards of one file: ranges of rows of an array, of row groups of a table."""
+    if isinstance(found, Shard):
+        if found.count is None:
+            yield found
+            return
+        for start in range(0, found.count, shard_rows):
+            count = min(shard_rows, found.count - start)
+            yield replace(found, stamp=f"{found.stamp}:{start}+{count}", start=start, count=count)
+        return
+    if found is not None:
+        folder, _, name = file.key.rpartition("/")
+        is_metadata = name.startswith("metadata") or folder.rpartition("/")[2] == "metadata"
+        named = {} if is_metadata else template.columns
+        if Columns.find(found.schema, None, file.uri, named).embedding is None:
+            if is_metadata:  # beside clip-retrieval's arrays
+                return
             have = describe_columns(found.schema)
             raise DataError(f"{file.uri}: no column `embedding` of lists of numbers; it has {have}")
-        if found is not None:
-            Columns.find(found.schema, template.label_source, file.uri)  # refuses a missing column of labels
-        yield from parquet.cut(file, found, replace(template, kind="embeddings_parquet"), shard_rows)
+        Columns.find(found.schema, template.label_source, file.uri, named)  # refuses a missing column of labels
+    yield from parquet.cut(file, found, replace(template, kind="embeddings_parquet"), shard_rows)
 
 
-def _inspect(template: Shard, file: FileStat) -> Shard | Footer | None:
+def _inspect(template: Shard, file: FileStat) -> Shard | Footer | DataError | None:
     """Read the footer of a table; of an array return the shard of all rows, with its labels and metadata beside.
 
-    Raises:
-        DataError: the array cannot be a table of embeddings.
+    An array that is no table of embeddings gives the error that says so.
     """
-    if file.key.lower().endswith(".parquet"):
+    if not file.key.lower().endswith((".npy", ".pt")):
         return parquet.read_footer(file)
     # 1. Labels lie beside under the nearest name, metadata where clip-retrieval puts them.
     stem, _, ending = file.uri.rpartition(".")
@@ -116,15 +138,29 @@ def _inspect(template: Shard, file: FileStat) -> Shard | Footer | None:
     if not file.key.lower().endswith(".pt"):
         try:
             header = read_npy_header(file.uri)
-        except UnreadableError:
-            header = None
-        if header is not None:
             _check_matrix(file.uri, header.shape, header.dtype)
             rows = header.rows_within(file.size) or (None if header.shape[0] else 0)
+        except UnreadableError:  # becomes a reject when it is read
+            pass
+        except DataError as error:
+            return error
     kind = "embeddings_pt" if ending.lower() == "pt" else "embeddings_npy"
     name, stamp = file.key.rpartition(".")[0], "+".join(found.stamp for found in [file, *present])
     uris = tuple(found.uri for found in present)
     return replace(template, kind=kind, uri=file.uri, name=name, stamp=stamp, beside=uris, count=rows)
+
+
+def count_rows(file: FileStat) -> int:
+    """Return the rows of an `.npy` file by its header; 0 of others.
+
+    Raises:
+        DataError: it cannot be read, or is not a table of embeddings.
+    """
+    if not file.key.lower().endswith(".npy"):
+        return 0
+    header = read_npy_header(file.uri)
+    _check_matrix(file.uri, header.shape, header.dtype)
+    return header.rows_within(file.size)
 
 
 def _check_matrix(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -242,10 +278,9 @@ def _table_rows(shard: Shard) -> tuple[RowNames, EmbeddingBuffer]:
     """Read a range of row groups of a Parquet file."""
     with parquet.opened(shard.uri) as file:
         groups = list(range(*(shard.row_groups or (0, file.metadata.num_row_groups))))
-        columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri)
+        columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri, shard.columns)
         if columns.embedding is None:
             raise DataError(f"{shard.uri}: no column `embedding`; it has {describe_columns(file.schema_arrow)}")
-        table = file.read_row_groups(groups, columns=columns.naming)
         buffer = EmbeddingBuffer()
         for batch in file.iter_batches(_BATCH_ROWS, groups, [columns.embedding], use_threads=False):
             # Lists of numbers of any lengths are matrices by width; a null list has the width -1.
@@ -258,8 +293,7 @@ def _table_rows(shard: Shard) -> tuple[RowNames, EmbeddingBuffer]:
                 lists = array.filter(pa.array(widths == each))
                 values[each] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, each)
             buffer.add(widths, values)
-        names = RowNames.numbered(shard, len(buffer.widths)).replaced(table, columns, shard.label_source)
-        return names, buffer
+        return parquet.read_names(file, columns, shard, groups, len(buffer.widths)), buffer
 
 
 def _npy_rows(shard: Shard, rejects: list[dict[str, str]]) -> tuple[RowNames, EmbeddingBuffer]:
@@ -348,9 +382,10 @@ def _array_rows(
             try:
                 with parquet.opened(place) as file:
                     columns = Columns.find(file.schema_arrow, shard.label_source, place)
-                    table, lines = file.read(columns=columns.naming), file.metadata.num_rows
+                    key, lines = parquet.key_column(file, columns), file.metadata.num_rows
+                    table = file.read(columns=columns.naming(key))
                 if lines == total:
-                    names = names.replaced(table.slice(shard.start, count), columns, shard.label_source)
+                    names = names.replaced(table.slice(shard.start, count), columns, key, shard)
             except (*parquet.DAMAGE, UnreadableError) as error:
                 raise DataError(
                     f"{place}: cannot be read ({' '.join(str(error).split())}); mend or remove it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,7 @@ from itertools import chain
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
 from rayclust.store.sources.base import IMAGE_SUFFIXES, TOO_LARGE, Member, Record, Shard, folder_label, prefetch
-from rayclust.store.storage import FileStat, MissingError, UnreadableError
-
-log = logging.getLogger(__name__)
+from rayclust.store.storage import CLOSED_FOLDER, FileStat, MissingError, UnreadableError
 
 _CONCURRENT_READS = 16
 """Remote requests in flight: one by one, latency would hold a worker at some 30 images a second."""
@@ -31,11 +28,9 @@ def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterato
     The template carries the folder's URI and what all shards share; with `classes`, only files below a folder of one of
     these names are kept.
     """
-    ignored, group = 0, list[FileStat]()
+    group = list[FileStat]()
     for file in chain(files, [None]):  # None closes the last shard
-        if file is not None and not is_image(file.key):
-            ignored += 1
-        elif file is not None and template.selects(file.key, None):
+        if file is not None and (template.selects(file.key, None) or file.size == CLOSED_FOLDER):
             group.append(file)
         if len(group) == shard_size or (group and file is None):
             stamp = digest_of([[each.key, each.stamp] for each in group])
@@ -43,8 +38,6 @@ def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterato
             name = group[0].key.rpartition(".")[0]
             yield replace(template, kind="folder", name=name, stamp=stamp, count=len(group), members=members)
             group = []
-    if ignored:
-        log.info("%s: %d files are not images by their names and were left out", template.uri, ignored)
 
 
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
@@ -53,6 +46,8 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
     def read_member(member: Member) -> Record:
         label = None if shard.label_source is None else folder_label(member.key)
         reject = partial(Record, member.key, member.uri, None, label)
+        if member.size == CLOSED_FOLDER:
+            return reject("unreadable_folder", "permission denied to list it; what it holds is not known")
         if member.size > max_bytes:
             return reject("too_large", TOO_LARGE.format(member.size, max_bytes))
         try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -33,13 +34,13 @@ from rayclust.store.storage import FileStat, UnreadableError
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture", "data", "content")
 EMBEDDING_NAMES = ("embedding", "embeddings", "image_embedding", "img_emb", "features", "feature", "vector", "emb")
+TABLE_SUFFIXES = (".parquet", ".pq", ".parq")
 KEY_NAMES = ("key", "image_path", "path", "filename", "file_name", "file", "id", "image_id", "uri", "url")
 URI_NAMES = ("uri", "image_path")
 
 DAMAGE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowError)
 """Raised when a damaged Parquet file is read; storage errors are DataErrors, and pass."""
 
-_TEXT = (pa.string(), pa.large_string())
 _BATCH_ROWS = 16
 _BUFFER_BYTES, _UNBUFFERED_BYTES = 8 << 20, 256 << 20
 """Size of the read buffer, and of a row group above which it is used."""
@@ -55,51 +56,74 @@ class Columns:
     image: str | None
     """Encoded images: the first of `IMAGE_NAMES`, else the only column of a fitting type."""
     embedding: str | None
-    """The first of `EMBEDDING_NAMES` with lists of numbers."""
-    key: str | None
-    """Names of the rows: the first of `KEY_NAMES`, else `path` within an image struct, with a dot between them."""
+    """The first of `EMBEDDING_NAMES` with lists of numbers, else, beside no image, the only column of such lists."""
+    keys: tuple[str, ...]
+    """May name the rows: those of `KEY_NAMES`, and `path` within an image struct, with a dot between them."""
     uri: str | None
     """Where the image of a row lies: the first of `URI_NAMES`."""
     label: str | None
     """The first of `LABEL_NAMES`, or the column that is asked for."""
 
     @classmethod
-    def find(cls, schema: pa.Schema, label_source: str | None = None, where: str = "") -> Columns:
+    def find(
+        cls, schema: pa.Schema, label_source: str | None = None, where: str = "", named: Mapping[str, str] | None = None
+    ) -> Columns:
         """Find the columns of a schema by their names, in any case, and types.
 
         Args:
             schema: of the table.
-            label_source: `Shard.label_source`; `folder` takes the column of the keys, whose folders name classes.
-            where: the table, for the message.
+            label_source: `Shard.label_source`.
+            where: the table, for messages.
+            named: `Shard.columns`.
 
         Raises:
-            DataError: `label_source` names a column that does not exist.
+            DataError: a column that is named does not exist or is of another type, or there are two of its name.
         """
-        images = [field for field in schema if _is_image(field.type)]
-        image = find_column(schema, IMAGE_NAMES, _is_image) or (images[0].name if len(images) == 1 else None)
-        key = find_column(schema, KEY_NAMES, lambda kind: kind in _TEXT or bool(pa.types.is_integer(kind)))
-        if key is None and image is not None:
-            kind = next(field.type for field in images if field.name == image)
-            at = kind.get_field_index("path") if pa.types.is_struct(kind) else -1
-            key = f"{image}.path" if at >= 0 and kind.field(at).type in _TEXT else None
-        label = key if label_source == "folder" else label_source
-        if label_source == "auto":
-            label = find_column(schema, LABEL_NAMES, lambda kind: not _is_image(kind) and not _is_vector(kind))
-        elif label_source not in (None, "folder", *schema.names):
+        named = named or {}
+        for role, name in named.items():
+            fits = {"image": _is_image, "embedding": _is_vector}.get(role, _is_name)
+            if not any(fits(field.type) for field in schema if field.name == name):
+                kind = {"image": "of bytes", "embedding": "of lists of numbers"}.get(role, "of text or whole numbers")
+                have = describe_columns(schema)
+                raise DataError(f"images.columns.{role} = {name}: {where} has no such column {kind}; it has {have}")
+        if label_source not in (None, "auto", "folder", *schema.names):
             have = describe_columns(schema)
             raise DataError(f"images.labels = {label_source}: {where} has no such column; it has {have}")
-        embedding = find_column(schema, EMBEDDING_NAMES, _is_vector)
-        return cls(image, embedding, key, find_column(schema, URI_NAMES, lambda kind: kind in _TEXT), label)
+        # Bytes under a name of embeddings are packed numbers, not images.
+        images = [field for field in schema if _is_image(field.type) and field.name.lower() not in EMBEDDING_NAMES]
+        vectors = [field for field in schema if _is_vector(field.type)]
+        image = _first(images, IMAGE_NAMES) or (images[0].name if len(images) == 1 else None)
+        embedding = _first(vectors, EMBEDDING_NAMES)
+        if embedding is None and image is None:
+            others = [field for field in vectors if _is_vector(field.type, pa.types.is_floating)]
+            embedding = others[0].name if len(others) == 1 and others[0].name.lower() not in IMAGE_NAMES else None
+        image, embedding = named.get("image", image), named.get("embedding", embedding)
+        naming = [field for field in schema if _is_name(field.type)]
+        keys = [key for name in KEY_NAMES if (key := _first(naming, [name])) is not None]
+        for field in images:
+            at = field.type.get_field_index("path") if pa.types.is_struct(field.type) else -1
+            if field.name == image and at >= 0 and _is_text(field.type.field(at).type):
+                keys.append(f"{image}.path")
+        keys = [named["key"]] if "key" in named else keys
+        label = None if label_source == "folder" else label_source
+        if label_source == "auto":
+            label = _first([field for field in schema if field not in (*images, *vectors)], LABEL_NAMES)
+        found = cls(
+            image, embedding, tuple(keys), _first([field for field in naming if _is_text(field.type)], URI_NAMES), label
+        )
+        for used in (image, embedding, label, found.uri, *(key for key in keys if key in schema.names)):
+            if schema.names.count(used) > 1:
+                raise DataError(f"{where}: has {schema.names.count(used)} columns called `{used}`; rename all but one")
+        return found
 
-    @property
-    def naming(self) -> list[str]:
-        """The columns that `RowNames.replaced` reads."""
-        return sorted({name for name in (self.key, self.uri, self.label) if name is not None})
+    def naming(self, key: str | None) -> list[str]:
+        """Return the columns that `RowNames.replaced` reads."""
+        return sorted({name for name in (key, self.uri, self.label) if name is not None})
 
 
-def find_column(schema: pa.Schema, names: Iterable[str], accepts: Callable[[pa.DataType], bool]) -> str | None:
-    """Return the column whose lower-case name comes first in `names` and whose type is accepted."""
-    by_name = {field.name.lower(): field.name for field in reversed(list(schema)) if accepts(field.type)}
+def _first(fields: Iterable[pa.Field], names: Iterable[str]) -> str | None:
+    """Return the column whose lower-case name comes first in `names`."""
+    by_name = {field.name.lower(): str(field.name) for field in reversed(list(fields))}
     return next((by_name[name] for name in names if name in by_name), None)
 
 
@@ -118,11 +142,22 @@ def _is_image(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _is_vector(kind: pa.DataType) -> bool:
-    """Accept lists of numbers."""
+def _is_vector(kind: pa.DataType, holds: Callable[[pa.DataType], bool] | None = None) -> bool:
+    """Accept lists of numbers, or of those that `holds` accepts."""
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)))
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return False
+    element = kind.value_type
+    return bool(holds(element) if holds else pa.types.is_floating(element) or pa.types.is_integer(element))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    return _is_text(kind) or bool(pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind))
 
 
 @dataclass(frozen=True)
@@ -137,15 +172,17 @@ class RowNames:
     def numbered(cls, shard: Shard, count: int) -> RowNames:
         """Name rows by their numbers in the file; such keys sort as the rows do."""
         rows = range(shard.start, shard.start + count)
-        return cls([f"{shard.name}/{row:08d}" for row in rows], [f"{shard.uri}#{row}" for row in rows], [None] * count)
+        labels = [shard.folder if shard.label_source == "folder" else None] * count
+        return cls([f"{shard.name}/{row:08d}" for row in rows], [f"{shard.uri}#{row}" for row in rows], labels)
 
-    def replaced(self, table: pa.Table, columns: Columns, label_source: str | None) -> RowNames:
+    def replaced(self, table: pa.Table, columns: Columns, key: str | None, shard: Shard) -> RowNames:
         """Take the names that a table has for the same rows.
 
         Args:
-            table: has the columns `columns.naming`.
-            columns: its `key` is taken if all values are there and differ, its `uri` where it is not empty.
-            label_source: `Shard.label_source`.
+            table: the rows.
+            columns: its `uri` is taken where it is not empty, its `label` where there is one.
+            key: the column of the keys, from `key_column`.
+            shard: that the rows belong to.
 
         Raises:
             ArrowInvalid: the columns of a damaged file are of another length.
@@ -153,27 +190,80 @@ class RowNames:
         if table.num_columns and table.num_rows != len(self.keys):
             raise pa.ArrowInvalid(f"columns of {table.num_rows} rows where the footer states {len(self.keys)}")
         keys, uris, labels = self.keys, self.uris, self.labels
-        if columns.key is not None:
-            values = _values(table, columns.key)
-            texts = [text for value in values if value is not None and (text := escape_invalid(str(value)))]
-            keys = texts if len(texts) == len(set(texts)) == table.num_rows else keys
+        if key is not None:
+            texts = [escape_invalid(str(value)) for value in _values(table, key)]
+            are_own = shard.prefixed == "never" or (shard.prefixed == "names" and all("/" in text for text in texts))
+            keys = texts if are_own else [f"{shard.name}/{text}" for text in texts]
+            if shard.label_source == "folder":
+                labels = [folder_label(text) or own for text, own in zip(texts, labels, strict=True)]
         if columns.uri is not None:
             uris = [text or own for text, own in zip(_values(table, columns.uri), uris, strict=True)]
         if columns.label is not None:
-            values = _values(table, columns.label)
-            if label_source == "folder":
-                labels = [None if value is None else folder_label(escape_invalid(str(value))) for value in values]
-            else:
-                names = class_names(table.schema.metadata, columns.label)
-                labels = [label_text(value, names) for value in values]
+            names = class_names(table.schema.metadata, columns.label)
+            labels = [label_text(value, names) for value in _values(table, columns.label)]
         return RowNames(keys, uris, labels)
 
 
-def _values(table: pa.Table, name: str) -> list[Any]:
-    """Return the values of a column, or with a dot in its name of the field of a struct; text is valid UTF-8."""
+def key_column(file: pq.ParquetFile, columns: Columns) -> str | None:
+    """Return the first of `Columns.keys` whose values are all there and differ in the whole file."""
+    for name in columns.keys:
+        try:
+            column = _column(file.read(columns=[name]), name)
+        except DAMAGE:  # a column that is damaged in one place names no rows
+            continue
+        is_whole = column.null_count == 0 and pc.count_distinct(column).as_py() == len(column)
+        if is_whole and not (_is_text(column.type) and len(column) and pc.min(pc.binary_length(column)).as_py() == 0):
+            return name
+    return None
+
+
+@lru_cache(maxsize=64)
+def _key_of_file(uri: str, stamp: str, columns: Columns) -> str | None:
+    """Return `key_column` of a file of several shards, read once a process; `stamp` tells its versions apart."""
+    with opened(uri) as file:
+        return key_column(file, columns)
+
+
+def own_keys(shard: Shard) -> pa.ChunkedArray | None:
+    """Return the values that name the rows of a shard's whole file as text; None where it has none or is damaged."""
+    place = next((beside for beside in shard.beside if beside.endswith(".parquet")), shard.uri)
+    try:
+        with opened(place) as file:
+            columns = Columns.find(file.schema_arrow, None, place, shard.columns if place == shard.uri else {})
+            key = key_column(file, columns)
+            return None if key is None else _column(file.read(columns=[key]), key).cast(pa.large_string())
+    except (*DAMAGE, UnreadableError):
+        return None
+
+
+def read_names(file: pq.ParquetFile, columns: Columns, shard: Shard, groups: list[int], count: int) -> RowNames:
+    """Return the names of the `count` rows of a shard's row groups, by the table's columns where they have some.
+
+    Raises:
+        DataError: `images.columns.key` names a column whose values repeat or are missing.
+    """
+    is_whole = len(groups) == file.metadata.num_row_groups
+    stamp = shard.stamp.rpartition(":")[0]
+    key = key_column(file, columns) if is_whole else _key_of_file(shard.uri, stamp, columns)
+    if key is None and "key" in shard.columns:
+        asked = f"images.columns.key = {shard.columns['key']}"
+        raise DataError(f"{asked}: values of this column in {shard.uri} repeat or are missing; name another")
+    table = file.read_row_groups(groups, columns=columns.naming(key))
+    return RowNames.numbered(shard, count).replaced(table, columns, key, shard)
+
+
+def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return a column, or with a dot in its name the field of a struct; categories are spelled out."""
     outer, _, inner = name.partition(".")
     column = table[name] if name in table.column_names else pc.struct_field(table[outer], inner)
-    if column.type not in _TEXT:
+    column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    return column.cast(pa.large_string()) if column.type == pa.string_view() else column
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    """Return the values of a column, see `_column`; text is valid UTF-8."""
+    column = _column(table, name)
+    if not _is_text(column.type):
         return column.to_pylist()  # type: ignore[no-any-return]
     # Files may hold text that is not UTF-8, which pyarrow refuses to decode.
     binary = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
@@ -238,11 +328,12 @@ def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterato
         DataError: a file has no column of images, or not the column of labels that is asked for.
     """
     for file, footer in prefetch(read_footer, files, _FOOTERS_AHEAD):
-        if footer is not None:
-            if Columns.find(footer.schema).image is None:
-                wanted, have = "a binary column or a struct with bytes, named image", describe_columns(footer.schema)
-                raise DataError(f"{file.uri}: no column holds images: {wanted} is needed; it has {have}")
-            Columns.find(footer.schema, template.label_source, file.uri)  # refuses a missing column of labels
+        schema = pa.schema([]) if footer is None else footer.schema
+        if footer is not None and not Columns.find(schema, template.label_source, file.uri, template.columns).image:
+            wanted = "a binary column or a struct with bytes, named image or by images.columns"
+            raise DataError(
+                f"{file.uri}: no column holds images: {wanted} is needed; it has {describe_columns(schema)}"
+            )
         yield from cut(file, footer, replace(template, kind="parquet"), shard_rows)
 
 
@@ -255,7 +346,8 @@ def cut(file: FileStat, footer: Footer | None, template: Shard, shard_rows: int)
         template: carries the settings that all shards share.
         shard_rows: rows from which on a shard ends.
     """
-    name = file.key[: -len(".parquet")] if file.key.lower().endswith(".parquet") else file.key
+    suffix = next((suffix for suffix in TABLE_SUFFIXES if file.key.lower().endswith(suffix)), "")
+    name = file.key[: len(file.key) - len(suffix)]
     template = replace(template, uri=file.uri, name=name)
     if footer is None:
         yield replace(template, stamp=f"{file.stamp}:0+None")
@@ -277,11 +369,10 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
     try:
         with opened(shard.uri) as file:
             groups = range(*(shard.row_groups or (0, file.metadata.num_row_groups)))
-            columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri)
+            columns = Columns.find(file.schema_arrow, shard.label_source, shard.uri, shard.columns)
             columns = replace(columns, uri=None)  # records point into this table
-            table = file.read_row_groups(list(groups), columns=columns.naming)
             count = sum(file.metadata.row_group(group).num_rows for group in groups)
-            names = RowNames.numbered(shard, count).replaced(table, columns, shard.label_source)
+            names = read_names(file, columns, shard, list(groups), count)
             if columns.image is None:
                 raise DataError(f"{shard.uri}: no column holds images; it has {describe_columns(file.schema_arrow)}")
             records = _records(file, columns.image, groups, names, max_bytes)
@@ -331,12 +422,13 @@ def _sorted_by_key(records: Iterable[Record]) -> Iterator[Record]:
             yield replace(record, data=None if record.reason else spool.read(size))
 
 
-def fetch(uri: str, rows: Collection[str]) -> dict[str, bytes]:
+def fetch(uri: str, rows: Collection[str], columns: Mapping[str, str]) -> dict[str, bytes]:
     """Return encoded images of a table by row number, without those that are not there.
 
     Args:
         uri: of the table.
         rows: row numbers as they stand behind the `#` of the records' URIs.
+        columns: `Shard.columns`.
 
     Raises:
         UnreadableError: the table cannot be read; damage raises one of `DAMAGE`.
@@ -344,7 +436,7 @@ def fetch(uri: str, rows: Collection[str]) -> dict[str, bytes]:
     wanted = sorted(int(row) for row in rows if row.isdecimal())
     found: dict[str, bytes] = {}
     with opened(uri) as table:
-        column = Columns.find(table.schema_arrow).image
+        column = columns.get("image") or Columns.find(table.schema_arrow, where=uri).image
         if column is None:
             return found
         begin = 0

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.store import storage
 from rayclust.store.sources import embeddings, folder, parquet, webdataset
-from rayclust.store.sources.base import MAX_RECORD_BYTES, Record, Rows, Shard, prefetch
+from rayclust.store.sources.base import MAX_RECORD_BYTES, RAW_SUFFIXES, Record, Rows, Shard, prefetch
 from rayclust.store.sources.embeddings import LoadTensors
 from rayclust.store.storage import FileStat, UnreadableError
 
@@ -21,9 +25,23 @@ log = logging.getLogger(__name__)
 FORMATS = ("folder", "webdataset", "parquet", "embeddings")
 
 _SAMPLE = 2000
-"""Files that `detect_format` looks at: the listing of millions need not end before work begins."""
+"""Files of known kinds that `detect_format` looks at: the listing of millions need not end before work begins."""
+_COMPARED = 8
+"""Tables whose keys are compared while planning."""
 _CONCURRENT_READS = 16
-_CONTAINER = re.compile(r"(?P<file>.+?\.(?:tar|tar\.gz|tgz|parquet|npy|pt))#(?P<inside>.*)", re.IGNORECASE | re.DOTALL)
+_LOST = frozenset({"unreadable_file", "tar_truncated", "empty", "unsupported"})
+"""Reasons of the one reject of a file with which all that it held is lost, or all behind some place in it."""
+_LOST_DETAIL = "lost with its file, whose images are counted by a file beside it"
+_RAW = "a camera's raw file; develop it to JPEG or PNG"
+_MOST_LOST = 100_000
+_FAR_SMALLER = 20
+_LISTED, _TRIED = 10_000, 20
+"""Files of a folder among which one that can be read is looked for, and those that are opened for it."""
+_CONTAINER = re.compile(
+    r"(?P<file>.+?\.(?:tar(?:\.\w+)?|t[gbx]z2?|parquet|pq|parq|npy|pt))#(?P<inside>.*)", re.IGNORECASE | re.DOTALL
+)
+_ROW = re.compile(r"(?P<file>.+)#(?P<inside>\d+)", re.DOTALL)
+"""Of a table that is not named as one."""
 _WORDNET_LINE = re.compile(r"n\d{8}\b")
 _READERS: dict[str, Callable[[Shard, int], Iterator[Record]]] = {
     "folder": folder.read,
@@ -32,7 +50,7 @@ _READERS: dict[str, Callable[[Shard, int], Iterator[Record]]] = {
 }
 
 
-def detect_format(uri: str) -> str:
+def detect_format(uri: str, columns: Mapping[Any, str] | None = None) -> str:
     """Detect the format of an input from the names of its first files and the columns of its first table.
 
     Tar shards, Parquet with images, Parquet or arrays with embeddings, or image files. Tables without images or
@@ -40,6 +58,7 @@ def detect_format(uri: str) -> str:
 
     Args:
         uri: a folder or a file.
+        columns: `Shard.columns`.
 
     Returns:
         One of `FORMATS`.
@@ -50,14 +69,14 @@ def detect_format(uri: str) -> str:
     root = storage.absolute(uri)
     first: dict[str, FileStat] = {}
     tables = []
-    for file in islice(storage.walk(root), _SAMPLE):
-        kind = _file_kind(file.key)
+    known = ((kind, file) for file in storage.walk(root) if (kind := _file_kind(file.key)) is not None)
+    for kind, file in islice(known, _SAMPLE):
         if kind == "table":
             tables.append(file)
-        elif kind is not None:
+        else:
             first.setdefault(kind, file)
     # Of the tables only the columns decide; those beside other formats may be metadata.
-    first |= _table_format(tables, is_alone=not first)
+    first |= _table_format(tables, columns or {}, is_alone=not first)
     if len(first) == 2 and "embeddings" in first:
         arrays_beside = first.pop("embeddings")
         log.info("%s: takes the images; images.format: embeddings takes %s instead", root, arrays_beside.key)
@@ -74,14 +93,14 @@ def _file_kind(key: str) -> str | None:
     name = key.lower()
     if name.endswith(webdataset.TAR_SUFFIXES):
         return "webdataset"
-    if name.endswith(".parquet"):
+    if name.endswith(parquet.TABLE_SUFFIXES):
         return "table"
     if embeddings.is_array_file(key):
         return "embeddings"
     return "folder" if folder.is_image(key) else None
 
 
-def _table_format(tables: list[FileStat], *, is_alone: bool) -> dict[str, FileStat]:
+def _table_format(tables: list[FileStat], named: Mapping[str, str], *, is_alone: bool) -> dict[str, FileStat]:
     """Return the format of the first readable table with its file; a table of neither is an error if it is alone."""
     footers = ((file, footer) for file in tables if (footer := parquet.read_footer(file)) is not None)
     found = next(footers, None)
@@ -90,14 +109,17 @@ def _table_format(tables: list[FileStat], *, is_alone: bool) -> dict[str, FileSt
             raise DataError(f"{tables[0].uri}: cannot be read as Parquet, nor can any table beside it; check the files")
         return {}
     file, footer = found
-    columns = parquet.Columns.find(footer.schema)
-    if columns.embedding is not None:
+    columns = parquet.Columns.find(footer.schema, where=file.uri, named=named)
+    if columns.embedding is not None and "image" not in named:
         return {"embeddings": file}
     if columns.image is not None:
         return {"parquet": file}
     if is_alone:
         have = parquet.describe_columns(footer.schema)
-        raise DataError(f"{file.uri}: has neither a column of images nor one of embeddings; it has {have}")
+        raise DataError(
+            f"{file.uri}: has neither a column of images nor one of embeddings; it has {have}; "
+            "images.columns names them where they are called otherwise"
+        )
     return {}
 
 
@@ -108,6 +130,7 @@ def plan_shards(
     *,
     shard_size: int = 512,
     classes: Sequence[str] | str | None = None,
+    columns: Mapping[Any, str] | None = None,
 ) -> Iterator[Shard]:
     """Cut an input into shards while it is being listed; memory does not grow with the listing.
 
@@ -120,6 +143,7 @@ def plan_shards(
         labels: auto | none | folder | a column or tar suffix.
         shard_size: images per shard, at least 1.
         classes: keep only images of these classes, given by name or as the URI of a list, one a line; None keeps all.
+        columns: names of the columns of tables by what they hold: image, embedding, key, label.
 
     Raises:
         ConfigError: an argument is impossible.
@@ -131,9 +155,12 @@ def plan_shards(
         raise ConfigError(f"images.shard_size = {shard_size}: must be at least 1")
     root = storage.absolute(uri)
     kept = read_classes(classes)
-    format = detect_format(root) if format == "auto" else format  # noqa: A001
-    template = Shard(0, "", root, "", "", labels=labels, classes=None if kept is None else tuple(sorted(kept)))
-    files = storage.walk(root)
+    named = dict(columns or {})
+    labels = named.pop("label", labels) if labels == "auto" else labels
+    format = detect_format(root, named) if format == "auto" else format  # noqa: A001
+    kept_classes = None if kept is None else tuple(sorted(kept))
+    template = Shard(0, "", root, "", "", labels=labels, columns=named, classes=kept_classes)
+    files = _files_of(root, format)
     if format == "folder":
         if labels not in ("auto", "none", "folder"):
             raise DataError(
@@ -143,11 +170,9 @@ def plan_shards(
     elif format == "webdataset":
         shards = webdataset.plan(files, template)
     elif format == "parquet":
-        tables = (file for file in files if _file_kind(file.key) == "table")
-        shards = parquet.plan(tables, template, shard_size)
+        shards = _apart(parquet.plan(files, template, shard_size))
     else:
-        tables = (file for file in files if _file_kind(file.key) in ("table", "embeddings"))
-        shards = embeddings.plan(tables, template, shard_size * embeddings.SHARD_FACTOR)
+        shards = _apart(embeddings.plan(files, template, shard_size * embeddings.SHARD_FACTOR))
     # Number the shards, and their rows as far as the counts are known.
     index, first = -1, 0
     for index, shard in enumerate(shards):
@@ -156,6 +181,36 @@ def plan_shards(
     if index < 0:
         among = "" if kept is None else f" in the {len(kept)} classes asked for (such as {min(kept)})"
         raise DataError(f"{root}: no images{among} there in the format {format}; check images.uri and images.format")
+
+
+def _files_of(root: str, format: str) -> Iterator[FileStat]:  # noqa: A002
+    """Yield the files of a format in a listing, and folders that may not be listed; say what is left out."""
+    kinds = {"parquet": ("table",), "embeddings": ("table", "embeddings")}.get(format, (format,))
+    others, example = 0, ""
+    for file in storage.walk(root):
+        # A file that is named by itself is what `format` says, whatever it is called.
+        if _file_kind(file.key) in kinds or file.size == storage.CLOSED_FOLDER or file.uri == root:
+            yield file
+        else:
+            others, example = others + 1, example or file.key
+    if others:
+        log.info("%s: %d files, such as %s, are no %s by their names and were left out", root, others, example, format)
+
+
+def _apart(shards: Iterator[Shard]) -> Iterator[Shard]:
+    """Set `Shard.prefixed` of the shards of tables and arrays, by the keys of the first few."""
+    first, files = list[Shard](), dict[str, Shard]()
+    for shard in shards:
+        first.append(shard)
+        files.setdefault(shard.uri, shard)
+        if len(files) == _COMPARED:
+            break
+    prefixed = "never"
+    if len(files) > 1:
+        keys = [found for shard in files.values() if (found := parquet.own_keys(shard)) is not None]
+        together = pa.chunked_array([chunk for found in keys for chunk in found.chunks], pa.large_string())
+        prefixed = "names" if pc.count_distinct(together).as_py() == len(together) else "always"
+    yield from (replace(shard, prefixed=prefixed) for shard in chain(first, shards))
 
 
 def read_classes(classes: Sequence[str] | str | None) -> frozenset[str] | None:
@@ -194,11 +249,60 @@ def read_records(shard: Shard, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Re
     """
     if shard.has_embeddings:
         raise DataError(f"{shard.uri}: holds ready embeddings, not images; read its rows")
+    found, lost = 0, None
     for record in _READERS[shard.kind](shard, max_bytes):
+        found, is_whole = found + 1, record.key == shard.name and record.reason in _LOST
+        if is_whole and record.detail != webdataset.NO_END_MARK:
+            lost = record
+        if record.data is not None and record.uri.lower().endswith(RAW_SUFFIXES):
+            record = replace(record, data=None, reason="unsupported", detail=_RAW)
         is_of_unknown_class = record.reason is not None and record.label is None
         if is_of_unknown_class or shard.selects(record.key, record.label):
             hides_label = shard.labels == "none" and record.label is not None
             yield replace(record, label=None) if hides_label else record
+    if lost is not None:
+        for number in range(found, _images_expected(shard)):
+            yield replace(lost, key=f"{shard.name}/lost-{number:08d}", detail=f"{_LOST_DETAIL}: {lost.detail}")
+
+
+def _images_expected(shard: Shard) -> int:
+    """Return how many images or rows a damaged file held: as listed, else by the bytes of a whole file beside it.
+
+    A file far smaller than its neighbours, as pointers and failed downloads leave them, counts as one of their size.
+    """
+    if shard.count is not None:
+        return min(shard.count, _MOST_LOST)
+    per_byte, usual = _contents_of_folder(shard.uri.rpartition("/")[0], shard.kind)
+    found = storage.stat(shard.uri)
+    size = usual if found is None or found.size < usual / _FAR_SMALLER else found.size
+    return min(round(per_byte * size), _MOST_LOST)
+
+
+@lru_cache(maxsize=64)
+def _contents_of_folder(folder: str, kind: str) -> tuple[float, int]:
+    """Return images or rows per byte of a file of a kind of shard in a folder, and the bytes of a usual file.
+
+    (0, 0) if none can be read.
+    """
+    wanted = {"webdataset": "webdataset", "embeddings_npy": "embeddings", "embeddings_pt": "embeddings"}.get(
+        kind, "table"
+    )
+    listed = (file for file in storage.walk(folder, missing_ok=True) if _file_kind(file.key) == wanted)
+    files = sorted(islice(listed, _LISTED), key=lambda file: -file.size)
+    files = [file for file in files if file.size * _FAR_SMALLER > files[0].size]
+    for file in files[:_TRIED]:
+        try:
+            if wanted == "webdataset":
+                count = webdataset.count_images(file.uri)
+            elif wanted == "table":
+                count = sum(footer.group_rows) if (footer := parquet.read_footer(file)) else 0
+            else:
+                count = embeddings.count_rows(file)
+        except DataError:
+            continue
+        if count:
+            return count / file.size, files[len(files) // 2].size
+    return 0.0, 0
 
 
 def read_rows(shard: Shard, load_tensors: LoadTensors | None = None, width: int | None = None) -> Rows:
@@ -218,14 +322,21 @@ def read_rows(shard: Shard, load_tensors: LoadTensors | None = None, width: int 
     """
     if not shard.has_embeddings:
         raise DataError(f"{shard.uri}: holds images, not ready embeddings; read its records")
-    return embeddings.read(shard, width, load_tensors)
+    rows = embeddings.read(shard, width, load_tensors)
+    for lost in list(rows.rejects):
+        if lost["key"] == shard.name and lost["reason"] in _LOST:
+            detail = f"{_LOST_DETAIL}: {lost['detail']}"
+            count = _images_expected(shard)
+            rows.rejects.extend(lost | {"key": f"{shard.name}/lost-{i:08d}", "detail": detail} for i in range(1, count))
+    return rows
 
 
-def fetch_many(uris: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+def fetch_many(uris: Iterable[str], columns: Mapping[Any, str] | None = None) -> Iterator[tuple[str, bytes | None]]:
     """Fetch encoded images by their URIs; every tar or table is opened once.
 
     Args:
         uris: of files, of tars' members (`shard.tar#name`) and of tables' rows (`part.parquet#12`).
+        columns: `Shard.columns`.
 
     Yields:
         Each distinct URI with its image, grouped by file; None for what is not there or cannot be read.
@@ -236,7 +347,7 @@ def fetch_many(uris: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
     files, groups = list[str](), dict[str, dict[str, str]]()
     is_file = lru_cache(None)(lambda file: storage.stat(file) is not None)
     for uri in dict.fromkeys(uris):
-        match = _CONTAINER.fullmatch(uri)
+        match = _CONTAINER.fullmatch(uri) or _ROW.fullmatch(uri)
         if match and is_file(match["file"]):
             groups.setdefault(match["file"], {})[match["inside"]] = uri
         else:
@@ -252,10 +363,10 @@ def fetch_many(uris: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
     for file, names in groups.items():
         found: dict[str, bytes] = {}
         try:
-            if file.lower().endswith(".parquet"):
-                found = parquet.fetch(file, names)
-            elif file.lower().endswith(webdataset.TAR_SUFFIXES):  # rows of arrays have no images
+            if file.lower().endswith(webdataset.TAR_SUFFIXES):
                 found = webdataset.fetch(file, names)
+            elif not file.lower().endswith((".npy", ".pt")):  # rows of arrays have no images
+                found = parquet.fetch(file, names, columns or {})
         except (UnreadableError, *parquet.DAMAGE) as error:
             log.debug("%s: cannot be read: %s", file, error)
         yield from ((uri, found.get(name)) for name, uri in names.items())

@@ -6,13 +6,17 @@ after it is lost. Members are only read where they lie; names, links and devices
 
 from __future__ import annotations
 
+import bz2
+import io
 import json
+import lzma
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import BinaryIO, cast
+from functools import partial
+from typing import Any, BinaryIO, cast
 
 from rayclust.store import storage
 from rayclust.store.sources.base import (
@@ -27,8 +31,12 @@ from rayclust.store.sources.base import (
 )
 from rayclust.store.storage import FileStat, UnreadableError, is_hidden
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-
+TAR_SUFFIXES = (
+    ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4",
+    ".tar.z",
+)  # fmt: skip
+NO_END_MARK = "the archive ends without its end mark"
+"""Detail of a `tar_truncated` reject of an archive in which nothing else is amiss."""
 _SIDECAR_SUFFIXES = frozenset({"json", "txt", "cls"})
 """A sample with one of these and without an image is a reject; other samples without images are left out."""
 _SIDECAR_LIMIT = 1 << 20
@@ -40,6 +48,15 @@ _EXTENSION_LIMIT = 1 << 20
 _UNPACK_FACTOR, _UNPACK_FLOOR = 200, 1 << 30
 """A compressed archive may grow by this factor, or to this many bytes: above lies a decompression bomb."""
 _GZIP = b"\x1f\x8b"
+_COMPRESSIONS: dict[bytes, Callable[[], Any] | str] = {
+    _GZIP: partial(zlib.decompressobj, wbits=16 + zlib.MAX_WBITS),
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ": lzma.LZMADecompressor,
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\x1f\x9d": "compress",
+}
+"""By the first bytes of a compressed file: what decompresses it, or the name of what is not read."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +96,9 @@ class _Entry:
 def plan(files: Iterable[FileStat], template: Shard) -> Iterator[Shard]:
     """Make one shard per tar of a listing by order of key, as the listing comes; `template` carries what all share."""
     for file in files:
-        suffix = next((suffix for suffix in TAR_SUFFIXES if file.key.lower().endswith(suffix)), None)
-        if suffix is not None:
-            name = file.key[: -len(suffix)]
-            yield replace(template, kind="webdataset", uri=file.uri, name=name, stamp=file.stamp)
+        suffix = next((suffix for suffix in TAR_SUFFIXES if file.key.lower().endswith(suffix)), "")
+        name = file.key[: len(file.key) - len(suffix)]
+        yield replace(template, kind="webdataset", uri=file.uri, name=name, stamp=file.stamp)
 
 
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
@@ -104,7 +120,7 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
                     reason, detail = "too_large", TOO_LARGE.format(entry.image.size, max_bytes)
                 elif entry.image is not None:
                     data = _read_at(plain, entry.image.offset, entry.image.size)
-                label = None if shard.label_source is None else _label(shard.label_source, plain, entry)
+                label = None if shard.label_source is None else _label(shard, shard.label_source, plain, entry)
                 yield Record(entry.key, entry.uri, data, label, reason, detail)
 
 
@@ -124,6 +140,20 @@ def fetch(uri: str, names: Collection[str]) -> dict[str, bytes]:
             if isinstance(member, TarMember) and (name := escape_invalid(member.name)) in names and name not in found:
                 found[name] = _read_at(plain, member.offset, member.size)
     return found
+
+
+def count_images(uri: str) -> int:
+    """Return the images in a tar by its headers; 0 where it is damaged.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    with storage.open_input(uri, whole=True) as archive:
+        plain, damage = decompress(archive)
+        with plain:
+            entries = _entries(Shard(0, "webdataset", uri, "", ""), plain, damage)
+    is_whole = all(entry.reason not in ("unreadable_file", "empty", "unsupported") for entry in entries)
+    return sum(entry.image is not None for entry in entries) if is_whole else 0
 
 
 def _entries(shard: Shard, archive: BinaryIO, damage: Damage | None) -> list[_Entry]:
@@ -175,13 +205,13 @@ def _sample_entries(shard: Shard, key: str, sample: list[tuple[str, TarMember]])
             yield _Entry(name, uri, None, sidecars, "duplicate_key", double)
 
 
-def _label(source: str, archive: BinaryIO, entry: _Entry) -> str | None:
+def _label(shard: Shard, source: str, archive: BinaryIO, entry: _Entry) -> str | None:
     """Read the label of a sample.
 
     `auto` takes .cls, else a field of .json; a .txt is mostly a caption, so it is read only on request.
     """
     if source == "folder":
-        return folder_label(entry.uri.partition("#")[2])
+        return folder_label(entry.uri[len(shard.uri) + 1 :]) or shard.folder
     suffix = "cls" if source == "auto" else source
     member = entry.sidecars.get(suffix, entry.sidecars.get("json"))
     if member is None:
@@ -260,7 +290,7 @@ def scan_tar(archive: BinaryIO) -> Iterator[TarMember | Damage]:
             extension = {}
     if not has_ended:
         is_empty = size == 0
-        detail = "the file has no bytes" if is_empty else "the archive ends without its end mark"
+        detail = "the file has no bytes" if is_empty else NO_END_MARK if offset else f"{size} bytes, less than a header"
         yield Damage("empty" if is_empty else "tar_truncated", detail)
 
 
@@ -318,38 +348,46 @@ def _parse_extension(info: tarfile.TarInfo, data: bytes) -> dict[str, str]:
 
 
 def decompress(archive: BinaryIO) -> tuple[BinaryIO, Damage | None]:
-    """Decompress an archive if it is compressed with gzip, whatever its name.
+    """Decompress an archive that is compressed with gzip, bzip2 or xz, whatever its name.
 
-    The standard reader of gzip files drops up to a buffer before a damage; this one keeps all that can be read.
+    The standard readers drop up to a buffer before a damage; this one keeps all that can be read.
 
     Args:
         archive: seekable.
 
     Returns:
         The archive itself, or a temporary file that is gone when closed, with as much as could be decompressed; and
-        the damage that ended it early.
+        the damage that ended it early, or its compression where it is another.
     """
     archive.seek(0)
-    if archive.read(2) != _GZIP:
+    start = archive.read(8)
+    magic = next((magic for magic in _COMPRESSIONS if start.startswith(magic)), b"")
+    opener = _COMPRESSIONS.get(magic)
+    if opener is None:
         return archive, None
+    if isinstance(opener, str):
+        detail = f"compressed with {opener}, which is not read; unpack it, or use gzip, bzip2 or xz"
+        return io.BytesIO(), Damage("unsupported", detail)
     limit = max(_UNPACK_FLOOR, _UNPACK_FACTOR * archive.seek(0, 2))
     archive.seek(0)
     plain = cast(BinaryIO, tempfile.TemporaryFile(prefix="rayclust-"))  # noqa: SIM115 - the caller closes it
-    stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    while chunk := archive.read(_CHUNK):
-        while chunk:
-            try:
-                plain.write(stream.decompress(chunk, _CHUNK))
-            except zlib.error as error:
-                return plain, Damage("tar_truncated", f"the compressed archive is damaged: {error}")
-            if plain.tell() > limit:
-                return plain, Damage("too_large", f"the archive unpacks to more than {limit} bytes")
-            chunk = stream.unconsumed_tail
-            # A gzip file may consist of several streams.
-            if stream.eof:
-                chunk = stream.unused_data
-                if not chunk.startswith(_GZIP):  # padding
-                    return plain, None
-                stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    plain.write(stream.flush())
+    stream, chunk = opener(), archive.read(_CHUNK)
+    while chunk or not getattr(stream, "needs_input", True):
+        try:
+            plain.write(stream.decompress(chunk, _CHUNK))
+        except (zlib.error, lzma.LZMAError, OSError) as error:
+            return plain, Damage("tar_truncated", f"the compressed archive is damaged: {error}")
+        if plain.tell() > limit:
+            return plain, Damage("too_large", f"the archive unpacks to more than {limit} bytes")
+        # Of what the bound on the output left, zlib returns the input and the others keep it.
+        chunk = getattr(stream, "unconsumed_tail", b"")
+        if stream.eof:  # a compressed file may consist of several streams
+            chunk = stream.unused_data or archive.read(_CHUNK)
+            if not chunk.startswith(magic):  # padding
+                return plain, None
+            stream = opener()
+        elif not chunk and getattr(stream, "needs_input", True):
+            chunk = archive.read(_CHUNK)
+    if magic == _GZIP:
+        plain.write(stream.flush())
     return plain, None if stream.eof else Damage("tar_truncated", "the compressed archive ends early")

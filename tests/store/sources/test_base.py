@@ -12,7 +12,7 @@ from rayclust.store.sources.base import escape_invalid, folder_label, label_text
 
 FULL = Shard(
     3, "folder", "s3://b/photos", "a/1", "stamp", 12, 2, 5, (1, 4), (Member("a/1.jpg", "s3://b/photos/a/1.jpg", 7),),
-    ("s3://b/labels.npy",), "label", ("cat", "dog"),
+    ("s3://b/labels.npy",), "label", ("cat", "dog"), {"key": "id"}, "names",
 )  # fmt: skip
 
 
@@ -43,7 +43,8 @@ def test_where_labels_are_looked_for() -> None:
 @pytest.mark.parametrize(
     ("value", "label"),
     [
-        ("cat", "cat"), (" cat\n", "cat"), (b"cat", "cat"), (b"\xff", "\\xff"), ("\ud800", "\\ud800"), (3, "3"),
+        ("cat", "cat"), (" cat\n", "cat"), (b"cat", "cat"), (b"\xff", "\\xff"), (b"\xef\xbb\xbf3\n", "3"),
+        ("\ud800", "\\ud800"), (3, "3"),
         (np.int64(3), "3"), (np.float32(3), "3"), (3.0, "3"), (True, "true"), (np.bool_(False), "false"), (0, "0"),
         (-1, None), (-1.0, None), ("", None), ("  ", None), (None, None), (3.5, None), (float("nan"), None),
         (float("inf"), None), ([1], None), ({"a": 1}, None), ((), None),
@@ -63,6 +64,16 @@ def test_escaped_text_is_valid_utf8() -> None:
     assert escape_invalid("ü日") == "ü日"
 
 
-@pytest.mark.parametrize(("key", "label"), [("a/b/c.jpg", "b"), ("b/c.jpg", "b"), ("c.jpg", None), ("", None)])
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [
+        ("a/b/c.jpg", "b"),
+        ("b/c.jpg", "b"),
+        ("c.jpg", None),
+        ("", None),
+        ("n01/images/c.JPEG", "n01"),
+        ("images/c.jpg", "images"),
+    ],
+)
 def test_folder_label(key: str, label: str | None) -> None:
     assert folder_label(key) == label

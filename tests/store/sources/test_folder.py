@@ -54,11 +54,11 @@ def test_what_is_gone_or_too_large_is_a_reject(place: str) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["a.jpg", "x/y.PNG", "a.b.Tiff", "x.jpg/y.gif"])
+@pytest.mark.parametrize("key", ["a.jpg", "x/y.PNG", "a.b.Tiff", "x.jpg/y.gif", "a.avif", "a.JFIF", "a.svg", "a.heic"])
 def test_image_names(key: str) -> None:
     assert is_image(key)
 
 
-@pytest.mark.parametrize("key", ["a.jpg.txt", "jpg", "x/png", "a.jpg/b", "a.svg", ""])
+@pytest.mark.parametrize("key", ["a.jpg.txt", "jpg", "x/png", "a.jpg/b", "a.mp4", ""])
 def test_other_names(key: str) -> None:
     assert not is_image(key)

@@ -11,9 +11,9 @@ import pytest
 
 from rayclust.errors import DataError
 from rayclust.store import storage
-from rayclust.store.sources import Record, Shard, fetch_many, parquet, plan_shards, read_records
+from rayclust.store.sources import Record, Shard, fetch_many, parquet, plan_shards, read_records, read_rows
 from rayclust.store.sources.parquet import Columns, RowNames, class_names
-from tests.store.inputs import image, write
+from tests.store.inputs import image, vectors, write
 from tests.store.inputs import parquet as make
 
 IMAGES = [image(i) for i in range(6)]
@@ -152,10 +152,11 @@ def test_column_of_embeddings(type_: pa.DataType, is_found: bool) -> None:
 
 def test_columns_of_keys_and_uris() -> None:
     text = pa.string()
-    assert Columns.find(pa.schema([("url", text), ("filename", text)])).key == "filename"
-    assert Columns.find(pa.schema([("image", STRUCT)])).key == "image.path"
-    assert Columns.find(pa.schema([("image", STRUCT), ("key", pa.int64())])).key == "key"
-    assert Columns.find(pa.schema([("x", text)])).key is None
+    category = pa.dictionary(pa.int8(), text)
+    assert Columns.find(pa.schema([("url", text), ("Filename", category)])).keys == ("Filename", "url")
+    assert Columns.find(pa.schema([("image", STRUCT)])).keys == ("image.path",)
+    assert Columns.find(pa.schema([("image", STRUCT), ("key", pa.int64())])).keys == ("key", "image.path")
+    assert Columns.find(pa.schema([("x", text), ("path", pa.float32())])).keys == ()
     assert Columns.find(pa.schema([("uri", text), ("image_path", text)])).uri == "uri"
     assert Columns.find(pa.schema([("uri", pa.int32())])).uri is None
 
@@ -163,14 +164,58 @@ def test_columns_of_keys_and_uris() -> None:
 def test_column_of_labels() -> None:
     schema = pa.schema([("image", STRUCT), ("y", pa.int8()), ("label", pa.list_(pa.int64())), ("breed", pa.string())])
     found = {source: Columns.find(schema, source, "t").label for source in ("auto", "breed", "folder", None)}
-    assert found == {"auto": "y", "breed": "breed", "folder": "image.path", None: None}
+    assert found == {"auto": "y", "breed": "breed", "folder": None, None: None}
     with pytest.raises(DataError, match=r"images.labels = colour: t has no such column; .*breed \(string\)"):
         Columns.find(schema, "colour", "t")
 
 
-def names(table: pa.Table, source: str | None = None) -> RowNames:
-    shard = Shard(0, "parquet", "u", "f", "s")
-    return RowNames.numbered(shard, table.num_rows).replaced(table, Columns.find(table.schema, source), source)
+def test_columns_by_the_names_that_are_given() -> None:
+    schema = pa.schema([("a", pa.binary()), ("b", pa.binary()), ("v", pa.list_(pa.int8())), ("n", pa.string())])
+    named = {"image": "b", "embedding": "v", "key": "n"}
+    found = Columns.find(schema, None, "t", named)
+    assert (found.image, found.embedding, found.keys) == ("b", "v", ("n",))
+    for role, column in [("image", "n"), ("embedding", "a"), ("key", "a"), ("image", "none")]:
+        with pytest.raises(DataError, match=rf"images\.columns\.{role} = {column}: t has no such column .*; it has"):
+            Columns.find(schema, None, "t", {role: column})
+
+
+@pytest.mark.parametrize(
+    ("fields", "embedding"),
+    [
+        ([("clip", VECTOR)], "clip"), ([("clip", VECTOR), ("dino", VECTOR)], None),
+        ([("tokens", pa.list_(pa.int32()))], None),
+        ([("image", pa.binary()), ("box", VECTOR)], None), ([("image", pa.list_(pa.float32()))], None),
+        ([("clip", VECTOR), ("feature", VECTOR)], "feature"), ([("embedding", pa.binary())], None),
+    ],
+)  # fmt: skip
+def test_the_only_column_of_vectors(fields: list[tuple[str, pa.DataType]], embedding: str | None) -> None:
+    assert Columns.find(pa.schema(fields)).embedding == embedding
+
+
+def test_bytes_under_a_name_of_embeddings_are_no_images() -> None:
+    assert Columns.find(pa.schema([("embedding", pa.binary())])).image is None
+
+
+@pytest.mark.parametrize("name", ["image", "label", "path", "uri"])
+def test_two_columns_of_one_name_are_one_line(name: str) -> None:
+    kind = pa.binary() if name == "image" else pa.string()
+    with pytest.raises(DataError, match=f"t: has 2 columns called `{name}`; rename all but one"):
+        Columns.find(pa.schema([("image", pa.binary()), (name, kind), (name, kind)][name == "image" :]), "auto", "t")
+
+
+def names(table: pa.Table, source: str | None = None, **settings: Any) -> RowNames:
+    labels = {} if source is None else {"labels": source}
+    settings = {"name": "f", "labels": "none"} | labels | settings
+    shard = Shard(0, "parquet", "u", stamp="s", **settings)
+    file = pq.ParquetFile(pa.BufferReader(to_parquet(table)))
+    columns = Columns.find(table.schema, source, "t", shard.columns)
+    return parquet.read_names(file, columns, shard, list(range(file.metadata.num_row_groups)), table.num_rows)
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
 
 
 NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"a\xff"]).buffers())
@@ -190,7 +235,11 @@ def test_labels_of_every_type(column: object, source: str | None, labels: list[s
 
 
 def test_folders_of_keys_as_labels() -> None:
-    assert names(pa.table({"path": ["a/b.jpg", None, "c.jpg"]}), "folder").labels == ["a", None, None]
+    assert names(pa.table({"path": ["a/b.jpg", "d.jpg", "c/images/e.jpg"]}), "folder").labels == ["a", None, "c"]
+    table = pa.table({"x": [1, 2]})
+    assert names(table, "folder", name="cat/part-0").labels == ["cat", "cat"]
+    assert names(table, "folder", name="label=dog/part-0").labels == ["dog", "dog"]
+    assert names(table, "auto", name="cat/part-0").labels == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +249,36 @@ def test_folders_of_keys_as_labels() -> None:
 def test_keys_must_be_whole_and_differ(values: list[object], is_kept: bool) -> None:
     found = names(pa.table({"key": values})).keys
     assert found == ([str(value) for value in values] if is_kept else ["f/00000000", "f/00000001"])
+
+
+def test_the_next_column_names_the_rows_where_the_first_repeats() -> None:
+    table = pa.table({"filename": ["scan.tif"] * 2, "id": [7, 8]})
+    assert names(table).keys == ["7", "8"]
+    assert names(pa.table({"path": pa.array(["a/1", "a/2"]).dictionary_encode()})).keys == ["a/1", "a/2"]
+    with pytest.raises(DataError, match=r"images\.columns\.key = filename: .* repeat or are missing"):
+        names(table, columns={"key": "filename"})
+
+
+def test_keys_of_a_file_of_several_shards_differ_in_the_whole_file(place: str) -> None:
+    data = {"embedding": vectors(6).tolist(), "key": list("abcabc"), "id": list(range(6))}
+    write(place, {"x.parquet": make(data, groups=3)})
+    rows = [read_rows(shard) for shard in plan_shards(place, shard_size=1)]
+    assert [key for part in rows for key in part.keys] == [str(i) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "keys"),
+    [
+        ([0, 1], [0, 1], ["a/0", "a/1", "b/0", "b/1"]), (["x.jpg"], ["y.jpg"], ["a/x.jpg", "b/y.jpg"]),
+        (["x/1"], ["y/1"], ["x/1", "y/1"]), (["x/1"], ["x/1"], ["a/x/1", "b/x/1"]),
+    ],
+)  # fmt: skip
+def test_keys_tell_the_rows_of_several_tables_apart(
+    place: str, first: list[object], second: list[object], keys: list[str]
+) -> None:
+    tables = {"a": first, "b": second}
+    write(place, {f"{n}.parquet": make({"embedding": vectors(len(k)).tolist(), "path": k}) for n, k in tables.items()})
+    assert [key for shard in plan_shards(place) for key in read_rows(shard).keys] == keys
 
 
 def test_class_names_of_both_kinds_of_metadata() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rayclust.errors import DataError
 from rayclust.store import storage
-from rayclust.store.sources import Shard, fetch_many, folder, plan_shards, read_records, read_rows
+from rayclust.store.sources import Shard, fetch_many, folder, plan, plan_shards, read_records, read_rows
 from rayclust.store.sources.plan import detect_format, read_classes
 from rayclust.store.storage import FileStat
 from tests.store.inputs import gz, image, npy, parquet, samples, tar, vectors, write
@@ -203,3 +203,82 @@ def test_each_file_is_opened_once(place: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(storage, "open_input", lambda uri, **how: (opened.append(uri), open_input(uri, **how))[1])
     assert all(data is not None for _, data in fetch_many(reversed(uris)))
     assert len(opened) == 2
+
+
+def test_names_of_no_known_kind_do_not_count_when_the_format_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_SAMPLE", 3)
+    write(str(tmp_path), {f"Annotations/{i}.xml": b"" for i in range(9)} | {"JPEGImages/0.jpg": image()})
+    assert detect_format(str(tmp_path)) == "folder"
+    assert len(list(plan_shards(str(tmp_path)))) == 1
+
+
+@pytest.mark.parametrize("name", ["x.pq", "x.arrow", "x", "x.parq"])
+def test_a_table_that_is_named_is_read_whatever_it_is_called(place: str, name: str) -> None:
+    write(place, {name: parquet({"image": [image(), image(1)]})})
+    found = [record for shard in plan_shards(f"{place}/{name}", "parquet") for record in read_records(shard)]
+    assert [record.key for record in found] == [
+        f"{name.removesuffix('.pq').removesuffix('.parq')}/0000000{i}" for i in (0, 1)
+    ]
+    assert dict(fetch_many([record.uri for record in found])) == {record.uri: record.data for record in found}
+
+
+def test_columns_are_named_where_they_are_called_otherwise(place: str) -> None:
+    data = {"blob_a": [image()], "blob_b": [image(1)], "v": [[1]], "w": [[2.0, 3.0]], "n": ["k"], "breed": ["cat"]}
+    write(place, {"x.parquet": parquet(data)})
+    (shard,) = plan_shards(place, columns={"image": "blob_b", "key": "n", "label": "breed"})
+    (record,) = read_records(shard)
+    assert (record.key, record.data, record.label) == ("k", image(1), "cat")
+    assert dict(fetch_many([record.uri], {"image": "blob_b"})) == {record.uri: image(1)}
+    (shard,) = plan_shards(place, columns={"embedding": "v"})
+    assert read_rows(shard).embeddings.tolist() == [[1]]
+    with pytest.raises(DataError, match=r"images\.columns\.image = other: .* has no such column of bytes; it has the"):
+        list(plan_shards(place, columns={"image": "other"}))
+
+
+def test_what_is_left_out_is_counted(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    write(place, TAR | {"notes.txt": b"", "y.tar.part": b""})
+    with caplog.at_level("INFO"):
+        assert len(list(plan_shards(place))) == 1
+    assert "2 files, such as notes.txt, are no webdataset by their names and were left out" in caplog.text
+
+
+def test_raw_files_of_cameras_are_rejects(place: str) -> None:
+    write(place, {"a.jpg": image(), "b.CR2": b"II*\0", "c.tar": b""})
+    found = [(r.key, r.reason) for shard in plan_shards(place, "folder") for r in read_records(shard)]
+    assert found == [("a.jpg", None), ("b.CR2", "unsupported")]
+
+
+PICTURES = [image(number) + bytes(200) for number in range(20)]
+LOST = {
+    "tar": ({f"{i}.tar": tar([(f"{j}.png", image(j)) for j in range(20)]) for i in range(2)}, "webdataset"),
+    "table": (
+        {f"{i}.parquet": parquet({"image": PICTURES}) for i in range(2)},
+        "parquet",
+    ),
+    "vectors": ({f"{i}.parquet": parquet({"embedding": vectors(20, 200).tolist()}) for i in range(2)}, "embeddings"),
+    "array": ({f"{i}.npy": npy(vectors(20, 200)) for i in range(2)}, "embeddings"),
+}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+
+
+@pytest.mark.parametrize("content", [POINTER, b"", b"<html>"])
+@pytest.mark.parametrize("kind", LOST)
+def test_a_lost_file_weighs_what_those_beside_it_hold(place: str, kind: str, content: bytes) -> None:
+    files, form = LOST[kind]
+    write(place, files | {f"{i + 3}{Path(name).suffix}": content for name in list(files)[:1] for i in range(3)})
+    rejects = []
+    for shard in plan_shards(place, form):
+        if shard.has_embeddings:
+            rejects += [reject["key"] for reject in read_rows(shard).rejects]
+        else:
+            rejects += [record.key for record in read_records(shard) if record.reason]
+    assert len(rejects) == len(set(rejects)) == 60
+
+
+def test_a_small_tar_without_its_end_mark_has_lost_nothing(place: str) -> None:
+    files, _ = LOST["tar"]
+    write(place, files | {"z.tar": tar([("a.png", image())])[: -10_240 + 1024 + len(image()) // 512 * 512]})
+    rejects = [r for shard in plan_shards(place) for r in read_records(shard) if r.reason]
+    assert len(rejects) <= 1

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -219,3 +222,35 @@ def test_a_decompression_bomb_is_stopped(monkeypatch: pytest.MonkeyPatch) -> Non
         assert damage is not None
         assert damage.reason == "too_large"
         assert plain.seek(0, 2) <= 11 << 20
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".tar.bz2", bz2.compress), (".tar.xz", lzma.compress), (".txz", lzma.compress)]
+)
+def test_tars_of_other_compressions(place: str, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    data = tar([(f"{i}.png", image(i)) for i in range(9)])
+    write(place, {f"x{suffix}": compress(data[:1024]) + compress(data[1024:]), "y.tar": compress(data)})
+    found = [record for shard in plan_shards(place) for record in read_records(shard)]
+    assert [record.key for record in found] == [f"{name}/{i}" for name in "xy" for i in range(9)]
+    whole = compress(data)
+    write(place, {f"x{suffix}": whole[: len(whole) // 2], "y.tar": data})
+    found = [record for shard in plan_shards(place) for record in read_records(shard)]
+    assert {record.reason for record in found if record.key.startswith("x") and record.data is None} == {
+        "tar_truncated"
+    }
+
+
+def test_tars_of_compressions_that_are_not_read_are_rejects(place: str) -> None:
+    write(place, {"x.tar.zst": b"\x28\xb5\x2f\xfd" + bytes(99), "y.tar.lz4": b"\x04\x22\x4d\x18" + bytes(99)})
+    found = [record for shard in plan_shards(place) for record in read_records(shard)]
+    assert [(record.key, record.reason) for record in found] == [("x", "unsupported"), ("y", "unsupported")]
+    assert "compressed with zstd" in found[0].detail
+
+
+def test_labels_of_tars_in_folders_of_classes(place: str) -> None:
+    write(
+        place,
+        {"cat/0.tar": tar([("a.png", image())]), "dog/0.tar": tar([("b/images/a.png", image()), ("c.png", image())])},
+    )
+    found = {r.key: r.label for shard in plan_shards(place, labels="folder") for r in read_records(shard)}
+    assert found == {"cat/0/a": "cat", "dog/0/b/images/a": "b", "dog/0/c": "dog"}
