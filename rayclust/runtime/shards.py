@@ -112,7 +112,8 @@ def write_shard(
         task: index and digest of the shard.
         row_start: row of its first record; an estimate, which `renumber` corrects.
         records: key, uri and label of each image, in order of key.
-        embeddings: Float16[n D], their embeddings. Rows that are not finite become rejects.
+        embeddings: Float[n D], their embeddings, stored as float32 if they are, else as float16. Rows that are not
+            finite become rejects.
         rejects: key, uri, reason and detail of each image left out.
         split: says which rows are kept aside; the moments leave these out.
     """
@@ -124,7 +125,7 @@ def write_shard(
         else:
             detail = "the embedding has an infinite or undefined value"
             rejects.append({"key": record["key"], "uri": record["uri"], "reason": "not_finite", "detail": detail})
-    embeddings = embeddings[finite]
+    embeddings = embeddings[finite].astype(np.float32 if embeddings.dtype == np.float32 else np.float16)
     rejects.sort(key=lambda reject: reject["key"])
     texts = {name: [record[name] for record in kept] for name in ("key", "uri", "label")}
     aside = np.zeros(len(kept), bool)
@@ -136,9 +137,10 @@ def write_shard(
     columns = [
         pa.array(np.arange(row_start, row_start + len(kept), dtype=np.int64)),
         *(pa.array(values, pa.string()) for values in texts.values()),
-        tables.fixed_list(embeddings.astype(np.float16)),
+        tables.fixed_list(embeddings),
     ]
-    schema = tables.EMBEDDINGS(embeddings.shape[1], split is not None)
+    element = pa.from_numpy_dtype(embeddings.dtype)
+    schema = tables.EMBEDDINGS(embeddings.shape[1], split is not None, element)
     outputs = put_table(run, run.embeddings(task.index), pa.table(columns, schema=schema))
     if rejects:
         outputs |= put_table(run, run.rejects(task.index), pa.Table.from_pylist(rejects, schema=tables.REJECTS))

@@ -129,7 +129,7 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
     for shard in input_shards(context.config):
         first = read_rows(shard, load_tensors=load_tensors)
         if len(first.keys):
-            width = int(first.embeddings.shape[1])
+            width, dtype = int(first.embeddings.shape[1]), first.embeddings.dtype
             refuse_other_width(context.config, width)
             break
     else:
@@ -141,7 +141,9 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
             {"key": key, "uri": uri, "label": label}
             for key, uri, label in zip(rows.keys, rows.uris, rows.labels, strict=True)
         ]
-        return write_shard(run, task, task.payload.first, records, rows.embeddings, rows.rejects, split=split)
+        # Wide where the first table is, so that the parts of a run are alike.
+        embeddings = rows.embeddings.astype(np.promote_types(dtype, rows.embeddings.dtype))
+        return write_shard(run, task, task.payload.first, records, embeddings, rows.rejects, split=split)
 
     return run_tasks(run, "encode", tasks, copy_rows, on_result=moments.take)
 
@@ -437,6 +439,7 @@ STAGE = Stage(
     "encode",
     _settings,
     run,
+    revision=2,
     outputs=EncodeOutputs,
     on_gpu=True,
     resolve=lambda config: with_encoder(config, lambda: with_gpus(config).resources.gpus > 0),

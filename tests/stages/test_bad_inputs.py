@@ -155,7 +155,11 @@ def test_an_input_that_cannot_be_used_is_one_clear_line(name: str, tmp_path: Pat
 BAD_ROWS: dict[str, tuple[Callable[[Path], object], int, set[str]]] = {
     "nan": (lambda f: np.save(f / "a.npy", np.where(np.arange(30)[:, None] == 7, np.nan, X)), 29, {"not_finite"}),
     "infinite": (lambda f: np.save(f / "a.npy", np.where(np.arange(30)[:, None] == 7, np.inf, X)), 29, {"not_finite"}),
-    "beyond float16": (lambda f: np.save(f / "a.npy", np.where(np.arange(30)[:, None] < 2, 1e6, X)), 28, {"overflow"}),
+    "beyond float32": (
+        lambda f: np.save(f / "a.npy", np.where(np.arange(30)[:, None] < 2, np.float64(1e39), X)),
+        28,
+        {"overflow"},
+    ),
     "zero": (lambda f: np.save(f / "a.npy", np.where(np.arange(30)[:, None] == 3, 0, X)), 29, {"zero_vector"}),
     "mixed widths": (lambda f: parquet(f / "a.parquet", embedding=[*map(list, X), [1.0]]), 30, {"wrong_width"}),
     "nulls": (lambda f: parquet(f / "a.parquet", embedding=[*map(list, X), None]), 30, {"null_embedding"}),

@@ -34,8 +34,8 @@ def _arrays() -> Iterator[BadInput]:
         yield BadInput(f"array/{name}", lambda array=array: {"x.npy": npy(array)}, error=error)
     objects = npy(np.array([[1, {}]], dtype=object), allow_pickle=True)
     yield BadInput("array/objects", lambda: {"x.npy": objects}, error="Python objects")
-    odd = VALUES.copy()
-    odd[1, 0], odd[2], odd[3, 2] = np.nan, 0, 1e6
+    odd = VALUES.astype(np.float64)
+    odd[1, 0], odd[2], odd[3, 2] = np.nan, 0, 1e39
     lost = tuple(zip(rows("x", 1, 2, 3), ("not_finite", "zero_vector", "overflow"), strict=True))
     yield BadInput("array/bad_rows", lambda: {"x.npy": npy(odd)}, rows("x", 0), lost)
     for name, array in [

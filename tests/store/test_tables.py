@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,7 +67,45 @@ def test_row_groups_are_fixed_and_lists_keep_no_statistics() -> None:
     by_name = {file.metadata.row_group(0).column(i).path_in_schema: i for i in range(5)}
     assert file.metadata.row_group(0).column(by_name["row"]).is_stats_set
     assert not file.metadata.row_group(0).column(by_name["embedding.list.element"]).is_stats_set
-    assert "BYTE_STREAM_SPLIT" in file.metadata.row_group(0).column(by_name["embedding.list.element"]).encodings
+
+
+def neighbors() -> pa.Table:
+    columns = {"row": range(2), "neighbors": tables.fixed_list(np.array([[1, 0], [0, 1]]))}
+    similarity = tables.fixed_list(np.array([[1, 0.5], [1, 0.25]], np.float16))
+    return pa.table(columns | {"similarity": similarity}, schema=tables.NEIGHBORS(2))
+
+
+READERS: dict[str, Callable[[ModuleType, str, str], list[float]]] = {
+    "pandas": lambda module, path, name: list(module.read_parquet(path)[name].iloc[0]),
+    "polars": lambda module, path, name: list(module.read_parquet(path)[name][0]),
+    "duckdb": lambda module, path, name: list(module.read_parquet(path).project(name).fetchall()[0][0]),
+    "datasets": lambda module, path, name: list(module.Dataset.from_parquet(path)[0][name]),
+    "pyarrow.dataset": lambda module, path, name: module.dataset(path).to_table()[name][0].as_py(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_other_programs_read_the_tables(tmp_path: Path, reader: str) -> None:
+    module = pytest.importorskip(reader)
+    wide = np.array([[1e6, 2e-7]], np.float32)
+    schema = tables.EMBEDDINGS(2, element=pa.float32())
+    columns = {"row": [0], "key": ["a"], "uri": ["u"], "label": [None], "embedding": tables.fixed_list(wide)}
+    for table, name in [
+        (embeddings(3), "embedding"), (neighbors(), "neighbors"), (neighbors(), "similarity"),
+        (pa.table(columns, schema=schema), "embedding"),
+    ]:  # fmt: skip
+        tables.write_table(str(tmp_path / "x.parquet"), table)
+        expected = table[name][0].as_py()
+        assert [float(value) for value in READERS[reader](module, str(tmp_path / "x.parquet"), name)] == expected
+
+
+def test_rows_are_stored_in_halves_unless_these_would_lose_one() -> None:
+    rows = np.array([[1, 1e-9], [0.002, 0], [65504, -1], [np.nan, 1], [np.inf, 0], [0, 0]])
+    assert tables.in_storage(rows).dtype == np.float16
+    for peak in (65536.0, 0.0019, 1e-30, -1e6):
+        assert tables.in_storage(np.vstack([rows, [peak, 0]])).dtype == np.float32
+    assert tables.in_storage(np.zeros((0, 3))).dtype == np.float16
+    assert tables.in_storage(np.array([[100_000, 1]])).tolist() == [[100_000, 1]]
 
 
 @pytest.mark.parametrize(

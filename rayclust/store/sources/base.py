@@ -74,8 +74,8 @@ class Rows:
     keys: list[str]
     uris: list[str]
     labels: list[str | None]
-    embeddings: NDArray[np.float16]
-    """Float16[N D], finite and not zero."""
+    embeddings: NDArray[Any]
+    """Float[N D] as `tables.in_storage` gives them, finite and not zero."""
     rejects: list[dict[str, str]]
     """key, uri, reason and detail of the rows left out."""
 

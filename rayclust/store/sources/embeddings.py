@@ -30,6 +30,7 @@ from rayclust.store.sources import parquet
 from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text, prefetch
 from rayclust.store.sources.parquet import EMBEDDING_NAMES, Columns, Footer, RowNames, describe_columns
 from rayclust.store.storage import FileStat, UnreadableError
+from rayclust.store.tables import in_storage
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ _TENSOR_DAMAGE = (*_NPY_DAMAGE, AttributeError, LookupError, RuntimeError, struc
 """Raised by readers of tensors when a file is damaged in a way that they do not check for."""
 _REJECT_DETAILS = {
     "not_finite": "the embedding has an infinite or undefined value",
-    "overflow": "the embedding has a value above 65504, the largest of float16; scale the rows",
-    "zero_vector": "the embedding is zero in float16, so it has no direction",
+    "overflow": "the embedding has a value above 3.4e38, the largest of float32; scale the rows",
+    "zero_vector": "the embedding is zero, so it has no direction",
 }
 
 
@@ -172,12 +173,12 @@ def _check_matrix(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> N
 
 @dataclass
 class EmbeddingBuffer:
-    """Rows of embeddings collected block by block, converted to float16 at once to save memory."""
+    """Rows of embeddings collected block by block, converted to their type in storage at once to save memory."""
 
     widths: list[int] = field(default_factory=list)
     """Numbers in each row; -1 where there is none."""
-    halves: dict[int, list[NDArray[np.float16]]] = field(default_factory=dict)
-    """By width, blocks of the rows of that width in order, Float16[m width]."""
+    stored: dict[int, list[NDArray[Any]]] = field(default_factory=dict)
+    """By width, blocks of the rows of that width in order, [m width] as `tables.in_storage` gives them."""
     reasons: dict[int, list[str]] = field(default_factory=dict)
     """By width, the reason to reject each of its rows, or an empty text."""
 
@@ -190,14 +191,13 @@ class EmbeddingBuffer:
         """
         self.widths += widths.tolist()
         for width, block in values.items():
-            with np.errstate(over="ignore", invalid="ignore"):
-                halves = block.astype(np.float16)
+            stored = in_storage(block)
             reasons = np.full(len(block), "", dtype="U16")
-            reasons[~halves.any(axis=1)] = "zero_vector"
-            reasons[~np.isfinite(halves).all(axis=1)] = "overflow"
+            reasons[~stored.any(axis=1)] = "zero_vector"
+            reasons[~np.isfinite(stored).all(axis=1)] = "overflow"
             if block.dtype.kind == "f":
                 reasons[~np.isfinite(block).all(axis=1)] = "not_finite"
-            self.halves.setdefault(width, []).append(halves)
+            self.stored.setdefault(width, []).append(stored)
             self.reasons.setdefault(width, []).extend(reasons.tolist())
 
 
@@ -218,13 +218,13 @@ def validate_embeddings(
         rejects: of rows that could not be read at all; they come first.
 
     Returns:
-        Embeddings in float16; rows that are null, of another width, not finite, beyond float16 or all zero are rejects.
+        Embeddings in float16 or float32; rows that are null, of another width, not finite or all zero are rejects.
     """
     # 1. The width of most rows, of equals the smaller.
     if width is None:
         counts = {width: len(reasons) for width, reasons in buffer.reasons.items()}
         width = max(counts, key=lambda width: (counts[width], -width), default=0)
-    halves = np.concatenate(buffer.halves.get(width, [np.empty((0, width), np.float16)]))
+    stored = np.concatenate(buffer.stored.get(width, [np.empty((0, width), np.float16)]))
     reasons = buffer.reasons.get(width, [])
 
     # 2. Keep or reject each row; `place` is its index among the rows of this width.
@@ -249,7 +249,7 @@ def validate_embeddings(
     kept.sort()
     labels = [None if shard.labels == "none" else names.labels[row] for _, _, row in kept]
     order = np.array([place for _, place, _ in kept], dtype=np.int64)
-    return Rows([key for key, _, _ in kept], [names.uris[row] for _, _, row in kept], labels, halves[order], lost)
+    return Rows([key for key, _, _ in kept], [names.uris[row] for _, _, row in kept], labels, stored[order], lost)
 
 
 def _reject(key: str, uri: str, reason: str, detail: str) -> dict[str, str]:

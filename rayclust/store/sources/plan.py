@@ -314,8 +314,8 @@ def read_rows(shard: Shard, load_tensors: LoadTensors | None = None, width: int 
         width: D that every row must have; None takes the width of most rows of this shard.
 
     Returns:
-        Float16 embeddings, finite and not zero. Rows that are null, of another width, not finite, above the largest
-        float16 or all zero are rejects, and a damaged file is one.
+        Embeddings in float16, or float32 where halves would lose rows; finite and not zero. Rows that are null, of
+        another width, not finite or all zero are rejects, and so is what is lost with a damaged file.
 
     Raises:
         DataError: the file is no table of embeddings, its labels do not fit, or the storage cannot be read.

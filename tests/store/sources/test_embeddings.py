@@ -413,7 +413,7 @@ def test_rows_come_by_key() -> None:
 
 def test_every_bad_row_is_a_reject_and_no_good_one_is_lost() -> None:
     nan, inf = np.nan, np.inf
-    rows = validated([[[1, 2], None, [1, 2, 3], [nan, 1]], [[inf, 1], [1e5, 1], [0, 0], [1e-9, 0], [], [7, 8]]])
+    rows = validated([[[1, 2], None, [1, 2, 3], [nan, 1]], [[inf, 1], [1e39, 1], [0, 0], [1e-60, 0], [], [7, 8]]])
     assert rows.embeddings.tolist() == [[7, 8], [1, 2]]
     assert {reject["key"]: reject["reason"] for reject in rows.rejects} == {
         "k9": "null_embedding", "k8": "wrong_width", "k7": "not_finite", "k6": "not_finite", "k5": "overflow",
@@ -431,9 +431,12 @@ def test_the_usual_width_is_that_of_most_rows_unless_one_is_asked_for() -> None:
     assert validated([[]]).embeddings.shape == (0, 0)
 
 
-def test_whole_numbers_beyond_float16_overflow() -> None:
-    rows = validated([[[1, 2], [100_000, 1]]])
-    assert (rows.keys, rows.rejects[0]["reason"]) == (["k2"], "overflow")
+@pytest.mark.parametrize("row", [[100_000, 1], [1e-5, -2e-7], [3e30, 1e29], [1e-30, 0]])
+def test_rows_that_halves_would_lose_are_float32(row: list[float]) -> None:
+    rows = validated([[[1, 2], row]])
+    assert rows.embeddings.dtype == np.float32
+    np.testing.assert_array_equal(rows.embeddings, np.array([row, [1, 2]], np.float32))
+    assert rows.rejects == []
 
 
 def test_classes_and_labels_kept() -> None:
