@@ -402,16 +402,19 @@ class Spectral:
         inverse = torch.where(values > _MIN_EIGENVALUE, 1.0 / values.clamp(min=_MIN_EIGENVALUE), 0.0)
         # One column more sums p's denominator.
         scaled = self.scales[:, None] * torch.cat([self.functions * inverse, torch.ones_like(self.functions[:, :1])], 1)
-        sums = []
+        lacks_some, embedded = bool((values <= _MIN_EIGENVALUE).any()), []
         for part in torch.split(rows, _ROWS_AT_ONCE):
             cosines = (part @ self.codes.T).abs_()
             nearest, site = cosines.max(dim=1)
             links = cosines.sub_(1.0).div_(self.options.temperature).exp_()
             own = (nearest >= 1.0 - _SITE_TOLERANCE).nonzero().squeeze(1)
             links[own, site[own]] = 0.0
-            sums.append(links @ scaled)
-        weighted = torch.cat(sums)
-        return weighted[:, :-1] / weighted[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)
+            weighted = links @ scaled
+            found = weighted[:, :-1] / weighted[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)
+            if lacks_some:  # what extends to no other row, for want of a positive eigenvalue, is still the sites' own
+                found[own] = self.functions[site[own]]
+            embedded.append(found)
+        return torch.cat(embedded)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the partition by name, for safetensors; see `from_tensors`."""

@@ -374,3 +374,12 @@ def test_rows_that_the_kernel_leaves_without_neighbours_are_a_warning(caplog: py
     assert not caplog.records
     partition(lambda: iter([codes]), 2, SpectralOptions(temperature=0.005))
     assert "6 of 6 rows have no neighbour at η = 0.005" in caplog.text
+
+
+def test_more_clusters_than_positive_eigenvalues_still_give_fitted_rows_their_labels():
+    """Rows that all point elsewhere: of 12 eigenvalues one is positive."""
+    codes = torch.eye(12, 16) + 0.05 * torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
+    fitted = partition(lambda: iter([codes]), 10, SpectralOptions(temperature=0.1))
+    assert int((fitted.values > 0).sum()) < 10
+    assert fitted.assign(codes, 10).argmax(1).tolist() == fitted.labels(10).tolist()
+    assert len(fitted.labels(10).unique()) > 5
