@@ -438,7 +438,7 @@ STAGE = Stage(
     _settings,
     run,
     outputs=EncodeOutputs,
-    on_gpu=True,
-    resolve=lambda config: with_encoder(config, lambda: with_gpus(config).resources.gpus > 0),
+    on_gpu="encode",
+    resolve=lambda config: with_encoder(config, lambda: with_gpus(config, "encode").resources.gpus > 0),
     plan=lambda config: plan_inputs(config, _settings(config)),
 )
