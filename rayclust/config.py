@@ -558,7 +558,8 @@ def _kinds(path: Sequence[str]) -> set[Any]:
         fields, found = found, set()
         for kind in fields:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                models = config_types().values() if kind is BaseMethodConfig else (kind,)
+                is_own = kind is BaseMethodConfig and part not in kind.model_fields
+                models = config_types().values() if is_own else (kind,)
                 annotations = [model.model_fields[part].annotation for model in models if part in model.model_fields]
             else:
                 annotations = list(get_args(kind)[1:]) if get_origin(kind) is dict else []

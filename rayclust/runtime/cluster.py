@@ -143,7 +143,7 @@ def require_label(key: str, labels: Mapping[str, str]) -> None:
             shown.add(format_labels(given) or "no labels")
     text = f"resources.placement.{key} = {format_labels(labels)}: no node of the cluster carries it; the nodes carry "
     text += "; ".join(sorted(shown))
-    if ray.get_runtime_context().namespace == OWN:
+    if is_own():
         raise ConfigError(
             f"{text}. A cluster on this machine has no labels: leave the placement out, or set RAY_ADDRESS"
         )
@@ -194,27 +194,31 @@ def describe_gpus(nodes: Sequence[Mapping[str, float]]) -> str:
     return ", ".join(f"{count} × {kind}" for kind, count in counts.items() if count) or "CPU only"
 
 
-def with_gpus(config: RunConfig) -> RunConfig:
-    """Return the config with `resources.gpus_per_worker: auto` as a number; connects to find it.
+def with_gpus(config: RunConfig, kind: Literal["encode", "train", "trials"]) -> RunConfig:
+    """Return the config with `resources.gpus_per_worker: auto` as a number for one kind of work; connects to find it.
 
-    1 where the nodes that encode and those that train have GPUs, or the cluster's autoscaler can add some; else 0.
+    1 where the nodes for that work have GPUs or the cluster's autoscaler can add such nodes, else 0.
     """
-    import ray
-
-    resources, places = config.resources, config.resources.placement
+    resources, labels = config.resources, getattr(config.resources.placement, kind)
     if resources.gpus_per_worker != "auto":
         return config
     connect()
-    has_gpus = all(
-        any(node.get("GPU", 0) >= 1 for node in live_nodes(labels)) for labels in (places.encode, places.train)
-    )
-    if has_gpus and ray.get_runtime_context().namespace == OWN and not torch.cuda.is_available():
+    nodes = live_nodes(labels)
+    has_gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
+    if has_gpus and is_own() and not torch.cuda.is_available():
         _warn_once(
             f"a GPU of this machine lies idle: torch {torch.__version__} sees no CUDA device; install a CUDA build"
         )
         has_gpus = False
-    count = float(has_gpus or _may_add_gpus())
+    count = float(has_gpus or ((not nodes or not labels) and _may_add_gpus()))
     return config.model_copy(update={"resources": resources.model_copy(update={"gpus_per_worker": count})})
+
+
+def is_own() -> bool:
+    """Return whether the cluster is one that this process has started on its machine."""
+    import ray
+
+    return bool(ray.get_runtime_context().namespace == OWN)
 
 
 def _may_add_gpus() -> bool:

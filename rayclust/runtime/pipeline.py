@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
@@ -86,8 +86,8 @@ class Stage:
     """By stage, the one entry of its manifest's `extra` that is read; all outputs of the stages that are not named."""
     outputs: type[StageOutputs] = StageOutputs
     """Type of the `extra` of its manifest."""
-    on_gpu: bool = False
-    """True if it computes on the GPUs that `resources` gives."""
+    on_gpu: Literal["encode", "train", "trials"] | None = None
+    """If it computes on GPUs where there are some, the kind of work in `resources.placement` on whose nodes."""
     resolve: Callable[[RunConfig], RunConfig] | None = None
     """Fill in what the config leaves to the run, before any digest."""
     plan: Callable[[RunConfig], Any] | None = None
@@ -313,7 +313,9 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
     if force:
         storage.remove_tree(run.at("manifests", name))
     if stage.on_gpu:
-        context.config = with_gpus(context.config)  # not saved: `predict` and `search` may run on another machine
+        context.config = with_gpus(
+            context.config, stage.on_gpu
+        )  # not saved: `predict` and `search` may run on another machine
     return _run(stage, context, lease)
 
 

@@ -102,4 +102,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"features": settings_of(config.features)} | levels
 
 
-STAGE = Stage("assign", _settings, run, needs=("encode", "train"), on_gpu=True, outputs=AssignOutputs)
+STAGE = Stage("assign", _settings, run, needs=("encode", "train"), on_gpu="train", outputs=AssignOutputs)

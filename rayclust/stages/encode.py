@@ -441,7 +441,7 @@ STAGE = Stage(
     run,
     revision=2,
     outputs=EncodeOutputs,
-    on_gpu=True,
-    resolve=lambda config: with_encoder(config, lambda: with_gpus(config).resources.gpus > 0),
+    on_gpu="encode",
+    resolve=lambda config: with_encoder(config, lambda: with_gpus(config, "encode").resources.gpus > 0),
     plan=lambda config: plan_inputs(config, _settings(config)),
 )

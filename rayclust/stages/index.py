@@ -143,4 +143,6 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"index": settings_of(config.index), "seed": config.seed} | features
 
 
-STAGE = Stage("index", _settings, run, needs=("encode",), own_space_needs=("train",), on_gpu=True, outputs=IndexOutputs)
+STAGE = Stage(
+    "index", _settings, run, needs=("encode",), own_space_needs=("train",), on_gpu="train", outputs=IndexOutputs
+)

@@ -112,4 +112,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"neighbors": neighbors, "features": settings_of(config.features)}
 
 
-STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2, on_gpu=True, outputs=NeighborsOutputs)
+STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2, on_gpu="train", outputs=NeighborsOutputs)

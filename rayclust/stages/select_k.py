@@ -416,4 +416,6 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"candidate": candidate_settings(config), "search": search}
 
 
-STAGE = Stage(SELECT_K, _settings, run, needs=("encode", "neighbors"), revision=2, on_gpu=True, outputs=SelectKOutputs)
+STAGE = Stage(
+    SELECT_K, _settings, run, needs=("encode", "neighbors"), revision=2, on_gpu="trials", outputs=SelectKOutputs
+)

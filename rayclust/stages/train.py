@@ -387,5 +387,5 @@ STAGE = Stage(
     pair_needs=("neighbors",),
     needs_choice=True,
     reads_entry={SELECT_K: CHOSEN},
-    on_gpu=True,
+    on_gpu="train",
 )

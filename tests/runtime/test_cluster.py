@@ -237,9 +237,9 @@ def auto_gpus(cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cluster, "connect", lambda: None)
     monkeypatch.setattr(cluster, "BOOTSTRAP", "/nonexistent")
 
-    def resolved(**resources: Any) -> float:
+    def resolved(kind: Any = "encode", **resources: Any) -> float:
         config = validate(tree("run", "images", resources=resources))
-        return cluster.with_gpus(config).resources.gpus
+        return cluster.with_gpus(config, kind).resources.gpus
 
     return resolved
 
@@ -249,8 +249,9 @@ def test_a_gpu_that_is_there_is_used(auto_gpus: Callable[..., float], cluster_no
     cluster_nodes.append(gpu_node(GPU))
     assert auto_gpus() == 1
     assert auto_gpus(gpus_per_worker=0) == 0
-    assert auto_gpus(placement={"encode": GPU, "train": GPU}) == 1
-    assert auto_gpus(placement={"train": CPU}) == 0, "training would wait for ever"
+    split = {"encode": GPU, "train": CPU}
+    assert [auto_gpus(kind, placement=split) for kind in ("encode", "train", "trials")] == [1, 0, 1]
+    assert auto_gpus("train", placement=split, gpus_per_worker=2) == 2
     cluster_nodes[-1]["Alive"] = False
     assert auto_gpus() == 0
 
@@ -261,7 +262,8 @@ def test_gpus_that_an_autoscaler_can_add_are_counted_on(
     path = tmp_path / "bootstrap.yaml"
     monkeypatch.setattr(cluster, "BOOTSTRAP", str(path))
     path.write_text("available_node_types: {head: {resources: {CPU: 4}}, gpu: {resources: {CPU: 4, GPU: 1}}}")
-    assert auto_gpus() == 1
+    assert auto_gpus() == auto_gpus(placement={"encode": GPU}) == 1
+    assert auto_gpus(placement={"encode": CPU}) == 0, "such nodes are there, and have none"
     path.write_text("available_node_types: {head: {resources: {CPU: 4}}, gpu: {resources: {GPU: 1}, max_workers: 0}}")
     assert auto_gpus() == 0
     path.write_text("- no: [cluster")

@@ -35,7 +35,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     for module in (tasks, encode, train):
         patch.setattr(module, "connect", lambda: None)
     for module in (encode, pipeline):
-        patch.setattr(module, "with_gpus", lambda config: config)
+        patch.setattr(module, "with_gpus", lambda config, kind: config)
     patch.setattr(encode, "worker_count", lambda config, work: 1)
     patch.setattr(tasks, "map_tasks", _map)
     patch.setattr(encode, "map_tasks", _map)
