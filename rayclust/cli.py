@@ -244,6 +244,19 @@ def predict(run_uri: str, images: str, out: str, evaluate: bool) -> None:
 
 
 @commands.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@_VERBOSE
+def compare(config: str, overrides: tuple[str, ...]) -> None:
+    """Score k-means on the input of CONFIG under several encoders: encoder.name=[A,B], others KEY=VALUE for all."""
+    from rayclust.stages.compare import as_lines
+    from rayclust.stages.compare import compare as run_compare
+
+    for line in as_lines(run_compare(config, overrides)):
+        click.echo(line)
+
+
+@commands.command()
 @click.option("--out", default="demo", show_default=True, help="Folder or s3:// URI for images, run and report.")
 @_VERBOSE
 def demo(out: str) -> None:
