@@ -93,7 +93,8 @@ def absolute(uri: str) -> str:
     if is_remote(uri):
         _check_scheme(uri)
         return uri.rstrip("/") if not uri.rstrip("/").endswith(":") else uri
-    return os.path.abspath(to_path(uri))  # noqa: PTH100 - resolves `..` without following links
+    path = os.path.abspath(to_path(uri))  # noqa: PTH100 - resolves `..` without following links
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def join(uri: str, *parts: str) -> str:

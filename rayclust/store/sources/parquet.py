@@ -42,6 +42,8 @@ DAMAGE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowErro
 """Raised when a damaged Parquet file is read; storage errors are DataErrors, and pass."""
 
 _BATCH_ROWS = 16
+_COMPARED_ROWS = 1 << 16
+"""First rows of a table whose keys are compared with those of other tables."""
 _BUFFER_BYTES, _UNBUFFERED_BYTES = 8 << 20, 256 << 20
 """Size of the read buffer, and of a row group above which it is used."""
 _FOOTERS_AHEAD = 8
@@ -211,10 +213,16 @@ def key_column(file: pq.ParquetFile, columns: Columns) -> str | None:
             column = _column(file.read(columns=[name]), name)
         except DAMAGE:  # a column that is damaged in one place names no rows
             continue
-        is_whole = column.null_count == 0 and pc.count_distinct(column).as_py() == len(column)
-        if is_whole and not (_is_text(column.type) and len(column) and pc.min(pc.binary_length(column)).as_py() == 0):
+        if _tells_apart(column):
             return name
     return None
+
+
+def _tells_apart(column: pa.ChunkedArray) -> bool:
+    """Return whether all values of a column are there and differ, and no text is empty."""
+    if column.null_count or pc.count_distinct(column).as_py() != len(column):
+        return False
+    return not (_is_text(column.type) and len(column) and pc.min(pc.binary_length(column)).as_py() == 0)
 
 
 @lru_cache(maxsize=64)
@@ -224,16 +232,22 @@ def _key_of_file(uri: str, stamp: str, columns: Columns) -> str | None:
         return key_column(file, columns)
 
 
-def own_keys(shard: Shard) -> pa.ChunkedArray | None:
-    """Return the values that name the rows of a shard's whole file as text; None where it has none or is damaged."""
+def first_keys(shard: Shard) -> pa.ChunkedArray | None:
+    """Return the values that name the first rows of a shard's file as text; None where it has none or is damaged."""
     place = next((beside for beside in shard.beside if beside.endswith(".parquet")), shard.uri)
     try:
         with opened(place) as file:
             columns = Columns.find(file.schema_arrow, None, place, shard.columns if place == shard.uri else {})
-            key = key_column(file, columns)
-            return None if key is None else _column(file.read(columns=[key]), key).cast(pa.large_string())
+            for name in columns.keys:
+                batches = list(
+                    itertools.islice(file.iter_batches(_COMPARED_ROWS, columns=[name], use_threads=False), 1)
+                )
+                column = _column(pa.Table.from_batches(batches), name) if batches else None
+                if column is not None and _tells_apart(column):
+                    return column.cast(pa.large_string())
     except (*DAMAGE, UnreadableError):
-        return None
+        pass
+    return None
 
 
 def read_names(file: pq.ParquetFile, columns: Columns, shard: Shard, groups: list[int], count: int) -> RowNames:

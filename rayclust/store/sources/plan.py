@@ -174,9 +174,12 @@ def plan_shards(
     else:
         shards = _apart(embeddings.plan(files, template, shard_size * embeddings.SHARD_FACTOR))
     # Number the shards, and their rows as far as the counts are known.
-    index, first = -1, 0
+    index, first, names = -1, 0, dict[str, str]()
     for index, shard in enumerate(shards):
-        yield replace(shard, index=index, first=first)
+        # Files whose names differ in the ending alone (x.tar and x.tgz) keep it, or their keys would be the same.
+        is_second = shard.kind != "folder" and names.setdefault(shard.name, shard.uri) != shard.uri
+        name = shard.uri.removeprefix(root).lstrip("/") if is_second else shard.name
+        yield replace(shard, index=index, first=first, name=name)
         first += shard.count or 0
     if index < 0:
         among = "" if kept is None else f" in the {len(kept)} classes asked for (such as {min(kept)})"
@@ -207,7 +210,7 @@ def _apart(shards: Iterator[Shard]) -> Iterator[Shard]:
             break
     prefixed = "never"
     if len(files) > 1:
-        keys = [found for shard in files.values() if (found := parquet.own_keys(shard)) is not None]
+        keys = [found for shard in files.values() if (found := parquet.first_keys(shard)) is not None]
         together = pa.chunked_array([chunk for found in keys for chunk in found.chunks], pa.large_string())
         prefixed = "names" if pc.count_distinct(together).as_py() == len(together) else "always"
     yield from (replace(shard, prefixed=prefixed) for shard in chain(first, shards))

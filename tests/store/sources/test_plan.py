@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
@@ -235,6 +236,24 @@ def test_columns_are_named_where_they_are_called_otherwise(place: str) -> None:
     assert read_rows(shard).embeddings.tolist() == [[1]]
     with pytest.raises(DataError, match=r"images\.columns\.image = other: .* has no such column of bytes; it has the"):
         list(plan_shards(place, columns={"image": "other"}))
+
+
+def test_files_whose_names_differ_in_the_ending_alone_have_keys_of_their_own(place: str) -> None:
+    data = tar([("a.png", image())])
+    write(place, {"x.tar": data, "x.tgz": gz(data), "y.tar": data})
+    assert [r.key for shard in plan_shards(place) for r in read_records(shard)] == ["x/a", "x.tgz/a", "y/a"]
+    write(place, {"v/x.npy": npy(vectors(1)), "v/x.parquet": parquet({"embedding": vectors(1).tolist()})})
+    keys = [key for shard in plan_shards(f"{place}/v") for key in read_rows(shard).keys]
+    assert keys == ["x/00000000", "x.parquet/00000000"]
+
+
+def test_a_folder_whose_own_name_is_no_utf8(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/f\xf6to")
+    write(folder, {"a.jpg": image()})
+    for uri in (folder, storage.absolute(folder)):
+        (shard,) = plan_shards(uri)
+        shard.uri.encode()
+        assert [record.data for record in read_records(shard)] == [image()]
 
 
 def test_what_is_left_out_is_counted(place: str, caplog: pytest.LogCaptureFixture) -> None:
