@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rayclust.config import RunConfig, validate
+from rayclust.runtime import preflight
 from rayclust.runtime.preflight import Sample, check, costs, traffic, work
 from rayclust.store import storage
 from tests.stages.runs import picture, tree, write_folder, write_tars
@@ -236,3 +237,29 @@ def test_a_gpu_that_is_not_here_is_not_guessed():
     [line] = costs(priced(1, **prices), IMAGES, CPU)
     assert line.startswith("far: not known, set prices.far.images_per_second")
     assert "$" not in line
+
+
+@pytest.mark.parametrize(
+    ("resources", "sees", "said"),
+    [
+        ({}, True, "1 × NVIDIA H100"),
+        (
+            {"gpus_per_worker": 0},
+            True,
+            "1 × NVIDIA H100 lies idle: set resources.gpus_per_worker to 1, or leave it out",
+        ),
+        ({}, False, "CPU only"),
+    ],
+)
+def test_a_gpu_that_would_lie_idle_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, Any], sees: bool, said: str
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: sees)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(preflight.Path, "glob", lambda *_: iter(()))
+    checks = preflight._Checks(config(tmp_path, resources=resources))
+    assert checks.gpus() == said
+    assert (checks.config.resources.gpus > 0) == (sees and not resources)
+    monkeypatch.setattr(preflight.Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
+    assert ("lies idle" in checks.gpus()) == (not sees or bool(resources))
