@@ -12,7 +12,7 @@ asked for), out (5 % rows of another set, not scored), dup (half as many rows ag
 3 to 20 classes from all sets with one encoder, 60 to 250 rows of the largest, up to 10 : 1. Sets below --data are left
 out where they are absent.
 
-The two bounds of `rayclust.methods.auto.choose` are the only settings that a table of scores could choose. The column
+The two bounds of `clustering.candidates.choose` are the only settings that a table of scores could choose. The column
 `auto` has them as they stand in the code; in `auto, left out` those of each set and all its variants are chosen from a
 grid on the other sets alone. `--trained` adds TEMI's and CPP's `auto` presets, on the sets without variants.
 """
@@ -38,8 +38,9 @@ import torch
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
+from rayclust.clustering.candidates import MAX_AGREEMENT_LOSS, MAX_EVENNESS_GAIN, Candidate, choose, make_candidates
 from rayclust.features import FeatureTransform
-from rayclust.methods.auto import MAX_AGREEMENT_LOSS, MAX_EVENNESS_GAIN, AutoConfig, Candidate, choose, make_candidates
+from rayclust.methods.auto import AutoConfig
 from rayclust.methods.cpp import CppConfig
 from rayclust.methods.temi import TemiConfig
 from rayclust.metrics.external import accuracy, nmi
@@ -168,7 +169,7 @@ def run(case: Case, seed: int) -> None:
     baseline = sklearn.cluster.KMeans(case.clusters, n_init=10, random_state=seed).fit_predict(case.x)
     start = time.process_time()
     config, x = AutoConfig(clusters=case.clusters), torch.from_numpy(case.x)
-    candidates = make_candidates(x, graph(x, config.neighbors), config, seed)
+    candidates = make_candidates(x, graph(x, config.neighbors), case.clusters, seed)
     seconds = time.process_time() - start
     scored = [(candidate, score(case, candidate.labels.numpy())) for candidate in candidates]
     case.runs.append((score(case, baseline), scored, seconds))

@@ -106,8 +106,9 @@ class TemiConfig(TrainedConfig):
     """Standard deviation of Gaussian noise added to each value of a view; the published option adds 0.1."""
     repeats: int = Field(1, ge=1)
     """Views drawn of a row and of its neighbour, each with its own noise."""
-    warm_start: Literal["none", "kmeans"] = "none"
-    """kmeans: heads start at the best of several k-means partitions of rows averaged with their neighbours."""
+    warm_start: Literal["none", "kmeans", "auto"] = "none"
+    """kmeans: heads start at the best of several k-means partitions of rows averaged with their neighbours. auto: all
+    start at the partition that the method `auto` chooses."""
     start_restarts: int = Field(16, ge=1)
     """k-means partitions from which a warm start chooses by modularity."""
     start_neighbors: int = Field(10, ge=1)
@@ -323,7 +324,7 @@ def auto_settings(count: int, dimension: int, clusters: int, config: TemiConfig)
         "beta": beta,
         "neighbors": columns,
         "freeze_last_layer": 0 if warm else 1,
-        "warm_start": "kmeans" if warm else "none",
+        "warm_start": "auto" if warm else "none",
         "start_restarts": restarts,
         "start_neighbors": min(10, columns),
         "start_rounds": 2,
@@ -520,8 +521,8 @@ class Temi(Method):
         c = self.config
 
         def warm_start() -> None:
-            if c.warm_start == "kmeans":
-                options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds)
+            if c.warm_start != "none":
+                options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds, c.warm_start)
                 start_from_kmeans(self.student, rows, options, self.seed)
                 self.teacher.load_state_dict(self.student.state_dict())
 

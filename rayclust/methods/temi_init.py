@@ -10,23 +10,21 @@ A file of its own, because none of it is in TEMI's paper (arXiv 2303.17896).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust.clustering import kmeans
+from rayclust.clustering.candidates import choose, make_candidates
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
-from rayclust.clustering.row_stats import compute, even_sample
+from rayclust.clustering.row_stats import compute
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
 from rayclust.methods.base import Rows
+from rayclust.methods.graph import sample_ids, sample_with_neighbors
 from rayclust.methods.heads import Heads
-from rayclust.search.knn import top_k
 
-SAMPLE_ROWS = 65_536
-"""Rows that a start and a choice look at, at most."""
-SAMPLE_ROWS_PER_CLUSTER = 64
-"""Rows that they look at for each cluster, at least."""
 RIDGE = 0.01
 """Ridge penalty, relative to the mean variance of a hidden unit."""
 ROUNDING = 1e-6
@@ -50,6 +48,8 @@ class StartOptions:
     """Nearest neighbours that are averaged and counted."""
     rounds: int
     """How often rows are averaged with their neighbours; 0 takes them as they are."""
+    source: Literal["kmeans", "auto"] = "kmeans"
+    """kmeans: the best of `restarts` partitions. auto: the one that the method `auto` chooses, for all heads."""
 
 
 @torch.no_grad()
@@ -65,21 +65,17 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
         seed: of k-means' first centres and of the sample.
     """
     # 1. A sample of the rows with their neighbours in it, the same on all workers.
-    like, columns = heads.direction, options.columns
-    ids = _sample(rows.count, options.clusters, seed)
-    if len(ids) == rows.count:
-        x, neighbors = rows.tensor().to(like), rows.neighbors()[:, :columns].to(like.device).long()
-    else:
-        x = rows.tensor()
-        x = x[ids.to(x.device)].to(like)
-        places, unit = torch.arange(len(x), device=x.device), functional.normalize(x, dim=1)
-        neighbors = top_k(unit, unit, columns, query_ids=places, database_ids=places)[0]
+    K, columns = options.clusters, options.columns
+    x, neighbors = sample_with_neighbors(rows, K, columns, seed, heads.direction)
+    if options.source == "auto":
+        # 2. The partition that the default method chooses, for all heads.
+        labels = choose(make_candidates(x.float(), neighbors, K, seed)).labels.expand(heads.shape.heads, -1)
+        _solve(heads, x, labels)
+        return
     # 2. k-means of rows averaged with their neighbours, from each seed; workers share the rows.
     smoothed = smooth(x, neighbors, options.rounds)
     own = smoothed[own_slice(len(x))]
-    settings = kmeans.KMeansOptions(
-        clusters=options.clusters, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3
-    )
+    settings = kmeans.KMeansOptions(clusters=K, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3)
     population = compute(lambda: [own], settings.metric)
     state = kmeans.start(population, settings, seed)
     for reached in kmeans.advance(population, settings, state):
@@ -88,7 +84,7 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
     # 3. The partitions of highest modularity.
     known = neighbors.clamp(min=0)
     others = [one[known].masked_fill(neighbors < 0, -1) for one in labels]
-    terms = [modularity_terms(a[None], b[None], options.clusters) for a, b in zip(labels, others, strict=True)]
+    terms = [modularity_terms(a[None], b[None], K) for a, b in zip(labels, others, strict=True)]
     order = modularity(torch.cat(terms)).sort(descending=True, stable=True).indices
     places = heads.shape.first + torch.arange(heads.shape.heads, device=order.device)
     # 4. Heads that predict them.
@@ -114,7 +110,7 @@ def best_by_modularity(
     group = group or ProcessGroup()
     K, like = heads.shape.clusters, heads.direction
     block = max(1, min(_BLOCK, _MAX_LOGITS // (heads.shape.heads * K)))
-    ids = _sample(rows.count, K, seed)
+    ids = sample_ids(rows.count, K, seed)
     x, neighbors = rows.tensor(), rows.neighbors()
     total = like.new_zeros((heads.shape.heads, K + 2), dtype=torch.float64)
     for anchors in torch.split(ids[own_slice(len(ids))], _ANCHORS):
@@ -129,11 +125,6 @@ def best_by_modularity(
     all_heads = int(group.all_reduce(torch.tensor(len(total), device=like.device)))
     values = group.all_gather_cat(modularity(all_reduce(total)), all_heads)
     return int(values.argmax()), values
-
-
-def _sample(count: int, clusters: int, seed: int) -> Tensor:
-    """Return Int64[S], numbers of a sample of the rows, in order; the same on all workers."""
-    return even_sample(count, min(count, max(SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER * clusters)), seed)
 
 
 def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayclust import methods
-from rayclust.methods import auto
-from rayclust.methods.auto import Auto, AutoConfig, Candidate, choose, make_candidates
+from rayclust.clustering import candidates
+from rayclust.clustering.candidates import Candidate, choose, make_candidates
+from rayclust.methods import graph
+from rayclust.methods.auto import Auto, AutoConfig
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import top_k
 from rayclust.training.loop import Trainer, fit_arrays
@@ -86,16 +88,16 @@ def test_the_report_has_a_row_for_each_candidate_and_one_is_chosen():
 
 def test_without_candidates_it_is_k_means():
     x, _, neighbors = planted(noise=0.6)
-    (floor,) = make_candidates(x, neighbors, AutoConfig(clusters=4, candidates=False), 0)
+    (floor,) = make_candidates(x, neighbors, 4, 0, rivals=False)
     p = x - x.mean(0)
     centers = torch.stack([p[floor.labels == k].mean(0) for k in range(4)])
     assert torch.cdist(p, centers).argmin(1).equal(floor.labels)
 
 
 def test_very_many_clusters_are_plain_k_means(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(auto, "OPERATION_LIMIT", 1.0)
+    monkeypatch.setattr(candidates, "OPERATION_LIMIT", 1.0)
     x, _, neighbors = planted()
-    assert [c.name for c in make_candidates(x, neighbors, AutoConfig(clusters=4), 0)] == ["k-means"]
+    assert [c.name for c in make_candidates(x, neighbors, 4, 0)] == ["k-means"]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -107,8 +109,8 @@ def test_few_rows_and_equal_rows_end_without_an_error(count: int):
 
 
 def test_a_sample_is_fitted_where_there_are_many_rows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(auto, "SAMPLE_ROWS", 100)
-    monkeypatch.setattr(auto, "SAMPLE_ROWS_PER_CLUSTER", 10)
+    monkeypatch.setattr(graph, "SAMPLE_ROWS", 100)
+    monkeypatch.setattr(graph, "SAMPLE_ROWS_PER_CLUSTER", 10)
     x, labels, neighbors = planted(count=400, noise=0.25)
     method = fit_arrays(x, neighbors, AutoConfig(clusters=4))
     assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.95

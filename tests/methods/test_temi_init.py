@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rayclust import distributed
 from rayclust.clustering.neighborhood import modularity, modularity_terms
-from rayclust.methods import temi_init
+from rayclust.methods import graph, temi_init
 from rayclust.methods.heads import Heads, HeadShape
 from rayclust.methods.temi_init import StartOptions, best_by_modularity, start_from_kmeans
 from rayclust.search.knn import top_k
@@ -72,8 +72,8 @@ def test_heads_start_from_the_partitions_of_highest_modularity(monkeypatch: pyte
 
 def test_large_sets_start_from_a_sample_with_its_own_neighbours(monkeypatch: pytest.MonkeyPatch):
     labels, rows = planted(400)
-    monkeypatch.setattr(temi_init, "SAMPLE_ROWS", 100)
-    monkeypatch.setattr(temi_init, "SAMPLE_ROWS_PER_CLUSTER", 1)
+    monkeypatch.setattr(graph, "SAMPLE_ROWS", 100)
+    monkeypatch.setattr(graph, "SAMPLE_ROWS_PER_CLUSTER", 1)
     heads = new_heads()
     start_from_kmeans(heads, rows, OPTIONS, seed=0)
     assert agreement(labels, heads(rows.tensor())[0].argmax(-1)) > 0.97
