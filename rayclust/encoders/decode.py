@@ -11,6 +11,7 @@ import ctypes
 import io
 import logging
 import math
+import operator
 import re
 import struct
 import threading
@@ -23,7 +24,7 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError, _imaging
+from PIL import ExifTags, Image, ImageChops, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from rayclust.errors import DataError
 
@@ -58,19 +59,24 @@ _SIGNATURES: Final[dict[str, tuple[bytes, ...]]] = {
     "ICO": (b"\x00\x00\x01\x00",),
 }
 _ERROR_PAGE: Final = "an HTML page, often the error page of a failed download"
-# Searched in this order in the first 1,024 bytes: formats that are read, which have no reason, then all others.
+_OTHER_FORMATS: Final = "an image of a format that is not read: EXR, HDR, DDS, FITS, XCF, QOI, JPEG XR or raw"
+# Searched in this order in the first 4,096 bytes: formats that are read, which have no reason, then all others.
 _PATTERNS: Final[tuple[tuple[bytes, Reason | None, str], ...]] = (
     (rb"\ARIFF.{4}WEBP", None, "WEBP"),
     (rb"\A.{4}ftyp(.{4}){0,60}?avi[fs]", None, "AVIF"),
-    (rb"\AP[1-7fFy]\s", None, "PPM"),
+    (rb"\AP[7F]\s", "unsupported", "a PAM or a colour PFM image"),
+    (rb"\AP[1-6fy]\s", None, "PPM"),
     (rb"\A%PDF", "unsupported", "a PDF document"),
     (rb"\A%!PS", "unsupported", "a PostScript document"),
     (rb"\A8BPS", "unsupported", "a Photoshop file"),
     (rb"\A(\xff\x0a|\0\0\0\x0cJXL )", "unsupported", "a JPEG XL image"),
     (rb"\A.{4}ftyp(.{4}){0,60}?(hei[cxms]|hevc|mif1|msf1)", "unsupported", "a HEIC image"),
+    (rb"\A.{4}ftypcrx ", "unsupported", _OTHER_FORMATS),
     (rb"\A.{4}ftyp", "unsupported", "a video (ISO media file)"),
+    (rb"\A(\x76\x2f\x31\x01|#\?RADIANCE|DDS |SIMPLE  =|gimp xcf|qoif)", "unsupported", _OTHER_FORMATS),
+    (rb"\A(II\xbc|IIRO|IIU\0|FUJIFILMCCD-RAW)", "unsupported", _OTHER_FORMATS),
     (rb"(?i)<(!doctype )?(html|head|body)\b", "not_an_image", _ERROR_PAGE),
-    (rb"(?i)<svg[\s>]", "unsupported", "an SVG drawing"),
+    (rb"(?i)<svg[\s/>]", "unsupported", "an SVG drawing"),
     (rb"\A\s*PK(\x03\x04|\x05\x06)", "not_an_image", "a zip archive"),
     (rb"\A\s*\x1f\x8b", "not_an_image", "gzip data"),
     (rb"\A\s*RIFF", "not_an_image", "a RIFF file that is not WebP"),
@@ -207,17 +213,55 @@ def _undecodable(error: BaseException, data: bytes, name: str) -> Undecodable:
         return Undecodable("too_many_pixels", text)
     if isinstance(error, MemoryError):
         return Undecodable("out_of_memory", f"while decoding a {name} file")
+    if isinstance(error, UnidentifiedImageError) and (unread := _unread_kind(data, name)) is not None:
+        return unread
     if isinstance(error, UnidentifiedImageError):
         # Pillow reads a GIF up to its first frame for this; one that ends with its trailer was not cut.
         is_cut = name == "GIF" and not data.endswith(b";")
         return Undecodable("truncated" if is_cut else "corrupt", f"the header of a {name} file cannot be read")
+    if text.startswith("Unsupported"):
+        return Undecodable("unsupported", f"{name}: {text}")
     if re.search("truncated|not enough image data|Not enough|unexpected end|EOF", text, re.IGNORECASE):
         return Undecodable("truncated", f"{name}: {text}")
     return Undecodable("corrupt", f"{name}: {text or type(error).__name__}")
 
 
+def _unread_kind(data: bytes, name: str) -> Undecodable | None:
+    """Return what the header declares that Pillow does not read; None where it declares nothing of the kind."""
+    if name == "TIFF":
+        tags = TiffImagePlugin
+        with suppress(*_FAILURES):
+            file = io.BytesIO(data)
+            directory = tags.ImageFileDirectory_v2(file.read(16 if 43 in data[2:4] else 8))  # 43: BigTIFF
+            file.seek(directory.next)
+            directory.load(file)
+            offsets = directory.get(tags.STRIPOFFSETS) or directory[tags.TILEOFFSETS]
+            counts = directory.get(tags.STRIPBYTECOUNTS) or directory[tags.TILEBYTECOUNTS]
+            if (end := max(map(operator.add, offsets, counts))) > len(data):
+                return Undecodable("truncated", f"TIFF of {len(data)} bytes whose picture ends at byte {end}")
+            bands, bits = directory.get(tags.SAMPLESPERPIXEL, 1), directory.get(tags.BITSPERSAMPLE, (1,))[0]
+            samples = {1: "", 2: " signed", 3: " floating", 5: " complex", 6: " complex"}
+            sample = samples[directory.get(tags.SAMPLEFORMAT, (1,))[0]]
+            colours, compression = directory[tags.PHOTOMETRIC_INTERPRETATION], directory.get(tags.COMPRESSION, 1)
+            what = f"{bands} bands of {bits}{sample} bits, photometric {colours}, compression {compression}"
+            return Undecodable("unsupported", f"TIFF of {what}")
+    if name == "JPEG2000" and (size := re.search(rb"\xff\x51.{36}(..)", data, re.DOTALL)) is not None:
+        components = int.from_bytes(size[1], "big")
+        return Undecodable("unsupported", f"JPEG 2000 of {components} components") if components > 4 else None
+    position = 2
+    while name == "JPEG" and position + 10 <= len(data):
+        # Segments up to the frame's header, which holds precision, height, width and the number of components.
+        code, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+            bits, components = data[position + 4], data[position + 9]
+            is_read = bits == 8 and components in (1, 3, 4)
+            return None if is_read else Undecodable("unsupported", f"JPEG of {components} components of {bits} bits")
+        position += 1 if code == 0xFF else 2 + length
+    return None
+
+
 def recognise(data: bytes) -> str:
-    """Return Pillow's word for the format of an image file, by its first 1,024 bytes; its name does not matter.
+    """Return Pillow's word for the format of an image file, by its first 4,096 bytes; its name does not matter.
 
     Raises:
         Undecodable: `empty`, `truncated` inside the signature, `unsupported` or `not_an_image`.
@@ -230,7 +274,7 @@ def recognise(data: bytes) -> str:
         if len(data) > 1 and any(signature.startswith(data) for signature in signatures):
             raise Undecodable("truncated", f"{len(data)} bytes, not even the signature of a {name} file")
     for pattern, reason, what in _PATTERNS:
-        if re.search(pattern, data[:1024], re.DOTALL):
+        if re.search(pattern, data[:4096], re.DOTALL):
             if reason is None:
                 return what
             raise Undecodable(reason, what)
@@ -317,12 +361,14 @@ def flatten(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
     """Convert a loaded image of any mode of Pillow to plain RGB or grey (ITU-R 601 luma), 8 bits.
 
     Transparency lies on white. Sixteen bits are scaled, not clipped. Floating and 32-bit samples within 0..1, 0..255 or
-    0..65535 keep their meaning, all others are stretched. Colour profiles are ignored, as the encoders' own training
-    pipelines did.
+    0..65535 keep their meaning, all others are stretched; in a TIFF, zero may be white. Colour profiles are ignored, as
+    the encoders' own training pipelines did.
 
     Raises:
         Undecodable: `not_finite`, a floating image without one finite value.
     """
+    # Where zero is white in a TIFF (photometric interpretation 0), Pillow turns samples of 8 bits and fewer alone.
+    is_inverted = image.mode[0] in "IF" and getattr(image, "tag_v2", {}).get(262) == 0
     if image.mode in {"I;16", "I;16L", "I;16B", "I;16N"}:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in {"I", "F"}:
@@ -343,6 +389,7 @@ def flatten(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
         colours = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.new("RGB", image.size, (255, 255, 255))
         image.paste(colours, mask=colours.getchannel("A"))
+    image = ImageChops.invert(image) if is_inverted else image
     return image if image.mode == mode else image.convert(mode)
 
 

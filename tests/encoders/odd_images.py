@@ -25,6 +25,7 @@ from tests.encoders.picture_files import HEIGHT, QUARTERS, RGB, WIDTH, chunk, de
 Quarters = tuple[RGB, RGB, RGB, RGB]
 Case = tuple[str, bytes, Quarters | Reason]
 BLACK: Quarters = ((0, 0, 0),) * 4  # type: ignore[assignment]
+WHITE_ONLY: Quarters = ((255, 255, 255),) * 4  # type: ignore[assignment]
 GREY: Quarters = tuple(luma(colour) for colour in QUARTERS)  # type: ignore[assignment]
 
 
@@ -195,6 +196,17 @@ def _tiffs() -> Iterator[Case]:
     ramp = (grey.astype(np.float32) - grey.min()) / (255 - grey.min())
     stretched = tuple((round((c[0] - grey.min()) / (255 - grey.min()) * 255),) * 3 for c in GREY)
     yield "tiff/wide_range.tif", saved(Image.fromarray(ramp * 2e6 - 1e6), "TIFF"), stretched  # type: ignore[misc]
+    yield "tiff/sixteen_white_is_zero.tif", make.tiff(1, 16, photometric=0), WHITE_ONLY
+    yield "tiff/eight_white_is_zero.tif", make.tiff(1, 8, photometric=0), WHITE_ONLY
+    yield "tiff/signed_white_is_zero.tif", make.tiff(1, 16, sample=2, photometric=0), "unsupported"
+    for name, bands, bits, sample in (("five", 5, 8, 1), ("two", 2, 8, 1), ("ten_wide", 10, 16, 1)):
+        yield f"tiff/{name}_bands.tif", make.tiff(bands, bits, sample=sample), "unsupported"
+    yield "tiff/floating_colours.tif", make.tiff(3, 32, sample=3, photometric=2), "unsupported"
+    yield "tiff/float64.tif", make.tiff(1, 64, sample=3), "unsupported"
+    yield "tiff/float16.tif", make.tiff(1, 16, sample=3), "unsupported"
+    yield "tiff/raw_sensor.tif", make.tiff(1, 16, photometric=32803), "unsupported"
+    yield "tiff/lerc.tif", make.tiff(3, 8, photometric=2, compression=34887), "unsupported"
+    yield "truncated/five_bands.tif", make.tiff(5, 8)[:-9], "truncated"
     yield "tiff/not_a_number.tif", saved(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"), "not_finite"
     some = np.full((8, 8), 0.5, np.float32)
     some[0, 0] = np.nan
@@ -228,6 +240,22 @@ def _foreign() -> Iterator[Case]:
     yield "foreign/phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 60, "unsupported"
     yield "foreign/film.mp4", b"\0\0\0\x18ftypisom\0\0\2\0isommp42" + b"\0" * 60, "unsupported"
     yield "foreign/next.jxl", b"\xff\x0a" + b"\0" * 60, "unsupported"
+    yield "foreign/next_boxed.jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0" * 60, "unsupported"
+    yield "foreign/drawing_late.svg", b"<?xml version='1.0'?><!--" + b"x" * 2000 + b"--><svg/>", "unsupported"
+    yield "foreign/sequence.hif", b"\0\0\0\x18ftypmsf1\0\0\0\0msf1hevc" + b"\0" * 60, "unsupported"
+    yield "foreign/camera.cr3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + b"\0" * 60, "unsupported"
+    yield "foreign/camera.orf", b"IIRO\x08\0\0\0" + b"\0" * 60, "unsupported"
+    yield "foreign/light.exr", b"\x76\x2f\x31\x01" + b"\0" * 60, "unsupported"
+    yield "foreign/any.pam", b"P7\nWIDTH 2\nHEIGHT 2\nDEPTH 3\nMAXVAL 255\nENDHDR\n" + b"\0" * 12, "unsupported"
+    yield "foreign/floats.pfm", b"PF\n2 2\n-1.0\n" + b"\0" * 48, "unsupported"
+    frame = jpeg().index(b"\xff\xc0")
+    yield "unread/twelve_bits.jpg", jpeg()[: frame + 4] + b"\x0c" + jpeg()[frame + 5 :], "unsupported"
+    yield "unread/five_inks.jpg", jpeg()[: frame + 9] + b"\5" + jpeg()[frame + 10 :], "unsupported"
+    boxes = saved(make.picture(), "JPEG2000")
+    size = boxes.index(b"\xff\x51") + 38
+    yield "unread/five_bands.jp2", boxes[:size] + b"\0\5" + boxes[size + 2 :], "unsupported"
+    bmp = saved(make.picture(), "BMP")
+    yield "unread/compression.bmp", bmp[:30] + b"\4" + bmp[31:], "unsupported"
     yield "foreign/scan.dcm", b"\0" * 128 + b"DICM" + b"\0" * 60, "unsupported"
 
 

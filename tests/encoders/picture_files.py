@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 RGB = tuple[int, int, int]
 RED, GREEN, BLUE, WHITE = (220, 30, 40), (40, 190, 60), (30, 60, 210), (255, 255, 255)
@@ -80,6 +80,15 @@ def deep(alpha: bool) -> bytes:
     if alpha:
         image = np.concatenate([image, np.full((*image.shape[:2], 1), 65535, np.uint16)], axis=2)
     return png(image.astype(">u2").reshape(HEIGHT, -1).view(np.uint8), depth=16, colour=6 if alpha else 2)
+
+
+def tiff(bands: int, bits: int, *, sample: int = 1, photometric: int = 1, compression: int = 1) -> bytes:
+    """A TIFF of 8 by 8 zeros of any kind of sample."""
+    size = 8 * bands * bits
+    tags: Any = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+    tags.update({256: 8, 257: 8, 258: (bits,) * bands, 259: compression, 262: photometric, 273: 0, 277: bands, 278: 8})
+    tags.update({279: size, 339: (sample,) * bands})  # the offset in 273 is counted from the end of the directory
+    return b"II*\0\x08\0\0\0" + tags.tobytes(8) + bytes(size)
 
 
 def ycck() -> bytes:

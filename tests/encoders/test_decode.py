@@ -245,6 +245,23 @@ def test_details_name_what_was_seen() -> None:
     assert details["drawing_xml.png"] == "an SVG drawing"
 
 
+@pytest.mark.parametrize(
+    ("data", "detail"),
+    [
+        (make.tiff(5, 8), "TIFF of 5 bands of 8 bits, photometric 1, compression 1"),
+        (
+            make.tiff(3, 32, sample=3, photometric=2),
+            "TIFF of 3 bands of 32 floating bits, photometric 2, compression 1",
+        ),
+        (make.tiff(1, 64, sample=3), "TIFF of 1 bands of 64 floating bits, photometric 1, compression 1"),
+    ],
+)
+def test_kinds_of_tiff_that_are_not_read_are_named(data: bytes, detail: str) -> None:
+    with pytest.raises(Undecodable) as caught:
+        decode(data, SQUASH)
+    assert (caught.value.reason, caught.value.detail) == ("unsupported", detail)
+
+
 @pytest.mark.parametrize("name", ["JPEG", "PNG"])
 def test_no_beginning_of_a_file_is_whole(name: str) -> None:
     whole = WHOLE[name]
