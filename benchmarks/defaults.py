@@ -1,6 +1,7 @@
 """The default method on many sets and variants: gain over scikit-learn's k-means, for each candidate and for `auto`.
 
-    python benchmarks/defaults.py [--data ../shared/data] [--seeds 3] [--threads 1] [--sets NAME ...] [--trained]
+    python benchmarks/defaults.py [--data ../shared/data] [--seeds 3] [--threads 1] [--sets NAME ...]
+        [--trained temi cpp]
 
 Claims, 3 seeds, CPU: `auto` is nowhere more than 0.5 points (ACC, NMI) below scikit-learn's k-means (10 starts,
 Euclidean, centred unit rows); its mean gain is at least 2 points; 3,000 x 1280 rows, K = 10 take 40 s at most.
@@ -14,7 +15,8 @@ out where they are absent.
 
 The two bounds of `clustering.candidates.choose` are the only settings that a table of scores could choose. The column
 `auto` has them as they stand in the code; in `auto, left out` those of each set and all its variants are chosen from a
-grid on the other sets alone. `--trained` adds TEMI's and CPP's `auto` presets, on the sets without variants.
+grid on the other sets alone. `--trained` adds the presets `auto` of methods that are trained by gradient, one seed, on
+the sets without variants.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import platform
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,6 +72,7 @@ MIXED = [f"mixed-{number}" for number in range(16)]
 MOST_ROWS = 3_000
 GRID = list(itertools.product((0.0, 0.01, 0.02, 0.05, 1.0), (0.0, 0.02, 0.05, 0.1, 1.0)))
 BOUND = -0.5
+TRAINED: dict[str, type[TemiConfig | CppConfig]] = {"temi": TemiConfig, "cpp": CppConfig}
 
 
 @dataclass
@@ -245,19 +248,21 @@ def report(cases: list[Case]) -> None:
     print("\nbounds chosen without each set: " + ", ".join(f"{group} {pair}" for group, pair in bounds.items()))
 
 
-def trained(cases: list[Case]) -> None:
-    """TEMI's and CPP's `auto` presets, one seed."""
-    print("\n| set | scikit-learn | TEMI `auto`, gain | CPP `auto`, gain |\n|---|---|---|---|", flush=True)
+def trained(cases: list[Case], names: Sequence[str]) -> None:
+    """Gains of methods that are trained by gradient, one seed."""
+    print("\n| set | scikit-learn | " + " | ".join(f"{name}, gain, CPU s" for name in names) + " |")
+    print("|---" * (len(names) + 2) + "|", flush=True)
     for case in cases:
         x, cells = torch.from_numpy(case.x), []
-        for config in (TemiConfig(clusters=case.clusters), CppConfig(clusters=case.clusters)):
+        for name in names:
+            start = time.process_time()
+            config = TRAINED[name](clusters=case.clusters)
             neighbors = graph(x, min(50, len(x) - 1)) if config.draws_pairs else None
             labels = fit_arrays(x, neighbors, config, 0).predict_proba(x).argmax(1).numpy()
-            cells.append("{:+.1f} / {:+.1f}".format(*(score(case, labels) - case.runs[0][0])))
-        print(
-            f"| {case.name} | {case.runs[0][0][0]:.1f} / {case.runs[0][0][1]:.1f} | {cells[0]} | {cells[1]} |",
-            flush=True,
-        )
+            seconds = time.process_time() - start
+            cells.append("{:+.1f} / {:+.1f}, {:.0f}".format(*(score(case, labels) - case.runs[0][0]), seconds))
+        base = case.runs[0][0]
+        print(f"| {case.name} | {base[0]:.1f} / {base[1]:.1f} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -269,7 +274,7 @@ def main() -> None:
     variants = [f"{name}/{variant}" for variant, sets in VARIANTS.items() for name in sets]
     parser.add_argument("--processes", type=int, default=1, help="that share the sets")
     parser.add_argument("--sets", nargs="+", default=[*SETS, *variants, *MIXED])
-    parser.add_argument("--trained", action="store_true")
+    parser.add_argument("--trained", nargs="+", choices=TRAINED, default=[])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(
@@ -283,7 +288,7 @@ def main() -> None:
         cases = list(pool.imap(measure, names))
         report(cases)
         if arguments.trained:
-            trained([case for case in cases if case.name in SETS])
+            trained([case for case in cases if case.name in SETS], arguments.trained)
 
 
 if __name__ == "__main__":
