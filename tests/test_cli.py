@@ -15,7 +15,7 @@ from rayclust.cli import commands, run_command
 CONTRACT = {
     "quick", "run", "encode", "neighbors", "train", "select-k", "assign", "label", "index", "evaluate",
     "figures", "report", "check", "status", "search", "predict", "demo", "schema",
-    "submit",
+    "submit", "compare",
 }  # fmt: skip
 
 

@@ -52,8 +52,8 @@ def test_parts_of_a_name(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "clip/ViT"}, "must be open_clip/<architecture>, timm/<architecture> or pixels"),
-        ({"name": "timm/"}, "must be open_clip/<architecture>"),
+        ({"name": "clip/ViT"}, "must be auto, open_clip/<architecture>, timm/<architecture>, pixels, or unknown"),
+        ({"name": "timm/"}, "must be auto, open_clip/<architecture>"),
         ({"name": "timm/resnet50", "grayscale": True}, "only pixels can do without colour"),
         ({"name": "timm/resnet50.a1_in1k", "pretrained": "tv_in1k"}, "contradicts the tag"),
         ({"std": (0.5, 0.0, 0.5)}, "must not hold 0"),

@@ -231,11 +231,11 @@ def test_a_killed_demo_goes_on_and_a_finished_one_does_nothing(tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         demo.demo("demo")
     uri, scores = demo.demo("demo")
-    plan = [(method, seed) for method in ("kmeans", "temi") for seed in demo.SEEDS]
+    plan = [(method, seed) for method in ("kmeans", "auto") for seed in demo.SEEDS]
     assert done == [plan[0], plan[1], *plan[1:]]
     assert uri == str(tmp_path / "demo" / "run")
     assert [score["accuracy"] for score in scores["kmeans"]] == [0.1, 0.3, 0.4]
-    assert set(scores) == {"kmeans", "temi"}
+    assert set(scores) == {"kmeans", "auto"}
     beside = storage.read_json(f"{uri}/beside.json")
     assert len(beside["kmeans"]) == 3
     assert len(done) == 7

@@ -461,7 +461,8 @@ JOB = {"type": "SUBMISSION", "submission_id": "a-1", "status": "FAILED", "entryp
 
 
 @pytest.fixture
-def dashboard() -> Iterator[tuple[str, type[Dashboard]]]:
+def dashboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, type[Dashboard]]]:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no token of this machine's user
     handler = type("Handler", (Dashboard,), {"seen": [], "starting": [], "known": []})
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)

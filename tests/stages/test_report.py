@@ -45,7 +45,9 @@ def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> RunConfig:
 def test_images_that_have_been_moved_away_leave_gaps(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
     fetched = report.fetch_many
     monkeypatch.setattr(
-        report, "fetch_many", lambda uris: fetched([uri.replace("shard-000.tar", "gone.tar") for uri in uris])
+        report,
+        "fetch_many",
+        lambda uris, columns: fetched([uri.replace("shard-000.tar", "gone.tar") for uri in uris], columns),
     )
     run_stage("report", copied, force=True)
     assert 12 <= page(Path(copied.run)).count("data:image/webp;base64,") < 24
