@@ -22,18 +22,27 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real photographs and encoders, where they are at hand: tests skip without them."""
 
 
-RAY_SETTINGS = {
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # tests without Ray, beside these, would take the cores first
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the controller sees the end of a training as late as this
 }
-"""Of all clusters and drivers that tests start."""
+"""Environment of this process and of all that tests start."""
 
 
 def pytest_configure() -> None:
-    for name, value in RAY_SETTINGS.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def pytest_collection_finish() -> None:
+    """Give one thread to all that tests start, whatever it asks for; torch has read its own limit here by now.
+
+    Threads that wait for each other on cores that others use make a small training ten times longer.
+    """
+    os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 
 
 SESSION, CLUSTERS = "tests that share a local Ray", "tests of clusters and drivers of their own"

@@ -262,7 +262,6 @@ def test_rows_and_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, r
     run_all(many, stop_after="encode")
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        torch.set_num_threads(1)
         run_all(alone, stop_after="encode")
     assert files(tmp_path / "many", "embeddings/*.parquet") == files(tmp_path / "alone", "embeddings/*.parquet")
     assert np.isfinite(np.stack(embeddings(tmp_path / "many")["embedding"].to_numpy(zero_copy_only=False))).all()

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from ray._private.utils import get_num_cpus
 from safetensors.torch import save_file
 
 from rayclust.config import parse
 from rayclust.runtime.pipeline import run_all
-from rayclust.stages import train
 from tests.stages.in_process import without_ray
 from tests.stages.runs import (
     command,
@@ -56,7 +54,8 @@ def config(inputs: Path, run: Path) -> Path:
             "mean": [0.5, 0.5, 0.5],
             "std": [0.5, 0.5, 0.5],
         },
-        method={"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "steps": 1000, "batch_size": 32},
+        method={"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "hidden": 16}
+        | {"steps": 1000, "batch_size": 32},
         resources={"checkpoint_seconds": 0.1, "workers": 1, "decode_workers": 1},
     )
     return write_yaml(run.with_suffix(".yaml"), content)
@@ -64,15 +63,10 @@ def config(inputs: Path, run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same work without a cluster, with as many threads as that of a command gives: sums are in the same order."""
+    """The same work without a cluster."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    threads = get_num_cpus()
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        patch.setattr(
-            train, "_fit", lambda job, metrics, _: train._work({"job": job, "metrics": metrics, "threads": threads})
-        )
-        torch.set_num_threads(1)
         run_all(parse(config(inputs, run).read_text()))
     return run
 
