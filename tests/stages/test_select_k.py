@@ -377,7 +377,7 @@ def test_a_run_finds_its_own_number_and_goes_on_to_the_page(
     capsys.readouterr()
     assert run_command(["status", str(tmp_path / "run")]) == 0
     assert f"kmeans, {found['chosen']} clusters by select-k" in capsys.readouterr().out
-    monkeypatch.setattr(pipeline, "StageContext", lambda *_: pytest.fail("a stage ran again"))
+    monkeypatch.setattr(pipeline, "_run", lambda *_: pytest.fail("a stage ran again"))
     assert run_command(["run", str(config)]) == 0
 
 
