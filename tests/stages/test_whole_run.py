@@ -109,9 +109,13 @@ def test_a_lost_artefact_is_made_again(finished: Path):
     assert part.read_bytes() == before
 
 
-def test_s3_gives_the_bytes_that_local_gives(finished: Path, s3_bucket: str, tmp_path: Path):
+def test_s3_gives_the_bytes_that_local_gives(
+    finished: Path, s3_bucket: str, tmp_path: Path, request: pytest.FixtureRequest
+):
     copy_tree(str(finished / "images"), f"{s3_bucket}/photos")
     config = write_yaml(tmp_path / "RUN.yaml", tree(f"{s3_bucket}/runs/one", f"{s3_bucket}/photos", resources=ONE))
+    assert [run_command([stage, str(config)]) for stage in ("encode", "neighbors")] == [0, 0]
+    request.getfixturevalue("in_process")  # workers have read and written there by now
     run(config)
     copy_tree(f"{s3_bucket}/runs/one", str(tmp_path / "copy"))
     local, remote = embeddings(finished / "run"), embeddings(tmp_path / "copy")
