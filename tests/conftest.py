@@ -24,6 +24,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for each other leave the core to others
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # tests without Ray, beside these, would take the cores first
@@ -35,14 +36,6 @@ SETTINGS = {
 def pytest_configure() -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-
-
-def pytest_collection_finish() -> None:
-    """Give one thread to all that tests start, whatever it asks for; torch has read its own limit here by now.
-
-    Threads that wait for each other on cores that others use make a small training ten times longer.
-    """
-    os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 
 
 SESSION, CLUSTERS = "tests that share a local Ray", "tests of clusters and drivers of their own"

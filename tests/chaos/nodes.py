@@ -13,8 +13,8 @@ from tests.chaos.trial import LAST
 from tests.stages.runs import descendants, kill
 
 DRIVER = (
-    "import sys; from rayclust.cli import commands; from rayclust.config import parse; "
-    "from rayclust.runtime.pipeline import run_all; commands.callback(False); "
+    "import logging, sys; from rayclust.config import parse; from rayclust.runtime.pipeline import run_all; "
+    "logging.basicConfig(); logging.getLogger('rayclust').setLevel('INFO'); "
     "run_all(parse(open(sys.argv[1]).read()), stop_after=sys.argv[2])"
 )
 """The first stages of `rayclust run`."""

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from ray._private.utils import get_num_cpus
 from safetensors.torch import save_file
 
 from rayclust.config import parse
 from rayclust.runtime.pipeline import run_all
+from rayclust.stages import train
 from tests.stages.in_process import without_ray
 from tests.stages.runs import (
     command,
@@ -63,10 +65,14 @@ def config(inputs: Path, run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same work without a cluster."""
+    """The same work without a cluster, with as many threads as that of a command gives: sums are in the same order."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
+    threads = get_num_cpus()
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
+        patch.setattr(
+            train, "_fit", lambda job, metrics, _: train._work({"job": job, "metrics": metrics, "threads": threads})
+        )
         run_all(parse(config(inputs, run).read_text()))
     return run
 
