@@ -9,9 +9,9 @@ PYTEST_ARGS ?=
 demo: $(VENV)/.runs
 	$(BIN)/rayclust demo --out demo
 
-# Two processes: one takes the tests that share a Ray cluster, the other begins with all others, file by file.
+# Two processes, which take the two groups of tests with Ray first (tests/conftest.py), then all others, file by file.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Everything that one GPU can measure below Ray, in less than six minutes.
 bench-gpu: $(VENV)/.installed

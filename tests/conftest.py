@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,26 +22,61 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real photographs and encoders, where they are at hand: tests skip without them."""
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep files with tests that share a Ray cluster in one process, where there are two; the other takes the rest."""
-    from xdist.scheduler import LoadScopeScheduling
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for each other leave the core to others
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # tests without Ray, beside these, would take the cores first
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the controller sees the end of a training as late as this
+}
+"""Environment of this process and of all that tests start."""
 
-    class OneCluster(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "ray" if _needs_ray(nodeid.partition("::")[0]) else nodeid.partition("::")[0]
 
-    return OneCluster(config, log)
+def pytest_configure() -> None:
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+SESSION, CLUSTERS = "tests that share a local Ray", "tests of clusters and drivers of their own"
+"""Two groups of tests with Ray. Either stays in one process, where there are two, and comes before all others."""
+_WHOLE_FILE = re.compile(r"^pytestmark = .*pytest\.mark\.ray\b", re.MULTILINE)
+_RAY_TEST = re.compile(r"^@pytest\.mark\.ray\n(?:@.*\n)*def (\w+)\([^)]*\)", re.MULTILINE)
 
 
 @lru_cache
-def _needs_ray(path: str) -> bool:
-    return "pytest.mark.ray" in (Path(__file__).resolve().parents[1] / path).read_text()
+def _text(path: str) -> str:
+    return (Path(__file__).resolve().parents[1] / path).read_text()
+
+
+@lru_cache
+def _group(test: str) -> str:
+    """The group of a test with Ray, else its file; read from the file's text, since the scheduler has only names."""
+    path, _, name = test.partition("[")[0].partition("::")
+    text = _text(path)
+    if not _WHOLE_FILE.search(text):
+        text = next((found[0] for found in _RAY_TEST.finditer(text) if found[1] == name), "")
+        if not text:
+            return path
+    return SESSION if "ray_session" in text else CLUSTERS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Send whole groups of tests to a process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Groups(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with Ray first: they take longest."""
-    items.sort(key=lambda item: not _needs_ray(item.nodeid.partition("::")[0]))
+    """Put the groups with Ray first: they take longest."""
+    order = [CLUSTERS, SESSION]
+    items.sort(key=lambda item: order.index(group) if (group := _group(item.nodeid)) in order else len(order))
 
 
 def _free_port() -> int:
@@ -135,12 +171,21 @@ def s3_bucket(s3_endpoint: str) -> str:
 @pytest.fixture(scope="session")
 def ray_session(s3_endpoint: str) -> Iterator[None]:
     """One local Ray for all tests; its workers know the mock store."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Any]:
+    """A cluster of two `tests.chaos.nodes.Nodes`, which tests kill; drivers of their own work there."""
+    from tests.chaos.nodes import Nodes
+
+    found = Nodes()
+    yield found
+    found.cluster.shutdown()
 
 
 @pytest.fixture

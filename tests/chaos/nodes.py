@@ -13,24 +13,27 @@ from tests.chaos.trial import LAST
 from tests.stages.runs import descendants, kill
 
 DRIVER = (
-    "import sys; from rayclust.cli import commands; from rayclust.config import parse; "
-    "from rayclust.runtime.pipeline import run_all; commands.callback(False); "
+    "import logging, sys; from rayclust.config import parse; from rayclust.runtime.pipeline import run_all; "
+    "logging.basicConfig(); logging.getLogger('rayclust').setLevel('INFO'); "
     "run_all(parse(open(sys.argv[1]).read()), stop_after=sys.argv[2])"
 )
 """The first stages of `rayclust run`."""
 
 
+HEALTH_CHECKS = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500}
+"""That a node is lost is noticed after some of these, by default one in 3 s."""
+
+
 class Nodes:
-    """A cluster of a head and one node, whose processes can be killed."""
+    """A cluster of a head and one node, whose processes can be killed; of either pool one."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        memory = {"object_store_memory": 100 << 20}  # as little as Ray allows
-        self._settings: dict[str, Any] = {"num_cpus": 1} | memory
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | memory
-        )
+        small = {"num_cpus": 1, "object_store_memory": 100 << 20}  # as little as Ray allows
+        head = small | {"labels": {"pool": "cpu"}, "include_dashboard": False, "_system_config": HEALTH_CHECKS}
+        self._settings: dict[str, Any] = small | {"labels": {"pool": "gpu"}}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.second = self.cluster.add_node(**self._settings)
 
     def lose(self) -> None:
@@ -65,9 +68,10 @@ class Nodes:
         return below[victim].split()[0]
 
 
-def start(nodes: Nodes, config: Path, last: str = LAST) -> subprocess.Popen[str]:
+def start(nodes: Nodes, config: Path, last: str = LAST, before: str = "", after: str = "") -> subprocess.Popen[str]:
+    """Starts a driver; `before` and `after` are lines of its program around the run."""
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(config), last],
+        [sys.executable, "-c", f"{before}\n{DRIVER}\n{after}", str(config), last],
         env={**os.environ, "RAY_ADDRESS": nodes.cluster.address},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

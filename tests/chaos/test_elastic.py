@@ -114,19 +114,17 @@ def in_mid_epoch(state: dict[str, Any]) -> bool:
     return state["step"] >= 100 and state["step"] % 50 > 0
 
 
-def shared_by_two(nodes: Nodes, table: Path, folder: Path) -> tuple[subprocess.Popen[str], Path]:
-    """An elastic training in mid-epoch that has two workers, and its run.
-
-    Ray counts the places of a cluster every 20 s and begins with as many as it knows of. Where that was one, the
-    training ends in some seconds, long before Ray looks again whether it may grow, and another one is begun.
-    """
-    for attempt in range(6):
-        run = folder / f"run{attempt}"
-        process = start(nodes, prepared(table, run, min_workers=1), "train")
-        if wait(process, run, in_mid_epoch)["workers"] == 2:
-            return process, run
-        finish(process)
-    raise AssertionError("Ray has never begun with both workers")
+COUNT_OFTEN = (
+    "import threading, time, ray\n"
+    "from rayclust.runtime.cluster import connect\n"
+    "from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (\n"
+    "    get_or_create_autoscaling_coordinator as coordinator)\n"
+    "connect()\n"
+    "count = lambda: ray.get(coordinator().get_reserved_resources.remote('none', recompute=True))\n"
+    "count()\n"
+    "threading.Thread(target=lambda: [(time.sleep(0.5), count()) for _ in range(1000)], daemon=True).start()"
+)
+"""Lines of a driver: Ray counts the places of the cluster before the training and twice a second, not every 20 s."""
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -157,7 +155,9 @@ def test_a_node_lost_for_good_in_mid_epoch_leaves_one_worker_with_the_same_batch
 ):
     # Ray may ask for the lost node's places once more before it counts again.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-    process, run = shared_by_two(nodes, table, tmp_path)
+    run = tmp_path / "run"
+    process = start(nodes, prepared(table, run, min_workers=1), "train", before=COUNT_OFTEN)
+    assert wait(process, run, in_mid_epoch)["workers"] == 2
     nodes.lose()
     try:
         assert wait(process, run, lambda state: state["workers"] == 1)["step"] < STEPS

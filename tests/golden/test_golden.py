@@ -1,4 +1,4 @@
-"""Two of the golden runs; `python -m tests.golden` makes all of them."""
+"""Two of the golden runs, without a cluster; `python -m tests.golden` makes all of them, with one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from tests.golden.cases import CASES, differences, digests_of, is_known, process
 
 SHORT = ("folder-local-kmeans", "tar-local-temi")
 """Cases that every run of the tests makes."""
-
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_each_pair_of_choices_occurs():
@@ -27,7 +25,7 @@ def test_each_pair_of_choices_occurs():
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_artefacts_are_what_they_were(name: str, ray_session: None, tmp_path: Path):
+def test_artefacts_are_what_they_were(name: str, in_process: None, tmp_path: Path):
     if not is_known():
         pytest.skip(f"no digests were kept on a processor like this one: {processor()}")
     assert differences(name, digests_of(run_case(name, tmp_path))) == []

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from rayclust.runtime.cluster import (
     worker_count,
     worker_range,
 )
+from tests.chaos.nodes import Nodes, start
 from tests.stages.runs import tree, write_folder, write_yaml
 
 
@@ -286,40 +284,29 @@ def test_a_gpu_of_this_machine_is_used_where_torch_reports_it(
     assert ("lies idle" in caplog.text) == (not sees)
 
 
-DRIVER = (
-    "import json, sys, ray, ray._private.state; from ray.cluster_utils import Cluster; "
-    "from rayclust.config import parse; from rayclust.runtime.pipeline import run_all\n"
-    "small = {'object_store_memory': 100 << 20}\n"
-    "nodes = Cluster(initialize_head=True, head_node_args={'num_cpus': 0, 'include_dashboard': False} | small)\n"
-    "for pool in ('cpu', 'gpu'): nodes.add_node(num_cpus=2, labels={'pool': pool}, **small)\n"
-    "ray.init(nodes.address, log_to_driver=False)\n"
-    "sealed = run_all(parse(open(sys.argv[1]).read()), stop_after='train')\n"
-    "pools = {node['NodeID']: node['Labels'].get('pool', 'head') for node in ray.nodes()}\n"
-    "actors = ray._private.state.actors().values()\n"
+TELL_PLACES = (
+    "import json, ray, ray._private.state\n"
+    "pools = {node['NodeID']: node['Labels']['pool'] for node in ray.nodes()}\n"
+    "own = ray.get_runtime_context().get_job_id()\n"
+    "actors = [actor for actor in ray._private.state.actors().values() if actor['JobID'] == own]\n"
     "places = [[actor['ActorClassName'], pools.get(actor['Address']['NodeID'])] for actor in actors]\n"
-    "print('PLACES', json.dumps(places))\n"
-    "ray.shutdown(); nodes.shutdown()"
+    "print('PLACES', json.dumps(places))"
 )
-"""A run on a cluster whose head computes nothing, and where its actors were."""
+"""Lines of a driver: where its actors were."""
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_decoders_run_on_cpu_nodes_and_encoders_and_training_on_gpu_nodes(tmp_path: Path):
+def test_decoders_run_on_cpu_nodes_and_encoders_and_training_on_gpu_nodes(nodes: Nodes, tmp_path: Path):
     images = write_folder(tmp_path / "images", 4)
     placement = {"decode": CPU, "encode": GPU, "train": GPU, "tasks": CPU}
     line = write_yaml(
         tmp_path / "run.yaml", tree(str(tmp_path / "run"), str(images), resources={"placement": placement})
     )
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(line)],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    [found] = [row.removeprefix("PLACES ") for row in done.stdout.splitlines() if row.startswith("PLACES ")]
+    process = start(nodes, line, "train", after=TELL_PLACES)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    [found] = [row.removeprefix("PLACES ") for row in output.splitlines() if row.startswith("PLACES ")]
     places = {(kind, pool) for kind, pool in json.loads(found)}
     assert {pool for kind, pool in places if "ReadAndDecode" in kind} == {"cpu"}
     assert {pool for kind, pool in places if "EncodeChunks" in kind} == {"gpu"}

@@ -1,4 +1,7 @@
-"""Odd and bad inputs through the whole encode stage: each gives its row or its reject, and no good row is lost."""
+"""Odd and bad inputs through the whole encode stage: each gives its row or its reject, and no good row is lost.
+
+Odd images go through a cluster, bad files are read in this process.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,6 @@ from rayclust.cli import run_command
 from tests.encoders.odd_images import odd_images
 from tests.stages.runs import COLOURS, embeddings, picture, tree, write_yaml
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
 
 def rejects(run: Path) -> dict[str, str]:
     """Key to reason."""
@@ -25,7 +26,8 @@ def rejects(run: Path) -> dict[str, str]:
     return {row["key"]: row["reason"] for table in found for row in table.to_pylist()}
 
 
-def test_every_odd_image_file_gives_a_row_or_its_reason(tmp_path: Path):
+@pytest.mark.ray
+def test_every_odd_image_file_gives_a_row_or_its_reason(ray_session: None, tmp_path: Path):
     wanted_rows, wanted_rejects = set(), {}
     for number, odd in enumerate(odd_images()):
         key = f"{number:04d}-{Path(odd.name).stem}.jpg"  # a wrong ending is no mistake
@@ -87,7 +89,7 @@ BAD_TARS: dict[str, tuple[bytes, int, set[str]]] = {
 }
 
 
-def test_every_bad_tar_keeps_its_good_images(tmp_path: Path):
+def test_every_bad_tar_keeps_its_good_images(in_process: None, tmp_path: Path):
     folder = tmp_path / "images"
     folder.mkdir()
     for number, (data, _, _) in enumerate(BAD_TARS.values()):
@@ -139,7 +141,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_input_that_cannot_be_used_is_one_clear_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_input_that_cannot_be_used_is_one_clear_line(
+    name: str, in_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     folder = tmp_path / "images"
     folder.mkdir()
     build, wanted = REFUSED[name]
@@ -192,7 +196,7 @@ BAD_ROWS: dict[str, tuple[Callable[[Path], object], int, set[str]]] = {
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows_are_rejects_and_good_rows_stay(name: str, tmp_path: Path):
+def test_bad_rows_are_rejects_and_good_rows_stay(name: str, in_process: None, tmp_path: Path):
     folder = tmp_path / "images"
     folder.mkdir()
     build, rows, reasons = BAD_ROWS[name]

@@ -13,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import timm
 import torch
+from safetensors.torch import save_file
 
 from rayclust.config import validate
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.errors import ConfigError
-from rayclust.runtime.pipeline import StageContext
+from rayclust.runtime.pipeline import StageContext, run_all
 from rayclust.runtime.tasks import Task, read_mark
 from rayclust.stages.encode import (
     CHUNK,
@@ -35,7 +37,8 @@ from rayclust.stages.encode import (
 from rayclust.store import storage, tables
 from rayclust.store.run import Run
 from rayclust.store.sources import Shard, plan_shards
-from tests.stages.runs import picture, tree, write_folder, write_tars
+from tests.stages.in_process import without_ray
+from tests.stages.runs import embeddings, files, picture, tree, write_folder, write_tars
 
 
 @pytest.fixture
@@ -242,6 +245,26 @@ def test_chunks_go_to_the_writer_of_their_shard_and_counts_go_on():
     assert [chunk[1] for chunk in first] == [0, 2]
     assert [chunk[1] for chunk in second] == [1]
     assert first[1][5].shape == (2, 192)
+
+
+@pytest.mark.ray
+def test_rows_and_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, ray_session: None):
+    images = write_folder(tmp_path / "images", per_class=20, size=96)
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv2_050", pretrained=False, num_classes=0)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    network = {"name": "timm/mobilenetv2_050", "pretrained": str(tmp_path / "weights.safetensors"), "image_size": 96}
+    network |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    many, alone = (
+        validate(tree(str(tmp_path / name), str(images), encoder=network, resources=resources))
+        for name, resources in (("many", {"workers": 2, "decode_workers": 2}), ("alone", {}))
+    )
+    run_all(many, stop_after="encode")
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        run_all(alone, stop_after="encode")
+    assert files(tmp_path / "many", "embeddings/*.parquet") == files(tmp_path / "alone", "embeddings/*.parquet")
+    assert np.isfinite(np.stack(embeddings(tmp_path / "many")["embedding"].to_numpy(zero_copy_only=False))).all()
 
 
 # Chunks come in any order and more than once; the shard is written once, with each record in its place.

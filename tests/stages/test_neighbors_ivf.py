@@ -39,6 +39,7 @@ from rayclust.store.manifest import Manifest
 from rayclust.store.run import Run, parts
 from tests.chaos.faults import Fault, Killed, artefacts, damage, storage_with
 from tests.references import nearest_rows
+from tests.stages.in_process import without_ray
 from tests.stages.runs import tree, write_tars
 
 
@@ -216,14 +217,31 @@ def test_zero_rows_have_neighbours_too(tmp_path: Path, in_process: None, small_t
     assert np.isfinite(similarity.astype(float)).all()
 
 
-@pytest.fixture
-def joined(tmp_path: Path, in_process: None, small_tasks: None) -> tuple[RunConfig, Manifest, int, dict[str, bytes]]:
+Joined = tuple[RunConfig, Manifest, int, dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def joined_once(tmp_path_factory: pytest.TempPathFactory) -> Joined:
     """A run whose neighbours are done; the seal, changes of the storage that they took, and what is there."""
-    config = encoded(tmp_path, planted(700), (300, 1, 399))
-    shutil.copytree(config.run, tmp_path / "encoded")
-    with storage_with(None) as recorder:
-        manifest = run_stage("neighbors", config)
+    folder = tmp_path_factory.mktemp("joined")
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        patch.setattr(neighbors, "TASK_ROWS", 150)
+        config = encoded(folder, planted(700), (300, 1, 399))
+        shutil.copytree(config.run, folder / "encoded")
+        with storage_with(None) as recorder:
+            manifest = run_stage("neighbors", config)
+    shutil.copytree(config.run, folder / "done")
     return config, manifest, recorder.count, artefacts(config.run)
+
+
+@pytest.fixture
+def joined(joined_once: Joined, in_process: None, small_tasks: None) -> Joined:
+    """That run, which a test may change."""
+    run = Path(joined_once[0].run)
+    shutil.rmtree(run)
+    shutil.copytree(run.parent / "done", run)
+    return joined_once
 
 
 def fresh(config: RunConfig) -> None:
@@ -232,7 +250,7 @@ def fresh(config: RunConfig) -> None:
     shutil.copytree(Path(config.run).parent / "encoded", config.run)
 
 
-def test_nothing_is_left_but_the_tables_and_the_markers_of_their_groups(joined: tuple):
+def test_nothing_is_left_but_the_tables_and_the_markers_of_their_groups(joined: Joined):
     config, manifest, _, _ = joined
     run = Path(config.run)
     assert not (run / "neighbors" / "scratch").exists()
@@ -246,7 +264,7 @@ def test_nothing_is_left_but_the_tables_and_the_markers_of_their_groups(joined: 
 
 
 @pytest.mark.parametrize("kind", ["before", "after", "torn", "full"])
-def test_killed_at_any_change_and_run_again_the_bytes_are_the_same(kind: str, joined: tuple):
+def test_killed_at_any_change_and_run_again_the_bytes_are_the_same(kind: str, joined: Joined):
     config, _, changes, expected = joined
     assert changes > 30
     for at in range(0, changes, 1 if kind == "before" else 3):
@@ -259,7 +277,7 @@ def test_killed_at_any_change_and_run_again_the_bytes_are_the_same(kind: str, jo
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_killed_and_harmed_the_bytes_are_the_same(seed: int, joined: tuple):
+def test_killed_and_harmed_the_bytes_are_the_same(seed: int, joined: Joined):
     config, _, changes, expected = joined
     draw = random.Random(seed)
     fresh(config)
@@ -297,7 +315,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_units_that_are_marked_are_not_done_again(
-    phase: str, left: list[str], joined: tuple, monkeypatch: pytest.MonkeyPatch
+    phase: str, left: list[str], joined: Joined, monkeypatch: pytest.MonkeyPatch
 ):
     config = joined[0]
     fresh(config)
@@ -314,7 +332,7 @@ def test_units_that_are_marked_are_not_done_again(
     assert len(seen) in (len(left), len(left) - 1)
 
 
-def test_ended_before_the_seal_nothing_is_searched_again(joined: tuple, monkeypatch: pytest.MonkeyPatch):
+def test_ended_before_the_seal_nothing_is_searched_again(joined: Joined, monkeypatch: pytest.MonkeyPatch):
     config, manifest, _, expected = joined
     (Path(config.run) / "manifests" / "neighbors.json").unlink()
     seen = counted(monkeypatch)
@@ -323,7 +341,7 @@ def test_ended_before_the_seal_nothing_is_searched_again(joined: tuple, monkeypa
     assert artefacts(config.run) == expected
 
 
-def test_another_method_leaves_no_scratch_files(joined: tuple):
+def test_another_method_leaves_no_scratch_files(joined: Joined):
     config, _, changes, _ = joined
     fresh(config)
     with storage_with(Fault("before", changes - 8)), pytest.raises(Killed):
@@ -346,8 +364,6 @@ def test_workers_of_a_cluster_write_the_same_bytes(tmp_path: Path, ray_session: 
     assert max(section.workers for section in manifest.measured) == 2
     expected = artefacts(config.run)
     with pytest.MonkeyPatch.context() as patch:
-        from tests.stages.in_process import without_ray
-
         without_ray(patch)
         run_stage("neighbors", config, force=True)
     assert artefacts(config.run) == expected

@@ -283,7 +283,7 @@ SEEDS = dict(enumerate([6, 4, 9, 3, 7, 5, 8, 10, 2, 12]))
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_planted_groups_are_counted_whatever_the_seed(seed: int, tmp_path: Path, in_process: None):
-    """The same trials as over the cluster; `test_trials` sends some of these through Ray Tune."""
+    """The same trials as over the cluster; one of these goes through Ray Tune below."""
     rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed])
     settings = validate(planted_tree(tmp_path, rows, seed=seed))
     run_all(settings, stop_after="select-k")
@@ -346,10 +346,9 @@ def read_choice(folder: Path) -> dict[str, Any]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_planted_groups_are_counted_through_tune(tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]):
-    for seed in (0, 1):
-        rows = planted(SEEDS[seed], seed, per_cluster=600 // SEEDS[seed])
-        run_all(validate(planted_tree(tmp_path / str(seed), rows, seed=seed)), stop_after="select-k")
-        assert read_choice(tmp_path / str(seed))["chosen"] == SEEDS[seed]
+    rows = planted(SEEDS[1], 1, per_cluster=600 // SEEDS[1])
+    run_all(validate(planted_tree(tmp_path, rows, seed=1)), stop_after="select-k")
+    assert read_choice(tmp_path)["chosen"] == SEEDS[1]
     said = capfd.readouterr()
     assert said.out == "", "Tune talks"
 
@@ -366,6 +365,7 @@ def test_a_run_finds_its_own_number_and_goes_on_to_the_page(
         encoder={"batch_size": 256},
         method={"name": "kmeans", "clusters": "auto"},
         select_k={"least": 4, "most": 30, "seeds": 1, "rounds": 1, "max_concurrent": 1},
+        resources={"workers": 1, "decode_workers": 1},
     )
     config = write_yaml(tmp_path / "RUN.yaml", content)
     assert run_command(["run", str(config)]) == 0
@@ -380,7 +380,7 @@ def test_a_run_finds_its_own_number_and_goes_on_to_the_page(
     capsys.readouterr()
     assert run_command(["status", str(tmp_path / "run")]) == 0
     assert f"kmeans, {found['chosen']} clusters by select-k" in capsys.readouterr().out
-    monkeypatch.setattr(pipeline, "StageContext", lambda *_: pytest.fail("a stage ran again"))
+    monkeypatch.setattr(pipeline, "_run", lambda *_: pytest.fail("a stage ran again"))
     assert run_command(["run", str(config)]) == 0
 
 

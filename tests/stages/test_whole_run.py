@@ -20,6 +20,9 @@ STAGES = [name for name in ALL if name != "select-k"]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
+ONE = {"workers": 1, "decode_workers": 1}
+"""An actor of each kind: each is a process that imports torch. With `auto` a run has two encoders here."""
+
 
 def copy_tree(source: str, target: str) -> None:
     """Copies the visible files below one folder or URI to another."""
@@ -106,9 +109,13 @@ def test_a_lost_artefact_is_made_again(finished: Path):
     assert part.read_bytes() == before
 
 
-def test_s3_gives_the_bytes_that_local_gives(finished: Path, s3_bucket: str, tmp_path: Path):
+def test_s3_gives_the_bytes_that_local_gives(
+    finished: Path, s3_bucket: str, tmp_path: Path, request: pytest.FixtureRequest
+):
     copy_tree(str(finished / "images"), f"{s3_bucket}/photos")
-    config = write_yaml(tmp_path / "RUN.yaml", tree(f"{s3_bucket}/runs/one", f"{s3_bucket}/photos"))
+    config = write_yaml(tmp_path / "RUN.yaml", tree(f"{s3_bucket}/runs/one", f"{s3_bucket}/photos", resources=ONE))
+    assert [run_command([stage, str(config)]) for stage in ("encode", "neighbors")] == [0, 0]
+    request.getfixturevalue("in_process")  # workers have read and written there by now
     run(config)
     copy_tree(f"{s3_bucket}/runs/one", str(tmp_path / "copy"))
     local, remote = embeddings(finished / "run"), embeddings(tmp_path / "copy")
@@ -139,15 +146,16 @@ def test_temi_trains_through_ray_with_its_heads_on_two_workers(finished: Path, t
 
 
 def test_rejects_leave_rows_dense_and_above_the_share_the_stage_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ):
     images = write_folder(tmp_path / "images", 20)
     for number in (0, 1, 5):
         (images / "amber" / f"{number:04d}.png").write_bytes(b"not an image")
-    config = write_yaml(tmp_path / "RUN.yaml", tree(str(tmp_path / "run"), str(images)))
+    config = write_yaml(tmp_path / "RUN.yaml", tree(str(tmp_path / "run"), str(images), resources=ONE))
     assert run_command(["encode", str(config), "images.max_reject_share=0.04"]) == 2
     assert "images.max_reject_share = 0.04" in capsys.readouterr().err
     assert not (tmp_path / "run" / "manifests" / "encode.json").exists()
+    request.getfixturevalue("in_process")
     assert run_command(["encode", str(config)]) == 0
     table = embeddings(tmp_path / "run")
     assert table["row"].to_pylist() == list(range(57))
@@ -157,7 +165,7 @@ def test_rejects_leave_rows_dense_and_above_the_share_the_stage_fails(
     assert set(rejects["reason"].to_pylist()) == {"not_an_image"}
 
 
-def test_ready_embeddings_run_through(tmp_path: Path):
+def test_ready_embeddings_run_through(in_process: None, tmp_path: Path):
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(3, 16))
     labels = np.repeat(np.arange(3), 40)
@@ -172,7 +180,9 @@ def test_ready_embeddings_run_through(tmp_path: Path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"] == 1.0
 
 
-def test_predict_gives_the_assignments_of_the_run_for_its_own_images(finished: Path, tmp_path: Path):
+def test_predict_gives_the_assignments_of_the_run_for_its_own_images(
+    finished: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
     out = tmp_path / "table.parquet"
     assert run_command(["predict", str(finished / "run"), str(finished / "images"), "--out", str(out)]) == 0
     predicted = pq.read_table(out)
@@ -180,6 +190,7 @@ def test_predict_gives_the_assignments_of_the_run_for_its_own_images(finished: P
     assert predicted["key"].to_pylist() == assigned["key"].to_pylist()
     assert predicted["cluster"].to_pylist() == assigned["cluster"].to_pylist()
     assert not (finished / "run" / "predict").exists() or not any((finished / "run" / "predict").rglob("*.parquet"))
+    request.getfixturevalue("in_process")
     assert (
         run_command(["predict", str(finished / "run"), str(finished / "images"), "--out", str(tmp_path / "t.csv")]) == 0
     )
