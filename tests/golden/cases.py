@@ -143,11 +143,12 @@ def run_case(name: str, scratch: Path) -> str:
     for path, content in FORMATS[case.format]().items():
         with fsspec.open(f"{base}/input/{path}", "wb", auto_mkdir=True) as file:
             file.write(content)
+    encoder = {"name": "pixels", "image_size": 8, "batch_size": 8}
     rc.run(
-        {
+        ({} if case.format == "embeddings" else {"encoder": encoder})
+        | {
             "run": f"{base}/run",
             "images": {"uri": f"{base}/input", "shard_size": 16},
-            "encoder": {"name": "pixels", "image_size": 8, "batch_size": 8},
             "features": {"center": True},
             "neighbors": {"k": 5},
             "method": case.method,
