@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -666,7 +666,7 @@ class Process:
         say(f"  [{self.name}: {time.monotonic() - start:.1f} s]")
 
 
-def hardware() -> list[str]:
+def hardware(packages: Sequence[str] = VERSIONS) -> list[str]:
     """GPU, CPU and versions."""
     try:
         query = "--query-gpu=name,memory.total,driver_version,clocks.max.sm,power.limit"
@@ -682,7 +682,7 @@ def hardware() -> list[str]:
         lines = []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     versions = []
-    for name in VERSIONS:
+    for name in packages:
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

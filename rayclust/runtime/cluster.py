@@ -269,7 +269,8 @@ def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1,
 
     connect()
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, **task_options(gpus)[0])
+    # max_calls: by default Ray ends a process after one task with a GPU.
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, max_calls=0, **task_options(gpus)[0])
     def call() -> tuple[Any, float]:  # bound methods cannot be remote themselves
         started = time.monotonic()
         return function(*arguments), time.monotonic() - started

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
+import torch
+
 from rayclust.errors import ArtefactError
 from rayclust.runtime.artefacts import FileListing, Outputs
 from rayclust.runtime.cluster import connect, cpus, live_nodes, plain_errors, task_options
@@ -141,6 +143,8 @@ def run_tasks(
     def timed(task: Task) -> tuple[TaskResult, float, str]:
         started = time.monotonic()
         result = run_and_mark(run.shard_manifest(task.index, stage), task, lambda: function(task))
+        if gpus:
+            torch.cuda.empty_cache()  # this process waits for more tasks, and others may need the memory
         return result, time.monotonic() - started, worker_name()
 
     if todo:
@@ -180,7 +184,8 @@ def map_tasks(
     import ray
 
     options, labels = task_options(gpus)
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5, **options)(function)
+    # max_calls: by default Ray starts a process for every task with a GPU, seconds each.
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5, max_calls=0, **options)(function)
     waiting, running = iter(items), dict[Any, Item]()
     with plain_errors():
         while True:

@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from rayclust.errors import DataError
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import put_bytes
-from rayclust.runtime.tasks import Task, TaskResult, finished_tasks, read_mark, run_and_mark, run_tasks, write_mark
+from rayclust.runtime.tasks import (
+    Task,
+    TaskResult,
+    finished_tasks,
+    map_tasks,
+    read_mark,
+    run_and_mark,
+    run_tasks,
+    write_mark,
+)
 from rayclust.store import storage
 from rayclust.store.run import Run
 
@@ -103,6 +113,22 @@ def test_results_come_in_order_of_the_units_and_only_the_rest_is_done(in_process
     assert [result.extra["payload"] for result in results] == [0, 1, 2]
     assert run_tasks(run, "stage", units, note) == results
     assert done == [1]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_tasks_with_a_gpu_share_their_process(monkeypatch: pytest.MonkeyPatch):
+    # Ray's own default for them is a process each, which imports torch and opens the GPU every time.
+    seen, remote = dict[str, Any](), ray.remote
+
+    def without_gpus(**options: Any) -> Any:
+        seen.update(options)
+        return remote(**{**options, "num_gpus": 0})
+
+    monkeypatch.setattr(ray, "remote", without_gpus)
+    assert list(map_tasks(lambda item: 2 * item, [1, 2], in_order=True, gpus=1)) == [(1, 2), (2, 4)]
+    assert seen["num_gpus"] == 1
+    assert seen["max_calls"] == 0
 
 
 @pytest.mark.ray
