@@ -277,13 +277,16 @@ def test_verbose_shows_progress_on_standard_error_and_leaves_logging_as_it_was(c
 
 @contextmanager
 def without_handlers():
-    """As in a program that has set up no logging: pytest has."""
-    root = logging.getLogger()
-    handlers, root.handlers = root.handlers, []
+    """As in a program that has set up no logging: pytest has, and so have tests of commands."""
+    loggers = [logging.getLogger(), logging.getLogger("rayclust")]
+    kept = [logger.handlers for logger in loggers]
+    for logger in loggers:
+        logger.handlers = []
     try:
         yield
     finally:
-        root.handlers = handlers
+        for logger, handlers in zip(loggers, kept, strict=True):
+            logger.handlers = handlers
 
 
 def test_auto_says_what_it_chose_and_why():
