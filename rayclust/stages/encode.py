@@ -33,7 +33,7 @@ from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
 from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, with_gpus, worker_count
 from rayclust.runtime.encoder import encoder_shape, load_run_encoder, refuse_other_width, worker_device
-from rayclust.runtime.inputs import input_shards, plan_inputs, with_encoder
+from rayclust.runtime.inputs import plan_inputs, with_encoder
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
 from rayclust.runtime.shards import MomentsInOrder, Split, renumber, write_shard
@@ -126,7 +126,7 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
     from rayclust.encoders.weights import load_tensors
 
     run, split = context.run, Split.of(context.config)
-    for shard in input_shards(context.config):
+    for shard in context.plan.shards:
         first = read_rows(shard, load_tensors=load_tensors)
         if len(first.keys):
             width, dtype = int(first.embeddings.shape[1]), first.embeddings.dtype
