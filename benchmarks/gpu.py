@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -694,6 +694,19 @@ def hardware(packages: Sequence[str] = VERSIONS) -> list[str]:
     ]
 
 
+def report(script: str, out: str | None, packages: Sequence[str] = VERSIONS) -> Callable[[str], None]:
+    """Print the command and what it runs on; gives what prints further lines, to the file `out` too."""
+    file = Path(out).open("w") if out else None  # noqa: SIM115
+
+    def say(line: str) -> None:
+        for place in filter(None, (sys.stdout, file)):
+            print(line, file=place, flush=True)
+
+    for line in (f"python {shlex.join([f'benchmarks/{script}', *sys.argv[1:]])}", *hardware(packages)):
+        say(line)
+    return say
+
+
 def run_all(names: list[str], small: bool, budget: float, say: Callable[[str], None]) -> None:
     """Parts in order, within seconds in all."""
     began = time.monotonic()
@@ -745,17 +758,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         return one(arguments.one, arguments.small)
-    file: IO[str] | None = Path(arguments.out).open("w") if arguments.out else None  # noqa: SIM115
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-        if file is not None:
-            file.write(line + "\n")
-            file.flush()
-
-    say("python " + shlex.join(["benchmarks/gpu.py", *sys.argv[1:]]))
-    for line in hardware():
-        say(line)
+    say = report("gpu.py", arguments.out)
     run_all(arguments.parts, arguments.small, arguments.budget, say)
     return None
 

@@ -306,18 +306,8 @@ def main() -> None:
     parser.add_argument("--out", help="a file that gets the same lines")
     parser.add_argument("--small", action="store_true", help="few images, a small encoder")
     arguments = parser.parse_args()
-    file = Path(arguments.out).open("w") if arguments.out else None  # noqa: SIM115
     began = time.monotonic()
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-        if file is not None:
-            file.write(line + "\n")
-            file.flush()
-
-    say("python " + shlex.join(["benchmarks/gpu_job.py", *sys.argv[1:]]))
-    for line in gpu.hardware(VERSIONS):
-        say(line)
+    say = gpu.report("gpu_job.py", arguments.out, VERSIONS)
     count = 200 if arguments.small else arguments.images
     encoder = "timm/test_vit" if arguments.small else "open_clip/ViT-B-32"
     with tempfile.TemporaryDirectory(prefix="gpu-job-") as folder:

@@ -545,6 +545,11 @@ def _override_value(key: str, text: str) -> Any:
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if takes_text and not is_quoted and not (tuple in kinds and text.startswith("[")):
         return None if type(None) in kinds and text in ("null", "~") else text
+    return yaml_value(key, text)
+
+
+def yaml_value(key: str, text: str) -> Any:
+    """Return what an override of a key says as YAML; raise `ConfigError`, in one line, if that is nothing."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ConfigError, ValueError):

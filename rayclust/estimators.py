@@ -31,7 +31,7 @@ from rayclust.methods.cpp import CppConfig
 from rayclust.methods.temi import TemiConfig
 from rayclust.metrics import internal, selection
 from rayclust.metrics.selection import geometric_grid
-from rayclust.search.knn import top_k
+from rayclust.search.knn import nearest_others
 from rayclust.settings import Config, format_error
 from rayclust.training.loop import fit_arrays
 
@@ -155,12 +155,14 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     @contextmanager
     def _progress(self) -> Iterator[None]:
         """Show the package's log lines while the block runs, on standard error where nothing else takes them."""
+        if not self.verbose:
+            yield
+            return
         package = logging.getLogger("rayclust")
         level, handler = package.level, None if package.hasHandlers() else logging.StreamHandler()
-        if self.verbose:
-            package.setLevel(logging.DEBUG)
-            if handler is not None:
-                package.addHandler(handler)
+        package.setLevel(logging.DEBUG)
+        if handler is not None:
+            package.addHandler(handler)
         try:
             yield
         finally:
@@ -175,11 +177,10 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
         Source: Newman & Girvan 2004; see `rayclust.metrics.internal.modularity`.
         """
-        x = functional.normalize(self._features(X), dim=1)
+        x = self._features(X)
         if len(x) < 2:
             return 0.0
-        ids = torch.arange(len(x))
-        neighbors, _ = top_k(x, x, min(SCORED_NEIGHBORS, len(x) - 1), query_ids=ids, database_ids=ids)
+        neighbors = nearest_others(x, min(SCORED_NEIGHBORS, len(x) - 1))
         return internal.modularity(self.predict(X), neighbors.numpy())
 
     def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
@@ -285,13 +286,10 @@ class _PairEstimator(_Estimator):
         x = self._fit_features(X, normalize=self.normalize)
         self.method_, self.n_steps_, self.n_clusters_ = None, 0, 1
         if self.n_clusters != 1 and len(x) > 1:
-            # Neighbours by cosine, without the row itself.
-            rows = functional.normalize(x, dim=1).to(self._device())
-            ids = torch.arange(len(rows), device=rows.device)
             config = self._config(**({"clusters": 2} if self.n_clusters == "auto" else {}))
             resolved = config.resolved(len(x), x.shape[1]) if hasattr(config, "resolved") else config
             columns = min(max(resolved.neighbors, self._columns), len(x) - 1)
-            neighbors = top_k(rows, rows, columns, query_ids=ids, database_ids=ids)[0].cpu()
+            neighbors = nearest_others(x.to(self._device()), columns).cpu()
             if self.n_clusters == "auto":
                 config = self._config(clusters=self._choose(x, neighbors))
             self.n_clusters_ = config.clusters

@@ -24,12 +24,11 @@ from torch.nn import functional
 from rayclust.clustering import kmeans
 from rayclust.clustering.consensus import ridge_classifier, surest_rows, vote
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
-from rayclust.clustering.row_stats import compute
-from rayclust.distributed import data_group, own_slice
+from rayclust.distributed import data_group
 
 COMPONENTS, COMPONENTS_PER_CLUSTER = 128, 2
 """Leading principal components that are kept, at least; all there are if fewer."""
-OPERATIONS = 2e12
+OPERATIONS = 6e12
 """Multiplications that the starts of one view may take."""
 OPERATION_LIMIT = 2e13
 """Multiplications of one k-means partition above which a single one is made, without candidates."""
@@ -113,7 +112,7 @@ def make_candidates(
     basis = _leading_components(x - mean, max(COMPONENTS, COMPONENTS_PER_CLUSTER * K))
     p = (x - mean) @ basis
     operations = 25.0 * len(p) * K * p.shape[1]
-    restarts = max(1, min(restarts, int(3 * OPERATIONS / operations)))
+    restarts = max(1, min(restarts, int(OPERATIONS / operations)))
     seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
 
     def measured(name: str, weight: Tensor, bias: Tensor) -> Candidate:
@@ -134,16 +133,17 @@ def make_candidates(
         kept = surest_rows(labels, confidence, margin, SUREST_SHARE).to(p.device)
         return measured(name, *ridge_classifier(p[kept], labels[kept], K, RIDGE * int(kept.sum())))
 
-    raw, raw_inertia = _kmeans(p, K, seeds[0], restarts=restarts)
+    options = kmeans.KMeansOptions(clusters=K, metric="euclidean", restarts=restarts, max_iterations=MAX_ITERATIONS)
+    raw, raw_inertia = kmeans.fit_all(p, options, seeds[0])
     if not rivals or operations > OPERATION_LIMIT or len(p) <= K:
         return [floor(raw[int(raw_inertia.argmin())])]
     # 2. k-means of the other views. Partitions of raw rows go on in the smoothed view, those of the smoothed view in
     # the raw one: each structure is then known by its inertia in both.
     unit, smoothed = functional.normalize(p, dim=1), smooth(p, neighbors, rounds)
-    cosine, _ = _kmeans(unit, K, seeds[1], restarts=restarts)
-    fresh, fresh_inertia = _kmeans(smoothed, K, seeds[2], restarts=restarts)
-    moved, moved_inertia = _kmeans(smoothed, K, seeds[2], init=_means(smoothed, torch.cat([raw, cosine]), K))
-    back, back_inertia = _kmeans(p, K, seeds[0], init=_means(p, torch.cat([cosine, fresh]), K))
+    cosine, _ = kmeans.fit_all(unit, options, seeds[1])
+    fresh, fresh_inertia = kmeans.fit_all(smoothed, options, seeds[2])
+    moved, moved_inertia = kmeans.fit_all(smoothed, options, seeds[2], _means(smoothed, torch.cat([raw, cosine]), K))
+    back, back_inertia = kmeans.fit_all(p, options, seeds[0], _means(p, torch.cat([cosine, fresh]), K))
     structures, inertia = torch.cat([raw, back]), torch.cat([raw_inertia, back_inertia])
     members, smooth_inertia = torch.cat([moved, fresh]), torch.cat([moved_inertia, fresh_inertia])
     # 3. The floor: the least inertia of the raw rows.
@@ -175,27 +175,6 @@ def _leading_components(x: Tensor, width: int) -> Tensor:
         lengths = values[-width:].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
         axes = (wide.T @ vectors[:, -width:] / lengths).flip(1)
     return data_group().broadcast(axes.float().contiguous())
-
-
-def _kmeans(
-    x: Tensor, clusters: int, seed: int, *, restarts: int = 1, init: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Run Euclidean k-means to its end from every start; workers share the rows.
-
-    Returns:
-        Int64[R n] labels and Float64[R] inertia per row.
-    """
-    own = x[own_slice(len(x))]
-    options = kmeans.KMeansOptions(
-        clusters=clusters, metric="euclidean", restarts=restarts, max_iterations=MAX_ITERATIONS
-    )
-    stats = compute(lambda: [own], "euclidean")
-    state = kmeans.start(stats, options, seed, init)
-    for reached in kmeans.advance(stats, options, state):
-        state = reached
-    nearest = [kmeans.assign(x, (centers.double() + stats.origin).to(x.dtype)) for centers in state.centers]
-    inertia = torch.stack([distances.mean(dtype=torch.float64) for _, distances in nearest])
-    return torch.stack([labels for labels, _ in nearest]), inertia
 
 
 def _means(x: Tensor, labels: Tensor, clusters: int) -> Tensor:

@@ -108,6 +108,32 @@ def fit(
     return finish(stats, state)
 
 
+def fit_all(x: Tensor, options: KMeansOptions, seed: int, init: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Run k-means to its end and return the partition of every start, not of the best alone.
+
+    Args:
+        x: Float[N D], the same on all workers, which share the passes.
+        options: settings.
+        seed: of the first centres.
+        init: Float[K D] or Float[R K D], first centres instead of k-means++ and `options.restarts`.
+
+    Returns:
+        Int64[R N] labels; Float64[R] inertia per row.
+
+    Raises:
+        ConfigError: more clusters than rows.
+        ShapeError: `init` has the wrong shape.
+    """
+    own = x[distributed.own_slice(len(x))]
+    stats = row_stats.compute(lambda: [own], options.metric)
+    state = start(stats, options, seed, init)
+    for reached in advance(stats, options, state):
+        state = reached
+    nearest_centers = [assign(x, (centers.double() + stats.origin).to(x.dtype)) for centers in state.centers]
+    labels, distances = (torch.stack(parts) for parts in zip(*nearest_centers, strict=True))
+    return labels, distances.mean(1, dtype=torch.float64)
+
+
 def start(stats: RowStats, options: KMeansOptions, seed: int, init: Tensor | None = None) -> KMeansState:
     """Return the state before the first pass.
 

@@ -358,6 +358,11 @@ class Method(nn.Module):
         super().__init__()
         self.config, self.dimension, self.count, self.seed = config, dimension, count, seed
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters and buffers are; the CPU if it has none."""
+        return next((tensor.device for tensor in self.state_dict().values()), torch.device("cpu"))
+
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the loss of one worker's part of a batch.
 

@@ -5,13 +5,11 @@ A file of its own, because TEMI's start and the default method share it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rayclust.clustering.row_stats import even_sample
 from rayclust.methods.base import Rows
-from rayclust.search.knn import top_k
+from rayclust.search.knn import nearest_others
 
 SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER = 65_536, 64
 """Rows that are looked at, at most, and for each cluster, at least."""
@@ -39,5 +37,4 @@ def sample_with_neighbors(rows: Rows, clusters: int, columns: int, seed: int, li
     if len(ids) == rows.count:
         return x.to(like), rows.neighbors()[:, :columns].to(like.device).long()
     x = x[ids.to(x.device)].to(like)
-    places, unit = torch.arange(len(x), device=x.device), functional.normalize(x, dim=1)
-    return x, top_k(unit, unit, columns, query_ids=places, database_ids=places)[0].long()
+    return x, nearest_others(x, columns)

@@ -277,11 +277,8 @@ PUBLISHED_STEPS = 3_000
 """Steps from which the published rate and momentum are kept; shorter trainings move faster."""
 MAX_SPEED = 10.0
 """Largest factor on the published rate, and divisor of the published horizon of the teacher."""
-START_OPERATIONS = 2e12
-"""Multiplications that a warm start may take: some ten seconds of a laptop."""
 START_LIMIT = 2e13
 """Multiplications of one k-means partition above which heads start from random weights."""
-MIN_RESTARTS, MAX_RESTARTS = 4, 64
 
 
 def auto_settings(count: int, dimension: int, clusters: int, config: TemiConfig) -> dict[str, Any]:
@@ -293,10 +290,9 @@ def auto_settings(count: int, dimension: int, clusters: int, config: TemiConfig)
         clusters: K.
         config: as written; what depends on its batch size and steps uses them.
     """
-    # 1. Start: as many k-means partitions as ten seconds allow; none where a single one takes too long.
+    # 1. Start: warm, unless a single k-means partition takes too long.
     operations = 25.0 * min(count, max(65_536, 64 * clusters)) * clusters * dimension
     warm = operations <= START_LIMIT
-    restarts = max(MIN_RESTARTS, min(MAX_RESTARTS, int(START_OPERATIONS / operations))) if warm else 1
     # 2. Batch: a quarter of the rows, as a power of 2 between 64 and 512; 1024 from 200,000 rows, as published.
     batch = 1024 if count >= 200_000 else max(64, min(512, 1 << max(0, (count // 4).bit_length() - 1)))
     batch = max(2, min(config.batch_size if "batch_size" in config.model_fields_set else batch, count))
@@ -325,9 +321,7 @@ def auto_settings(count: int, dimension: int, clusters: int, config: TemiConfig)
         "neighbors": columns,
         "freeze_last_layer": 0 if warm else 1,
         "warm_start": "auto" if warm else "none",
-        "start_restarts": restarts,
         "start_neighbors": min(10, columns),
-        "start_rounds": 2,
         "selection": "modularity",
     }
 

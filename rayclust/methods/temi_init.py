@@ -19,7 +19,6 @@ from torch.nn import functional
 from rayclust.clustering import kmeans
 from rayclust.clustering.candidates import choose, make_candidates
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
-from rayclust.clustering.row_stats import compute
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
 from rayclust.methods.base import Rows
 from rayclust.methods.graph import sample_ids, sample_with_neighbors
@@ -74,13 +73,8 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
         return
     # 2. k-means of rows averaged with their neighbours, from each seed; workers share the rows.
     smoothed = smooth(x, neighbors, options.rounds)
-    own = smoothed[own_slice(len(x))]
     settings = kmeans.KMeansOptions(clusters=K, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3)
-    population = compute(lambda: [own], settings.metric)
-    state = kmeans.start(population, settings, seed)
-    for reached in kmeans.advance(population, settings, state):
-        state = reached
-    labels = torch.stack([kmeans.assign(smoothed, centers)[0] for centers in state.centers])
+    labels, _ = kmeans.fit_all(smoothed, settings, seed)
     # 3. The partitions of highest modularity.
     known = neighbors.clamp(min=0)
     others = [one[known].masked_fill(neighbors < 0, -1) for one in labels]

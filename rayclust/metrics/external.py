@@ -100,6 +100,17 @@ def ami(labels_true: Labels, labels_pred: Labels) -> float:
     return float((information - chance) / above) if abs(above) >= 1e-15 else 0.0
 
 
+def scores(labels_true: Labels, labels_pred: Labels) -> dict[str, float]:
+    """Return the scores that need no map of clusters to classes but a matching: accuracy, nmi, ari, ami and purity."""
+    return {
+        "accuracy": accuracy(labels_true, labels_pred),
+        "nmi": nmi(labels_true, labels_pred),
+        "ari": ari(labels_true, labels_pred),
+        "ami": ami(labels_true, labels_pred),
+        "purity": purity(labels_true, labels_pred),
+    }
+
+
 def expected_mutual_information(a: IntArray, b: IntArray) -> float:
     """Return the mean mutual information over all tables with the same row and column sums.
 

@@ -37,7 +37,7 @@ DARK_HUES = ("#4f9fe0", "#ff8a4c", "#3fc79a", "#ea8fc0", "#9bdcff", "#ffc555", "
 INK, GREY, ON_HUE, HEAT = "#1b1d21", "#7d8590", "#ffffff", "#4450c8"
 """Colours of names, of other text and lines, of text on a hue, and of heat-maps."""
 SHADES = 16
-"""Levels of a heat-map, half a byte each: more cannot be told apart in a field of dots, and noise does not compress."""
+"""Levels of a heat-map, half a byte each: in a field of dots nobody sees more, and noise does not compress."""
 HALO = "halo"
 """`gid` of a text with an outline in the colour of the ground."""
 

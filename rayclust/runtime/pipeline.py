@@ -313,9 +313,8 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
     if force:
         storage.remove_tree(run.at("manifests", name))
     if stage.on_gpu:
-        context.config = with_gpus(
-            context.config, stage.on_gpu
-        )  # not saved: `predict` and `search` may run on another machine
+        # Not saved: `predict` and `search` may run on another machine.
+        context.config = with_gpus(context.config, stage.on_gpu)
     return _run(stage, context, lease)
 
 

@@ -153,6 +153,17 @@ def top_k(
     return torch.cat([part[0] for part in results]), torch.cat([part[1] for part in results])
 
 
+def nearest_others(x: Tensor, k: int) -> Tensor:
+    """Return the k nearest other rows of each row by cosine, exactly, nearest first: Float[N D] to Int64[N k].
+
+    Raises:
+        ConfigError: `k` is below 1 or above N − 1.
+        ShapeError: `x` is no matrix.
+    """
+    unit = functional.normalize(x, dim=-1)
+    return top_k(unit, unit, k, query_ids=torch.arange(len(x), device=x.device))[0]
+
+
 class TopKInt64:
     """The k nearest rows of each query, kept as int64 keys that order by similarity, then by smaller id.
 

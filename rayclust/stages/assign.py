@@ -91,9 +91,8 @@ def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Return the most probable clusters, Int32[B], of Float32[B D] features and their probabilities, Float32[B]."""
     if not len(features):
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
-    device = next((tensor.device for tensor in method.state_dict().values()), torch.device("cpu"))
     with torch.inference_mode():
-        probability, cluster = method.predict_proba(torch.from_numpy(features).to(device)).max(dim=1)
+        probability, cluster = method.predict_proba(torch.from_numpy(features).to(method.device)).max(dim=1)
     return cluster.cpu().numpy().astype(np.int32), probability.float().cpu().numpy()
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
-
-from rayclust.config import validate
+from rayclust.config import validate, yaml_value
 from rayclust.errors import ConfigError
 from rayclust.runtime.api import load_config
 from rayclust.runtime.pipeline import run_all
@@ -39,7 +37,7 @@ def compare(uri: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
     varied, others = dict[str, list[Any]](), list[str]()
     for override in overrides:
         key, _, value = override.partition("=")
-        values = yaml.safe_load(value) if key.startswith("encoder.") and value.lstrip().startswith("[") else None
+        values = yaml_value(key, value) if key.startswith("encoder.") and value.lstrip().startswith("[") else None
         if isinstance(values, list) and values:
             varied[key.removeprefix("encoder.")] = values
         else:

@@ -42,15 +42,10 @@ def run(context: StageContext) -> StageResult:
     metrics, counts = run_remotely(scoring.score)
     outputs = put_json(context.run, context.run.metrics, metrics | {"sizes": assign.extra["sizes"]})
     if counts is not None:
-        outputs |= put_table(context.run, contingency_uri(context.run), counts)
+        outputs |= put_table(context.run, context.run.contingency, counts)
     scores = metrics | metrics.get("test", {})
     shown = [f"{name} {scores[name]:.4f}" for name in ("accuracy", "nmi", "ari", "silhouette") if name in scores]
     return StageResult(outputs, {"rows": starts[-1], "labelled": encode.counts["labelled"]}, {}, ", ".join(shown))
-
-
-def contingency_uri(run: Run) -> str:
-    """Return the URI of the contingency table of classes and clusters; it exists only where labels do."""
-    return run.at("evaluation", "contingency.parquet")
 
 
 @dataclass(frozen=True)
@@ -181,13 +176,7 @@ def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]
         "accuracy_held_out": external.halves_accuracy(codes, clusters),
         "accuracy_in_sample": external.in_sample_accuracy(codes, clusters),
     }
-    return (mapped if overclustered else {}) | {
-        "accuracy": external.accuracy(codes, clusters),
-        "nmi": external.nmi(codes, clusters),
-        "ari": external.ari(codes, clusters),
-        "ami": external.ami(codes, clusters),
-        "purity": external.purity(codes, clusters),
-    }
+    return (mapped if overclustered else {}) | external.scores(codes, clusters)
 
 
 def _contingency(codes: np.ndarray, clusters: np.ndarray, classes: list[str]) -> pa.Table:

@@ -108,10 +108,9 @@ def _scores(run: Run, scratch: Run, table: pa.Table) -> dict[str, Any]:
     if not known.any():
         raise DataError("predict --evaluate: none of the images has a label; see images.labels")
     truth, found = labels[known].astype(str), clusters[known].astype(np.int64)
-    names = ("accuracy", "nmi", "ari", "ami", "purity")
-    scores = {"labelled": int(known.sum())} | {name: getattr(external, name)(truth, found) for name in names}
-    if storage.exists(run.at("evaluation", "contingency.parquet")):
-        cells = tables.read_table(run.at("evaluation", "contingency.parquet"))
+    scores = {"labelled": int(known.sum())} | external.scores(truth, found)
+    if storage.exists(run.contingency):
+        cells = tables.read_table(run.contingency)
         counts, pairs = cells["count"].to_numpy(), (cells["label"].to_numpy(zero_copy_only=False), cells["cluster"])
         commonest = external.majority_map(*(np.repeat(np.asarray(values), counts) for values in pairs))
         scores["accuracy_held_out"] = external.mapped_accuracy(truth, found, commonest)

@@ -17,7 +17,6 @@ from rayclust.runtime.artefacts import put_bytes
 from rayclust.runtime.pipeline import SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
 from rayclust.runtime.rows import row_starts, rows_by_part
 from rayclust.runtime.tasks import STORAGE_THREADS
-from rayclust.stages.evaluate import contingency_uri
 from rayclust.stages.figures import drawings
 from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
 from rayclust.store import storage, tables
@@ -50,8 +49,8 @@ def run(context: StageContext) -> StageResult:
     pictures = _pictures(context, sorted(wanted.union(near.get("rows", ()))))
     # 2. Classes against clusters, where there are labels.
     counts = None
-    if contingency_uri(run).removeprefix(run.uri.rstrip("/") + "/") in evaluate.outputs:
-        counts = tables.read_table(contingency_uri(run))
+    if run.path(run.contingency) in evaluate.outputs:
+        counts = tables.read_table(run.contingency)
     majorities = {} if counts is None else _majorities(counts)
     # 3. The training.
     history = tables.read_table(storage.join(run.model_folder, "metrics.parquet"))

@@ -121,9 +121,10 @@ def examine(search: Search, clusters: int) -> TaskResult:
     labels, kept = list[IntArray](), None
     for method, history in _fits(search, config, rows):
         # The most probable cluster of each row, Int32[N].
-        device = _device(method)
         with torch.inference_mode():
-            parts = [method.predict_proba(block.to(device)).argmax(1).int().cpu().numpy() for block in rows.blocks()]
+            parts = [
+                method.predict_proba(block.to(method.device)).argmax(1).int().cpu().numpy() for block in rows.blocks()
+            ]
         labels.append(np.concatenate(parts))
         kept = kept or (method, history)
     if kept is None:
@@ -171,10 +172,6 @@ def _fit_digest(search: Search, clusters: int, seed: int) -> str:
     return digest_of([search.settings, clusters, seed])
 
 
-def _device(method: Method) -> torch.device:
-    return next((tensor.device for tensor in method.state_dict().values()), torch.device("cpu"))
-
-
 def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[IntArray]) -> dict[str, float]:
     """Compute every criterion: those in the rows' space on a sample, the others on all rows.
 
@@ -187,10 +184,10 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     sample = np.random.default_rng(config.seed).choice(rows.count, min(options.rows, rows.count), replace=False)
     sample.sort()
     # The sample in the method's own space where it has one, else as unit features; Float32[n d].
-    blocks, x, device = [], rows.tensor(), _device(method)
+    blocks, x = [], rows.tensor()
     with torch.inference_mode():
         for some in torch.from_numpy(sample).split(BLOCK):
-            block = x[some].to(device)
+            block = x[some].to(method.device)
             own = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
             blocks.append(own.float().cpu().numpy())
     z, kept = np.concatenate(blocks), [labels[0][sample]]

@@ -37,6 +37,8 @@ class Run:
     """The table `tables.CLUSTERS`."""
     metrics: str = field(default="metrics.json", init=False)
     """Scores, a JSON object."""
+    contingency: str = field(default="evaluation/contingency.parquet", init=False)
+    """Table of rows by class and cluster; exists only where there are labels."""
     selection: str = field(default="selection.json", init=False)
     """The number of clusters that was chosen, and why."""
     selection_fit: str = field(default="selection/fit", init=False)

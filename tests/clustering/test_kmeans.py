@@ -38,6 +38,15 @@ def test_worked_by_hand_on_a_line():
     assert result.converged
 
 
+def test_every_start_gives_its_own_partition():
+    # The same line, far from zero, from two pairs of centres in opposite order.
+    x = 1000 + torch.tensor([[0.0], [1], [2], [9], [10], [11], [14]])
+    options = KMeansOptions(clusters=2, metric="euclidean")
+    labels, inertia = kmeans.fit_all(x, options, 0, 1000 + torch.tensor([[[0.0], [2]], [[14], [0]]]))
+    assert labels.tolist() == [[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]]
+    assert inertia.tolist() == pytest.approx([16 / 7, 16 / 7])
+
+
 def test_directions_worked_by_hand():
     # Lengths play no part: two rows lie along each axis, and the bisectors' cosines to them are known.
     x = torch.tensor([[3.0, 0.3], [0.5, -0.05], [0.1, 1.0], [-4.0, 40.0]])

@@ -63,7 +63,7 @@ def test_heads_start_from_the_partitions_of_highest_modularity(monkeypatch: pyte
     """Two partitions, the true one and one that cuts across it; the one head takes the first."""
     labels, rows = planted()
     found = [torch.arange(len(labels)).flip(0) % 7 % K, labels]
-    monkeypatch.setattr(temi_init.kmeans, "assign", lambda x, centers: (found.pop(0), None))
+    monkeypatch.setattr(temi_init.kmeans, "assign", lambda x, centers: (found.pop(0), x.new_zeros(len(x))))
     heads = Heads(HeadShape(1, 8, K, hidden=32, bottleneck=16), seed=0).double()
     start_from_kmeans(heads, rows, StartOptions(K, 2, 5, 2), seed=0)
     assert not found
@@ -138,7 +138,7 @@ def test_the_best_partitions_start_the_heads(monkeypatch: pytest.MonkeyPatch):
     labels, rows = planted()
     bad = torch.arange(len(labels)) // (len(labels) // K)  # cuts through all planted clusters
     partitions = iter([bad, bad, labels, bad, bad.flip(0), bad])
-    monkeypatch.setattr(temi_init.kmeans, "assign", lambda x, centers: (next(partitions), None))
+    monkeypatch.setattr(temi_init.kmeans, "assign", lambda x, centers: (next(partitions), x.new_zeros(len(x))))
     chosen: list[Tensor] = []
     monkeypatch.setattr(temi_init, "_solve", lambda heads, x, labels: chosen.append(labels))
     start_from_kmeans(new_heads(), rows, OPTIONS, seed=0)

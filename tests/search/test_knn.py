@@ -167,6 +167,11 @@ def rows_of(kind: str, count: int) -> Tensor:
     return torch.from_numpy((x / lengths).astype(np.float32))
 
 
+def test_nearest_others_are_by_angle_and_not_the_row_itself():
+    x = torch.tensor([[9.0, 0.1], [1.0, 0.0], [0.0, 5.0], [1.0, 1.0]])
+    assert knn.nearest_others(x, 2).tolist() == [[1, 3], [0, 3], [3, 0], [0, 1]]
+
+
 def in_blocks(x: Tensor, ids: Tensor, k: int, sizes: list[int]) -> tuple[Tensor, Tensor]:
     """All rows as queries of all rows, which come in blocks, to half of the queries in another order."""
     best = TopKInt64(len(x), k)

@@ -61,3 +61,8 @@ def test_an_open_number_of_clusters_is_refused(config: Path):
 def test_columns_are_as_wide_as_their_widest_cell():
     found = [{"name": "a", "nmi": 0.5}, {"name": "longer", "ari": 1.0}]
     assert list(as_lines(found)) == ["name    nmi     ari", "a       0.5000", "longer          1.0000"]
+
+
+def test_a_broken_list_is_one_line(config: Path):
+    with pytest.raises(ConfigError, match=r"override encoder\.name: '\[a, b' is not a YAML value"):
+        compare(str(config), ["encoder.name=[a, b"])

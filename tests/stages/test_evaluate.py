@@ -15,7 +15,7 @@ from rayclust.methods.kmeans import KMeans
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.runtime.rows import row_starts
 from rayclust.stages import evaluate
-from rayclust.stages.evaluate import _columns, _contingency, _sample, contingency_uri
+from rayclust.stages.evaluate import _columns, _contingency, _sample
 from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
 
@@ -36,7 +36,7 @@ def test_labels_of_all_rows_give_the_probe_too(pictures_run: Sealed):
     found = metrics(pictures_run)
     assert found["accuracy"] == found["knn_accuracy"] == 1
     assert found["silhouette_rows"] == 24
-    counts = pq.read_table(contingency_uri(pictures_run.run)).to_pylist()
+    counts = pq.read_table(pictures_run.run.contingency).to_pylist()
     assert sorted((cell["label"], cell["count"]) for cell in counts) == [("amber", 8), ("blue", 8), ("green", 8)]
     assert len({cell["cluster"] for cell in counts}) == 3
 

@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw")
+"""Of cameras' raw files: most are TIFFs by their bytes, of which a decoder finds the small preview only."""
 IMAGE_SUFFIXES = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "mpo", "avif", "jp2", "j2k", "jpx", "jpf",
     "jpc", "j2c", "apng", "dib", "ico", "ppm", "pgm", "pbm", "pnm", "pfm",
     "heic", "heif", "hif", "jxl", "svg", "svgz", "psd", "psb", "eps", "dcm", "dicom", "exr", "tga", "pcx", "dds",
-    "icns", "qoi", "jxr", "xcf", "bpg", "dng", "cr2", "cr3", "nef", "nrw", "arw", "orf", "raf", "rw2", "pef", "srw",
+    "icns", "qoi", "jxr", "xcf", "bpg", *(suffix.removeprefix(".") for suffix in RAW_SUFFIXES),
 )  # fmt: skip
 """Suffixes of file names, in any case, that mark an image in folders and tars; the format is decided by the bytes.
 
 The decoder reads those of the first two lines and refuses the others with a reason: they become rejects, so that no
 image is left out in silence. The order is that of preference where one webdataset sample has several images.
 """
-RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw")
-"""Of cameras' raw files: most are TIFFs by their bytes, of which a decoder finds the small preview only."""
 
 LABEL_NAMES = (
     "label", "labels", "cls", "class", "class_name", "classname", "class_id", "category", "target", "fine_label",

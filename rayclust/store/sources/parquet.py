@@ -213,12 +213,12 @@ def key_column(file: pq.ParquetFile, columns: Columns) -> str | None:
             column = _column(file.read(columns=[name]), name)
         except DAMAGE:  # a column that is damaged in one place names no rows
             continue
-        if _tells_apart(column):
+        if _is_key(column):
             return name
     return None
 
 
-def _tells_apart(column: pa.ChunkedArray) -> bool:
+def _is_key(column: pa.ChunkedArray) -> bool:
     """Return whether all values of a column are there and differ, and no text is empty."""
     if column.null_count or pc.count_distinct(column).as_py() != len(column):
         return False
@@ -227,7 +227,7 @@ def _tells_apart(column: pa.ChunkedArray) -> bool:
 
 @lru_cache(maxsize=64)
 def _key_of_file(uri: str, stamp: str, columns: Columns) -> str | None:
-    """Return `key_column` of a file of several shards, read once a process; `stamp` tells its versions apart."""
+    """Return `key_column` of a file of several shards, read once a process; `stamp` differs between its versions."""
     with opened(uri) as file:
         return key_column(file, columns)
 
@@ -243,7 +243,7 @@ def first_keys(shard: Shard) -> pa.ChunkedArray | None:
                     itertools.islice(file.iter_batches(_COMPARED_ROWS, columns=[name], use_threads=False), 1)
                 )
                 column = _column(pa.Table.from_batches(batches), name) if batches else None
-                if column is not None and _tells_apart(column):
+                if column is not None and _is_key(column):
                     return column.cast(pa.large_string())
     except (*DAMAGE, UnreadableError):
         pass
