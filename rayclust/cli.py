@@ -1,6 +1,7 @@
 """Command line: one command a stage, and the few that run or show a whole run.
 
-Exit codes: 0 done; 2 the user's mistake, with one line that says what to do; 1 anything else. `-v` shows the traceback.
+Exit codes: 0 done; 2 the user's mistake, with one line that says what to do; 130 interrupted; 1 anything else. `-v`
+shows the traceback.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import threading
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,6 +28,28 @@ from rayclust.runtime.log import new_handler
 
 STAGE_COMMANDS = tuple(name for name in stages.NAMES if name != "figures")
 """Stages whose command takes a RUN.yaml; figures has one of its own."""
+IN_A_WORD = {
+    "encode": "images to embeddings",
+    "neighbors": "each row's nearest rows",
+    "counterparts": "each image's nearest words",
+    "select-k": "the number of clusters, where it is open",
+    "train": "fit the method",
+    "consensus": "one partition of many",
+    "assign": "the cluster of every row",
+    "label": "names, typical and odd images",
+    "curate": "near-duplicates and odd images",
+    "index": "search by image and words",
+    "map": "a place on the plane for each row",
+    "evaluate": "scores, with labels or without",
+    "figures": "drawings and the numbers behind them",
+    "report": "one page of it all",
+}
+"""What each stage is about, for the list of commands."""
+_NEXT = "rayclust search {run} --image FILE; rayclust predict {run} IMAGES --out TABLE"
+RESUMED = frozenset({"quick", "run", "compare", "predict", "demo", *STAGE_COMMANDS})
+"""Commands that go on where they were when the same line is given again."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 FIRST_WORD_SECONDS = 0.3
 
 
@@ -36,14 +63,13 @@ def run_command(arguments: Sequence[str]) -> int:
     verbose = bool({"-v", "--verbose"} & set(arguments))
     try:
         result = commands.main(list(arguments), standalone_mode=False)
-    except click.exceptions.Abort:
-        return _fail("interrupted: run the same line again to go on", 1)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        goes_on = any(argument in RESUMED for argument in arguments[:2])  # behind -v, where that comes first
+        return _fail("interrupted" + (": run the same line again to go on" if goes_on else ""), INTERRUPTED)
     except click.ClickException as error:
         return _fail(error.format_message(), 2)
     except RayclustError as error:
         return _fail(str(error), error.exit_code, verbose)
-    except KeyboardInterrupt:
-        return _fail("interrupted: run the same line again to go on", 1)
     except Exception as error:  # noqa: BLE001 - the outermost frame: whatever is left becomes one line and exit code 1
         line = (str(error).strip().splitlines() or ["no message"])[-1]
         return _fail(f"unexpected {type(error).__name__}: {line} (-v shows the traceback)", 1, verbose)
@@ -57,7 +83,25 @@ def _fail(message: str, code: int, verbose: bool = False) -> int:
     return code
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """Commands in the order in which they are used: those of whole runs, then the stages as a run does them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self.commands, key=lambda name: stages.NAMES.index(name) if name in stages.NAMES else -1)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        names = self.list_commands(ctx)
+        sections = {
+            "Commands": [(name, self.commands[name].get_short_help_str(limit)) for name in names],
+            "Stages, in order": [(name, IN_A_WORD.get(name, "")) for name in stages.NAMES],
+        }
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl([row for row in rows if (row[0] in stages.NAMES) == (title != "Commands")])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="rayclust")
 @click.option("-v", "--verbose", is_flag=True, help="Show debug lines, and the traceback of an error.")
 @click.pass_context
@@ -85,40 +129,70 @@ _FORCE = click.option("--force", is_flag=True, help="Run again even what is done
 _VERBOSE = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, is_eager=True, help="Show the traceback of an error."
 )
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
-@commands.command()
+def _complete_method(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from rayclust.methods import METHODS
+
+    return [name for name in METHODS if name.startswith(incomplete)]
+
+
+def _complete_encoder(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return names of encoders; those of timm only once the family is there, as its list takes seconds."""
+    found, spec = ["auto", "pixels", "timm/"], find_spec("open_clip")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        found += [f"open_clip/{path.stem}" for path in sorted((Path(folder) / "model_configs").glob("*.json"))]
+    if incomplete.startswith("timm/"):
+        from timm import list_models
+
+        found = [f"timm/{name}" for name in list_models()]
+    return [name for name in found if name.startswith(incomplete)]
+
+
+@commands.command(short_help="Everything in one line: from images to a report.")
 @click.argument("images")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--out", required=True, help="Folder or s3:// URI of the run.")
 @click.option(
     "--clusters", default="10", show_default=True, help="Number of clusters, or auto, or some to try: 5,8,10."
 )
-@click.option("--method", default="auto", show_default=True, help="auto, kmeans, temi, cpp or spectral.")
 @click.option(
-    "--encoder", default=None, help="open_clip/ARCH, timm/ARCH or pixels.  [default: what the machine can do]"
+    "--method",
+    default="auto",
+    show_default=True,
+    shell_complete=_complete_method,
+    help="auto, kmeans, temi, cpp or spectral.",
 )
+@click.option(
+    "--encoder",
+    default=None,
+    shell_complete=_complete_encoder,
+    help="open_clip/ARCH, timm/ARCH or pixels.  [default: what the machine can do]",
+)
+@_JSON
 @_VERBOSE
-def quick(images: str, overrides: tuple[str, ...], out: str, clusters: str, method: str, encoder: str | None) -> None:
+def quick(images: str, overrides: tuple[str, ...], *, out: str, as_json: bool, **settings: Any) -> None:
     """Do everything in one line: encode IMAGES, cluster, name, measure, and write a report below --out."""
     from rayclust.runtime.api import quick as run_quick
 
-    _show_result(run_quick(images, out, clusters=clusters, method=method, encoder=encoder, overrides=overrides))
+    _show_result(run_quick(images, out, overrides=overrides, **settings), as_json)
 
 
-@commands.command()
+@commands.command(short_help="All stages of a RUN.yaml that are not done yet.")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @_FORCE
+@_JSON
 @_VERBOSE
-def run(config: str, overrides: tuple[str, ...], force: bool) -> None:
+def run(config: str, overrides: tuple[str, ...], *, force: bool, as_json: bool) -> None:
     """Run all stages of the run in CONFIG (RUN.yaml, or - for standard input) that are not done yet."""
     from rayclust.runtime.api import load_config
     from rayclust.runtime.pipeline import run_all
 
     settings = load_config(config, overrides)
     run_all(settings, force=force)
-    _show_result(settings.run)
+    _show_result(settings.run, as_json)
 
 
 def _stage_command(name: str) -> click.Command:
@@ -132,29 +206,33 @@ def _stage_command(name: str) -> click.Command:
 
         run_stage(name, load_config(config, overrides), force=force)
 
-    return click.command(name, help=f"Run the stage {name} of the run in CONFIG (RUN.yaml).")(command)
+    about = f": {IN_A_WORD[name]}" if name in IN_A_WORD else ""
+    return click.command(name, help=f"Run the stage {name} of the run in CONFIG (RUN.yaml){about}.")(command)
 
 
 for _name in STAGE_COMMANDS:
     commands.add_command(_stage_command(_name))
 
 
-@commands.command()
+@commands.command(short_help="Refuse a bad run before it costs money.")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@_JSON
 @_VERBOSE
-def check(config: str, overrides: tuple[str, ...]) -> int:
+def check(config: str, overrides: tuple[str, ...], *, as_json: bool) -> int:
     """Refuse a bad run before it costs money: config, access, encoder, a sample of inputs, estimates."""
     from rayclust.runtime.api import load_config
     from rayclust.runtime.preflight import check as run_check
 
     findings = run_check(load_config(config, overrides))
-    for finding in findings:
-        click.echo(f"{'ok  ' if finding.good else 'FAIL'}  {finding.subject:<12} {finding.text}")
+    if as_json:
+        _print_json([vars(finding) for finding in findings])
+    for finding in () if as_json else findings:
+        _print_line(f"{'ok  ' if finding.good else 'FAIL'}  {finding.subject:<10} ", finding.text)
     return 0 if all(finding.good for finding in findings) else 2
 
 
-@commands.command()
+@commands.command(short_help="The same as `run`, as a job of a Ray cluster.")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--address", default=None, help="The cluster's dashboard, http://HOST:8265; else RAY_API_SERVER_ADDRESS.")
@@ -184,31 +262,41 @@ def submit(
     return submit_run(submission, url, partial(click.echo, nl=False), action=action, shared_paths=shared_paths)
 
 
-@commands.command()
+@commands.command(short_help="What is done, what is missing, and how it went.")
 @click.argument("run_uri", metavar="RUN")
+@_JSON
 @_VERBOSE
-def status(run_uri: str) -> None:
+def status(run_uri: str, *, as_json: bool) -> None:
     """Show what of RUN is done and what is missing, rates and rejects, health of the clusters."""
-    from rayclust.runtime.status import lines
+    from rayclust.runtime.status import facts, lines
 
+    if as_json:
+        _print_json(facts(run_uri))
+        return
     for line in lines(run_uri):
-        click.echo(line)
+        # The names of stages stand apart, and what is said of them below each other.
+        start = 13 if line.startswith("  ") else 0
+        _print_line(line[:start], line[start:])
 
 
-@commands.command()
+@commands.command(short_help="Images nearest to an image or to words.")
 @click.argument("run_uri", metavar="RUN")
 @click.option("--image", default=None, help="An image file or URI to search with.")
 @click.option("--text", default=None, help="Words to search with, for encoders that read text.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Images to show.")
 @click.option("--space", default="encoder", show_default=True, type=click.Choice(["z", "encoder", "both"]))
+@_JSON
 @_VERBOSE
-def search(run_uri: str, image: str | None, text: str | None, top: int, space: str) -> None:
+def search(run_uri: str, *, as_json: bool, **query: Any) -> None:
     """Find the images of RUN nearest to an image or to words; z is the method's own space, for images alone."""
     from rayclust.runtime.api import load_run
     from rayclust.stages.search import as_lines
     from rayclust.stages.search import search as run_search
 
-    for line in as_lines(run_search(load_run(run_uri), image=image, text=text, top=top, space=space)):
+    found = run_search(load_run(run_uri), **query)
+    if as_json:
+        _print_json({space: [vars(hit) for hit in hits] for space, hits in found.items()})
+    for line in () if as_json else as_lines(found):
         click.echo(clean(line))
 
 
@@ -225,53 +313,65 @@ def figures(run_uri: str, out: str | None) -> None:
         click.echo(uri)
 
 
-@commands.command()
+@commands.command(short_help="Clusters of new images.")
 @click.argument("run_uri", metavar="RUN")
 @click.argument("images")
 @click.option("--out", required=True, help="Table to write: .parquet or .csv, a path or URI.")
 @click.option("--evaluate", is_flag=True, help="Score the clusters against the images' own labels.")
+@_JSON
 @_VERBOSE
-def predict(run_uri: str, images: str, out: str, evaluate: bool) -> None:
+def predict(run_uri: str, images: str, *, out: str, evaluate: bool, as_json: bool) -> None:
     """Assign new IMAGES to the clusters of the frozen RUN."""
     from rayclust.runtime.api import load_run
     from rayclust.stages.predict import predict as run_predict
 
     found = run_predict(load_run(run_uri), images, out, evaluate=evaluate)
+    if as_json:
+        _print_json({"out": out} | found)
+        return
     click.echo(f"{found['rows']:,} images and {found['rejects']:,} rejects in {out}")
     if evaluate:
         shown = ", ".join(f"{name} {score:.4f}" for name, score in found.items() if isinstance(score, float))
         click.echo(f"{found['labelled']:,} images with a label: {shown}")
 
 
-@commands.command()
+@commands.command(short_help="K-means under several encoders, one table.")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@_JSON
 @_VERBOSE
-def compare(config: str, overrides: tuple[str, ...]) -> None:
+def compare(config: str, overrides: tuple[str, ...], *, as_json: bool) -> None:
     """Score k-means on the input of CONFIG under several encoders: encoder.name=[A,B], others KEY=VALUE for all."""
     from rayclust.stages.compare import as_lines
     from rayclust.stages.compare import compare as run_compare
 
-    for line in as_lines(run_compare(config, overrides)):
+    found = run_compare(config, overrides)
+    if as_json:
+        _print_json(found)
+    for line in () if as_json else as_lines(found):
         click.echo(line)
 
 
-@commands.command()
+@commands.command(short_help="The whole path on images that need no download.")
 @click.option("--out", default="demo", show_default=True, help="Folder or s3:// URI for images, run and report.")
+@_JSON
 @_VERBOSE
-def demo(out: str) -> None:
+def demo(out: str, *, as_json: bool) -> None:
     """Run everything on images that need no download: scanned digits, k-means and TEMI side by side."""
     from rayclust.runtime.demo import demo as run_demo
     from rayclust.runtime.demo import table
     from rayclust.store.run import Run
 
     uri, scores = run_demo(out)
+    if as_json:
+        _print_json({"run": uri, "report": Run(uri).report, "scores": scores})
+        return
     click.echo(f"Scanned digits, {len(next(iter(scores.values())))} seeds, percent:\n{table(scores)}")
-    click.echo(f"report: {Run(uri).report}")
+    _show_next(uri)
 
 
-@commands.command()
-@click.option("--method", default=None, help="Only the settings of this method.")
+@commands.command(short_help="JSON schema of RUN.yaml, for editors.")
+@click.option("--method", default=None, shell_complete=_complete_method, help="Only the settings of this method.")
 def schema(method: str | None) -> None:
     """Print the JSON schema of RUN.yaml, for editors."""
     from rayclust.config import RunConfig
@@ -283,15 +383,45 @@ def schema(method: str | None) -> None:
     click.echo(json.dumps(model.model_json_schema(), indent=2))
 
 
-def _show_result(run_uri: str) -> None:
+def _show_result(run_uri: str, as_json: bool) -> None:
     from rayclust.store import storage
     from rayclust.store.run import Run
 
     run = Run(run_uri)
     metrics = storage.read_json(run.metrics)
+    if as_json:
+        _print_json({"run": run.uri, "report": run.report, "metrics": metrics})
+        return
     names = ("accuracy", "nmi", "ari", "ami", "purity", "knn_accuracy", "silhouette")
     scores, test = metrics | metrics.get("test", {}), metrics.get("test")
     shown = [f"{name} {scores[name]:.3f}" for name in names if scores.get(name) is not None]
     where = f"; of the {test['rows']:,} kept aside" if test else ""
     click.echo(f"{metrics['rows']:,} images in {metrics['clusters']} clusters{where}: {', '.join(shown)}")
-    click.echo(f"report: {run.report}")
+    _show_next(run_uri)
+
+
+def _show_next(run_uri: str) -> None:
+    """Show where the report is, as a link that terminals open, and what can be done with the run."""
+    from rayclust.store import storage
+    from rayclust.store.run import Run
+
+    report = Run(run_uri).report
+    click.echo(f"report: {report if storage.is_remote(report) else storage.to_path(report).as_uri()}")
+    click.echo(f"next: {_NEXT.format(run=run_uri)}")
+
+
+def _print_json(value: Any) -> None:
+    from rayclust.store.storage import canonical_json
+
+    click.echo(canonical_json(value), nl=False)
+
+
+def _print_line(start: str, text: str) -> None:
+    """Print a line; on a terminal what does not fit goes on below, as far in as `start` is long."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    text = clean(text)
+    if width > 2 * len(start):
+        # Paths are not cut: they are copied.
+        parts = textwrap.wrap(text, width - len(start), break_long_words=False, break_on_hyphens=False) or [""]
+        text = ("\n" + " " * len(start)).join(parts)
+    click.echo(start + text)

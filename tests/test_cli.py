@@ -9,8 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 
 from rayclust.cli import commands, run_command
+from rayclust.stages import NAMES
+from tests.sealed import Sealed
+from tests.stages.runs import picture
 
 CONTRACT = {
     "quick", "run", "encode", "neighbors", "train", "select-k", "assign", "label", "index", "evaluate",
@@ -77,6 +81,73 @@ def test_an_unexpected_error_is_exit_code_1_and_one_line(
     assert error == "rayclust: unexpected RuntimeError: second line (-v shows the traceback)\n"
     assert run_command(["-v", "status", "anything"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "hint"), [("status", ""), ("run", ": run the same line again to go on")])
+def test_an_interrupt_is_130_and_says_what_goes_on(
+    command: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rayclust.runtime.status.lines", interrupted)
+    monkeypatch.setattr("rayclust.runtime.api.load_config", interrupted)
+    assert run_command(["-v", command, "anything"]) == 130
+    assert capsys.readouterr().err.lstrip() == f"rayclust: interrupted{hint}\n"
+
+
+def test_help_lists_the_stages_in_their_order_with_a_word_each(capsys: pytest.CaptureFixture[str]):
+    assert run_command(["--help"]) == 0
+    first, stages = capsys.readouterr().out.split("Stages, in order:\n")
+    shown = dict(line.split(maxsplit=1) for line in stages.splitlines())
+    assert tuple(shown) == NAMES
+    assert all(f"  {name} " in first for name in CONTRACT - set(NAMES))
+    assert "..." not in first.partition("Commands:")[2], "a line that is cut"
+
+
+def test_methods_and_encoders_are_completed():
+    def completed(*line: str) -> list[str]:
+        found = ShellComplete(commands, {}, "rayclust", "_RAYCLUST_COMPLETE").get_completions(list(line[:-1]), line[-1])
+        return [item.value for item in found]
+
+    assert completed("quick", "photos", "--method", "k") == ["kmeans"]
+    assert completed("quick", "photos", "--encoder", "p") == ["pixels"]
+    assert "open_clip/ViT-L-14" in completed("quick", "photos", "--encoder", "open_clip/ViT-L")
+    assert completed("sta") == ["status"]
+
+
+def test_facts_are_printed_as_json(pictures_run: Sealed, capsys: pytest.CaptureFixture[str]):
+    run = pictures_run.config.run
+    assert run_command(["status", run, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][0]["stage"] == "encode"
+    image = pictures_run.folder.parent / "query.png"
+    image.write_bytes(picture((30, 60, 220), 1))
+    assert run_command(["search", run, "--image", str(image), "--top", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [set(hit) for hit in found["encoder"]] == [{"row", "similarity", "key", "uri", "cluster", "name"}] * 2
+    (pictures_run.folder.parent / "RUN.yaml").write_text(
+        f"run: {run}\nimages: {{uri: /nowhere}}\nmethod: {{name: kmeans, clusters: 3}}\n"
+    )
+    assert run_command(["check", str(pictures_run.folder.parent / "RUN.yaml"), "encoder.name=pixels", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert {"subject": "images", "good": False} in [
+        {name: finding[name] for name in ("subject", "good")} for finding in found
+    ]
+
+
+def test_long_lines_go_on_below_on_a_terminal_and_are_left_whole_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("rayclust.runtime.status.lines", lambda uri: ["RUN: kmeans", f"  encode     {'word ' * 30}end"])
+    assert run_command(["status", "anything"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_command(["status", "anything"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 4
+    assert max(map(len, shown)) <= 80
+    assert all(line.startswith(" " * 13) for line in shown[2:])
 
 
 def test_what_is_printed_steers_no_terminal(capsys: pytest.CaptureFixture[str]):

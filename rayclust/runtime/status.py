@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,44 +19,85 @@ BUSY_SHARE = 0.5
 """Share of the time above which a group of workers counts as busy."""
 
 
-def lines(uri: str) -> Iterator[str]:
-    """Yield the state of the run at a URI, a line a stage; raise `ArtefactError` if there is none."""
+def facts(uri: str) -> dict[str, Any]:
+    """Return the state of the run at a URI as plain data; raise `ArtefactError` if there is none.
+
+    Returns:
+        run, method, clusters (None while select-k has not chosen), encoder; `stages`, in order, each with its state
+        (done, outdated, unfinished or missing), and of a complete one seconds, counts, rejects by reason and what held
+        it up; `occupied`, `largest_share` and `entropy` in nats once rows are assigned; `driver`, who works on the run,
+        and whether that has ended; `next`, the command that goes on.
+    """
     config = load_run(uri)
     run, manifests = Run(config.run), Manifests(config)
-    if not config.needs_selection:
-        clusters = f"{config.method.clusters} clusters"
-    elif manifests.of(SELECT_K) is None:
-        clusters = "clusters yet to be counted"
-    else:
-        clusters = f"{manifests.resolved('train').method.clusters} clusters by select-k"
-    name = config.encoder.name
-    encoder = "encoder unknown: no names, no search by text or image" if name == "unknown" else name
-    yield f"{run.uri}: {config.method.name}, {clusters}, {encoder}"
-
+    has_choice = not config.needs_selection or manifests.of(SELECT_K) is not None
+    found: dict[str, Any] = {
+        "run": run.uri,
+        "method": config.method.name,
+        "clusters": manifests.resolved("train").method.clusters if has_choice else None,
+        "by_select_k": config.needs_selection,
+        "encoder": config.encoder.name,
+        "stages": [],
+    }
     for stage in stages_of(config):
         manifest = read_manifest(run, stage)
         if manifest is None:
             marks = storage.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
             done = sum(mark.key.startswith("part-") for mark in marks)
-            yield f"  {stage:<10} {f'not finished, {done} parts done' if done else 'not started'}"
-        else:
-            outdated = ", for another config or other inputs: runs again" if manifests.of(stage) is None else ""
-            yield f"  {stage:<10} {describe_manifest(manifest)}{outdated}"
-
+            found["stages"].append({"stage": stage, "state": "unfinished" if done else "missing", "parts_done": done})
+            continue
+        found["stages"].append(
+            {
+                "stage": stage,
+                "state": "outdated" if manifests.of(stage) is None else "done",
+                "seconds": manifest.seconds,
+                "counts": manifest.counts,
+                "reasons": manifest.extra.get("reasons", {}),
+                "held_up_by": bottleneck(manifest.measured) or None,
+                "summary": describe_manifest(manifest),
+            }
+        )
     # Occupied clusters, the largest share, and the entropy of the shares.
     assigned = read_manifest(run, "assign")
     if assigned is not None:
         sizes = np.array(assigned.outputs_of(AssignOutputs).sizes, float)
         shares = sizes[sizes > 0] / sizes.sum()
-        entropy = float(-(shares * np.log(shares)).sum())
-        yield (
-            f"  clusters   {len(shares)} of {len(sizes)} occupied, largest share {shares.max():.1%}, "
-            f"entropy {entropy:.2f} of {np.log(len(sizes)):.2f} nats"
-        )
-
+        found |= {"occupied": len(shares), "sized": len(sizes), "largest_share": float(shares.max())}
+        found["entropy"] = float(-(shares * np.log(shares)).sum())
     holder = lock_owner(run)
-    if holder is not None:
-        yield f"  {'driver':<10} {holder}{', which has ended' if holder.has_ended() else ''}"
+    found |= {"driver": holder and str(holder), "driver_ended": holder is not None and holder.has_ended()}
+    is_done = all(stage["state"] == "done" for stage in found["stages"])
+    config_file = uri if uri.lower().endswith((".yaml", ".yml")) else "RUN.yaml"
+    found["next"] = None if is_done else f"rayclust run {config_file}"
+    return found
+
+
+def lines(uri: str) -> Iterator[str]:
+    """Yield the state of the run at a URI, a line a stage; raise `ArtefactError` if there is none."""
+    found = facts(uri)
+    clusters = f"{found['clusters']} clusters" + " by select-k" * found["by_select_k"]
+    if found["clusters"] is None:
+        clusters = "clusters yet to be counted"
+    name = found["encoder"]
+    encoder = "encoder unknown: no names, no search by text or image" if name == "unknown" else name
+    yield f"{found['run']}: {found['method']}, {clusters}, {encoder}"
+    for stage in found["stages"]:
+        if stage["state"] in ("unfinished", "missing"):
+            done = stage["parts_done"]
+            text = f"not finished, {done} parts done" if done else "not started"
+        else:
+            outdated = ", for another config or other inputs: runs again" if stage["state"] == "outdated" else ""
+            text = stage["summary"] + outdated
+        yield f"  {stage['stage']:<10} {text}"
+    if "occupied" in found:
+        yield (
+            f"  clusters   {found['occupied']} of {found['sized']} occupied, largest share "
+            f"{found['largest_share']:.1%}, entropy {found['entropy']:.2f} of {np.log(found['sized']):.2f} nats"
+        )
+    if found["next"]:
+        yield f"  {'next':<10} {found['next']}"
+    if found["driver"]:
+        yield f"  {'driver':<10} {found['driver']}{', which has ended' if found['driver_ended'] else ''}"
 
 
 def describe_manifest(manifest: Manifest) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from rayclust.config import validate
 from rayclust.errors import ArtefactError
 from rayclust.runtime.pipeline import save_config, stages_of
-from rayclust.runtime.status import bottleneck, describe_manifest, lines
+from rayclust.runtime.status import bottleneck, describe_manifest, facts, lines
 from rayclust.store import storage
 from rayclust.store.lock import run_lock
 from rayclust.store.manifest import Manifest, Section
@@ -49,8 +50,19 @@ def test_a_run_that_has_only_begun_has_no_clusters_yet(tmp_path: Path):
     config = validate(tree(str(tmp_path), "/images"))
     save_config(config)
     shown = list(lines(str(tmp_path) + "/"))
-    assert len(shown) == 1 + len(stages_of(config))
-    assert all(line.endswith("not started") for line in shown[1:])
+    assert [line.split(maxsplit=1) for line in shown[1:-1]] == [[name, "not started"] for name in stages_of(config)]
+    assert shown[-1].split(maxsplit=1) == ["next", "rayclust run RUN.yaml"]
+    found = facts(str(tmp_path))
+    assert (found["clusters"], found["driver"], found["driver_ended"]) == (3, None, False)
+    assert {stage["state"] for stage in found["stages"]} == {"missing"}
+
+
+def test_the_facts_of_a_finished_run_are_plain_data(pictures_run: Sealed):
+    found = json.loads(storage.canonical_json(facts(pictures_run.config.run)))
+    assert [stage["stage"] for stage in found["stages"]] == list(stages_of(pictures_run.config))
+    assert {stage["state"] for stage in found["stages"]} == {"done"}
+    assert (found["stages"][0]["counts"]["rows"], found["stages"][0]["reasons"]) == (24, {"empty": 1})
+    assert (found["clusters"], found["occupied"], found["next"]) == (3, 3, None)
 
 
 def test_who_works_on_the_run_is_said(tmp_path: Path):
