@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from rayclust.clustering.curation import CurateConfig
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.methods import AnyMethodConfig, config_types
@@ -457,6 +458,7 @@ class RunConfig(Config):
     label: LabelConfig = LabelConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    curate: CurateConfig = CurateConfig()
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -476,6 +478,11 @@ class RunConfig(Config):
     def needs_selection(self) -> bool:
         """True if `select-k` chooses the number of clusters. `method.clusters` is then a placeholder."""
         return self.select_k.candidates is not None
+
+    @property
+    def curates(self) -> bool:
+        """True if the run has the stage curate."""
+        return self.curate.preset != "none"
 
     def with_clusters(self, clusters: int) -> RunConfig:
         """Return this config with a number of clusters, as if it had been written so.

@@ -195,3 +195,22 @@ def compression_rate(z: torch.Tensor, membership: torch.Tensor, distortion: floa
     moments = torch.einsum("jid,ie->jde", weighted, z)
     matrices = torch.eye(width, dtype=z.dtype) + (width / (sums * distortion))[:, None, None] * moments
     return (sums / (2 * count) * torch.logdet(matrices)).sum()
+
+
+def near_pairs_by_rows(x: np.ndarray, least: float) -> set[tuple[int, int]]:
+    """All pairs (i, j), i < j, whose cosine is at least `least`, one by one."""
+    wide = x.astype(np.float64)
+    return {(i, j) for i in range(len(x)) for j in range(i + 1, len(x)) if wide[i] @ wide[j] >= least}
+
+
+def greedy_kept(first: np.ndarray, second: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Rows in order, each kept if no kept one is near."""
+    near = [set[int]() for _ in rank]
+    for i, j in zip(first.tolist(), second.tolist(), strict=True):
+        near[i].add(j)
+        near[j].add(i)
+    kept = set[int]()
+    for row in np.argsort(rank).tolist():
+        if not near[row] & kept:
+            kept.add(row)
+    return np.isin(np.arange(len(rank)), list(kept))

@@ -17,7 +17,7 @@ from tests.sealed import Sealed
 from tests.stages.runs import picture
 
 CONTRACT = {
-    "quick", "run", "encode", "neighbors", "train", "select-k", "assign", "label", "index", "evaluate",
+    "quick", "run", "encode", "neighbors", "train", "select-k", "assign", "label", "curate", "index", "evaluate",
     "figures", "report", "check", "status", "search", "predict", "demo", "schema",
     "submit", "compare",
 }  # fmt: skip

@@ -116,6 +116,26 @@ class Retrieval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curation:
+    """What the stage curate found."""
+
+    counts: Mapping[str, int]
+    """Rows by what became of them, `rows` first."""
+    epsilon: float
+    policy: str
+    recall: float | None
+    """Share of the near pairs of a sample that was found."""
+    curve: tuple[tuple[float, float], ...]
+    """(ε, share of the rows kept)."""
+    groups: tuple[tuple[int, tuple[Picture, ...]], ...]
+    """The largest groups of duplicates: (rows, some of them, the kept ones first)."""
+    pairs: tuple[tuple[float, tuple[tuple[Picture, Picture, float], ...]], ...]
+    """For several ε, pairs just within: (ε, (image, image, cosine))."""
+    outliers: tuple[Picture, ...]
+    """The oddest images, the oddest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contingency:
     """Int[C K] images of class c in cluster k, C names and K ids; a ShapeError where these don't match."""
 
@@ -153,6 +173,7 @@ class ReportData:
         confidence: images per equal bin of confidence over [0, 1]; empty draws nothing.
         candidates: of a method that chooses among partitions: `name`, `chosen`, and the evidence by its title.
         retrieval: empty for methods without a space of their own.
+        curation: None in runs without the stage curate.
         notes: sentences that the reader should see first, e.g. a health warning.
 
     Raises:
@@ -176,6 +197,7 @@ class ReportData:
     drawings: tuple[Drawing, ...] = ()
     candidates: tuple[Mapping[str, Any], ...] = ()
     retrieval: tuple[Retrieval, ...] = ()
+    curation: Curation | None = None
     rejects: tuple[RejectGroup, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rayclust.config import RunConfig
-from rayclust.errors import ArtefactError
+from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import has_transform
 from rayclust.report.formats import duration
 from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
@@ -32,7 +32,8 @@ from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
 
-SELECT_K = "select-k"
+SELECT_K, CURATE = "select-k", "curate"
+"""Stages that only some runs have."""
 CHOSEN = "chosen"
 """Entry of select-k's `extra`: the number of clusters and the files of its model, all that train reads of it."""
 
@@ -82,6 +83,8 @@ class Stage:
     """Further stages that it reads where the method draws pairs of neighbours."""
     needs_choice: bool = False
     """True if it reads select-k as well, in runs that leave the number of clusters open."""
+    needs_curation: bool = False
+    """True if it reads curate as well, in runs that ask for it."""
     reads_entry: Mapping[str, str] = field(default_factory=dict)
     """By stage, the one entry of its manifest's `extra` that is read; all outputs of the stages that are not named."""
     outputs: type[StageOutputs] = StageOutputs
@@ -98,7 +101,8 @@ class Stage:
         own_space = self.own_space_needs if has_transform(config.method.name) else ()
         pairs = self.pair_needs if config.method.draws_pairs else ()
         choice = (SELECT_K,) if self.needs_choice and config.needs_selection else ()
-        return (*self.needs, *own_space, *pairs, *choice)
+        curation = (CURATE,) if self.needs_curation and config.curates else ()
+        return (*self.needs, *own_space, *pairs, *choice, *curation)
 
 
 class _Registry(Mapping[str, Stage]):
@@ -122,8 +126,9 @@ STAGES: Mapping[str, Stage] = _Registry()
 
 
 def stages_of(config: RunConfig) -> tuple[str, ...]:
-    """Return the names of a run's stages in order; select-k is one only if the number of clusters is open."""
-    return tuple(name for name in STAGES if name != SELECT_K or config.needs_selection)
+    """Return the names of a run's stages in order: select-k only with K open, curate only with a preset named."""
+    asked = {SELECT_K: config.needs_selection, CURATE: config.curates}
+    return tuple(name for name in STAGES if asked.get(name, True))
 
 
 def settings_of(group: Any, *keys: str) -> dict[str, Any]:
@@ -268,8 +273,7 @@ def _resolved(config: RunConfig) -> RunConfig:
 def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, check_inputs: bool = True) -> Manifest:
     stage, run, manifests = STAGES[name], Run(config.run), Manifests(config)
     if name not in stages_of(config):
-        logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
-        return Manifest(stage=name, digest="")
+        return _left_out(name, config)
 
     # 1. The manifests of its inputs, and with them the digest that its own must carry.
     inputs = dict[str, Manifest]()
@@ -316,6 +320,14 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
         # Not saved: `predict` and `search` may run on another machine.
         context.config = with_gpus(context.config, stage.on_gpu)
     return _run(stage, context, lease)
+
+
+def _left_out(name: str, config: RunConfig) -> Manifest:
+    """Return the manifest of a stage that the run does not have."""
+    if name == CURATE:
+        raise ConfigError("curate.preset = none: the run has no such stage; add for example curate.preset=list")
+    logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
+    return Manifest(stage=name, digest="")
 
 
 def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:

@@ -1,4 +1,16 @@
 """The stages of a run: one file each, which ends with its `STAGE`."""
 
-NAMES = ("encode", "neighbors", "select-k", "train", "assign", "label", "index", "evaluate", "figures", "report")
+NAMES = (
+    "encode",
+    "neighbors",
+    "select-k",
+    "train",
+    "assign",
+    "label",
+    "curate",
+    "index",
+    "evaluate",
+    "figures",
+    "report",
+)
 """Every stage in the order in which a run does them; that of `select-k` is `select_k.py`."""

@@ -14,9 +14,10 @@ from rayclust.report.page import PageLimits, featured, render
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.api import as_yaml, load_run
 from rayclust.runtime.artefacts import put_bytes
-from rayclust.runtime.pipeline import SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
+from rayclust.runtime.pipeline import CURATE, SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
 from rayclust.runtime.rows import row_starts, rows_by_part
 from rayclust.runtime.tasks import STORAGE_THREADS
+from rayclust.stages.curate import FACTS, FOLDER
 from rayclust.stages.figures import drawings
 from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
 from rayclust.store import storage, tables
@@ -46,6 +47,10 @@ def run(context: StageContext) -> StageResult:
     shown = featured([cluster["size"] for cluster in clusters], limits)
     wanted = {row for k in shown for row in clusters[k]["exemplars"] + clusters[k]["outliers"]}
     wanted |= {hit["row"] for space in (ENCODER, OWN) for hits in near.get(space, ()) for hit in hits}
+    curated: dict[str, Any] = {}
+    if CURATE in context.inputs:
+        curated = read_json_output(run, CURATE, run.at(FOLDER, FACTS))
+        wanted |= _rows_of(curated["examples"])
     pictures = _pictures(context, sorted(wanted.union(near.get("rows", ()))))
     # 2. Classes against clusters, where there are labels.
     counts = None
@@ -82,6 +87,7 @@ def run(context: StageContext) -> StageResult:
         contingency=None if counts is None else _contingency(counts, len(clusters)),
         drawings=tuple(drawings(run, selection)),
         retrieval=tuple(_retrieval(near, pictures)),
+        curation=_curation(curated, pictures) if curated else None,
         rejects=tuple(_rejects(run, encode)),
         notes=tuple(notes),
     )
@@ -131,6 +137,30 @@ def _retrieval(near: dict[str, Any], pictures: dict[int, model.Picture]) -> Iter
             for space, title in ((ENCODER, "Encoder"), (OWN, "z"))
         }
         yield model.Retrieval(query=pictures[row], found=nearest)
+
+
+def _rows_of(examples: dict[str, Any]) -> set[int]:
+    """Return the rows that curate wants to be shown."""
+    rows = {row for group in examples["groups"] for row in group["rows"]} | set(examples["outliers"])
+    return rows | {row for near in examples["pairs"] for pair in near["pairs"] for row in pair[:2]}
+
+
+def _curation(facts: dict[str, Any], pictures: dict[int, model.Picture]) -> model.Curation:
+    """Return what curate found, with its examples as pictures."""
+    examples = facts["examples"]
+    return model.Curation(
+        counts=facts["counts"],
+        epsilon=facts["epsilon"],
+        policy=facts["settings"]["duplicates"]["policy"],
+        recall=facts["recall"],
+        curve=tuple((point["epsilon"], point["share_kept"]) for point in facts["curve"]),
+        groups=tuple((group["size"], tuple(pictures[row] for row in group["rows"])) for group in examples["groups"]),
+        pairs=tuple(
+            (near["epsilon"], tuple((pictures[i], pictures[j], cosine) for i, j, cosine in near["pairs"]))
+            for near in examples["pairs"]
+        ),
+        outliers=tuple(pictures[row] for row in examples["outliers"]),
+    )
 
 
 def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, model.Picture]:
@@ -258,5 +288,6 @@ STAGE = Stage(
     needs=("encode", "train", "assign", "label", "evaluate", "figures"),
     own_space_needs=("index",),
     needs_choice=True,
+    needs_curation=True,
     revision=3,
 )

@@ -151,6 +151,15 @@ class LabelOutputs(StageOutputs):
     """The same where the class names are left out of the words."""
 
 
+class CurateOutputs(StageOutputs):
+    """Of curate: the search for near-duplicates."""
+
+    epsilon: float
+    """ε, as given or found for a share."""
+    recall: float | None
+    """Share of the near pairs of a sample that was found, 0 to 1; None where it has none, or was not measured."""
+
+
 class IndexOutputs(StageOutputs):
     """Of index: the index over the encoder's space, and over the method's own."""
 

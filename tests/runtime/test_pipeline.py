@@ -23,6 +23,7 @@ from rayclust.methods.base import Pairing
 from rayclust.runtime import cluster, pipeline
 from rayclust.runtime.api import quick
 from rayclust.runtime.pipeline import (
+    CURATE,
     SELECT_K,
     STAGES,
     Manifests,
@@ -59,7 +60,7 @@ def test_stages_come_after_what_they_read_and_in_the_promised_order():
         assert all(names.index(need) < names.index(name) for need in stage.needs + stage.own_space_needs)
 
 
-OF_FEATURES = {"neighbors", "select-k", "train", "assign", "label", "evaluate", "figures"}
+OF_FEATURES = {"neighbors", "select-k", "train", "assign", "label", "curate", "evaluate", "figures"}
 
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "nothing": ({}, set()),
@@ -77,11 +78,12 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "how candidates are measured": ({"select_k": {"rows": 10}}, {"select-k"}),
     "how one is chosen": ({"select_k": {"rule": "knee"}}, {"select-k"}),
     "where candidates are tried": ({"select_k": {"cpus_per_trial": 2, "max_concurrent": 1}}, set()),
-    "the seed": ({"seed": 1}, {"select-k", "train", "label", "index", "evaluate", "figures"}),
+    "the seed": ({"seed": 1}, {"select-k", "train", "label", "curate", "index", "evaluate", "figures"}),
     "exemplars": ({"label": {"exemplars": 3}}, {"label"}),
     "prompts": ({"label": {"templates": ["a {}"]}}, {"label"}),
     "the index": ({"index": {"kind": "ivf"}}, {"index"}),
     "the sample": ({"evaluate": {"silhouette_rows": 10}}, {"evaluate"}),
+    "curation": ({"curate": {"preset": "list"}}, {"curate"}),
     "thumbnails": ({"report": {"thumbnail": 64}}, {"report"}),
     "workers": ({"resources": {"workers": 7}}, set()),
     "fewest workers": ({"resources": {"min_workers": 1}}, set()),
@@ -306,8 +308,9 @@ def test_every_stage_with_a_gpu_route_computes_on_a_gpu_that_is_there(tmp_path: 
 
 
 def test_a_run_with_a_number_has_no_choice_and_one_without_has():
-    assert stages_of(config()) == tuple(name for name in ORDER if name != SELECT_K)
-    assert stages_of(config(method={"clusters": "auto"})) == ORDER
+    usual = tuple(name for name in ORDER if name not in (SELECT_K, CURATE))
+    assert stages_of(config()) == usual
+    assert set(stages_of(config(method={"clusters": "auto"}))) == {*usual, SELECT_K}
 
 
 def test_the_choice_is_read_by_train_and_report_where_there_is_one():

@@ -12,7 +12,7 @@ import pytest
 from rayclust.runtime import pipeline, tasks
 from rayclust.runtime.shards import Split
 from rayclust.runtime.tasks import Task
-from rayclust.stages import assign, encode, evaluate, figures, index, label, select_k, train
+from rayclust.stages import assign, curate, encode, evaluate, figures, index, label, select_k, train
 from rayclust.stages.encode import ReadAndDecode, ShardWriter
 from rayclust.stages.select_k import Search, examine
 
@@ -30,7 +30,7 @@ class Metrics:
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts."""
-    for module in (assign, evaluate, figures, index, label):
+    for module in (assign, curate, evaluate, figures, index, label):
         patch.setattr(module, "run_remotely", lambda function, *arguments, **options: function(*arguments))
     for module in (tasks, encode, train):
         patch.setattr(module, "connect", lambda: None)
@@ -41,7 +41,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(encode, "map_tasks", _map)
     patch.setattr(encode, "stream", _stream)
     patch.setattr(select_k, "run_trials", _try_all)
-    for module in (select_k, train):
+    for module in (curate, select_k, train):
         patch.setattr(module, "on_every_node", lambda function, *arguments: function(*arguments))
     patch.setattr(train, "_watch_metrics", lambda stage: nullcontext(Metrics()))
     patch.setattr(

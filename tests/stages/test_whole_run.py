@@ -16,7 +16,7 @@ from rayclust.runtime.pipeline import STAGES as ALL
 from rayclust.store import storage, tables
 from tests.stages.runs import embeddings, files, tree, write_folder, write_tars, write_yaml
 
-STAGES = [name for name in ALL if name != "select-k"]
+STAGES = [name for name in ALL if name not in ("select-k", "curate")]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -208,6 +208,15 @@ def test_search_finds_the_image_itself_first(finished: Path, tmp_path: Path, cap
     assert len(lines) == 4
     assert "shard-001.tar#00007.png" in lines[1]
     assert lines[1].split()[0] == "1.0000"
+
+
+def test_curation_of_a_finished_run(finished: Path, tmp_path: Path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    content = tree(str(tmp_path / "run"), str(finished / "images"), curate={"preset": "semdedup"})
+    assert run_command(["curate", str(write_yaml(tmp_path / "RUN.yaml", content))]) == 0
+    counts = json.loads((tmp_path / "run" / "curation" / "curation.json").read_text())["counts"]
+    assert counts["rows"] == 60 == counts["kept"] + counts["identical"] + counts["near"]
+    assert len((tmp_path / "run" / "curation" / "kept.txt").read_text().splitlines()) == counts["kept"]
 
 
 def test_status_and_check_say_what_is(finished: Path, capsys: pytest.CaptureFixture[str]):
