@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -28,7 +29,7 @@ from rayclust.clustering.curation import CurateConfig
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.methods import AnyMethodConfig, config_types
-from rayclust.methods.base import BaseMethodConfig
+from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig
 from rayclust.metrics.selection import geometric_grid
 from rayclust.settings import Config, format_error
 
@@ -312,8 +313,8 @@ class ImagesConfig(Config):
         return self
 
 
-class FeaturesConfig(Config):
-    """Transform from embeddings to the features that methods see."""
+class SpaceFeatures(Config):
+    """Transform from the embeddings of one space to features."""
 
     center: bool = False
     """Subtract the mean embedding of the run."""
@@ -321,6 +322,77 @@ class FeaturesConfig(Config):
     """End with unit rows."""
     standardize: bool = False
     """Z-score each dimension by the mean and deviation of the run (TEMI's `embed_norm`)."""
+
+
+class FeaturesConfig(SpaceFeatures):
+    """Transform from embeddings to the features that methods see."""
+
+    spaces: dict[str, SpaceFeatures] = Field(default_factory=dict)
+    """Of spaces that have settings of their own, by name. Written as `features` of an entry of `encoders`."""
+
+    def of(self, space: str) -> SpaceFeatures:
+        """Return the settings of a space: its own, or those of the run."""
+        return self.spaces.get(space, self)
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where no space has its own: so were the settings of runs of before, whose digests stand.
+        return {key: value for key, value in handler(self).items() if key != "spaces" or value}
+
+
+class SpaceConfig(EncoderConfig):
+    """One of several encoders: an encoder, and the space of its rows."""
+
+    space: str = Field(pattern=r"^[a-z0-9_-]+$")
+    """Name of the space, of letters a–z, digits, _ and -. By default that of the architecture."""
+    features: SpaceFeatures | None = None
+    """Features of this space; None takes the run's."""
+    embeddings: str | None = None
+    """Ready embeddings of this space, in any format that `images.uri` takes for them: the rows with the keys of the
+    run's. None encodes the images; the first space of a run of ready embeddings is at `images.uri`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, tree: Any) -> Any:
+        tree = {"name": tree} if isinstance(tree, str) else tree
+        if not isinstance(tree, dict) or "space" in tree:
+            return tree
+        name = str(tree.get("name", "auto"))
+        if name in ("auto", "unknown"):
+            raise ValueError("space: is missing; an encoder without a name needs one, such as `space: a`")
+        architecture = name.partition("/")[2].partition(".")[0] or name
+        return {"space": re.sub(r"[^a-z0-9_]+", "-", architecture.lower()).strip("-")} | tree
+
+
+def normalize_encoders(tree: dict[str, Any]) -> dict[str, Any]:
+    """Read a list of one encoder as `encoder`, and copy the features of spaces to `features.spaces`.
+
+    Raises:
+        ValueError: both keys are given, or a space's features are written where they are copied to.
+    """
+    given, features = tree.get("encoders"), tree.get("features")
+    if isinstance(features, dict) and features.get("spaces"):
+        raise ValueError("features.spaces: write `features` of an entry of `encoders`")
+    if not isinstance(given, list | tuple) or not given:
+        return {key: value for key, value in tree.items() if key != "encoders"} if given in ([], ()) else tree
+    if "encoder" in tree:
+        raise ValueError("encoders: is given beside encoder; keep one of them")
+    if len(given) == 1:
+        entry = dict(given[0]) if isinstance(given[0], dict) else {"name": given[0]}
+        if entry.get("embeddings") is not None:
+            raise ValueError("encoders.0.embeddings: a run with one space takes ready embeddings from images.uri")
+        own = entry.pop("features", None)
+        encoder = {key: value for key, value in entry.items() if key not in ("space", "embeddings")}
+        rest = {key: value for key, value in tree.items() if key != "encoders"}
+        return rest | {"encoder": encoder} | ({} if own is None else {"features": own})
+    spaces = dict[str, Any]()
+    for entry in given:
+        if isinstance(entry, dict) and isinstance(entry.get("features"), dict):
+            with suppress(ValueError):  # told of the entry itself
+                spaces[SpaceConfig._read(entry)["space"]] = entry["features"]
+    if not spaces or not isinstance(features, dict | None):
+        return tree
+    return tree | {"features": (features or {}) | {"spaces": spaces}}
 
 
 class NeighborsConfig(Config):
@@ -366,6 +438,9 @@ class LabelConfig(Config):
     space: Literal["auto", "encoder", "features"] = "auto"
     """Where images meet words: the encoder's unit rows, or what `features` makes of them. auto: features for words that
     come with embeddings, else encoder."""
+    encoder_space: str | None = None
+    """In a run with several encoders, the space in which images meet words. None: the first encoder's that reads text,
+    else the first."""
     unique: bool = False
     """Whether no two clusters may get one name."""
     voters: int | Literal["auto", "all"] = "auto"
@@ -450,6 +525,8 @@ class RunConfig(Config):
     """Seed of everything random."""
     images: ImagesConfig
     encoder: EncoderConfig = EncoderConfig()
+    encoders: tuple[SpaceConfig, ...] = ()
+    """Several encoders, each with a space of its own, in place of `encoder`; one in the list is the same as `encoder`."""
     features: FeaturesConfig = FeaturesConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     method: AnyMethodConfig
@@ -468,11 +545,49 @@ class RunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _open(cls, tree: Any) -> Any:
-        return normalize_clusters(tree) if isinstance(tree, dict) else tree
+        return normalize_encoders(normalize_clusters(tree)) if isinstance(tree, dict) else tree
 
     @model_serializer(mode="wrap")
     def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return denormalize_clusters(handler(self))
+        tree = denormalize_clusters(handler(self))
+        if self.features.spaces:  # they stand in `encoders` as well
+            tree["features"] = {key: value for key, value in tree["features"].items() if key != "spaces"}
+        return tree
+
+    @model_validator(mode="after")
+    def _distinct_spaces(self) -> RunConfig:
+        for name in self.spaces:
+            if self.spaces.count(name) > 1:
+                raise ValueError(f"encoders: {name} is the space of two; set `space` of one of them")
+            if name in (EMBEDDINGS, "encoder", "z", "both"):
+                raise ValueError(f"encoders: space = {name}: is taken for something else; choose another name")
+        if self.encoders and all(encoder.embeddings is not None for encoder in self.encoders):
+            raise ValueError("encoders: all have `embeddings`; name those of the first space as images.uri")
+        if self.label.encoder_space is not None and self.label.encoder_space not in self.spaces:
+            known = ", ".join(self.spaces) or "none: the run has one encoder"
+            raise ValueError(f"label.encoder_space = {self.label.encoder_space}: is no space of the run ({known})")
+        if any(encoder.embeddings is not None for encoder in self.encoders) and self.images.test is not None:
+            raise ValueError("images.test: ready embeddings of a space have no second input; use images.split")
+        return self
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """Names of the spaces of a run with several encoders; () for one encoder."""
+        return tuple(encoder.space for encoder in self.encoders)
+
+    @property
+    def each_encoder(self) -> tuple[EncoderConfig, ...]:
+        """The encoders of the run, also where there is one."""
+        return self.encoders or (self.encoder,)
+
+    @property
+    def text_encoder(self) -> EncoderConfig:
+        """The encoder in whose space words and images meet: `label.encoder_space`, or the first that reads text."""
+        for encoder in self.encoders:
+            if encoder.space == self.label.encoder_space:
+                return encoder
+        reading = (encoder for encoder in self.each_encoder if encoder.family == "open_clip")
+        return next(reading, self.each_encoder[0])
 
     @property
     def needs_selection(self) -> bool:
@@ -506,6 +621,7 @@ class RunConfig(Config):
             candidates = {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
             clusters["anyOf"] = [number, {"const": "auto"}, candidates]
             group["required"] = [key for key in group.get("required", []) if key != "clusters"]
+        del schema["$defs"]["FeaturesConfig"]["properties"]["spaces"]  # written as `encoders[].features`
         encoder = schema["properties"]["encoder"]
         schema["properties"]["encoder"] = {"anyOf": [{"type": "string"}, encoder]}  # `encoder: auto`
         return schema

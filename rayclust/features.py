@@ -1,8 +1,11 @@
-"""The map from stored embeddings to the rows that methods work on: centred, standardised, unit rows."""
+"""The map from stored embeddings to the rows that methods work on: centred, standardised, unit rows, joined spaces."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -72,3 +75,47 @@ class FeatureTransform:
         if self.scale is not None:
             rows /= self.scale
         return unit_rows(rows) if self.normalize else rows
+
+
+@dataclass(frozen=True)
+class SpaceTransforms:
+    """Transform of each of a run's spaces; embeddings come as Float[B ΣD], the spaces side by side in this order."""
+
+    transforms: Mapping[str, FeatureTransform]
+    """By space."""
+    widths: tuple[int, ...]
+    """D of each."""
+
+    def __call__(self, x: FloatArray) -> FloatArray:
+        """Return the features of all spaces as one.
+
+        Args:
+            x: Float[B ΣD].
+
+        Returns:
+            Float32[B ΣD]. Of one space its features; of several each one's features as unit rows, divided by √S, so that
+            the cosine of two rows is the mean of their cosines in the S spaces.
+
+        Raises:
+            ShapeError: `x` is not a matrix of that width.
+        """
+        found = list(self.split(x).values())
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate([unit_rows(rows) for rows in found], axis=1) / np.float32(math.sqrt(len(found)))
+
+    def only(self, space: str) -> SpaceTransforms:
+        """Return the transform of one space alone, on its own embeddings, Float[B D]."""
+        [width] = (width for name, width in zip(self.transforms, self.widths, strict=True) if name == space)
+        return SpaceTransforms({space: self.transforms[space]}, (width,))
+
+    def split(self, x: FloatArray) -> dict[str, FloatArray]:
+        """Return the features of each space, Float32[B D], as its own transform makes them, by name.
+
+        Raises:
+            ShapeError: `x` is not a matrix of width ΣD.
+        """
+        require_matrix(x, "x", sum(self.widths))
+        ends = list(accumulate(self.widths, initial=0))
+        slices = map(slice, ends[:-1], ends[1:])
+        return {name: self.transforms[name](x[:, some]) for name, some in zip(self.transforms, slices, strict=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticKnownError
 
 from rayclust.errors import ConfigError
-from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Recuttable
+from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Recuttable, Rows
 from rayclust.settings import closest
 
 METHODS = {
@@ -74,12 +75,12 @@ def is_recuttable(name: str) -> bool:
     return issubclass(find(name), Recuttable)
 
 
-def build(config: BaseMethodConfig, dimension: int, count: int, seed: int) -> Method:
+def build(config: BaseMethodConfig, dimension: int | Mapping[str, int], count: int, seed: int) -> Method:
     """Build the method that a config asks for, not yet fitted.
 
     Args:
         config: of one of the methods in `METHODS`.
-        dimension: D, the width of the rows.
+        dimension: D, the width of the rows; of each space by its name where the method's `spaces` is None.
         count: N, the rows of all workers.
         seed: of everything random in the method.
 
@@ -90,6 +91,12 @@ def build(config: BaseMethodConfig, dimension: int, count: int, seed: int) -> Me
         raise ConfigError(f"method.clusters = {config.clusters}: must be at most the number of rows, {count}")
     method: Method = find(config.name)(config, dimension, count, seed)
     return method
+
+
+def build_for(rows: Rows, config: BaseMethodConfig, seed: int) -> Method:
+    """Build the method that a config asks for, for rows in one space or several; see `build`."""
+    takes_each = find(config.name).spaces is None
+    return build(config, dict(rows.dimensions) if takes_each else rows.dimension, rows.count, seed)
 
 
 def load(state: MethodState) -> Method:

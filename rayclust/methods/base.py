@@ -170,18 +170,29 @@ class Batch:
 
 
 class Rows(Protocol):
-    """The rows of a run in one space, as a worker sees them."""
+    """The rows of a run as a worker sees them: in one space, or in several.
+
+    Without the name of a space rows come with all of them side by side: each space's features as unit rows divided by
+    √S, so that the cosine of two rows is the mean of their cosines in the S spaces.
+    """
 
     count: int
     """N."""
     dimension: int
-    """D."""
+    """D, of all spaces side by side."""
+    spaces: tuple[str, ...]
+    """Names of the spaces, in order; `EMBEDDINGS` in a run with one encoder."""
+    dimensions: dict[str, int]
+    """D of each space."""
 
-    def tensor(self) -> Tensor:
-        """Return all rows, Float[N D]."""
+    def tensor(self, space: str | None = None) -> Tensor:
+        """Return all rows, Float[N D]: the features of one space, or all spaces side by side."""
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Yield this worker's share of the rows as Float[B D]s; each row belongs to exactly one worker."""
+    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
+        """Yield this worker's share of the rows as Float[B D]s; each row belongs to exactly one worker.
+
+        Blocks of all spaces hold the same rows.
+        """
 
     def neighbors(self) -> Tensor:
         """Return Int[N M], the numbers of each row's nearest others, nearest first, −1 behind the last one."""
@@ -262,7 +273,7 @@ class BaseTrainer:
 
         Args:
             method: to be trained.
-            data: the rows of the only space, or a source of batches.
+            data: the rows, or a source of batches.
             start: called before the first step, and not on a resume.
         """
         raise NotImplementedError
@@ -333,7 +344,7 @@ class Method(nn.Module):
 
     Args:
         config: the settings.
-        dimension: D, the width of the rows.
+        dimension: D, the width of the rows; of each space by its name where `spaces` is None.
         count: N, the rows of all workers.
         seed: of everything random in the method.
     """
@@ -341,7 +352,8 @@ class Method(nn.Module):
     reads: ClassVar[Literal["embeddings", "pixels"]] = "embeddings"
     """What its batches hold."""
     spaces: ClassVar[int | None] = 1
-    """Number of spaces in a batch; None takes any number."""
+    """Number of spaces in a batch. With None batches and `predict_proba` have each of the run's spaces by its name, and
+    the method is built from the width of each; else the run's spaces come side by side as the one space `EMBEDDINGS`."""
     config_type: ClassVar[type[BaseMethodConfig]]
     """Class of its config."""
 
@@ -354,7 +366,7 @@ class Method(nn.Module):
     stop: bool = False
     """Set by `on_epoch_end` to end the training; the same on every worker, and kept in checkpoints by the loop."""
 
-    def __init__(self, config: BaseMethodConfig, dimension: int, count: int, seed: int) -> None:
+    def __init__(self, config: BaseMethodConfig, dimension: Any, count: int, seed: int) -> None:
         super().__init__()
         self.config, self.dimension, self.count, self.seed = config, dimension, count, seed
 
@@ -409,9 +421,22 @@ class Method(nn.Module):
         """
         return {}
 
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """Return probabilities of the clusters: Float[B D] to Float[B K], rows sum to 1."""
+    def predict_proba(self, x: Any) -> Tensor:
+        """Return probabilities of the clusters, Float[B K]; rows sum to 1.
+
+        Args:
+            x: Float[B D]; where `spaces` is None a dict of them by space.
+        """
         raise NotImplementedError
+
+    def predict_rows(self, rows: Rows) -> Iterator[Tensor]:
+        """Yield probabilities of this worker's rows, Float[B K], block by block, on the method's device."""
+        if self.spaces is not None:
+            for block in rows.blocks():
+                yield self.predict_proba(block.to(self.device))
+            return
+        for blocks in zip(*(rows.blocks(space) for space in rows.spaces), strict=True):
+            yield self.predict_proba({space: x.to(self.device) for space, x in zip(rows.spaces, blocks, strict=True)})
 
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Fit the method to the rows; by gradient unless overridden.

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from rayclust.errors import ArtefactError, ConfigError
+from rayclust.features import SpaceTransforms
 from rayclust.methods import load
 from rayclust.methods.base import Method, MethodState, Transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json
@@ -50,6 +51,11 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
         return load(MethodState(settings, safetensors.torch.load(data)))
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ArtefactError(f"{folder}: the model is damaged ({error}); run {stage} again with --force") from error
+
+
+def method_inputs(method: Method, transform: SpaceTransforms, embeddings: np.ndarray) -> np.ndarray | dict[str, np.ndarray]:
+    """Return features of Float[B ΣD] embeddings as `method.predict_proba` takes them: side by side, or by space."""
+    return transform.split(embeddings) if method.spaces is None else transform(embeddings)
 
 
 def transform_rows(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:

@@ -271,7 +271,7 @@ def _resolved(config: RunConfig) -> RunConfig:
 
 
 def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, check_inputs: bool = True) -> Manifest:
-    stage, run, manifests = STAGES[name], Run(config.run), Manifests(config)
+    stage, run, manifests = STAGES[name], Run(config.run, config.spaces), Manifests(config)
     if name not in stages_of(config):
         return _left_out(name, config)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rayclust.config import FeaturesConfig
 from rayclust.errors import ConfigError, DataError
-from rayclust.features import FeatureTransform
+from rayclust.features import FeatureTransform, SpaceTransforms
+from rayclust.methods.base import EMBEDDINGS, NO_NEIGHBOR
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs, Manifest
 from rayclust.store.run import Run
@@ -29,12 +30,28 @@ BLOCK = 8192
 """Rows that a method is given at once."""
 
 
-def transform_of(encode: Manifest, features: FeaturesConfig) -> FeatureTransform:
+def space_widths(encode: EncodeOutputs) -> dict[str, int]:
+    """Return D of each of a run's spaces by name; the only one of a run with one encoder is called `embeddings`."""
+    return {space.name: space.dimension for space in encode.spaces} or {EMBEDDINGS: encode.dimension}
+
+
+def transform_of(encode: Manifest, features: FeaturesConfig) -> SpaceTransforms:
     """Return the transform from embeddings to features, by the moments in encode's manifest."""
-    moments = encode.outputs_of(EncodeOutputs).moments
+    outputs = encode.outputs_of(EncodeOutputs)
+    moments, found, start = outputs.moments, dict[str, FeatureTransform](), 0
     total, squares = (np.frombuffer(base64.b64decode(text), "<f8") for text in (moments.total, moments.squares))
-    options = {"center": features.center, "standardize": features.standardize, "normalize": features.normalize}
-    return FeatureTransform.from_moments(moments.count, total, squares, **options)
+    for name, width in space_widths(outputs).items():
+        of, some = features.of(name), slice(start, start + width)
+        options = {"center": of.center, "standardize": of.standardize, "normalize": of.normalize}
+        found[name] = FeatureTransform.from_moments(moments.count, total[some], squares[some], **options)
+        start += width
+    return SpaceTransforms(found, tuple(space_widths(outputs).values()))
+
+
+def unit_transform(encode: EncodeOutputs, space: str | None = None) -> SpaceTransforms:
+    """Return the transform to the encoders' own unit rows: of all spaces, or of the one that is named."""
+    widths = {name: width for name, width in space_widths(encode).items() if space in (None, name)}
+    return SpaceTransforms(dict.fromkeys(widths, FeatureTransform(normalize=True)), tuple(widths.values()))
 
 
 def row_starts(encode: Manifest) -> list[int]:
@@ -57,15 +74,22 @@ def kept_aside(run: Run, encode: EncodeOutputs) -> np.ndarray | None:
         if test in (0, rows):
             aside.append(np.full(rows, test > 0))
         else:
-            column = tables.read_table(run.embeddings(part), ["split"])["split"]
+            column = tables.read_table(run.rows(part), ["split"])["split"]
             aside.append(column.to_numpy() == "test")
     return np.concatenate(aside)
 
 
-def part_features(run: Run, index: int, transform: FeatureTransform) -> np.ndarray:
-    """Return Float32[B D], the features of the rows of one part."""
-    table = tables.read_table(run.embeddings(index), ["embedding"])
-    return transform(tables.matrix(table["embedding"]))
+def part_embeddings(run: Run, index: int, spaces: Iterable[str] = ()) -> np.ndarray:
+    """Return Float[B ΣD], the embeddings of the rows of one part; the named spaces side by side, by default all."""
+    names = tuple(spaces) or run.spaces
+    uris = [run.embeddings(index, name) for name in names] if run.spaces else [run.embeddings(index)]
+    found = [tables.matrix(tables.read_table(uri, ["embedding"])["embedding"]) for uri in uris]
+    return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+
+
+def part_features(run: Run, index: int, transform: SpaceTransforms) -> np.ndarray:
+    """Return Float32[B D], the features of the rows of one part in the transform's spaces, side by side."""
+    return transform(part_embeddings(run, index, transform.transforms))
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -74,7 +98,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def blocks(
-    run: Run, starts: list[int], transform: FeatureTransform, aside: np.ndarray | None = None
+    run: Run, starts: list[int], transform: SpaceTransforms, aside: np.ndarray | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield Float32[B D] unit features and Int64[B] rows of every part that has rows, in order.
 
@@ -95,20 +119,19 @@ def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.
             yield part, local
 
 
-def features_at(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
+def features_at(run: Run, starts: list[int], transform: SpaceTransforms, rows: np.ndarray) -> np.ndarray:
     """Return Float32[n D], the features of some rows, Int64[n] sorted; only the parts that hold them are read."""
-    gathered = []
-    for part, local in rows_by_part(starts, rows):
-        embeddings = tables.matrix(tables.read_table(run.embeddings(part), ["embedding"])["embedding"])
-        gathered.append(transform(embeddings[local]))
-    return np.concatenate(gathered)
+    parts = rows_by_part(starts, rows)
+    return np.concatenate(
+        [transform(part_embeddings(run, part, transform.transforms)[local]) for part, local in parts]
+    )
 
 
 def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]:
     """Return the labels of some rows, Int64[n] sorted; None for a row without one."""
     found: list[str | None] = []
     for part, local in rows_by_part(starts, rows):
-        found += tables.read_table(run.embeddings(part), ["label"])["label"].take(pa.array(local)).to_pylist()
+        found += tables.read_table(run.rows(part), ["label"])["label"].take(pa.array(local)).to_pylist()
     return found
 
 
@@ -136,24 +159,32 @@ class StoredRows:
         self._aside = kept_aside(run, encode.outputs_of(EncodeOutputs))
         self.count = fitted_count(encode)
         """Number of rows, N."""
-        self.dimension = encode.outputs_of(EncodeOutputs).dimension
-        """Width of a row, D."""
+        self.dimensions = space_widths(encode.outputs_of(EncodeOutputs))
+        """D of each space, by its name."""
+        self.spaces = tuple(self.dimensions)
+        """Names of the spaces."""
+        self.dimension = sum(self.dimensions.values())
+        """Width of a row, D, of all spaces side by side."""
 
-    def tensor(self) -> Tensor:
-        """Return Float32[N D], mapped."""
-        features = (
-            self._fitted(part, part_features(self._run, part, self._transform)) for part in range(len(self._starts) - 1)
-        )
-        return mapped(self._cache / "features.npy", (self.count, self.dimension), np.float32, features)
+    def tensor(self, space: str | None = None) -> Tensor:
+        """Return Float32[N D], mapped: all spaces side by side, or one."""
+        if space is None:
+            path, width, transform = self._cache / "features.npy", self.dimension, self._transform
+        else:
+            path, width = self._cache / f"features-{space}.npy", self.dimensions[space]
+            transform = self._transform.only(space)
+        parts = range(len(self._starts) - 1)
+        features = (self._fitted(part, part_features(self._run, part, transform)) for part in parts)
+        return mapped(path, (self.count, width), np.float32, features)
 
     def _fitted(self, part: int, values: np.ndarray) -> np.ndarray:
         """Return the values of a part's rows that are not kept aside."""
         start, stop = self._starts[part : part + 2]
         return values if self._aside is None else values[~self._aside[start:stop]]
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Yield Float32[B D] blocks of this worker's contiguous share of the rows."""
-        features = self.tensor()
+    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
+        """Yield Float32[B D] blocks of this worker's contiguous share of the rows, of all spaces or of one."""
+        features = self.tensor(space)
         first = self.count * self._worker // self._workers
         end = self.count * (self._worker + 1) // self._workers
         for start in range(first, end, BLOCK):
@@ -167,7 +198,7 @@ class StoredRows:
         found = (self._fitted(part, neighbors) for part, neighbors in enumerate(read))
         if self._aside is not None:  # neighbours are fitted rows as well: number them among these
             positions = np.cumsum(~self._aside) - 1
-            found = (positions[neighbors] for neighbors in found)
+            found = (np.where(neighbors < 0, NO_NEIGHBOR, positions[neighbors]) for neighbors in found)
         return mapped(self._cache / "neighbors.npy", (self.count, width), np.int64, found)
 
 

@@ -12,14 +12,14 @@ import torch
 from rayclust.clustering import hierarchy
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
-from rayclust.features import FeatureTransform
-from rayclust.methods.base import Method, Prototypes
+from rayclust.features import SpaceTransforms
+from rayclust.methods.base import EMBEDDINGS, Method, Prototypes
 from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
-from rayclust.runtime.models import load_method
+from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
-from rayclust.runtime.rows import row_starts, transform_of
+from rayclust.runtime.rows import part_embeddings, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs, digest_of
@@ -72,14 +72,14 @@ def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.nd
 
 
 def _assign_part(
-    config: RunConfig, transform: FeatureTransform, model: str, levels: dict[int, np.ndarray], task: Task
+    config: RunConfig, transform: SpaceTransforms, model: str, levels: dict[int, np.ndarray], task: Task
 ) -> TaskResult:
     """Write the assignments of one part, on a GPU where the worker has one."""
     torch.set_num_threads(1)
-    run = Run(config.run)
+    run = Run(config.run, config.spaces)
     method = load_method(run.uri, model).to(worker_device(config))
-    table = tables.read_table(run.embeddings(task.index), ["row", "key", "embedding"])
-    clusters, confidence = assign(method, transform(tables.matrix(table["embedding"])))
+    table = tables.read_table(run.rows(task.index), ["row", "key"])
+    clusters, confidence = assign(method, method_inputs(method, transform, part_embeddings(run, task.index)))
     columns = [table["row"], table["key"], pa.array(clusters), pa.array(confidence)]
     columns += [pa.array(parents[clusters]) for parents in levels.values()]
     written = put_table(run, run.assignments(task.index), pa.table(columns, schema=tables.assignments(list(levels))))
@@ -87,12 +87,14 @@ def _assign_part(
     return TaskResult(written, {"rows": table.num_rows}, {"sizes": sizes.tolist()})
 
 
-def assign(method: Method, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable clusters, Int32[B], of Float32[B D] features and their probabilities, Float32[B]."""
-    if not len(features):
+def assign(method: Method, features: np.ndarray | dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most probable clusters, Int32[B], of features (`method_inputs`) and their probabilities, Float32[B]."""
+    by_space = features if isinstance(features, dict) else {EMBEDDINGS: features}
+    if not all(map(len, by_space.values())):
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
+    x = {name: torch.from_numpy(values).to(method.device) for name, values in by_space.items()}
     with torch.inference_mode():
-        probability, cluster = method.predict_proba(torch.from_numpy(features).to(method.device)).max(dim=1)
+        probability, cluster = method.predict_proba(x if isinstance(features, dict) else x[EMBEDDINGS]).max(dim=1)
     return cluster.cpu().numpy().astype(np.int32), probability.float().cpu().numpy()
 
 

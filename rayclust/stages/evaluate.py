@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from rayclust.config import RunConfig
-from rayclust.features import FeatureTransform
+from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Membership
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
@@ -54,7 +54,7 @@ class _Scoring:
 
     run: Run
     encode: EncodeOutputs
-    transform: FeatureTransform
+    transform: SpaceTransforms
     config: RunConfig
     levels: tuple[int, ...]
     """Numbers of clusters of the coarser levels, finest first."""
@@ -202,7 +202,7 @@ def _columns(run: Run, starts: list[int], levels: Sequence[int] = ()) -> tuple[n
         assigned = tables.read_table(run.assignments(part), columns)
         for place, column in enumerate(columns):
             clusters[place, start:stop] = assigned[column].to_numpy()
-        labels = tables.read_table(run.embeddings(part), ["label"])["label"].combine_chunks().dictionary_encode()
+        labels = tables.read_table(run.rows(part), ["label"])["label"].combine_chunks().dictionary_encode()
         names = labels.dictionary.to_pylist()
         # The last place stands for null, whose index is filled with −1.
         code_of = np.array([known.setdefault(name, len(known)) for name in names] + [-1], np.int32)

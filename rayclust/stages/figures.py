@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.config import RunConfig
-from rayclust.features import FeatureTransform
+from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Membership, Transform
 from rayclust.metrics import geometry
 from rayclust.metrics.selection import CRITERIA
@@ -163,7 +163,7 @@ def planar_map(x: FloatArray, seed: int = 0) -> NDArray[np.float32]:
 
 
 def _measure(
-    run: Run, config: RunConfig, starts: list[int], transform: FeatureTransform, model: str
+    run: Run, config: RunConfig, starts: list[int], transform: SpaceTransforms, model: str
 ) -> tuple[Outputs, dict[str, Any]]:
     torch.set_num_threads(1)
     clusters = np.empty(starts[-1], np.int32)

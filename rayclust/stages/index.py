@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from rayclust.config import RunConfig
-from rayclust.features import FeatureTransform
+from rayclust.features import SpaceTransforms
 from rayclust.methods import has_transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
@@ -80,7 +80,7 @@ class _Indexing:
     starts: list[int]
     queries: np.ndarray
     """Int64[q], sorted: rows."""
-    transform: FeatureTransform
+    transform: SpaceTransforms
     model: str
     """Digest of the method; empty where only the encoder's space is indexed."""
     folder: str

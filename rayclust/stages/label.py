@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayclust.config import RunConfig, kind_of
-from rayclust.features import FeatureTransform
+from rayclust.features import SpaceTransforms
 from rayclust.language.naming import ClusterName, TopRows, cluster_votes, name_clusters, typicality
 from rayclust.language.vocabulary import merged, same_name
 from rayclust.runtime.artefacts import put_table
@@ -44,7 +44,7 @@ class Labeling:
     run: Run
     config: RunConfig
     starts: list[int]
-    transform: FeatureTransform
+    transform: SpaceTransforms
     folder: str
 
     @property

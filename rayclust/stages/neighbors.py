@@ -10,11 +10,20 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
-from rayclust.features import FeatureTransform
+from rayclust.features import SpaceTransforms
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import blocks, fitted_count, kept_aside, part_features, row_starts, transform_of, unit_rows
+from rayclust.runtime.rows import (
+    blocks,
+    fitted_count,
+    kept_aside,
+    part_features,
+    row_starts,
+    transform_of,
+    unit_rows,
+    unit_transform,
+)
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.knn import RunningTopK
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
@@ -39,7 +48,7 @@ def run(context: StageContext) -> StageResult:
     if k < 1:
         raise DataError(f"neighbors: the run has {fitted} row: at least 2 are needed")
     is_raw = config.neighbors.features == "raw"
-    transform = FeatureTransform(normalize=True) if is_raw else transform_of(encode, config.features)
+    transform = unit_transform(encoded) if is_raw else transform_of(encode, config.features)
     method = config.neighbors.method
     if method == "auto":
         method = "ivf" if count > config.neighbors.exact_rows and not encoded.test else "exact"
@@ -83,14 +92,14 @@ def _tasks(parts: list[int], digest: str, wanted: int) -> list[Task]:
 
 
 def _search_exactly(
-    config: RunConfig, encode: EncodeOutputs, transform: FeatureTransform, k: int, task: Task
+    config: RunConfig, encode: EncodeOutputs, transform: SpaceTransforms, k: int, task: Task
 ) -> TaskResult:
     """Search the neighbours of the rows of a task's parts and write them part by part, on a GPU where it has one.
 
     With a split all rows find theirs among the rows that are not kept aside.
     """
     torch.set_num_threads(1)
-    run, starts, device = Run(config.run), [0, *np.cumsum(encode.parts).tolist()], worker_device(config)
+    run, starts, device = Run(config.run, config.spaces), [0, *np.cumsum(encode.parts).tolist()], worker_device(config)
     queries = torch.from_numpy(np.concatenate([part_features(run, part, transform) for part in task.payload]))
     rows = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in task.payload])
     best = RunningTopK(unit_rows(queries).to(device), rows, k)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rayclust.errors import ArtefactError, DataError
-from rayclust.features import FeatureTransform
+from rayclust.features import SpaceTransforms
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_neighbors
 from rayclust.runtime.rows import features_at, part_features, unit_rows
 from rayclust.runtime.tasks import STORAGE_THREADS, Item, Result, Task, TaskResult, finished_tasks, run_tasks
@@ -159,7 +159,7 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
 # The phases.
 
 
-def _train(layout: IvfLayout, transform: FeatureTransform, index: int) -> TaskResult:
+def _train(layout: IvfLayout, transform: SpaceTransforms, index: int) -> TaskResult:
     """Train the lists' centres and draw the queries on which the recall is measured."""
     torch.set_num_threads(1)
     wanted, random = list_count(layout.count), np.random.default_rng(SEED)
@@ -183,7 +183,7 @@ def _train(layout: IvfLayout, transform: FeatureTransform, index: int) -> TaskRe
     return TaskResult(put_tensors(layout.run, layout.at("centers"), tensors), {"rows": len(sample)})
 
 
-def _sort(layout: IvfLayout, transform: FeatureTransform, centers: str, group: int) -> TaskResult:
+def _sort(layout: IvfLayout, transform: SpaceTransforms, centers: str, group: int) -> TaskResult:
     """Sort the rows of a group by (list, row), and find the nearest of them to the queries."""
     torch.set_num_threads(1)
     found = kept_tensors(layout.at("centers"), centers)
@@ -424,7 +424,7 @@ def collect(layout: IvfLayout, summary: dict[str, Any], task: Task) -> TaskResul
 
 
 def search_ivf(
-    layout: IvfLayout, transform: FeatureTransform, min_recall: float, groups: Sequence[Task]
+    layout: IvfLayout, transform: SpaceTransforms, min_recall: float, groups: Sequence[Task]
 ) -> tuple[list[TaskResult], dict[str, Any]]:
     """Search the neighbours of all rows and write them part by part.
 

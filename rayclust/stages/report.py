@@ -167,7 +167,7 @@ def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, model.Pic
     """Return row → picture for sorted rows; only the parts that hold them are read."""
     run, records = context.run, list[dict[str, Any]]()
     for part, positions in rows_by_part(row_starts(context.inputs["encode"]), np.array(rows, np.int64)):
-        table = tables.read_table(run.embeddings(part), ["key", "uri", "label"])
+        table = tables.read_table(run.rows(part), ["key", "uri", "label"])
         confidence = tables.read_table(run.assignments(part), ["confidence"])["confidence"]
         records += table.append_column("confidence", confidence).take(pa.array(positions)).to_pylist()
     # Files side by side, what lies in one tar or table together.

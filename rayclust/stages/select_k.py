@@ -25,7 +25,7 @@ from rayclust import errors
 from rayclust.arrays import IntArray
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, RayclustError
-from rayclust.methods import build, is_recuttable
+from rayclust.methods import build_for, is_recuttable
 from rayclust.methods.base import CheckpointInterval, Method, Recuttable, Transform
 from rayclust.metrics import selection
 from rayclust.metrics.selection import Choice
@@ -101,7 +101,7 @@ class Search:
     @property
     def run(self) -> Run:
         """The run."""
-        return Run(self.config.run)
+        return Run(self.config.run, self.config.spaces)
 
     def task(self, clusters: int) -> Task:
         """Return the task of a candidate; its index is its number of clusters."""
@@ -122,9 +122,7 @@ def examine(search: Search, clusters: int) -> TaskResult:
     for method, history in _fits(search, config, rows):
         # The most probable cluster of each row, Int32[N].
         with torch.inference_mode():
-            parts = [
-                method.predict_proba(block.to(method.device)).argmax(1).int().cpu().numpy() for block in rows.blocks()
-            ]
+            parts = [found.argmax(1).int().cpu().numpy() for found in method.predict_rows(rows)]
         labels.append(np.concatenate(parts))
         kept = kept or (method, history)
     if kept is None:
@@ -160,7 +158,7 @@ def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple
         return
     device = "cuda" if search.gpus else "cpu"
     for seed in range(config.select_k.seeds):
-        method = build(config.method, rows.dimension, rows.count, config.seed + seed)
+        method = build_for(rows, config.method, config.seed + seed)
         store = StoredCheckpoints(search.run, _fit_digest(search, clusters, seed))
         every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
         trainer = Trainer(config.seed + seed, device, None, store, every)

@@ -28,7 +28,7 @@ from torch import Tensor
 from rayclust import distributed
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
-from rayclust.methods import build
+from rayclust.methods import build_for
 from rayclust.methods.base import CheckpointInterval, Method
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
 from rayclust.runtime.cluster import connect, cores_per_worker, on_every_node, plain_errors, require_label, worker_range
@@ -160,11 +160,11 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Fit in one worker; worker 0 writes the model and returns the result."""
     job: Job = settings["job"]
     torch.set_num_threads(settings["threads"])
-    config, run = job.config, Run(job.config.run)
+    config, run = job.config, Run(job.config.run, job.config.spaces)
     group = distributed.data_group()
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus else "cpu"
     rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), group.rank, group.size)
-    method = build(config.method, rows.dimension, rows.count, config.seed)
+    method = build_for(rows, config.method, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config) if group.rank == 0 and job.stage == "train" else None
 

@@ -70,17 +70,27 @@ class PackedMoments(Config):
     """Float64[D], little-endian, in base64."""
 
 
+class EncodedSpace(Config):
+    """One of the spaces of a run with several encoders."""
+
+    name: str
+    dimension: int = Field(ge=1)
+    """D."""
+
+
 class EncodeOutputs(StageOutputs):
     """Of encode: the shape of the embeddings."""
 
     dimension: int = Field(ge=1)
-    """D."""
+    """D; of all spaces side by side, if there are several."""
+    spaces: tuple[EncodedSpace, ...] = ()
+    """In this order side by side; empty in a run with one encoder."""
     parts: tuple[int, ...]
     """Rows of each part."""
     test: tuple[int, ...] = ()
     """Rows of each part that are kept aside; empty in a run without a split."""
     moments: PackedMoments
-    """Of all embeddings that are not kept aside."""
+    """Of all embeddings that are not kept aside, the spaces side by side."""
     reasons: dict[str, int]
     """Rejects by reason."""
 

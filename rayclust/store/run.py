@@ -21,12 +21,16 @@ class Run:
 
     uri: str
     """A folder, local or in object storage."""
+    spaces: tuple[str, ...] = ()
+    """Names of the spaces of a run with several encoders; () has one table for rows and embeddings alike."""
     config: str = field(default="config.json", init=False)
     """The config that the run was last started with."""
     lease: str = field(default="lease.json", init=False)
     """The lock of the run."""
     embeddings_folder: str = field(default="embeddings", init=False)
-    """Folder of `tables.EMBEDDINGS`, one table per input shard."""
+    """Folder of `tables.EMBEDDINGS`, one table per input shard; with several spaces of a folder for each."""
+    rows_folder: str = field(default="rows", init=False)
+    """Folder of the tables of keys, URIs and labels: `embeddings_folder`, but with several spaces one of its own."""
     rejects_folder: str = field(default="rejects", init=False)
     """Folder of `tables.REJECTS`, one table per input shard."""
     neighbors_folder: str = field(default="neighbors", init=False)
@@ -52,8 +56,10 @@ class Run:
 
     def __post_init__(self) -> None:
         # The defaults are paths below the run.
-        for each in fields(self)[1:]:
+        for each in fields(self)[2:]:
             object.__setattr__(self, each.name, self.at(str(each.default)))
+        if not self.spaces:
+            object.__setattr__(self, "rows_folder", self.embeddings_folder)
 
     def at(self, *parts: str) -> str:
         """Return the URI of something below the run."""
@@ -67,8 +73,18 @@ class Run:
         """Return the table with this index in a folder of tables."""
         return self.at(folder, PART.format(index))
 
-    embeddings = partialmethod(_part, "embeddings")
-    """Takes the index of an input shard and returns its embeddings."""
+    def rows(self, index: int) -> str:
+        """Return the table with keys, URIs and labels of an input shard's rows."""
+        return storage.join(self.rows_folder, PART.format(index))
+
+    def embeddings(self, index: int, space: str | None = None) -> str:
+        """Return the embeddings of an input shard; in one of several spaces, if it is named."""
+        return self._part("embeddings" if space is None else storage.join("embeddings", space), index)
+
+    def encoded(self, index: int) -> tuple[str, ...]:
+        """Return every table of an input shard: that of its rows first."""
+        return (self.rows(index), *(self.embeddings(index, space) for space in self.spaces))
+
     rejects = partialmethod(_part, "rejects")
     """Takes the index of an input shard and returns its rejects."""
     neighbors = partialmethod(_part, "neighbors")

@@ -37,10 +37,20 @@ def EMBEDDINGS(  # noqa: N802 - stands beside the constants below
 
     In a run with a split a column `split` says "train" or "test". Elements are halves, or what `in_storage` gives.
     """
-    names = [*_required(row=pa.int64(), key=pa.string(), uri=pa.string()), pa.field("label", pa.string())]
-    names += _required(split=pa.string()) if has_split else []
     embedding = _required(embedding=_lists(element or pa.float16(), dimension))
-    return pa.schema(names + embedding, metadata={"dimension": str(dimension)})
+    return pa.schema([*ROWS(has_split), *embedding], metadata={"dimension": str(dimension)})
+
+
+def ROWS(has_split: bool = False) -> pa.Schema:  # noqa: N802
+    """Return the schema of the rows of a run with several encoders: `EMBEDDINGS` without the embeddings."""
+    names = [*_required(row=pa.int64(), key=pa.string(), uri=pa.string()), pa.field("label", pa.string())]
+    return pa.schema(names + (_required(split=pa.string()) if has_split else []))
+
+
+def SPACE(dimension: int, element: pa.DataType) -> pa.Schema:  # noqa: N802
+    """Return the schema of the embeddings of width `dimension` in one of a run's spaces."""
+    columns = _required(row=pa.int64(), embedding=_lists(element, dimension))
+    return pa.schema(columns, metadata={"dimension": str(dimension)})
 
 
 REJECTS = pa.schema(_required(key=pa.string(), uri=pa.string(), reason=pa.string(), detail=pa.string()))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rayclust import distributed
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
-from rayclust.methods import build
+from rayclust.methods import build_for
 from rayclust.methods.base import (
     BaseMethodConfig,
     BaseTrainer,
@@ -225,7 +225,7 @@ class Trainer(BaseTrainer):
 
         Args:
             method: moved to the trainer's device.
-            data: the rows of the only space, or a source of batches.
+            data: the rows, or a source of batches.
             start: called before the first step of a training that is not resumed.
 
         Raises:
@@ -238,9 +238,10 @@ class Trainer(BaseTrainer):
         with torch.random.fork_rng(devices=devices):
             stepper = Stepper(method.to(self.device))
             plan, dtype = stepper.plan, next(method.parameters()).dtype
-            source = (
-                data if isinstance(data, Source) else RowSource(data, method.pairing, self.seed, self.device, dtype)
-            )
+            source = data
+            if not isinstance(source, Source):
+                each = method.spaces is None
+                source = RowSource(source, method.pairing, self.seed, self.device, dtype, each=each)
             sums: dict[str, Tensor] = {}
             step = self._resume(stepper, sums)
             batches = source.batches(plan, rank, step or 0)
@@ -332,7 +333,7 @@ class Trainer(BaseTrainer):
 
 
 def fit_arrays(
-    x: Tensor | np.ndarray,
+    x: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray],
     neighbors: Tensor | np.ndarray | None,
     config: BaseMethodConfig,
     seed: int = 0,
@@ -341,7 +342,7 @@ def fit_arrays(
     """Build a method and fit it to rows in memory.
 
     Args:
-        x: Float[N D], in feature space.
+        x: Float[N D], in feature space; or several by the names of their spaces.
         neighbors: Int[N M], nearest first, −1 where a row has fewer; None for a method that draws no pairs.
         config: the method's settings.
         seed: of everything random.
@@ -356,6 +357,6 @@ def fit_arrays(
         ConfigError: there are fewer rows than clusters.
     """
     rows = ArrayRows(x, neighbors)
-    method = build(config, rows.dimension, rows.count, seed)
+    method = build_for(rows, config, seed)
     method.fit(rows, Trainer(seed, device))
     return method.eval()

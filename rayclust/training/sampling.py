@@ -7,6 +7,7 @@ depends on the number of workers, so the union of the workers' parts is the same
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
@@ -101,18 +103,30 @@ class ArrayRows:
     """Rows in memory, with or without neighbours.
 
     Args:
-        x: Float[N D], an array or tensor.
+        x: Float[N D], an array or tensor; or several by the names of their spaces.
         neighbors: Int[N M] or None; −1 where a row has fewer than M.
 
     Raises:
-        ShapeError: an argument is not a matrix, or the two do not have one length.
+        ShapeError: an argument is not a matrix, or they do not have one length.
         DataError: a neighbour's number is not below N.
     """
 
-    def __init__(self, x: Tensor | np.ndarray, neighbors: Tensor | np.ndarray | None = None) -> None:
-        self._x = torch.as_tensor(x)
-        require_matrix(self._x, "x")
-        self.count, self.dimension = self._x.shape
+    def __init__(
+        self,
+        x: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray],
+        neighbors: Tensor | np.ndarray | None = None,
+    ) -> None:
+        given = x if isinstance(x, Mapping) else {EMBEDDINGS: x}
+        self._x = {name: torch.as_tensor(rows) for name, rows in given.items()}
+        self.spaces = tuple(self._x)
+        for name, rows in self._x.items():
+            require_matrix(rows, "x" if name == EMBEDDINGS else name)
+            if len(rows) != len(self._x[self.spaces[0]]):
+                counts = ", ".join(f"{space} {len(rows)}" for space, rows in self._x.items())
+                raise ShapeError(f"spaces have different numbers of rows ({counts}); they must be the same rows")
+        self.count = len(self._x[self.spaces[0]])
+        self.dimensions = {name: rows.shape[1] for name, rows in self._x.items()}
+        self.dimension = sum(self.dimensions.values())
         self._neighbors = None if neighbors is None else torch.as_tensor(neighbors)
         if self._neighbors is not None:
             require_matrix(self._neighbors, "neighbors")
@@ -121,13 +135,16 @@ class ArrayRows:
             if self._neighbors.numel() and (largest := int(self._neighbors.max())) >= self.count:
                 raise DataError(f"neighbors holds {largest}: row numbers must be below {self.count}")
 
-    def tensor(self) -> Tensor:
-        """Return all rows, Float[N D]."""
-        return self._x
+    def tensor(self, space: str | None = None) -> Tensor:
+        """Return all rows, Float[N D]: of one space, or of all side by side."""
+        if space is not None or len(self.spaces) == 1:
+            return self._x[space or self.spaces[0]]
+        rows = [functional.normalize(x, dim=1) for x in self._x.values()]
+        return torch.cat(rows, dim=1) / math.sqrt(len(rows))
 
-    def blocks(self) -> Iterator[Tensor]:
+    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
         """Yield this worker's rows, in order, as one block: one of W even slices."""
-        yield self._x[distributed.own_slice(self.count)]
+        yield self.tensor(space)[distributed.own_slice(self.count)]
 
     def neighbors(self) -> Tensor:
         """Return Int[N M].
@@ -144,11 +161,12 @@ class RowSource:
     """Batches of rows in one or more spaces, and of their neighbours.
 
     Args:
-        rows: of the only space, or by the name of each space; all have the same N. Neighbours are the first one's.
+        rows: the rows; or those of each space by its name, all with the same N. Neighbours are the first one's.
         pairing: what views to make.
         seed: of order, neighbours and noise.
         device: where batches go.
         dtype: of the views.
+        each: whether views are of each of the rows' spaces, by its name; else the spaces stand side by side.
     """
 
     def __init__(
@@ -158,12 +176,18 @@ class RowSource:
         seed: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        *,
+        each: bool = False,
     ) -> None:
-        spaces = rows if isinstance(rows, Mapping) else {EMBEDDINGS: rows}
-        first = next(iter(spaces.values()))
+        if isinstance(rows, Mapping):
+            first, tensors = next(iter(rows.values())), {name: space.tensor() for name, space in rows.items()}
+        elif each:
+            first, tensors = rows, {name: rows.tensor(name) for name in rows.spaces}
+        else:
+            first, tensors = rows, {EMBEDDINGS: rows.tensor()}
         self.count, self.pairing, self.seed = first.count, pairing, seed
         self.device, self.dtype = device, dtype
-        self._x = {name: place_on_device(space.tensor(), device) for name, space in spaces.items()}
+        self._x = {name: place_on_device(x, device) for name, x in tensors.items()}
         self._first = next(iter(self._x.values()))
         self._neighbors: Tensor | None = None
         if pairing.columns:
