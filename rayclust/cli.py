@@ -284,7 +284,7 @@ def status(run_uri: str, *, as_json: bool) -> None:
 @click.option("--image", default=None, help="An image file or URI to search with.")
 @click.option("--text", default=None, help="Words to search with, for encoders that read text.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Images to show.")
-@click.option("--space", default="encoder", show_default=True, type=click.Choice(["z", "encoder", "both"]))
+@click.option("--space", default="encoder", show_default=True, help="encoder, z, both, or one of several encoders.")
 @_JSON
 @_VERBOSE
 def search(run_uri: str, *, as_json: bool, **query: Any) -> None:

@@ -353,15 +353,20 @@ class SpaceConfig(EncoderConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _read(cls, tree: Any) -> Any:
-        tree = {"name": tree} if isinstance(tree, str) else tree
-        if not isinstance(tree, dict) or "space" in tree:
-            return tree
-        name = str(tree.get("name", "auto"))
-        if name in ("auto", "unknown"):
-            raise ValueError("space: is missing; an encoder without a name needs one, such as `space: a`")
-        architecture = name.partition("/")[2].partition(".")[0] or name
-        return {"space": re.sub(r"[^a-z0-9_]+", "-", architecture.lower()).strip("-")} | tree
+    def _name_space(cls, tree: Any) -> Any:
+        return with_space(tree)
+
+
+def with_space(tree: Any) -> Any:
+    """Return an entry of `encoders` with the name of its space; raise `ValueError` if it names no encoder either."""
+    tree = {"name": tree} if isinstance(tree, str) else tree
+    if not isinstance(tree, dict) or "space" in tree:
+        return tree
+    name = str(tree.get("name", "auto"))
+    if name in ("auto", "unknown"):
+        raise ValueError("space: is missing; an encoder without a name needs one, such as `space: a`")
+    architecture = name.partition("/")[2].partition(".")[0] or name
+    return {"space": re.sub(r"[^a-z0-9_]+", "-", architecture.lower()).strip("-")} | tree
 
 
 def normalize_encoders(tree: dict[str, Any]) -> dict[str, Any]:
@@ -389,7 +394,7 @@ def normalize_encoders(tree: dict[str, Any]) -> dict[str, Any]:
     for entry in given:
         if isinstance(entry, dict) and isinstance(entry.get("features"), dict):
             with suppress(ValueError):  # told of the entry itself
-                spaces[SpaceConfig._read(entry)["space"]] = entry["features"]
+                spaces[with_space(entry)["space"]] = entry["features"]
     if not spaces or not isinstance(features, dict | None):
         return tree
     return tree | {"features": (features or {}) | {"spaces": spaces}}
@@ -526,7 +531,7 @@ class RunConfig(Config):
     images: ImagesConfig
     encoder: EncoderConfig = EncoderConfig()
     encoders: tuple[SpaceConfig, ...] = ()
-    """Several encoders, each with a space of its own, in place of `encoder`; one in the list is the same as `encoder`."""
+    """Several encoders, each with a space of its own, in place of `encoder`; one in the list is as `encoder`."""
     features: FeaturesConfig = FeaturesConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     method: AnyMethodConfig

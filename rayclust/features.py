@@ -93,8 +93,8 @@ class SpaceTransforms:
             x: Float[B ΣD].
 
         Returns:
-            Float32[B ΣD]. Of one space its features; of several each one's features as unit rows, divided by √S, so that
-            the cosine of two rows is the mean of their cosines in the S spaces.
+            Float32[B ΣD]. Of one space its features; of several each one's features as unit rows, divided by √S: the
+            cosine of two rows is the mean of their cosines in the S spaces.
 
         Raises:
             ShapeError: `x` is not a matrix of that width.

@@ -352,8 +352,8 @@ class Method(nn.Module):
     reads: ClassVar[Literal["embeddings", "pixels"]] = "embeddings"
     """What its batches hold."""
     spaces: ClassVar[int | None] = 1
-    """Number of spaces in a batch. With None batches and `predict_proba` have each of the run's spaces by its name, and
-    the method is built from the width of each; else the run's spaces come side by side as the one space `EMBEDDINGS`."""
+    """Number of spaces in a batch. With None batches and `predict_proba` have each of the run's spaces by its name,
+    and the method is built from their widths; else the spaces come side by side as one, called `EMBEDDINGS`."""
     config_type: ClassVar[type[BaseMethodConfig]]
     """Class of its config."""
 

@@ -60,6 +60,10 @@ def local_paths(config: RunConfig) -> dict[str, str]:
         found["images.classes"] = config.images.classes
     if config.encoder.weights_uri is not None:
         found["encoder.pretrained"] = config.encoder.weights_uri
+    for place, encoder in enumerate(config.encoders):
+        paths = {"pretrained": encoder.weights_uri, "embeddings": encoder.embeddings}
+        named = {key: path for key, path in paths.items() if path is not None and not path.startswith("dataset:")}
+        found |= {f"encoders.{place}.{key}": path for key, path in named.items()}
     for position, name in enumerate(config.label.lists):
         if kind_of(name) in ("text", "embeddings"):
             is_one = isinstance(config.label.vocabulary, str)

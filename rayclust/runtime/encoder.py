@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,24 +12,28 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.encoders.base import Encoder
-from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.decode import Preprocess, decode
 from rayclust.encoders.load import dimension_of, load_encoder
+from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.store import storage
 
 
-def load_run_encoder(config: RunConfig, device: str | None = None) -> Encoder:
-    """Load the run's encoder with the run's limits; on a GPU where `resources` gives one, unless a device is named.
+def load_run_encoder(config: RunConfig, device: str | None = None, settings: EncoderConfig | None = None) -> Encoder:
+    """Load one of the run's encoders with the run's limits, by default the only one.
+
+    It lies on a GPU where `resources` gives one, unless a device is named.
 
     Raises:
         ConfigError: its weights are missing; the message names the file and where to put it.
     """
     if device is None:
         device = "cuda" if config.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
-    settings = config.encoder
+    settings = config.encoder if settings is None else settings
     if settings.name == "unknown":
+        key = "encoder.name" if not config.encoders else f"encoders: the name of {getattr(settings, 'space', '')}"
         raise ConfigError(
-            "encoder.name = unknown: the run's rows are ready embeddings; name the encoder that made them to add images"
+            f"{key} = unknown: the run's rows are ready embeddings; name the encoder that made them to add images"
             " or to search"
         )
     if device == "cpu" and settings.precision == "fp16" and config.resources.gpus_per_worker != 0:
@@ -54,10 +59,52 @@ def worker_device(config: RunConfig) -> str:
     return "cuda"
 
 
-def encoder_shape(config: RunConfig) -> tuple[Preprocess, int, float]:
-    """Load the run's encoder on this machine's CPU; return its preprocessing, its width D and its seconds per image."""
-    plain = config.encoder.model_copy(update={"precision": "fp32", "compile": False})
-    encoder = load_run_encoder(config.model_copy(update={"encoder": plain}), device="cpu")
+def encoding(config: RunConfig) -> tuple[EncoderConfig, ...]:
+    """Return those of the run's encoders that encode its images: all but those whose embeddings are ready."""
+    return tuple(each for each in config.each_encoder if getattr(each, "embeddings", None) is None)
+
+
+class RunEncoders:
+    """The encoders of a run that encode its images.
+
+    Args:
+        config: of the run.
+        device: see `load_run_encoder`.
+
+    Raises:
+        ConfigError: weights are missing.
+    """
+
+    def __init__(self, config: RunConfig, device: str | None = None) -> None:
+        self.encoders = tuple(load_run_encoder(config, device, settings) for settings in encoding(config))
+        self.preprocesses = tuple(dict.fromkeys(encoder.preprocess for encoder in self.encoders))
+        """Each kind of pixels once: encoders with one preprocessing share them."""
+        self.dimension = sum(encoder.dimension for encoder in self.encoders)
+        """ΣD."""
+
+    def decode(self, data: bytes) -> list[np.ndarray]:
+        """Decode one image file to UInt8[H W C] pixels for each preprocessing; raise `Undecodable` where that fails."""
+        return [decode(data, preprocess) for preprocess in self.preprocesses]
+
+    def encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Encode images.
+
+        Args:
+            pixels: UInt8[B H W C] for each preprocessing.
+
+        Returns:
+            Float32[B ΣD], the encoders' rows side by side.
+        """
+        seen = dict(zip(self.preprocesses, pixels, strict=True))
+        rows = [encoder.encode_images(seen[encoder.preprocess]) for encoder in self.encoders]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
+
+
+def encoder_shape(config: RunConfig, settings: EncoderConfig | None = None) -> tuple[Preprocess, int, float]:
+    """Load an encoder on this machine's CPU; return its preprocessing, its width D and its seconds per image."""
+    settings = config.encoder if settings is None else settings
+    plain = settings.model_copy(update={"precision": "fp32", "compile": False})
+    encoder = load_run_encoder(config, "cpu", plain)
     black = np.zeros((1, *encoder.preprocess.shape), np.uint8)
     encoder.encode_images(black)  # only the first call allocates
     started = time.monotonic()
@@ -65,22 +112,27 @@ def encoder_shape(config: RunConfig) -> tuple[Preprocess, int, float]:
     return encoder.preprocess, encoder.dimension, time.monotonic() - started
 
 
-def refuse_other_width(config: RunConfig, width: int) -> None:
+def refuse_other_width(config: RunConfig, width: int, settings: EncoderConfig | None = None) -> None:
     """Raise `ConfigError` if a named encoder cannot have made embeddings of a width: names would be wrong."""
-    if config.encoder.family not in ("auto", "unknown"):
-        expected = dimension_of(config.encoder)
+    settings = config.each_encoder[0] if settings is None else settings
+    if settings.family not in ("auto", "unknown"):
+        expected = dimension_of(settings)
         if expected not in (None, width):
+            source = f"images.uri = {config.images.uri}"
+            if getattr(settings, "embeddings", None) is not None:
+                source = f"encoders: embeddings = {settings.embeddings}"  # type: ignore[attr-defined]
             raise ConfigError(
-                f"encoder.name = {config.encoder.name}: has {expected} values an image, the embeddings of "
-                f"images.uri = {config.images.uri} have {width}; name the encoder that made them, or unknown"
+                f"encoder.name = {settings.name}: has {expected} values an image, the embeddings of "
+                f"{source} have {width}; name the encoder that made them, or unknown"
             )
 
 
-def weights_stamp(config: RunConfig) -> str:
-    """Return a string that changes with the encoder's weights: a hub tag, or a file's size and time, or its ETag."""
-    uri = config.encoder.weights_uri
+def weights_stamp(config: RunConfig, settings: EncoderConfig | None = None) -> str:
+    """Return a string that changes with an encoder's weights: a hub tag, or a file's size and time, or its ETag."""
+    settings = config.encoder if settings is None else settings
+    uri = settings.weights_uri
     if uri is None:
-        return str(config.encoder.pretrained)
+        return str(settings.pretrained)
     found = storage.stat(uri)
     if found is None:
         raise ConfigError(f"encoder.pretrained = {uri}: no such file; give a tag, a path or a URI")

@@ -14,6 +14,7 @@ from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.runtime import datasets
 from rayclust.runtime.encoder import weights_stamp
+from rayclust.runtime.spaces import ReadySpace, digest_of_ready, plan_ready
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
 from rayclust.store.run import Run
@@ -38,6 +39,8 @@ class InputPlan:
     """By shard: of all that its embeddings depend on."""
     packed: tuple[bytes, ...]
     """By shard: compressed JSON of the whole shard, some bytes per image of a folder."""
+    ready: tuple[ReadySpace, ...] = ()
+    """Ready embeddings of further spaces."""
 
     def shard_json(self, index: int) -> bytes:
         """Return a shard with the names of its images, as JSON that `Shard.from_json` reads."""
@@ -54,17 +57,26 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
         DataError: the input is missing, unreadable or empty.
     """
     run = Run(config.run)
-    own = (run.embeddings_folder, run.rejects_folder, run.neighbors_folder, run.assignments_folder, run.index_folder)
+    own = (
+        run.rows_folder,
+        run.embeddings_folder,
+        run.rejects_folder,
+        run.neighbors_folder,
+        run.assignments_folder,
+        run.index_folder,
+    )
     if any(within(config.images.uri, folder) for folder in own):
         raise ConfigError(f"images.uri = {config.images.uri}: is written by run = {config.run}; choose another run")
-    settings, images = settings | {"weights": weights_stamp(config)}, config.images
+    images = config.images
+    stamps = [weights_stamp(config, encoder) for encoder in config.each_encoder]
+    settings = settings | {"weights": stamps if config.encoders else stamps[0]}
     if images.test is not None and within(images.test, images.uri):
         inside = images.test.removeprefix(images.uri).strip("/")
         raise ConfigError(
             f"images.test = {images.test}: lies within images.uri, so that its rows would be read twice; set "
             f"images.split: {inside}/* instead"
         )
-    shards, digests, packed = list[Shard](), [], []
+    shards, contents, packed = list[Shard](), list[dict[str, Any]](), []
     for shard in input_shards(config):
         has_tables = shard.kind not in ("folder", "webdataset")
         if shard.index == 0 and has_tables and within(config.run, config.images.uri):
@@ -79,8 +91,12 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
         # A shard's place among the others is left out, so that a grown input keeps what was done.
         content = asdict(shards[-1])
         del content["index"], content["first"]
-        digests.append(digest_of({"shard": content, "settings": settings}))
-    return InputPlan(digest_of(digests), tuple(shards), tuple(digests), tuple(packed))
+        contents.append(content)
+    ready = tuple(plan_ready(config, shards))
+    if ready:
+        settings |= {"ready": digest_of_ready(ready)}
+    digests = tuple(digest_of({"shard": content, "settings": settings}) for content in contents)
+    return InputPlan(digest_of(digests), tuple(shards), digests, tuple(packed), ready)
 
 
 def input_shards(config: RunConfig) -> Iterator[Shard]:
@@ -114,6 +130,8 @@ def with_encoder(config: RunConfig, has_gpus: Callable[[], bool]) -> RunConfig:
         config: of the run.
         has_gpus: asked only where images are encoded for the first time.
     """
+    if config.encoders:
+        return _with_encoders(config)
     if config.encoder.name != "auto":
         return config
     chosen, why = {"name": "unknown"}, "the rows are ready embeddings: no names for clusters, no search by text"
@@ -131,3 +149,24 @@ def with_encoder(config: RunConfig, has_gpus: Callable[[], bool]) -> RunConfig:
     logger.info("encoder: %s, %s; encoder.name takes another", chosen["name"], why)
     settings = config.encoder.model_dump(exclude_unset=True) | chosen
     return config.model_copy(update={"encoder": EncoderConfig.model_validate(settings)})
+
+
+def _with_encoders(config: RunConfig) -> RunConfig:
+    """Return the config with each `auto` of `encoders` resolved: ready embeddings are of an unknown encoder."""
+    is_ready = next(input_shards(config)).has_embeddings
+    encoders = []
+    for place, encoder in enumerate(config.encoders):
+        key = f"encoders.{place}"
+        if is_ready and place == 0 and encoder.embeddings is not None:
+            raise ConfigError(f"{key}.embeddings: those of the first space are images.uri = {config.images.uri}")
+        if is_ready and place > 0 and encoder.embeddings is None:
+            raise ConfigError(
+                f"{key}.embeddings: is missing; images.uri = {config.images.uri} holds no images to encode"
+            )
+        is_encoded = not is_ready and encoder.embeddings is None
+        if is_encoded and encoder.name in ("auto", "unknown"):
+            raise ConfigError(
+                f"{key}.name: is missing; one of several encoders needs a name, such as open_clip/ViT-B-32"
+            )
+        encoders.append(encoder.model_copy(update={"name": "unknown"}) if encoder.name == "auto" else encoder)
+    return config.model_copy(update={"encoders": tuple(encoders)})

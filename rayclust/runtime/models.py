@@ -53,7 +53,9 @@ def read_method(folder: str, stage: str, digests: Mapping[str, str] | None = Non
         raise ArtefactError(f"{folder}: the model is damaged ({error}); run {stage} again with --force") from error
 
 
-def method_inputs(method: Method, transform: SpaceTransforms, embeddings: np.ndarray) -> np.ndarray | dict[str, np.ndarray]:
+def method_inputs(
+    method: Method, transform: SpaceTransforms, embeddings: np.ndarray
+) -> np.ndarray | dict[str, np.ndarray]:
     """Return features of Float[B ΣD] embeddings as `method.predict_proba` takes them: side by side, or by space."""
     return transform.split(embeddings) if method.spaces is None else transform(embeddings)
 

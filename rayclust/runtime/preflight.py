@@ -8,21 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from rayclust.config import RunConfig
-from rayclust.encoders.base import Encoder
-from rayclust.encoders.decode import Undecodable, decode
+from rayclust.encoders.decode import Undecodable
 from rayclust.errors import DataError, RayclustError
 from rayclust.language.vocabulary import merged
 from rayclust.methods import is_recuttable
 from rayclust.report.formats import duration
 from rayclust.runtime.cluster import describe_placement
-from rayclust.runtime.encoder import load_run_encoder, refuse_other_width
+from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
 from rayclust.runtime.inputs import input_shards, with_encoder
+from rayclust.runtime.spaces import plan_ready
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds
 from rayclust.store import storage
 from rayclust.store.lock import check_conditional_puts
@@ -147,36 +146,46 @@ class _Checks:
 
     def encoder(self) -> str:
         self.config = with_encoder(self.config, lambda: self.config.resources.gpus > 0)
-        shard = next(input_shards(self.config))
-        if shard.has_embeddings:
+        shards = list(islice(input_shards(self.config), LISTED_SHARDS))
+        ready = {space.name: space for space in plan_ready(self.config, shards)}
+        self.dimension = sum(space.width for space in ready.values())
+        described = [f"{name}, ready embeddings of {space.width} values" for name, space in ready.items()]
+        for encoder in self.config.encoders:
+            if encoder.space in ready:
+                refuse_other_width(self.config, ready[encoder.space].width, encoder)
+        if shards[0].has_embeddings:
             from rayclust.encoders.weights import load_tensors
 
-            rows = read_rows(shard, load_tensors=load_tensors)
+            rows = read_rows(shards[0], load_tensors=load_tensors)
             if not rows.keys:
-                raise DataError(f"{shard.uri}: none of the first {len(rows.rejects)} embeddings can be used")
-            self.dimension = int(rows.embeddings.shape[1])
-            refuse_other_width(self.config, self.dimension)
-            if self.config.encoder.name == "unknown":
-                return f"unknown, ready embeddings of {self.dimension} values: no names, no search by text or image"
-            return f"{self.config.encoder.name}, ready embeddings of {self.dimension} values"
-        encoder = load_run_encoder(self.config)
-        self.dimension = encoder.dimension
-        good, reasons = self._encode_sample(encoder)
+                raise DataError(f"{shards[0].uri}: none of the first {len(rows.rejects)} embeddings can be used")
+            width = int(rows.embeddings.shape[1])
+            self.dimension += width
+            refuse_other_width(self.config, width)
+            for space in ready.values():
+                space.rows(rows.keys, 0)
+            name = self.config.each_encoder[0].name
+            none = ": no names, no search by text or image" if name == "unknown" and not ready else ""
+            return "; ".join([f"{name}, ready embeddings of {width} values{none}", *described])
+        encoders = RunEncoders(self.config)
+        self.dimension += encoders.dimension
+        good, reasons = self._encode_sample(encoders)
         if not good:
             why = f"none of the first {len(reasons)} images can be decoded: {', '.join(sorted(set(reasons)))}"
             raise DataError(why if reasons else "the input holds no image")
         rejected = f", {len(reasons)} of the first {good + len(reasons)} images rejected" if reasons else ""
-        return f"{encoder.name}, {encoder.dimension} values an image{rejected}"
+        named = [f"{encoder.name}, {encoder.dimension} values an image" for encoder in encoders.encoders]
+        return "; ".join([*named, *described]) + rejected
 
-    def _encode_sample(self, encoder: Encoder) -> tuple[int, list[str]]:
+    def _encode_sample(self, encoders: RunEncoders) -> tuple[int, list[str]]:
         """Decode and encode the first images; return how many were good, and the reasons of the rejects."""
-        config, pixels, reasons = self.config, list[Any](), list[str]()
+        config, pixels, reasons = self.config, list[list[np.ndarray]](), list[str]()
         seconds, file_bytes = 0.0, 0
         records = (record for shard in input_shards(config) for record in read_records(shard, config.images.max_bytes))
         for record in islice(records, SAMPLE_IMAGES):
             started = time.perf_counter()
             try:
-                found = record.reason or decode(record.data or b"", encoder.preprocess)
+                found = record.reason or encoders.decode(record.data or b"")
             except Undecodable as error:
                 found = error.reason
             if isinstance(found, str):
@@ -187,11 +196,13 @@ class _Checks:
             pixels.append(found)
         if pixels:
             on_gpu = bool(config.resources.gpus) and torch.cuda.is_available()
-            rows = max(len(pixels), (config.encoder.batch_size or GPU_BATCH) if on_gpu else 1)
-            batch = np.stack([pixels[i % len(pixels)] for i in range(rows)])
-            encoder.encode_images(batch if on_gpu else batch[:1])  # not timed: only the first call allocates
+            usual = max(encoder.batch_size or GPU_BATCH for encoder in encoding(config))
+            rows = max(len(pixels), usual if on_gpu else 1)
+            batch = [np.stack([kind[i % len(kind)] for i in range(rows)]) for kind in zip(*pixels, strict=True)]
+            # Not timed: only the first call allocates.
+            encoders.encode(batch if on_gpu else [kind[:1] for kind in batch])
             started = time.perf_counter()
-            encoder.encode_images(batch)
+            encoders.encode(batch)
             encode_seconds = (time.perf_counter() - started) / rows
             self.sample = Sample(file_bytes / len(pixels), seconds / len(pixels), encode_seconds, on_gpu)
         return len(pixels), reasons

@@ -21,12 +21,12 @@ from PIL import Image
 
 from rayclust.arrays import require_matrix
 from rayclust.config import RunConfig, validate
-from rayclust.encoders.decode import Undecodable, decode
+from rayclust.encoders.decode import Undecodable
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime import log
 from rayclust.runtime.api import load_config, load_run, with_absolute_paths
-from rayclust.runtime.encoder import load_run_encoder
-from rayclust.runtime.models import load_method
+from rayclust.runtime.encoder import RunEncoders
+from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import content_digest, run_all
 from rayclust.runtime.rows import transform_of
 from rayclust.runtime.vocabularies import cluster_names
@@ -71,7 +71,7 @@ class RunTables:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         """As the run was last started."""
-        self._run = Run(config.run)
+        self._run = Run(config.run, config.spaces)
         self.report = self._run.report
         """URI of the page."""
 
@@ -104,7 +104,7 @@ class RunTables:
             return (self.clusters if columns is None else self.clusters.select(list(columns))).to_pandas()
         if name is not None:
             return self.table(name, columns).to_pandas()
-        table = self.table("embeddings", ["row", "key", "uri", "label"])
+        table = self.table("rows", ["row", "key", "uri", "label"])
         assigned = self.table("assignments", ["cluster", "confidence"])
         frame = pa.table({name: t[name] for t in (table, assigned) for name in t.column_names}).to_pandas()
         names = cluster_names(self._run)
@@ -118,7 +118,7 @@ class RunTables:
             DataError: an image is no longer where the run found it, or the run is of ready embeddings.
         """
         wanted = [int(row) for row in rows]
-        uris = self.table("embeddings", ["uri"])["uri"].take(pa.array(wanted, pa.int64())).to_pylist()
+        uris = self.table("rows", ["uri"])["uri"].take(pa.array(wanted, pa.int64())).to_pylist()
         found = dict(fetch_many(uris))
         for uri in uris:
             if found.get(uri) is None:
@@ -134,13 +134,14 @@ class RunTables:
             text: words, for encoders that read text; or
             image: a path or URI.
             top: how many.
-            space: `encoder`, or `z` for methods that learn a space of their own.
+            space: `encoder`, or `z` for methods that learn a space of their own; of several encoders the name of one.
 
         Returns:
             Columns row, similarity (cosine), key, uri, cluster and name.
         """
-        if space not in ("encoder", "z"):
-            raise ConfigError(f"space = {space!r}: must be 'encoder' or 'z'")
+        known = ("encoder", *self.config.spaces)
+        if space not in (*known, "z"):
+            raise ConfigError(f"space = {space!r}: must be {', '.join(map(repr, known))} or 'z'")
         # Stages lie above this module, so they are imported by name, as the pipeline does.
         stage = import_module("rayclust.stages.search")
         image = None if image is None else str(image)
@@ -178,7 +179,7 @@ class RunTables:
             rows, reasons = self._encode(uris, int(encode.extra["dimension"]))
         require_matrix(rows, "images", int(encode.extra["dimension"]))
         method = load_method(self._run.uri, content_digest(train))
-        features = transform_of(encode, self.config.features)(rows)
+        features = method_inputs(method, transform_of(encode, self.config.features), rows)
         clusters, confidence = import_module("rayclust.stages.assign").assign(method, features)
         names = cluster_names(self._run)
         found = {"cluster": clusters.tolist(), "name": [names.get(cluster) for cluster in clusters.tolist()]}
@@ -192,14 +193,14 @@ class RunTables:
 
     def _encode(self, uris: Sequence[str], width: int) -> tuple[NDArray[np.float32], list[str | None]]:
         """Encode single images: rows Float32[B D] of those that can be read, and why each of the others cannot."""
-        encoder, rows, reasons = load_run_encoder(self.config), list[NDArray[np.float32]](), list[str | None]()
+        encoders, rows, reasons = RunEncoders(self.config), list[NDArray[np.float32]](), list[str | None]()
         for uri in uris:
             try:
-                pixels = decode(storage.read_bytes(uri), encoder.preprocess)
+                pixels = encoders.decode(storage.read_bytes(uri))
             except (Undecodable, DataError) as error:
                 reasons.append(error.reason if isinstance(error, Undecodable) else "missing")
             else:
-                rows.append(encoder.encode_images(pixels[None]))
+                rows.append(encoders.encode([kind[None] for kind in pixels]))
                 reasons.append(None)
         return np.concatenate([np.zeros((0, width), np.float32), *rows]), reasons
 
@@ -209,7 +210,8 @@ class RunTables:
         Raises:
             ArtefactError: a part is missing or damaged.
         """
-        return (tables.read_table(uri, columns) for _, uri in parts(self._run.at(name)))
+        folder = self._run.rows_folder if name == "rows" else self._run.at(name)
+        return (tables.read_table(uri, columns) for _, uri in parts(folder))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a whole table; see `iter`. Raise `ArtefactError` if the stage that writes it has not begun."""

@@ -122,9 +122,7 @@ def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.
 def features_at(run: Run, starts: list[int], transform: SpaceTransforms, rows: np.ndarray) -> np.ndarray:
     """Return Float32[n D], the features of some rows, Int64[n] sorted; only the parts that hold them are read."""
     parts = rows_by_part(starts, rows)
-    return np.concatenate(
-        [transform(part_embeddings(run, part, transform.transforms)[local]) for part, local in parts]
-    )
+    return np.concatenate([transform(part_embeddings(run, part, transform.transforms)[local]) for part, local in parts])
 
 
 def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]:

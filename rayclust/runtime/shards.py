@@ -6,7 +6,7 @@ import base64
 import fnmatch
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
+from rayclust.methods.base import EMBEDDINGS
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.datasets import local_folder
 from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
@@ -100,7 +101,7 @@ def write_shard(
     task: Task,
     row_start: int,
     records: Sequence[dict[str, Any]],
-    embeddings: np.ndarray,
+    embeddings: np.ndarray | Mapping[str, np.ndarray],
     rejects: Sequence[dict[str, Any]],
     *,
     split: Split | None = None,
@@ -112,12 +113,15 @@ def write_shard(
         task: index and digest of the shard.
         row_start: row of its first record; an estimate, which `renumber` corrects.
         records: key, uri and label of each image, in order of key.
-        embeddings: Float[n D], their embeddings, stored as float32 if they are, else as float16. Rows that are not
-            finite become rejects.
+        embeddings: Float[n D], their embeddings, stored as float32 if they are, else as float16; of a run with several
+            spaces by space, in the run's order. Rows that are not finite become rejects.
         rejects: key, uri, reason and detail of each image left out.
         split: says which rows are kept aside; the moments leave these out.
     """
-    finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float32)).all(axis=1))
+    spaces = embeddings if isinstance(embeddings, Mapping) else {EMBEDDINGS: embeddings}
+    finite = np.ones(len(records), bool)
+    for values in spaces.values():
+        finite &= np.atleast_1d(np.isfinite(values.astype(np.float32)).all(axis=1))
     kept, rejects = [], list(rejects)
     for record, is_finite in zip(records, finite, strict=True):
         if is_finite:
@@ -125,7 +129,10 @@ def write_shard(
         else:
             detail = "the embedding has an infinite or undefined value"
             rejects.append({"key": record["key"], "uri": record["uri"], "reason": "not_finite", "detail": detail})
-    embeddings = embeddings[finite].astype(np.float32 if embeddings.dtype == np.float32 else np.float16)
+    spaces = {
+        name: values[finite].astype(np.float32 if values.dtype == np.float32 else np.float16)
+        for name, values in spaces.items()
+    }
     rejects.sort(key=lambda reject: reject["key"])
     texts = {name: [record[name] for record in kept] for name in ("key", "uri", "label")}
     aside = np.zeros(len(kept), bool)
@@ -134,14 +141,19 @@ def write_shard(
         texts["split"] = ["test" if is_test else "train" for is_test in aside]
         if split.source:  # keys of two inputs may be the same
             texts["key"] = [f"test/{key}" if is_test else key for key, is_test in zip(texts["key"], aside, strict=True)]
-    columns = [
-        pa.array(np.arange(row_start, row_start + len(kept), dtype=np.int64)),
-        *(pa.array(values, pa.string()) for values in texts.values()),
-        tables.fixed_list(embeddings),
-    ]
-    element = pa.from_numpy_dtype(embeddings.dtype)
-    schema = tables.EMBEDDINGS(embeddings.shape[1], split is not None, element)
-    outputs = put_table(run, run.embeddings(task.index), pa.table(columns, schema=schema))
+    rows = pa.array(np.arange(row_start, row_start + len(kept), dtype=np.int64))
+    columns = [rows, *(pa.array(values, pa.string()) for values in texts.values())]
+    if run.spaces:
+        outputs = put_table(run, run.rows(task.index), pa.table(columns, schema=tables.ROWS(split is not None)))
+        for name, values in spaces.items():
+            schema = tables.SPACE(values.shape[1], pa.from_numpy_dtype(values.dtype))
+            table = pa.table([rows, tables.fixed_list(values)], schema=schema)
+            outputs |= put_table(run, run.embeddings(task.index, name), table)
+    else:
+        [values] = spaces.values()
+        schema = tables.EMBEDDINGS(values.shape[1], split is not None, pa.from_numpy_dtype(values.dtype))
+        table = pa.table([*columns, tables.fixed_list(values)], schema=schema)
+        outputs = put_table(run, run.embeddings(task.index), table)
     if rejects:
         outputs |= put_table(run, run.rejects(task.index), pa.Table.from_pylist(rejects, schema=tables.REJECTS))
     else:
@@ -149,24 +161,28 @@ def write_shard(
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     counts = {"rows": len(kept), "rejects": len(rejects), "labelled": sum(r["label"] is not None for r in kept)}
     counts |= {} if split is None else {"test": int(aside.sum())}
-    extra = {"row_start": row_start, "reasons": reasons, "moments": moments_of(embeddings[~aside])}
+    joint = np.concatenate(list(spaces.values()), axis=1)
+    extra = {"row_start": row_start, "reasons": reasons, "moments": moments_of(joint[~aside])}
+    if run.spaces:
+        extra["widths"] = [values.shape[1] for values in spaces.values()]
     return TaskResult(outputs, counts, extra)
 
 
 def renumber(run: Run, index: int, row_start: int) -> TaskResult:
     """Rewrite a part so that its rows begin at `row_start`; idempotent. Raise `ArtefactError` if it has no mark."""
-    uri = run.shard_manifest(index)
-    mark = read_mark(uri)
+    mark_uri = run.shard_manifest(index)
+    mark = read_mark(mark_uri)
     if mark is None:
-        raise ArtefactError(f"{uri}: is missing or damaged; run encode again")
+        raise ArtefactError(f"{mark_uri}: is missing or damaged; run encode again")
     digest, result = mark
-    table = tables.read_table(run.embeddings(index))
-    rows = pa.array(np.arange(row_start, row_start + table.num_rows, dtype=np.int64))
-    table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
     # Until the part is whole its mark names no row: after a kill half-way it could name one that the part has not.
     result.extra["row_start"] = None
-    write_mark(uri, Task(index, digest), result)
-    result.outputs |= put_table(run, run.embeddings(index), table)
+    write_mark(mark_uri, Task(index, digest), result)
+    for uri in run.encoded(index):
+        table = tables.read_table(uri)
+        rows = pa.array(np.arange(row_start, row_start + table.num_rows, dtype=np.int64))
+        table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
+        result.outputs |= put_table(run, uri, table)
     result.extra["row_start"] = row_start
-    write_mark(uri, Task(index, digest), result)
+    write_mark(mark_uri, Task(index, digest), result)
     return result

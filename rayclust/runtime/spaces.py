@@ -62,7 +62,7 @@ class ReadySpace:
         missing = next((key for place, key in enumerate(keys) if place not in found), None)
         if missing is not None:
             why = reasons.get(self._own_key(missing), "no row has this key")
-            raise DataError(f"{self._source}: lacks the run's row {missing} ({why}); all spaces must have the same rows")
+            raise DataError(f"{self._source}: lacks the run's row {missing} ({why}); all spaces need the same rows")
         return np.stack([found[place] for place in range(len(keys))]) if keys else np.zeros((0, self.width), np.float16)
 
     def refuse_surplus(self, run: Run, parts: int, known: int) -> None:

@@ -36,7 +36,7 @@ def facts(uri: str) -> dict[str, Any]:
         "method": config.method.name,
         "clusters": manifests.resolved("train").method.clusters if has_choice else None,
         "by_select_k": config.needs_selection,
-        "encoder": config.encoder.name,
+        "encoder": " + ".join(encoder.name for encoder in config.each_encoder),
         "stages": [],
     }
     for stage in stages_of(config):

@@ -36,7 +36,7 @@ def vocabulary_kinds(config: RunConfig) -> dict[str, VocabularyKind]:
     """
     found = {name: kind_of(name) for name in config.label.lists}
     if "auto" in found:
-        return {"imagenet": "imagenet"} if config.encoder.family == "open_clip" else {}
+        return {"imagenet": "imagenet"} if config.text_encoder.family == "open_clip" else {}
     return {name: kind for name, kind in found.items() if kind != "none"}
 
 
@@ -61,10 +61,10 @@ def read_lists(config: RunConfig, labels: Callable[[], Iterable[str]] | None = N
         elif kind == "classes":
             if labels is not None:
                 lists.append(vocabulary.from_labels(labels()))
-        elif config.encoder.family != "open_clip":
+        elif config.text_encoder.family != "open_clip":
             raise ConfigError(
-                f"label.vocabulary = {name}: the encoder {config.encoder.name} reads no text; take an open_clip one, "
-                "a parquet of words with embeddings, or none"
+                f"label.vocabulary = {name}: the encoder {config.text_encoder.name} reads no text; take an open_clip "
+                "one, a parquet of words with embeddings, or none"
             )
         elif kind == "imagenet":
             lists.append(vocabulary.imagenet())
@@ -99,10 +99,10 @@ def check_classes(config: RunConfig) -> None:
         return
     if config.images.labels == "none":
         raise ConfigError("label.vocabulary = classes: images.labels = none leaves no classes; name a list of words")
-    if config.encoder.family != "open_clip" and "embeddings" not in found.values():
+    if config.text_encoder.family != "open_clip" and "embeddings" not in found.values():
         raise ConfigError(
-            f"label.vocabulary = classes: the encoder {config.encoder.name} reads no text; take an open_clip one, or "
-            "add a parquet that holds the classes' names with embeddings"
+            f"label.vocabulary = classes: the encoder {config.text_encoder.name} reads no text; take an open_clip one, "
+            "or add a parquet that holds the classes' names with embeddings"
         )
 
 
@@ -115,18 +115,19 @@ def word_embeddings(config: RunConfig, words: Candidates) -> np.ndarray:
     missing = [word for word, has_row in zip(words.words, words.has_row, strict=True) if not has_row]
     if not missing:
         return words.embeddings
-    if config.encoder.family != "open_clip":
+    if config.text_encoder.family != "open_clip":
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(
             f"label.vocabulary: {missing[0]!r}{more} have no embedding in any list, and the encoder "
-            f"{config.encoder.name} reads no text: add them to a parquet of words with embeddings"
+            f"{config.text_encoder.name} reads no text: add them to a parquet of words with embeddings"
         )
     if words.has_row.any() and config.label.space == "auto":
         raise ConfigError(
             "label.vocabulary: some lists come with embeddings and some are read by the encoder: say with label.space "
             "(encoder or features) where both lie"
         )
-    rows = encode_words(load_run_encoder(config).encode_texts, missing, config.label.templates)
+    encoder = load_run_encoder(config, settings=config.text_encoder)
+    rows = encode_words(encoder.encode_texts, missing, config.label.templates)
     if not words.has_row.any():
         return rows
     if rows.shape[1] != words.embeddings.shape[1]:

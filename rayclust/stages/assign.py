@@ -88,7 +88,7 @@ def _assign_part(
 
 
 def assign(method: Method, features: np.ndarray | dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable clusters, Int32[B], of features (`method_inputs`) and their probabilities, Float32[B]."""
+    """Return the most probable clusters, Int32[B], and their probabilities, Float32[B], of `method_inputs`."""
     by_space = features if isinstance(features, dict) else {EMBEDDINGS: features}
     if not all(map(len, by_space.values())):
         return np.zeros(0, np.int32), np.zeros(0, np.float32)

@@ -48,6 +48,8 @@ def compare(uri: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
             f"compare: give lists of one length, such as encoder.name=[A,B]; given are {lengths or 'none'}"
         )
     config = load_config(uri, others)
+    if config.encoders and "name" not in varied:
+        raise ConfigError("compare: the run has several encoders; give those to compare as encoder.name=[A,B]")
     if config.needs_selection:
         raise ConfigError("compare: needs one number of clusters; set method.clusters")
     tree, found = config.model_dump(mode="json", exclude_unset=True), list[dict[str, Any]]()

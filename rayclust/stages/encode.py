@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.config import RunConfig, are_disjoint
+from rayclust.config import RunConfig, SpaceConfig, are_disjoint
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.errors import ArtefactError, DataError
@@ -32,11 +32,12 @@ from rayclust.report.formats import duration
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
 from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, with_gpus, worker_count
-from rayclust.runtime.encoder import encoder_shape, load_run_encoder, refuse_other_width, worker_device
+from rayclust.runtime.encoder import RunEncoders, encoder_shape, encoding, refuse_other_width, worker_device
 from rayclust.runtime.inputs import plan_inputs, with_encoder
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
 from rayclust.runtime.shards import MomentsInOrder, Split, renumber, write_shard
+from rayclust.runtime.spaces import SpaceTables
 from rayclust.runtime.tasks import (
     STORAGE_THREADS,
     Task,
@@ -67,7 +68,7 @@ CHUNK = pa.schema(
         ("last", pa.bool_()),
         ("records", pa.list_(RECORD)),
         ("rejects", pa.list_(REJECT)),
-        ("pixels", pa.large_binary()),  # uint8[B H W C], C order
+        ("pixels", pa.large_binary()),  # uint8[B H W C], C order, for each distinct preprocessing
         ("worker", pa.string()),  # the decoder, and its seconds
         ("reading", pa.float64()),
         ("decoding", pa.float64()),
@@ -82,8 +83,7 @@ def run(context: StageContext) -> StageResult:
         Task(shard.index, digest, shard, shard.count or 1)
         for shard, digest in zip(listed.shards, listed.digests, strict=True)
     ]
-    for folder in (context.run.embeddings_folder, context.run.rejects_folder):
-        drop_stale_parts(folder, len(tasks))
+    _drop_stale(context.run, len(tasks))
     # 1. The shards.
     work = _import_rows if listed.shards[0].has_embeddings else _encode_images
     moments = MomentsInOrder()
@@ -106,6 +106,8 @@ def run(context: StageContext) -> StageResult:
         raise DataError(
             f"images.split = {given}: keeps {share} of {counts['rows']} aside; some must be left for either"
         )
+    for space in listed.ready if config.images.classes is None else ():
+        space.refuse_surplus(context.run, len(tasks), total)
     # 3. Row numbers, now that all counts are known.
     results = _number_rows(context.run, results)
     extra = {
@@ -116,9 +118,26 @@ def run(context: StageContext) -> StageResult:
     }
     if has_split:
         extra["test"] = [result.counts["test"] for result in results]
+    if config.encoders:
+        widths = results[0].extra["widths"]
+        extra["spaces"] = [{"name": n, "dimension": d} for n, d in zip(config.spaces, widths, strict=True)]
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     summary = f"{counts['rows']:,} images in {len(results)} parts, {counts['rejects']:,} rejects"
     return StageResult(outputs, counts, extra, summary)
+
+
+def _drop_stale(run: Run, count: int) -> None:
+    """Remove tables of shards from `count` on, and those of spaces that the run no longer has."""
+    spaces = [storage.join(run.embeddings_folder, name) for name in run.spaces]
+    for folder in (run.rows_folder, run.rejects_folder, *spaces):
+        drop_stale_parts(folder, count)
+    if not run.spaces:
+        if next(storage.walk(run.at("rows"), missing_ok=True), None) is None:
+            return
+        storage.remove_tree(run.at("rows"))
+    for file in storage.walk(run.embeddings_folder, missing_ok=True):
+        if file.key.rpartition("/")[0] not in (run.spaces or ("",)):
+            storage.remove(file.uri)
 
 
 def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrder) -> list[TaskResult]:
@@ -135,6 +154,8 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
     else:
         raise DataError(f"images.uri = {context.config.images.uri}: no table there holds a usable embedding")
 
+    spaces = SpaceTables(run.spaces, {run.spaces[0]: width}, context.plan.ready) if run.spaces else None
+
     def copy_rows(task: Task) -> TaskResult:
         rows = read_rows(task.payload, load_tensors=load_tensors, width=width)
         records = [
@@ -142,7 +163,9 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
             for key, uri, label in zip(rows.keys, rows.uris, rows.labels, strict=True)
         ]
         # Wide where the first table is, so that the parts of a run are alike.
-        embeddings = rows.embeddings.astype(np.promote_types(dtype, rows.embeddings.dtype))
+        embeddings: Any = rows.embeddings.astype(np.promote_types(dtype, rows.embeddings.dtype))
+        if spaces is not None:
+            embeddings = spaces.divide(embeddings, rows.keys, task.payload.first)
         return write_shard(run, task, task.payload.first, records, embeddings, rows.rejects, split=split)
 
     return run_tasks(run, "encode", tasks, copy_rows, on_result=moments.take)
@@ -154,13 +177,13 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
     report_resume("encode", len(tasks), len(done))
     if len(done) < len(tasks):
         # Asked here first: weights that are missing are one line at once, not many workers' failures.
-        preprocess, dimension, seconds = encoder_shape(context.config)
+        shapes = [encoder_shape(context.config, encoder) for encoder in encoding(context.config)]
         connect()
         if not context.config.resources.gpus:
-            rate = worker_count(context.config, "encode") / seconds
+            rate = worker_count(context.config, "encode") / sum(seconds for _, _, seconds in shapes)
             count = sum(task.size for task in tasks if task.payload.count and task.index not in done)
             time_left = f": {count:,} in about {duration(count / rate)}" if count else ""
-            name = context.config.encoder.name
+            name = " and ".join(encoder.name for encoder in encoding(context.config))
             logger.info("encode: %s, about %.3g images a second on CPUs as fast as this one%s", name, rate, time_left)
     while len(done) < len(tasks):
         total = sum(task.size for task in tasks) if all(task.payload.count for task in tasks) else None
@@ -169,7 +192,7 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
         todo = [task for task in tasks if task.index not in done]
         with plain_errors(), Progress("encode", "images", total, resumed) as bar:
             bar.advance(note=f"{rejected} rejects")
-            for images, newly_rejected in stream(context, todo, preprocess, dimension):
+            for images, newly_rejected in stream(context, todo, shapes):
                 rejected += newly_rejected
                 bar.advance(images + newly_rejected, f"{rejected:,} rejects")
                 _check_reject_share(context.config, rejected, total, {})
@@ -217,9 +240,14 @@ def _number_rows(run: Run, results: Sequence[TaskResult]) -> list[TaskResult]:
 
 
 def stream(
-    context: StageContext, todo: Sequence[Task], preprocess: Preprocess, dimension: int
+    context: StageContext, todo: Sequence[Task], shapes: Sequence[tuple[Preprocess, int, float]]
 ) -> Iterator[tuple[int, int]]:
-    """Encode shards without a mark through Ray Data, with an encoder of that input size and width D.
+    """Encode shards without a mark through Ray Data.
+
+    Args:
+        context: of the stage.
+        todo: the shards.
+        shapes: of the encoders, from `encoder_shape`.
 
     Yields:
         (images, rejects) of chunks that their shard's writer has received.
@@ -233,17 +261,20 @@ def stream(
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     # A block holds about one chunk of pixels, so that chunks spread over encoders and flow early.
-    settings.target_max_block_size = max(1 << 20, math.prod(preprocess.shape) * chunk_rows(config))
+    preprocesses = tuple(dict.fromkeys(preprocess for preprocess, _, _ in shapes))
+    image_bytes = sum(math.prod(preprocess.shape) for preprocess in preprocesses)
+    settings.target_max_block_size = max(1 << 20, image_bytes * chunk_rows(config))
     settings.wait_for_min_actors_s = -1  # waiting for an autoscaled GPU is no failure
 
     # 1. Writers gather the chunks of shards.
     at_tasks = label_selector("tasks", places.tasks)
     Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **at_tasks)(ShardWriter)
-    writers = [Writer.remote(config.run, Split.of(config)) for _ in range(max(1, worker_count(config, "encode") // 4))]
+    arguments = writer_arguments(context, shapes)
+    writers = [Writer.remote(*arguments) for _ in range(max(1, worker_count(config, "encode") // 4))]
     # 2. Shards to chunks of pixels, on CPUs.
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
         ReadAndDecode,
-        fn_constructor_kwargs={"rows": chunk_rows(config), "preprocess": preprocess},
+        fn_constructor_args=(chunk_rows(config), *preprocesses),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pools.decoders),
         num_cpus=pools.share if not gpus else 1,
         **label_selector("decode", places.decode),
@@ -275,6 +306,16 @@ def stream(
             images, rejected = int(batch["images"].sum()), int(batch["rejected"].sum())
             encoding.done += images + rejected
             yield images, rejected
+
+
+def writer_arguments(context: StageContext, shapes: Sequence[tuple[Preprocess, int, float]]) -> tuple[Any, ...]:
+    """Return what `ShardWriter` is built from: of encoders of these shapes."""
+    config = context.config
+    if not config.encoders:
+        return config.run, Split.of(config)
+    names = (encoder.space for encoder in encoding(config) if isinstance(encoder, SpaceConfig))
+    encoded = {name: dimension for name, (_, dimension, _) in zip(names, shapes, strict=True)}
+    return config.run, Split.of(config), SpaceTables(config.spaces, encoded, context.plan.ready)
 
 
 @dataclass(frozen=True)
@@ -317,20 +358,21 @@ def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
 
 def chunk_rows(config: RunConfig) -> int:
     """Return the images of a chunk: one pass of the network on a GPU, about a second of work on a CPU."""
-    return config.encoder.batch_size or (GPU_BATCH if config.resources.gpus else CPU_CHUNK)
+    usual = GPU_BATCH if config.resources.gpus else CPU_CHUNK
+    return max(encoder.batch_size or usual for encoder in encoding(config))
 
 
 class ReadAndDecode:
     """Ray Data operator: shards to chunks of pixels, on a CPU and without torch. Undecodable images become rejects."""
 
-    def __init__(self, rows: int, preprocess: Preprocess) -> None:
-        self._rows, self._preprocess = rows, preprocess
+    def __init__(self, rows: int, *preprocesses: Preprocess) -> None:
+        self._rows, self._preprocesses = rows, preprocesses
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Yield the chunks of the shard named in `batch`, a row of one task, in order."""
         [item] = batch.to_pylist()
         started, shard = time.monotonic(), Shard.from_json(storage.read_json(item["shard"]))
-        records = iter(read_records(shard, self._preprocess.max_bytes))
+        records = iter(read_records(shard, self._preprocesses[0].max_bytes))
         group, number = list(islice(records, self._rows)), 0
         while True:
             following = list(islice(records, self._rows))
@@ -338,19 +380,20 @@ class ReadAndDecode:
             # Decode the chunk.
             kept: list[dict[str, Any]] = []
             rejects: list[dict[str, Any]] = []
-            pixels: list[np.ndarray] = []
+            pixels: list[list[np.ndarray]] = []
             for record in group:
                 reason, detail = record.reason, record.detail
                 if reason is None:
                     try:
-                        pixels.append(decode(record.data or b"", self._preprocess))
+                        pixels.append([decode(record.data or b"", kind) for kind in self._preprocesses])
                         kept.append({"key": record.key, "uri": record.uri, "label": record.label})
                     except Undecodable as error:
                         reason, detail = error.reason, error.detail
                 if reason is not None:
                     rejects.append({"key": record.key, "uri": record.uri, "reason": reason, "detail": detail})
             row = {"task": item["task"], "chunk": number, "last": not following, "records": kept, "rejects": rejects}
-            row["pixels"] = np.stack(pixels).tobytes() if pixels else b""
+            # All images in the one kind of pixels, then all in the next.
+            row["pixels"] = b"".join(np.stack(kind).tobytes() for kind in zip(*pixels, strict=True))
             times = {"worker": worker_name(), "reading": read - started, "decoding": time.monotonic() - read}
             yield pa.Table.from_pylist([row | times], schema=CHUNK)
             if not following:
@@ -362,7 +405,7 @@ class EncodeChunks:
     """Ray Data operator: chunks of pixels to embeddings, sent to the writer of their shard; gives counts and times."""
 
     def __init__(self, config: RunConfig, writers: list[Any]) -> None:
-        self._encoder = load_run_encoder(config, worker_device(config))
+        self._encoders = RunEncoders(config, worker_device(config))
         self._writers = writers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -382,10 +425,15 @@ class EncodeChunks:
 
     def _embeddings(self, pixels: pa.Scalar, count: int) -> np.ndarray:
         if not count:
-            return np.zeros((0, self._encoder.dimension), np.float16)
-        array = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(count, *self._encoder.preprocess.shape)
+            return np.zeros((0, self._encoders.dimension), np.float16)
+        kinds, start = list[np.ndarray](), 0
+        values = np.frombuffer(pixels.as_buffer(), np.uint8)
+        for preprocess in self._encoders.preprocesses:
+            size = count * math.prod(preprocess.shape)
+            kinds.append(values[start : start + size].reshape(count, *preprocess.shape))
+            start += size
         with np.errstate(over="ignore"):  # what overflows becomes a reject
-            return self._encoder.encode_images(array).astype(np.float16)
+            return self._encoders.encode(kinds).astype(np.float16)
 
 
 class ShardWriter:
@@ -395,8 +443,8 @@ class ShardWriter:
     shards have no mark and the driver sends them through again.
     """
 
-    def __init__(self, run: str, split: Split | None = None) -> None:
-        self._run, self._split = Run(run), split
+    def __init__(self, run: str, split: Split | None = None, spaces: SpaceTables | None = None) -> None:
+        self._run, self._split, self._spaces = Run(run, () if spaces is None else spaces.names), split, spaces
         self._open: dict[str, dict[int, tuple[list[Any], list[Any], np.ndarray]]] = {}
         self._lengths: dict[str, int] = {}
         self._written: set[str] = set()
@@ -422,8 +470,10 @@ class ShardWriter:
         shard = Task(named["index"], named["digest"])
         records = [record for kept, _, _ in chunks for record in kept]
         rejects = [reject for _, rejects, _ in chunks for reject in rejects]
-        embeddings = np.concatenate([embeddings for _, _, embeddings in chunks])
+        embeddings: Any = np.concatenate([embeddings for _, _, embeddings in chunks])
         start, split = named["row_start"], self._split
+        if self._spaces is not None:
+            embeddings = self._spaces.divide(embeddings, [record["key"] for record in records], start)
         write = partial(write_shard, self._run, shard, start, records, embeddings, rejects, split=split)
         run_and_mark(self._run.shard_manifest(shard.index), shard, write)
 
@@ -431,7 +481,12 @@ class ShardWriter:
 def _settings(config: RunConfig) -> dict[str, Any]:
     names = ["format", "labels", "columns", "classes", "shard_size", "max_bytes", "max_pixels"]
     names += [name for name in ("split", "test") if getattr(config.images, name) is not None]
-    settings = {"images": settings_of(config.images, *names), "encoder": settings_of(config.encoder)}
+    settings: dict[str, Any] = {"images": settings_of(config.images, *names)}
+    if config.encoders:  # their features decide nothing here
+        encoders = (encoder.model_copy(update={"features": None}) for encoder in config.encoders)
+        settings["encoders"] = [settings_of(encoder) for encoder in encoders]
+    else:
+        settings["encoder"] = settings_of(config.encoder)
     return settings | ({} if config.images.split is None else {"seed": config.seed})
 
 

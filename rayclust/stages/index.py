@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,29 +12,29 @@ import pyarrow as pa
 import torch
 
 from rayclust.config import RunConfig
-from rayclust.features import SpaceTransforms
+from rayclust.features import FeatureTransform, SpaceTransforms
 from rayclust.methods import has_transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
-from rayclust.runtime.rows import blocks, features_at, part_features, row_starts, transform_of
+from rayclust.runtime.rows import blocks, features_at, part_features, row_starts, transform_of, unit_transform
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.index import build_index
 from rayclust.store import storage, tables
-from rayclust.store.manifest import IndexOutputs, digest_of
+from rayclust.store.manifest import EncodeOutputs, IndexOutputs, digest_of
 from rayclust.store.run import Run
 
 ENCODER, OWN = "encoder", "z"
 """The spaces that a run can be searched in."""
 ENCODER_INDEX, OWN_INDEX = "encoder.faiss", "z.faiss"
-"""Files of the indexes."""
+"""Files of the indexes: of the encoder's space, the first of several, and of the method's own."""
 RETRIEVAL = "retrieval.json"
 """A few rows with their nearest others in either space."""
 QUERIES, SHOWN = 4, 8
 """How many rows, and how many others each."""
 UNIT = FeatureTransform(normalize=True)
-"""The encoder's space as text and images share it: unit rows, not centred."""
+"""To unit rows."""
 
 Blocks = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 Nearest = list[list[dict[str, Any]]]
@@ -50,9 +50,15 @@ def run(context: StageContext) -> StageResult:
     queries, scratch = np.sort(drawn), run.at("index", "scratch", context.digest)
     model = content_digest(context.inputs["train"]) if "train" in context.inputs else ""
     gpus = config.resources.gpus
-    work = _Indexing(run, config, starts, queries, transform, model, scratch)
-    outputs, extra, nearest = run_remotely(work.index_encoder, gpus=gpus)
+    work = _Indexing(run, config, encode.outputs_of(EncodeOutputs), queries, transform, model, scratch)
+    first, *others = config.spaces or (None,)
+    outputs, extra, nearest = run_remotely(work.index_encoder, first, gpus=gpus)
     summary = f"{extra['kind']} over {starts[-1]:,} rows{_recall(extra)}"
+    for space in others:
+        more, found, _ = run_remotely(work.index_encoder, space, gpus=gpus)
+        outputs |= more
+        extra["spaces"] = extra.get("spaces", {}) | {space: found}
+        summary += f"; in {space}: {found['kind']}{_recall(found)}"
     if model:
         # All rows in the method's own space part by part, then their index in one worker.
         tasks = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
@@ -67,6 +73,11 @@ def run(context: StageContext) -> StageResult:
     return StageResult(outputs, {"rows": starts[-1]}, extra, summary)
 
 
+def index_file(space: str | None, spaces: Sequence[str]) -> str:
+    """Return the name of the file with the index over an encoder's space; None is the first of a run's spaces."""
+    return ENCODER_INDEX if space is None or space == spaces[0] else f"{space}.faiss"
+
+
 def _recall(extra: dict[str, Any]) -> str:
     return f", recall@10 {extra['recall']:.3f}" if extra["kind"] == "ivf" else ""
 
@@ -77,7 +88,7 @@ class _Indexing:
 
     run: Run
     config: RunConfig
-    starts: list[int]
+    encode: EncodeOutputs
     queries: np.ndarray
     """Int64[q], sorted: rows."""
     transform: SpaceTransforms
@@ -86,13 +97,18 @@ class _Indexing:
     folder: str
     """Scratch folder of rows in the own space, part by part: building the index may read them three times."""
 
-    def index_encoder(self) -> tuple[Outputs, dict[str, Any], Nearest]:
-        """Build the index over the encoder's space and search it for the queries."""
-        queries = features_at(self.run, self.starts, UNIT, self.queries)
+    @property
+    def starts(self) -> list[int]:
+        """First row of each part, and N."""
+        return [0, *np.cumsum(self.encode.parts, dtype=np.int64).tolist()]
+
+    def index_encoder(self, space: str | None) -> tuple[Outputs, dict[str, Any], Nearest]:
+        """Build the index over an encoder's space, None for the only one, and search it for the queries."""
+        unit = unit_transform(self.encode, space)
         return self._build(
-            lambda: ((block.numpy(), ids.numpy()) for block, ids in blocks(self.run, self.starts, UNIT)),
-            ENCODER_INDEX,
-            queries,
+            lambda: ((block.numpy(), ids.numpy()) for block, ids in blocks(self.run, self.starts, unit)),
+            index_file(space, self.run.spaces),
+            features_at(self.run, self.starts, unit, self.queries),
         )
 
     def represent(self, task: Task) -> TaskResult:

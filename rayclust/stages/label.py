@@ -14,10 +14,11 @@ from rayclust.config import RunConfig, kind_of
 from rayclust.features import SpaceTransforms
 from rayclust.language.naming import ClusterName, TopRows, cluster_votes, name_clusters, typicality
 from rayclust.language.vocabulary import merged, same_name
+from rayclust.methods.base import EMBEDDINGS
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import part_features, row_starts, transform_of
+from rayclust.runtime.rows import part_embeddings, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import storage, tables
@@ -57,7 +58,7 @@ class Labeling:
         """Write the words with their embeddings and the rows that vote; return the number of words."""
         # 1. The words, and which of them lists other than the classes hold as well.
         check_classes(self.config)
-        labels = (tables.read_table(self.run.embeddings(part), ["label"])["label"] for part in self._parts())
+        labels = (tables.read_table(self.run.rows(part), ["label"])["label"] for part in self._parts())
         distinct = (column.unique().drop_null().to_pylist() for column in labels)
         words = merged(read_lists(self.config, lambda: {name for names in distinct for name in names}))
         classes = [place for place, kind in enumerate(vocabulary_kinds(self.config).values()) if kind == "classes"]
@@ -75,13 +76,14 @@ class Labeling:
         """Write the votes of one part's images."""
         table = _read_scratch(self._at("words.parquet"))
         nouns = tables.matrix(table["embedding"])
-        embeddings = tables.matrix(tables.read_table(self.run.embeddings(task.index), ["embedding"])["embedding"])
+        space = getattr(self.config.text_encoder, "space", EMBEDDINGS)
+        embeddings = part_embeddings(self.run, task.index, (space,))
         clusters = self._clusters(task.index)
         label, count = self.config.label, self.config.method.clusters
         # Words that come with embeddings were made for features; a text tower's share the encoder's own space.
         has_embeddings = "embeddings" in vocabulary_kinds(self.config).values()
         in_features = label.space == "features" or (label.space == "auto" and has_embeddings)
-        transform = self.transform if in_features else None
+        transform = self.transform.transforms[space] if in_features else None
         result = TaskResult({}, {"rows": int((clusters >= 0).sum())})
         for naming in self.namings:
             some = np.flatnonzero(table[naming].to_numpy())
@@ -115,7 +117,7 @@ class Labeling:
         """Return the share of the labelled images whose cluster has their class's name; None without labels."""
         right = labelled = 0
         for part in self._parts():
-            column = tables.read_table(self.run.embeddings(part), ["label"])["label"]
+            column = tables.read_table(self.run.rows(part), ["label"])["label"]
             labels = column.combine_chunks().dictionary_encode()
             codes = labels.indices.fill_null(-1).to_numpy(zero_copy_only=False)
             clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
@@ -272,7 +274,10 @@ def _names(context: StageContext, work: Labeling) -> tuple[dict[str, list[Cluste
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    groups = {name: settings_of(getattr(config, name)) for name in ("label", "encoder", "features")}
+    groups = {name: settings_of(getattr(config, name)) for name in ("label", "features")}
+    groups["encoder"] = settings_of(config.text_encoder)
+    if config.label.encoder_space is None:  # runs of before had no such key
+        del groups["label"]["encoder_space"]
     files = [storage.stat(name) for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
     words = {"words": [file.stamp if file else None for file in files]} if files else {}
     return groups | words | {"seed": config.seed}

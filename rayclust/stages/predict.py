@@ -12,9 +12,9 @@ import pyarrow.csv
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime.datasets import SCHEME
-from rayclust.runtime.models import load_method
+from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
-from rayclust.runtime.rows import transform_of
+from rayclust.runtime.rows import part_embeddings, transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.stages.assign import assign
 from rayclust.store import storage, tables
@@ -56,14 +56,21 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
     """
     if not out.endswith((".parquet", ".csv")):
         raise ConfigError(f"--out {out}: must end in .parquet or .csv")
-    run, manifests = Run(config.run), Manifests(config)
+    run, manifests = Run(config.run, config.spaces), Manifests(config)
     encode, train = manifests.of("encode"), manifests.of("train")
     if encode is None or train is None:
         raise ArtefactError(f"{run.uri}: is not trained: run `rayclust run RUN.yaml` first")
     # A scratch run of the new images: the run's encoder and limits, no classes, and labels only to score.
     uri = images if images.startswith(SCHEME) else storage.absolute(images)
     labels = config.images.labels if evaluate and config.images.labels != "none" else "auto" if evaluate else "none"
-    scratch = Run(storage.join(config.run, "predict", digest_of([uri, labels] if evaluate else uri)))
+    ready = [encoder.space for encoder in config.encoders if encoder.embeddings is not None]
+    if ready:
+        raise ConfigError(
+            f"predict: the embeddings of the space {ready[0]} are ready ones, and no encoder makes more; in Python "
+            "`rayclust.load(RUN).predict` takes rows with all spaces side by side"
+        )
+    folder = storage.join(config.run, "predict", digest_of([uri, labels] if evaluate else uri))
+    scratch = Run(folder, config.spaces)
     tree = config.model_dump(mode="json", exclude_unset=True)
     limits = {key: tree["images"][key] for key in ("shard_size", "max_bytes", "max_pixels") if key in tree["images"]}
     tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": labels, "max_reject_share": 1.0} | limits}
@@ -87,9 +94,9 @@ def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: s
     method, transform = load_method(run.uri, model), transform_of(encode, config.features)
     names = cluster_names(run)
     found = [SCHEMA.empty_table()]
-    for _, uri in parts(scratch.embeddings_folder):
-        table = tables.read_table(uri, ["key", "uri", "embedding"])
-        clusters, confidence = assign(method, transform(tables.matrix(table["embedding"])))
+    for part, uri in parts(scratch.rows_folder):
+        table = tables.read_table(uri, ["key", "uri"])
+        clusters, confidence = assign(method, method_inputs(method, transform, part_embeddings(scratch, part)))
         named = pa.array([names.get(cluster) for cluster in clusters.tolist()], pa.string())
         columns = {"key": table["key"], "uri": table["uri"], "cluster": clusters, "name": named}
         found.append(pa.table(columns | {"confidence": confidence}))
@@ -102,7 +109,7 @@ def _scores(run: Run, scratch: Run, table: pa.Table) -> dict[str, Any]:
     """Score the clusters of new images against their labels."""
     from rayclust.metrics import external
 
-    read = [tables.read_table(uri, ["label"])["label"].to_pylist() for _, uri in parts(scratch.embeddings_folder)]
+    read = [tables.read_table(uri, ["label"])["label"].to_pylist() for _, uri in parts(scratch.rows_folder)]
     labels = np.array([label for part in read for label in part], dtype=object)
     clusters, known = table["cluster"].to_numpy()[: len(labels)], external.labelled(labels)
     if not known.any():

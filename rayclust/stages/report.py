@@ -69,7 +69,7 @@ def run(context: StageContext) -> StageResult:
     data = model.ReportData(
         run=run.uri,
         images=metrics["rows"],
-        encoder=config.encoder.name,
+        encoder=" + ".join(encoder.name for encoder in config.each_encoder),
         dimension=int(encode.extra["dimension"]),
         methods=tuple(_methods(context, metrics)),
         clusters=tuple(_cluster(cluster, pictures, majorities, label) for cluster in clusters),

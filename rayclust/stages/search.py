@@ -19,12 +19,12 @@ from rayclust.report.formats import abbreviate, shorten
 from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import Manifests, content_digest
-from rayclust.runtime.rows import row_starts, rows_by_part, transform_of
+from rayclust.runtime.rows import row_starts, rows_by_part, space_widths, transform_of
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.search.index import load_index
-from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX
+from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX, index_file
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, read_manifest, read_output
+from rayclust.store.manifest import EncodeOutputs, Manifest, read_manifest, read_output
 from rayclust.store.run import Run
 
 _COLUMN_WIDTH = 60
@@ -56,15 +56,20 @@ def search(
         image: a path or URI of an image; or
         text: words, for encoders that read text.
         top: how many.
-        space: `encoder`; `z` for methods that learn a space of their own; `both` gives one list for either.
+        space: `encoder`, of several the first, or the name of one of them; `z` for methods that learn a space of their
+            own; `both` gives one list for `encoder` and one for `z`.
 
     Raises:
         ArtefactError: the run is not indexed.
         ConfigError: the query does not suit the run.
         DataError: the image cannot be read.
     """
-    run, manifests = Run(config.run), Manifests(config)
+    run, manifests = Run(config.run, config.spaces), Manifests(config)
     encode = manifests.of("encode")
+    if space not in (ENCODER, OWN, "both", *config.spaces):
+        raise ConfigError(f"--space {space}: must be one of {', '.join((ENCODER, OWN, 'both', *config.spaces))}")
+    if space == ENCODER and text is not None and config.encoders:
+        space = getattr(config.text_encoder, "space", ENCODER)
     spaces = (ENCODER, OWN) if space == "both" else (space,)
     # 1. Refuse what cannot be searched.
     not_indexed = ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
@@ -81,10 +86,13 @@ def search(
         if index is None or needed is None or index.inputs.get(need) != content_digest(needed):
             raise not_indexed
     # 2. Encode the query and search every space for it.
-    query = _query(config, image, text)
-    require_matrix(query, "the query", int(encode.extra["dimension"]))
-    top = min(top, encode.counts["rows"])
-    found = {wanted: _nearest(config, manifests, query, wanted, top) for wanted in spaces}
+    top, found = min(top, encode.counts["rows"]), {}
+    for wanted in spaces:
+        query = _query(config, image, text, wanted)
+        widths = space_widths(encode.outputs_of(EncodeOutputs))
+        width = sum(widths.values()) if wanted == OWN else widths.get(wanted, next(iter(widths.values())))
+        require_matrix(query, "the query", width)
+        found[wanted] = _nearest(config, manifests, query, wanted, top)
     hits = _hits(run, encode, set().union(*found.values()), is_assigned=manifests.of("assign") is not None)
     return {
         wanted: [replace(hits[row], similarity=cosine) for row, cosine in near.items()]
@@ -115,21 +123,24 @@ def _short(hit: Hit | None) -> str:
     return head + shorten(hit.key, _COLUMN_WIDTH - len(head))
 
 
-def _query(config: RunConfig, image: str | None, text: str | None) -> np.ndarray:
-    """Encode the query, Float32[1 D]."""
+def _query(config: RunConfig, image: str | None, text: str | None, space: str) -> np.ndarray:
+    """Encode the query for a space, Float32[1 D]; for the method's own by all encoders, side by side."""
     if (image is None) == (text is None):
         raise ConfigError("search: give either --image FILE or --text WORDS")
     data = storage.read_bytes(image) if image is not None else b""
-    encoder = load_run_encoder(config)
-    if text is not None:
-        if not encoder.has_text:
-            raise ConfigError(f"--text: the encoder {config.encoder.name} has no text tower; search by --image")
-        return encoder.encode_texts([text])
-    try:
-        pixels = decode(data, encoder.preprocess)
-    except Undecodable as error:
-        raise DataError(f"--image {image}: {error.reason}: {error.detail}") from None
-    return encoder.encode_images(pixels[None])
+    named = [encoder for encoder in config.encoders if encoder.space == space] or config.each_encoder[:1]
+    rows = []
+    for settings in config.each_encoder if space == OWN else named:
+        encoder = load_run_encoder(config, settings=settings)
+        if text is not None:
+            if not encoder.has_text:
+                raise ConfigError(f"--text: the encoder {settings.name} has no text tower; search by --image")
+            return encoder.encode_texts([text])
+        try:
+            rows.append(encoder.encode_images(decode(data, encoder.preprocess)[None]))
+        except Undecodable as error:
+            raise DataError(f"--image {image}: {error.reason}: {error.detail}") from None
+    return np.concatenate(rows, axis=1)
 
 
 def _nearest(config: RunConfig, manifests: Manifests, query: np.ndarray, space: str, top: int) -> dict[int, float]:
@@ -139,12 +150,14 @@ def _nearest(config: RunConfig, manifests: Manifests, query: np.ndarray, space: 
     them for its own.
     """
     encode, train = manifests.of("encode"), manifests.of("train")
-    if space == ENCODER or encode is None or train is None:
+    if space != OWN or encode is None or train is None:
         query = unit_rows(query)
     else:
         method = load_method(config.run, content_digest(train))
         query = transform_rows(method, transform_of(encode, config.features)(query))
     run, name = Run(config.run), OWN_INDEX if space == OWN else ENCODER_INDEX
+    if space in config.spaces:
+        name = index_file(space, config.spaces)
     index = load_index(read_output(run, "index", storage.join(run.index_folder, name)))
     rows, similarity = index.search(query, top)
     return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
@@ -156,7 +169,7 @@ def _hits(run: Run, encode: Manifest, wanted: set[int], *, is_assigned: bool) ->
     found: dict[int, Hit] = {}
     for part, positions in rows_by_part(starts, np.array(sorted(wanted), np.int64)):
         places = pa.array(positions)
-        records = tables.read_table(run.embeddings(part), ["key", "uri"]).take(places).to_pylist()
+        records = tables.read_table(run.rows(part), ["key", "uri"]).take(places).to_pylist()
         clusters: list[int | None] = [None] * len(positions)
         if is_assigned:
             clusters = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_pylist()

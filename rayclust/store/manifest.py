@@ -179,6 +179,8 @@ class IndexOutputs(StageOutputs):
     """recall@10, 0 to 1; None where it was not measured."""
     z: IndexOutputs | None = None
     """Of the index over the method's own space."""
+    spaces: dict[str, IndexOutputs] = Field(default_factory=dict)
+    """Of the indexes over the spaces of a run with several encoders, but the first."""
 
 
 AnyOutputs = TypeVar("AnyOutputs", bound=StageOutputs)

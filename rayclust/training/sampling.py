@@ -116,8 +116,8 @@ class ArrayRows:
         x: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray],
         neighbors: Tensor | np.ndarray | None = None,
     ) -> None:
-        given = x if isinstance(x, Mapping) else {EMBEDDINGS: x}
-        self._x = {name: torch.as_tensor(rows) for name, rows in given.items()}
+        by_space = x if isinstance(x, Mapping) else {EMBEDDINGS: x}
+        self._x = {name: torch.as_tensor(rows) for name, rows in by_space.items()}
         self.spaces = tuple(self._x)
         for name, rows in self._x.items():
             require_matrix(rows, "x" if name == EMBEDDINGS else name)

@@ -13,7 +13,7 @@ import torch
 
 from rayclust.config import FeaturesConfig
 from rayclust.errors import ConfigError, DataError
-from rayclust.features import FeatureTransform
+from rayclust.methods.base import EMBEDDINGS
 from rayclust.runtime.rows import (
     StoredRows,
     cache_folder,
@@ -34,13 +34,14 @@ def test_statistics_are_those_of_all_rows_of_the_run(vectors_run: Sealed):
     features = FeaturesConfig(center=True, standardize=True, normalize=False)
     transform = transform_of(vectors_run.manifest("encode"), features)
     x = VECTORS.astype(np.float16).astype(np.float64)
-    np.testing.assert_allclose(transform.mean, x.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(transform.scale, x.std(0), rtol=1e-6)
+    np.testing.assert_allclose(transform.transforms[EMBEDDINGS].mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(transform.transforms[EMBEDDINGS].scale, x.std(0), rtol=1e-6)
 
 
 def test_parts_with_no_rows_start_where_the_next_one_does(pictures_run: Sealed):
     assert row_starts(pictures_run.manifest("encode")) == [0, 12, 12, 24]
-    assert part_features(pictures_run.run, 1, FeatureTransform()).shape == (0, 192)
+    transform = transform_of(pictures_run.manifest("encode"), FeaturesConfig())
+    assert part_features(pictures_run.run, 1, transform).shape == (0, 192)
 
 
 def testfeatures_at_rows_across_parts_come_in_order(vectors_run: Sealed):

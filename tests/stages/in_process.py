@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from rayclust.runtime import pipeline, tasks
-from rayclust.runtime.shards import Split
 from rayclust.runtime.tasks import Task
 from rayclust.stages import assign, curate, encode, evaluate, figures, index, label, select_k, train
 from rayclust.stages.encode import ReadAndDecode, ShardWriter
@@ -61,12 +60,12 @@ def _try_all(search: Search, candidates: Sequence[int], on_change: Callable[[Seq
         on_change([], 1)
 
 
-def _stream(context: Any, todo: Sequence[Task], preprocess: Any, dimension: int) -> Iterator[tuple[int, int]]:
+def _stream(context: Any, todo: Sequence[Task], shapes: Sequence[Any]) -> Iterator[tuple[int, int]]:
     import pyarrow as pa
 
-    writer = ShardWriter(context.config.run, Split.of(context.config))
+    writer = ShardWriter(*encode.writer_arguments(context, shapes))
     encoder = encode.EncodeChunks(context.config, [])
-    decoder = ReadAndDecode(encode.chunk_rows(context.config), preprocess)
+    decoder = ReadAndDecode(encode.chunk_rows(context.config), *dict.fromkeys(shape[0] for shape in shapes))
     for item in encode._items(context, todo):
         for chunk in decoder(pa.Table.from_pylist([item])):
             row = chunk.to_pylist()[0]

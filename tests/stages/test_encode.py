@@ -12,6 +12,7 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.methods.base import EMBEDDINGS
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.rows import transform_of
 from rayclust.stages import encode
@@ -129,7 +130,8 @@ def test_unicode_keys_and_labels_come_through(tmp_path: Path):
 def test_features_of_an_earlier_manifest_are_read_as_they_were_sealed(pictures_run: Sealed):
     encode_manifest = pictures_run.manifest("encode")
     again = Manifest.model_validate(encode_manifest.model_dump(mode="json"))
-    left, right = (transform_of(m, pictures_run.config.features).mean for m in (encode_manifest, again))
+    transforms = (transform_of(m, pictures_run.config.features) for m in (encode_manifest, again))
+    left, right = (transform.transforms[EMBEDDINGS].mean for transform in transforms)
     assert left is not None
     assert right is not None
     assert left.tobytes() == right.tobytes()

@@ -470,13 +470,13 @@ def test_a_sample_of_the_rows_is_enough_for_what_is_taken_on_one(rows_run: Seale
 def test_every_fit_of_a_candidate_has_a_seed_of_its_own(
     rows_run: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    seeds, build = [], select_k.build
+    seeds, build_for = [], select_k.build_for
 
-    def note(config: Any, dimension: int, count: int, seed: int) -> Any:
+    def note(rows: Any, config: Any, seed: int) -> Any:
         seeds.append(seed)
-        return build(config, dimension, count, seed)
+        return build_for(rows, config, seed)
 
-    monkeypatch.setattr(select_k, "build", note)
+    monkeypatch.setattr(select_k, "build_for", note)
     options = rows_run.config.select_k.model_copy(update={"seeds": 3})
     examine(search(rows_run, tmp_path / "run", select_k=options, seed=7), 3)
     assert seeds == [7, 8, 9]
