@@ -121,7 +121,7 @@ def test_names_without_rows_are_read_by_the_encoder_where_that_is_one_space(monk
         def encode_texts(texts: list[str]) -> np.ndarray:
             return np.array([[0.0, 0.0, len(text)] for text in texts], np.float32)
 
-    monkeypatch.setattr(words_module, "load_run_encoder", lambda config: Reader())
+    monkeypatch.setattr(words_module, "load_run_encoder", lambda config, **options: Reader())
     both = merged([ROWS, Vocabulary(("Dog", "eel"))])
     found = word_embeddings(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), both)
     np.testing.assert_allclose(found, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
