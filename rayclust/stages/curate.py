@@ -43,11 +43,21 @@ from rayclust.clustering.duplicates import (
 from rayclust.clustering.row_stats import even_sample
 from rayclust.config import RunConfig
 from rayclust.errors import DataError
-from rayclust.features import FeatureTransform
+from rayclust.features import SpaceTransforms
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import on_every_node, run_remotely
 from rayclust.runtime.pipeline import CURATE, Stage, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import BLOCK, blocks, cache_folder, drop_cache, kept_aside, mapped, transform_of
+from rayclust.runtime.rows import (
+    BLOCK,
+    blocks,
+    cache_folder,
+    drop_cache,
+    kept_aside,
+    mapped,
+    part_embeddings,
+    transform_of,
+    unit_transform,
+)
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.search.ivf import train_centers
 from rayclust.store import storage, tables
@@ -75,7 +85,7 @@ def run(context: StageContext) -> StageResult:
     config, encode = context.config, context.inputs["encode"]
     outputs = encode.outputs_of(EncodeOutputs)
     is_raw = config.neighbors.features == "raw"
-    transform = FeatureTransform(normalize=True) if is_raw else transform_of(encode, config.features)
+    transform = unit_transform(outputs) if is_raw else transform_of(encode, config.features)
     search = config.curate.duplicates.search
     if search == "auto":
         search = "neighbors" if sum(outputs.parts) <= config.neighbors.exact_rows else "clusters"
@@ -132,7 +142,7 @@ class Curation:
     run: Run
     config: RunConfig
     encode: EncodeOutputs
-    transform: FeatureTransform
+    transform: SpaceTransforms
     digest: str
     by_neighbors: bool
     """Whether near pairs are those of the table of neighbours."""
@@ -156,7 +166,7 @@ class Curation:
         aside = kept_aside(self.run, self.encode)
         hashes = []
         for part, (start, stop) in enumerate(pairwise(self.starts)):
-            rows = tables.matrix(tables.read_table(self.run.embeddings(part), ["embedding"])["embedding"])
+            rows = part_embeddings(self.run, part)
             hashes.append(row_hashes(rows if aside is None else rows[~aside[start:stop]]))
         first = first_of_equal(np.concatenate(hashes))
         rows = np.arange(self.starts[-1]) if aside is None else np.flatnonzero(~aside)
@@ -296,10 +306,10 @@ class Curation:
         return self._write(x, columns, decision, sample, found), found
 
     def _part_columns(self, name: str, rows: IntArray) -> Iterator[pa.ChunkedArray]:
-        """Yield a column of `embeddings`, part by part, of the rows that are curated."""
+        """Yield a column of the rows, part by part, of the rows that are curated."""
         for part, (start, stop) in enumerate(pairwise(self.starts)):
             low, high = np.searchsorted(rows, [start, stop])
-            yield tables.read_table(self.run.embeddings(part), [name])[name].take(pa.array(rows[low:high] - start))
+            yield tables.read_table(self.run.rows(part), [name])[name].take(pa.array(rows[low:high] - start))
 
     def _scored(self, x: Tensor, rows: IntArray, first: IntArray) -> Columns:
         """Compute distances to the run's clusters, and the outlier scores; identical rows count as one."""
@@ -479,7 +489,7 @@ class Curation:
         starts, found = np.array(self.starts), list[pa.Array]()
         for part in np.unique(np.searchsorted(starts, unique, side="right") - 1).tolist():
             local = unique[(unique >= starts[part]) & (unique < starts[part + 1])] - starts[part]
-            keys = _read_keys(self.run.embeddings(part))
+            keys = _read_keys(self.run.rows(part))
             found.append(keys.take(pa.array(local)))
         return pa.concat_arrays(found).take(pa.array(where)) if found else pa.array([], pa.string())
 
