@@ -23,6 +23,7 @@ import click
 
 from rayclust import stages
 from rayclust.errors import ConfigError, RayclustError
+from rayclust.export import FORMATS
 from rayclust.report.formats import clean
 from rayclust.runtime.log import new_handler
 
@@ -45,7 +46,7 @@ IN_A_WORD = {
     "report": "one page of it all",
 }
 """What each stage is about, for the list of commands."""
-_NEXT = "rayclust search {run} --image FILE; rayclust predict {run} IMAGES --out TABLE"
+_NEXT = "rayclust explore {run}; rayclust export {run} --to FORMAT --out FILE; rayclust predict {run} IMAGES --out FILE"
 RESUMED = frozenset({"quick", "run", "compare", "predict", "demo", *STAGE_COMMANDS})
 """Commands that go on where they were when the same line is given again."""
 INTERRUPTED = 130
@@ -333,6 +334,52 @@ def predict(run_uri: str, images: str, *, out: str, evaluate: bool, as_json: boo
     if evaluate:
         shown = ", ".join(f"{name} {score:.4f}" for name, score in found.items() if isinstance(score, float))
         click.echo(f"{found['labelled']:,} images with a label: {shown}")
+
+
+@commands.command(short_help="A run as a page to work in: all images, search, edits.")
+@click.argument("run_uri", metavar="RUN")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; from other machines a token is needed."
+)
+@click.option("--port", default=8008, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@_VERBOSE
+def explore(run_uri: str, host: str, port: int) -> None:
+    """Serve RUN as a page: all images of a cluster, search, neighbours; rename, merge and split clusters.
+
+    Needs the extra explore. Listens on this machine alone unless --host says otherwise. Ctrl-C ends it.
+    """
+    from rayclust.runtime.api import load_run
+
+    try:
+        from rayclust.web.app import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"explore needs {error.name}: pip install 'rayclust[explore]'") from None
+    serve(load_run(run_uri), host=host, port=port, show=partial(click.echo))
+
+
+@commands.command(name="export", short_help="Take a run home in the formats of other tools.")
+@click.argument("run_uri", metavar="RUN")
+@click.option("--to", required=True, type=click.Choice(list(FORMATS)), help="Format.")
+@click.option("--out", required=True, help="File (atlas, table) or folder to write, a path or URI.")
+@click.option("--images", is_flag=True, help="Put the images in: thumbnails for atlas, the files for hf.")
+@_JSON
+@_VERBOSE
+def export_run(run_uri: str, *, to: str, out: str, images: bool, as_json: bool) -> None:
+    """Write the rows of RUN with their clusters, as they are named and edited, for other tools.
+
+    See docs/explore.md for the formats.
+    """
+    from rayclust.export import export
+    from rayclust.runtime.api import load_run
+
+    found = export(load_run(run_uri), to, out, images=images)
+    if as_json:
+        _print_json(found)
+        return
+    missing = f"; {found['missing']:,} of their images cannot be read" if found.get("missing") else ""
+    click.echo(f"{found['rows']:,} images in {found['out']} ({found['files']:,} files){missing}")
+    if "projection" in found:
+        click.echo(f"x and y are {found['projection']}")
 
 
 @commands.command(short_help="K-means under several encoders, one table.")

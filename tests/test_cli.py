@@ -19,7 +19,7 @@ from tests.stages.runs import picture
 CONTRACT = {
     "quick", "run", "encode", "neighbors", "train", "select-k", "assign", "label", "curate", "index", "evaluate",
     "figures", "report", "check", "status", "search", "predict", "demo", "schema",
-    "submit", "compare",
+    "submit", "compare", "export", "explore",
 }  # fmt: skip
 
 

@@ -25,11 +25,11 @@ from rayclust.encoders.decode import Undecodable
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime import log
 from rayclust.runtime.api import load_config, load_run, with_absolute_paths
+from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.encoder import RunEncoders
 from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import content_digest, run_all
 from rayclust.runtime.rows import transform_of
-from rayclust.runtime.vocabularies import cluster_names
 from rayclust.store import storage, tables
 from rayclust.store.manifest import read_json_output, read_manifest
 from rayclust.store.run import Run, parts
@@ -106,9 +106,13 @@ class RunTables:
             return self.table(name, columns).to_pandas()
         table = self.table("rows", ["row", "key", "uri", "label"])
         assigned = self.table("assignments", ["cluster", "confidence"])
+        shown = shown_clusters(self._run)
+        names = pa.nulls(assigned.num_rows, pa.string())
+        if shown is not None:
+            clusters = shown.of(assigned["cluster"].to_numpy(), table["key"])
+            assigned, names = assigned.set_column(0, "cluster", pa.array(clusters)), shown.names_at(clusters)
+        assigned = assigned.append_column("name", names)
         frame = pa.table({name: t[name] for t in (table, assigned) for name in t.column_names}).to_pandas()
-        names = cluster_names(self._run)
-        frame["name"] = [names.get(cluster) for cluster in frame["cluster"]]
         return frame if columns is None else frame[list(columns)]
 
     def images(self, rows: Iterable[int]) -> list[Image.Image]:
@@ -181,8 +185,10 @@ class RunTables:
         method = load_method(self._run.uri, content_digest(train))
         features = method_inputs(method, transform_of(encode, self.config.features), rows)
         clusters, confidence = import_module("rayclust.stages.assign").assign(method, features)
-        names = cluster_names(self._run)
-        found = {"cluster": clusters.tolist(), "name": [names.get(cluster) for cluster in clusters.tolist()]}
+        shown = shown_clusters(self._run)
+        clusters = clusters if shown is None else shown.of(clusters)
+        names = [None] * len(clusters) if shown is None else shown.names_at(clusters).to_pylist()
+        found = {"cluster": clusters.tolist(), "name": names}
         found["confidence"] = confidence.tolist()
         if uris is not None:
             good = iter(range(len(clusters)))

@@ -30,6 +30,7 @@ from rayclust.report.formats import count, percent
 from rayclust.report.model import Drawing
 from rayclust.runtime.artefacts import Outputs, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import (
     SELECT_K,
@@ -42,7 +43,6 @@ from rayclust.runtime.pipeline import (
     settings_of,
 )
 from rayclust.runtime.rows import features_at, labels_at, row_starts, transform_of
-from rayclust.runtime.vocabularies import cluster_names
 from rayclust.store import storage, tables
 from rayclust.store.manifest import read_json_output
 from rayclust.store.run import Run
@@ -288,7 +288,8 @@ def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawi
     points = np.stack([dots["x"].to_numpy(), dots["y"].to_numpy()], axis=1)
     of_dots, of_heat = dots["cluster"].to_numpy(), heat["cluster"].to_numpy()
     # Two clusters of one name are shown with their numbers.
-    stored = cluster_names(run)
+    edited = shown_clusters(run)
+    stored = edited.names_of_own if edited else {}
     counts = Counter(stored.values())
     names = {
         k: f"Cluster {k}" if not (name := stored.get(k)) else name if counts[name] == 1 else f"{name} #{k}"

@@ -12,10 +12,10 @@ import pyarrow.csv
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime.datasets import SCHEME
+from rayclust.runtime.edits import ShownClusters, shown_clusters
 from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
 from rayclust.runtime.rows import part_embeddings, transform_of
-from rayclust.runtime.vocabularies import cluster_names
 from rayclust.stages.assign import assign
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, digest_of
@@ -78,8 +78,9 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
     given, wanted = int(encoded.extra["dimension"]), int(encode.extra["dimension"])
     if given != wanted:
         raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
-    table = _table(run, scratch, config, encode, content_digest(train))
-    scores = _scores(run, scratch, table) if evaluate else {}
+    shown = shown_clusters(run)
+    table = _table(scratch, config, encode, content_digest(train), shown)
+    scores = _scores(run, scratch, table, shown) if evaluate else {}
     if out.endswith(".parquet"):
         tables.write_table(out, table)
     else:
@@ -90,14 +91,15 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
     return {"rows": encoded.counts["rows"], "rejects": encoded.counts["rejects"]} | scores
 
 
-def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: str) -> pa.Table:
-    method, transform = load_method(run.uri, model), transform_of(encode, config.features)
-    names = cluster_names(run)
+def _table(scratch: Run, config: RunConfig, encode: Manifest, model: str, shown: ShownClusters | None) -> pa.Table:
+    method, transform = load_method(config.run, model), transform_of(encode, config.features)
     found = [SCHEMA.empty_table()]
     for part, uri in parts(scratch.rows_folder):
         table = tables.read_table(uri, ["key", "uri"])
-        clusters, confidence = assign(method, method_inputs(method, transform, part_embeddings(scratch, part)))
-        named = pa.array([names.get(cluster) for cluster in clusters.tolist()], pa.string())
+        own, confidence = assign(method, method_inputs(method, transform, part_embeddings(scratch, part)))
+        # Splits are lists of the run's own images: new ones follow renames and merges alone.
+        clusters = own if shown is None else shown.of(own)
+        named = pa.nulls(len(own), pa.string()) if shown is None else shown.names_at(clusters)
         columns = {"key": table["key"], "uri": table["uri"], "cluster": clusters, "name": named}
         found.append(pa.table(columns | {"confidence": confidence}))
     found += [tables.read_table(uri, ["key", "uri", "reason"]) for _, uri in parts(scratch.rejects_folder)]
@@ -105,7 +107,7 @@ def _table(run: Run, scratch: Run, config: RunConfig, encode: Manifest, model: s
     return pa.concat_tables(found, promote_options="default").cast(SCHEMA)
 
 
-def _scores(run: Run, scratch: Run, table: pa.Table) -> dict[str, Any]:
+def _scores(run: Run, scratch: Run, table: pa.Table, shown: ShownClusters | None) -> dict[str, Any]:
     """Score the clusters of new images against their labels."""
     from rayclust.metrics import external
 
@@ -118,7 +120,9 @@ def _scores(run: Run, scratch: Run, table: pa.Table) -> dict[str, Any]:
     scores = {"labelled": int(known.sum())} | external.scores(truth, found)
     if storage.exists(run.contingency):
         cells = tables.read_table(run.contingency)
-        counts, pairs = cells["count"].to_numpy(), (cells["label"].to_numpy(zero_copy_only=False), cells["cluster"])
+        own = cells["cluster"].to_numpy()
+        counts = cells["count"].to_numpy()
+        pairs = (cells["label"].to_numpy(zero_copy_only=False), own if shown is None else shown.of(own))
         commonest = external.majority_map(*(np.repeat(np.asarray(values), counts) for values in pairs))
         scores["accuracy_held_out"] = external.mapped_accuracy(truth, found, commonest)
     return scores

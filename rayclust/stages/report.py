@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayclust.config import RunConfig
 from rayclust.report import model
 from rayclust.report.page import PageLimits, featured, render
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.api import as_yaml, load_run
 from rayclust.runtime.artefacts import put_bytes
+from rayclust.runtime.edits import overlay_digest, shown_clusters
 from rayclust.runtime.pipeline import CURATE, SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
 from rayclust.runtime.rows import row_starts, rows_by_part
 from rayclust.runtime.tasks import STORAGE_THREADS
@@ -37,6 +39,9 @@ def run(context: StageContext) -> StageResult:
     encode, label, evaluate = (context.inputs[stage] for stage in ("encode", "label", "evaluate"))
     metrics = read_json_output(run, "evaluate", run.metrics)
     clusters = tables.read_table(run.clusters).to_pylist()
+    edited = shown_clusters(run)
+    if edited is not None and edited.edited.edits:
+        clusters = [cluster | {"name": edited.names_of_own[cluster["cluster"]]} for cluster in clusters]
     limits = PageLimits(
         cards=config.report.max_clusters, exemplars=config.label.exemplars, outliers=config.label.outliers
     )
@@ -64,6 +69,13 @@ def run(context: StageContext) -> StageResult:
         notes.append(
             "The names of the clusters were chosen among words that hold the data set's own class names "
             "(label.vocabulary: classes). They don't show what would be found without labels."
+        )
+    if edited is not None and (edited.overlay.edits or edited.overlay.unfit):
+        done, lost = len(edited.overlay.edits), len(edited.overlay.unfit)
+        unfit = f"; {lost} more no longer fit these clusters and are left out" if lost else ""
+        notes.append(
+            f"Names are as edited by hand ({done} edits in overlay.json{unfit}). Clusters that were merged are shown "
+            "one by one under their common name; sizes and scores are those of the method's own clusters."
         )
     selection = read_json_output(run, SELECT_K, run.selection) if SELECT_K in context.inputs else None
     data = model.ReportData(
@@ -281,9 +293,14 @@ def _rejects(run: Run, encode: Manifest) -> list[model.RejectGroup]:
     ]
 
 
+def _settings(config: RunConfig) -> dict[str, Any]:
+    edits = overlay_digest(Run(config.run))
+    return {"report": settings_of(config.report)} | ({"overlay": edits} if edits else {})
+
+
 STAGE = Stage(
     "report",
-    lambda config: {"report": settings_of(config.report)},
+    _settings,
     run,
     needs=("encode", "train", "assign", "label", "evaluate", "figures"),
     own_space_needs=("index",),

@@ -12,16 +12,18 @@ import pyarrow as pa
 
 from rayclust.arrays import require_matrix, unit_rows
 from rayclust.config import RunConfig
+from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
+from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods import has_transform
 from rayclust.report.formats import abbreviate, shorten
+from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import Manifests, content_digest
 from rayclust.runtime.rows import row_starts, rows_by_part, space_widths, transform_of
-from rayclust.runtime.vocabularies import cluster_names
-from rayclust.search.index import load_index
+from rayclust.search.index import VectorIndex, load_index
 from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX, index_file
 from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, Manifest, read_manifest, read_output
@@ -64,40 +66,125 @@ def search(
         ConfigError: the query does not suit the run.
         DataError: the image cannot be read.
     """
-    run, manifests = Run(config.run, config.spaces), Manifests(config)
-    encode = manifests.of("encode")
-    if space not in (ENCODER, OWN, "both", *config.spaces):
-        raise ConfigError(f"--space {space}: must be one of {', '.join((ENCODER, OWN, 'both', *config.spaces))}")
-    if space == ENCODER and text is not None and config.encoders:
-        space = getattr(config.text_encoder, "space", ENCODER)
-    spaces = (ENCODER, OWN) if space == "both" else (space,)
-    # 1. Refuse what cannot be searched.
-    not_indexed = ArtefactError(f"{run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
-    if encode is None:
-        raise not_indexed
-    if OWN in spaces and not has_transform(config.method.name):
-        raise ConfigError(f"--space z: the method {config.method.name} has no space of its own; use --space encoder")
-    if OWN in spaces and text is not None:
-        raise ConfigError("--text: words live in the encoder's space alone; use --space encoder, or search by --image")
-    # An index of other rows or of another model is refused; other settings of the index are accepted.
-    index = read_manifest(run, "index")
-    for need in ("encode", "train") if OWN in spaces else ("encode",):
-        needed = manifests.of(need)
-        if index is None or needed is None or index.inputs.get(need) != content_digest(needed):
-            raise not_indexed
-    # 2. Encode the query and search every space for it.
-    top, found = min(top, encode.counts["rows"]), {}
+    searcher = Searcher(config)
+    spaces = searcher.resolve(space, has_text=text is not None)
+    if (image is None) == (text is None):
+        raise ConfigError("search: give either --image FILE or --text WORDS")
+    data, found = b"" if image is None else storage.read_bytes(image), {}
     for wanted in spaces:
-        query = _query(config, image, text, wanted)
-        widths = space_widths(encode.outputs_of(EncodeOutputs))
-        width = sum(widths.values()) if wanted == OWN else widths.get(wanted, next(iter(widths.values())))
-        require_matrix(query, "the query", width)
-        found[wanted] = _nearest(config, manifests, query, wanted, top)
-    hits = _hits(run, encode, set().union(*found.values()), is_assigned=manifests.of("assign") is not None)
+        if text is not None:
+            query = searcher.encode_text(text, wanted)
+        else:
+            query = searcher.encode_image(data, wanted, f"--image {image}")
+        found[wanted] = searcher.nearest(query, wanted, top)
+    is_assigned = searcher.manifests.of("assign") is not None
+    hits = _hits(searcher.run, searcher.encode, set().union(*found.values()), is_assigned=is_assigned)
     return {
         wanted: [replace(hits[row], similarity=cosine) for row, cosine in near.items()]
         for wanted, near in found.items()
     }
+
+
+class Searcher:
+    """Search over one run, whose encoders and indexes stay in memory once they are loaded."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.run, self.manifests = config, Run(config.run, config.spaces), Manifests(config)
+        self._indexes, self._encoders = dict[str, VectorIndex](), dict[int, Encoder]()
+
+    @property
+    def encode(self) -> Manifest:
+        """Manifest of the run's embeddings; raises `ArtefactError` if they are not complete."""
+        found = self.manifests.of("encode")
+        if found is None:
+            raise self._not_indexed()
+        return found
+
+    def resolve(self, space: str, *, has_text: bool) -> tuple[str, ...]:
+        """Return the spaces that a query searches; see `search`.
+
+        Raises:
+            ArtefactError: the run is not indexed.
+            ConfigError: there is no such space, or words do not live in it.
+        """
+        config, method = self.config, self.config.method.name
+        if space not in (ENCODER, OWN, "both", *config.spaces):
+            raise ConfigError(f"--space {space}: must be one of {', '.join((ENCODER, OWN, 'both', *config.spaces))}")
+        if space == ENCODER and has_text and config.encoders:
+            space = getattr(config.text_encoder, "space", ENCODER)
+        spaces = (ENCODER, OWN) if space == "both" else (space,)
+        if self.manifests.of("encode") is None:
+            raise self._not_indexed()
+        if OWN in spaces and not has_transform(method):
+            raise ConfigError(f"--space z: the method {method} has no space of its own; use --space encoder")
+        if OWN in spaces and has_text:
+            raise ConfigError(
+                "--text: words live in the encoder's space alone; use --space encoder, or search by --image"
+            )
+        # An index of other rows or of another model is refused; other settings of the index are accepted.
+        index = read_manifest(self.run, "index")
+        for need in ("encode", "train") if OWN in spaces else ("encode",):
+            needed = self.manifests.of(need)
+            if index is None or needed is None or index.inputs.get(need) != content_digest(needed):
+                raise self._not_indexed()
+        return spaces
+
+    def encode_text(self, text: str, space: str) -> np.ndarray:
+        """Return the embedding of words, Float32[1 D]; raise `ConfigError` if the space's encoder reads no text."""
+        [(settings, encoder)] = self._encoders_of(space)
+        if not encoder.has_text:
+            raise ConfigError(f"--text: the encoder {settings.name} has no text tower; search by --image")
+        return encoder.encode_texts([text])
+
+    def encode_image(self, data: bytes, space: str, name: str) -> np.ndarray:
+        """Return the embedding of an encoded image, Float32[1 D]; for the own space by all encoders, side by side.
+
+        Raise `DataError`, with the name, if it is no image.
+        """
+        try:
+            rows = [
+                encoder.encode_images(decode(data, encoder.preprocess)[None]) for _, encoder in self._encoders_of(space)
+            ]
+        except Undecodable as error:
+            raise DataError(f"{name}: {error.reason}: {error.detail}") from None
+        return np.concatenate(rows, axis=1)
+
+    def nearest(self, query: np.ndarray, space: str, top: int) -> dict[int, float]:
+        """Return cosines by row, nearest first, of a space that was resolved.
+
+        The query, Float32[1 D], is scaled to a unit row for the encoder's space, and becomes features and then the
+        method's transform of them for its own.
+        """
+        encode, train = self.encode, self.manifests.of("train")
+        widths = space_widths(encode.outputs_of(EncodeOutputs))
+        width = sum(widths.values()) if space == OWN else widths.get(space, next(iter(widths.values())))
+        require_matrix(query, "the query", width)
+        if space != OWN or train is None:
+            query = unit_rows(query)
+        else:
+            method = load_method(self.config.run, content_digest(train))
+            query = transform_rows(method, transform_of(encode, self.config.features)(query))
+        if space not in self._indexes:
+            name = OWN_INDEX if space == OWN else ENCODER_INDEX
+            if space in self.config.spaces:
+                name = index_file(space, self.config.spaces)
+            uri = storage.join(self.run.index_folder, name)
+            self._indexes[space] = load_index(read_output(self.run, "index", uri))
+        rows, similarity = self._indexes[space].search(query, min(top, encode.counts["rows"]))
+        return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
+
+    def _encoders_of(self, space: str) -> list[tuple[EncoderConfig, Encoder]]:
+        """Return the encoder of a space, or all for the method's own; each is loaded once."""
+        every = list(enumerate(self.config.each_encoder))
+        named = [(i, each) for i, each in every if getattr(each, "space", None) == space] or every[:1]
+        chosen = every if space == OWN else named
+        for place, settings in chosen:
+            if place not in self._encoders:
+                self._encoders[place] = load_run_encoder(self.config, settings=settings)
+        return [(settings, self._encoders[place]) for place, settings in chosen]
+
+    def _not_indexed(self) -> ArtefactError:
+        return ArtefactError(f"{self.run.uri}: is not indexed: run `rayclust index RUN.yaml` first")
 
 
 def as_lines(found: dict[str, list[Hit]]) -> Iterator[str]:
@@ -123,57 +210,18 @@ def _short(hit: Hit | None) -> str:
     return head + shorten(hit.key, _COLUMN_WIDTH - len(head))
 
 
-def _query(config: RunConfig, image: str | None, text: str | None, space: str) -> np.ndarray:
-    """Encode the query for a space, Float32[1 D]; for the method's own by all encoders, side by side."""
-    if (image is None) == (text is None):
-        raise ConfigError("search: give either --image FILE or --text WORDS")
-    data = storage.read_bytes(image) if image is not None else b""
-    named = [encoder for encoder in config.encoders if encoder.space == space] or config.each_encoder[:1]
-    rows = []
-    for settings in config.each_encoder if space == OWN else named:
-        encoder = load_run_encoder(config, settings=settings)
-        if text is not None:
-            if not encoder.has_text:
-                raise ConfigError(f"--text: the encoder {settings.name} has no text tower; search by --image")
-            return encoder.encode_texts([text])
-        try:
-            rows.append(encoder.encode_images(decode(data, encoder.preprocess)[None]))
-        except Undecodable as error:
-            raise DataError(f"--image {image}: {error.reason}: {error.detail}") from None
-    return np.concatenate(rows, axis=1)
-
-
-def _nearest(config: RunConfig, manifests: Manifests, query: np.ndarray, space: str, top: int) -> dict[int, float]:
-    """Return cosines by row, nearest first.
-
-    The query is scaled to a unit row for the encoder's space, and becomes features and then the method's transform of
-    them for its own.
-    """
-    encode, train = manifests.of("encode"), manifests.of("train")
-    if space != OWN or encode is None or train is None:
-        query = unit_rows(query)
-    else:
-        method = load_method(config.run, content_digest(train))
-        query = transform_rows(method, transform_of(encode, config.features)(query))
-    run, name = Run(config.run), OWN_INDEX if space == OWN else ENCODER_INDEX
-    if space in config.spaces:
-        name = index_file(space, config.spaces)
-    index = load_index(read_output(run, "index", storage.join(run.index_folder, name)))
-    rows, similarity = index.search(query, top)
-    return {int(row): float(s) for row, s in zip(rows[0], similarity[0], strict=True) if row >= 0}
-
-
 def _hits(run: Run, encode: Manifest, wanted: set[int], *, is_assigned: bool) -> dict[int, Hit]:
     """Return hits by row, without their cosines; each part that holds one is read once."""
-    names, starts = cluster_names(run), row_starts(encode)
+    shown, starts = shown_clusters(run) if is_assigned else None, row_starts(encode)
     found: dict[int, Hit] = {}
     for part, positions in rows_by_part(starts, np.array(sorted(wanted), np.int64)):
         places = pa.array(positions)
         records = tables.read_table(run.rows(part), ["key", "uri"]).take(places).to_pylist()
         clusters: list[int | None] = [None] * len(positions)
-        if is_assigned:
-            clusters = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_pylist()
+        if shown is not None:
+            own = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_numpy()
+            clusters = shown.of(own, pa.array([record["key"] for record in records], pa.string())).tolist()
         for row, record, cluster in zip((starts[part] + positions).tolist(), records, clusters, strict=True):
-            name = None if cluster is None else names.get(cluster)
+            name = None if shown is None or cluster is None else shown.names.get(cluster)
             found[row] = Hit(row, math.nan, record["key"], record["uri"], cluster, name)
     return found

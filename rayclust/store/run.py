@@ -49,6 +49,8 @@ class Run:
     """Folder of the one model of which all candidates are cut, for methods that need no fit for each."""
     model_folder: str = field(default="model", init=False)
     """The trained method: weights, config and a table of metrics per epoch."""
+    overlay: str = field(default="overlay.json", init=False)
+    """Edits of the clusters by people."""
     index_folder: str = field(default="index", init=False)
     """The search index."""
     report: str = field(default="report/index.html", init=False)

@@ -21,7 +21,7 @@ import tempfile
 import uuid
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rayclust.errors import ArtefactError, DataError
-from rayclust.store.failures import MissingError, UnreadableError, names, translated
+from rayclust.store.failures import MissingError, UnreadableError, names, translate, translated
 
 __all__ = ["MissingError", "UnreadableError"]
 
@@ -203,6 +203,39 @@ def write_bytes(uri: str, data: bytes) -> str:
             temporary.unlink(missing_ok=True)
             raise
     return _local_stat("", "", found).stamp
+
+
+@contextmanager
+def open_output(uri: str) -> Iterator[BinaryIO]:
+    """Write a large file piece by piece; it is at `uri` once the context ends without an error, and not before.
+
+    A remote file is written to a temporary one here and sent in pieces.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="rayclust-") if is_remote(uri) else nullcontext() as folder:
+        path = to_path(uri) if folder is None else Path(folder) / "object"
+        with translated(uri, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.parent / f"{temporary_prefix(path)}{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+            file = temporary.open("xb")
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if folder is None:
+                temporary.replace(path)
+                return
+        except OSError as error:  # a full disk; what is read meanwhile raises errors of its own
+            raise translate(error, uri, "write") from error
+        finally:
+            if folder is None:
+                temporary.unlink(missing_ok=True)
+        with translated(uri, "write"):
+            fs, where = _filesystem(uri)
+            fs.put_file(str(temporary), where)
 
 
 def put_if_match(uri: str, data: bytes, version: str | None) -> str | None:

@@ -106,7 +106,7 @@ def test_a_value_set_by_hand_counts_even_if_it_is_the_default():
 
 
 def test_where_the_run_lies_is_in_no_digest():
-    assert digests(validate(tree("/a", "/images"))) == digests(validate(tree("s3://b/c", "/other")))
+    assert digests(validate(tree("/a", "/images"))) == digests(validate(tree("memory://b/c", "/other")))
 
 
 def test_another_list_of_words_under_the_same_name_names_again(tmp_path: Path):

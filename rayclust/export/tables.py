@@ -1,0 +1,114 @@
+"""Tables: `atlas`, `table` and `keys`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from rayclust.errors import ConfigError, DataError
+from rayclust.export.rows import RunRows
+from rayclust.report.thumbnails import thumbnail
+from rayclust.store import storage
+from rayclust.store import tables as stored
+
+THUMBNAIL = 128
+"""Pixels on the shorter side of a thumbnail."""
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+"""An image in a table, as Hugging Face's datasets and embedding-atlas read it."""
+
+
+def write_table(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
+    """Write one parquet or csv, a line per image."""
+    if not out.endswith((".parquet", ".csv")):
+        raise ConfigError(f"--out {out}: must end in .parquet or .csv")
+    _write(out, (rows.table(part) for part in rows.parts))
+    return {"files": 1}
+
+
+def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
+    """Write one parquet with places on the plane and neighbours, as embedding-atlas takes them.
+
+    `neighbors` holds row numbers, which are the places in the table, and cosine distances.
+    """
+    if not out.endswith(".parquet"):
+        raise ConfigError(f"--out {out}: must end in .parquet")
+    places, projection = rows.plane()
+    found: dict[str, Any] = {"files": 1, "projection": projection, "missing": 0}
+
+    def tables() -> Iterator[pa.Table]:
+        for part in rows.parts:
+            table = rows.table(part)
+            start, stop = rows.starts[part : part + 2]
+            for column, name in enumerate("xy"):
+                table = table.append_column(name, pa.array(places[start:stop, column]))
+            if rows.neighbors is not None:
+                near = stored.read_table(rows.run.neighbors(part), ["neighbors", "similarity"])
+                ids = stored.matrix(near["neighbors"])
+                distances = (1 - stored.matrix(near["similarity"]).astype(np.float32)).clip(min=0)
+                lists = [stored.fixed_list(values) for values in (ids, distances)]
+                lists = [values.cast(pa.list_(values.type.value_type)) for values in lists]
+                table = table.append_column("neighbors", pa.StructArray.from_arrays(lists, ["ids", "distances"]))
+            if images:
+                small = list(rows.images(table["uri"].to_pylist()))
+                found["missing"] += sum(data is None for _, data in small)
+                cells = [None if data is None else {"bytes": thumbnail(data, THUMBNAIL)} for _, data in small]
+                table = table.append_column("image", pa.array(cells, IMAGE))
+            yield table
+
+    _write(out, tables(), {"projection": projection})
+    return found
+
+
+def write_keys(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
+    """Write a text file of keys for each cluster, a key a line, and `clusters.csv` with their names and sizes."""
+    sizes = dict[int, int]()
+    with tempfile.TemporaryDirectory(prefix="rayclust-") as folder:
+        for part in rows.parts:
+            table = rows.table(part).sort_by("cluster")
+            clusters, keys = table["cluster"].to_numpy(), table["key"].to_pylist()
+            if bad := next((key for key in keys if "\n" in key or "\r" in key), None):
+                raise DataError(f"--to keys: the key {bad!r} holds a line break; use --to table")
+            numbers, first = np.unique(clusters, return_index=True)
+            for cluster, start, stop in zip(numbers.tolist(), first, [*first[1:], len(keys)], strict=True):
+                sizes[cluster] = sizes.get(cluster, 0) + int(stop - start)
+                with (Path(folder) / _name(cluster)).open("a", encoding="utf-8") as file:
+                    file.writelines(f"{key}\n" for key in keys[start:stop])
+        for cluster in sizes:
+            storage.write_bytes(storage.join(out, _name(cluster)), (Path(folder) / _name(cluster)).read_bytes())
+    shown = [cluster for cluster in rows.shown.edited.shown if cluster in sizes]
+    names, marks = rows.shown.names, rows.shown.edited.marks
+    summary = {
+        "cluster": pa.array(shown, pa.int32()),
+        "name": pa.array([names.get(cluster) for cluster in shown], pa.string()),
+        "mark": pa.array([marks.get(cluster) for cluster in shown], pa.string()),
+        "size": pa.array([sizes[cluster] for cluster in shown], pa.int64()),
+        "file": pa.array([_name(cluster) for cluster in shown], pa.string()),
+    }
+    _write(storage.join(out, "clusters.csv"), iter([pa.table(summary)]))
+    return {"files": len(sizes) + 1}
+
+
+def _name(cluster: int) -> str:
+    return f"{cluster:05d}.txt"
+
+
+def _write(out: str, found: Iterator[pa.Table], metadata: dict[str, str] | None = None) -> None:
+    """Write tables of one schema as one file, csv or parquet by its ending."""
+    with storage.open_output(out) as file:
+        first = next(found)
+        schema = first.schema.with_metadata(metadata)
+        if out.endswith(".csv"):
+            writer: Any = pyarrow.csv.CSVWriter(file, schema)
+        else:
+            writer = pq.ParquetWriter(file, schema, compression="zstd", store_schema=True)
+        with writer:
+            writer.write_table(first.cast(schema))
+            for table in found:
+                writer.write_table(table.cast(schema))

@@ -1,0 +1,140 @@
+"""The clusters of a run as they are shown: the stages' own, with the names and edits that people gave them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from rayclust.arrays import IntArray
+from rayclust.errors import ArtefactError
+from rayclust.runtime.pipeline import content_digest
+from rayclust.runtime.rows import row_starts, rows_by_part
+from rayclust.runtime.vocabularies import cluster_names
+from rayclust.store import storage, tables
+from rayclust.store.manifest import AssignOutputs, Manifest, digest_of, read_manifest
+from rayclust.store.overlay import Edit, Edited, Overlay, add, keys_of, read_overlay, refit, write_overlay
+from rayclust.store.run import Run, parts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShownClusters:
+    """A run's clusters with the edits of its overlay."""
+
+    overlay: Overlay
+    """Fitted to the run's assignments."""
+    edited: Edited
+    own_names: Mapping[int, str | None]
+    """By the stage label, by cluster; {} before it."""
+
+    def of(self, clusters: IntArray, keys: pa.Array | pa.ChunkedArray | None = None) -> NDArray[np.int32]:
+        """Return the shown clusters of rows; see `Edited.of`."""
+        return self.edited.of(clusters, keys)
+
+    @cached_property
+    def names(self) -> dict[int, str | None]:
+        """Names by shown cluster."""
+        return self.edited.named(self.own_names)
+
+    @property
+    def names_of_own(self) -> dict[int, str | None]:
+        """Names by the run's own clusters: each has that of the cluster that it was merged into."""
+        return {k: self.names[int(self.edited.final[k])] for k in range(self.edited.clusters)}
+
+    def names_at(self, clusters: IntArray) -> pa.Array:
+        """Return the names of shown clusters, Int[B], as strings with nulls."""
+        table = pa.array([self.names.get(k) for k in range(len(self.edited.final))], pa.string())
+        return table.take(pa.array(clusters))
+
+
+def shown_clusters(run: Run) -> ShownClusters | None:
+    """Return the clusters of a run with its overlay applied, None before the stage assign.
+
+    Edits that no longer fit are logged, once. Raise `ArtefactError` if the overlay is no list of edits.
+    """
+    assign = read_manifest(run, "assign")
+    if assign is None:
+        return None
+    overlay, _ = _fitted(run, assign)
+    return ShownClusters(overlay, Edited.by(overlay.edits, overlay.clusters), cluster_names(run))
+
+
+def edit_clusters(run: Run, edit: Edit) -> None:
+    """Add an edit to a run's overlay.
+
+    Raises:
+        ArtefactError: the run has no typical images yet, by which the edit is found again after another assignment.
+        ConfigError: the edit names a cluster that is not shown.
+        HeldError: somebody else has edited the clusters meanwhile.
+    """
+    assign, label, encode = (read_manifest(run, stage) for stage in ("assign", "label", "encode"))
+    if assign is None or encode is None or label is None or label.inputs.get("assign") != content_digest(assign):
+        raise ArtefactError(f"{run.uri}: has no typical images yet: run `rayclust label RUN.yaml` first")
+    overlay, version = _fitted(run, assign)
+    exemplars = tables.read_table(run.clusters, ["cluster", "exemplars"]).to_pylist()
+    # Only of the clusters that take part: a cluster's page must open at once among many thousands.
+    edited = Edited.by((*overlay.edits, edit), overlay.clusters)
+    ends = {int(edited.final[k]) for k in edit.named}
+    wanted = {each["cluster"]: each["exemplars"] for each in exemplars if int(edited.final[each["cluster"]]) in ends}
+    rows = np.unique(np.array([row for some in wanted.values() for row in some], np.int64))
+    keys = dict[int, str]()
+    starts = row_starts(encode)
+    for part, positions in rows_by_part(starts, rows):
+        found = tables.read_table(run.rows(part), ["key"])["key"].take(pa.array(positions)).to_pylist()
+        keys |= dict(zip((starts[part] + positions).tolist(), found, strict=True))
+    typical = {cluster: [keys[row] for row in some] for cluster, some in wanted.items()}
+    write_overlay(run, add(overlay, edit, typical), version)
+
+
+def undo_edit(run: Run) -> None:
+    """Take back the last edit of a run's overlay, if there is one."""
+    assign = read_manifest(run, "assign")
+    if assign is not None:
+        overlay, version = _fitted(run, assign)
+        if overlay.edits:
+            write_overlay(run, overlay.model_copy(update={"edits": overlay.edits[:-1]}), version)
+
+
+def overlay_digest(run: Run) -> str | None:
+    """Return the digest of a run's edits, for stages that show them; None without edits."""
+    overlay, _ = read_overlay(run)
+    return digest_of(overlay.model_dump(mode="json")) if overlay.edits else None
+
+
+def clusters_of_keys(run: Run, keys: Collection[str]) -> dict[str, int]:
+    """Return the run's own cluster of each key that it has; its assignments are read part by part."""
+    wanted, found = pa.array(sorted(keys), pa.string()), dict[str, int]()
+    for _, uri in parts(run.assignments_folder):
+        table = tables.read_table(uri, ["key", "cluster"])
+        some = table.filter(pc.is_in(table["key"], value_set=wanted))
+        found |= dict(zip(some["key"].to_pylist(), some["cluster"].to_pylist(), strict=True))
+    return found
+
+
+def _fitted(run: Run, assign: Manifest) -> tuple[Overlay, str | None]:
+    """Return the overlay fitted to the run's assignments, and the version of its file."""
+    overlay, version = read_overlay(run)
+    digest, clusters = content_digest(assign), len(assign.outputs_of(AssignOutputs).sizes)
+    if not overlay.edits and not overlay.unfit:
+        return Overlay(assign=digest, clusters=clusters), version
+    if overlay.assign != digest:
+        overlay = _refitted(run.uri, storage.canonical_json(overlay.model_dump(mode="json")), digest, clusters)
+    return overlay, version
+
+
+@lru_cache(4)
+def _refitted(uri: str, content: str, digest: str, clusters: int) -> Overlay:
+    """Return `refit` of an overlay's JSON; cached, as it reads the keys of all rows."""
+    overlay = Overlay.model_validate_json(content)
+    found = refit(overlay, digest, clusters, clusters_of_keys(Run(uri), keys_of(overlay)))
+    for each in found.unfit[len(overlay.unfit) :]:
+        logger.warning("%s: %s no longer fits: %s", Run(uri).overlay, each.edit.do, each.reason)
+    return found

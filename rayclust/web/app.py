@@ -1,0 +1,276 @@
+"""The explorer's HTTP: who may ask, what may be asked, and the page itself.
+
+A page of another site can make a browser send requests here, and with a name that it controls even as if it were this
+site. So the Host must be one that is known, requests come from this site's own page, and whoever comes from another
+machine needs a token.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import secrets
+import socket
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from typing import Any
+from urllib.parse import quote
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rayclust.config import RunConfig
+from rayclust.errors import ConfigError, DataError, RayclustError
+from rayclust.web.explorer import Explorer
+
+STATIC = {
+    "": ("index.html", "text/html; charset=utf-8"),
+    "app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "style.css": ("style.css", "text/css; charset=utf-8"),
+    "icon.svg": ("icon.svg", "image/svg+xml"),
+}
+"""The files that are served, by name; there are no others."""
+COOKIE = "rayclust_token"
+OWN_PAGE = "x-rayclust"
+"""Header that the page sends with whatever changes something: pages of other sites cannot."""
+MAX_BODY = 64 << 20
+"""Bytes of a request: an image to search with."""
+PAGE = 500
+"""Most items of one answer."""
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+
+
+def serve(config: RunConfig, *, host: str, port: int, show: Callable[[str], None]) -> None:
+    """Serve a run's page until interrupted.
+
+    Args:
+        config: the run's.
+        host: name or address of this machine to listen on; one that other machines reach asks for a token.
+        port: to listen on; 0 takes a free one.
+        show: called with the address to open.
+
+    Raises:
+        DataError: the port is taken, or the host is not this machine.
+        ArtefactError: the run has no labelled clusters.
+    """
+    explorer, token = Explorer(config), None if is_loopback(host) else secrets.token_urlsafe(24)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise DataError(f"--host {host} --port {port}: cannot listen there ({error}); choose another port") from None
+    known = {host.lower(), *(() if token is None else (socket.gethostname().lower(), socket.getfqdn().lower()))}
+    shown = f"[{host}]" if ":" in host else host
+    show(f"http://{shown}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else ""))
+    application = create_app(explorer, hosts=known, token=token)
+    uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False)).run(sockets=[listener])
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def create_app(explorer: Explorer, *, hosts: set[str], token: str | None) -> ASGIApp:
+    """Return the application.
+
+    Args:
+        explorer: of the run.
+        hosts: names that the machine is asked for by, besides localhost and bare addresses.
+        token: that every request must carry; None asks for none.
+    """
+    paths: dict[str, tuple[str, Callable[[Request, Explorer, bytes], Any]]] = {
+        "/api/run": ("GET", lambda request, explorer, body: explorer.facts()),
+        "/api/clusters": ("GET", _clusters),
+        "/api/clusters/{number:int}": ("GET", _cluster),
+        "/api/clusters/{number:int}/images": ("GET", _images),
+        "/api/images/{row:int}": ("GET", lambda request, explorer, body: explorer.image(_path(request, "row"))),
+        "/api/images/{row:int}/picture": ("GET", _picture),
+        "/api/search": ("GET", lambda request, explorer, body: explorer.search(text=_text(request), top=_top(request))),
+        "/api/search/image": ("POST", lambda request, explorer, body: explorer.search(data=body, top=_top(request))),
+        "/api/edits": ("POST", lambda request, explorer, body: explorer.edit(_object(body))),
+        "/api/edits/undo": ("POST", lambda request, explorer, body: explorer.undo()),
+        "/api/table.csv": ("POST", _table),
+    }
+    routes = [
+        Route(path, partial(_answer, explorer=explorer, work=work), methods=[method])
+        for path, (method, work) in paths.items()
+    ]
+    routes += [Route(f"/{name}", _static, methods=["GET"]) for name in STATIC]
+    return _Guard(Starlette(routes=routes), hosts, token)
+
+
+class _Guard:
+    """Refuse requests that do not come from the page, by their headers; add the headers that bind the page."""
+
+    def __init__(self, app: ASGIApp, hosts: set[str], token: str | None) -> None:
+        self._app, self._hosts, self._token = app, hosts | {"localhost"}, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        request = Request(scope)
+        answer = self._refusal(request) or self._greeting(request)
+        await (answer or self._app)(scope, receive, send_with_headers)
+
+    def _refusal(self, request: Request) -> Response | None:
+        """Return why a request is refused; None for one that is not."""
+        headers: Headers = request.headers
+        host = headers.get("host", "")
+        # 1. A Host that is a name of another's may lead here today and have led elsewhere when the page was loaded.
+        if not self._is_known(host):
+            return PlainTextResponse(f"rayclust: the host {host!r} is not this machine's\n", 421)
+        # 2. Requests that another site's page makes.
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and request.url.path != "/":
+            return PlainTextResponse("rayclust: only its own page may ask\n", 403)
+        if request.method not in ("GET", "HEAD"):
+            origin = headers.get("origin")
+            if OWN_PAGE not in headers or origin not in (None, f"http://{host}", f"https://{host}"):
+                return PlainTextResponse("rayclust: only its own page may change anything\n", 403)
+        # 3. Requests from elsewhere need the token.
+        given = request.cookies.get(COOKIE) or headers.get("authorization", "").removeprefix("Bearer ")
+        if self._token is not None and not self._is_token(given) and not self._is_greeting(request):
+            return PlainTextResponse("rayclust: open the address with its token, as the command showed it\n", 401)
+        return None
+
+    def _greeting(self, request: Request) -> Response | None:
+        """Return the answer to the address with its token: a cookie, and the address without it."""
+        if self._token is None or not self._is_greeting(request):
+            return None
+        answer = RedirectResponse("/", 303)
+        answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+        return answer
+
+    def _is_greeting(self, request: Request) -> bool:
+        return request.url.path == "/" and self._is_token(request.query_params.get("token", ""))
+
+    def _is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), (self._token or "").encode())
+
+    def _is_known(self, host: str) -> bool:
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name.lower() in self._hosts
+        return True  # an address is nobody's name, so none that somebody else may point here
+
+
+async def _answer(request: Request, *, explorer: Explorer, work: Callable[[Request, Explorer, bytes], Any]) -> Response:
+    """Answer by a function that may take time, with its errors as JSON."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY:
+            return JSONResponse({"error": f"more than {MAX_BODY >> 20} MB"}, 413)
+    try:
+        found = await run_in_threadpool(work, request, explorer, body)
+    except RayclustError as error:
+        return JSONResponse({"error": str(error)}, 400)
+    return found if isinstance(found, Response) else JSONResponse(found, headers={"cache-control": "no-store"})
+
+
+async def _static(request: Request) -> Response:
+    name, kind = STATIC[request.url.path.removeprefix("/")]
+    text = resources.files("rayclust.web").joinpath("static", name).read_bytes()
+    return Response(text, media_type=kind, headers={"cache-control": "no-cache"})
+
+
+def _clusters(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
+    asked = request.query_params
+    return explorer.clusters(
+        sort=asked.get("sort", "size"),
+        descending=asked.get("descending", "1") == "1",
+        query=asked.get("query", ""),
+        offset=_number(request, "offset", 0),
+        limit=min(PAGE, _number(request, "limit", 100)),
+    )
+
+
+def _cluster(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
+    return explorer.cluster(_path(request, "number"))
+
+
+def _images(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
+    return explorer.images(
+        _path(request, "number"),
+        odd_first=request.query_params.get("odd_first") == "1",
+        offset=_number(request, "offset", 0),
+        limit=min(PAGE, _number(request, "limit", 100)),
+    )
+
+
+def _picture(request: Request, explorer: Explorer, body: bytes) -> Response:
+    data = explorer.picture(_path(request, "row"), _number(request, "size", 160))
+    return Response(data, media_type="image/webp", headers={"cache-control": "private, max-age=3600"})
+
+
+def _table(request: Request, explorer: Explorer, body: bytes) -> Response:
+    asked = _object(body)
+    clusters, rows = asked.get("clusters", []), asked.get("rows", [])
+    if not all(isinstance(number, int) for number in [*clusters, *rows]):
+        raise ConfigError("clusters and rows must be lists of numbers")
+    name = quote(f"{'-'.join(map(str, clusters[:5])) or 'images'}.csv")
+    headers = {"content-disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(explorer.table(clusters, rows), media_type="text/csv; charset=utf-8", headers=headers)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError("a JSON object is needed")
+    return found
+
+
+def _text(request: Request) -> str:
+    text = request.query_params.get("text", "").strip()
+    if not text or len(text) > 1000:
+        raise ConfigError("text: give some words, at most 1,000 letters")
+    return text
+
+
+def _top(request: Request) -> int:
+    return min(PAGE, max(1, _number(request, "top", 100)))
+
+
+def _path(request: Request, name: str) -> int:
+    found: int = request.path_params[name]
+    return found
+
+
+def _number(request: Request, name: str, default: int) -> int:
+    given = request.query_params.get(name, "")
+    if given and not (given.isascii() and given.isdigit() and len(given) < 16):
+        raise ConfigError(f"{name} = {given}: must be a whole number")
+    return int(given) if given else default

@@ -1,0 +1,325 @@
+"""Questions about a run that its page asks: clusters, their images, search, neighbours, edits. Knows no HTTP."""
+
+from __future__ import annotations
+
+import csv
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rayclust.config import RunConfig
+from rayclust.errors import ArtefactError, ConfigError
+from rayclust.export.rows import RunRows
+from rayclust.report.thumbnails import thumbnail
+from rayclust.runtime.edits import ShownClusters, edit_clusters, shown_clusters, undo_edit
+from rayclust.stages.search import Searcher
+from rayclust.store import storage, tables
+from rayclust.store.overlay import parse_edit
+from rayclust.store.sources import fetch_many
+from rayclust.web.rows import RowIndex, without
+
+SIZES = (160, 1024)
+"""Pixels on the shorter side of pictures: of a list, and of one alone."""
+CACHE_BYTES = 64 << 20
+"""Of pictures that are kept."""
+TYPICAL = 6
+"""Pictures of a cluster in the list."""
+NEIGHBORS = 24
+"""Neighbours of an image that are shown."""
+CSV_ROWS = 2000
+"""Rows of a table that are made at once."""
+SORTS = ("size", "number", "name", "confidence", "purity")
+
+
+@dataclass(frozen=True)
+class _State:
+    """The clusters as they are after an edit; replaced as a whole by the next."""
+
+    shown: ShownClusters
+    clusters: dict[int, dict[str, Any]]
+    """What the list shows of each, by number, largest first."""
+    moved: dict[int, NDArray[np.int64]]
+    """Rows that splits moved, by where they are now."""
+    moved_rows: frozenset[int]
+    """All of them."""
+
+
+class Explorer:
+    """A run with what is asked of it again and again at hand. Methods may be called from several threads.
+
+    Raises:
+        ArtefactError: the run has no clusters, or they are not labelled.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._rows = RunRows(config)
+        self._run = self._rows.run
+        if not self._rows.is_labelled:
+            raise ArtefactError(f"{self._run.uri}: is not labelled: run `rayclust label RUN.yaml` first")
+        self._index = RowIndex(self._rows)
+        self._searcher = Searcher(config)
+        self._pictures = OrderedDict[tuple[int, int], bytes]()
+        self._lock = threading.Lock()
+        self._neighbors = lru_cache(4)(self._read_neighbors)
+        self._own = tables.read_table(self._run.clusters).to_pylist()
+        self._labels = self._count_labels()
+        self._state = self._load(self._rows.shown)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the page says of the whole run."""
+        state = self._state
+        return {
+            "run": self._run.uri,
+            "method": self.config.method.name,
+            "encoder": ", ".join(encoder.name for encoder in self.config.each_encoder),
+            "images": self._rows.count,
+            "clusters": len(state.clusters),
+            "reads_text": self.config.text_encoder.family == "open_clip",
+            "has_labels": bool(self._labels),
+            "edits": len(state.shown.overlay.edits),
+            "unfit": [
+                {"edit": each.edit.model_dump(mode="json"), "reason": each.reason} for each in state.shown.overlay.unfit
+            ],
+        }
+
+    def clusters(
+        self, *, sort: str = "size", descending: bool = True, query: str = "", offset: int = 0, limit: int = 100
+    ) -> dict[str, Any]:
+        """Return clusters of a page of the list, and how many there are in all.
+
+        Args:
+            sort: one of `SORTS`; clusters without a value come last.
+            descending: largest first.
+            query: only those in whose name, number, mark or most common class it is.
+            offset: clusters before the page.
+            limit: clusters of the page.
+        """
+        if sort not in SORTS:
+            raise ConfigError(f"sort = {sort}: must be one of {', '.join(SORTS)}")
+        words = query.casefold().split()
+        found = [each for each in self._state.clusters.values() if all(word in each["search"] for word in words)]
+        known = [each for each in found if each[sort] is not None]
+        known.sort(key=lambda each: (each[sort], -each["number"]), reverse=descending)
+        known += [each for each in found if each[sort] is None]
+        page = known[offset : offset + limit]
+        return {
+            "total": len(known),
+            "images": sum(each["size"] for each in known),
+            "clusters": [{name: value for name, value in each.items() if name != "search"} for each in page],
+        }
+
+    def cluster(self, number: int) -> dict[str, Any]:
+        """Return one cluster as the list has it, with its other names; raise `ConfigError` if it is not shown."""
+        found = self._state.clusters.get(number)
+        if found is None:
+            raise ConfigError(f"there is no cluster {number}")
+        others = self._own[number]["runners_up"] if number < len(self._own) else []
+        return found | {"runners_up": [other["name"] for other in others]}
+
+    def members(self, number: int) -> NDArray[np.int64]:
+        """Return the rows of a shown cluster, Int64[n]: of each cluster that went into it, the most certain first."""
+        self.cluster(number)
+        state, edited = self._state, self._state.shown.edited
+        own = np.flatnonzero(edited.final[: edited.clusters] == number).tolist()
+        pieces = [without(self._index.members(cluster), state.moved_rows) for cluster in own]
+        pieces += [state.moved[number]] if number in state.moved else []
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int64), *pieces])
+
+    def images(self, number: int, *, odd_first: bool = False, offset: int = 0, limit: int = 100) -> dict[str, Any]:
+        """Return images of a page of a cluster, and how many it has in all."""
+        rows = self.members(number)
+        rows = rows[::-1] if odd_first else rows
+        return {"total": len(rows), "images": self._records(np.array(rows[offset : offset + limit]))}
+
+    def image(self, row: int) -> dict[str, Any]:
+        """Return one image with its neighbours, nearest first, by the stage neighbors.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        self._check(row)
+        [found] = self._records(np.array([row]))
+        part = int(np.searchsorted(self._rows.starts, row, side="right")) - 1
+        near: list[dict[str, Any]] = []
+        if self._rows.neighbors is not None:
+            ids, similarity = (column[row - self._rows.starts[part]][:NEIGHBORS] for column in self._neighbors(part))
+            near = [
+                record | {"similarity": round(float(s), 4)}
+                for record, s in zip(self._records(np.array(ids)), similarity, strict=True)
+            ]
+        return found | {"neighbors": near}
+
+    def search(self, *, text: str | None = None, data: bytes | None = None, top: int = 100) -> list[dict[str, Any]]:
+        """Return the images nearest to words, or to an encoded image, with their cosines.
+
+        Raises:
+            ConfigError: the encoder reads no text.
+            DataError: the data is no image.
+            RayclustError: the run is not indexed.
+        """
+        with self._lock:  # one encoder, and its memory, at a time
+            [space] = self._searcher.resolve("encoder", has_text=text is not None)
+            if text is not None:
+                query = self._searcher.encode_text(text, space)
+            else:
+                query = self._searcher.encode_image(data or b"", space, "the image")
+            near = self._searcher.nearest(query, space, top)
+        records = self._records(np.array(list(near), np.int64))
+        return [record | {"similarity": round(near[record["row"]], 4)} for record in records]
+
+    def picture(self, row: int, size: int) -> bytes:
+        """Return an image as webp, at one of `SIZES`; a placeholder where it cannot be read. Recent ones are kept."""
+        self._check(row)
+        if size not in SIZES:
+            raise ConfigError(f"size = {size}: must be one of {', '.join(map(str, SIZES))}")
+        with self._lock:
+            if (row, size) in self._pictures:
+                self._pictures.move_to_end((row, size))
+                return self._pictures[row, size]
+        [record] = self._index.records(np.array([row]))
+        [(_, data)] = fetch_many([record["uri"]], self.config.images.columns)
+        made = thumbnail(data or b"", size)
+        with self._lock:
+            self._pictures[row, size] = made
+            kept = sum(map(len, self._pictures.values()))
+            while kept > CACHE_BYTES:
+                kept -= len(self._pictures.popitem(last=False)[1])
+        return made
+
+    def edit(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Add an edit, given as its JSON; a split may name `rows` instead of keys. Return the facts of the run.
+
+        Raises:
+            ConfigError: it is no edit, or of a cluster that is not shown.
+            HeldError: somebody else has edited the clusters meanwhile.
+        """
+        content = dict(content)
+        if "rows" in content:
+            rows = content.pop("rows")
+            if not isinstance(rows, list) or not all(isinstance(row, int) for row in rows):
+                raise ConfigError("edit: rows must be a list of numbers")
+            for row in rows:
+                self._check(row)
+            content["keys"] = [record["key"] for record in self._index.records(np.array(rows, np.int64))]
+        edit_clusters(self._run, parse_edit(content))
+        return self._reload()
+
+    def undo(self) -> dict[str, Any]:
+        """Take back the last edit; return the facts of the run."""
+        undo_edit(self._run)
+        return self._reload()
+
+    def table(self, clusters: Sequence[int], rows: Sequence[int]) -> Iterator[str]:
+        """Yield CSV of all images of some clusters and of some rows besides, a line per image."""
+        for row in rows:
+            self._check(row)
+        groups = [self.members(number) for number in clusters] + [np.array(rows, np.int64)]
+        names = ("row", "key", "uri", "label", "cluster", "name", "confidence")
+
+        def lines() -> Iterator[str]:
+            yield ",".join(names) + "\r\n"
+            for group in groups:
+                for start in range(0, len(group), CSV_ROWS):
+                    buffer = io.StringIO()
+                    writer = csv.DictWriter(buffer, names)
+                    writer.writerows(self._records(np.array(group[start : start + CSV_ROWS])))
+                    yield buffer.getvalue()
+
+        return lines()
+
+    def _reload(self) -> dict[str, Any]:
+        shown = shown_clusters(self._run)
+        if shown is not None:
+            self._state = self._load(shown)
+        return self.facts()
+
+    def _check(self, row: int) -> None:
+        if not 0 <= row < self._rows.count:
+            raise ConfigError(f"there is no row {row} among {self._rows.count:,}")
+
+    def _records(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return what is shown of rows: row, key, uri, label, confidence, cluster and its name."""
+        shown, found = self._state.shown, self._index.records(rows)
+        keys = pa.array([record["key"] for record in found], pa.string())
+        clusters = shown.of(self._index.clusters[rows], keys).tolist()
+        return [
+            record | {"cluster": cluster, "name": shown.names.get(cluster)}
+            for record, cluster in zip(found, clusters, strict=True)
+        ]
+
+    def _read_neighbors(self, part: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        table = tables.read_table(self._run.neighbors(part), ["neighbors", "similarity"])
+        return tables.matrix(table["neighbors"]), tables.matrix(table["similarity"])
+
+    def _count_labels(self) -> list[tuple[int, str, int]]:
+        """Return (own cluster, class, images) where there are labels; [] without."""
+        if not storage.exists(self._run.contingency):
+            return []
+        cells = tables.read_table(self._run.contingency).to_pylist()
+        return [(cell["cluster"], cell["label"], cell["count"]) for cell in cells]
+
+    def _load(self, shown: ShownClusters) -> _State:
+        """Work out the list of clusters."""
+        edited = shown.edited
+        # 1. Rows that splits moved, by where they are now.
+        rows, keys = self._index.find(edited.split_keys)
+        now = shown.of(self._index.clusters[rows], keys) if len(rows) else np.zeros(0, np.int32)
+        stay = edited.final[self._index.clusters[rows]] if len(rows) else now
+        rows, now, stay = rows[now != stay], now[now != stay], stay[now != stay]
+        moved = {int(number): rows[now == number] for number in np.unique(now)}
+        # 2. Sizes and sums of confidence, of all that went into a cluster, without what was moved.
+        sizes, sums = (np.zeros(len(edited.final)) for _ in range(2))
+        np.add.at(sizes, edited.final[: edited.clusters], [each["size"] for each in self._own])
+        np.add.at(sums, edited.final[: edited.clusters], self._index.confidence_sums)
+        certain = self._index.confidence[rows]
+        for place, sign in ((now, 1), (stay, -1)):
+            np.add.at(sizes, place, np.full(len(place), sign))
+            np.add.at(sums, place, sign * certain)
+        # 3. The most common class, of the clusters that went into one.
+        classes = dict[int, dict[str, int]]()
+        for cluster, name_of_class, count in self._labels:
+            found = classes.setdefault(int(edited.final[cluster]), {})
+            found[name_of_class] = found.get(name_of_class, 0) + count
+        state = _State(shown, {}, moved, frozenset(rows.tolist()))
+        typical = self._typical(edited.final, moved, state.moved_rows)
+        for number in sorted(edited.shown, key=lambda number: (-sizes[number], number)):
+            if not sizes[number]:
+                continue
+            counts, name, mark = classes.get(number, {}), shown.names[number], edited.marks.get(number)
+            label = max(counts, key=lambda each: counts[each]) if counts else None
+            state.clusters[number] = {
+                "number": number,
+                "name": name,
+                "mark": mark,
+                "size": int(sizes[number]),
+                "confidence": round(float(sums[number] / sizes[number]), 4),
+                "label": label,
+                "purity": round(counts[label] / sum(counts.values()), 4) if label is not None else None,
+                "typical": typical.get(number, []),
+                "search": " ".join(filter(None, (name, f"#{number}", mark, label))).casefold(),
+            }
+        return state
+
+    def _typical(
+        self, final: NDArray[np.int32], moved: Mapping[int, NDArray[np.int64]], moved_rows: frozenset[int]
+    ) -> dict[int, list[int]]:
+        """Return the rows that stand for each shown cluster, in turn from all that went into it."""
+        groups = dict[int, list[list[int]]]()
+        for each in self._own:
+            own = [row for row in each["exemplars"] if row not in moved_rows]
+            groups.setdefault(int(final[each["cluster"]]), []).append(own)
+        for number, rows in moved.items():
+            groups.setdefault(number, []).append(rows[:TYPICAL].tolist())
+        return {
+            number: [group[i] for i in range(TYPICAL) for group in some if i < len(group)][:TYPICAL]
+            for number, some in groups.items()
+        }

@@ -1,0 +1,330 @@
+"use strict";
+
+const main = document.getElementById("main");
+const dialog = document.getElementById("image");
+const TILE = 148;    // pixels of a tile with its gap
+const PAGE = 100;    // images of one request
+const KEPT = 30;     // pages of a grid that stay in memory
+let run = {};
+
+const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
+const title = (c) => c.name || `Cluster ${c.number}`;
+const picture = (row, size) => `/api/images/${row}/picture?size=${size}`;
+const copy = (id) => document.getElementById(id).content.firstElementChild.cloneNode(true);
+
+function say(text, isError) {
+  const status = document.getElementById("status");
+  status.textContent = text;
+  status.classList.toggle("error", Boolean(isError));
+}
+
+function make(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+async function ask(path, options) {
+  const answer = await fetch(path, { ...options, headers: { "x-rayclust": "1" } });
+  if (!answer.ok) {
+    const text = await answer.text();
+    let message = text;
+    try { message = JSON.parse(text).error; } catch { /* plain text */ }
+    say(message, true);
+    throw new Error(message);
+  }
+  return answer;
+}
+
+const get = async (path, values) => (await ask(`${path}?${new URLSearchParams(values || {})}`)).json();
+const post = (path, body) => ask(path, { method: "POST", body: JSON.stringify(body) });
+
+async function edit(change, said) {
+  show(await (await post("/api/edits", change)).json());
+  say(said);
+}
+
+async function saveTable(wanted, name) {
+  const data = await (await post("/api/table.csv", wanted)).blob();
+  const link = make("a", { href: URL.createObjectURL(data), download: `${name}.csv` });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  say(`${name}.csv is saved`);
+}
+
+// What is said of the whole run.
+function show(facts) {
+  run = facts;
+  const name = facts.run.split("/").pop();
+  document.title = `${name} · rayclust`;
+  document.querySelector("h1 a").textContent = name;
+  document.getElementById("about").textContent =
+    `${count(facts.images, "image")} in ${count(facts.clusters, "cluster")}, ${facts.method}, ${facts.encoder}`;
+  document.getElementById("undo").hidden = !facts.edits;
+  document.getElementById("words").disabled = !facts.reads_text;
+  document.getElementById("words").placeholder =
+    facts.reads_text ? "Search images by words" : "This encoder reads no words";
+  const unfit = document.getElementById("unfit");
+  unfit.hidden = !facts.unfit.length;
+  unfit.querySelector("summary").textContent = `${count(facts.unfit.length, "edit")} no longer fit these clusters`;
+  unfit.querySelector("ul").replaceChildren(...facts.unfit.map((each) => make("li", { textContent: `${each.edit.do}: ${each.reason}` })));
+}
+
+// The list of all clusters.
+const view = { query: "", sort: "size", descending: true, selected: new Map() };
+
+async function openList() {
+  const section = copy("list");
+  const part = (name) => section.querySelector(`[name=${name}]`);
+  const cards = section.querySelector(".cards");
+  let shown = 0, asked = 0;
+
+  function select() {
+    const selection = section.querySelector("[data-selection]");
+    selection.hidden = !view.selected.size;
+    section.querySelector("[data-selected]").textContent = `${view.selected.size} selected`;
+    part("merge").disabled = view.selected.size < 2;
+  }
+
+  async function load(more) {
+    const turn = ++asked;
+    const found = await get("/api/clusters", {
+      query: view.query, sort: view.sort, descending: view.descending ? 1 : 0, offset: more ? shown : 0, limit: PAGE,
+    });
+    if (turn !== asked) return;
+    if (!more) { cards.replaceChildren(); shown = 0; }
+    cards.append(...found.clusters.map(card));
+    shown += found.clusters.length;
+    part("more").hidden = shown >= found.total;
+    section.querySelector("[data-count]").textContent =
+      `${count(found.total, "cluster")}, ${count(found.images, "image")}`;
+  }
+
+  function card(cluster) {
+    const element = copy("card");
+    const link = element.querySelector("a");
+    link.href = `#/cluster/${cluster.number}`;
+    element.querySelector("b").textContent = title(cluster);
+    element.querySelector(".pictures").append(...cluster.typical.map((row) =>
+      make("img", { src: picture(row, 160), alt: "", loading: "lazy" })));
+    const facts = [`#${cluster.number}`, count(cluster.size, "image"), `confidence ${cluster.confidence}`];
+    if (cluster.label !== null) facts.push(`mostly ${cluster.label} (${Math.round(100 * cluster.purity)}%)`);
+    if (cluster.mark) facts.push(`marked ${cluster.mark}`);
+    element.querySelector("p").textContent = facts.join(" · ");
+    const box = element.querySelector("input");
+    box.checked = view.selected.has(cluster.number);
+    box.setAttribute("aria-label", `select ${title(cluster)}`);
+    box.onchange = () => {
+      if (box.checked) view.selected.set(cluster.number, title(cluster)); else view.selected.delete(cluster.number);
+      select();
+    };
+    return element;
+  }
+
+  part("query").value = view.query;
+  part("sort").value = view.sort;
+  part("query").oninput = () => { view.query = part("query").value; load(); };
+  part("sort").onchange = () => { view.sort = part("sort").value; load(); };
+  part("descending").onclick = () => {
+    view.descending = !view.descending;
+    part("descending").setAttribute("aria-pressed", view.descending);
+    load();
+  };
+  part("descending").setAttribute("aria-pressed", view.descending);
+  part("more").onclick = () => load(true);
+  part("clear").onclick = () => { view.selected.clear(); openList(); };
+  part("csv").onclick = () => saveTable({ clusters: [...view.selected.keys()] }, "clusters");
+  part("merge").onclick = async () => {
+    const clusters = [...view.selected.keys()], names = [...view.selected.values()];
+    await edit({ do: "merge", clusters }, `Merged ${names.join(", ")}`);
+    view.selected.clear();
+    location.hash = `#/cluster/${clusters[0]}`;
+  };
+  main.replaceChildren(section);
+  select();
+  await load();
+}
+
+// A grid of any number of images, of which only what is on the screen is in the page.
+function grid(element, total, pageOf, selected, onSelect) {
+  const pages = new Map(), tiles = new Map();
+  let columns = 1;
+
+  function page(number) {
+    if (!pages.has(number)) {
+      pages.set(number, pageOf(number * PAGE, PAGE));
+      if (pages.size > KEPT) pages.delete(pages.keys().next().value);
+    }
+    return pages.get(number);
+  }
+
+  function draw() {
+    if (!element.isConnected) { removeEventListener("scroll", draw); removeEventListener("resize", draw); return; }
+    columns = Math.max(1, Math.floor(element.clientWidth / TILE));
+    element.style.height = `${Math.ceil(total / columns) * TILE}px`;
+    const top = Math.max(0, -element.getBoundingClientRect().top);
+    const first = Math.max(0, Math.floor(top / TILE) - 1) * columns;
+    const last = Math.min(total, (Math.ceil((top + innerHeight) / TILE) + 1) * columns);
+    for (const [place, tile] of tiles) if (place < first || place >= last) { tile.remove(); tiles.delete(place); }
+    for (let place = first; place < last; place++) {
+      if (!tiles.has(place)) fill(place);
+      const style = tiles.get(place).style;
+      style.left = `${(place % columns) * TILE}px`;
+      style.top = `${Math.floor(place / columns) * TILE}px`;
+    }
+  }
+
+  async function fill(place) {
+    const tile = make("div", { className: "tile", role: "listitem" });
+    tiles.set(place, tile);
+    element.append(tile);
+    const image = (await page(Math.floor(place / PAGE)))[place % PAGE];
+    if (!image || !tile.isConnected) return;
+    const open = make("button", { type: "button" }, make("img", { src: picture(image.row, 160), alt: image.key }));
+    open.title = `${image.key}, confidence ${image.confidence}`;
+    open.onclick = () => openImage(image.row);
+    tile.append(open);
+    if (selected) {
+      const box = make("input", { type: "checkbox", checked: selected.has(image.row) });
+      box.setAttribute("aria-label", `select ${image.key}`);
+      box.onchange = () => { if (box.checked) selected.add(image.row); else selected.delete(image.row); onSelect(); };
+      tile.append(box);
+    }
+  }
+
+  addEventListener("scroll", draw, { passive: true });
+  addEventListener("resize", draw);
+  draw();
+}
+
+async function openCluster(number) {
+  const cluster = await get(`/api/clusters/${number}`);
+  const section = copy("cluster");
+  const part = (name) => section.querySelector(`[name=${name}]`);
+  const selected = new Set();
+  let odd = false;
+
+  function head(found) {
+    section.querySelector("h2").textContent = title(found);
+    part("name").value = found.name || "";
+    part("mark").value = found.mark || "";
+    const facts = [`#${found.number}`, count(found.size, "image"), `confidence ${found.confidence}`];
+    if (found.label !== null) facts.push(`mostly ${found.label} (${Math.round(100 * found.purity)}%)`);
+    if (found.runners_up.length) facts.push(`else ${found.runners_up.join(", ")}`);
+    section.querySelector("[data-facts]").textContent = facts.join(" · ");
+  }
+
+  async function images() {
+    const values = { odd_first: odd ? 1 : 0 };
+    const pageOf = async (offset, limit) =>
+      (await get(`/api/clusters/${number}/images`, { ...values, offset, limit })).images;
+    const fresh = make("div", { className: "grid" });
+    fresh.setAttribute("role", "list");
+    section.querySelector(".grid").replaceWith(fresh);
+    grid(fresh, cluster.size, pageOf, selected, select);
+  }
+
+  function select() {
+    section.querySelector("[data-selection]").hidden = !selected.size;
+    section.querySelector("[data-selected]").textContent = `${selected.size} selected`;
+  }
+
+  section.querySelector("form").onsubmit = async (event) => {
+    event.preventDefault();
+    const name = part("name").value.trim();
+    if (!name) return;
+    await edit({ do: "rename", cluster: number, name }, `Renamed to ${name}`);
+    head(await get(`/api/clusters/${number}`));
+  };
+  part("set-mark").onclick = async () => {
+    const mark = part("mark").value.trim() || null;
+    await edit({ do: "mark", cluster: number, mark }, mark ? `Marked ${mark}` : "Mark removed");
+  };
+  part("csv").onclick = () => saveTable({ clusters: [number] }, `cluster-${number}`);
+  part("csv-rows").onclick = () => saveTable({ rows: [...selected] }, "images");
+  part("clear").onclick = () => { selected.clear(); select(); images(); };
+  part("split").onclick = async () => {
+    const rows = [...selected];
+    await edit({ do: "split", cluster: number, rows }, `Split off ${count(rows.length, "image")}`);
+    openCluster(number).catch(() => { location.hash = "#/"; });
+  };
+  part("odd").onclick = () => {
+    odd = !odd;
+    part("odd").setAttribute("aria-pressed", odd);
+    images();
+  };
+  head(cluster);
+  main.replaceChildren(section);
+  await images();
+}
+
+function openFound(heading, found) {
+  const section = copy("found");
+  section.querySelector("h2").textContent = heading;
+  section.querySelector("[name=csv-rows]").onclick = () => saveTable({ rows: found.map((image) => image.row) }, "found");
+  main.replaceChildren(section);
+  grid(section.querySelector(".grid"), found.length, async (offset, limit) => found.slice(offset, offset + limit));
+}
+
+async function openImage(row) {
+  const image = await get(`/api/images/${row}`);
+  const facts = make("dl", {});
+  const link = make("a", { href: `#/cluster/${image.cluster}`, textContent: image.name || `Cluster ${image.cluster}` });
+  link.onclick = () => dialog.close();
+  const values = { key: image.key, row: image.row, cluster: link, confidence: image.confidence, label: image.label, at: image.uri };
+  for (const [name, value] of Object.entries(values)) {
+    if (value !== null) facts.append(make("dt", { textContent: name }), make("dd", {}, value instanceof Node ? value : String(value)));
+  }
+  const near = make("div", { className: "near" }, ...image.neighbors.map((other) => {
+    const button = make("button", { type: "button", title: `${other.key}, cosine ${other.similarity}` },
+      make("img", { src: picture(other.row, 160), alt: other.key }));
+    button.onclick = () => openImage(other.row);
+    return button;
+  }));
+  const close = make("button", { type: "button", textContent: "Close", onclick: () => dialog.close() });
+  dialog.replaceChildren(make("div", {},
+    make("div", { className: "large" }, make("img", { src: picture(row, 1024), alt: image.key })),
+    make("div", { className: "beside" }, close, facts, make("h2", { textContent: "Nearest images" }), near)));
+  if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
+}
+
+async function route() {
+  const [, place, value] = location.hash.split("/");
+  dialog.close();
+  scrollTo(0, 0);
+  say("");
+  if (place === "cluster") await openCluster(Number(value));
+  else if (place === "image") { await openList(); await openImage(Number(value)); }
+  else if (place === "search") await search(decodeURIComponent(value));
+  else await openList();
+}
+
+async function search(text) {
+  say("Searching …");
+  const found = await get("/api/search", { text });
+  say("");
+  openFound(`Images nearest to “${text}”`, found);
+}
+
+document.getElementById("search").onsubmit = (event) => {
+  event.preventDefault();
+  const text = document.getElementById("words").value.trim();
+  if (text) location.hash = `#/search/${encodeURIComponent(text)}`;
+};
+document.getElementById("upload").onchange = async (event) => {
+  const [file] = event.target.files;
+  if (!file) return;
+  say("Searching …");
+  const answer = await ask("/api/search/image", { method: "POST", body: file });
+  say("");
+  openFound(`Images nearest to ${file.name}`, await answer.json());
+  event.target.value = "";
+};
+document.getElementById("undo").onclick = async () => {
+  show(await (await post("/api/edits/undo", {})).json());
+  say("The last edit is undone");
+  route();
+};
+addEventListener("hashchange", () => route().catch(() => {}));
+get("/api/run").then(show).then(route).catch((error) => say(error.message, true));

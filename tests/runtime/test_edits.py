@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayclust.config import RunConfig
+from rayclust.errors import ArtefactError
+from rayclust.runtime.api import load_run
+from rayclust.runtime.edits import edit_clusters, overlay_digest, shown_clusters, undo_edit
+from rayclust.runtime.pipeline import run_stage
+from rayclust.runtime.results import RunTables
+from rayclust.stages.predict import predict
+from rayclust.stages.search import search
+from rayclust.store.manifest import Manifest, read_manifest, write_manifest
+from rayclust.store.overlay import Merge, Rename, Split, read_overlay
+from rayclust.store.run import Run
+from tests.sealed import Sealed
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+@pytest.fixture
+def edited(pictures_run: Sealed, tmp_path: Path) -> RunConfig:
+    """A copy of the run with two clusters merged, one renamed, and one image split off."""
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    run = Run(str(tmp_path / "run"))
+    keys = [key for key, cluster in assigned(run).items() if cluster == 2]
+    edit_clusters(run, Merge(clusters=(0, 1)))
+    edit_clusters(run, Rename(cluster=0, name="warm"))
+    edit_clusters(run, Split(cluster=2, keys=(keys[0],), name="odd"))
+    return load_run(run.uri)
+
+
+def assigned(run: Run) -> dict[str, int]:
+    table = pa.concat_tables([pq.read_table(run.assignments(part), columns=["key", "cluster"]) for part in range(3)])
+    return dict(zip(table["key"].to_pylist(), table["cluster"].to_pylist(), strict=True))
+
+
+def test_tables_search_and_new_images_show_the_edits(edited: RunConfig, tmp_path: Path):
+    own, odd = assigned(Run(edited.run)), read_overlay(Run(edited.run))[0].edits[2]
+    assert isinstance(odd, Split)
+    wanted = {key: 3 if key in odd.keys else 0 if cluster < 2 else 2 for key, cluster in own.items()}
+    frame = RunTables(edited).frame()
+    assert dict(zip(frame["key"], frame["cluster"], strict=True)) == wanted
+    names = [None if name is None or name != name else name for name in frame["name"]]
+    assert set(zip(frame["cluster"], names, strict=True)) == {(0, "warm"), (2, None), (3, "odd")}
+
+    image = next(uri for key, uri in zip(frame["key"], frame["uri"], strict=True) if key in odd.keys)
+    data = tmp_path / "query.png"
+    RunTables(edited).images([int(np.flatnonzero(frame["uri"] == image)[0])])[0].save(data)
+    [first, *_] = search(edited, image=str(data), text=None, top=3)["encoder"]
+    assert (first.key, first.cluster, first.name) == (odd.keys[0], 3, "odd")
+
+    predict(edited, edited.images.uri, str(tmp_path / "t.parquet"), evaluate=True)
+    table = pq.read_table(tmp_path / "t.parquet").slice(0, 24)
+    # The image that was split off counts as a new one here: splits are lists of the run's own.
+    found = dict(zip(table["key"].to_pylist(), table["cluster"].to_pylist(), strict=True))
+    assert found == {key: 0 if cluster < 2 else 2 for key, cluster in own.items()}
+    assert set(table["name"].to_pylist()) == {"warm", None}
+
+
+def test_the_report_is_made_again_with_the_names(edited: RunConfig):
+    run = Run(edited.run)
+    before = read_manifest(run, "report")
+    assert run_stage("figures", edited) == read_manifest(run, "figures"), "nothing but the report reads edits"
+    after = run_stage("report", edited)
+    assert before is not None
+    assert before.digest != after.digest
+    page = Path(run.report).read_text()
+    assert "warm" in page
+    assert "3 edits in overlay.json" in page
+    for _ in range(3):
+        undo_edit(run)
+    assert overlay_digest(run) is None
+    assert run_stage("report", edited).digest == before.digest
+
+
+def test_edits_survive_another_numbering_of_the_clusters(edited: RunConfig, caplog: pytest.LogCaptureFixture):
+    run, before = Run(edited.run), RunTables(edited).frame()
+    # Another fit gave the same clusters under other numbers, and the image that was split off a cluster elsewhere.
+    moved = read_overlay(run)[0].edits[2]
+    assert isinstance(moved, Split)
+    for part in range(3):
+        table = pq.read_table(run.assignments(part))
+        clusters = (table["cluster"].to_numpy() + 1) % 3
+        pq.write_table(table.set_column(2, table.schema.field(2), pa.array(clusters)), run.assignments(part))
+    manifest = read_manifest(run, "assign")
+    assert manifest is not None
+    write_manifest(run, Manifest.model_validate(manifest.model_dump() | {"outputs": {}}))
+    shown = shown_clusters(run)
+    assert shown is not None
+    assert shown.overlay.unfit == ()
+    after = RunTables(edited).frame()
+    assert after["name"].tolist() == before["name"].tolist()
+    assert [edit.named for edit in shown.overlay.edits] == [(1, 2), (1,), (0,)]
+    assert read_overlay(run)[0].edits[1].named == (0,), "reading writes nothing"
+    assert not caplog.records
+
+
+def test_a_run_without_typical_images_is_not_edited(pictures_run: Sealed, tmp_path: Path):
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    run = Run(str(tmp_path / "run"))
+    Path(run.manifest("label")).unlink()
+    with pytest.raises(ArtefactError, match="has no typical images yet"):
+        edit_clusters(run, Rename(cluster=0, name="x"))
+    Path(run.manifest("assign")).unlink()
+    assert shown_clusters(run) is None

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from rayclust.config import RunConfig
+from rayclust.errors import ArtefactError
+from rayclust.export import export
+from rayclust.stages.predict import predict
+from rayclust.store.run import Run
+from rayclust.store.sources import fetch_many
+from rayclust.web import app as web
+from rayclust.web.app import create_app, is_loopback
+from rayclust.web.explorer import Explorer
+
+OWN = {"x-rayclust": "1", "origin": "http://127.0.0.1:8008"}
+
+
+@pytest.fixture
+def page(config: RunConfig) -> Iterator[TestClient]:
+    with client(Explorer(config)) as found:
+        yield found
+
+
+def client(explorer: Explorer, token: str | None = None) -> TestClient:
+    application = create_app(explorer, hosts={"127.0.0.1"}, token=token)
+    return TestClient(application, base_url="http://127.0.0.1:8008", follow_redirects=False)
+
+
+def get(page: TestClient, path: str, **values: Any) -> Any:
+    answer = page.get(path, params=values)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def post(page: TestClient, path: str, content: Any) -> Any:
+    answer = page.post(path, json=content, headers=OWN)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def own_clusters(config: RunConfig) -> dict[str, int]:
+    tables = [pq.read_table(Run(config.run).assignments(part)).to_pylist() for part in range(3)]
+    return {row["key"]: row["cluster"] for table in tables for row in table}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_person_finds_all_images_of_a_cluster_renames_it_merges_two_and_takes_home_a_csv(
+    page: TestClient, config: RunConfig, tmp_path: Path
+):
+    # 1. The list: three clusters of eight images, one of them all blue.
+    listed = get(page, "/api/clusters")
+    assert (listed["total"], listed["images"]) == (3, 24)
+    [blue] = get(page, "/api/clusters", query="blue")["clusters"]
+    assert (blue["size"], blue["label"], blue["purity"]) == (8, "blue", 1.0)
+    # 2. Every image of it, page by page.
+    path, seen = f"/api/clusters/{blue['number']}/images", list[dict[str, Any]]()
+    while len(seen) < (total := get(page, path, offset=len(seen), limit=3)["total"]):
+        seen += get(page, path, offset=len(seen), limit=3)["images"]
+    assert total == 8
+    own = own_clusters(config)
+    assert sorted(image["key"] for image in seen) == sorted(k for k, c in own.items() if c == blue["number"])
+    assert {image["label"] for image in seen} == {"blue"}
+    # 3. A name, and one cluster of the two others.
+    post(page, "/api/edits", {"do": "rename", "cluster": blue["number"], "name": "the sea"})
+    first, second = (each["number"] for each in listed["clusters"] if each["number"] != blue["number"])
+    facts = post(page, "/api/edits", {"do": "merge", "clusters": [first, second]})
+    assert (facts["clusters"], facts["edits"]) == (2, 2)
+    assert [each["size"] for each in get(page, "/api/clusters")["clusters"]] == [16, 8]
+    assert get(page, "/api/clusters", query="SEA")["clusters"][0]["number"] == blue["number"]
+    # 4. A table to take home.
+    answer = page.post("/api/table.csv", json={"clusters": [first]}, headers=OWN)
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert sorted(row["key"] for row in rows) == sorted(k for k, c in own.items() if c != blue["number"])
+    assert {row["cluster"] for row in rows} == {str(first)}
+    # 5. What other commands say afterwards.
+    export(config, "table", str(tmp_path / "t.parquet"))
+    table = pq.read_table(tmp_path / "t.parquet").to_pylist()
+    assert {row["name"] for row in table if row["label"] == "blue"} == {"the sea"}
+    assert {row["cluster"] for row in table if row["label"] != "blue"} == {first}
+    predict(config, config.images.uri, str(tmp_path / "p.parquet"))
+    assert set(pq.read_table(tmp_path / "p.parquet")["name"].to_pylist()) == {"the sea", None}
+
+
+def test_the_list_is_sorted_filtered_and_cut(page: TestClient):
+    post(page, "/api/edits", {"do": "rename", "cluster": 1, "name": "beach"})
+    post(page, "/api/edits", {"do": "mark", "cluster": 2, "mark": "Checked"})
+    by_name = get(page, "/api/clusters", sort="name", descending=0)["clusters"]
+    assert [each["name"] for each in by_name] == ["beach", None, None]
+    numbers = [each["number"] for each in get(page, "/api/clusters", sort="number", descending=1)["clusters"]]
+    assert numbers == [2, 1, 0]
+    cut = get(page, "/api/clusters", sort="number", descending=0, offset=1, limit=1)
+    assert (cut["total"], [each["number"] for each in cut["clusters"]]) == (3, [1])
+    assert [each["number"] for each in get(page, "/api/clusters", query="checked")["clusters"]] == [2]
+    assert get(page, "/api/clusters", query="beach #2")["total"] == 0
+    certain = [each["confidence"] for each in get(page, "/api/clusters", sort="confidence")["clusters"]]
+    assert certain == sorted(certain, reverse=True)
+
+
+def test_an_image_shows_its_neighbours_and_pictures(page: TestClient, config: RunConfig):
+    found = get(page, "/api/images/15")
+    assert found["key"] == "shard-001/00003"
+    wanted = pq.read_table(Run(config.run).neighbors(2)).to_pylist()[3]
+    assert wanted["row"] == 15
+    assert [near["row"] for near in found["neighbors"]] == wanted["neighbors"]
+    for size in (160, 1024):
+        answer = page.get("/api/images/15/picture", params={"size": size})
+        assert answer.headers["content-type"] == "image/webp"
+        assert Image.open(io.BytesIO(answer.content)).size == (24, 24)
+    assert page.get("/api/images/15/picture", params={"size": 7}).status_code == 400
+    assert page.get("/api/images/24").json() == {"error": "there is no row 24 among 24"}
+
+
+def test_a_cluster_begins_with_what_is_most_certain_or_least(page: TestClient):
+    for cluster in range(3):
+        found = get(page, f"/api/clusters/{cluster}/images")["images"]
+        certain = [image["confidence"] for image in found]
+        assert certain == sorted(certain, reverse=True)
+        assert get(page, f"/api/clusters/{cluster}/images", odd_first=1)["images"] == found[::-1]
+        typical = get(page, f"/api/clusters/{cluster}")["typical"]
+        assert set(typical) <= {image["row"] for image in found}
+
+
+def test_search_by_an_image(page: TestClient, config: RunConfig):
+    uri = get(page, "/api/images/15")["uri"]
+    [(_, data)] = fetch_many([uri])
+    answer = page.post("/api/search/image", content=data, params={"top": 3}, headers=OWN)
+    found = answer.json()
+    assert found[0]["row"] == 15
+    assert found[0]["similarity"] == pytest.approx(1, abs=1e-3)
+    assert len(found) == 3
+    answer = page.post("/api/search/image", content=b"no image", headers=OWN)
+    assert (answer.status_code, "the image" in answer.json()["error"]) == (400, True)
+    answer = page.get("/api/search", params={"text": "a dog"})
+    assert (answer.status_code, "no text tower" in answer.json()["error"]) == (400, True)
+
+
+def test_images_are_split_off_and_come_back(page: TestClient):
+    rows = [image["row"] for image in get(page, "/api/clusters/0/images")["images"]]
+    facts = post(page, "/api/edits", {"do": "split", "cluster": 0, "rows": [rows[0], rows[3]], "name": "two"})
+    assert facts["clusters"] == 4
+    assert [image["row"] for image in get(page, "/api/clusters/0/images")["images"]] == [
+        row for row in rows if row not in (rows[0], rows[3])
+    ]
+    assert {image["row"] for image in get(page, "/api/clusters/3/images")["images"]} == {rows[0], rows[3]}
+    assert get(page, f"/api/images/{rows[3]}")["name"] == "two"
+    sizes = {each["number"]: each["size"] for each in get(page, "/api/clusters")["clusters"]}
+    assert sizes == {0: 6, 1: 8, 2: 8, 3: 2}
+    post(page, "/api/edits", {"do": "merge", "clusters": [1, 3]})
+    assert get(page, "/api/clusters/1/images")["total"] == 10
+    table = page.post("/api/table.csv", json={"rows": [rows[0]]}, headers=OWN).text
+    assert next(iter(csv.DictReader(io.StringIO(table))))["cluster"] == "1"
+    assert post(page, "/api/edits/undo", {})["edits"] == 1
+    assert post(page, "/api/edits/undo", {})["clusters"] == 3
+    assert [image["row"] for image in get(page, "/api/clusters/0/images")["images"]] == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ({"do": "rename", "cluster": 9, "name": "x"}, "there is no cluster 9"),
+        ({"do": "rename", "cluster": 0, "name": "x" * 201}, "at most 200"),
+        ({"do": "split", "cluster": 0, "rows": [99]}, "there is no row 99"),
+        ({"do": "split", "cluster": 0, "rows": "all"}, "must be a list of numbers"),
+        ([], "a JSON object is needed"),
+    ],
+)
+def test_what_is_no_edit_is_refused_in_a_line(page: TestClient, content: Any, wanted: str):
+    answer = page.post("/api/edits", json=content, headers=OWN)
+    assert answer.status_code == 400
+    assert wanted in answer.json()["error"]
+    assert get(page, "/api/run")["edits"] == 0
+
+
+def test_only_known_hosts_are_answered(page: TestClient):
+    for host in ("127.0.0.1:8008", "localhost", "LOCALHOST:1", "[::1]:8008", "10.0.0.5:8008"):
+        assert page.get("/api/run", headers={"host": host}).status_code == 200, host
+    for host in ("evil.example", "evil.example:8008", "127.0.0.1.evil.example", "", "localhost.evil.example:80"):
+        assert page.get("/api/run", headers={"host": host}).status_code == 421, host
+
+
+def test_other_sites_change_nothing_and_read_nothing(page: TestClient):
+    edit = {"do": "rename", "cluster": 0, "name": "x"}
+    for headers in (
+        {},
+        {"x-rayclust": "1", "origin": "https://evil.example"},
+        {"x-rayclust": "1", "origin": "null"},
+        {"origin": "http://127.0.0.1:8008"},
+        {**OWN, "sec-fetch-site": "cross-site"},
+        {**OWN, "sec-fetch-site": "same-site"},
+    ):
+        assert page.post("/api/edits", json=edit, headers=headers).status_code == 403, headers
+    assert get(page, "/api/run")["edits"] == 0
+    assert page.get("/api/images/0/picture", headers={"sec-fetch-site": "cross-site"}).status_code == 403
+    assert page.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200, "a link may lead here"
+    assert page.get("/api/edits").status_code == 405
+
+
+def test_from_elsewhere_a_token_is_needed(config: RunConfig):
+    explorer = Explorer(config)
+    with client(explorer, "secret") as page:
+        for path in ("/", "/app.js", "/api/run", "/api/images/0/picture", "/?token=wrong", "/api/run?token=secret"):
+            assert page.get(path).status_code == 401, path
+        assert page.post("/api/edits", json={}, headers=OWN).status_code == 401
+        assert page.get("/api/run", headers={"authorization": "Bearer secret"}).status_code == 200
+        answer = page.get("/?token=secret")
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        assert {"HttpOnly", "SameSite=strict"} <= set(answer.headers["set-cookie"].split("; "))
+        assert page.get("/api/run").status_code == 200, "with the cookie"
+    hosts = ("127.0.0.1", "::1", "localhost", "192.168.0.7", "box")
+    assert [is_loopback(host) for host in hosts] == [True, True, True, False, False]
+
+
+def test_nothing_but_the_pages_own_files_is_served(page: TestClient):
+    for path in (
+        "/../pyproject.toml", "/static/app.js", "/app.py", "/..%2f..%2fetc%2fpasswd", "/%2e%2e/app.py", "//etc/passwd",
+        "/api/images/-1", "/api/clusters/1e3", "/api/images/0/picture/x",
+    ):  # fmt: skip
+        assert page.get(path).status_code in (404, 307) or page.get(path).json().keys() == {"error"}, path
+    for path in ("/", "/app.js", "/style.css", "/icon.svg", "/api/run"):
+        answer = page.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert answer.status_code == 200
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    html = page.get("/").text
+    assert "onclick" not in html
+    assert "style=" not in html
+    assert "http" not in html, "nothing from elsewhere"
+
+
+def test_a_request_has_a_bound(page: TestClient, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(web, "MAX_BODY", 1000)
+    assert page.post("/api/search/image", content=b"x" * 1001, headers=OWN).status_code == 413
+    assert len(get(page, "/api/clusters", limit=10**9)["clusters"]) == 3
+    assert page.get("/api/clusters", params={"limit": "-1"}).status_code == 400
+
+
+def test_the_files_on_disk_are_made_once(config: RunConfig, tmp_path: Path):
+    Explorer(config)
+    [done] = (tmp_path / "scratch").rglob("done")
+    before = done.stat().st_mtime_ns
+    explorer = Explorer(config)
+    assert done.stat().st_mtime_ns == before
+    assert isinstance(explorer._index._order, np.memmap)
+    assert sorted(path.name for path in done.parent.iterdir()) == [
+        "clusters.npy", "confidence.npy", "done", "order.npy", "rows.arrow",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_not_labelled_is_one_line(config: RunConfig):
+    Path(Run(config.run).manifest("label")).unlink()
+    with pytest.raises(ArtefactError, match="is not labelled"):
+        Explorer(config)
