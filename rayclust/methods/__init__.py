@@ -22,6 +22,13 @@ METHODS = {
     "temi": "rayclust.methods.temi:Temi",
     "cpp": "rayclust.methods.cpp:Cpp",
     "spectral": "rayclust.methods.spectral:SpectralClustering",
+    "propos": "rayclust.methods.pixels.propos:ProPos",
+    "byol": "rayclust.methods.pixels.byol:Byol",
+    "simsiam": "rayclust.methods.pixels.simsiam:SimSiam",
+    "simclr": "rayclust.methods.pixels.simclr:SimClr",
+    "moco": "rayclust.methods.pixels.moco:MoCo",
+    "pcl": "rayclust.methods.pixels.pcl:Pcl",
+    "cc": "rayclust.methods.pixels.cc:Cc",
 }
 """Each method's class by the name that RUN.yaml gives it; imported when it is first asked for. It is built from
 (config, dimension, count, seed)."""

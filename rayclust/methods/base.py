@@ -58,6 +58,8 @@ class BaseMethodConfig(Config):
 class TrainedConfig(BaseMethodConfig):
     """Settings that every method trained by gradient has."""
 
+    cosine_over_all: ClassVar[bool] = False
+    """Whether the learning rate's cosine is as long as all steps, and the warm-up cut off its end as in ProPos."""
     epochs: int = Field(100, ge=1)
     """Passes over the rows; not used when `steps` is set."""
     steps: int | None = Field(None, ge=1)
@@ -141,6 +143,8 @@ class Pairing:
     """Standard deviation of Gaussian noise on each value."""
     repeats: int = 1
     """Views drawn of the row and of its neighbour, each with its own noise."""
+    epoch_order: Callable[[int], Tensor | None] = lambda epoch: None
+    """Rows of an epoch in order, Int64[N], with repeats and gaps; None visits every row once, in random order."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def learning_rate(config: TrainedConfig, plan: Plan, step: int) -> float:
     peak, end = config.learning_rate * scale, config.min_learning_rate * scale
     if step < plan.warmup_steps:
         return peak * step / max(plan.warmup_steps - 1, 1)
-    return cosine_schedule(peak, end, step - plan.warmup_steps, plan.steps - plan.warmup_steps)
+    length = plan.steps if config.cosine_over_all else plan.steps - plan.warmup_steps
+    return cosine_schedule(peak, end, step - plan.warmup_steps, length)
 
 
 class Lars(torch.optim.Optimizer):

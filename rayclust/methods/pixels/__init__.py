@@ -1,0 +1,1 @@
+"""Methods that learn the representation itself, from the pixels; one paper a file."""

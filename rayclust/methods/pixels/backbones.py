@@ -1,0 +1,167 @@
+"""Networks that learn from pixels: residual networks with stems for small images, a small one for CPUs, timm's.
+
+Batch norm takes the statistics of all workers' rows, so that a training does not depend on their number.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rayclust.distributed import all_reduce, data_group, differentiable_all_reduce
+from rayclust.errors import ConfigError
+
+SMALL_IMAGE = 64
+"""Side up to which a residual network gets the stem for small images: 3×3 with stride 1, and no pooling."""
+RESIDUAL = ("resnet18", "resnet34", "resnet50")
+SMALL_WIDTHS = (32, 64, 128)
+"""Channels of `small`'s stages, each of half the side of the one before."""
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the rows of all workers, on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise Float[B C H W]."""
+        if not self.training or data_group().size == 1:
+            return super().forward(x)
+        values = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device))
+        mean = differentiable_all_reduce(x.sum((0, 2, 3))) / values
+        var = differentiable_all_reduce((x - mean[:, None, None]).square().sum((0, 2, 3))) / values
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
+            self.running_var.lerp_(var * values / (values - 1), self.momentum)  # type: ignore[union-attr, arg-type]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
+class SyncedBatchNorm1d(SyncedBatchNorm2d):
+    """The same for rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise Float[B F]."""
+        normalized: Tensor = super().forward(x[:, :, None, None])
+        return normalized[:, :, 0, 0]
+
+
+class _Small(nn.Module):
+    """Three stages of a strided convolution and a residual block: some 5 million multiplications at 32 pixels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = (channels, *SMALL_WIDTHS)
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1, bias=False) for i, o in pairwise(widths))
+        self.block = nn.ModuleList(nn.Conv2d(o, o, 3, 1, 1, bias=False) for o in SMALL_WIDTHS)
+        self.norms = nn.ModuleList(SyncedBatchNorm2d(o) for o in SMALL_WIDTHS for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage, (down, block) in enumerate(zip(self.down, self.block, strict=True)):
+            x = functional.relu(self.norms[2 * stage](down(x)))
+            x = functional.relu(x + self.norms[2 * stage + 1](block(x)))
+        return x.mean((2, 3))
+
+
+class _PreActivation(nn.Module):
+    """A block of the pre-activation residual network (arXiv 1603.05027)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first_norm, self.second_norm = SyncedBatchNorm2d(inputs), SyncedBatchNorm2d(outputs)
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        is_same = stride == 1 and inputs == outputs
+        self.shortcut = None if is_same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = functional.relu(self.first_norm(x))
+        residual = x if self.shortcut is None else self.shortcut(active)
+        out: Tensor = residual + self.second(functional.relu(self.second_norm(self.first(active))))
+        return out
+
+
+def _preactivation_resnet18(channels: int) -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False)]
+    width = 64
+    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [_PreActivation(width, outputs, stride), _PreActivation(outputs, outputs, 1)]
+        width = outputs
+    return nn.Sequential(*layers, SyncedBatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def build_backbone(name: str, side: int, channels: int, seed: int) -> tuple[nn.Module, int]:
+    """Build a network without its classifier, with random weights that depend on the seed alone.
+
+    Args:
+        name: small; resnet18, resnet34, resnet50, preact_resnet18; or timm/<architecture>.
+        side: of the square images, pixels.
+        channels: 1 or 3.
+        seed: of the weights.
+
+    Returns:
+        The network, Float[B C H W] to Float[B F], and F.
+
+    Raises:
+        ConfigError: there is no network of that name.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _build(name, side, channels)
+    with torch.no_grad():
+        network.eval()
+        width = int(network(torch.zeros(1, channels, side, side)).shape[1])
+    return network.train(), width
+
+
+def _build(name: str, side: int, channels: int) -> nn.Module:
+    family, _, architecture = name.partition("/")
+    if family == "timm" and architecture:
+        import timm
+
+        try:
+            network: nn.Module = timm.create_model(
+                architecture, pretrained=False, num_classes=0, in_chans=channels, norm_layer=SyncedBatchNorm2d
+            )
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"method.backbone = {name}: timm does not build it: {error}") from error
+        return network
+    if name == "small":
+        return _Small(channels)
+    if name == "preact_resnet18":
+        return _preactivation_resnet18(channels)
+    if name not in RESIDUAL:
+        known = ", ".join(["small", *RESIDUAL, "preact_resnet18", "timm/<architecture>"])
+        raise ConfigError(f"method.backbone = {name}: must be one of {known}")
+    network: Any = getattr(torchvision.models, name)(norm_layer=SyncedBatchNorm2d)
+    network.fc = nn.Identity()
+    if side <= SMALL_IMAGE:
+        network.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        network.maxpool = nn.Identity()
+    elif channels != 3:
+        network.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    return network
+
+
+def mlp(*widths: int, bias: bool = True, norm: bool = True, last_norm: bool = False) -> nn.Sequential:
+    """Build linear layers with batch norm (if any) and ReLU between them.
+
+    Args:
+        widths: of the input and of every layer's output.
+        bias: whether the layers before a norm have one.
+        norm: whether there is batch norm between layers.
+        last_norm: whether the last layer is followed by batch norm as well.
+    """
+    layers: list[nn.Module] = []
+    for place, (i, o) in enumerate(pairwise(widths)):
+        is_last = place == len(widths) - 2
+        layers.append(nn.Linear(i, o, bias=bias or (is_last and not last_norm)))
+        if norm and (not is_last or last_norm):
+            layers.append(SyncedBatchNorm1d(o))
+        if not is_last:
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)

@@ -1,0 +1,334 @@
+"""What the methods that learn from pixels share: views, the E-step, features and clusters.
+
+Rows are images as the encoder `pixels` gives them: values from 0 to 1, row-major, channels last. After every
+`reassign` epochs all rows are mapped to features and cut by spherical k-means (the E-step of ProPos' EM framework,
+arXiv 2111.11821, section 3.4); its centres are the method's clusters. Everything random is keyed by (seed, step), and
+batch norm is one of all workers' rows, so that a training does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rayclust.arrays import require_matrix
+from rayclust.clustering import kmeans
+from rayclust.distributed import all_reduce, data_group, differentiable_all_gather
+from rayclust.errors import ConfigError
+from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Plan, Rows, TrainedConfig
+from rayclust.methods.heads import ema_update, matmul_dtype
+from rayclust.methods.pixels.augment import FAMILIES, draw, random_view
+from rayclust.methods.pixels.backbones import build_backbone
+
+BLOCK = 512
+"""Images that go through a network at once outside of training."""
+TEMPERATURE = 0.1
+"""Of the probabilities when assigning: the softmax of cosines to the centres divided by it."""
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """Return a network's rows in the dtype in which losses are computed: float32 or wider."""
+    return x.to(accum_dtype(x.dtype))
+
+
+class PixelConfig(TrainedConfig):
+    """Settings of every method that learns from pixels; defaults are those of ProPos on CIFAR-10."""
+
+    cosine_over_all: ClassVar[bool] = True
+    reads_pixels: ClassVar[bool] = True
+    backbone: str = "resnet18"
+    """small (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, or timm/<architecture>; always from random
+    weights. Residual networks have the stem for small images up to 64 pixels."""
+    augmentation: Literal["simclr", "simclr_blur", "byol"] = "simclr"
+    """Family of the two views; simclr_blur for images from some 96 pixels on."""
+    features: int = Field(256, ge=2)
+    """d, width of the space in which rows are compared and clustered."""
+    reassign: int = Field(1, ge=1)
+    """Epochs between two E-steps; the last epoch always ends with one."""
+    restarts: int = Field(10, ge=1)
+    """Starts of the E-step's k-means."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the network's products in training. auto: bf16 where the processor multiplies it fast."""
+    epochs: int = Field(1000, ge=1)
+    """Passes over the rows; not used when `steps` is set."""
+    learning_rate: float = Field(0.05, gt=0)
+    """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
+    min_learning_rate: float = Field(0.0, ge=0)
+    """What the cosine falls to, per 256 rows of batch as well; it is counted over all epochs, warm-up included."""
+    warmup_epochs: int = Field(50, ge=0)
+    """Epochs in which the learning rate rises linearly from 0."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "sgd"
+    """adamw (0.9, 0.999), sgd and lars with momentum 0.9."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Decay of all parameters; with lars biases and norms have none."""
+    final_weight_decay: float = Field(5e-4, ge=0)
+    """Decay at the end of a cosine."""
+
+
+class PixelMethod(Method):
+    """A method on images; a subclass has the networks, `embed` and `training_step`.
+
+    Args:
+        config: the settings.
+        dimension: D = side² × channels of the square images.
+        count: N, the rows of all workers.
+        seed: of weights, views and k-means.
+
+    Raises:
+        ConfigError: D is not that of square images with 1 or 3 channels.
+    """
+
+    reads = "pixels"
+    config_type: ClassVar[type[PixelConfig]]
+    config: PixelConfig
+    mean: Tensor
+    std: Tensor
+    centers: Tensor
+    labels: Tensor
+    epochs_done: Tensor
+    exported: ClassVar[tuple[str, ...]] = ("backbone.", "projector.")
+    """Prefixes of the networks that `embed` needs; a fitted method holds no others."""
+
+    def __init__(self, config: PixelConfig, dimension: int, count: int, seed: int) -> None:
+        super().__init__(config, dimension, count, seed)
+        self.channels = 3 if dimension % 3 == 0 and math.isqrt(dimension // 3) ** 2 == dimension // 3 else 1
+        self.side = math.isqrt(dimension // self.channels)
+        if self.side**2 * self.channels != dimension:
+            raise ConfigError(f"method = {config.name}: learns from square images; rows of {dimension} values are none")
+        self.plan = Plan.of(config, count)
+        self.backbone, self.backbone_width = build_backbone(config.backbone, self.side, self.channels, seed)
+        self.width = config.features
+        self.register_buffer("mean", torch.zeros(self.channels))
+        self.register_buffer("std", torch.ones(self.channels))
+        self.register_buffer("centers", torch.zeros(config.clusters, self.width))
+        self.register_buffer("labels", torch.zeros(count, dtype=torch.long))
+        self.register_buffer("epochs_done", torch.zeros((), dtype=torch.long))
+        self._rows: Rows | None = None
+
+    # What a subclass has.
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Map normalised images to the space in which rows are clustered: Float[B C H W] to Float[B d], any length."""
+        raise NotImplementedError
+
+    # Views.
+
+    def images(self, x: Tensor) -> Tensor:
+        """Return rows Float[B D] as images Float[B C H W], from 0 to 1."""
+        return x.view(len(x), self.side, self.side, self.channels).permute(0, 3, 1, 2)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Subtract each channel's mean over the rows and divide by its deviation."""
+        scaled = (images - self.mean[:, None, None]) / self.std[:, None, None]
+        return scaled.contiguous(memory_format=torch.channels_last)
+
+    def normalized_parts(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the images of rows Float[B D], normalised, some at a time; at least one tensor, empty without rows."""
+        require_matrix(x, "x", self.dimension)
+        for part in torch.split(x, BLOCK):
+            yield self.normalized(self.images(part.to(self.mean)))
+
+    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return two random views of a worker's part of a batch, normalised: Float[B C H W] each."""
+        images = self.images(batch.x[0])
+        first, second = (
+            random_view(images, options, self.own_rows(draw(self.plan.batch_size, self.key(batch.step, number))))
+            for number, options in enumerate(FAMILIES[self.config.augmentation])
+        )
+        return self.normalized(first), self.normalized(second)
+
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """Return this worker's rows of a tensor that was drawn for the whole batch."""
+        group = data_group()
+        return whole[group.rank :: group.size].to(self.mean.device)
+
+    def key(self, *numbers: int) -> int:
+        """Return a seed that depends on the method's and on every number."""
+        return int(np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint64)[0] >> 1)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which networks compute in training."""
+        dtype = matmul_dtype(self.config.precision, self.mean)
+        return torch.autocast(self.mean.device.type, dtype, enabled=dtype == torch.bfloat16)
+
+    # Training.
+
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
+        """Measure the pixels' moments, then alternate E-steps and epochs.
+
+        Args:
+            rows: images, all workers'.
+            trainer: runs the steps.
+        """
+        self._rows = rows
+        trainer.fit(self, rows, start=self._start)
+        self._rows = None
+
+    def _start(self) -> None:
+        sums = self.mean.new_zeros((3, self.channels), dtype=torch.float64)
+        for block in self._blocks():
+            values = self.images(block).double().transpose(0, 1).flatten(1)
+            sums += torch.stack([values.sum(1), values.square().sum(1), torch.full_like(sums[0], values.shape[1])])
+        total, squares, count = all_reduce(sums)
+        self.mean.copy_(total / count)
+        self.std.copy_((squares / count - (total / count).square()).clamp(min=1e-6).sqrt())
+        self.e_step()
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """Yield this worker's rows on the method's device, some at a time."""
+        assert self._rows is not None  # noqa: S101 - set by `fit`
+        for block in self._rows.blocks():
+            for part in torch.split(block, BLOCK):
+                yield part.to(self.mean)
+
+    @torch.no_grad()
+    def e_step(self) -> dict[str, float]:
+        """Cluster the features of all rows; sets `centers` and every row's `labels`.
+
+        Returns:
+            "inertia": mean 2·(1 − cosine) to the centre; "feature_std": deviation of the features' components, times
+            √d: 1 where they fill all directions, 0 where they have collapsed.
+        """
+        was_training = self.training
+        self.eval()
+        z = torch.cat([self.centers[:0], *(self.transform(block) for block in self._blocks())])
+        self.train(was_training)
+        options = kmeans.KMeansOptions(clusters=self.config.clusters, restarts=self.config.restarts)
+        result = kmeans.fit(lambda: [z], options, seed=self.seed)
+        self.centers.copy_(result.centers)
+        self.labels.copy_(data_group().all_gather_cat(kmeans.assign(z, self.centers)[0], self.count))
+        moments = all_reduce(torch.stack([z.sum(0), z.square().sum(0)]).double()) / self.count
+        deviation = (moments[1] - moments[0].square()).clamp(min=0).sqrt().mean()
+        self.after_e_step(z)
+        return {"inertia": result.inertia / self.count, "feature_std": float(deviation) * math.sqrt(self.width)}
+
+    def after_e_step(self, z: Tensor) -> None:
+        """Take this worker's features of the E-step, unit rows Float[n d]."""
+
+    def on_epoch_end(self, metrics: dict[str, Tensor]) -> dict[str, Any]:
+        """Run the E-step where it is due; returns its metrics and the epoch's."""
+        self.epochs_done += 1
+        row: dict[str, Any] = {name: float(value) for name, value in metrics.items() if name != "loss"}
+        done = int(self.epochs_done)
+        if done % self.config.reassign == 0 or done == self.plan.epochs:
+            row |= self.e_step()
+        return row
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return all parameters with decay; for lars those with one axis are exempt. A predictor has its own rate."""
+        scales = {id(p): self.predictor_rate for p in getattr(self, "predictor", nn.Identity()).parameters()}
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                scale, decays = scales.get(id(parameter), 1.0), self.config.optimizer != "lars" or parameter.dim() > 1
+                group = groups.setdefault((scale, decays), {"params": [], "lr_scale": scale})
+                group["params"].append(parameter)
+                if not decays:
+                    group["weight_decay"] = 0.0
+        return list(groups.values())
+
+    @property
+    def predictor_rate(self) -> float:
+        """Learning rate of a predictor relative to the others'."""
+        return 1.0
+
+    # A fitted method.
+
+    @torch.no_grad()
+    def transform(self, x: Tensor) -> Tensor:
+        """Map images to features: Float[B D] to unit rows Float[B d]."""
+        parts = [self.embed(images) for images in self.normalized_parts(x)]
+        return functional.normalize(torch.cat(parts), dim=1)
+
+    @torch.no_grad()
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """Return Float[B K] for Float[B D], rows sum to 1; the largest is that of the nearest centre."""
+        return (self.transform(x) @ self.centers.T / TEMPERATURE).softmax(dim=1)
+
+    def prototypes(self) -> Tensor:
+        """Return the clusters' centres among the features, unit rows Float[K d]."""
+        return self.centers
+
+    def state(self) -> MethodState:
+        """Return the networks that features need, the pixels' moments and the centres."""
+        kept = ("mean", "std", "centers", *self.exported)
+        tensors = {n: x.detach().cpu().clone() for n, x in self.state_dict().items() if n.startswith(kept)}
+        return MethodState(self._settings(), tensors)
+
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.load_state_dict(tensors, strict=False)
+
+
+class MomentumMethod(PixelMethod):
+    """A method with a slowly moving copy of its network, in whose features rows are clustered."""
+
+    exported = ("target.",)
+    online: nn.Module
+    target: nn.Module
+
+    def start_target(self, online: nn.Module) -> None:
+        """Take a network, and make the copy."""
+        self.online, self.target = online, copy.deepcopy(online).requires_grad_(False)
+
+    def update_target(self, step: int, momentum: float, final: float) -> None:
+        """θ' ← m θ' + (1 − m) θ before every step but the first, m on half a cosine from `momentum` to `final`.
+
+        Args:
+            step: from 0.
+            momentum: at the first step.
+            final: at the end; equal to `momentum` for a constant one.
+        """
+        if step > 0:
+            m = final - (final - momentum) * (1 + math.cos(math.pi * step / self.plan.steps)) / 2
+            ema_update(self.target, self.online, m)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Map normalised images Float[B C H W] to the target network's rows, Float[B d]."""
+        embedded: Tensor = self.target(images)
+        return embedded
+
+
+class KeyQueue(nn.Module):
+    """The newest keys of all workers, oldest replaced first.
+
+    Args:
+        size: Q.
+        width: d.
+    """
+
+    keys: Tensor
+    rows: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(size, width))
+        self.register_buffer("rows", torch.full((size,), -1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def add(self, keys: Tensor, rows: Tensor) -> None:
+        """Add this worker's keys Float[B d] of the rows Int64[B]; called by all workers together."""
+        group = data_group()
+        places = torch.arange(len(rows), device=rows.device) * group.size + group.rank  # in the batch of all workers
+        keys, rows, places = (differentiable_all_gather(each) for each in (keys.to(self.keys), rows, places))
+        order = places.argsort()
+        keys, rows = keys[order][-len(self.rows) :], rows[order][-len(self.rows) :]
+        places = (torch.arange(len(rows), device=rows.device) + self.position) % len(self.rows)
+        self.keys[places], self.rows[places] = keys, rows
+        self.position.copy_((self.position + len(rows)) % len(self.rows))
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Return the keys so far, Float[n d], and their rows, Int64[n]."""
+        known = self.rows >= 0
+        return self.keys[known], self.rows[known]

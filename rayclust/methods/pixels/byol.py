@@ -1,0 +1,123 @@
+"""BYOL: a network predicts what a slowly moving copy of it makes of another view of the image; no negatives.
+
+    L = 2 − 2 cos(h(q), k),   q = g(f(x₁)) of the network, k of its copy on x₂; both orders of the views, averaged.
+
+Source: arXiv 2006.07733, with the projector and the settings of ProPos' experiments (arXiv 2111.11821). Departures: the
+copy moves before each step instead of after the loss, and all workers' rows share their batch norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rayclust.losses.representation import alignment
+from rayclust.methods.base import Batch
+from rayclust.methods.pixels.backbones import mlp
+from rayclust.methods.pixels.base import MomentumMethod, PixelConfig, accumulated
+
+
+class PredictorConfig(PixelConfig):
+    """Settings of BYOL and of what is built on it."""
+
+    hidden: int = Field(4096, ge=1)
+    """Width of the hidden layer of projector and predictor."""
+    momentum: float = Field(0.996, ge=0, le=1)
+    """Of the copy, at the first step."""
+    final_momentum: float = Field(0.996, ge=0, le=1)
+    """Of the copy at the end of half a cosine; published: 1 or, for CIFAR-10, as at the start."""
+    predictor_rate: float = Field(10.0, gt=0)
+    """Learning rate of the predictor relative to the others'."""
+    joint_views: bool = False
+    """Whether both views go through the network as one batch, whose statistics they then share."""
+
+
+class ByolConfig(PredictorConfig):
+    """BYOL (arXiv 2006.07733), clustered by k-means."""
+
+    name: Literal["byol"] = "byol"
+    """Prediction of a slowly moving copy of the network."""
+    final_momentum: float = Field(1.0, ge=0, le=1)
+    """Of the copy at the end of half a cosine."""
+    reassign: int = Field(10, ge=1)
+    """Epochs between two E-steps, which BYOL does not learn from."""
+
+
+class Byol(MomentumMethod):
+    """BYOL on images of D values.
+
+    Args:
+        config: the settings.
+        dimension: D.
+        count: N, the rows of all workers.
+        seed: of weights, views and k-means.
+    """
+
+    config_type: ClassVar[type[PixelConfig]] = ByolConfig
+    config: PredictorConfig
+
+    def __init__(self, config: PredictorConfig, dimension: int, count: int, seed: int) -> None:
+        super().__init__(config, dimension, count, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.key(0))
+            self.start_target(nn.Sequential(self.backbone, mlp(self.backbone_width, config.hidden, config.features)))
+            self.predictor = mlp(config.features, config.hidden, config.features)
+            for layer in self.predictor:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.01)
+                    nn.init.zeros_(layer.bias)
+        del self.backbone  # it is a part of `online`
+
+    @property
+    def predictor_rate(self) -> float:
+        """Learning rate of the predictor relative to the others'."""
+        return self.config.predictor_rate
+
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the loss of one worker's part of a batch, of both orders of the views.
+
+        Args:
+            batch: images, one view.
+
+        Returns:
+            Float[] each: "loss", and for methods built on this one its terms.
+        """
+        self.update_target(batch.step, self.config.momentum, self.config.final_momentum)
+        first, second = self.views(batch)
+        with self.autocast():
+            queries = self._both(self.online, first, second)
+            with torch.no_grad():
+                keys = self._both(self.target, second, first)
+        terms = [
+            self.order_loss(accumulated(q), accumulated(k), batch, order)
+            for order, (q, k) in enumerate(zip(queries, keys, strict=True))
+        ]
+        self.after_keys(keys, batch)
+        return {name: (terms[0][name] + terms[1][name]) / 2 for name in terms[0]}
+
+    def _both(self, network: nn.Module, first: Tensor, second: Tensor) -> tuple[Any, ...]:
+        if self.config.joint_views:
+            return tuple(network(torch.cat([first, second])).chunk(2))
+        return network(first), network(second)
+
+    def order_loss(self, q: Tensor, k: Tensor, batch: Batch, order: int) -> dict[str, Tensor]:
+        """Compute the loss of one order of the views.
+
+        Args:
+            q: Float[B d], the network's rows of one view.
+            k: Float[B d], the copy's of the other.
+            batch: the worker's part.
+            order: 0 or 1.
+
+        Returns:
+            Float[] each: "loss" and its terms.
+        """
+        with self.autocast():
+            predicted = self.predictor(q)
+        return {"loss": 2 + 2 * alignment(accumulated(predicted), k)}
+
+    def after_keys(self, keys: tuple[Tensor, ...], batch: Batch) -> None:
+        """Take the copy's rows of both views, once both orders' losses are computed."""

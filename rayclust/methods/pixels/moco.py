@@ -1,0 +1,106 @@
+"""MoCo: an image's view finds its key among a queue of other images' keys, made by a slowly moving copy.
+
+Source: arXiv 1911.05722 and 2003.04297, with the settings of ProPos' experiments (arXiv 2111.11821). Departure: batch
+norm is one of all workers' rows, in place of shuffling rows between workers; on one worker shuffling does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rayclust.losses.representation import queue_contrast
+from rayclust.methods.base import Batch
+from rayclust.methods.pixels.backbones import mlp
+from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelConfig, accumulated
+
+
+class QueueConfig(PixelConfig):
+    """Settings of MoCo and of what is built on it."""
+
+    features: int = Field(128, ge=2)
+    """d, width of the space in which rows are compared and clustered."""
+    momentum: float = Field(0.999, ge=0, le=1)
+    """Of the copy."""
+    temperature: float = Field(0.07, gt=0)
+    """Of the cosines."""
+    queue: int = Field(65_536, ge=1)
+    """Keys that are kept."""
+    symmetric: bool = True
+    """Whether either view is query once."""
+    reassign: int = Field(10, ge=1)
+    """Epochs between two E-steps."""
+
+
+class MoCoConfig(QueueConfig):
+    """MoCo v2 (arXiv 2003.04297), clustered by k-means."""
+
+    name: Literal["moco"] = "moco"
+    """Contrast with a queue of keys."""
+
+
+class MoCo(MomentumMethod):
+    """MoCo on images of D values.
+
+    Args:
+        config: the settings.
+        dimension: D.
+        count: N, the rows of all workers.
+        seed: of weights, views and k-means.
+    """
+
+    config_type: ClassVar[type[PixelConfig]] = MoCoConfig
+    config: QueueConfig
+
+    def __init__(self, config: QueueConfig, dimension: int, count: int, seed: int) -> None:
+        super().__init__(config, dimension, count, seed)
+        width = self.backbone_width
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.key(0))
+            self.start_target(nn.Sequential(self.backbone, mlp(width, width, config.features, norm=False)))
+        del self.backbone  # it is a part of `online`
+        self.queue = KeyQueue(config.queue, config.features)
+
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the cross-entropy of finding each query's key among the queue's.
+
+        Args:
+            batch: images, one view.
+
+        Returns:
+            Float[] each: "loss", and for methods built on this one its terms.
+        """
+        self.update_target(batch.step, self.config.momentum, self.config.momentum)
+        views = self.views(batch)
+        orders = [views, views[::-1]] if self.config.symmetric else [views]
+        queue, _ = self.queue.filled()
+        terms, keys = [], []
+        for query_view, key_view in orders:
+            with self.autocast():
+                q = self.online(query_view)
+                with torch.no_grad():
+                    k = self.target(key_view)
+            q, k = (functional.normalize(accumulated(each), dim=1) for each in (q, k))
+            terms.append(self.query_loss(q, k, queue, batch))
+            keys.append(k)
+        for k in keys:
+            self.queue.add(k, batch.rows)
+        return {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+
+    def query_loss(self, q: Tensor, k: Tensor, queue: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Compute the loss of one order of the views.
+
+        Args:
+            q: Float[B d], unit queries.
+            k: Float[B d], unit keys.
+            queue: Float[Q d], unit keys of earlier batches.
+            batch: the worker's part.
+
+        Returns:
+            Float[] each: "loss" and its terms.
+        """
+        return {"loss": queue_contrast(q, k, queue, self.config.temperature)}

@@ -1,0 +1,108 @@
+"""PCL: MoCo whose queries also find the centre of their cluster among other centres, at several numbers of clusters.
+
+    L = L_moco + w · mean over m of the contrast of q with centres of the m-th E-step, divided by their concentrations
+
+Source: arXiv 2005.04966, with the settings of ProPos' experiments (arXiv 2111.11821).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rayclust.clustering import kmeans
+from rayclust.distributed import all_reduce, data_group
+from rayclust.losses.representation import concentration, prototype_contrast
+from rayclust.methods.base import Batch
+from rayclust.methods.pixels.base import PixelConfig
+from rayclust.methods.pixels.moco import MoCo, QueueConfig
+
+
+class PclConfig(QueueConfig):
+    """PCL (arXiv 2005.04966): contrast with prototypes. Defaults are its record on CIFAR-20."""
+
+    name: Literal["pcl"] = "pcl"
+    """MoCo with prototypes."""
+    prototypes: tuple[int, ...] = (250, 500, 1000)
+    """Numbers of clusters of the E-steps that are learnt from; those above half the rows are left out."""
+    prototype_weight: float = Field(0.01, ge=0)
+    """w, on the prototypes' loss; 0 in the warm-up."""
+    momentum: float = Field(0.99, ge=0, le=1)
+    """Of the copy."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the cosines, and the mean of the concentrations."""
+    queue: int = Field(4096, ge=1)
+    """Keys that are kept; as many prototypes are negatives."""
+    learning_rate: float = Field(0.1, gt=0)
+    """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
+    batch_size: int = Field(128, ge=2)
+    """Rows per step over all workers; a smaller set is taken whole."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Decay of all parameters."""
+    final_weight_decay: float = Field(1e-4, ge=0)
+    """Decay at the end of a cosine."""
+    reassign: int = Field(1, ge=1)
+    """Epochs between two E-steps."""
+
+
+class Pcl(MoCo):
+    """PCL on images of D values.
+
+    Args:
+        config: the settings.
+        dimension: D.
+        count: N, the rows of all workers.
+        seed: of weights, views, negatives and k-means.
+    """
+
+    config_type: ClassVar[type[PixelConfig]] = PclConfig
+    config: PclConfig
+
+    def __init__(self, config: PclConfig, dimension: int, count: int, seed: int) -> None:
+        super().__init__(config, dimension, count, seed)
+        self.granularities = [m for m in config.prototypes if m <= count // 2]
+        for m in self.granularities:
+            self.register_buffer(f"prototypes_{m}", torch.zeros(m, config.features))
+            self.register_buffer(f"labels_{m}", torch.zeros(count, dtype=torch.long))
+            self.register_buffer(f"phi_{m}", torch.ones(m))
+
+    def query_loss(self, q: Tensor, k: Tensor, queue: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Compute the queue's contrast and, after the warm-up, that with the prototypes; see `MoCo.query_loss`.
+
+        Returns:
+            Float[] each: "loss", "instance" and "prototype", the last 0 in the warm-up.
+        """
+        c, instance = self.config, super().query_loss(q, k, queue, batch)["loss"]
+        prototype = torch.zeros_like(instance)
+        if batch.epoch >= c.warmup_epochs and c.prototype_weight:
+            for m in self.granularities:
+                own = self.get_buffer(f"labels_{m}")[batch.rows]
+                negatives = self._negatives(own, m, batch.step)
+                buffers = self.get_buffer(f"prototypes_{m}"), self.get_buffer(f"phi_{m}")
+                prototype = prototype + prototype_contrast(q, own, *buffers, negatives) / len(self.granularities)
+        return {
+            "loss": instance + c.prototype_weight * prototype,
+            "instance": instance,
+            "prototype": prototype,
+        }
+
+    def _negatives(self, own: Tensor, clusters: int, step: int) -> Tensor:
+        """Draw Int64[Q] clusters, with repeats, that are no row's own in the batch of all workers."""
+        others = (all_reduce(torch.bincount(own, minlength=clusters)) == 0).nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(self.key(step, 4, clusters))
+        drawn = torch.rand(self.config.queue, generator=generator).to(own.device)
+        return others[(drawn * len(others)).long()] if len(others) else others
+
+    def after_e_step(self, z: Tensor) -> None:
+        """Cluster the features into each number of prototypes."""
+        for m in self.granularities:
+            result = kmeans.fit(lambda: [z], kmeans.KMeansOptions(clusters=m, restarts=1), seed=self.seed)
+            labels, squares = kmeans.assign(z, result.centers)
+            labels = data_group().all_gather_cat(labels, self.count)
+            distances = data_group().all_gather_cat(squares.clamp(min=0).sqrt(), self.count)
+            self.get_buffer(f"prototypes_{m}").copy_(result.centers)
+            self.get_buffer(f"labels_{m}").copy_(labels)
+            self.get_buffer(f"phi_{m}").copy_(concentration(distances, labels, m, self.config.temperature))

@@ -1,0 +1,143 @@
+"""ProPos: BYOL whose positives are drawn around the embedding, and whose clusters' prototypes scatter.
+
+    L = L_psa + λ L_psl,   L_psa = 2 − 2 cos(h(q + σ ε), k),   L_psl: `losses.representation.prototype_scattering`
+
+λ and σ are 0 during the warm-up. Clusters are the E-step's: k-means of all rows in the copy's features.
+
+Source: arXiv 2111.11821. Departures from the published program, whose effects its own issues show: prototypes hold the
+rows of all workers with the right pseudo-labels, clusters count as present where any worker has a row of them, absent
+ones are left out instead of getting the logit −10, and the gradient does not shrink with the number of workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from rayclust.losses.representation import class_prototypes, prototype_scattering
+from rayclust.methods.base import Batch, Pairing
+from rayclust.methods.pixels.base import KeyQueue, PixelConfig, accumulated
+from rayclust.methods.pixels.byol import Byol, PredictorConfig
+
+CIFAR20 = {"batch_size": 256, "final_momentum": 1.0, "joint_views": True, "resample": True}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cifar10_r18": {"batch_size": 512},
+    "cifar20_r18": CIFAR20,
+    "cifar20_r34": CIFAR20 | {"backbone": "resnet34"},
+    "imagenetdogs_r34": CIFAR20 | {"backbone": "resnet34", "augmentation": "simclr_blur"},
+    "imagenet_r50": {
+        "backbone": "resnet50", "epochs": 200, "batch_size": 4096, "learning_rate": 0.3, "optimizer": "lars",
+        "momentum": 0.99, "final_momentum": 1.0, "scatter_weight": 0.001, "noise": 1e-4, "augmentation": "byol",
+        "weight_decay": 1e-6, "final_weight_decay": 1e-6, "warmup_epochs": 10, "predictor_rate": 1.0,
+        "queue": 10_240, "reassign": 10,
+    },
+}  # fmt: skip
+"""Settings of the published configurations, where they are not the defaults."""
+OURS: dict[str, dict[str, Any]] = {
+    "stl10": CIFAR20 | {"backbone": "resnet34", "augmentation": "simclr_blur"},
+    "imagenet10": CIFAR20 | {"backbone": "resnet34", "augmentation": "simclr_blur"},
+    "tiny_imagenet": CIFAR20 | {"backbone": "resnet34"},
+}
+"""Recipes for sets of which no configuration was published, after the nearest one that was."""
+
+
+class ProPosConfig(PredictorConfig):
+    """ProPos (arXiv 2111.11821): BYOL with prototype scattering. A key that is written wins over the preset."""
+
+    name: Literal["propos"] = "propos"
+    """BYOL with prototypes that scatter."""
+    preset: Literal[
+        "none",
+        "cifar10_r18",
+        "cifar20_r18",
+        "cifar20_r34",
+        "imagenetdogs_r34",
+        "imagenet_r50",
+        "stl10",
+        "imagenet10",
+        "tiny_imagenet",
+    ] = "none"
+    """The published configurations, and recipes after them for stl10, imagenet10 and tiny_imagenet. none: the defaults,
+    those of CIFAR-10."""
+    scatter_weight: float = Field(0.1, ge=0)
+    """λ, on the prototypes' loss. Effective in full whatever the number of workers; the published runs on 4 GPUs
+    had a quarter of it."""
+    noise: float = Field(0.001, ge=0)
+    """σ, deviation of the noise on the embedding before the predictor."""
+    temperature: float = Field(0.5, gt=0)
+    """Of the prototypes' loss."""
+    queue: int = Field(0, ge=0)
+    """Keys of earlier batches that count in the prototypes; for batches with few rows of each cluster."""
+    resample: bool = False
+    """Whether epochs draw each cluster equally often."""
+
+    def resolved(self) -> ProPosConfig:
+        """Return this config with its preset written out; `preset` is then `none`."""
+        written = {key: getattr(self, key) for key in self.model_fields_set}
+        return ProPosConfig.model_validate((PUBLISHED | OURS).get(self.preset, {}) | written | {"preset": "none"})
+
+
+class ProPos(Byol):
+    """ProPos on images of D values.
+
+    Args:
+        config: the settings; a preset is written out.
+        dimension: D.
+        count: N, the rows of all workers.
+        seed: of weights, views, noise and k-means.
+    """
+
+    config_type: ClassVar[type[PixelConfig]] = ProPosConfig
+    config: ProPosConfig
+
+    def __init__(self, config: ProPosConfig, dimension: int, count: int, seed: int) -> None:
+        config = config.resolved()
+        super().__init__(config, dimension, count, seed)
+        self.queue = KeyQueue(config.queue, config.features) if config.queue else None
+        self.pairing = Pairing(epoch_order=self.epoch_order)
+
+    def epoch_order(self, epoch: int) -> Tensor | None:
+        """Return the rows of an epoch where clusters are drawn equally often: Int64[N], with repeats."""
+        if not self.config.resample:
+            return None
+        # Weight 1 / rows of its cluster: each cluster with rows is as likely as any other.
+        weights = 1.0 / torch.bincount(self.labels, minlength=self.config.clusters).double()[self.labels].cpu()
+        shares = weights.cumsum(0)
+        generator = torch.Generator().manual_seed(self.key(3, epoch))
+        drawn = torch.rand(self.count, generator=generator, dtype=torch.float64) * shares[-1]
+        return torch.searchsorted(shares, drawn, right=True).clamp_(max=self.count - 1)
+
+    def order_loss(self, q: Tensor, k: Tensor, batch: Batch, order: int) -> dict[str, Tensor]:
+        """Compute L_psa + λ L_psl of one order of the views; see `Byol.order_loss`.
+
+        Returns:
+            Float[] each: "loss", "alignment" (L_psa) and "scattering" (L_psl, 0 in the warm-up).
+        """
+        c, is_warm = self.config, batch.epoch >= self.config.warmup_epochs
+        # Positive sampling: a neighbour of the embedding, before the predictor.
+        sampled = q
+        if is_warm and c.noise:
+            generator = torch.Generator().manual_seed(self.key(batch.step, 2 + order))
+            sampled = q + c.noise * self.own_rows(torch.randn((self.plan.batch_size, q.shape[1]), generator=generator))
+        psa = super().order_loss(sampled, k, batch, order)["loss"]
+        if not (is_warm and c.scatter_weight):
+            return {"loss": psa, "alignment": psa, "scattering": torch.zeros_like(psa)}
+        # Prototype scattering: clusters' means over the batch, by the labels of the last E-step.
+        labels, queued = self.labels[batch.rows], None
+        if self.queue is not None:
+            keys, rows = self.queue.filled()
+            queued = keys, self.labels[rows]
+        online, present = class_prototypes(functional.normalize(q, dim=1), labels, c.clusters, queued)
+        target, _ = class_prototypes(functional.normalize(k, dim=1), labels, c.clusters, queued)
+        psl = prototype_scattering(online, target, present, c.temperature)
+        return {"loss": psa + c.scatter_weight * psl, "alignment": psa, "scattering": psl}
+
+    def after_keys(self, keys: tuple[Tensor, ...], batch: Batch) -> None:
+        """Add both views' keys to the queue, if there is one."""
+        if self.queue is not None:
+            for k in keys:
+                self.queue.add(functional.normalize(accumulated(k), dim=1), batch.rows)

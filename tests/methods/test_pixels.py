@@ -1,0 +1,291 @@
+"""Methods that learn from pixels: views, schedules, E-step, presets; any number of workers; resume to the bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rayclust.errors import ConfigError
+from rayclust.methods import build, find, load
+from rayclust.methods.base import CheckpointInterval, Plan
+from rayclust.methods.pixels.augment import BYOL, SIMCLR, Augmentation, draw, random_view
+from rayclust.methods.pixels.backbones import build_backbone
+from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelConfig, PixelMethod
+from rayclust.methods.pixels.propos import ProPos, ProPosConfig
+from rayclust.training.loop import Trainer, learning_rate
+from rayclust.training.sampling import ArrayRows
+from tests.workers import on_two_workers
+
+METHODS = ("propos", "byol", "simsiam", "simclr", "moco", "pcl", "cc")
+N, SIDE, K = 48, 8, 3
+SETTINGS: dict[str, Any] = {
+    "clusters": K, "backbone": "small", "features": 8, "batch_size": 16, "epochs": 2, "warmup_epochs": 1, "restarts": 1,
+    "learning_rate": 0.1, "reassign": 1, "precision": "fp32",
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "propos": {"hidden": 12, "queue": 20, "resample": True, "final_momentum": 1.0},
+    "byol": {"hidden": 12, "joint_views": True},
+    "simsiam": {"bottleneck": 6, "layers": 3},
+    "moco": {"queue": 20},
+    "pcl": {"queue": 20, "prototypes": [6, 12, 400]},
+}
+
+
+def _images(dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images of three colours with noise, as rows."""
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.tensor([[0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.2, 0.2, 0.8]], dtype=torch.float64)
+    noise = 0.1 * torch.randn((N, SIDE, SIDE, 3), generator=generator, dtype=torch.float64)
+    return (colours[torch.arange(N) % K][:, None, None] + noise).clamp(0, 1).reshape(N, -1).to(dtype)
+
+
+class MemoryStore:
+    """Keeps checkpoints; stops the training after the one whose number is `stop_after`."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.kept: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+        self.stop_after = stop_after
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.kept.append((tensors, {**state, "history": list(state["history"])}))
+        if len(self.kept) == self.stop_after:
+            raise KeyboardInterrupt
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self.kept[-1] if self.kept else None
+
+
+def _fit(name: str, dtype: torch.dtype = torch.float32, store: MemoryStore | None = None) -> PixelMethod:
+    method = build(_config(name), SIDE * SIDE * 3, N, seed=1).to(dtype)
+    assert isinstance(method, PixelMethod)
+    method.fit(ArrayRows(_images(dtype)), Trainer(1, store=store, every=CheckpointInterval(epochs=1)))
+    return method
+
+
+def _config(name: str, **more: Any) -> PixelConfig:
+    config = find(name).config_type.model_validate({"name": name} | SETTINGS | OWN.get(name, {}) | more)
+    assert isinstance(config, PixelConfig)
+    return config
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fitted_method_gives_the_same_after_it_was_stored(name: str):
+    method = _fit(name).eval()
+    x = _images()
+    expected = method.predict_proba(x)
+    assert expected.shape == (N, K)
+    assert torch.allclose(expected.sum(1), torch.ones(N), atol=1e-5)
+    assert torch.allclose(method.transform(x).norm(dim=1), torch.ones(N), atol=1e-5)
+    again = load(method.state())
+    assert torch.equal(again.predict_proba(x), expected)
+    assert again.predict_proba(x[:0]).shape == (0, K)
+    assert not [key for key in method.state().tensors if key.startswith(("online", "predictor", "queue", "labels"))]
+
+
+def _states_of_all(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
+    return {name: dict(_fit(name, torch.float64).state_dict()) for name in METHODS}
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> list[dict[str, dict[str, Tensor]]]:
+    found: list[dict[str, dict[str, Tensor]]] = on_two_workers(_states_of_all)
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_workers_end_at_the_weights_of_one(name: str, two_workers: list[dict[str, dict[str, Tensor]]]):
+    alone = _fit(name, torch.float64).state_dict()
+    for states in two_workers:
+        for key, value in alone.items():
+            torch.testing.assert_close(states[name][key], value, rtol=1e-6, atol=1e-8, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", ["propos", "pcl"])
+def test_a_training_that_was_killed_ends_at_the_same_bits(name: str):
+    whole = _fit(name).state_dict()
+    store = MemoryStore(stop_after=1)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(name, store=store)
+    resumed = _fit(name, store=store).state_dict()
+    for key, value in whole.items():
+        assert torch.equal(resumed[key], value), key
+
+
+def test_learning_rates_of_the_published_schedule():
+    config = ProPosConfig(clusters=10, batch_size=512)
+    plan = Plan.of(config, 51_200)  # 100 steps an epoch
+    assert learning_rate(config, plan, 25 * 100) == pytest.approx(0.05, rel=1e-3)
+    assert learning_rate(config, plan, 50 * 100) == pytest.approx(0.1)
+    assert learning_rate(config, plan, 1000 * 100) == pytest.approx(6.1558e-4, rel=1e-4)
+
+
+def test_momentum_rises_on_half_a_cosine():
+    class One(MomentumMethod):
+        def __init__(self) -> None:
+            super().__init__(_config("byol", steps=4), SIDE * SIDE * 3, N, 0)
+            self.start_target(torch.nn.Linear(1, 1, bias=False))
+
+    method = One()
+    momenta = []
+    for step in range(5):
+        method.online.weight.data.fill_(1.0)  # type: ignore[operator, union-attr]
+        method.target.weight.data.fill_(0.0)  # type: ignore[operator, union-attr]
+        method.update_target(step, 0.996, 1.0)
+        momenta.append(1 - float(method.target.weight))  # type: ignore[arg-type]
+    assert momenta[1:] == pytest.approx([0.99658579, 0.998, 0.99941421, 1.0], abs=1e-6)
+    assert momenta[0] == 1.0  # the first step finds the copy as it was made
+
+
+# Views.
+
+
+def test_a_view_depends_on_its_own_numbers_alone():
+    images, numbers = torch.rand(6, 3, 9, 9, generator=torch.Generator().manual_seed(0)), draw(6, 3)
+    for family in (SIMCLR, BYOL):
+        for options in family:
+            whole = random_view(images, options, numbers)
+            assert whole.shape == images.shape
+            assert 0 <= float(whole.min()) <= float(whole.max()) <= 1
+            assert torch.allclose(random_view(images[2:4], options, numbers[2:4]), whole[2:4], atol=1e-6)
+
+
+def test_a_view_without_any_change_is_the_image():
+    images = torch.rand(3, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    still = Augmentation(scale=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
+    numbers = draw(3, 0)
+    numbers[:, 1] = 0.5  # a square crop
+    assert torch.allclose(random_view(images, still, numbers), images, atol=1e-5)
+    mirrored = random_view(images, Augmentation(scale=(1.0, 1.0), flip=1.0, jitter=0.0, grey=0.0), numbers)
+    assert torch.allclose(mirrored, images.flip(3), atol=1e-5)
+    grey = random_view(images, Augmentation(scale=(1.0, 1.0), flip=0.0, jitter=0.0, grey=1.0), numbers)
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    assert torch.allclose(grey, torch.einsum("c,bchw->bhw", weights, images)[:, None].expand(-1, 3, -1, -1), atol=1e-3)
+
+
+def test_a_crop_keeps_its_share_of_the_area():
+    # An image whose red is its column: the spread of a crop's red is its width.
+    columns = torch.linspace(0, 1, 64).expand(200, 1, 64, 64)
+    half = Augmentation(scale=(0.25, 0.25), flip=0.0, jitter=0.0)
+    crops = random_view(columns, half, draw(200, 5))
+    widths = crops.amax((1, 2, 3)) - crops.amin((1, 2, 3))
+    assert widths.mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_blur_keeps_the_mean_and_flattens():
+    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+    numbers = draw(4, 0)
+    numbers[:, 1], numbers[:, 12] = 0.5, 1.0
+    blurred = random_view(images, Augmentation(scale=(1.0, 1.0), flip=0.0, jitter=0.0, blur=1.0), numbers)
+    assert blurred.mean().item() == pytest.approx(images.mean().item(), abs=0.01)
+    assert blurred.std() < images.std()
+
+
+def test_solarizing_inverts_what_is_bright():
+    images = torch.tensor([0.2, 0.9]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    view = random_view(images, Augmentation(scale=(1.0, 1.0), flip=0.0, jitter=0.0, solarize=1.0), draw(2, 0))
+    assert view[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.1])
+
+
+# Networks, queue, E-step.
+
+
+@pytest.mark.parametrize(("name", "width"), [("small", 128), ("resnet18", 512), ("preact_resnet18", 512)])
+def test_networks_start_from_the_seed_alone(name: str, width: int):
+    (first, found), (second, _) = (build_backbone(name, 16, 3, seed=4) for _ in range(2))
+    assert found == width
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_residual_networks_have_the_sizes_of_the_paper():
+    network, _ = build_backbone("resnet18", 32, 3, 0)
+    assert sum(p.numel() for p in network.parameters()) == 11_168_832
+    method = ProPos(ProPosConfig(clusters=10), 32 * 32 * 3, 60_000, 0)
+    assert sum(p.numel() for p in method.predictor.parameters()) == 2_109_696
+    assert sum(p.numel() for p in method.online[1].parameters()) == 3_158_272  # type: ignore[index]
+
+
+def test_an_unknown_network_and_rows_that_are_no_images_are_refused():
+    with pytest.raises(ConfigError, match="backbone = resnet19"):
+        build_backbone("resnet19", 16, 3, 0)
+    with pytest.raises(ConfigError, match="77 values are none"):
+        ProPos(ProPosConfig(clusters=2), 77, 10, 0)
+
+
+def test_the_queue_holds_the_newest_keys():
+    queue = KeyQueue(4, 1)
+    for step in range(3):
+        queue.add(torch.tensor([[3.0 * step + 2], [3.0 * step + 1]]), torch.tensor([2, 1]))
+    keys, rows = queue.filled()
+    assert sorted(keys[:, 0].tolist()) == [4.0, 5.0, 7.0, 8.0]
+    assert sorted(rows.tolist()) == [1, 1, 2, 2]
+
+
+def test_the_e_step_finds_planted_clusters_and_tells_a_collapse():
+    method = _fit("simclr")
+    method._rows = ArrayRows(_images())
+    row = method.e_step()
+    assert row["feature_std"] > 0.2
+    labels = method.labels.view(-1, K)
+    assert all(torch.equal(labels[0], row) for row in labels)
+    for parameter in method.projector.parameters():
+        parameter.data.zero_()
+    method.projector[-1].bias.data.fill_(1.0)
+    assert method.e_step()["feature_std"] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_resampling_draws_each_cluster_equally_often():
+    method = ProPos(ProPosConfig(clusters=3, backbone="small", hidden=8, resample=True), SIDE * SIDE * 3, 10_000, 0)
+    method.labels.copy_((torch.arange(10_000) >= 9_000).long())  # 90 to 10, and one without rows
+    drawn = method.labels[method.epoch_order(0)]
+    assert float((drawn == 0).double().mean()) == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 10_000))
+    assert not torch.equal(method.epoch_order(0), method.epoch_order(1))
+
+
+def test_before_the_warm_up_ends_propos_is_byol():
+    plain = {"epochs": 1, "final_momentum": 0.996}
+    own: dict[str, dict[str, Any]] = {"propos": {"queue": 0, "resample": False}, "byol": {"joint_views": False}}
+    states = []
+    for name, settings in own.items():
+        method = build(_config(name, **plain, **settings), SIDE * SIDE * 3, N, 1)
+        method.fit(ArrayRows(_images()), Trainer(1))
+        assert isinstance(method, MomentumMethod)
+        states.append(method.target.state_dict())
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
+
+
+# encoder; batch, rate, epochs; momenta; λ, σ; views joint, resampled.
+PUBLISHED = {
+    "cifar10_r18": ("resnet18", 512, 0.05, 1000, 0.996, 0.996, 0.1, 0.001, False, False),
+    "cifar20_r18": ("resnet18", 256, 0.05, 1000, 0.996, 1.0, 0.1, 0.001, True, True),
+    "cifar20_r34": ("resnet34", 256, 0.05, 1000, 0.996, 1.0, 0.1, 0.001, True, True),
+    "imagenetdogs_r34": ("resnet34", 256, 0.05, 1000, 0.996, 1.0, 0.1, 0.001, True, True),
+    "imagenet_r50": ("resnet50", 4096, 0.3, 200, 0.99, 1.0, 0.001, 1e-4, False, False),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_are_the_published_configurations(preset: str):
+    c = ProPosConfig.model_validate({"clusters": 10, "preset": preset}).resolved()
+    found = (c.backbone, c.batch_size, c.learning_rate, c.epochs, c.momentum, c.final_momentum, c.scatter_weight)
+    assert (*found, c.noise, c.joint_views, c.resample) == PUBLISHED[preset]
+    assert (c.temperature, c.features, c.hidden) == (0.5, 256, 4096)
+    is_imagenet = preset == "imagenet_r50"
+    assert (c.weight_decay, c.warmup_epochs, c.queue) == ((1e-6, 10, 10_240) if is_imagenet else (5e-4, 50, 0))
+    assert (c.optimizer, c.predictor_rate, c.reassign) == (("lars", 1.0, 10) if is_imagenet else ("sgd", 10.0, 1))
+
+
+def test_a_written_key_wins_over_the_preset():
+    c = ProPosConfig.model_validate({"clusters": 5, "preset": "cifar20_r34", "epochs": 7}).resolved()
+    assert (c.backbone, c.epochs) == ("resnet34", 7)
+
+
+def test_features_are_those_of_the_copy():
+    method = _fit("byol").eval()
+    images = method.normalized(method.images(_images()))
+    assert torch.allclose(functional.normalize(method.target(images), dim=1), method.transform(_images()), atol=1e-6)
