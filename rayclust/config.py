@@ -28,7 +28,7 @@ from pydantic import (
 from rayclust.clustering.curation import CurateConfig
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
 from rayclust.errors import ConfigError
-from rayclust.methods import AnyMethodConfig, config_types
+from rayclust.methods import AnyMethodConfig, config_types, reads_pixels
 from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig
 from rayclust.metrics.selection import geometric_grid
 from rayclust.settings import Config, format_error
@@ -521,6 +521,18 @@ class TrackingConfig(Config):
     """Project or experiment that the services file the run under."""
 
 
+def _with_pixels(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with the encoder and the features of a method that learns from pixels, where they are open."""
+    method = tree.get("method")
+    if not isinstance(method, dict) or not reads_pixels(method.get("name", "auto")) or "encoders" in tree:
+        return tree
+    filled = {"encoder": {"name": "pixels", "normalize": False}, "features": {"normalize": False}}
+    given = {key: tree[key] for key in filled if isinstance(tree.get(key), dict)}
+    if given.get("encoder", {}).get("name") == "auto":
+        given["encoder"] = {key: value for key, value in given["encoder"].items() if key != "name"}
+    return tree | {key: value | given.get(key, {}) for key, value in filled.items() if key in given or key not in tree}
+
+
 class RunConfig(Config):
     """RUN.yaml."""
 
@@ -550,7 +562,18 @@ class RunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _open(cls, tree: Any) -> Any:
-        return normalize_encoders(normalize_clusters(tree)) if isinstance(tree, dict) else tree
+        return _with_pixels(normalize_encoders(normalize_clusters(tree))) if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _reads_what_the_method_learns_from(self) -> RunConfig:
+        name, encoder, features = self.method.name, self.encoder, self.features
+        plain = not (encoder.normalize or features.normalize or features.center or features.standardize)
+        if reads_pixels(name) and not (encoder.family == "pixels" and plain):
+            raise ValueError(
+                f"method.name = {name}: learns from pixels: leave `encoder` and `features` out, or set encoder.name: "
+                "pixels, encoder.normalize: false and features: {center: false, normalize: false}"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def dimension_of(config: EncoderConfig) -> int | None:
     """
     if config.family == "pixels":
         return PixelEncoder(config).dimension
+    if config.family == "run":
+        return None
     if config.family == "open_clip":
         import open_clip
 

@@ -23,10 +23,11 @@ class EncoderConfig(Config):
     """open_clip/<architecture>, timm/<architecture>, or pixels, which needs no weights. `.<tag>` may follow, as in
     open_clip/ViT-L-14.openai: published weights, or, with a file in `pretrained`, how such weights see images.
     auto: the one that the run has; for a new run open_clip/ViT-L-14 on GPUs, open_clip/ViT-B-32 on CPUs, and unknown
-    for ready embeddings. unknown: no names from words alone, and no search by text or image."""
+    for ready embeddings. unknown: no names from words alone, and no search by text or image. run: the network that the
+    run in `pretrained` has learnt from pixels."""
     pretrained: str | None = None
     """A tag of published weights (openai, laion2b_s32b_b82k, dino …), or a path or URI of a file with weights,
-    safetensors or a torch file of tensors. Absent: `openai` for open_clip, the architecture's own default for timm."""
+    safetensors or a torch file of tensors; or, for `run`, the folder or URI of a run. Absent: `openai` for open_clip, the architecture's own default for timm."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the model's constructor, e.g. `pad_type: same`."""
     image_size: int | tuple[int, int] | None = None
@@ -64,10 +65,14 @@ class EncoderConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> EncoderConfig:
         family, _, architecture = self.name.partition("/")
-        if self.name not in ("auto", "unknown", "pixels") and (family not in ("open_clip", "timm") or not architecture):
+        if self.name == "run" and self.pretrained is None:
+            raise ValueError("name = run: set encoder.pretrained to the run whose network encodes")
+        if self.name not in ("auto", "unknown", "pixels", "run") and (
+            family not in ("open_clip", "timm") or not architecture
+        ):
             raise ValueError(
-                f"name = {self.name}: must be auto, open_clip/<architecture>, timm/<architecture>, pixels, or unknown "
-                "for ready embeddings"
+                f"name = {self.name}: must be auto, open_clip/<architecture>, timm/<architecture>, pixels, run, or "
+                "unknown for ready embeddings"
             )
         if self.name in ("auto", "unknown") and self.pretrained is not None:
             raise ValueError(f"pretrained = {self.pretrained}: needs encoder.name, of which {self.name} says nothing")
@@ -84,7 +89,7 @@ class EncoderConfig(Config):
 
     @property
     def family(self) -> str:
-        """open_clip, timm, pixels, auto or unknown."""
+        """open_clip, timm, pixels, run, auto or unknown."""
         return self.name.partition("/")[0]
 
     @property
@@ -106,5 +111,12 @@ class EncoderConfig(Config):
         given = self.pretrained
         if given is None or self.family == "pixels":
             return None
+        if self.family == "run":
+            return f"{self.run_uri}/model/weights.safetensors"
         looks_like_path = "/" in given or "\\" in given or given.startswith(("~", "."))
         return given if looks_like_path or PurePath(given).suffix.lower() in _WEIGHT_SUFFIXES else None
+
+    @property
+    def run_uri(self) -> str:
+        """Folder or URI of the run whose network encodes, for `run`: `pretrained`, which may also name its model."""
+        return str(self.pretrained).rstrip("/").removesuffix("/weights.safetensors").removesuffix("/model")

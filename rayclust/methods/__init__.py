@@ -77,6 +77,11 @@ def has_transform(name: str) -> bool:
     return hasattr(find(name), "transform")
 
 
+def reads_pixels(name: Any) -> bool:
+    """Return whether that is the name of a method that learns from pixels."""
+    return isinstance(name, str) and name in METHODS and find(name).reads == "pixels"
+
+
 def is_recuttable(name: str) -> bool:
     """Return whether one fit of the method of that name serves other numbers of clusters; see `base.Recuttable`."""
     return issubclass(find(name), Recuttable)

@@ -11,6 +11,7 @@ import yaml
 
 from rayclust.config import RunConfig, kind_of, parse, validate
 from rayclust.errors import ArtefactError
+from rayclust.methods import reads_pixels
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
 from rayclust.store.lock import run_lock
@@ -105,7 +106,7 @@ def quick(
         "run": out,
         "images": {"uri": images},
         "encoder": {"name": encoder or "auto"},
-        "features": {"center": True},
+        **({} if reads_pixels(method) else {"features": {"center": True}}),
         "method": {"name": method},
     }
     text = yaml.safe_dump(tree, sort_keys=False)

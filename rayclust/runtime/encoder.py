@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from rayclust.config import RunConfig
-from rayclust.encoders.base import Encoder
+from rayclust.encoders.base import Encoder, TorchEncoder
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.encoders.load import dimension_of, load_encoder
+from rayclust.encoders.pixels import PixelEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.store import storage
+from rayclust.store.run import Run
 
 
 def load_run_encoder(config: RunConfig, device: str | None = None, settings: EncoderConfig | None = None) -> Encoder:
@@ -40,11 +42,36 @@ def load_run_encoder(config: RunConfig, device: str | None = None, settings: Enc
         # The run's GPUs are elsewhere: one query, or the words, on a machine without.
         settings = settings.model_copy(update={"precision": "fp32"})
     uri = settings.weights_uri
+    if settings.family == "run":
+        return _limited(_network_of_run(settings, device), config)
     with storage.local_copy(uri) if uri is not None else nullcontext() as path:
         encoder = load_encoder(settings, weights=path, device=device)
+    return _limited(encoder, config)
+
+
+def _limited(encoder: Encoder, config: RunConfig) -> Encoder:
+    """Return an encoder with the run's limits on images."""
     images = config.images
     encoder.preprocess = replace(encoder.preprocess, max_bytes=images.max_bytes, max_pixels=images.max_pixels)
     return encoder
+
+
+def _network_of_run(settings: EncoderConfig, device: str) -> Encoder:
+    """Load the network that a run has learnt from pixels, without the projector in whose space it was compared."""
+    # Only such runs need torchvision's networks.
+    from rayclust.methods.pixels.base import PixelMethod
+    from rayclust.runtime.models import read_method
+
+    run = Run(settings.run_uri)
+    method = read_method(run.model_folder, "train")
+    if not isinstance(method, PixelMethod) or method.channels != 3:
+        raise ConfigError(
+            f"encoder.pretrained = {settings.pretrained}: its method, {method.config.name}, has no network that learnt "
+            "from pixels in colour"
+        )
+    pixels = PixelEncoder(EncoderConfig.model_validate(storage.read_json(run.config)["encoder"]))
+    mean, std = (tuple(moments.tolist()) for moments in (method.mean, method.std))
+    return TorchEncoder(method.trunk, settings, pixels.preprocess, mean=mean, std=std, device=device)
 
 
 def worker_device(config: RunConfig) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rayclust.methods import METHODS, find, has_transform, is_recuttable
+from rayclust.methods import METHODS, find, has_transform, is_recuttable, reads_pixels
 from rayclust.methods.base import (
     BaseMethodConfig,
     Batch,
@@ -82,8 +82,12 @@ def test_a_batch_of_several_spaces_has_no_only_one():
         _ = Batch({"clip": x, "text": x}, torch.arange(2), 0, 0).x
 
 
+PIXELS = ["propos", "byol", "simsiam", "simclr", "moco", "pcl", "cc"]
+
+
 def test_what_a_method_can_do_is_asked_of_it():
-    assert [name for name in METHODS if has_transform(name)] == ["cpp"]
+    assert [name for name in METHODS if has_transform(name)] == ["cpp", *PIXELS]
+    assert [name for name in METHODS if reads_pixels(name)] == PIXELS
     assert [name for name in METHODS if is_recuttable(name)] == ["cpp", "spectral"]
     assert issubclass(find("temi"), Prototypes)
     assert not isinstance(Plain(), Transform | Source)

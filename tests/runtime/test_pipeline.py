@@ -18,7 +18,7 @@ import pytest
 from rayclust.cli import run_command
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, HeldError
-from rayclust.methods import METHODS, build
+from rayclust.methods import METHODS, build, reads_pixels
 from rayclust.methods.base import Pairing
 from rayclust.runtime import cluster, pipeline
 from rayclust.runtime.api import quick
@@ -321,10 +321,13 @@ def test_the_choice_is_read_by_train_and_report_where_there_is_one():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_training_waits_for_neighbors_only_where_the_method_draws_them(name: str):
-    method = config(method={"name": name, "clusters": 3}).method
-    drawn = getattr(build(method, 8, 40, seed=0), "pairing", Pairing())
-    assert method.draws_pairs == (drawn.columns > 0)
-    assert ("neighbors" in STAGES["train"].inputs(config(method={"name": name, "clusters": 3}))) == method.draws_pairs
+    groups: dict[str, Any] = {"method": {"name": name, "clusters": 3}}
+    if reads_pixels(name):
+        groups |= {"encoder": {"normalize": False}, "features": {"center": False, "normalize": False}}
+    settings = config(**groups)
+    drawn = getattr(build(settings.method, 12, 40, seed=0), "pairing", Pairing())
+    assert settings.method.draws_pairs == (drawn.columns > 0)
+    assert ("neighbors" in STAGES["train"].inputs(settings)) == settings.method.draws_pairs
 
 
 def test_every_stage_has_its_file():

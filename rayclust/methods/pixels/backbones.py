@@ -137,14 +137,15 @@ def _build(name: str, side: int, channels: int) -> nn.Module:
     if name not in RESIDUAL:
         known = ", ".join(["small", *RESIDUAL, "preact_resnet18", "timm/<architecture>"])
         raise ConfigError(f"method.backbone = {name}: must be one of {known}")
-    network: Any = getattr(torchvision.models, name)(norm_layer=SyncedBatchNorm2d)
-    network.fc = nn.Identity()
+    residual: Any = getattr(torchvision.models, name)(norm_layer=SyncedBatchNorm2d)
+    residual.fc = nn.Identity()
     if side <= SMALL_IMAGE:
-        network.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
-        network.maxpool = nn.Identity()
+        residual.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        residual.maxpool = nn.Identity()
     elif channels != 3:
-        network.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
-    return network
+        residual.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    built: nn.Module = residual
+    return built
 
 
 def mlp(*widths: int, bias: bool = True, norm: bool = True, last_norm: bool = False) -> nn.Sequential:

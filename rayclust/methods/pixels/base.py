@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -113,7 +113,12 @@ class PixelMethod(Method):
         self.register_buffer("centers", torch.zeros(config.clusters, self.width))
         self.register_buffer("labels", torch.zeros(count, dtype=torch.long))
         self.register_buffer("epochs_done", torch.zeros((), dtype=torch.long))
-        self._rows: Rows | None = None
+        self._rows: Rows | None = None  # for as long as a fit runs
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The network below the projector, Float[B C H W] to Float[B F], which serves as an encoder."""
+        return self.backbone
 
     # What a subclass has.
 
@@ -186,8 +191,7 @@ class PixelMethod(Method):
 
     def _blocks(self) -> Iterator[Tensor]:
         """Yield this worker's rows on the method's device, some at a time."""
-        assert self._rows is not None  # noqa: S101 - set by `fit`
-        for block in self._rows.blocks():
+        for block in cast(Rows, self._rows).blocks():
             for part in torch.split(block, BLOCK):
                 yield part.to(self.mean)
 
@@ -273,12 +277,17 @@ class MomentumMethod(PixelMethod):
     """A method with a slowly moving copy of its network, in whose features rows are clustered."""
 
     exported = ("target.",)
-    online: nn.Module
-    target: nn.Module
+    online: nn.Sequential
+    target: nn.Sequential
 
-    def start_target(self, online: nn.Module) -> None:
-        """Take a network, and make the copy."""
+    def start_target(self, online: nn.Sequential) -> None:
+        """Take a network and its projector, and make the copy."""
         self.online, self.target = online, copy.deepcopy(online).requires_grad_(False)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The copy's network below the projector, Float[B C H W] to Float[B F], which serves as an encoder."""
+        return self.target[0]
 
     def update_target(self, step: int, momentum: float, final: float) -> None:
         """θ' ← m θ' + (1 − m) θ before every step but the first, m on half a cosine from `momentum` to `final`.
