@@ -27,7 +27,8 @@ class EncoderConfig(Config):
     run in `pretrained` has learnt from pixels."""
     pretrained: str | None = None
     """A tag of published weights (openai, laion2b_s32b_b82k, dino …), or a path or URI of a file with weights,
-    safetensors or a torch file of tensors; or, for `run`, the folder or URI of a run. Absent: `openai` for open_clip, the architecture's own default for timm."""
+    safetensors or a torch file of tensors; for `run`, the folder or URI of a run. Absent: `openai` for open_clip, the
+    architecture's own default for timm."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the model's constructor, e.g. `pad_type: same`."""
     image_size: int | tuple[int, int] | None = None
