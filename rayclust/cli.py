@@ -163,7 +163,7 @@ def _complete_encoder(context: click.Context, parameter: click.Parameter, incomp
     default="auto",
     show_default=True,
     shell_complete=_complete_method,
-    help="auto, kmeans, temi, cpp or spectral.",
+    help="auto, kmeans, temi, cpp, spectral, propos …",
 )
 @click.option(
     "--encoder",

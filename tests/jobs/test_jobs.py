@@ -24,6 +24,8 @@ def test_there_are_jobs():
         "imagenet_overcluster_25k",
         "laion_encode",
         "select_k",
+        "cifar10_propos",
+        "imagenet10_propos_spot",
     }
     assert {f"{name}.yaml" for name in names} <= set(JOBS)
 
