@@ -21,6 +21,7 @@ METHODS = {
     "kmeans": "rayclust.methods.kmeans:KMeans",
     "temi": "rayclust.methods.temi:Temi",
     "cpp": "rayclust.methods.cpp:Cpp",
+    "gmm": "rayclust.methods.gmm:Gmm",
     "spectral": "rayclust.methods.spectral:SpectralClustering",
     "propos": "rayclust.methods.pixels.propos:ProPos",
     "byol": "rayclust.methods.pixels.byol:Byol",
