@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_equals_scikit_learns_from_the_same_start(covariance: Any):
 def test_the_likelihood_never_falls_and_it_stops(covariance: Any):
     x, options = planted(1), GmmOptions(clusters=4, covariance=covariance, tolerance=1e-4, regularization=0.0)
     found = [each.log_likelihood for each in gmm.advance(lambda: [x], options, gmm.start(lambda: [x], options, 0))]
-    assert all(b >= a - 1e-12 for a, b in zip(found, found[1:], strict=False))
+    assert all(b >= a - 1e-12 for a, b in pairwise(found))
     assert len(found) < options.max_iterations
     assert found[-1] - found[-2] < 1e-4
 
