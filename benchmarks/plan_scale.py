@@ -19,9 +19,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from rayclust.runtime.shards import moments_of
-from rayclust.runtime.tasks import Task, TaskResult
+from rayclust.runtime.tasks import TASK_BYTES, Task, TaskResult, search_task_rows
 from rayclust.search.ivf import list_count
-from rayclust.stages.neighbors import TASK_BYTES, task_rows
 from rayclust.stages.neighbors_ivf import QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
 from rayclust.store.manifest import Output
 from rayclust.store.sources import Shard
@@ -133,7 +132,7 @@ def encode(i: Inputs) -> list[Cost]:
 
 def neighbors(i: Inputs) -> list[Cost]:
     """The join over inverted lists: its centres, then the phases over units."""
-    lists, unit = list_count(int(i.images)), task_rows(int(i.images), int(i.dimension), int(i.neighbors))
+    lists, unit = list_count(int(i.images)), search_task_rows(int(i.images), int(i.dimension), int(i.neighbors))
     groups, units = math.ceil(i.shards / math.ceil(unit / i.shard_images)), math.ceil(i.images / unit)
     row, found = 2 * i.dimension + 8, 8 * i.neighbors + 8
     sample = min(SAMPLED_PER_LIST * lists, SAMPLE_BYTES / (4 * i.dimension))
@@ -259,7 +258,7 @@ def cost_table(i: Inputs) -> None:
 def show(i: Inputs) -> None:
     """The tables."""
     cost_table(i)
-    unit = task_rows(int(i.images), int(i.dimension), int(i.neighbors))
+    unit = search_task_rows(int(i.images), int(i.dimension), int(i.neighbors))
     rows, found = i.images * (2 * i.dimension + 8), i.images * (8 * i.neighbors + 8)
     print(f"neighbors: {list_count(int(i.images)):,} lists, {math.ceil(i.images / unit):,} shards of {unit:,} rows")
     print(f"Its scratch files, until it is sealed: {(2 * rows + found) / TERA:.1f} TB")

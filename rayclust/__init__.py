@@ -11,6 +11,7 @@ _LAZY = {
     "Auto": "rayclust.estimators",
     "CPP": "rayclust.estimators",
     "KMeans": "rayclust.estimators",
+    "TAC": "rayclust.estimators",
     "TEMI": "rayclust.estimators",
     "run": "rayclust.runtime.results",
     "load": "rayclust.runtime.results",

@@ -423,16 +423,17 @@ class AssignConfig(Config):
     those into one of 50, by their prototypes. K itself may stand at the start."""
 
 
-VocabularyKind = Literal["auto", "none", "imagenet", "classes", "embeddings", "text"]
+VocabularyKind = Literal["auto", "none", "imagenet", "classes", "embeddings", "text", "wordnet"]
 
 
 class LabelConfig(Config):
     """Names for clusters."""
 
     vocabulary: str | tuple[str, ...] = "auto"
-    """auto | none | imagenet | classes | a text file or URI, one name a line | a parquet of words with
+    """auto | none | imagenet | wordnet | classes | a text file or URI, one name a line | a parquet of words with
     embeddings; or a list of them, in which equal names count once.
 
+    `wordnet` are the nouns of the machine's WordNet; the path or URI of a `data.noun` names another.
     `auto` is ImageNet's names when the encoder reads text, else none. `classes` are the true names of the run's labels:
     what is named by them says so, and beside other lists every cluster is named without them as well.
     """
@@ -446,8 +447,12 @@ class LabelConfig(Config):
     encoder_space: str | None = None
     """In a run with several encoders, the space in which images meet words. None: the first encoder's that reads text,
     else the first."""
-    unique: bool = False
-    """Whether no two clusters may get one name."""
+    distinct: bool = False
+    """Whether names tell clusters apart: no two share one, words that other clusters vote for as well count less, and a
+    cluster gets none where one of shuffled images would get as good a name. More general words name clusters of many
+    words where the list has hypernyms."""
+    specificity: float = Field(0.5, ge=0)
+    """λ of `distinct`: weight of a word's specificity beside its votes; 0 goes by votes alone."""
     voters: int | Literal["auto", "all"] = "auto"
     """Images per cluster that vote, a seeded sample. auto: all of them for up to 5,000 words, else 300."""
     runners_up: int = Field(5, ge=0, le=100)
@@ -461,6 +466,13 @@ class LabelConfig(Config):
     def lists(self) -> tuple[str, ...]:
         """Return the lists of names that `vocabulary` gives."""
         return (self.vocabulary,) if isinstance(self.vocabulary, str) else self.vocabulary
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unique(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("unique"):
+            raise ValueError(f"unique = {tree['unique']}: is now distinct, which also weighs and refuses names")
+        return {key: value for key, value in tree.items() if key != "unique"} if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _consistent(self) -> LabelConfig:
@@ -476,8 +488,10 @@ class LabelConfig(Config):
 
 def kind_of(value: str) -> VocabularyKind:
     """Return the kind of a `label.vocabulary`: a keyword, a parquet file of words with embeddings, or a text file."""
-    if value in ("auto", "none", "imagenet", "classes"):
+    if value in ("auto", "none", "imagenet", "classes", "wordnet"):
         return value  # type: ignore[return-value]
+    if value.endswith("data.noun"):
+        return "wordnet"
     return "embeddings" if value.lower().endswith((".parquet", ".pq")) else "text"
 
 

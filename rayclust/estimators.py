@@ -23,19 +23,25 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 from torch.nn import functional
 
+from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
+from rayclust.clustering.row_stats import even_sample
 from rayclust.errors import ConfigError
 from rayclust.features import FeatureTransform
+from rayclust.language.nouns import choose_nouns, counterparts, score_nouns
+from rayclust.methods import build
 from rayclust.methods.auto import AutoConfig
 from rayclust.methods.cpp import CppConfig
+from rayclust.methods.tac import TacConfig
 from rayclust.methods.temi import TemiConfig
 from rayclust.metrics import internal, selection
 from rayclust.metrics.selection import geometric_grid
 from rayclust.search.knn import nearest_others
 from rayclust.settings import Config, format_error
-from rayclust.training.loop import fit_arrays
+from rayclust.training.loop import Trainer, fit_arrays
+from rayclust.training.sampling import ArrayRows, WordedArrayRows
 
-__all__ = ["CPP", "TEMI", "Auto", "KMeans"]
+__all__ = ["CPP", "TAC", "TEMI", "Auto", "KMeans"]
 
 _SHARED = {"center": False, "standardize": False, "normalize": True, "device": "auto", "random_state": None}
 _SHARED |= {"verbose": 0}
@@ -397,6 +403,61 @@ class TEMI(
         n_steps_: optimiser steps taken.
         n_features_in_: D.
     """
+
+
+class TAC(
+    _PairEstimator,
+    config=TacConfig,
+    fields={"preset": "preset", "train": "train", "predict_by": "predict", "n_centers": "centers"}
+    | {"n_neighbors": "neighbors", "max_steps": "steps", "batch_size": "batch_size", "learning_rate": "learning_rate"},
+    defaults={"words": None},
+):
+    """TAC (arXiv 2310.11989): clusters guided by the nouns of a vocabulary that are near to the images.
+
+    None leaves a setting to the preset. Clusters that no row of the fit belongs to are numbered last.
+
+    Args:
+        n_clusters: K.
+        words: Float[V D], embeddings of nouns where the rows lie once they are centred, as `center` says; needed.
+        preset: `auto` chooses by N and K; the others are the published settings for that data set.
+        train: False clusters images and counterparts in text by k-means, without training.
+        predict_by: the head, `image` or `text`, that predicts.
+        n_centers: semantic centres by which nouns are chosen.
+        n_neighbors: neighbours of a row, in image and in text space, among which its partners are drawn.
+        max_steps: optimiser steps.
+        batch_size: rows per step.
+        learning_rate: per 256 rows of batch.
+        settings: more keys of `rayclust.methods.tac.TacConfig` and their values.
+
+    Attributes:
+        labels_: Int64[N].
+        nouns_: Int64[M], places in `words` of the chosen nouns, by semantic centre.
+        method_: the fitted `rayclust.methods.tac.Tac`; None for a single cluster, which needs none.
+        n_steps_: optimiser steps taken.
+        n_features_in_: D.
+    """
+
+    def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
+        """Choose nouns, find the rows' counterparts and their neighbours, and fit `method_`."""
+        if self.words is None:
+            raise ConfigError("words = None: TAC needs embeddings of nouns, Float[V D]")
+        device, seed, resolved = self._device(), self._seed(), config.resolved(len(x))
+        words = torch.as_tensor(np.asarray(self.words), dtype=x.dtype)
+        require_matrix(words, "words", x.shape[1])
+        unit = functional.normalize(x, dim=1).to(device)
+        options = kmeans.KMeansOptions(clusters=resolved.centers, restarts=resolved.center_restarts)
+        places = even_sample(len(x), resolved.center_rows * resolved.centers, seed)
+        with self._progress():
+            centers = kmeans.fit(lambda: [unit[places.to(device)]], options, seed=seed).centers
+            self.nouns_ = choose_nouns(score_nouns(centers.cpu(), words), resolved.nouns_per_center).numpy()
+            nouns = functional.normalize(words[self.nouns_], dim=1)
+            texts = counterparts(unit, nouns.to(device), resolved.retrieval_temperature, resolved.retrieval_nouns)
+            near = nearest_others(texts, min(resolved.neighbors, len(x) - 1)).cpu() if resolved.train else None
+            rows = WordedArrayRows(x, neighbors, nouns, ArrayRows(texts.cpu(), near))
+            method = build(config, x.shape[1], len(x), seed)
+            method.fit(rows, Trainer(seed, device))
+        self.method_ = method.eval().cpu().double()
+        self.n_steps_ = method.plan.steps if hasattr(method, "plan") else 0
 
 
 class CPP(

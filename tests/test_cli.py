@@ -17,8 +17,8 @@ from tests.sealed import Sealed
 from tests.stages.runs import picture
 
 CONTRACT = {
-    "quick", "run", "encode", "neighbors", "train", "select-k", "assign", "label", "curate", "index", "evaluate",
-    "figures", "report", "check", "status", "search", "predict", "demo", "schema",
+    "quick", "run", "encode", "neighbors", "counterparts", "train", "select-k", "assign", "label", "curate", "index",
+    "evaluate", "figures", "report", "check", "status", "search", "predict", "demo", "schema",
     "submit", "compare", "export", "explore",
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ BAD_LINES = {
         "must be one of auto, byol, cc, cpp, gmm, kmeans",
     ),
     "unknown encoder": (["quick", ".", "--out", "x", "--encoder", "resnet"], "open_clip/"),
-    "a stage that is none": (["counterparts", "RUN.yaml"], "No such command 'counterparts'"),
+    "a stage that is none": (["dreams", "RUN.yaml"], "No such command 'dreams'"),
     "status of nothing": (["status", "/nonexistent"], "no run there"),
     "search of nothing": (["search", "/nonexistent", "--text", "a dog"], "no run there"),
     "predict of nothing": (["predict", "/nonexistent", ".", "--out", "t.csv"], "no run there"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,11 @@ class Vocabulary:
     """V names as they are shown: spaces for underscores, the first of those that differ in case only."""
     embeddings: FloatArray | None = None
     """Float32[V D] in the images' space; None: computed by the encoder's text tower."""
+    hypernyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """More general words of a word, in lower case as is the word; {} where the list has none."""
 
 
-def from_text(data: bytes, source: str) -> Vocabulary:
+def from_text(data: bytes, source: str, *, verbatim: bool = False) -> Vocabulary:
     """Read a list of names: one a line, or the column `word`, `lemma` or `name` of a .csv or .tsv file with a header.
 
     Blank lines and lines that begin with # are skipped. `nan` and `null` are words like others.
@@ -37,6 +39,7 @@ def from_text(data: bytes, source: str) -> Vocabulary:
     Args:
         data: the file, UTF-8.
         source: its path or URI; its suffix distinguishes tables from lists; used in messages.
+        verbatim: keep names that come again, and underscores.
 
     Raises:
         DataError: not UTF-8, no column of names, a line too long to be a name, or no name at all.
@@ -63,16 +66,60 @@ def from_text(data: bytes, source: str) -> Vocabulary:
         except csv.Error as error:
             raise DataError(f"label.vocabulary = {source}: line {rows.line_num} cannot be read ({error})") from error
     names = (line for line in lines if not line.lstrip().startswith("#"))
-    return Vocabulary(tuple(_distinct(names, source).values()))
+    return Vocabulary(tuple(_listed(names, source, verbatim=verbatim).values()))
 
 
-def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) -> Vocabulary:
+def from_wordnet(data: bytes, source: str, *, verbatim: bool = False) -> Vocabulary:
+    """Read the nouns of a WordNet data base, with their hypernyms.
+
+    Args:
+        data: a file `data.noun`.
+        source: its path or URI, for messages.
+        verbatim: one word for each synset and lemma in the file's order, with underscores, so that words repeat.
+
+    Raises:
+        DataError: it is no such file.
+
+    Source: the format is that of the manual page wndb(5WN).
+    """
+    synsets: dict[str, tuple[list[str], list[str]]] = {}
+    try:
+        for line in data.decode("utf-8").splitlines():
+            if line.startswith("  "):  # the licence
+                continue
+            fields = line.partition(" | ")[0].split()
+            end = 4 + 2 * int(fields[3], 16)  # words, each before a number
+            pointers = fields[end + 1 : end + 1 + 4 * int(fields[end])]  # kind, synset, part of speech, words
+            pairs = zip(pointers[::4], pointers[1::4], strict=True)
+            synsets[fields[0]] = fields[4:end:2], [other for kind, other in pairs if kind in ("@", "@i")]
+    except (UnicodeDecodeError, ValueError, IndexError):
+        raise DataError(f"label.vocabulary = {source}: is no data.noun of WordNet") from None
+    words = [lemma for lemmas, _ in synsets.values() for lemma in lemmas]
+    above = dict[str, dict[str, None]]()
+    for lemmas, others in synsets.values():
+        names = [_shown(synsets[other][0][0]).casefold() for other in others if other in synsets]
+        for lemma in lemmas:
+            above.setdefault(_shown(lemma).casefold(), {}).update(dict.fromkeys(names))
+    hypernyms = {word: tuple(names) for word, names in above.items()}
+    return Vocabulary(tuple(_listed(words, source, verbatim=verbatim).values()), None, hypernyms)
+
+
+def from_rows(
+    words: Sequence[str | None],
+    embeddings: FloatArray,
+    source: str,
+    *,
+    hypernyms: Sequence[Sequence[str] | None] | None = None,
+    verbatim: bool = False,
+) -> Vocabulary:
     """Make a vocabulary of names with embeddings, for encoders without a text tower.
 
     Args:
         words: V names; of equal ones the first counts.
         embeddings: Float[V D], in the space in which images will be compared with them (centred, if they will be).
         source: path or URI, for messages.
+        hypernyms: V lists of more general words.
+        verbatim: keep names that come again, and underscores.
 
     Raises:
         DataError: lengths differ, or a value is not finite.
@@ -87,8 +134,11 @@ def from_rows(words: Sequence[str | None], embeddings: FloatArray, source: str) 
     if not finite.all():
         first = int(np.argmin(finite))
         raise DataError(f"label.vocabulary = {source}: the row of {words[first]!r} is not finite; remove it")
-    kept = _distinct((word or "" for word in words), source, longest=math.inf)
-    return Vocabulary(tuple(kept.values()), embeddings[list(kept)].astype(np.float32))
+    kept = _listed((word or "" for word in words), source, longest=math.inf, verbatim=verbatim)
+    above = dict[str, tuple[str, ...]]()
+    for word, names in zip(words, hypernyms or (), strict=False):
+        above.setdefault(_shown(word or "").casefold(), tuple(_shown(name).casefold() for name in names or ()))
+    return Vocabulary(tuple(kept.values()), embeddings[list(kept)].astype(np.float32), above)
 
 
 def from_labels(labels: Iterable[str]) -> Vocabulary:
@@ -99,7 +149,7 @@ def from_labels(labels: Iterable[str]) -> Vocabulary:
     """
     if not (names := sorted(set(labels))):
         raise DataError("label.vocabulary = classes: no image has a label; name a list of words")
-    return Vocabulary(tuple(_distinct(names, "classes").values()))
+    return Vocabulary(tuple(_listed(names, "classes").values()))
 
 
 @dataclass(frozen=True)
@@ -114,19 +164,23 @@ class Candidates:
     """Bool[V]."""
     sources: tuple[frozenset[int], ...]
     """V sets: the places of the lists that each name is in."""
+    hypernyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """More general words of a word, in lower case as is the word."""
 
 
-def merged(lists: Sequence[Vocabulary]) -> Candidates:
-    """Merge lists, one or more, in their order; names that differ in case only are one.
+def merged(lists: Sequence[Vocabulary], *, verbatim: bool = False) -> Candidates:
+    """Merge lists, one or more, in their order; names that differ in case only are one, unless `verbatim`.
 
     Raises:
         DataError: two lists bring rows of different widths.
     """
     known: dict[str, int] = {}
     words, sources, rows = list[str](), list[set[int]](), dict[int, FloatArray]()
+    hypernyms = dict[str, tuple[str, ...]]()
     for place, vocabulary in enumerate(lists):
+        hypernyms = {**vocabulary.hypernyms, **hypernyms}
         for index, word in enumerate(vocabulary.words):
-            at = known.setdefault(word.casefold(), len(words))
+            at = len(words) if verbatim else known.setdefault(word.casefold(), len(words))
             if at == len(words):
                 words.append(word)
                 sources.append(set())
@@ -140,7 +194,7 @@ def merged(lists: Sequence[Vocabulary]) -> Candidates:
     has_row = np.zeros(len(words), bool)
     for at, row in rows.items():
         embeddings[at], has_row[at] = row, True
-    return Candidates(tuple(words), embeddings, has_row, tuple(map(frozenset, sources)))
+    return Candidates(tuple(words), embeddings, has_row, tuple(map(frozenset, sources)), hypernyms)
 
 
 def same_name(one: str | None, other: str | None) -> bool:
@@ -152,18 +206,22 @@ def imagenet() -> Vocabulary:
     """Return the names of ImageNet's 1,000 classes as open_clip words them; equal names count once."""
     from open_clip import IMAGENET_CLASSNAMES
 
-    return Vocabulary(tuple(_distinct(IMAGENET_CLASSNAMES, "imagenet").values()))
+    return Vocabulary(tuple(_listed(IMAGENET_CLASSNAMES, "imagenet").values()))
 
 
-def _distinct(names: Iterable[str], source: str, longest: float = LONGEST) -> dict[int, str]:
-    """Return the names as they are shown by their places, the first of those that differ in case only."""
-    kept: dict[str, tuple[int, str]] = {}
-    for place, name in enumerate(map(_shown, names)):
+def _listed(names: Iterable[str], source: str, longest: float = LONGEST, *, verbatim: bool = False) -> dict[int, str]:
+    """Return the names as they are shown by their places, the first of those that differ in case only.
+
+    With `verbatim` all of them, as they are written.
+    """
+    kept: dict[str | int, tuple[int, str]] = {}
+    for place, written in enumerate(names):
+        name = written.strip() if verbatim else _shown(written)
         if len(name) > longest:
             size = f"name {place + 1} has {len(name)} characters; {longest} at most, one a line"
             raise DataError(f"label.vocabulary = {source}: {size}")
         if name:
-            kept.setdefault(name.casefold(), (place, name))
+            kept.setdefault(place if verbatim else name.casefold(), (place, name))
     if not kept:
         raise DataError(f"label.vocabulary = {source}: holds no name; one name a line is expected")
     return dict(kept.values())

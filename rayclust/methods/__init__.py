@@ -22,6 +22,7 @@ METHODS = {
     "temi": "rayclust.methods.temi:Temi",
     "cpp": "rayclust.methods.cpp:Cpp",
     "gmm": "rayclust.methods.gmm:Gmm",
+    "tac": "rayclust.methods.tac:Tac",
     "spectral": "rayclust.methods.spectral:SpectralClustering",
     "propos": "rayclust.methods.pixels.propos:ProPos",
     "byol": "rayclust.methods.pixels.byol:Byol",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -35,6 +35,8 @@ class BaseMethodConfig(Config):
     """Raised when fits of the method change for the same settings, so that finished trainings run again."""
     draws_pairs: ClassVar[bool] = False
     """Whether the method's `pairing` asks for neighbours, so that they are searched before it is fitted."""
+    reads_words: ClassVar[bool] = False
+    """Whether the method is fitted to rows with counterparts in text, so that nouns are chosen before."""
     name: str
     """What the method is called in RUN.yaml."""
     clusters: int = Field(ge=2)
@@ -143,6 +145,8 @@ class Pairing:
     """Standard deviation of Gaussian noise on each value."""
     repeats: int = 1
     """Views drawn of the row and of its neighbour, each with its own noise."""
+    own_neighbors: bool = False
+    """Whether each space draws among its own neighbours; otherwise those of the first space stand in all."""
     epoch_order: Callable[[int], Tensor | None] = lambda epoch: None
     """Rows of an epoch in order, Int64[N], with repeats and gaps; None visits every row once, in random order."""
 
@@ -272,12 +276,14 @@ class BaseTrainer:
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._saved = self._started
 
-    def fit(self, method: Method, data: Rows | Source, start: Callable[[], None] | None = None) -> None:
+    def fit(
+        self, method: Method, data: Rows | Mapping[str, Rows] | Source, start: Callable[[], None] | None = None
+    ) -> None:
         """Run all steps of the method's plan.
 
         Args:
             method: to be trained.
-            data: the rows, or a source of batches.
+            data: the rows, or those of each space by its name, or a source of batches.
             start: called before the first step, and not on a resume.
         """
         raise NotImplementedError
@@ -401,6 +407,7 @@ class Method(nn.Module):
         - `final_weight_decay`: at the end of a cosine; by default the config's, or `weight_decay` where that is given.
         - `stacked`: whether each index of axis 0 is a layer with norms of its own (LARS); False by default.
         - `frozen_epochs`: epochs at the start in which the group is not trained; 0 by default.
+        - `betas`: Adam's; (0.9, 0.999) by default.
 
         By default matrices decay, and parameters with one axis or none do not.
         """

@@ -65,10 +65,10 @@ def local_paths(config: RunConfig) -> dict[str, str]:
         paths = {"pretrained": encoder.weights_uri, "embeddings": encoder.embeddings}
         named = {key: path for key, path in paths.items() if path is not None and not path.startswith("dataset:")}
         found |= {f"encoders.{place}.{key}": path for key, path in named.items()}
-    for position, name in enumerate(config.label.lists):
-        if kind_of(name) in ("text", "embeddings"):
-            is_one = isinstance(config.label.vocabulary, str)
-            found["label.vocabulary" if is_one else f"label.vocabulary.{position}"] = name
+    for group, words in (("label", config.label.vocabulary), ("method", getattr(config.method, "vocabulary", None))):
+        for position, name in enumerate([words] if isinstance(words, str) else words or ()):
+            if kind_of(name) in ("text", "embeddings") or (kind_of(name) == "wordnet" and name != "wordnet"):
+                found[f"{group}.vocabulary" + ("" if isinstance(words, str) else f".{position}")] = name
     return found
 
 

@@ -38,12 +38,12 @@ def put_json(run: Run, uri: str, value: Any) -> Outputs:
     return put_bytes(run, uri, storage.canonical_json(value).encode())
 
 
-def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, similarity: np.ndarray) -> Outputs:
+def put_neighbors(run: Run, uri: str, rows: np.ndarray, neighbors: np.ndarray, similarity: np.ndarray) -> Outputs:
     """Write the neighbours of one part.
 
     Args:
         run: the run.
-        part: its index.
+        uri: of the table, such as `run.neighbors(part)`.
         rows: Int64[B].
         neighbors: Int[B M], rows of the neighbours.
         similarity: Float[B M], cosines; stored as float16.
@@ -53,7 +53,7 @@ def put_neighbors(run: Run, part: int, rows: np.ndarray, neighbors: np.ndarray, 
         tables.fixed_list(neighbors.astype(np.int64)),
         tables.fixed_list(similarity.astype(np.float16)),
     ]
-    return put_table(run, run.neighbors(part), pa.table(columns, schema=tables.NEIGHBORS(neighbors.shape[1])))
+    return put_table(run, uri, pa.table(columns, schema=tables.NEIGHBORS(neighbors.shape[1])))
 
 
 def drop_stale_parts(folder: str, count: int) -> None:

@@ -32,7 +32,7 @@ from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
 
-SELECT_K, CURATE = "select-k", "curate"
+SELECT_K, COUNTERPARTS, CURATE = "select-k", "counterparts", "curate"
 """Stages that only some runs have."""
 CHOSEN = "chosen"
 """Entry of select-k's `extra`: the number of clusters and the files of its model, all that train reads of it."""
@@ -81,6 +81,8 @@ class Stage:
     """Further stages that it reads where the method has a space of its own."""
     pair_needs: tuple[str, ...] = ()
     """Further stages that it reads where the method draws pairs of neighbours."""
+    word_needs: tuple[str, ...] = ()
+    """Further stages that it reads where the method reads words."""
     needs_choice: bool = False
     """True if it reads select-k as well, in runs that leave the number of clusters open."""
     needs_curation: bool = False
@@ -101,8 +103,9 @@ class Stage:
         own_space = self.own_space_needs if has_transform(config.method.name) else ()
         pairs = self.pair_needs if config.method.draws_pairs else ()
         choice = (SELECT_K,) if self.needs_choice and config.needs_selection else ()
+        words = self.word_needs if config.method.reads_words else ()
         curation = (CURATE,) if self.needs_curation and config.curates else ()
-        return (*self.needs, *own_space, *pairs, *choice, *curation)
+        return (*self.needs, *own_space, *pairs, *words, *choice, *curation)
 
 
 class _Registry(Mapping[str, Stage]):
@@ -126,8 +129,11 @@ STAGES: Mapping[str, Stage] = _Registry()
 
 
 def stages_of(config: RunConfig) -> tuple[str, ...]:
-    """Return the names of a run's stages in order: select-k only with K open, curate only with a preset named."""
-    asked = {SELECT_K: config.needs_selection, CURATE: config.curates}
+    """Return the names of a run's stages in order.
+
+    select-k is one only with K open, counterparts if the method reads words, and curate with a preset named.
+    """
+    asked = {SELECT_K: config.needs_selection, COUNTERPARTS: config.method.reads_words, CURATE: config.curates}
     return tuple(name for name in STAGES if asked.get(name, True))
 
 
@@ -326,7 +332,10 @@ def _left_out(name: str, config: RunConfig) -> Manifest:
     """Return the manifest of a stage that the run does not have."""
     if name == CURATE:
         raise ConfigError("curate.preset = none: the run has no such stage; add for example curate.preset=list")
-    logger.info("%s: method.clusters = %d leaves nothing to choose, skipped", name, config.method.clusters)
+    why = f"method.clusters = {config.method.clusters} leaves nothing to choose"
+    if name == COUNTERPARTS:
+        why = f"method.name = {config.method.name} reads no words"
+    logger.info("%s: %s, skipped", name, why)
     return Manifest(stage=name, digest="")
 
 

@@ -22,7 +22,7 @@ from rayclust.runtime.cluster import describe_placement
 from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
 from rayclust.runtime.inputs import input_shards, with_encoder
 from rayclust.runtime.spaces import plan_ready
-from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds
+from rayclust.runtime.vocabularies import check_classes, noun_lists, read_lists, vocabulary_kinds
 from rayclust.store import storage
 from rayclust.store.lock import check_conditional_puts
 from rayclust.store.sources import read_records, read_rows
@@ -243,9 +243,13 @@ class _Checks:
     def vocabulary(self) -> str:
         check_classes(self.config)
         found, own = read_lists(self.config), "classes" in vocabulary_kinds(self.config).values()
+        shown = f"{len(merged(found).words):,} words" + (", and the classes' own names" if own else "")
         if not found:
-            return "the classes' own names" if own else "no vocabulary: clusters get no names"
-        return f"{len(merged(found).words):,} words" + (", and the classes' own names" if own else "")
+            shown = "the classes' own names" if own else "no vocabulary: clusters get no names"
+        if self.config.method.reads_words:
+            nouns = merged(read_lists(self.config, names=noun_lists(self.config)))
+            shown += f"; {self.config.method.name} chooses among {len(nouns.words):,} nouns"
+        return shown
 
     def cost(self) -> str:
         if not self.config.prices:

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -182,22 +182,33 @@ class StoredRows:
 
     def blocks(self, space: str | None = None) -> Iterator[Tensor]:
         """Yield Float32[B D] blocks of this worker's contiguous share of the rows, of all spaces or of one."""
-        features = self.tensor(space)
+        yield from self.own_blocks(self.tensor(space))
+
+    def own_blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield this worker's contiguous share of the rows of a tensor [N D], block by block."""
         first = self.count * self._worker // self._workers
         end = self.count * (self._worker + 1) // self._workers
         for start in range(first, end, BLOCK):
-            yield features[start : min(start + BLOCK, end)]
+            yield x[start : min(start + BLOCK, end)]
 
     def neighbors(self) -> Tensor:
         """Return Int64[N M], mapped."""
-        uris = [self._run.neighbors(part) for part in range(len(self._starts) - 1)]
+        return self.mapped_neighbors("neighbors.npy", self._run.neighbors)
+
+    def mapped_neighbors(self, name: str, uri_of: Callable[[int], str]) -> Tensor:
+        """Return Int64[N M] of the fitted rows, mapped from a file of that name, read from a table of each part."""
+        uris = [uri_of(part) for part in range(len(self._starts) - 1)]
         width = tables.read_table(uris[0], ["neighbors"]).schema.field("neighbors").type.list_size
         read = (tables.matrix(tables.read_table(uri, ["neighbors"])["neighbors"]) for uri in uris)
         found = (self._fitted(part, neighbors) for part, neighbors in enumerate(read))
         if self._aside is not None:  # neighbours are fitted rows as well: number them among these
             positions = np.cumsum(~self._aside) - 1
-            found = (np.where(neighbors < 0, NO_NEIGHBOR, positions[neighbors]) for neighbors in found)
-        return mapped(self._cache / "neighbors.npy", (self.count, width), np.int64, found)
+    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
+        """Yield Float32[B D] blocks of this worker's contiguous share of the rows, of all spaces or of one."""
+        yield from self.own_blocks(self.tensor(space))
+
+    def own_blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield this worker's contiguous share of the rows of a tensor [N D], block by block."""
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type, blocks: Iterable[np.ndarray]) -> Tensor:

@@ -17,6 +17,7 @@ from rayclust.runtime.artefacts import FileListing, Outputs
 from rayclust.runtime.cluster import connect, cpus, live_nodes, plain_errors, task_options
 from rayclust.runtime.progress import Progress, timed_section, worker_name
 from rayclust.store import manifest, storage
+from rayclust.store.manifest import digest_of
 from rayclust.store.run import Run
 from rayclust.store.storage import MissingError
 
@@ -24,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 STORAGE_THREADS = 16
 """Concurrent requests when many small objects are read or written."""
+TASK_ROWS = 2048
+"""Rows of the smallest task of a search; larger sets take N / 64, so that each task's pass over all rows is worth its
+reading."""
+TASK_BYTES = 2**28
+"""Most bytes of such a task's rows in float16 and their neighbours: beyond, there are more tasks."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,6 +59,34 @@ class TaskResult:
 OnResult = Callable[[Task, TaskResult], None]
 """Callback for each finished task, in completion order. May run twice for one task; pop bulky fields from `extra` here
 so that the driver does not keep them."""
+
+
+def search_task_rows(count: int, width: int, k: int) -> int:
+    """Return the rows of a task that searches neighbours, from N, D and k alone."""
+    return max(TASK_ROWS, min(count // 64, TASK_BYTES // (2 * width + 8 * (k + 1))))
+
+
+def group_parts(parts: Sequence[int], digest: str, wanted: int) -> list[Task]:
+    """Make tasks of consecutive parts with at least `wanted` rows each, the same for any number of workers.
+
+    Args:
+        parts: rows of each part.
+        digest: of everything that the results depend on.
+        wanted: rows of a task.
+
+    Returns:
+        Tasks whose payload is the indexes of their parts, a tuple.
+    """
+    tasks: list[Task] = []
+    group: list[int] = []
+    rows = 0
+    for index, count in enumerate(parts):
+        group.append(index)
+        rows += count
+        if rows >= wanted or index == len(parts) - 1:
+            tasks.append(Task(len(tasks), digest_of([digest, group]), tuple(group), rows))
+            group, rows = [], 0
+    return tasks
 
 
 def read_mark(uri: str) -> tuple[str, TaskResult] | None:

@@ -3,6 +3,7 @@
 NAMES = (
     "encode",
     "neighbors",
+    "counterparts",
     "select-k",
     "train",
     "assign",

@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.config import RunConfig, kind_of
+from rayclust.config import RunConfig
 from rayclust.features import SpaceTransforms
-from rayclust.language.naming import ClusterName, TopRows, cluster_votes, name_clusters, typicality
+from rayclust.language.naming import (
+    ClusterName,
+    TopRows,
+    cluster_votes,
+    image_votes,
+    name_clusters,
+    name_distinctly,
+    shuffled_null,
+    typicality,
+)
 from rayclust.language.vocabulary import merged, same_name
 from rayclust.methods.base import EMBEDDINGS
 from rayclust.runtime.artefacts import put_table
@@ -20,7 +29,7 @@ from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.rows import part_embeddings, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
-from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
+from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings, word_stamps
 from rayclust.store import storage, tables
 from rayclust.store.manifest import LabelOutputs, digest_of
 from rayclust.store.run import Run
@@ -29,6 +38,8 @@ FEW_WORDS = 5000
 """With at most so many words, all images vote under `label.voters: auto`."""
 VOTERS = 300
 """With more words, so many images per cluster vote."""
+NULL_VOTERS, NULL_IMAGES = 300, 200_000
+"""Images per cluster, and of all clusters about, that are shuffled to see which names say something."""
 WITHOUT_CLASSES = "without_classes"
 """Key of the names by all lists but the data set's own class names."""
 BINS = 20
@@ -64,12 +75,18 @@ class Labeling:
         classes = [place for place, kind in enumerate(vocabulary_kinds(self.config).values()) if kind == "classes"]
         is_blind = [bool(sources - set(classes)) for sources in words.sources]
         rows = tables.fixed_list(np.asarray(word_embeddings(self.config, words), np.float32))
-        columns = {"word": list(words.words), "embedding": rows, "all": [True] * len(words.words)}
+        above = pa.array([words.hypernyms.get(word.casefold(), ()) for word in words.words], pa.list_(pa.string()))
+        columns = {"word": list(words.words), "embedding": rows, "all": [True] * len(words.words), "hypernyms": above}
         tables.write_table(self._at("words.parquet"), pa.table(columns | {WITHOUT_CLASSES: is_blind}))
-        # 2. The voters.
+        # 2. The voters, and those of them that are shuffled.
         voters = self._voters(len(words.words))
         if voters is not None:
             tables.write_table(self._at("voters.parquet"), pa.table({"row": voters}))
+        if self.config.label.distinct:
+            few = min(NULL_VOTERS, max(20, NULL_IMAGES // self.config.method.clusters))
+            if isinstance(self.config.label.voters, int):
+                few = min(few, self.config.label.voters)
+            tables.write_table(self._at("shuffled.parquet"), pa.table({"row": self._sample(few)}))
         return len(words.words)
 
     def vote(self, task: Task) -> TaskResult:
@@ -91,13 +108,24 @@ class Labeling:
             cells = votes.tocoo()
             columns = {"cluster": cells.coords[0], "word": some[cells.coords[1]], "mass": cells.data}
             result.outputs |= put_table(self.run, self._at(f"{naming}-{task.index:05d}.parquet"), pa.table(columns))
+            if label.distinct:
+                places = self._places("shuffled.parquet", task.index)
+                votes = image_votes(embeddings[places], nouns[some], transform=transform, scale=label.scale)
+                cells = votes.tocoo()
+                columns = {"image": cells.coords[0], "word": some[cells.coords[1]], "mass": cells.data}
+                uri = self._at(f"{naming}-images-{task.index:05d}.parquet")
+                result.outputs |= put_table(self.run, uri, pa.table(columns))
         return result
 
     def count(self) -> tuple[dict[str, list[ClusterName]], int]:
         """Return the names by all votes together, by naming, and how many images voted."""
         from scipy import sparse
 
-        words = tables.read_table(self._at("words.parquet"), ["word"])["word"].to_pylist()
+        table = tables.read_table(self._at("words.parquet"), ["word", "hypernyms"])
+        words = table["word"].to_pylist()
+        above = {
+            word.casefold(): names for word, names in zip(words, table["hypernyms"].to_pylist(), strict=True) if names
+        }
         label, count = self.config.label, self.config.method.clusters
         voters = np.zeros(count, np.int64)
         for part in self._parts():
@@ -110,8 +138,35 @@ class Labeling:
                 table = tables.read_table(self._at(f"{naming}-{part:05d}.parquet"))
                 place = (table["cluster"].to_numpy(), table["word"].to_numpy())
                 total = total + sparse.csr_array((table["mass"].to_numpy(), place), shape=total.shape)
-            names[naming] = name_clusters(total, voters, words, unique=label.unique, runners_up=label.runners_up)
+            if not label.distinct:
+                names[naming] = name_clusters(total, voters, words, runners_up=label.runners_up)
+                continue
+            images, clusters = self._image_votes(naming, len(words))
+            null = shuffled_null(images, clusters, count, specificity=label.specificity, seed=self.config.seed)
+            names[naming] = name_distinctly(
+                total,
+                voters,
+                words,
+                specificity=label.specificity,
+                null=null,
+                hypernyms=above,
+                runners_up=label.runners_up,
+            )
         return names, int(voters.sum())
+
+    def _image_votes(self, naming: str, words: int) -> tuple[Any, np.ndarray]:
+        """Return the votes of the images that are shuffled, sparse Float64[B V], and their clusters, Int32[B]."""
+        from scipy import sparse
+
+        votes, clusters = [], [np.empty(0, np.int32)]
+        for part in range(len(self.starts) - 1):
+            places = self._places("shuffled.parquet", part)
+            assigned = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
+            clusters.append(assigned[places])
+            table = tables.read_table(self._at(f"{naming}-images-{part:05d}.parquet"))
+            place = (table["image"].to_numpy(), table["word"].to_numpy())
+            votes.append(sparse.csr_array((table["mass"].to_numpy(), place), shape=(len(places), words)))
+        return sparse.vstack(votes, format="csr"), np.concatenate(clusters)
 
     def named_as_classes(self, names: list[str | None]) -> float | None:
         """Return the share of the labelled images whose cluster has their class's name; None without labels."""
@@ -182,22 +237,30 @@ class Labeling:
         clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
         if storage.stat(self._at("voters.parquet")) is None:
             return clusters
-        rows = _read_scratch(self._at("voters.parquet"))["row"].to_numpy()
-        start, stop = np.searchsorted(rows, self.starts[part : part + 2])
-        voters = rows[start:stop] - self.starts[part]
+        voters = self._places("voters.parquet", part)
         voting = np.full_like(clusters, -1)
         voting[voters] = clusters[voters]
         return voting
 
+    def _places(self, name: str, part: int) -> np.ndarray:
+        """Return the places in a part of the rows that a scratch file names, Int64[n]."""
+        rows = _read_scratch(self._at(name))["row"].to_numpy()
+        start, stop = np.searchsorted(rows, self.starts[part : part + 2])
+        return rows[start:stop] - self.starts[part]
+
     def _voters(self, words: int) -> np.ndarray | None:
-        """Return a seeded sample of each cluster's rows, Int64[n], sorted; None if all vote."""
+        """Return the rows that vote, Int64[n], sorted; None if all do."""
         most = self.config.label.voters
         if most == "all" or (most == "auto" and words <= FEW_WORDS):
             return None
+        return self._sample(VOTERS if most == "auto" else most)
+
+    def _sample(self, most: int) -> np.ndarray:
+        """Return a seeded sample of at most so many rows of each cluster, Int64[n], sorted."""
         clusters = np.empty(self.starts[-1], np.int32)
         for part, (start, stop) in enumerate(pairwise(self.starts)):
             clusters[start:stop] = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
-        return sample_of_each(clusters, VOTERS if most == "auto" else most, self.config.seed)
+        return sample_of_each(clusters, most, self.config.seed)
 
     def _at(self, name: str) -> str:
         return storage.join(self.folder, name)
@@ -210,8 +273,8 @@ def sample_of_each(clusters: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(order[rank < most])
 
 
-_read_scratch = lru_cache(2)(tables.read_table)
-"""Cached, for words and voters: a worker votes for many parts. The URIs hold the stage's digest."""
+_read_scratch = lru_cache(3)(tables.read_table)
+"""Cached, for words, voters and shuffled images: a worker votes for many parts. The URIs hold the stage's digest."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -233,10 +296,13 @@ def run(context: StageContext) -> StageResult:
             "score_without_classes": blind[cluster].score if blind else None,
             "exemplars": extremes["exemplars"][cluster],
             "outliers": extremes["outliers"][cluster],
+            "margin": named.margin,
+            "changed": named.is_changed,
         }
         for cluster, (size, named) in enumerate(zip(context.inputs["assign"].extra["sizes"], names["all"], strict=True))
     ]
-    outputs = put_table(context.run, context.run.clusters, pa.Table.from_pylist(rows, schema=tables.CLUSTERS))
+    schema = pa.schema([*tables.CLUSTERS, *tables.NAMING]) if config.label.distinct else tables.CLUSTERS
+    outputs = put_table(context.run, context.run.clusters, pa.Table.from_pylist(rows, schema=schema))
     count = sum(name.name is not None for name in names["all"])
     summary = f"{count} of {len(rows)} clusters named" if count else f"{len(rows)} clusters, no vocabulary"
     if count and facts["name_accuracy"] is not None:
@@ -276,11 +342,12 @@ def _names(context: StageContext, work: Labeling) -> tuple[dict[str, list[Cluste
 def _settings(config: RunConfig) -> dict[str, Any]:
     groups = {name: settings_of(getattr(config, name)) for name in ("label", "features")}
     groups["encoder"] = settings_of(config.text_encoder)
-    if config.label.encoder_space is None:  # runs of before had no such key
-        del groups["label"]["encoder_space"]
-    files = [storage.stat(name) for name in config.label.lists if kind_of(name) in ("text", "embeddings")]
-    words = {"words": [file.stamp if file else None for file in files]} if files else {}
-    return groups | words | {"seed": config.seed}
+    # Runs of before had no such keys, and `unique` in place of the last two.
+    own = {name: groups["label"].pop(name) for name in ("encoder_space", "distinct", "specificity")}
+    groups["label"] |= {"encoder_space": own["encoder_space"]} if own["encoder_space"] is not None else {}
+    groups["label"] |= {k: own[k] for k in ("distinct", "specificity")} if own["distinct"] else {"unique": False}
+    stamps = word_stamps(config.label.lists)
+    return groups | ({"words": stamps} if stamps else {}) | {"seed": config.seed}
 
 
 STAGE = Stage("label", _settings, run, needs=("encode", "assign"), outputs=LabelOutputs)

@@ -24,17 +24,13 @@ from rayclust.runtime.rows import (
     unit_rows,
     unit_transform,
 )
-from rayclust.runtime.tasks import Task, TaskResult, run_tasks
+from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, search_task_rows
 from rayclust.search.knn import RunningTopK
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage
-from rayclust.store.manifest import EncodeOutputs, NeighborsOutputs, digest_of
+from rayclust.store.manifest import EncodeOutputs, NeighborsOutputs
 from rayclust.store.run import Run
 
-TASK_ROWS = 2048
-"""Rows of the smallest task; larger sets take N / 64, so that each task's pass over all rows is worth its reading."""
-TASK_BYTES = 2**28
-"""Most bytes of a task's rows in float16 and their neighbours: beyond, there are more tasks."""
 _OLD_INDEX = "ivf.faiss"
 """Index that earlier versions left beside the tables."""
 
@@ -52,8 +48,8 @@ def run(context: StageContext) -> StageResult:
     method = config.neighbors.method
     if method == "auto":
         method = "ivf" if count > config.neighbors.exact_rows and not encoded.test else "exact"
-    rows = task_rows(count, encoded.dimension, k)
-    tasks = _tasks(list(encoded.parts), context.digest, rows)
+    rows = search_task_rows(count, encoded.dimension, k)
+    tasks = group_parts(encoded.parts, context.digest, rows)
     if method == "ivf":
         if encoded.test:
             raise ConfigError("neighbors.method = ivf: finds no neighbours in one split alone; set it to exact")
@@ -70,25 +66,6 @@ def run(context: StageContext) -> StageResult:
     extra |= {"method": method, "k": k}
     recall = f", recall@{k} {extra['recall']:.3f}" if "recall" in extra else ""
     return StageResult(outputs, {"rows": count}, extra, f"{k} neighbours of {count:,} rows ({method}{recall})")
-
-
-def task_rows(count: int, width: int, k: int) -> int:
-    """Return the rows of a task, from N, D and k alone."""
-    return max(TASK_ROWS, min(count // 64, TASK_BYTES // (2 * width + 8 * (k + 1))))
-
-
-def _tasks(parts: list[int], digest: str, wanted: int) -> list[Task]:
-    """Group consecutive parts with at least `wanted` rows each, the same for any number of workers."""
-    tasks: list[Task] = []
-    group: list[int] = []
-    rows = 0
-    for index, count in enumerate(parts):
-        group.append(index)
-        rows += count
-        if rows >= wanted or index == len(parts) - 1:
-            tasks.append(Task(len(tasks), digest_of([digest, group]), tuple(group), rows))
-            group, rows = [], 0
-    return tasks
 
 
 def _search_exactly(
@@ -110,7 +87,7 @@ def _search_exactly(
     for part in task.payload:
         some = slice(*(starts[place] - starts[task.payload[0]] for place in (part, part + 1)))
         found = (rows[some], neighbors[some], similarity[some])
-        outputs |= put_neighbors(run, part, *(column.numpy() for column in found))
+        outputs |= put_neighbors(run, run.neighbors(part), *(column.numpy() for column in found))
     return TaskResult(outputs, {"rows": len(rows)})
 
 

@@ -419,7 +419,9 @@ def collect(layout: IvfLayout, summary: dict[str, Any], task: Task) -> TaskResul
         some = records[layout.starts[part] - first : layout.starts[part + 1] - first]
         neighbors, similarity = unpack_keys(torch.from_numpy(some["keys"].copy()))
         cosine = similarity.clamp(-1, 1)  # float16 makes some rows a little longer than 1
-        outputs |= put_neighbors(layout.run, part, some["row"].copy(), neighbors.numpy(), cosine.numpy())
+        outputs |= put_neighbors(
+            layout.run, layout.run.neighbors(part), some["row"].copy(), neighbors.numpy(), cosine.numpy()
+        )
     return TaskResult(outputs, {"rows": end - first}, summary)
 
 

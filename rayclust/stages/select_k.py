@@ -412,5 +412,12 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 STAGE = Stage(
-    SELECT_K, _settings, run, needs=("encode", "neighbors"), revision=2, on_gpu="trials", outputs=SelectKOutputs
+    SELECT_K,
+    _settings,
+    run,
+    needs=("encode", "neighbors"),
+    word_needs=("counterparts",),
+    revision=2,
+    on_gpu="trials",
+    outputs=SelectKOutputs,
 )

@@ -385,6 +385,7 @@ STAGE = Stage(
     run,
     needs=("encode",),
     pair_needs=("neighbors",),
+    word_needs=("counterparts",),
     needs_choice=True,
     reads_entry={SELECT_K: CHOSEN},
     on_gpu="train",

@@ -112,6 +112,17 @@ class NeighborsOutputs(StageOutputs):
     """Rows read from other shards for each row."""
 
 
+class CounterpartsOutputs(StageOutputs):
+    """Of counterparts: the choice of nouns."""
+
+    words: int = Field(ge=1)
+    """Nouns to choose from."""
+    centers: int = Field(ge=1)
+    """Semantic centres that chose."""
+    nouns: int = Field(ge=1)
+    """Nouns that were chosen."""
+
+
 class ChosenModel(Config):
     """The chosen candidate of select-k: all that train reads."""
 

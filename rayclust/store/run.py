@@ -35,6 +35,10 @@ class Run:
     """Folder of `tables.REJECTS`, one table per input shard."""
     neighbors_folder: str = field(default="neighbors", init=False)
     """Folder of `tables.NEIGHBORS`."""
+    counterparts_folder: str = field(default="counterparts", init=False)
+    """Folder of `tables.COUNTERPARTS`, with that of their `tables.NEIGHBORS` in it."""
+    nouns: str = field(default="counterparts/nouns.parquet", init=False)
+    """The table `tables.NOUNS`."""
     assignments_folder: str = field(default="assignments", init=False)
     """Folder of `tables.ASSIGNMENTS`."""
     clusters: str = field(default="clusters.parquet", init=False)
@@ -91,6 +95,10 @@ class Run:
     """Takes the index of an input shard and returns its rejects."""
     neighbors = partialmethod(_part, "neighbors")
     """Takes the index of a part of the embeddings and returns the neighbours of its rows."""
+    counterparts = partialmethod(_part, "counterparts")
+    """Takes the index of a part of the embeddings and returns the counterparts in text of its rows."""
+    text_neighbors = partialmethod(_part, "counterparts/neighbors")
+    """Takes the index of a part of the embeddings and returns the neighbours of its rows' counterparts."""
     assignments = partialmethod(_part, "assignments")
     """Takes the index of a part of the embeddings and returns the clusters of its rows."""
 

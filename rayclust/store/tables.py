@@ -63,6 +63,17 @@ def NEIGHBORS(count: int) -> pa.Schema:  # noqa: N802 - stands beside the consta
     return pa.schema(_required(row=pa.int64(), **lists), metadata={"neighbors": str(count)})
 
 
+def COUNTERPARTS(dimension: int) -> pa.Schema:  # noqa: N802
+    """Return the schema of the rows' counterparts in text, unit rows of width `dimension`."""
+    return pa.schema(_required(row=pa.int64(), embedding=_lists(pa.float16(), dimension)))
+
+
+def NOUNS(dimension: int) -> pa.Schema:  # noqa: N802
+    """Return the schema of chosen nouns: the semantic centre that each belongs to, how certainly, and its unit row."""
+    columns = {"word": pa.string(), "center": pa.int32(), "confidence": pa.float64()}
+    return pa.schema(_required(**columns, embedding=_lists(pa.float32(), dimension)))
+
+
 ASSIGNMENTS = pa.schema(_required(row=pa.int64(), key=pa.string(), cluster=pa.int32(), confidence=pa.float32()))
 """The cluster of each row, with the probability that the method gives it."""
 
@@ -92,6 +103,11 @@ CLUSTERS = pa.schema(
 )
 """One line per cluster: its size, name, other names, typical rows and odd rows. The name without classes is there where
 the data set's own class names were among the candidates beside other lists."""
+
+
+NAMING = pa.schema([pa.field("margin", pa.float32()), pa.field("changed", pa.bool_(), nullable=False)])
+"""Further columns of `CLUSTERS` where names are distinct: how far the next free word stands behind, in nats, and
+whether the most voted word is another one."""
 
 
 def encode_table(table: pa.Table) -> bytes:

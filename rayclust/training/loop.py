@@ -127,6 +127,7 @@ def build_optimizer(groups: Iterable[Mapping[str, Any]], config: TrainedConfig) 
                 "final_decay": group.get("final_weight_decay", final),
                 "stacked": group.get("stacked", False),
                 "frozen_epochs": group.get("frozen_epochs", 0),
+                "betas": group.get("betas", (0.9, 0.999)),
                 "adapts": group.get("weight_decay") != 0,
             }
         )
@@ -221,12 +222,14 @@ class Stepper:
 class Trainer(BaseTrainer):
     """Fits methods by gradient."""
 
-    def fit(self, method: Method, data: Rows | Source, start: Callable[[], None] | None = None) -> None:
+    def fit(
+        self, method: Method, data: Rows | Mapping[str, Rows] | Source, start: Callable[[], None] | None = None
+    ) -> None:
         """Run the steps of the method's plan, from the latest checkpoint if there is one.
 
         Args:
             method: moved to the trainer's device.
-            data: the rows, or a source of batches.
+            data: the rows, or those of each space by its name, or a source of batches.
             start: called before the first step of a training that is not resumed.
 
         Raises:

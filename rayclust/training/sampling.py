@@ -157,11 +157,35 @@ class ArrayRows:
         return self._neighbors
 
 
+class WordedArrayRows(ArrayRows):
+    """Rows in memory with nouns that were chosen for them (`methods.tac.WordedRows`).
+
+    Args:
+        x: Float[N D], images.
+        neighbors: Int[N M] or None, in image space.
+        nouns: Float[V D], the chosen nouns.
+        texts: the images' counterparts, with their neighbours in text space.
+    """
+
+    def __init__(self, x: Tensor, neighbors: Tensor | None, nouns: Tensor, texts: ArrayRows) -> None:
+        super().__init__(x, neighbors)
+        self._nouns, self._texts = nouns, texts
+
+    def nouns(self) -> Tensor:
+        """Return the chosen nouns' embeddings, Float[V D]."""
+        return self._nouns
+
+    def counterparts(self) -> ArrayRows:
+        """Return the rows' counterparts in text."""
+        return self._texts
+
+
 class RowSource:
     """Batches of rows in one or more spaces, and of their neighbours.
 
     Args:
-        rows: the rows; or those of each space by its name, all with the same N. Neighbours are the first one's.
+        rows: the rows; or those of each space by its name, all with the same N. Neighbours are the first one's, unless
+            `pairing` says otherwise.
         pairing: what views to make.
         seed: of order, neighbours and noise.
         device: where batches go.
@@ -189,12 +213,14 @@ class RowSource:
         self.device, self.dtype = device, dtype
         self._x = {name: place_on_device(x, device) for name, x in tensors.items()}
         self._first = next(iter(self._x.values()))
-        self._neighbors: Tensor | None = None
-        if pairing.columns:
-            neighbors = first.neighbors()
+        self._neighbors: list[Tensor] = []
+        """Int[N M] of each space that draws of its own: the first, or all."""
+        drawing = list(rows.values()) if pairing.own_neighbors and isinstance(rows, Mapping) else [first]
+        for space in drawing if pairing.columns else ():
+            neighbors = space.neighbors()
             if neighbors.shape[1] < min(pairing.columns, self.count - 1):
                 logger.warning("neighbors: %d per row at hand, %d wanted", neighbors.shape[1], pairing.columns)
-            self._neighbors = place_on_device(neighbors[:, : pairing.columns], self._first.device)
+            self._neighbors.append(place_on_device(neighbors[:, : pairing.columns], self._first.device))
 
     def batches(self, plan: Plan, rank: int, start: int = 0) -> Iterator[Batch]:
         """Yield every W-th row of each batch.
@@ -222,13 +248,14 @@ class RowSource:
                 yield self._batch(order[end - plan.batch_size + rank : end : workers], plan, step, epoch, rank, workers)
 
     def _batch(self, rows: Tensor, plan: Plan, step: int, epoch: int, rank: int, workers: int) -> Batch:
+        spaces: dict[str, Tensor] = {}
         views = [rows]
-        if self._neighbors is not None:
-            on = self._neighbors.device
-            views.append(draw_neighbors(self._neighbors, rows.to(on), self.seed, epoch).to(rows.device))
-        chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
-        spaces = {}
         for number, (name, tensor) in enumerate(self._x.items()):
+            if number < len(self._neighbors):  # else the rows and neighbours of the first space
+                neighbors = self._neighbors[number]
+                seed = derive_seed(self.seed, number) if number else self.seed
+                views = [rows, draw_neighbors(neighbors, rows.to(neighbors.device), seed, epoch).to(rows.device)]
+            chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
             x = gather_rows(tensor, chosen.to(tensor.device), self.device).to(self.dtype)
             x = x.view(-1, len(rows), x.shape[1])
             if self.pairing.noise:

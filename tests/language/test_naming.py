@@ -1,16 +1,30 @@
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
+import rayclust as rc
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.features import FeatureTransform
 from rayclust.language import vocabulary
-from rayclust.language.naming import ClusterName, TopRows, cluster_votes, encode_words, name_clusters, typicality
+from rayclust.language.naming import (
+    ClusterName,
+    TopRows,
+    cluster_votes,
+    encode_words,
+    image_votes,
+    name_clusters,
+    name_distinctly,
+    shuffled_null,
+    typicality,
+)
 from tests import references
 
 
@@ -125,18 +139,170 @@ def test_names_scores_and_runners_up() -> None:
     ]
 
 
-def test_unique_names_have_the_largest_sum() -> None:
-    names = name_clusters(VOTES, SIZES, WORDS, unique=True, runners_up=1)
-    # bee+cow+ant = 0.75+0.45+0.1 beats cow+bee+ant = 0.25+0.5+0.1.
-    assert [name.name for name in names] == ["bee", "cow", None, "ant"]
-    assert names[1] == ClusterName("cow", 0.45, (("bee", 0.5),))
+def distinct(votes: list[list[float]], words: str = "abc", **options: Any) -> list[ClusterName]:
+    """Names of clusters of one member each, whose votes are given."""
+    return name_distinctly(sparse.csr_array(np.array(votes)), np.ones(len(votes), int), list(words), **options)
 
 
-def test_unique_names_when_words_run_out() -> None:
-    votes = sparse.csr_array(np.array([[3.0], [2.0], [1.0]]))
-    names = name_clusters(votes, np.array([4, 4, 4]), ["ant"], unique=True)
-    assert [name.name for name in names] == ["ant", "ant (2)", "ant (3)"]
-    assert [name.score for name in names] == [0.75, 0.5, 0.25]
+def test_of_two_clusters_with_one_best_word_the_surer_keeps_it() -> None:
+    first, second = distinct([[0.6, 0.1, 0.0], [0.3, 0.0, 0.29]])
+    assert (first.name, first.score, first.is_changed) == ("a", 0.6, False)
+    assert (second.name, second.score, second.is_changed) == ("c", 0.29, True)
+    assert second.runners_up == (("a", 0.3),)
+    # Of the words that no other cluster has, "b" stands (1 + λ) ln(.6/.1) − λ ln(.45/.05) behind.
+    assert first.margin == pytest.approx(1.5 * math.log(6) - 0.5 * math.log(9))
+    assert second.margin is None
+
+
+def test_words_that_all_clusters_vote_for_count_less() -> None:
+    """The sum of votes alone would name the first "a": its best word is everybody's."""
+    votes = [[0.40, 0.38, 0.0], [0.40, 0.0, 0.39]]
+    assert [name.name for name in distinct(votes, specificity=0)] in (["a", "c"], ["b", "a"])
+    alone = [[0.40, 0.38, 0.0], [0.40, 0.0, 0.0]]
+    assert [name.name for name in distinct(alone)] == ["b", "a"]
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_one_cluster_by_votes_alone_has_the_name_of_before(row: int) -> None:
+    one = VOTES[[row]]
+    for specificity in (0.0, 0.5):
+        found = name_distinctly(one, SIZES[[row]], WORDS, specificity=specificity)
+        assert [(name.name, name.score) for name in found] == [
+            (name.name, name.score) for name in name_clusters(one, SIZES[[row]], WORDS)
+        ]
+
+
+def test_without_a_word_left_a_cluster_has_no_name() -> None:
+    names = distinct([[3.0], [2.0], [1.0]], "a")
+    assert [name.name for name in names] == ["a", None, None]
+    assert [name.is_changed for name in names] == [False, True, True]
+
+
+def test_numbers_of_clusters_do_not_matter() -> None:
+    rng = np.random.default_rng(2)
+    votes, sizes, order = rng.random((6, 20)) ** 4, np.full(6, 9), rng.permutation(6)
+    words = [f"word {i}" for i in range(20)]
+    names = name_distinctly(sparse.csr_array(votes), sizes, words)
+    assert len({name.name for name in names}) == 6
+    again = name_distinctly(sparse.csr_array(votes[order]), sizes, words)
+    assert [name.name for name in again] == [names[k].name for k in order]
+
+
+def planted_votes(images: int = 600, clusters: int = 6, words: int = 60) -> tuple[sparse.csr_array, np.ndarray]:
+    """Each image gives .5 to its cluster's word and the rest to words at random."""
+    rng = np.random.default_rng(0)
+    owners = np.arange(images) % clusters
+    votes = np.zeros((images, words))
+    votes[np.arange(images), owners] += 0.5
+    for _ in range(4):
+        votes[np.arange(images), rng.integers(0, words, images)] += 0.1
+    return sparse.csr_array(votes), owners
+
+
+def summed(votes: sparse.csr_array, clusters: np.ndarray, count: int) -> sparse.csr_array:
+    members = (np.ones(len(clusters)), (clusters, np.arange(len(clusters))))
+    return sparse.csr_array(members, shape=(count, len(clusters))) @ votes
+
+
+def test_clusters_of_shuffled_members_get_no_name() -> None:
+    votes, owners = planted_votes()
+    words, sizes = [f"word {i}" for i in range(60)], np.bincount(owners)
+    real = name_distinctly(summed(votes, owners, 6), sizes, words, null=shuffled_null(votes, owners, 6))
+    assert [name.name for name in real] == words[:6]
+    rng, unnamed = np.random.default_rng(1), 0
+    for _ in range(20):
+        shuffled = rng.permutation(owners)
+        null = shuffled_null(votes, shuffled, 6)
+        names = name_distinctly(summed(votes, shuffled, 6), sizes, words, null=null)
+        unnamed += all(name.name is None for name in names)
+        assert all(name.runners_up for name in names)
+    assert unnamed >= 19
+
+
+def test_a_small_cluster_does_not_raise_the_bar_for_large_ones() -> None:
+    votes, owners = planted_votes()
+    owners = np.where(np.arange(600) < 3, 6, owners)
+    null = shuffled_null(votes, owners, 7)
+    assert null.score[6] > null.score[:6].max() + 0.5
+    assert np.ptp(null.score[:6]) < 0.3
+
+
+HYPERNYMS = {"swan": ["bird"], "owl": ["bird"], "parrot": ["bird"], "bird": ["animal"], "cat": ["animal"]}
+
+
+def test_many_words_with_a_more_general_one_in_common_give_it() -> None:
+    words = ["swan", "owl", "parrot", "cat", "stone"]
+    votes = np.array([[0.25, 0.25, 0.2, 0.1, 0.0], [0.0, 0.0, 0.0, 0.5, 0.1], [0.0, 0.0, 0.0, 0.0, 0.7]])
+    names = name_distinctly(sparse.csr_array(votes), np.ones(3, int), words, hypernyms=HYPERNYMS)
+    assert [name.name for name in names] == ["bird", "cat", "stone"]
+    assert names[0].score == pytest.approx(0.7)
+    assert names[0].is_changed
+    # A word that is sure enough by itself stands.
+    votes[0, 0] = 0.31
+    names = name_distinctly(sparse.csr_array(votes), np.ones(3, int), words, hypernyms=HYPERNYMS)
+    assert names[0].name == "swan"
+
+
+def test_two_clusters_of_one_more_general_word_are_told_apart() -> None:
+    words = ["swan", "owl", "parrot", "cat", "stone", "tree"]
+    votes = np.array([[0.28, 0.1, 0.25, 0.0, 0.0, 0.0], [0.15, 0.29, 0.2, 0.0, 0.0, 0.0], *0.8 * np.eye(6)[3:]])
+    names = name_distinctly(sparse.csr_array(votes), np.ones(5, int), words, hypernyms=HYPERNYMS)
+    assert [name.name for name in names] == ["bird (swan)", "bird (owl)", "cat", "stone", "tree"]
+    # Where most clusters are birds, that tells none of them apart.
+    names = name_distinctly(sparse.csr_array(votes[:2]), np.ones(2, int), words, hypernyms=HYPERNYMS)
+    assert [name.name for name in names] == ["swan", "owl"]
+
+
+def test_a_word_gives_way_to_a_less_general_one_with_most_of_the_votes_below_it() -> None:
+    words = ["dog", "spaniel", "terrier", "springer", "stone"]
+    above = {"spaniel": ["dog"], "terrier": ["dog"], "springer": ["spaniel"]}
+    votes = np.array([[0.4, 0.1, 0.1, 0.15, 0.0], [0.0, 0.0, 0.0, 0.0, 0.7]])
+
+    def named(row: list[float], other: list[float] | None = None) -> list[str | None]:
+        votes = np.array([row, other or [0.0, 0.0, 0.0, 0.0, 0.7]])
+        return [name.name for name in name_distinctly(sparse.csr_array(votes), np.ones(2, int), words, hypernyms=above)]
+
+    assert named([0.4, 0.1, 0.1, 0.15, 0.0]) == ["springer", "stone"]
+    assert named([0.4, 0.1, 0.2, 0.1, 0.0]) == ["dog", "stone"], "no one word has most of what is below"
+    assert named([0.6, 0.05, 0.0, 0.05, 0.0]) == ["dog", "stone"], "what is below has too little"
+    assert named([0.4, 0.1, 0.1, 0.15, 0.0], [0.0, 0.0, 0.0, 0.5, 0.1])[0] == "dog", "the word is another cluster's"
+    assert name_distinctly(sparse.csr_array(votes), np.ones(2, int), words)[0].name == "dog"
+
+
+def test_real_clusters_get_their_classes_names_and_shuffled_ones_none(shared_data: Path) -> None:
+    """The whole vocabulary stands to choose from: 1,860 words, which are more and less general ones of each other."""
+    rows = [json.loads(line) for line in (shared_data / "vocab" / "synsets.jsonl").read_text().splitlines()]
+    heads = {row["wnid"]: row["lemmas"][0].replace("_", " ") for row in rows}
+    table = pq.read_table(shared_data / "vocab" / "synsets_a.parquet")
+    words = vocabulary.from_rows(
+        table["word"].to_pylist(),
+        np.array(table["embedding"].to_pylist(), np.float32),
+        "synsets",
+        hypernyms=[[heads[parent] for parent in row["parents"]] for row in rows],
+    )
+    synonyms = {row["lemmas"][0].replace("_", " "): row["lemmas"] for row in rows}
+    folder = shared_data / "imagenette_val3k"
+    labels, x = np.load(folder / "labels.npy"), np.load(folder / "features_mnv2a_f16.npy").astype(np.float32)
+    classes = (folder / "classes.txt").read_text().split("\n")
+    found = rc.KMeans(10, metric="cosine", center=True, n_init=3, random_state=0).fit(x[::3]).labels_
+    labels, x = labels[::3], x[::3]
+    transform = FeatureTransform.fitted(x, center=True, standardize=False, normalize=True)
+    assert words.embeddings is not None
+    votes = image_votes(x, words.embeddings, transform=transform)
+
+    def named(clusters: np.ndarray) -> list[str | None]:
+        null, sizes = shuffled_null(votes, clusters, 10), np.bincount(clusters, minlength=10)
+        names = name_distinctly(summed(votes, clusters, 10), sizes, words.words, null=null, hypernyms=words.hypernyms)
+        return [name.name for name in names]
+
+    right = 0
+    for cluster, name in enumerate(named(found)):
+        true = classes[np.bincount(labels[found == cluster]).argmax()]
+        right += name is not None and any(vocabulary.same_name(lemma, true) for lemma in synonyms.get(name, [name]))
+    assert right >= 9
+    random = np.random.default_rng(0)
+    nothing = [name is None for _ in range(10) for name in named(random.permutation(found))]
+    assert np.mean(nothing) >= 0.95
 
 
 def test_votes_of_other_shape_are_refused() -> None:

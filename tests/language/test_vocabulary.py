@@ -11,6 +11,7 @@ from rayclust.language.vocabulary import (
     from_labels,
     from_rows,
     from_text,
+    from_wordnet,
     imagenet,
     merged,
     same_name,
@@ -24,7 +25,8 @@ from tests.stages.runs import tree
         ("auto", "auto"),
         ("none", "none"),
         ("imagenet", "imagenet"),
-        ("wordnet", "text"),
+        ("wordnet", "wordnet"),
+        ("s3://bucket/dict/data.noun", "wordnet"),
         ("classes", "classes"),
         ("s3://bucket/nouns.parquet", "embeddings"),
         ("words.PQ", "embeddings"),
@@ -135,6 +137,7 @@ def test_one_name_is_a_list_of_one() -> None:
     ("label", "wanted"),
     [
         ({"voters": 0}, "label.voters = 0: must be at least 1, all or auto"),
+        ({"unique": True}, "label.unique = True: is now distinct"),
         ({"vocabulary": []}, "a list needs at least one name"),
         ({"vocabulary": ["auto", "classes"]}, "neither auto nor none"),
     ],
@@ -142,3 +145,35 @@ def test_one_name_is_a_list_of_one() -> None:
 def test_settings_that_mean_nothing_are_one_line(label: dict, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         validate(tree("/run", "/images", label=label))
+
+
+WORDNET = b"""  1 This software and database is being provided to you, the LICENSEE, by
+00001740 03 n 01 entity 0 001 ~ 00001930 n 0000 | that which is perceived
+00001930 03 n 01 physical_entity 0 002 @ 00001740 n 0000 ~ 00002000 n 0000 | an entity
+00002000 05 n 02 dog 0 Domestic_dog 0 002 @ 00001930 n 0000 ~ 00003000 n 0000 | a dog
+00003000 05 n 01 Lassie 0 001 @i 00002000 n 0000 | a dog of films
+00004000 05 n 01 dog 1 001 @ 00001740 n 0000 | a chap
+"""
+
+
+def test_wordnet_has_its_nouns_with_what_is_more_general() -> None:
+    found = from_wordnet(WORDNET, "data.noun")
+    assert found.words == ("entity", "physical entity", "dog", "Domestic dog", "Lassie")
+    assert found.hypernyms["dog"] == ("physical entity", "entity")
+    assert found.hypernyms["lassie"] == ("dog",)
+    assert found.hypernyms["entity"] == ()
+    written = from_wordnet(WORDNET, "data.noun", verbatim=True)
+    assert written.words == ("entity", "physical_entity", "dog", "Domestic_dog", "Lassie", "dog")
+    assert merged([written], verbatim=True).words == written.words
+    assert merged([found, from_text(b"cat", "w")]).hypernyms == found.hypernyms
+    with pytest.raises(DataError, match=r"is no data\.noun of WordNet"):
+        from_wordnet(b"a list\nof words", "data.noun")
+
+
+def test_names_may_stay_as_they_are_written() -> None:
+    assert from_text(b"Sea_cow\nsea cow\nnan\n", "w").words == ("Sea cow", "nan")
+    assert from_text(b"Sea_cow\nsea cow\nnan\n", "w", verbatim=True).words == ("Sea_cow", "sea cow", "nan")
+    rows = np.eye(2, dtype=np.float32)
+    found = from_rows(["a_b", "A b"], rows, "w", hypernyms=[["C_d"], None], verbatim=True)
+    assert found.words == ("a_b", "A b")
+    assert found.hypernyms == {"a b": ("c d",)}

@@ -132,3 +132,19 @@ def test_names_without_rows_are_read_by_the_encoder_where_that_is_one_space(monk
     wide = merged([Vocabulary(("cat",), np.ones((1, 5), np.float32)), Vocabulary(("eel",))])
     with pytest.raises(ConfigError, match="embeddings of 5 values; the encoder's have 3"):
         word_embeddings(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), wide)
+
+
+def test_wordnet_is_found_where_its_own_variables_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "dict").mkdir()
+    noun = tmp_path / "dict" / "data.noun"
+    noun.write_bytes(b"00001740 03 n 01 entity 0 000 | that which is perceived\n")
+    monkeypatch.delenv("WNSEARCHDIR", raising=False)
+    monkeypatch.setenv("WNHOME", str(tmp_path))
+    settings = config("wordnet", "open_clip/ViT-B-32")
+    assert read_lists(settings)[0].words == ("entity",)
+    assert words_module.word_stamps(["wordnet", "classes"]) == words_module.word_stamps([str(noun)])
+    monkeypatch.delenv("WNHOME")
+    monkeypatch.setattr(words_module, "WORDNET_FOLDERS", (str(tmp_path / "none"),))
+    with pytest.raises(ConfigError, match="this machine has no WordNet; install it, set WNSEARCHDIR"):
+        read_lists(settings)
+    assert read_lists(config(str(noun), "open_clip/ViT-B-32"))[0].words == ("entity",)

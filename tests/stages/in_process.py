@@ -11,7 +11,7 @@ import pytest
 
 from rayclust.runtime import pipeline, tasks
 from rayclust.runtime.tasks import Task
-from rayclust.stages import assign, curate, encode, evaluate, figures, index, label, select_k, train
+from rayclust.stages import assign, counterparts, curate, encode, evaluate, figures, index, label, select_k, train
 from rayclust.stages.encode import ReadAndDecode, ShardWriter
 from rayclust.stages.select_k import Search, examine
 
@@ -29,7 +29,7 @@ class Metrics:
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts."""
-    for module in (assign, curate, evaluate, figures, index, label):
+    for module in (assign, counterparts, curate, evaluate, figures, index, label):
         patch.setattr(module, "run_remotely", lambda function, *arguments, **options: function(*arguments))
     for module in (tasks, encode, train):
         patch.setattr(module, "connect", lambda: None)

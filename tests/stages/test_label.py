@@ -239,3 +239,29 @@ def test_who_votes_depends_on_the_number_of_words(vectors_run: Sealed, tmp_path:
     assert some is not None
     assert len(some) == 4
     assert VOTERS >= 100
+
+
+def test_distinct_names_are_refused_where_shuffled_images_would_have_them(named: RunConfig):
+    """Seven images are too few to say more than chance: both clusters stay without a name, and the table says why."""
+    config = named.model_copy(update={"label": named.label.model_copy(update={"distinct": True})})
+    manifest = run_stage("label", config)
+    rows = pq.read_table(Path(named.run) / "clusters.parquet").to_pylist()
+    assert manifest.counts["named"] == sum(row["name"] is not None for row in rows)
+    assert {row["runners_up"][0]["name"] if row["name"] is None else row["name"] for row in rows} == {"right", "up"}
+    assert all(row["changed"] == (row["name"] is None) for row in rows)
+
+
+def test_images_that_are_shuffled_vote_by_themselves(
+    vectors_run: Sealed, tmp_path: Path, lists: tuple[str, ...]
+) -> None:
+    work = votes(vectors_run, tmp_path / "v", vocabulary=lists, distinct=True, voters=3)
+    assert work.prepare() == 3
+    for part in range(2):
+        work.vote(Task(part, "d"))
+    images, clusters = work._image_votes("all", 3)
+    assert images.shape == (6, 3)
+    assert np.bincount(clusters).tolist() == [3, 3]
+    np.testing.assert_allclose(images.sum(axis=1), 1, atol=1e-6)
+    names, voters = work.count()
+    assert voters == 6
+    assert len(names["all"]) == 2

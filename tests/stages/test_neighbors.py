@@ -9,14 +9,14 @@ import pytest
 from rayclust.config import validate
 from rayclust.errors import DataError
 from rayclust.runtime.pipeline import run_all, run_stage
-from rayclust.stages.neighbors import TASK_BYTES, TASK_ROWS, _tasks, task_rows
+from rayclust.runtime.tasks import TASK_BYTES, TASK_ROWS, group_parts, search_task_rows
 from tests.references import nearest_rows
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
 
 
 def grouped(parts: list[int]) -> list[tuple[int, ...]]:
-    return [task.payload for task in _tasks(parts, "digest", task_rows(sum(parts), 8, 5))]
+    return [task.payload for task in group_parts(parts, "digest", search_task_rows(sum(parts), 8, 5))]
 
 
 def test_parts_are_grouped_in_order_until_a_task_is_worth_its_reading():
@@ -28,22 +28,22 @@ def test_parts_are_grouped_in_order_until_a_task_is_worth_its_reading():
 
 
 def test_tasks_are_a_64th_of_the_rows_but_neither_small_nor_beyond_memory():
-    assert task_rows(2, 768, 50) == TASK_ROWS
-    assert task_rows(10**7, 64, 10) == 10**7 // 64
-    most = task_rows(2 * 10**9, 768, 50)
-    assert most == task_rows(4 * 10**9, 768, 50)
+    assert search_task_rows(2, 768, 50) == TASK_ROWS
+    assert search_task_rows(10**7, 64, 10) == 10**7 // 64
+    most = search_task_rows(2 * 10**9, 768, 50)
+    assert most == search_task_rows(4 * 10**9, 768, 50)
     assert TASK_BYTES * 0.99 < most * (2 * 768 + 8 * 51) <= TASK_BYTES
 
 
 def test_every_part_is_in_one_task_and_tasks_know_their_rows():
     parts = np.random.default_rng(0).integers(0, 900, 200).tolist()
-    tasks = _tasks(parts, "digest", 1000)
+    tasks = group_parts(parts, "digest", 1000)
     assert [part for task in tasks for part in task.payload] == list(range(200))
     assert [task.size for task in tasks] == [sum(parts[p] for p in task.payload) for task in tasks]
     assert [task.index for task in tasks] == list(range(len(tasks)))
     assert len({task.digest for task in tasks}) == len(tasks)
-    assert tasks == _tasks(parts, "digest", 1000)
-    assert not {task.digest for task in tasks} & {task.digest for task in _tasks(parts, "other", 1000)}
+    assert tasks == group_parts(parts, "digest", 1000)
+    assert not {task.digest for task in tasks} & {task.digest for task in group_parts(parts, "other", 1000)}
 
 
 def found(sealed: Sealed, part: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from rayclust.runtime import tasks
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.tasks import Task
 from rayclust.search.knn import pack_keys
-from rayclust.stages import neighbors, neighbors_ivf
+from rayclust.stages import neighbors_ivf
 from rayclust.stages.neighbors_ivf import (
     IvfLayout,
     ListSearch,
@@ -46,7 +46,7 @@ from tests.stages.runs import tree, write_tars
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of some hundred rows."""
-    monkeypatch.setattr(neighbors, "TASK_ROWS", 150)
+    monkeypatch.setattr(tasks, "TASK_ROWS", 150)
 
 
 def planted(count: int, groups: int = 12, width: int = 8) -> np.ndarray:
@@ -172,7 +172,7 @@ def test_few_rows(count: int, tmp_path: Path, in_process: None):
 def test_parts_and_groups_without_rows_have_tables_without_rows(
     tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(neighbors, "TASK_ROWS", 10)
+    monkeypatch.setattr(tasks, "TASK_ROWS", 10)
     write_tars(tmp_path / "images", shards=2, per_shard=12)
     for name in ("shard-000a", "shard-002"):
         tarfile.open(tmp_path / "images" / f"{name}.tar", "w").close()
@@ -226,7 +226,7 @@ def joined_once(tmp_path_factory: pytest.TempPathFactory) -> Joined:
     folder = tmp_path_factory.mktemp("joined")
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        patch.setattr(neighbors, "TASK_ROWS", 150)
+        patch.setattr(tasks, "TASK_ROWS", 150)
         config = encoded(folder, planted(700), (300, 1, 399))
         shutil.copytree(config.run, folder / "encoded")
         with storage_with(None) as recorder:

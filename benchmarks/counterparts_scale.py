@@ -1,0 +1,125 @@
+"""Nouns and counterparts of 1 M images at 120,000 nouns: memory and time of the stage `counterparts` on two cores.
+
+Claim: below 3 GB, over all workers of two cores, at any time.
+
+    python benchmarks/counterparts_scale.py [--rows 1000000] [--nouns 120000] [--measured 32768]
+
+The phases run as in the stage, each in a process of its own with one thread: one worker chooses the nouns on a sample
+of 64 rows for each of N / 300 centres, from one start; then two workers make the counterparts of parts of 8,192 rows.
+Of the latter only some rows are made, since memory does not depend on how many parts there are; their time for all rows
+is extrapolated, and said to be. Rows and nouns are drawn at random around common directions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rayclust.clustering import kmeans
+from rayclust.language import nouns
+
+WIDTH, PART, GROUPS = 512, 8192, 2000
+ROWS_PER_CENTER, PASSES = 64, 10
+
+
+def drawn(count: int, seed: int) -> Tensor:
+    """Unit rows around 2,000 directions that images and nouns share."""
+    directions = torch.randn(GROUPS, WIDTH, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    x = directions[torch.randint(GROUPS, (count,), generator=generator)]
+    x += torch.randn(count, WIDTH, generator=generator)
+    return functional.normalize(x, dim=1, out=x)
+
+
+def choose(rows: int, words: int) -> dict[str, Any]:
+    """Find the semantic centres, score all nouns, and choose."""
+    centers = nouns.center_count(rows, 1)
+    sample, vocabulary = drawn(min(rows, ROWS_PER_CENTER * centers), 1), drawn(words, 2)
+    options = kmeans.KMeansOptions(clusters=centers, restarts=1, max_iterations=PASSES)
+    started = time.perf_counter()
+    result = kmeans.fit(lambda: [sample], options)
+    found = time.perf_counter()
+    scores = nouns.score_nouns(result.centers, vocabulary)
+    chosen = nouns.choose_nouns(scores)
+    scored = time.perf_counter()
+    return {
+        "centers": centers,
+        "sample": len(sample),
+        "chosen": len(chosen),
+        "confidences": len(scores.confidence.unique()),
+        "kmeans": found - started,
+        "score": scored - found,
+    }
+
+
+def retrieve(count: int, chosen: int) -> dict[str, Any]:
+    """Make counterparts, part by part."""
+    words, spent = drawn(chosen, 3), 0.0
+    for part in range(-(-count // PART)):
+        x = drawn(PART, 10 + part)
+        started = time.perf_counter()
+        texts = nouns.counterparts(x, words).half()
+        spent += time.perf_counter() - started
+        assert texts.shape == x.shape
+    return {"seconds": spent, "rows": -(-count // PART) * PART}
+
+
+def measured(pipe: Any, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    """Run a phase and send what it returns with the peak of this process's memory, GB."""
+    torch.set_num_threads(1)
+    found = function(*arguments)
+    pipe.send(found | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9})
+
+
+def run(workers: int, function: Callable[..., dict[str, Any]], *arguments: Any) -> list[dict[str, Any]]:
+    """Run a phase in so many processes at once."""
+    context, found = multiprocessing.get_context("spawn"), []
+    pairs = [context.Pipe() for _ in range(workers)]
+    processes = [context.Process(target=measured, args=(end, function, arguments)) for _, end in pairs]
+    for process in processes:
+        process.start()
+    for (pipe, _), process in zip(pairs, processes, strict=True):
+        found.append(pipe.recv())
+        process.join()
+    return found
+
+
+def main() -> None:
+    """Run both phases and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--nouns", type=int, default=120_000)
+    parser.add_argument("--measured", type=int, default=32_768, help="rows whose counterparts each worker makes")
+    arguments = parser.parse_args()
+    print(f"{platform.machine()}, 1 thread a worker, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"python benchmarks/counterparts_scale.py {' '.join(sys.argv[1:])}\n")
+    [choice] = run(1, choose, arguments.rows, arguments.nouns)
+    print(
+        f"{arguments.rows:,} rows × {WIDTH}, {arguments.nouns:,} nouns, {choice['centers']:,} centres\n"
+        f"k-means of {choice['sample']:,} rows, {PASSES} passes: {choice['kmeans']:.0f} s; "
+        f"all nouns scored, {choice['confidences']:,} different confidences: {choice['score']:.0f} s; "
+        f"{choice['memory']:.2f} GB"
+    )
+    parts = run(2, retrieve, arguments.measured, choice["chosen"])
+    rate = sum(part["rows"] / part["seconds"] for part in parts)
+    together = sum(part["memory"] for part in parts)
+    print(
+        f"counterparts by {choice['chosen']:,} nouns, 2 workers: {rate:,.0f} rows/s, so that all rows take "
+        f"{arguments.rows / rate:.0f} s (extrapolated from {sum(part['rows'] for part in parts):,}); {together:.2f} GB "
+        f"together"
+    )
+    print(f"below 3 GB: {max(choice['memory'], together) < 3}")
+
+
+if __name__ == "__main__":
+    main()
