@@ -2,7 +2,7 @@
 
 Claim: below 3 GB, over all workers of two cores, at any time.
 
-    python benchmarks/counterparts_scale.py [--rows 1000000] [--nouns 120000] [--measured 32768]
+    python benchmarks/counterparts_scale.py [--rows 1000000] [--nouns 120000] [--phases choose retrieve]
 
 The phases run as in the stage, each in a process of its own with one thread: one worker chooses the nouns on a sample
 of 64 rows for each of N / 300 centres, from one start; then two workers make the counterparts of parts of 8,192 rows.
@@ -99,26 +99,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--nouns", type=int, default=120_000)
+    parser.add_argument("--phases", nargs="+", choices=["choose", "retrieve"], default=["choose", "retrieve"])
     parser.add_argument("--measured", type=int, default=32_768, help="rows whose counterparts each worker makes")
     arguments = parser.parse_args()
     print(f"{platform.machine()}, 1 thread a worker, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"python benchmarks/counterparts_scale.py {' '.join(sys.argv[1:])}\n")
-    [choice] = run(1, choose, arguments.rows, arguments.nouns)
-    print(
-        f"{arguments.rows:,} rows × {WIDTH}, {arguments.nouns:,} nouns, {choice['centers']:,} centres\n"
-        f"k-means of {choice['sample']:,} rows, {PASSES} passes: {choice['kmeans']:.0f} s; "
-        f"all nouns scored, {choice['confidences']:,} different confidences: {choice['score']:.0f} s; "
-        f"{choice['memory']:.2f} GB"
-    )
-    parts = run(2, retrieve, arguments.measured, choice["chosen"])
-    rate = sum(part["rows"] / part["seconds"] for part in parts)
-    together = sum(part["memory"] for part in parts)
-    print(
-        f"counterparts by {choice['chosen']:,} nouns, 2 workers: {rate:,.0f} rows/s, so that all rows take "
-        f"{arguments.rows / rate:.0f} s (extrapolated from {sum(part['rows'] for part in parts):,}); {together:.2f} GB "
-        f"together"
-    )
-    print(f"below 3 GB: {max(choice['memory'], together) < 3}")
+    centers, memory = nouns.center_count(arguments.rows, 1), []
+    print(f"{arguments.rows:,} rows × {WIDTH}, {arguments.nouns:,} nouns, {centers:,} centres")
+    chosen = 5 * centers
+    if "choose" in arguments.phases:
+        [choice] = run(1, choose, arguments.rows, arguments.nouns)
+        chosen, memory = choice["chosen"], [choice["memory"]]
+        print(
+            f"k-means of {choice['sample']:,} rows, {PASSES} passes: {choice['kmeans']:.0f} s; "
+            f"all nouns scored, {choice['confidences']:,} different confidences: {choice['score']:.0f} s; "
+            f"{choice['memory']:.2f} GB"
+        )
+    if "retrieve" in arguments.phases:
+        parts = run(2, retrieve, arguments.measured, chosen)
+        rate = sum(part["rows"] / part["seconds"] for part in parts)
+        memory.append(sum(part["memory"] for part in parts))
+        print(
+            f"counterparts by {chosen:,} nouns, 2 workers: {rate:,.0f} rows/s, so that all rows take "
+            f"{arguments.rows / rate:.0f} s (extrapolated from {sum(part['rows'] for part in parts):,}); "
+            f"{memory[-1]:.2f} GB together"
+        )
+    print(f"below 3 GB: {max(memory) < 3}")
 
 
 if __name__ == "__main__":

@@ -203,12 +203,57 @@ class StoredRows:
         found = (self._fitted(part, neighbors) for part, neighbors in enumerate(read))
         if self._aside is not None:  # neighbours are fitted rows as well: number them among these
             positions = np.cumsum(~self._aside) - 1
-    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
-        """Yield Float32[B D] blocks of this worker's contiguous share of the rows, of all spaces or of one."""
-        yield from self.own_blocks(self.tensor(space))
+            found = (np.where(neighbors < 0, NO_NEIGHBOR, positions[neighbors]) for neighbors in found)
+        return mapped(self._cache / name, (self.count, width), np.int64, found)
 
-    def own_blocks(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield this worker's contiguous share of the rows of a tensor [N D], block by block."""
+    def nouns(self) -> Tensor:
+        """Return Float32[V D], the nouns that were chosen for the run (`methods.tac.WordedRows`).
+
+        Raises:
+            ArtefactError: none were.
+        """
+        column = tables.read_table(self._run.nouns, ["embedding"])["embedding"]
+        return torch.from_numpy(tables.matrix(column).copy())
+
+    def counterparts(self) -> StoredCounterparts:
+        """Return the rows' counterparts in text."""
+        return StoredCounterparts(self)
+
+    def text_tensor(self) -> Tensor:
+        """Return Float32[N D], the rows' counterparts in text, mapped."""
+        uris = [self._run.counterparts(part) for part in range(len(self._starts) - 1)]
+        read = (tables.matrix(tables.read_table(uri, ["embedding"])["embedding"]) for uri in uris)
+        found = (self._fitted(part, texts) for part, texts in enumerate(read))
+        return mapped(self._cache / "counterparts.npy", (self.count, self.dimension), np.float32, found)
+
+    def text_neighbors(self) -> Tensor:
+        """Return Int64[N M], neighbours of the counterparts, mapped."""
+        return self.mapped_neighbors("text-neighbors.npy", self._run.text_neighbors)
+
+
+class StoredCounterparts:
+    """Counterparts in text of the fitted rows of a run, in their order, as rows of a space of their own.
+
+    Args:
+        rows: the rows.
+    """
+
+    def __init__(self, rows: StoredRows) -> None:
+        self._rows = rows
+        self.count, self.dimension = rows.count, rows.dimension
+        self.spaces, self.dimensions = (EMBEDDINGS,), {EMBEDDINGS: rows.dimension}
+
+    def tensor(self, space: str | None = None) -> Tensor:
+        """Return Float32[N D], mapped."""
+        return self._rows.text_tensor()
+
+    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
+        """Yield Float32[B D] blocks of this worker's rows, the same rows as `StoredRows.blocks`."""
+        yield from self._rows.own_blocks(self.tensor())
+
+    def neighbors(self) -> Tensor:
+        """Return Int64[N M], mapped."""
+        return self._rows.text_neighbors()
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type, blocks: Iterable[np.ndarray]) -> Tensor:
