@@ -305,3 +305,26 @@ def test_auto_finds_the_number_of_clusters():
     assert accuracy(labels, found.labels_) > 0.8
     with pytest.raises(ConfigError, match="TEMI takes a number"):
         rc.TEMI("auto").fit(x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_tac_takes_words_beside_rows_and_needs_none_for_new_rows(train: bool):
+    x, labels = planted()
+    centers = np.stack([x[labels == k].mean(0) for k in range(4)])
+    rng = np.random.default_rng(1)
+    words = np.concatenate([centers.repeat(5, axis=0), rng.normal(size=(60, 8))]) + 0.1 * rng.normal(size=(80, 8))
+    tiny = rc.TAC(4, words=words, train=train, max_steps=60, learning_rate=0.05, n_neighbors=10, random_state=0)
+    found = clone(tiny).fit(x)
+    assert accuracy(labels, found.labels_) > 0.95
+    assert (found.n_steps_ > 0) == train
+    assert len(set(found.nouns_)) == len(found.nouns_) <= 5 * found.method_.config.centers
+    assert (found.predict(x[:7]) == found.labels_[:7]).all()
+    assert (clone(tiny).fit(x).labels_ == found.labels_).all()
+
+
+def test_tac_without_words_or_with_others_is_one_line():
+    x, _ = planted(count=40)
+    with pytest.raises(ConfigError, match="words = None: TAC needs embeddings of nouns"):
+        rc.TAC(4).fit(x)
+    with pytest.raises(ValueError, match="words has width 5: 8 is needed"):
+        rc.TAC(4, words=np.ones((3, 5))).fit(x)
