@@ -261,11 +261,13 @@ def name_distinctly(
     # 1. More general words stand behind the words, one column for each cluster that wants one.
     containers = dict[int, str]()
     for cluster, ranked in enumerate(shares):
-        name = taxonomy.container(ranked)
-        share, mean = (0.0, 0.0) if name is None else (taxonomy.mass(ranked, name), taxonomy.mean_mass(name))
-        if name is not None and share >= COMMON * mean:  # else it names most of everything
-            containers[cluster] = name
-            scores[cluster][len(words) + cluster] = math.log(share) + specificity * math.log(share / mean)
+        general = taxonomy.container(ranked)
+        if general is None:
+            continue
+        mass, mean = taxonomy.mass(ranked, general), taxonomy.mean_mass(general)
+        if mass >= COMMON * mean:  # else it names most of everything
+            containers[cluster] = general
+            scores[cluster][len(words) + cluster] = math.log(mass) + specificity * math.log(mass / mean)
     # 2. The assignment, with a column of its own for each cluster that stays without a name.
     bound = np.full(len(sizes), -np.inf) if null is None else null.score
     given = _assigned(scores, bound, len(words) + len(sizes))
@@ -276,8 +278,8 @@ def name_distinctly(
         if word is None:
             continue
         free = [other for other in scores[cluster] if other < len(words) and other not in taken]
-        name = containers[cluster] if word >= len(words) else words[word].casefold()
-        rivals = [scores[cluster][other] for other in free if not taxonomy.are_related(name, words[other].casefold())]
+        own = containers[cluster] if word >= len(words) else words[word].casefold()
+        rivals = [scores[cluster][other] for other in free if not taxonomy.are_related(own, words[other].casefold())]
         margins[cluster] = scores[cluster][word] - max(rivals) if rivals else None
         if null is not None and rivals and scores[cluster][word] - max(rivals) < null.margin:
             given[cluster] = None

@@ -153,7 +153,7 @@ class Guidance:
         chosen = tables.matrix(tables.read_table(self.run.nouns, ["embedding"])["embedding"])
         transform = transform_of(self.encode, self.config.features)
         x = unit_rows(torch.from_numpy(part_features(self.run, task.index, transform))).to(device)
-        words, c = torch.from_numpy(chosen).to(device), self.method
+        words, c = torch.from_numpy(chosen.copy()).to(device), self.method
         texts = nouns.counterparts(x, words, c.retrieval_temperature, c.retrieval_nouns).half().cpu().numpy()
         columns = [pa.array(np.arange(start, start + len(texts))), tables.fixed_list(texts)]
         table = pa.table(columns, schema=tables.COUNTERPARTS(words.shape[1]))

@@ -141,8 +141,8 @@ def test_words_of_a_list_are_encoded_block_by_block_once(
             asked.extend(texts)
             return around(np.array([int(text.split()[-1].rstrip(".")) % WIDTH for text in texts]), 0.0, 0)
 
-    monkeypatch.setattr(vocabularies, "load_run_encoder", lambda config: Reader())
-    monkeypatch.setattr(vocabularies, "weights_stamp", lambda config: "stamp")
+    monkeypatch.setattr(vocabularies, "load_run_encoder", lambda config, settings: Reader())
+    monkeypatch.setattr(vocabularies, "weights_stamp", lambda config, settings: "stamp")
     monkeypatch.setattr(vocabularies, "WORDS_PER_BLOCK", 16)
     vocabularies._kept_encoder.cache_clear()
     (tmp_path / "words.txt").write_text("\n".join(f"word {i}" for i in range(40)))
