@@ -290,7 +290,8 @@ def name_distinctly(
     ]
     wanted, holders, found = Counter(narrowed), Counter(given), []
     for cluster, (ranked, word, narrow) in enumerate(zip(shares, given, narrowed, strict=True)):
-        name, share = None, None  # type: str | None, float | None
+        name: str | None = None
+        share: float | None = None
         if word is not None and word >= len(words):
             name = taxonomy.told_apart(cluster, shares, containers)
             share = taxonomy.mass(ranked, containers[cluster])
