@@ -60,7 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown method": (
         {"method": {"name": "tmei"}},
         "method.name = 'tmei': must be one of auto, byol, cc, cpp, gmm, kmeans, moco, pcl, propos, simclr, "
-        "simsiam, spectral, temi; did you mean temi?",
+        "simsiam, spectral, tac, temi; did you mean temi?",
     ),
     "a method that is text": ({"method": "temi"}, "method = 'temi': should be a valid dictionary"),
     "an unknown key comes first": (
