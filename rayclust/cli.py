@@ -180,6 +180,33 @@ def quick(images: str, overrides: tuple[str, ...], *, out: str, as_json: bool, *
     _show_result(run_quick(images, out, overrides=overrides, **settings), as_json)
 
 
+@commands.command(short_help="A RUN.yaml to start from, with every key explained.")
+@click.argument("config", default="RUN.yaml")
+@click.option("--images", required=True, help="Folder, tars, tables or embeddings: what images.uri takes.")
+@click.option("--run", default="run", show_default=True, help="Folder or s3:// URI of the run.")
+@click.option(
+    "--method", default="auto", show_default=True, shell_complete=_complete_method, help="Its keys are listed."
+)
+@click.option("--clusters", default="10", show_default=True, help="Number of clusters, or auto, or some: [5,8,10].")
+@_VERBOSE
+def init(config: str, **settings: str) -> None:
+    """Write CONFIG (RUN.yaml) with every key as a comment, and its JSON schema for editors beside it."""
+    from rayclust.config import RunConfig
+    from rayclust.methods import METHODS
+    from rayclust.runtime.api import SCHEMA_FILE, load_config, starter
+
+    path = Path(config)
+    if path.exists():
+        raise ConfigError(f"{config}: is there already; name another file")
+    if settings["method"] not in METHODS:
+        raise ConfigError(f"--method {settings['method']}: must be one of {', '.join(METHODS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(starter(**settings), encoding="utf-8")
+    load_config(config)
+    path.with_name(SCHEMA_FILE).write_text(json.dumps(RunConfig.model_json_schema(), indent=2), encoding="utf-8")
+    click.echo(f"{config} is written; next: rayclust check {config}, then rayclust run {config}")
+
+
 @commands.command(short_help="All stages of a RUN.yaml that are not done yet.")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from rayclust.cli import commands, run_command
+from rayclust.runtime.api import load_config
 from rayclust.stages import NAMES
 from tests.sealed import Sealed
 from tests.stages.runs import picture
@@ -19,7 +21,7 @@ from tests.stages.runs import picture
 CONTRACT = {
     "quick", "run", "encode", "neighbors", "counterparts", "train", "select-k", "assign", "label", "curate", "index",
     "evaluate", "figures", "report", "check", "status", "search", "predict", "demo", "schema",
-    "submit", "compare", "export", "explore",
+    "submit", "compare", "export", "explore", "init",
 }  # fmt: skip
 
 
@@ -103,6 +105,27 @@ def test_help_lists_the_stages_in_their_order_with_a_word_each(capsys: pytest.Ca
     assert tuple(shown) == NAMES
     assert all(f"  {name} " in first for name in CONTRACT - set(NAMES))
     assert "..." not in first.partition("Commands:")[2], "a line that is cut"
+
+
+@pytest.mark.parametrize("method", ["kmeans", "temi"])
+def test_init_writes_a_config_in_which_every_key_can_be_set(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["init", "--images", "photos", "--method", method, "--clusters", "[5, 8]"]) == 0
+    text = (tmp_path / "RUN.yaml").read_text()
+    assert json.loads((tmp_path / text.partition("$schema=")[2].partition("\n")[0]).read_text())["title"] == "RunConfig"
+    config = load_config("RUN.yaml")
+    assert (config.run, config.images.uri) == (str(tmp_path / "run"), str(tmp_path / "photos"))
+    assert config.select_k.candidates == (5, 8)
+    # With every # before a key removed it is the same, but for keys that exclude each other: several encoders.
+    whole = re.sub(r"(?m)^#((?:  )*[a-z_]+:)", r"\1", text)
+    (tmp_path / "all.yaml").write_text(re.sub(r"(?m)^encoders: .*$", "", whole))
+    every = load_config("all.yaml")
+    assert every.model_dump(exclude={"method"}) == config.model_dump(exclude={"method"})
+    assert every.method.model_dump() == config.method.model_dump()
+    assert run_command(["init", "--images", "photos"]) == 2
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_methods_and_encoders_are_completed():

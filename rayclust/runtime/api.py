@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from rayclust.config import RunConfig, kind_of, parse, validate
 from rayclust.errors import ArtefactError
-from rayclust.methods import reads_pixels
+from rayclust.methods import find, reads_pixels
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
 from rayclust.store.lock import run_lock
 from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
+
+SCHEMA_FILE = "RUN.schema.json"
+"""Beside a RUN.yaml that `init` writes: its JSON schema, for editors."""
 
 
 def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -48,6 +54,41 @@ def load_run(uri: str) -> RunConfig:
 def as_yaml(config: RunConfig) -> str:
     """Return the keys of a config that were set, as a RUN.yaml."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+
+
+def starter(*, run: str, images: str, method: str, clusters: str) -> str:
+    """Return a RUN.yaml to start from: what must be set, and every other key with its default and meaning as a comment.
+
+    Args:
+        run: folder or URI of the run.
+        images: as `images.uri` takes them.
+        method: its name; its own keys are listed.
+        clusters: a number, `auto`, or candidates in brackets.
+    """
+    given = {"run": run, "images.uri": images, "method.name": method, "method.clusters": yaml.safe_load(clusters)}
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        "# Keys that begin with # stand for their defaults: remove it, and that of their group, to set them.",
+    ]
+
+    def write(model: type[BaseModel], prefix: str) -> None:
+        indent = "  " * prefix.count(".")
+        for name, field in model.model_fields.items():
+            key = prefix + name
+            group = find(method).config_type if key == "method" else field.annotation
+            mark = "" if any(each == key or each.startswith(f"{key}.") for each in given) else "#"
+            if isinstance(group, type) and issubclass(group, BaseModel):
+                lines.extend(["", f"{mark}{indent}{name}:"])
+                write(group, f"{key}.")
+                continue
+            lines.extend(f"{indent}# {line}" for line in textwrap.wrap(field.description or "", 110))
+            value = to_jsonable_python(given.get(key, field.get_default(call_default_factory=True)))
+            # One line; `...` ends a document that is a bare word.
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+            lines.append(f"{mark}{indent}{name}: {text.strip().removesuffix('...').strip()}")
+
+    write(RunConfig, "")
+    return "\n".join(lines) + "\n"
 
 
 def local_paths(config: RunConfig) -> dict[str, str]:
