@@ -68,7 +68,7 @@ class Explorer:
         self._index = RowIndex(self._rows)
         self._searcher = Searcher(config)
         self._pictures = OrderedDict[tuple[int, int], bytes]()
-        self._lock = threading.Lock()
+        self._lock, self._searching = threading.Lock(), threading.Lock()
         self._neighbors = lru_cache(4)(self._read_neighbors)
         self._own = tables.read_table(self._run.clusters).to_pylist()
         self._labels = self._count_labels()
@@ -166,7 +166,7 @@ class Explorer:
             DataError: the data is no image.
             RayclustError: the run is not indexed.
         """
-        with self._lock:  # one encoder, and its memory, at a time
+        with self._searching:  # one encoder, and its memory, at a time
             [space] = self._searcher.resolve("encoder", has_text=text is not None)
             if text is not None:
                 query = self._searcher.encode_text(text, space)
