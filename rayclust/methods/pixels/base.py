@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -203,9 +203,10 @@ class PixelMethod(Method):
             "inertia": mean 2·(1 − cosine) to the centre; "feature_std": deviation of the features' components, times
             √d: 1 where they fill all directions, 0 where they have collapsed.
         """
-        was_training = self.training
+        was_training, is_last = self.training, int(self.epochs_done) == self.plan.epochs
         self.eval()
-        z = torch.cat([self.centers[:0], *(self.transform(block) for block in self._blocks())])
+        with nullcontext() if is_last else self.autocast():  # the last one in the precision in which rows are assigned
+            z = torch.cat([self.centers[:0], *(self.transform(block) for block in self._blocks())])
         self.train(was_training)
         options = kmeans.KMeansOptions(clusters=self.config.clusters, restarts=self.config.restarts)
         result = kmeans.fit(lambda: [z], options, seed=self.seed)
@@ -251,7 +252,7 @@ class PixelMethod(Method):
     @torch.no_grad()
     def transform(self, x: Tensor) -> Tensor:
         """Map images to features: Float[B D] to unit rows Float[B d]."""
-        parts = [self.embed(images) for images in self.normalized_parts(x)]
+        parts = [accumulated(self.embed(images)) for images in self.normalized_parts(x)]
         return functional.normalize(torch.cat(parts), dim=1)
 
     @torch.no_grad()
