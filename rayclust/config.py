@@ -235,6 +235,9 @@ class ResourcesConfig(Config):
     """Times a lost training worker is replaced before the stage fails."""
     checkpoint_seconds: float = Field(30, gt=0)
     """Seconds between two checkpoints of a training."""
+    in_driver: Literal["auto", "never"] = "auto"
+    """Where small work runs: never: in Ray workers. auto: in the command's own process where no cluster, GPU, placement
+    or second worker is asked for; some ten thousand rows are small. Changes no result."""
     placement: PlacementConfig = PlacementConfig()
 
     @property

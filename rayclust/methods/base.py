@@ -37,6 +37,8 @@ class BaseMethodConfig(Config):
     """Whether the method's `pairing` asks for neighbours, so that they are searched before it is fitted."""
     reads_words: ClassVar[bool] = False
     """Whether the method is fitted to rows with counterparts in text, so that nouns are chosen before."""
+    fits_fast: ClassVar[bool] = False
+    """Whether a fit takes some passes over the rows and no more: of a small set seconds of one core."""
     name: str
     """What the method is called in RUN.yaml."""
     clusters: int = Field(ge=2)

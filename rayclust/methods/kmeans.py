@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows
 class KMeansConfig(kmeans.KMeansOptions, BaseMethodConfig):
     """k-means (Lloyd) from greedy k-means++ seeds."""
 
+    fits_fast: ClassVar[bool] = True
     name: Literal["kmeans"] = "kmeans"
     """Nearest of K centres."""
     clusters: int = Field(ge=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,14 +24,14 @@ import yaml
 
 from rayclust.config import PlacementConfig, RunConfig, format_labels
 from rayclust.errors import ConfigError, RayclustError
+from rayclust.runtime.driver import OWN, has_idle_gpu, in_driver, may_use_driver, threads
 from rayclust.runtime.progress import timed_section
 
 logger = logging.getLogger(__name__)
 
-OWN = "rayclust-own"
-"""Namespace of a cluster that this process has started on its machine: no node will ever join it."""
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """Description of a cluster that `ray up` has started, on its head."""
+_IDLE_GPU = f"a GPU of this machine lies idle: torch {torch.__version__} sees no CUDA device; install a CUDA build"
 CONNECT_SECONDS = 10.0
 """How long a server may take to accept a connection."""
 task_labels: ContextVar[dict[str, dict[str, str]]] = ContextVar("task_labels", default={})  # noqa: B039 - stays as it is
@@ -202,13 +203,15 @@ def with_gpus(config: RunConfig, kind: Literal["encode", "train", "trials"]) -> 
     resources, labels = config.resources, getattr(config.resources.placement, kind)
     if resources.gpus_per_worker != "auto":
         return config
+    if may_use_driver(config):  # no cluster is looked for, and torch sees no GPU here
+        if has_idle_gpu():
+            _warn_once(_IDLE_GPU)
+        return config.model_copy(update={"resources": resources.model_copy(update={"gpus_per_worker": 0.0})})
     connect()
     nodes = live_nodes(labels)
     has_gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
     if has_gpus and is_own() and not torch.cuda.is_available():
-        _warn_once(
-            f"a GPU of this machine lies idle: torch {torch.__version__} sees no CUDA device; install a CUDA build"
-        )
+        _warn_once(_IDLE_GPU)
         has_gpus = False
     count = float(has_gpus or ((not nodes or not labels) and _may_add_gpus()))
     return config.model_copy(update={"resources": resources.model_copy(update={"gpus_per_worker": count})})
@@ -260,35 +263,40 @@ def worker_range(config: RunConfig) -> tuple[int, int]:
     return (most, most) if fewest is None else (fewest, max(fewest, most))
 
 
-def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: float = 1, gpus: float = 0) -> Any:
-    """Return the result of one call in a Ray worker: nothing that grows with N runs in the driver.
+def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: int = 1, gpus: float = 0) -> Any:
+    """Return the result of one call in a Ray worker: nothing that grows with N runs in the driver; small work does.
 
     The function may run twice, and must give the same result then; `cpus` and `gpus` are the worker's.
     """
-    import ray
 
-    connect()
-
-    # max_calls: by default Ray ends a process after one task with a GPU.
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, max_calls=0, **task_options(gpus)[0])
     def call() -> tuple[Any, float]:  # bound methods cannot be remote themselves
         started = time.monotonic()
         return function(*arguments), time.monotonic() - started
 
     name = getattr(function, "__name__", "work").strip("_").replace("_", " ")
     with plain_errors(), timed_section(name, 1) as timing:
-        result, timing.busy["working"] = ray.get(call.remote())
+        if in_driver():
+            with threads(cpus):
+                result, timing.busy["working"] = call()
+            return result
+        import ray
+
+        connect()
+        # max_calls: by default Ray ends a process after one task with a GPU.
+        options = {"max_retries": 5, "max_calls": 0, **task_options(gpus)[0]}
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **options)(call)
+        result, timing.busy["working"] = ray.get(remote.remote())
         return result
 
 
 def on_every_node(function: Callable[..., Any], *arguments: Any) -> None:
     """Call a function once on each node of the cluster; a node that is gone by then is skipped."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    if not ray.is_initialized():
+    ray = sys.modules.get("ray")
+    if in_driver() or ray is None or not ray.is_initialized():
         function(*arguments)
         return
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     remote = ray.remote(num_cpus=0, max_retries=0)(function)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]

@@ -15,10 +15,12 @@ from rayclust.methods import has_transform
 from rayclust.report.formats import duration
 from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
 from rayclust.runtime.cluster import scheduling, with_gpus
+from rayclust.runtime.driver import is_small, may_use_driver, use_driver
 from rayclust.runtime.progress import collect_timings
 from rayclust.store import storage
 from rayclust.store.lock import RunLock, run_lock
 from rayclust.store.manifest import (
+    EncodeOutputs,
     Manifest,
     Output,
     SelectKOutputs,
@@ -344,7 +346,8 @@ def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
     logger.info("%s: started", stage.name)
     started = time.monotonic()
     try:
-        with scheduling(context.config.resources.placement), collect_timings() as timings:
+        placement, small = context.config.resources.placement, _is_small(context)
+        with scheduling(placement), use_driver(small), collect_timings() as timings:
             result = stage.run(context)
     except ArtefactError as error:
         uri, source = remove_damaged(context.run, STAGES, str(error))
@@ -372,6 +375,15 @@ def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
     summary = f", {result.summary}" if result.summary else ""
     logger.info("%s: done in %s%s", stage.name, duration(seconds), summary)
     return manifest
+
+
+def _is_small(context: StageContext) -> bool:
+    """Return whether a stage works in the driver; encode, whose rows are not counted yet, decides for itself."""
+    encode = context.inputs.get("encode")
+    if encode is None or not may_use_driver(context.config):
+        return False
+    rows = encode.outputs_of(EncodeOutputs)
+    return is_small(sum(rows.parts), rows.dimension)
 
 
 def save_config(config: RunConfig) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from rayclust.language.vocabulary import merged
 from rayclust.methods import is_recuttable
 from rayclust.report.formats import duration
 from rayclust.runtime.cluster import describe_placement
+from rayclust.runtime.driver import has_idle_gpu
 from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
 from rayclust.runtime.inputs import input_shards, with_encoder
 from rayclust.runtime.spaces import plan_ready
@@ -140,7 +140,7 @@ class _Checks:
             return f"as the cluster at RAY_ADDRESS has them; this machine: {here}"
         if self.has_gpu and not self.config.resources.gpus:
             return f"{here} lies idle: set resources.gpus_per_worker to 1, or leave it out"
-        if not self.has_gpu and any(Path("/dev").glob("nvidia[0-9]*")):
+        if has_idle_gpu():
             return f"a GPU lies idle: torch {torch.__version__} sees no CUDA device; install a CUDA build"
         return here
 

@@ -15,6 +15,7 @@ import torch
 from rayclust.errors import ArtefactError
 from rayclust.runtime.artefacts import FileListing, Outputs
 from rayclust.runtime.cluster import connect, cpus, live_nodes, plain_errors, task_options
+from rayclust.runtime.driver import in_driver, threads
 from rayclust.runtime.progress import Progress, timed_section, worker_name
 from rayclust.store import manifest, storage
 from rayclust.store.manifest import digest_of
@@ -156,7 +157,7 @@ def run_tasks(
     *,
     gpus: float = 0,
 ) -> list[TaskResult]:
-    """Run the tasks that have no mark on the cluster, and mark each as it ends.
+    """Run the tasks that have no mark on the cluster, small ones in the driver, and mark each as it ends.
 
     Args:
         run: holds marks and outputs.
@@ -182,7 +183,8 @@ def run_tasks(
         return result, time.monotonic() - started, worker_name()
 
     if todo:
-        connect()
+        if not in_driver():
+            connect()
         done = sum(task.size for task in tasks if task.index in results)
         bar = Progress(stage, "rows", sum(task.size for task in tasks), done)
         with bar, timed_section(section) as timing:
@@ -206,7 +208,7 @@ def report_resume(stage: str, total: int, done: int) -> None:
 def map_tasks(
     function: Callable[[Item], Result], items: Iterable[Item], *, in_order: bool = False, gpus: float = 0
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with `function(item)`, computed by Ray tasks of one CPU each, and some GPUs.
+    """Yield each item with `function(item)`, computed by Ray tasks of one CPU each, and some GPUs, or in the driver.
 
     Args:
         function: runs in a Ray worker; must give the same result if it runs twice.
@@ -215,6 +217,12 @@ def map_tasks(
         in_order: yield in the order of `items`, else as results come.
         gpus: of each task.
     """
+    if in_driver():
+        for item in items:
+            with threads(1):
+                result = function(item)
+            yield item, result
+        return
     import ray
 
     options, labels = task_options(gpus)

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from rayclust.report.formats import duration
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
 from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, with_gpus, worker_count
+from rayclust.runtime.driver import in_driver, may_use_driver, use_driver
 from rayclust.runtime.encoder import RunEncoders, encoder_shape, encoding, refuse_other_width, worker_device
 from rayclust.runtime.inputs import plan_inputs, with_encoder
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
@@ -57,6 +58,8 @@ logger = logging.getLogger(__name__)
 
 MAX_STALLED_PASSES = 3
 """Passes over unfinished shards without any progress after which the stage gives up."""
+DRIVER_ROWS, DRIVER_IMAGES = 2**15, 64
+"""Most ready embeddings, or images as pixels, and most images for a network that are done in the driver."""
 CPU_CHUNK = 32
 """Images of a chunk where encoders run on CPUs."""
 RECORD = pa.struct([("key", pa.string()), ("uri", pa.string()), ("label", pa.string())])
@@ -77,7 +80,16 @@ CHUNK = pa.schema(
 
 
 def run(context: StageContext) -> StageResult:
-    """Encode the shards that are not done, number the rows, and total the counts."""
+    """Encode the shards that are not done, number the rows, and total the counts; a small input in the driver."""
+    shards, encoders = context.plan.shards, encoding(context.config)
+    is_network = any(encoder.family not in ("pixels", "unknown") for encoder in encoders)
+    most = DRIVER_IMAGES if is_network and not shards[0].has_embeddings else DRIVER_ROWS
+    count = sum(shard.count or most + 1 for shard in shards)  # a count may not be known
+    with use_driver(count <= most and may_use_driver(context.config)):
+        return _encode(context)
+
+
+def _encode(context: StageContext) -> StageResult:
     config, listed = context.config, context.plan
     tasks = [
         Task(shard.index, digest, shard, shard.count or 1)
@@ -175,9 +187,11 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
     """Send unfinished shards through Ray Data until none is left; the shards of a lost writer go through again."""
     idle, done = 0, finished_tasks(context.run, "encode", tasks, moments.take)
     report_resume("encode", len(tasks), len(done))
-    if len(done) < len(tasks):
+    chunks: Callable[..., Iterator[Mapping[str, Any]]] = chunks_in_driver
+    if len(done) < len(tasks) and not in_driver():
         # Asked here first: weights that are missing are one line at once, not many workers' failures.
         shapes = [encoder_shape(context.config, encoder) for encoder in encoding(context.config)]
+        chunks = partial(chunks_on_ray, shapes)
         connect()
         if not context.config.resources.gpus:
             rate = worker_count(context.config, "encode") / sum(seconds for _, _, seconds in shapes)
@@ -192,7 +206,7 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
         todo = [task for task in tasks if task.index not in done]
         with plain_errors(), Progress("encode", "images", total, resumed) as bar:
             bar.advance(note=f"{rejected} rejects")
-            for images, newly_rejected in stream(context, todo, shapes):
+            for images, newly_rejected in count_chunks(chunks(context, todo)):
                 rejected += newly_rejected
                 bar.advance(images + newly_rejected, f"{rejected:,} rejects")
                 _check_reject_share(context.config, rejected, total, {})
@@ -239,18 +253,43 @@ def _number_rows(run: Run, results: Sequence[TaskResult]) -> list[TaskResult]:
     return numbered
 
 
-def stream(
-    context: StageContext, todo: Sequence[Task], shapes: Sequence[tuple[Preprocess, int, float]]
-) -> Iterator[tuple[int, int]]:
-    """Encode shards without a mark through Ray Data.
+def count_chunks(chunks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
+    """Yield (images, rejects) of chunks that their shard's writer has received, and keep the workers' times."""
+    with (
+        progress.timed_section("decoders") as decoding,
+        progress.timed_section("encoders", unit="images") as encoding,
+        progress.timed_section("writers") as writing,
+    ):
+        timed = (decoding, "reading", "worker"), (decoding, "decoding", "worker"), (encoding, "encoding", "encoder")
+        for chunk in chunks:
+            for timing, kind, worker in (*timed, (writing, "writing", "writer")):
+                for seconds, name in zip(chunk[kind], chunk[worker], strict=True):
+                    timing.add(kind, float(seconds), str(name))
+            images, rejected = int(sum(chunk["images"])), int(sum(chunk["rejected"]))
+            encoding.done += images + rejected
+            yield images, rejected
+
+
+def chunks_in_driver(context: StageContext, todo: Sequence[Task]) -> Iterator[Mapping[str, Any]]:
+    """Decode, encode and write shards without a mark in this process; yield counts and times of chunks."""
+    encode = EncodeChunks(context.config, [])
+    widths = [encoder.dimension for encoder in encode.encoders.encoders]
+    encode.writers.append(ShardWriter(*writer_arguments(context, widths)))
+    decode = ReadAndDecode(chunk_rows(context.config), *encode.encoders.preprocesses)
+    for item in _items(context, todo):
+        for chunk in decode(pa.Table.from_pylist([item])):
+            yield encode(chunk).to_pydict()
+
+
+def chunks_on_ray(
+    shapes: Sequence[tuple[Preprocess, int, float]], context: StageContext, todo: Sequence[Task]
+) -> Iterator[Mapping[str, Any]]:
+    """Decode, encode and write shards without a mark through Ray Data; yield counts and times of chunks.
 
     Args:
+        shapes: of the encoders, from `encoder_shape`.
         context: of the stage.
         todo: the shards.
-        shapes: of the encoders, from `encoder_shape`.
-
-    Yields:
-        (images, rejects) of chunks that their shard's writer has received.
     """
     import ray.data
 
@@ -269,7 +308,7 @@ def stream(
     # 1. Writers gather the chunks of shards.
     at_tasks = label_selector("tasks", places.tasks)
     Writer = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **at_tasks)(ShardWriter)
-    arguments = writer_arguments(context, shapes)
+    arguments = writer_arguments(context, [dimension for _, dimension, _ in shapes])
     writers = [Writer.remote(*arguments) for _ in range(max(1, worker_count(config, "encode") // 4))]
     # 2. Shards to chunks of pixels, on CPUs.
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
@@ -291,30 +330,16 @@ def stream(
         batch_size=1,
         batch_format="pyarrow",
     )
-    with (
-        progress.timed_section("decoders") as decoding,
-        progress.timed_section("encoders", unit="images") as encoding,
-        progress.timed_section("writers", len(writers)) as writing,
-    ):
-        timed = (decoding, "reading", "worker"), (decoding, "decoding", "worker"), (encoding, "encoding", "encoder")
-        for batch in counts.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            for timing, kind, worker in timed:
-                for seconds, name in zip(batch[kind], batch[worker], strict=True):
-                    timing.add(kind, float(seconds), name)
-            for seconds in batch["writing"]:
-                writing.add("writing", float(seconds), "")
-            images, rejected = int(batch["images"].sum()), int(batch["rejected"].sum())
-            encoding.done += images + rejected
-            yield images, rejected
+    yield from counts.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
 
 
-def writer_arguments(context: StageContext, shapes: Sequence[tuple[Preprocess, int, float]]) -> tuple[Any, ...]:
-    """Return what `ShardWriter` is built from: of encoders of these shapes."""
+def writer_arguments(context: StageContext, widths: Sequence[int]) -> tuple[Any, ...]:
+    """Return what `ShardWriter` is built from: of encoders of these widths."""
     config = context.config
     if not config.encoders:
         return config.run, Split.of(config)
     names = (encoder.space for encoder in encoding(config) if isinstance(encoder, SpaceConfig))
-    encoded = {name: dimension for name, (_, dimension, _) in zip(names, shapes, strict=True)}
+    encoded = dict(zip(names, widths, strict=True))
     return config.run, Split.of(config), SpaceTables(config.spaces, encoded, context.plan.ready)
 
 
@@ -405,35 +430,39 @@ class EncodeChunks:
     """Ray Data operator: chunks of pixels to embeddings, sent to the writer of their shard; gives counts and times."""
 
     def __init__(self, config: RunConfig, writers: list[Any]) -> None:
-        self._encoders = RunEncoders(config, worker_device(config))
-        self._writers = writers
+        self.encoders = RunEncoders(config, worker_device(config))
+        self.writers = writers
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode a chunk, a table of one row, and send it to its writer; return counts, workers and seconds."""
-        import ray
-
         [chunk] = batch.drop_columns(["pixels"]).to_pylist()
         started = time.monotonic()
         embeddings = self._embeddings(batch["pixels"][0], len(chunk["records"]))
         encoded = time.monotonic()
-        writer = self._writers[json.loads(chunk["task"])["index"] % len(self._writers)]
-        # Waiting here keeps the writers from falling behind without bound.
-        content = [chunk.pop(name) for name in ("task", "chunk", "last", "records", "rejects")]
-        written = ray.get(writer.add.remote(*content, embeddings))
-        counts = {"images": len(content[3]), "rejected": len(content[4]), "encoder": worker_name()}
+        place = json.loads(chunk["task"])["index"] % len(self.writers)
+        writer = self.writers[place]
+        content = [chunk.pop(name) for name in ("task", "chunk", "last", "records", "rejects")] + [embeddings]
+        if isinstance(writer, ShardWriter):
+            written = writer.add(*content)
+        else:
+            import ray
+
+            # Waiting here keeps the writers from falling behind without bound.
+            written = ray.get(writer.add.remote(*content))
+        counts = {"images": len(content[3]), "rejected": len(content[4]), "encoder": worker_name(), "writer": place}
         return pa.Table.from_pylist([chunk | counts | {"encoding": encoded - started, "writing": written}])
 
     def _embeddings(self, pixels: pa.Scalar, count: int) -> np.ndarray:
         if not count:
-            return np.zeros((0, self._encoders.dimension), np.float16)
+            return np.zeros((0, self.encoders.dimension), np.float16)
         kinds, start = list[np.ndarray](), 0
         values = np.frombuffer(pixels.as_buffer(), np.uint8)
-        for preprocess in self._encoders.preprocesses:
+        for preprocess in self.encoders.preprocesses:
             size = count * math.prod(preprocess.shape)
             kinds.append(values[start : start + size].reshape(count, *preprocess.shape))
             start += size
         with np.errstate(over="ignore"):  # what overflows becomes a reject
-            return self._encoders.encode(kinds).astype(np.float16)
+            return self.encoders.encode(kinds).astype(np.float16)
 
 
 class ShardWriter:

@@ -32,6 +32,7 @@ from rayclust.metrics.selection import Choice
 from rayclust.runtime import cluster
 from rayclust.runtime.artefacts import Outputs, put_json
 from rayclust.runtime.cluster import connect, on_every_node, require_label
+from rayclust.runtime.driver import in_driver, threads
 from rayclust.runtime.models import read_method
 from rayclust.runtime.pipeline import (
     CHOSEN,
@@ -205,7 +206,7 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
 
 
 def run_trials(search: Search, candidates: Sequence[int], on_change: Callable[[Sequence[int], int], None]) -> None:
-    """Fit and measure candidates on the cluster.
+    """Fit and measure candidates on the cluster; one after the other in the driver where a fit of a small set is fast.
 
     Args:
         search: what they have in common.
@@ -215,6 +216,17 @@ def run_trials(search: Search, candidates: Sequence[int], on_change: Callable[[S
     Raises:
         RayclustError: a trial failed; the line names the candidate. Those under way are stopped, those finished kept.
     """
+    method = search.config.method
+    if in_driver() and (method.fits_fast or is_recuttable(method.name)):
+        for k in candidates:
+            on_change([k], 0)
+            try:
+                with threads(search.config.select_k.cpus_per_trial):
+                    _examine_and_mark(search, k)
+            except RayclustError as error:
+                raise type(error)(f"select-k: the candidate k = {k} failed: {error}") from error
+            on_change([], 1)
+        return
     connect()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -255,13 +267,17 @@ def _trial(search: Search, space: dict[str, Any]) -> None:
     """Run one candidate in its worker; our own errors are reported and not retried."""
     from ray import tune
 
-    task = search.task(int(space["k"]))
     try:
-        run_and_mark(search.run.shard_manifest(task.index, SELECT_K), task, lambda: examine(search, task.index))
+        _examine_and_mark(search, int(space["k"]))
     except RayclustError as error:
         tune.report({"refused": str(error), "kind": type(error).__name__})
     else:
         tune.report({"refused": None})
+
+
+def _examine_and_mark(search: Search, clusters: int) -> None:
+    task = search.task(clusters)
+    run_and_mark(search.run.shard_manifest(clusters, SELECT_K), task, lambda: examine(search, clusters))
 
 
 def _trials_of_node(node: dict[str, float], cpus: float, gpus: float) -> int:

@@ -1,4 +1,4 @@
-"""Stage `train`: fit the method to the run's rows with Ray Train, one process per worker.
+"""Stage `train`: fit the method to the run's rows with Ray Train, one process per worker; a small set in the driver.
 
 Checkpoints are ours: safetensors and JSON below the run, written by worker 0. After the loss of a worker, the driver or
 the cluster, training resumes from the newest complete one. Ray Train only places, watches and replaces the workers.
@@ -32,6 +32,7 @@ from rayclust.methods import build_for
 from rayclust.methods.base import CheckpointInterval, Method
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
 from rayclust.runtime.cluster import connect, cores_per_worker, on_every_node, plain_errors, require_label, worker_range
+from rayclust.runtime.driver import cores, in_driver, threads
 from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, Stage, StageContext, StageResult, method_settings, settings_of
 from rayclust.runtime.progress import Progress
@@ -88,16 +89,19 @@ class Job:
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Fit a method on the cluster, from the newest checkpoint if there is one, and write it.
+    """Fit a method on the cluster or in the driver, from the newest checkpoint if there is one, and write it.
 
     Returns:
         `outputs`, `steps`, and `loss` (None for a method without metrics).
     """
-    connect()
-    # Ray Train wants a folder for checkpoints; nothing is put there, ours lie below the run.
-    folder = tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True)
-    with drop_rows_on_error(job.digest), folder as scratch, plain_errors(), _watch_metrics(job.stage) as metrics:
-        result = _fit(job, metrics, scratch)
+    with drop_rows_on_error(job.digest), plain_errors(), Progress(job.stage, "steps") as progress:
+        if in_driver():
+            with threads(cores()):
+                result = _work({"job": job, "report": partial(_show, progress), "threads": cores()}) or {}
+        else:
+            connect()
+            with _watch_metrics(progress) as report:
+                result = _fit(job, report)
     storage.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
 
@@ -112,7 +116,8 @@ def drop_rows_on_error(digest: str) -> Iterator[None]:
         raise
 
 
-def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
+def _fit(job: Job, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Fit on the cluster; `report` is called in worker 0 with its rows of metrics."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -123,25 +128,27 @@ def _fit(job: Job, metrics: Any, storage: str) -> dict[str, Any]:
     labels = resources.placement.train
     require_label("train", labels)
     gpus = resources.gpus
-    cores = 1 if gpus else cores_per_worker(workers, labels)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": job, "metrics": metrics, "threads": cores},
-        scaling_config=ScalingConfig(
-            num_workers=(fewest, workers) if fewest < workers else workers,
-            use_gpu=bool(gpus),
-            resources_per_worker={"CPU": cores} | ({"GPU": gpus} if gpus else {}),
-            label_selector=dict(labels) or None,
-        ),
-        run_config=RunConfig(
-            # A name of its own each time: what is resumed is our checkpoint, never Ray's idea of a finished run.
-            name=f"rayclust-{job.digest[:12]}-{time.time_ns()}",
-            storage_path=storage,
-            failure_config=FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    result: dict[str, Any] = trainer.fit().return_value
+    cpus = 1 if gpus else cores_per_worker(workers, labels)
+    # Ray Train wants a folder for checkpoints; nothing is put there, ours lie below the run.
+    with tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True) as scratch:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"job": job, "report": report, "threads": cpus},
+            scaling_config=ScalingConfig(
+                num_workers=(fewest, workers) if fewest < workers else workers,
+                use_gpu=bool(gpus),
+                resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+                label_selector=dict(labels) or None,
+            ),
+            run_config=RunConfig(
+                # A name of its own each time: what is resumed is our checkpoint, never Ray's idea of a finished run.
+                name=f"rayclust-{job.digest[:12]}-{time.time_ns()}",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=resources.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        result: dict[str, Any] = trainer.fit().return_value
     return result
 
 
@@ -169,7 +176,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     trackers = Trackers(config) if group.rank == 0 and job.stage == "train" else None
 
     def on_row(row: dict[str, Any]) -> None:
-        settings["metrics"].report.remote(row | total)
+        settings["report"](row | total)
         if trackers is not None:
             trackers.log(row)
 
@@ -252,9 +259,18 @@ class MetricsActor:
         return self._row
 
 
+def _send(metrics: Any, row: dict[str, Any]) -> None:
+    metrics.report.remote(row)
+
+
+def _show(progress: Progress, row: dict[str, Any]) -> None:
+    loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
+    progress.at(int(row.get("step", 0)), row.get("steps"), loss)
+
+
 @contextmanager
-def _watch_metrics(stage: str) -> Iterator[Any]:
-    """Yield the actor for metrics; a thread shows its newest row while the driver waits for the workers."""
+def _watch_metrics(progress: Progress) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield what sends a worker's rows of metrics here, where a thread shows the newest until the block ends."""
     import ray
 
     metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
@@ -267,17 +283,15 @@ def _watch_metrics(stage: str) -> Iterator[Any]:
             except ray.exceptions.RayError:
                 continue
             if row:
-                loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
-                progress.at(int(row.get("step", 0)), row.get("steps"), loss)
+                _show(progress, row)
 
-    with Progress(stage, "steps") as progress:
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield metrics
-        finally:
-            over.set()
-            thread.join(timeout=5)
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield partial(_send, metrics)
+    finally:
+        over.set()
+        thread.join(timeout=5)
 
 
 class Trackers:

@@ -25,7 +25,7 @@ from rayclust.store import manifest
 from rayclust.store.storage import MissingError
 from rayclust.training.sampling import RowSource
 from tests.chaos.nodes import Nodes, start
-from tests.stages.in_process import Metrics, without_ray
+from tests.stages.in_process import without_ray
 from tests.stages.runs import files, kill, tree, write_yaml
 from tests.workers import on_two_workers
 
@@ -61,7 +61,7 @@ def prepared(table: Path, run: Path, **resources: Any) -> Path:
 
 
 def work(rank: int, world: int, job: train.Job) -> Any:
-    return train._work({"job": job, "metrics": Metrics(), "threads": 1})
+    return train._work({"job": job, "report": [].append, "threads": 1})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def undisturbed(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = prepared(table, run)
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        patch.setattr(train, "_fit", lambda job, metrics, storage: on_two_workers(work, job)[0])
+        patch.setattr(train, "_work", lambda settings: on_two_workers(work, settings["job"])[0])
         run_all(parse(line.read_text()), stop_after="train")
     return run
 

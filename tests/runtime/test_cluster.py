@@ -201,7 +201,8 @@ def test_tasks_carry_the_labels_of_the_run_that_sends_them():
     assert cluster.task_labels.get() == {}
 
 
-def test_tasks_with_gpus_go_where_trainings_go(cluster_nodes: list[dict[str, Any]]):
+def test_tasks_with_gpus_go_where_trainings_go(cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    in_namespace(monkeypatch, "anonymous")
     with cluster.scheduling(PlacementConfig(tasks=CPU, train=GPU)):
         assert cluster.task_options(0) == ({"label_selector": CPU}, CPU)
         assert cluster.task_options(0.5) == ({"label_selector": GPU}, GPU)
@@ -233,6 +234,7 @@ def auto_gpus(cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPat
     """What `gpus_per_worker: auto` becomes with these nodes."""
     in_namespace(monkeypatch, "anonymous")
     monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "may_use_driver", lambda config: False)
     monkeypatch.setattr(cluster, "BOOTSTRAP", "/nonexistent")
 
     def resolved(kind: Any = "encode", **resources: Any) -> float:

@@ -257,9 +257,9 @@ def test_a_gpu_that_would_lie_idle_is_said(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: sees)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(preflight.Path, "glob", lambda *_: iter(()))
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
     checks = preflight._Checks(config(tmp_path, resources=resources))
     assert checks.gpus() == said
     assert (checks.config.resources.gpus > 0) == (sees and not resources)
-    monkeypatch.setattr(preflight.Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
     assert ("lies idle" in checks.gpus()) == (not sees or bool(resources))

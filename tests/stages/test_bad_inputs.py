@@ -26,8 +26,7 @@ def rejects(run: Path) -> dict[str, str]:
     return {row["key"]: row["reason"] for table in found for row in table.to_pylist()}
 
 
-@pytest.mark.ray
-def test_every_odd_image_file_gives_a_row_or_its_reason(ray_session: None, tmp_path: Path):
+def test_every_odd_image_file_gives_a_row_or_its_reason(in_process: None, tmp_path: Path):
     wanted_rows, wanted_rejects = set(), {}
     for number, odd in enumerate(odd_images()):
         key = f"{number:04d}-{Path(odd.name).stem}.jpg"  # a wrong ending is no mistake

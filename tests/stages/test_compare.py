@@ -33,7 +33,7 @@ def test_a_table_has_a_line_for_each_encoder_and_is_made_once(
     settings = [json.loads((run / "config.json").read_text()) for run in runs]
     assert {s["encoder"]["image_size"] for s in settings} == {4, 8}
     assert {(s["method"]["name"], s["seed"]) for s in settings} == {("kmeans", 3)}
-    monkeypatch.setattr("rayclust.stages.encode.stream", None)
+    monkeypatch.setattr("rayclust.stages.encode.chunks_in_driver", None)
     assert run_command(arguments) == 0
     assert capsys.readouterr().out.splitlines() == first
 

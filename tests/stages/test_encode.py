@@ -87,12 +87,12 @@ def test_a_shard_that_never_finishes_ends_the_stage(tmp_path: Path, monkeypatch:
     write_tars(tmp_path / "images", shards=2, per_shard=2)
     passes = []
 
-    def loses_the_second(context: Any, todo: list[Any], *shape: Any) -> Any:
+    def loses_the_second(context: Any, todo: list[Any]) -> Any:
         passes.append([unit.index for unit in todo])
-        yield from stream(context, [unit for unit in todo if unit.index == 0], *shape)
+        yield from chunks(context, [unit for unit in todo if unit.index == 0])
 
-    stream = encode.stream
-    monkeypatch.setattr(encode, "stream", loses_the_second)
+    chunks = encode.chunks_in_driver
+    monkeypatch.setattr(encode, "chunks_in_driver", loses_the_second)
     with pytest.raises(ArtefactError, match=r"1 shard\(s\) do not finish, the first is shard-001"):
         run_stage("encode", config(tmp_path, encoder={"name": "pixels"}))
     assert passes == [[0, 1], *[[1]] * encode.MAX_STALLED_PASSES]

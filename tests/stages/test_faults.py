@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from rayclust.config import parse
 from rayclust.runtime.pipeline import run_all
-from rayclust.stages import train
 from tests.stages.in_process import without_ray
 from tests.stages.runs import (
     command,
@@ -58,7 +57,7 @@ def config(inputs: Path, run: Path) -> Path:
         },
         method={"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "hidden": 16}
         | {"steps": 2000, "batch_size": 32},
-        resources={"checkpoint_seconds": 0.1, "workers": 1, "decode_workers": 1},
+        resources={"checkpoint_seconds": 0.1, "workers": 1, "decode_workers": 1, "in_driver": "never"},
     )
     return write_yaml(run.with_suffix(".yaml"), content)
 
@@ -67,12 +66,8 @@ def config(inputs: Path, run: Path) -> Path:
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same work without a cluster, with as many threads as that of a command gives: sums are in the same order."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    threads = get_num_cpus()
     with pytest.MonkeyPatch.context() as patch:
-        without_ray(patch)
-        patch.setattr(
-            train, "_fit", lambda job, metrics, _: train._work({"job": job, "metrics": metrics, "threads": threads})
-        )
+        without_ray(patch, threads=get_num_cpus())
         run_all(parse(config(inputs, run).read_text()))
     return run
 

@@ -97,7 +97,7 @@ def test_a_killed_prediction_goes_on(frozen: RunConfig, tmp_path: Path, monkeypa
         patch.setattr("rayclust.stages.predict._table", killed)
         with pytest.raises(KeyboardInterrupt):
             predict(frozen, str(images), str(out))
-    monkeypatch.setattr("rayclust.stages.encode.stream", killed)
+    monkeypatch.setattr("rayclust.stages.encode.chunks_in_driver", killed)
     assert predict(frozen, str(images), str(out))["rows"] == 12
 
 

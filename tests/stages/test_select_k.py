@@ -76,7 +76,7 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(clusters)
         return before(search, clusters)
 
-    monkeypatch.setattr("tests.stages.in_process.examine", note)
+    monkeypatch.setattr("rayclust.stages.select_k.examine", note)
     return found
 
 
@@ -351,10 +351,8 @@ def test_planted_groups_are_counted_through_tune(tmp_path: Path, ray_session: No
     assert said.out == "", "Tune talks"
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 def test_a_run_finds_its_own_number_and_goes_on_to_the_page(
-    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     content = tree(
         str(tmp_path / "run"),

@@ -128,7 +128,9 @@ def test_s3_gives_the_bytes_that_local_gives(
     assert run_command(["search", f"{s3_bucket}/runs/one", "--image", f"{s3_bucket}/runs/one/none.png"]) == 2
 
 
-def test_temi_trains_through_ray_with_its_heads_on_two_workers(finished: Path, tmp_path: Path):
+def test_temi_trains_through_ray_with_its_heads_on_two_workers(
+    finished: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
     content = tree(
         str(tmp_path / "run"),
         str(finished / "images"),
@@ -137,7 +139,9 @@ def test_temi_trains_through_ray_with_its_heads_on_two_workers(finished: Path, t
     )
     shutil.copytree(finished / "run", tmp_path / "run")
     path = str(write_yaml(tmp_path / "RUN.yaml", content))
-    assert [run_command([stage, path]) for stage in ("train", "assign", "evaluate")] == [0, 0, 0]
+    assert run_command(["train", path]) == 0
+    request.getfixturevalue("in_process")
+    assert [run_command([stage, path]) for stage in ("assign", "evaluate")] == [0, 0]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.9
     history = pq.read_table(tmp_path / "run" / "model" / "metrics.parquet")
@@ -180,9 +184,7 @@ def test_ready_embeddings_run_through(in_process: None, tmp_path: Path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"] == 1.0
 
 
-def test_predict_gives_the_assignments_of_the_run_for_its_own_images(
-    finished: Path, tmp_path: Path, request: pytest.FixtureRequest
-):
+def test_predict_gives_the_assignments_of_the_run_for_its_own_images(finished: Path, tmp_path: Path, in_process: None):
     out = tmp_path / "table.parquet"
     assert run_command(["predict", str(finished / "run"), str(finished / "images"), "--out", str(out)]) == 0
     predicted = pq.read_table(out)
@@ -190,7 +192,6 @@ def test_predict_gives_the_assignments_of_the_run_for_its_own_images(
     assert predicted["key"].to_pylist() == assigned["key"].to_pylist()
     assert predicted["cluster"].to_pylist() == assigned["cluster"].to_pylist()
     assert not (finished / "run" / "predict").exists() or not any((finished / "run" / "predict").rglob("*.parquet"))
-    request.getfixturevalue("in_process")
     assert (
         run_command(["predict", str(finished / "run"), str(finished / "images"), "--out", str(tmp_path / "t.csv")]) == 0
     )
