@@ -86,8 +86,9 @@ def run(workers: int, function: Callable[..., dict[str, Any]], *arguments: Any) 
     context, found = multiprocessing.get_context("spawn"), []
     pairs = [context.Pipe() for _ in range(workers)]
     processes = [context.Process(target=measured, args=(end, function, arguments)) for _, end in pairs]
-    for process in processes:
+    for process, (_, end) in zip(processes, pairs, strict=True):
         process.start()
+        end.close()  # so that a process that dies ends the wait for it
     for (pipe, _), process in zip(pairs, processes, strict=True):
         found.append(pipe.recv())
         process.join()

@@ -200,3 +200,23 @@ def test_the_batch_of_another_space_is_asked_for():
     terms = method.training_step(Batch({EMBEDDINGS: x, COUNTERPARTS: x.flip(0)}, torch.arange(8), 0, 0))
     assert set(terms) == {"loss", "distillation", "consistency", "balance"}
     assert bool(terms["loss"].isfinite())
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_ten_prototypes_behind_a_gap_between_images_and_words_are_told_apart(train: bool):
+    """From nouns of which most name nothing in the images to clusters of images that were not fitted."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(x: Tensor, noise: float) -> Tensor:
+        return functional.normalize(x + noise / 6 * torch.randn(x.shape, generator=generator), dim=1)
+
+    prototypes = functional.normalize(torch.randn(10, 36, generator=generator), dim=1)
+    labels = torch.randint(10, (1200,), generator=generator)
+    x = noisy(prototypes[labels], 0.8)
+    named = prototypes[torch.randint(10, (300,), generator=generator)]
+    words = torch.cat([named, functional.normalize(torch.randn(700, 36, generator=generator), dim=1)])
+    words = noisy(words, 0.4) + 0.7 * functional.normalize(torch.randn(36, generator=generator), dim=0)
+    words = functional.normalize(words, dim=1)
+    config = TacConfig(clusters=10, train=train, restarts=5, steps=80, learning_rate=0.01, neighbors=20)
+    method = fitted(config, worded(x[:1000], words, 10))
+    assert accuracy(labels[1000:], method.predict_proba(x[1000:]).argmax(1)) == 1.0

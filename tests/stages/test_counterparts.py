@@ -26,7 +26,7 @@ from rayclust.search.knn import nearest_others
 from rayclust.stages.predict import predict
 from rayclust.store.run import Run
 from tests.stages.conftest import Sealed, sealed_run
-from tests.stages.runs import tree
+from tests.stages.runs import files, tree
 
 CLUSTERS, WIDTH = 3, 8
 
@@ -195,3 +195,13 @@ def test_one_choice_of_nouns_serves_all_numbers_of_clusters(tmp_path: Path, in_p
         run_stage(stage, config)
     assert pq.read_table(Run(config.run).nouns).num_rows > 0
     assert (tmp_path / "run" / "model" / "weights.safetensors").exists()
+
+
+@pytest.mark.ray
+def test_on_a_cluster_the_tables_have_the_same_bytes(ray_session: None, worded: Sealed, tmp_path: Path):
+    config = settings(tmp_path)
+    for stage in ("encode", "counterparts"):
+        run_stage(stage, config)
+    found, wanted = (files(folder, "counterparts/**/*.parquet") for folder in (Path(config.run), worded.folder))
+    assert len(wanted) == 5
+    assert found == wanted
