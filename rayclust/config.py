@@ -414,6 +414,9 @@ class NeighborsConfig(Config):
     """Rows up to which `auto` is exact."""
     features: Literal["run", "raw"] = "run"
     """run: rows as `features` makes them. raw: the encoder's unit rows, where TEMI's published neighbours are found."""
+    spaces: Literal["joint", "agree"] = "joint"
+    """In a run with several encoders. joint: by the mean of the cosines in all spaces. agree: those that are among the
+    2·k nearest in every space, but at least 3 for each row; exact, and rows may have fewer than k."""
     min_recall: float = Field(0.95, gt=0, le=1)
     """Recall@k that the ivf route must reach on a sample of rows, else the stage fails."""
 
@@ -600,7 +603,9 @@ class RunConfig(Config):
         return tree
 
     @model_validator(mode="after")
-    def _distinct_spaces(self) -> RunConfig:
+    def _check_spaces(self) -> RunConfig:
+        if self.neighbors.spaces == "agree" and not self.encoders:
+            raise ValueError("neighbors.spaces = agree: the run has one encoder; list several in `encoders`")
         for name in self.spaces:
             if self.spaces.count(name) > 1:
                 raise ValueError(f"encoders: {name} is the space of two; set `space` of one of them")

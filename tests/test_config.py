@@ -406,3 +406,52 @@ def test_gpus_are_a_number_once_they_are_resolved():
 
 def test_a_method_without_a_name_is_the_default():
     assert parse(GOOD.replace("name: temi, ", "")).method.name == "auto"
+
+
+def test_several_encoders_have_a_space_each():
+    encoders = [{"name": "open_clip/ViT-B-32.openai"}, {"name": "pixels", "features": {"center": True}}]
+    found = validate(_tree(encoders=encoders, features={"normalize": False}))
+    assert found.spaces == ("vit-b-32", "pixels")
+    assert (found.features.of("vit-b-32").center, found.features.of("pixels").center) == (False, True)
+    assert (found.features.of("vit-b-32").normalize, found.features.of("pixels").normalize) == (False, True)
+    dumped = found.model_dump(mode="json", exclude_unset=True)
+    assert dumped["features"] == {"normalize": False}
+    assert validate(dumped) == found
+
+
+def test_one_encoder_in_a_list_is_the_encoder():
+    entry = {"name": "pixels", "space": "small", "image_size": 8, "features": {"center": True}}
+    listed = validate(_tree(encoders=[entry]))
+    alone = validate(_tree(encoder={"name": "pixels", "image_size": 8}, features={"center": True}))
+    assert listed.model_dump(exclude_unset=True) == alone.model_dump(exclude_unset=True)
+    assert listed.spaces == ()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"encoders": ["pixels", "pixels"]}, "encoders: pixels is the space of two; set `space` of one of them"),
+        ({"encoders": ["pixels"], "encoder": "pixels"}, "encoders: is given beside encoder; keep one of them"),
+        (
+            {"encoders": ["pixels", {"image_size": 3}]},
+            "encoders.1.space: is missing; an encoder without a name needs one",
+        ),
+        ({"encoders": ["pixels", {"name": "pixels", "space": "B"}]}, r"encoders.1.space = 'B': String should match"),
+        (
+            {"encoders": ["pixels", {"name": "pixels", "space": "z"}]},
+            "encoders: space = z: is taken for something else",
+        ),
+        ({"encoders": [{"space": "a", "embeddings": "a.npy"}]}, "encoders.0.embeddings: a run with one space takes"),
+        ({"encoders": [{"space": s, "embeddings": s} for s in "ab"]}, "encoders: all have `embeddings`"),
+        ({"features": {"spaces": {"a": {}}}}, "features.spaces: write `features` of an entry of `encoders`"),
+        ({"label": {"encoder_space": "q"}}, "label.encoder_space = q: is no space of the run"),
+        ({"neighbors": {"spaces": "agree"}}, "neighbors.spaces = agree: the run has one encoder"),
+    ],
+)
+def test_spaces_that_do_not_fit_are_refused(groups: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        validate(_tree(**groups))
+
+
+def _tree(**groups: Any) -> dict[str, Any]:
+    return {"run": "/r", "images": {"uri": "/i"}, "method": {"name": "kmeans", "clusters": 3}} | groups

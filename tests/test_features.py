@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rayclust.errors import ShapeError
-from rayclust.features import FeatureTransform
+from rayclust.features import FeatureTransform, SpaceTransforms
 
 X = np.random.default_rng(0).normal(2, [1, 3, 0.1], (40, 3)).astype(np.float16)
 ALL = [
@@ -71,3 +71,19 @@ def test_another_width_or_shape_is_refused():
         transform(np.ones((2, 4), np.float32))
     with pytest.raises(ShapeError, match="two axes"):
         transform(np.ones(3, np.float32))
+
+
+def test_spaces_side_by_side_by_hand():
+    halved = FeatureTransform(scale=np.array([2, 2], np.float32), normalize=False)
+    both = SpaceTransforms({"a": FeatureTransform(), "b": halved}, (3, 2))
+    x = np.array([[3, 4, 0, 6, 8], [0, 0, 2, 0, 0]], np.float16)
+    found = both.split(x)
+    np.testing.assert_allclose(found["a"], [[0.6, 0.8, 0], [0, 0, 1]], rtol=1e-6)
+    np.testing.assert_allclose(found["b"], [[3, 4], [0, 0]])
+    half = 1 / np.sqrt(2)
+    np.testing.assert_allclose(
+        both(x), [[0.6 * half, 0.8 * half, 0, 0.6 * half, 0.8 * half], [0, 0, half, 0, 0]], rtol=1e-6
+    )
+    np.testing.assert_array_equal(both.only("b")(x[:, 3:]), found["b"])  # of one space alone its features as they are
+    with pytest.raises(ShapeError, match="5"):
+        both(x[:, :4])

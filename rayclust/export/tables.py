@@ -52,8 +52,9 @@ def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
                 near = stored.read_table(rows.run.neighbors(part), ["neighbors", "similarity"])
                 ids = stored.matrix(near["neighbors"])
                 distances = (1 - stored.matrix(near["similarity"]).astype(np.float32)).clip(min=0)
-                lists = [stored.fixed_list(values) for values in (ids, distances)]
-                lists = [values.cast(pa.list_(values.type.value_type)) for values in lists]
+                known = ids >= 0  # some rows have fewer
+                ends = pa.array(np.concatenate([[0], known.sum(axis=1).cumsum()]), pa.int32())
+                lists = [pa.ListArray.from_arrays(ends, pa.array(values[known])) for values in (ids, distances)]
                 table = table.append_column("neighbors", pa.StructArray.from_arrays(lists, ["ids", "distances"]))
             if images:
                 small = list(rows.images(table["uri"].to_pylist()))

@@ -126,7 +126,7 @@ def _replaced(node: Any, keys: Sequence[str], value: str) -> Any:
         return value
     if isinstance(node, tuple):
         position = int(keys[0])
-        return (*node[:position], value, *node[position + 1 :])
+        return (*node[:position], _replaced(node[position], keys[1:], value), *node[position + 1 :])
     return node.model_copy(update={keys[0]: _replaced(getattr(node, keys[0]), keys[1:], value)})
 
 
@@ -150,8 +150,10 @@ def quick(
         **({} if reads_pixels(method) else {"features": {"center": True}}),
         "method": {"name": method},
     }
-    text = yaml.safe_dump(tree, sort_keys=False)
     number_or_list = f"[{clusters}]" if "," in clusters and "[" not in clusters else clusters
+    if encoder is None and any(override.startswith("encoders=") for override in overrides):
+        del tree["encoder"]
+    text = yaml.safe_dump(tree, sort_keys=False)
     config = with_absolute_paths(parse(text, [f"method.clusters={number_or_list}", *overrides]))
     if config.encoder.family in ("timm", "pixels") and config.label.vocabulary == "auto":
         logger.info("encoder: %s has no text tower: clusters get no names", config.encoder.name)

@@ -56,7 +56,7 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
         ConfigError: the run lies where its tables would be taken for input.
         DataError: the input is missing, unreadable or empty.
     """
-    run = Run(config.run)
+    run = Run(config.run, config.spaces)
     own = (
         run.rows_folder,
         run.embeddings_folder,

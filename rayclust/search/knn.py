@@ -6,6 +6,8 @@ similarity and an id are one integer, so that a merge is one sort and ties need 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -237,3 +239,39 @@ def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     ids = _MAX_IDS - 1 - (keys - (steps << _ID_BITS))
     missing = keys == _NO_KEY
     return ids.masked_fill(missing, _NO_ID), (steps.float() / _STEPS).masked_fill(missing, -torch.inf)
+
+
+def agreeing_neighbors(
+    ids: Sequence[Tensor], similarity: Sequence[Tensor], k: int, least: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Return the neighbours that stand in the lists of all spaces, those of larger mean similarity first.
+
+    Args:
+        ids: Int64[B M_s] for each space, each row's nearest others.
+        similarity: Float[B M_s] for each space, their cosines.
+        k: how many are kept at most.
+        least: how many are kept at least; where fewer stand in all lists, then those that stand in most, and of these
+            the most similar ones.
+
+    Returns:
+        Int64[B k], −1 behind the last; Float32[B k], the mean cosine in the spaces whose lists hold it, −1 behind.
+    """
+    spaces = len(ids)
+    found, order = torch.cat(list(ids), dim=1).sort(dim=1, stable=True)
+    cosines = torch.cat(list(similarity), dim=1).float().gather(1, order)
+    # 1. Each id once, with the number of lists that hold it and the sum of its cosines.
+    is_first = torch.ones_like(found, dtype=torch.bool)
+    is_first[:, 1:] = found[:, 1:] != found[:, :-1]
+    place = is_first.long().cumsum(1) - 1
+    lists = torch.zeros_like(cosines).scatter_add_(1, place, torch.ones_like(cosines))
+    mean = torch.zeros_like(cosines).scatter_add_(1, place, cosines) / lists.clamp(min=1)
+    unique = torch.full_like(found, _NO_ID).scatter_(1, place, found)
+    # 2. Those in more lists first, then the more similar ones; the smaller id where they are equal.
+    rank = torch.where(lists > 0, 4 * lists + mean, torch.full_like(mean, -1.0))
+    order = rank.argsort(dim=1, descending=True, stable=True)[:, :k]
+    lists, mean, unique = (values.gather(1, order) for values in (lists, mean, unique))
+    # 3. What all spaces agree on, and so many others that there are enough.
+    is_kept = (lists == spaces) | ((lists > 0) & (torch.arange(order.shape[1], device=order.device) < least))
+    missing = k - order.shape[1]
+    kept, cosine = torch.where(is_kept, unique, _NO_ID), torch.where(is_kept, mean, -1.0)
+    return functional.pad(kept, (0, missing), value=_NO_ID), functional.pad(cosine, (0, missing), value=-1.0)

@@ -88,7 +88,8 @@ def run(context: StageContext) -> StageResult:
     transform = unit_transform(outputs) if is_raw else transform_of(encode, config.features)
     search = config.curate.duplicates.search
     if search == "auto":
-        search = "neighbors" if sum(outputs.parts) <= config.neighbors.exact_rows else "clusters"
+        is_exact = sum(outputs.parts) <= config.neighbors.exact_rows and config.neighbors.spaces == "joint"
+        search = "neighbors" if is_exact else "clusters"
     work = Curation(context.run, config, outputs, transform, context.digest, search == "neighbors")
     ranges = run_remotely(work.prepare)
     payloads = list(enumerate(outputs.parts)) if work.by_neighbors else ranges

@@ -143,7 +143,7 @@ class _Scoring:
             if len(asked):
                 table = tables.read_table(self.run.neighbors(part), ["neighbors", "similarity"])
                 ids, similarity = (tables.matrix(table[name])[asked] for name in ("neighbors", "similarity"))
-                ids = np.where(codes[ids] >= 0, ids, -1)
+                ids = np.where((ids >= 0) & (codes[ids] >= 0), ids, -1)
                 order = np.argsort(ids < 0, axis=1, kind="stable")  # those that vote first, still the nearest first
                 ids, similarity = (np.take_along_axis(values, order, axis=1) for values in (ids, similarity))
                 for name, top in tops.items():

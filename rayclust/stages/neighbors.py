@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
@@ -25,7 +26,7 @@ from rayclust.runtime.rows import (
     unit_transform,
 )
 from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, search_task_rows
-from rayclust.search.knn import RunningTopK
+from rayclust.search.knn import RunningTopK, agreeing_neighbors
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage
 from rayclust.store.manifest import EncodeOutputs, NeighborsOutputs
@@ -48,6 +49,8 @@ def run(context: StageContext) -> StageResult:
     method = config.neighbors.method
     if method == "auto":
         method = "ivf" if count > config.neighbors.exact_rows and not encoded.test else "exact"
+    if method == "ivf" and config.neighbors.spaces == "agree":
+        raise ConfigError("neighbors.spaces = agree: needs exact neighbours; set neighbors.method: exact")
     rows = search_task_rows(count, encoded.dimension, k)
     tasks = group_parts(encoded.parts, context.digest, rows)
     if method == "ivf":
@@ -77,12 +80,24 @@ def _search_exactly(
     """
     torch.set_num_threads(1)
     run, starts, device = Run(config.run, config.spaces), [0, *np.cumsum(encode.parts).tolist()], worker_device(config)
-    queries = torch.from_numpy(np.concatenate([part_features(run, part, transform) for part in task.payload]))
     rows = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in task.payload])
-    best = RunningTopK(unit_rows(queries).to(device), rows, k)
-    for block, ids in blocks(run, starts, transform, kept_aside(run, encode)):
-        best.update(block, ids)
-    neighbors, similarity = (found.cpu() for found in best.result())
+    aside = kept_aside(run, encode)
+
+    def nearest(of: SpaceTransforms, wanted: int) -> tuple[Tensor, Tensor]:
+        """Return the nearest others of the task's rows by some spaces, and their cosines."""
+        queries = torch.from_numpy(np.concatenate([part_features(run, part, of) for part in task.payload]))
+        best = RunningTopK(unit_rows(queries).to(device), rows, wanted)
+        for block, ids in blocks(run, starts, of, aside):
+            best.update(block, ids)
+        ids, similarity = best.result()
+        return ids.cpu(), similarity.cpu()
+
+    if config.neighbors.spaces == "joint":
+        neighbors, similarity = nearest(transform, k)
+    else:
+        most = min(2 * k, sum(encode.parts) - sum(encode.test) - 1)
+        lists = [nearest(transform.only(space), most) for space in transform.transforms]
+        neighbors, similarity = agreeing_neighbors([ids for ids, _ in lists], [cosines for _, cosines in lists], k)
     outputs: Outputs = {}
     for part in task.payload:
         some = slice(*(starts[place] - starts[task.payload[0]] for place in (part, part + 1)))
@@ -95,6 +110,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     neighbors = settings_of(config.neighbors)
     if config.neighbors.features == "run":  # runs of before had no other
         del neighbors["features"]
+    if config.neighbors.spaces == "joint":
+        del neighbors["spaces"]
     return {"neighbors": neighbors, "features": settings_of(config.features)}
 
 

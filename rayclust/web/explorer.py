@@ -154,7 +154,7 @@ class Explorer:
             ids, similarity = (column[row - self._rows.starts[part]][:NEIGHBORS] for column in self._neighbors(part))
             near = [
                 record | {"similarity": round(float(s), 4)}
-                for record, s in zip(self._records(np.array(ids)), similarity, strict=True)
+                for record, s in zip(self._records(np.array(ids[ids >= 0])), similarity[ids >= 0], strict=True)
             ]
         return found | {"neighbors": near}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.search import knn
-from rayclust.search.knn import RunningTopK, TopKInt64, pack_keys, top_k, unpack_keys
+from rayclust.search.knn import RunningTopK, TopKInt64, agreeing_neighbors, pack_keys, top_k, unpack_keys
 from tests.references import nearest_rows
 
 
@@ -226,3 +226,16 @@ def test_keys_hold_what_was_packed_and_order_as_neighbours_do():
         1.25,
         -1.25,
     ]
+
+
+def test_neighbors_that_all_spaces_list_by_hand():
+    ids = [torch.tensor([[4, 1, 2, 7], [0, 2, 3, 5]]), torch.tensor([[1, 7, 3, 4], [8, 9, 6, 2]])]
+    cosines = [torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.9, 0.8, 0.7, 0.6]])] * 2
+    # Row 0: 1 has (.8 + .9) / 2, 4 (.9 + .6) / 2, 7 (.6 + .8) / 2. Row 1: 2 alone, then 0 and 8, which one list has.
+    found, mean = agreeing_neighbors(ids, cosines, k=4)
+    assert found.tolist() == [[1, 4, 7, -1], [2, 0, 8, -1]]
+    torch.testing.assert_close(mean, torch.tensor([[0.85, 0.75, 0.7, -1], [0.7, 0.9, 0.9, -1]]))
+    assert agreeing_neighbors(ids, cosines, k=2)[0].tolist() == [[1, 4], [2, 0]]
+    assert agreeing_neighbors(ids, cosines, k=4, least=0)[0].tolist() == [[1, 4, 7, -1], [2, -1, -1, -1]]
+    one = agreeing_neighbors([ids[0][:, :1]] * 2, [cosines[0][:, :1]] * 2, k=3)
+    assert one[0].tolist() == [[4, -1, -1], [0, -1, -1]]

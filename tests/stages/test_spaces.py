@@ -113,6 +113,26 @@ def test_cosines_are_the_mean_over_the_spaces_each_with_its_features(two: RunCon
     np.testing.assert_allclose(tables.matrix(found["similarity"])[:, 0], similarity.max(1), atol=1e-3)
 
 
+@pytest.mark.usefixtures("in_process")
+def test_neighbors_may_be_those_that_all_spaces_agree_on(two: RunConfig, tmp_path: Path):
+    config = config_of(tmp_path / "run", Path(two.images.uri), ENCODERS, neighbors={"spaces": "agree", "k": 6})
+    run_all(config)
+    found = tables.matrix(pa.concat_tables(rc.load(config.run).iter("neighbors"))["neighbors"])
+    small, large = (column(config, name).astype(float) for name in ("small", "large"))
+    lists = []
+    for x in (units(small - small.mean(0)), units((large - large.mean(0)) / large.std(0))):
+        cosines = x @ x.T
+        np.fill_diagonal(cosines, -2)
+        lists.append([set(row[:12]) for row in np.argsort(-cosines, axis=1, kind="stable").tolist()])
+    for row, ids in enumerate(found.tolist()):
+        agreed = lists[0][row] & lists[1][row]
+        known = [i for i in ids if i >= 0]
+        assert set(known) <= agreed if len(agreed) >= 3 else len(known) == 3
+        assert len(known) == max(3, min(6, len(agreed)))
+        assert ids[len(known) :] == [-1] * (6 - len(known))
+    assert rc.load(config.run).metrics["knn_accuracy"] == 1.0
+
+
 def test_such_a_run_goes_to_its_report(two: RunConfig):
     run = rc.load(two.run)
     assert run.metrics["accuracy"] == 1.0
@@ -157,6 +177,17 @@ def test_features_of_one_space_decide_what_runs_again(two: RunConfig):
     assert changed.of("encode") is not None
     assert changed.of("neighbors") is None
     assert changed.of("train") is None
+
+
+@pytest.mark.ray
+def test_a_cluster_encodes_the_same_rows(two: RunConfig, tmp_path: Path, ray_session: None):
+    config = config_of(tmp_path / "run", Path(two.images.uri), ENCODERS)
+    run_stage("encode", config)
+    for folder in ("rows", "embeddings/small", "embeddings/large"):
+        parts = sorted((Path(two.run) / folder).glob("*.parquet"))
+        assert [path.read_bytes() for path in parts] == [
+            (tmp_path / "run" / folder / path.name).read_bytes() for path in parts
+        ]
 
 
 class EachConfig(BaseMethodConfig):

@@ -246,3 +246,21 @@ def test_a_workers_memory_is_its_part_of_what_node_and_container_have_left(
     assert free_host_bytes() == 2750
     (tmp_path / "memory.max").write_text("max\n")
     assert free_host_bytes() == 12 * 1024
+
+
+def test_rows_in_several_spaces_come_side_by_side_or_one_by_one():
+    a, b = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0], [5.0, 0.0, 0.0]])
+    rows = ArrayRows({"a": a, "b": b.numpy()})
+    assert (rows.spaces, rows.dimensions, rows.dimension, rows.count) == (("a", "b"), {"a": 2, "b": 3}, 5, 2)
+    half = 2**-0.5
+    joint = half * torch.tensor([[0.6, 0.8, 0, 1, 0], [1, 0, 1, 0, 0]])
+    torch.testing.assert_close(rows.tensor(), joint)
+    torch.testing.assert_close(torch.cat(list(rows.blocks("b"))), b)
+    plan = _plan(2, 2, epochs=1)
+    (batch,) = RowSource(rows, Pairing(), 0, CPU).batches(plan, 0)
+    torch.testing.assert_close(batch.x[0], joint[batch.rows])
+    (batch,) = RowSource(rows, Pairing(), 0, CPU, each=True).batches(plan, 0)
+    assert list(batch.views) == ["a", "b"]
+    torch.testing.assert_close(batch.views["b"][0], b[batch.rows])
+    with pytest.raises(ShapeError, match=r"different numbers of rows \(a 2, b 1\)"):
+        ArrayRows({"a": a, "b": b[:1]})
