@@ -13,6 +13,7 @@ _LAZY = {
     "KMeans": "rayclust.estimators",
     "TAC": "rayclust.estimators",
     "TEMI": "rayclust.estimators",
+    "TURTLE": "rayclust.estimators",
     "run": "rayclust.runtime.results",
     "load": "rayclust.runtime.results",
 }

@@ -26,14 +26,15 @@ from torch.nn import functional
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import even_sample
-from rayclust.errors import ConfigError
-from rayclust.features import FeatureTransform
+from rayclust.errors import ConfigError, ShapeError
+from rayclust.features import FeatureTransform, SpaceTransforms
 from rayclust.language.nouns import choose_nouns, counterparts, score_nouns
 from rayclust.methods import build
 from rayclust.methods.auto import AutoConfig
 from rayclust.methods.cpp import CppConfig
 from rayclust.methods.tac import TacConfig
 from rayclust.methods.temi import TemiConfig
+from rayclust.methods.turtle import TurtleConfig
 from rayclust.metrics import internal, selection
 from rayclust.metrics.selection import geometric_grid
 from rayclust.search.knn import nearest_others
@@ -41,7 +42,7 @@ from rayclust.settings import Config, format_error
 from rayclust.training.loop import Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows, WordedArrayRows
 
-__all__ = ["CPP", "TAC", "TEMI", "Auto", "KMeans"]
+__all__ = ["CPP", "TAC", "TEMI", "TURTLE", "Auto", "KMeans"]
 
 _SHARED = {"center": False, "standardize": False, "normalize": True, "device": "auto", "random_state": None}
 _SHARED |= {"verbose": 0}
@@ -132,6 +133,14 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             raise ConfigError(f"{names.get(field, field)}{separator}{rest}") from None
 
     def _fit_features(self, X: ArrayLike, *, normalize: bool, weights: NDArray[np.float64] | None = None) -> Tensor:
+        x = self._fit_rows(X)
+        self.features_ = FeatureTransform.fitted(
+            x, weights, center=self.center, standardize=self.standardize, normalize=normalize
+        )
+        return torch.from_numpy(self.features_(x))
+
+    def _fit_rows(self, X: ArrayLike) -> NDArray[Any]:
+        """Check the rows and return them, Float[N D], times a power of two where they are far from 1."""
         x = validate_data(self, X, dtype=[np.float64, np.float32])
         if self.n_clusters != "auto" and self.n_clusters > len(x):
             raise ConfigError(f"n_clusters = {self.n_clusters}: at most the number of rows, n_samples = {len(x)}")
@@ -139,16 +148,17 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         largest = float(np.abs(x).max())
         is_near_one = largest == 0 or 1 / _NEAR_ONE < largest < _NEAR_ONE
         self._scale = 1.0 if is_near_one else 2.0 ** -float(np.clip(np.frexp(largest)[1], -1000, 1000))
-        x = x if is_near_one else x * self._scale
-        self.features_ = FeatureTransform.fitted(
-            x, weights, center=self.center, standardize=self.standardize, normalize=normalize
-        )
-        return torch.from_numpy(self.features_(x))
+        return x if is_near_one else np.asarray(x * self._scale)
 
-    def _features(self, X: ArrayLike) -> Tensor:
+    def _rows(self, X: ArrayLike) -> NDArray[Any]:
+        """Check new rows and return them as `_fit_rows` does."""
         check_is_fitted(self)
         x = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return torch.from_numpy(self.features_(x if self._scale == 1 else x * self._scale))
+        return np.asarray(x if self._scale == 1 else x * self._scale)
+
+    def _features(self, X: ArrayLike) -> Tensor:
+        rows = self._rows(X)
+        return torch.from_numpy(self.features_(rows))
 
     def _refuse(self, unsupported: dict[str, Any]) -> None:
         for name, value in unsupported.items():
@@ -189,7 +199,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         neighbors = nearest_others(x, min(SCORED_NEIGHBORS, len(x) - 1))
         return internal.modularity(self.predict(X), neighbors.numpy())
 
-    def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
+    def _train(self, x: Tensor | dict[str, Tensor], neighbors: Tensor | None, config: Any) -> None:
         """Fit `method_` and widen it to float64, so that a row's result does not depend on other rows of a call."""
         with self._progress():
             method = fit_arrays(x, neighbors, config, self._seed(), self._device())
@@ -283,8 +293,37 @@ class KMeans(
         return -float(squares.sum()) / self._feature_scale / self._feature_scale
 
 
-class _PairEstimator(_Estimator):
-    """An estimator that needs nearest neighbours; clusters that no row of the fit belongs to are numbered last."""
+class _ProbabilisticEstimator(_Estimator):
+    """An estimator whose method gives probabilities; clusters that no row of the fit belongs to are numbered last."""
+
+    def _number_clusters(self, x: Tensor) -> None:
+        """Set `labels_` of the fitted features and the clusters' order."""
+        self._order = np.arange(self.n_clusters_)
+        probabilities = self._probabilities(x)
+        occupied = np.bincount(probabilities.argmax(axis=1), minlength=self.n_clusters_) > 0
+        self._order = np.argsort(~occupied, kind="stable")
+        self.labels_ = probabilities[:, self._order].argmax(axis=1)
+
+    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+        """Return the most probable cluster of each row: Int64[N]."""
+        return np.asarray(self.predict_proba(X).argmax(axis=1))
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return probabilities of the clusters: Float64[N K], rows sum to 1."""
+        return self._probabilities(self._features(X))
+
+    def _probabilities(self, x: Tensor) -> NDArray[np.float64]:
+        if self.method_ is None:
+            return np.ones((len(x), 1))
+        return np.asarray(self.method_.predict_proba(self._method_inputs(x.double())).cpu())[:, self._order]
+
+    def _method_inputs(self, x: Tensor) -> Any:
+        """Return features as the method takes them."""
+        return x
+
+
+class _PairEstimator(_ProbabilisticEstimator):
+    """An estimator that needs nearest neighbours."""
 
     def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
         """Fit the method to rows X, Float[N D]; `y` is not used, and a `sample_weight` is refused."""
@@ -300,12 +339,7 @@ class _PairEstimator(_Estimator):
                 config = self._config(clusters=self._choose(x, neighbors))
             self.n_clusters_ = config.clusters
             self._train(x, neighbors[:, : resolved.neighbors], config)
-        # Clusters without rows are numbered last.
-        self._order = np.arange(self.n_clusters_)
-        probabilities = self._probabilities(x)
-        occupied = np.bincount(probabilities.argmax(axis=1), minlength=self.n_clusters_) > 0
-        self._order = np.argsort(~occupied, kind="stable")
-        self.labels_ = probabilities[:, self._order].argmax(axis=1)
+        self._number_clusters(x)
         return self
 
     _columns: ClassVar[int] = 0
@@ -314,19 +348,6 @@ class _PairEstimator(_Estimator):
     def _choose(self, x: Tensor, neighbors: Tensor) -> int:
         """Return the number of clusters for features Float[N D] with neighbours Int64[N M]."""
         raise ConfigError(f"n_clusters = auto: {type(self).__name__} takes a number; rayclust.Auto finds one")
-
-    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
-        """Return the most probable cluster of each row: Int64[N]."""
-        return np.asarray(self.predict_proba(X).argmax(axis=1))
-
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return probabilities of the clusters: Float64[N K], rows sum to 1."""
-        return self._probabilities(self._features(X))
-
-    def _probabilities(self, x: Tensor) -> NDArray[np.float64]:
-        if self.method_ is None:
-            return np.ones((len(x), 1))
-        return np.asarray(self.method_.predict_proba(x.double()).cpu())[:, self._order]
 
 
 class Auto(
@@ -458,6 +479,81 @@ class TAC(
             method.fit(rows, Trainer(seed, device))
         self.method_ = method.eval().cpu().double()
         self.n_steps_ = method.plan.steps if hasattr(method, "plan") else 0
+
+
+class TURTLE(
+    _ProbabilisticEstimator,
+    config=TurtleConfig,
+    fields={"preset": "preset", "n_init": "seeds", "gamma": "gamma", "max_steps": "steps", "batch_size": "batch_size"},
+):
+    """TURTLE (arXiv 2406.07236): the labels that linear classifiers learn best, in one or several feature spaces.
+
+    Wherever rows X are wanted, a list of arrays is the same rows in several spaces, each of which is centred, z-scored
+    and scaled to length 1 by itself. None leaves a setting to the preset. Clusters that no row of the fit belongs to
+    are numbered last.
+
+    Args:
+        n_clusters: K.
+        preset: `auto` chooses from N, D and K and takes seconds; `published` has the published settings, which are
+            meant for rows as the encoder gives them: set `normalize` to False.
+        n_init: starts; the one whose labels linear classifiers predict best on held-out rows is kept.
+        gamma: γ, on the entropy of the clusters' shares.
+        max_steps: outer steps.
+        batch_size: rows per outer step.
+        settings: more keys of `rayclust.methods.turtle.TurtleConfig` and their values.
+
+    Attributes:
+        labels_: Int64[N].
+        candidates_: for each start or setting its score and sizes, and whether it was chosen.
+        method_: the fitted `rayclust.methods.turtle.Turtle`; None for a single cluster, which needs none.
+        n_steps_: outer steps taken.
+        n_features_in_: D, of all spaces together.
+    """
+
+    def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
+        """Find labels of rows X, Float[N D] or a list of them; `y` is not used, and a `sample_weight` is refused."""
+        self._refuse(unsupported)
+        spaces = _spaces(X)
+        rows = self._fit_rows(_side_by_side(X))
+        widths = tuple(np.shape(space)[1] for space in spaces) if len(spaces) > 1 else (rows.shape[1],)
+        bounds = np.cumsum(widths)[:-1]
+        options = {"center": self.center, "standardize": self.standardize, "normalize": self.normalize}
+        parts = enumerate(np.split(rows, bounds, axis=1))
+        self.spaces_ = SpaceTransforms({str(n): FeatureTransform.fitted(part, **options) for n, part in parts}, widths)
+        x = self._joined(rows)
+        self.method_, self.n_steps_, self.n_clusters_, self.candidates_ = None, 0, 1, []
+        if self.n_clusters != 1:
+            config = self._config()
+            self.n_clusters_ = config.clusters
+            self._train(self._method_inputs(x), None, config)
+            self.candidates_ = self.method_.report
+        self._number_clusters(x)
+        return self
+
+    def _features(self, X: ArrayLike) -> Tensor:
+        return self._joined(self._rows(_side_by_side(X)))
+
+    def _joined(self, rows: NDArray[Any]) -> Tensor:
+        """Return each space's features side by side."""
+        return torch.from_numpy(np.concatenate(list(self.spaces_.split(rows).values()), axis=1))
+
+    def _method_inputs(self, x: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.spaces_.transforms, torch.split(x, list(self.spaces_.widths), dim=1), strict=True))
+
+
+def _spaces(X: Any) -> list[Any]:
+    """Return the arrays of several spaces, or the only one."""
+    several = isinstance(X, list | tuple) and len(X) > 0 and all(np.ndim(space) == 2 for space in X)
+    return list(X) if several else [X]
+
+
+def _side_by_side(X: Any) -> Any:
+    """Return the spaces as one array, for scikit-learn's checks."""
+    spaces = _spaces(X)
+    counts = {len(space) for space in spaces}
+    if len(counts) > 1:
+        raise ShapeError(f"X has spaces of {sorted(counts)} rows: all must have the same rows, in the same order")
+    return spaces[0] if len(spaces) == 1 else np.concatenate([np.asarray(space) for space in spaces], axis=1)
 
 
 class CPP(

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import rayclust as rc
-from rayclust.errors import ConfigError
+from rayclust.errors import ConfigError, ShapeError
 from rayclust.metrics.external import accuracy
 
 TINY_TEMI = rc.TEMI(
@@ -31,6 +31,7 @@ TINY_CPP = rc.CPP(
     settings={"hidden": 32, "width": 8, "expansion_steps": 4, "patience": None},
 )  # fmt: skip
 
+TINY_TURTLE = rc.TURTLE(n_init=2, max_steps=60)
 
 NOT_THE_SAME_DRAWS = "k-means++ draws other rows when rows are repeated or left out, as in scikit-learn's own KMeans"
 
@@ -41,7 +42,8 @@ def unmet(estimator):
 
 
 @parametrize_with_checks(
-    [rc.KMeans(), rc.KMeans(metric="cosine"), rc.Auto(n_init=2), TINY_TEMI, TINY_CPP], expected_failed_checks=unmet
+    [rc.KMeans(), rc.KMeans(metric="cosine"), rc.Auto(n_init=2), TINY_TEMI, TINY_CPP, TINY_TURTLE],
+    expected_failed_checks=unmet,
 )
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
@@ -54,7 +56,9 @@ def planted(count: int = 300, clusters: int = 4, width: int = 8) -> tuple[np.nda
 
 
 @pytest.mark.parametrize(
-    "estimator", [rc.KMeans(4), rc.Auto(4), TINY_TEMI, TINY_CPP], ids=["KMeans", "Auto", "TEMI", "CPP"]
+    "estimator",
+    [rc.KMeans(4), rc.Auto(4), TINY_TEMI, TINY_CPP, TINY_TURTLE],
+    ids=["KMeans", "Auto", "TEMI", "CPP", "TURTLE"],
 )
 def test_finds_planted_clusters_and_new_rows_of_them(estimator):
     x, labels = planted()
@@ -328,3 +332,19 @@ def test_tac_without_words_or_with_others_is_one_line():
         rc.TAC(4).fit(x)
     with pytest.raises(ValueError, match="words has width 5: 8 is needed"):
         rc.TAC(4, words=np.ones((3, 5))).fit(x)
+
+
+def test_turtle_takes_the_same_rows_in_several_spaces():
+    x, labels = planted()
+    spaces = [x[:, :3], 100 * x[:, 3:]]
+    found = rc.TURTLE(4, random_state=0).fit([space[:200] for space in spaces])
+    assert found.method_.dimension == {"0": 3, "1": 5}
+    assert accuracy(labels, found.predict(spaces)) > 0.95
+    assert found.score(spaces) > 0.3
+    assert np.array_equal(found.predict([space[:1] for space in spaces]), found.labels_[:1])
+    assert [one["chosen"] for one in found.candidates_] == [0, 0, 0, 0, 1]
+    with pytest.raises(ShapeError, match=r"X has spaces of \[9, 10\] rows"):
+        rc.TURTLE(2).fit([x[:9], x[:10]])
+    with pytest.raises(ValueError, match="features"):
+        found.predict(x[:, :4])
+    assert rc.TURTLE(1).fit(spaces).labels_.sum() == 0

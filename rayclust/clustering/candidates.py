@@ -109,7 +109,7 @@ def make_candidates(
     K = clusters
     # 1. Leading components of the centred rows.
     mean = x.mean(0)
-    basis = _leading_components(x - mean, max(COMPONENTS, COMPONENTS_PER_CLUSTER * K))
+    basis = leading_components(x - mean, max(COMPONENTS, COMPONENTS_PER_CLUSTER * K))
     p = (x - mean) @ basis
     operations = 25.0 * len(p) * K * p.shape[1]
     restarts = max(1, min(restarts, int(OPERATIONS / operations)))
@@ -164,7 +164,7 @@ def make_candidates(
     return candidates
 
 
-def _leading_components(x: Tensor, width: int) -> Tensor:
+def leading_components(x: Tensor, width: int) -> Tensor:
     """Return the leading principal axes of centred rows: Float[D d], d = min(width, D, n − 1), equal on all workers."""
     width = max(1, min(width, x.shape[1], len(x) - 1))
     wide = x.double()

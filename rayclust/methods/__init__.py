@@ -23,6 +23,7 @@ METHODS = {
     "cpp": "rayclust.methods.cpp:Cpp",
     "gmm": "rayclust.methods.gmm:Gmm",
     "tac": "rayclust.methods.tac:Tac",
+    "turtle": "rayclust.methods.turtle:Turtle",
     "spectral": "rayclust.methods.spectral:SpectralClustering",
     "propos": "rayclust.methods.pixels.propos:ProPos",
     "byol": "rayclust.methods.pixels.byol:Byol",

@@ -137,6 +137,11 @@ def cosine_schedule(start: float, end: float, step: int, steps: int) -> float:
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * step / steps))
 
 
+def _random_order(epoch: int) -> Tensor | None:
+    """Return None; a function of the module, so that methods can be pickled."""
+    return None
+
+
 @dataclass(frozen=True)
 class Pairing:
     """Views of a row that a method's batches hold."""
@@ -149,7 +154,7 @@ class Pairing:
     """Views drawn of the row and of its neighbour, each with its own noise."""
     own_neighbors: bool = False
     """Whether each space draws among its own neighbours; otherwise those of the first space stand in all."""
-    epoch_order: Callable[[int], Tensor | None] = lambda epoch: None
+    epoch_order: Callable[[int], Tensor | None] = _random_order
     """Rows of an epoch in order, Int64[N], with repeats and gaps; None visits every row once, in random order."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayclust.config import RunConfig
 from rayclust.report import model
@@ -249,9 +250,11 @@ def _curves(history: pa.Table) -> list[model.Curve]:
     """Return the training curves that are worth drawing."""
     titles = {"loss": "Loss", "inertia": "Inertia", "marginal_entropy": "Entropy of the clusters' shares, nats"}
     titles |= {"live_clusters": "Live clusters of the best head", "agreement": "Agreement of the best head's teacher"}
+    if "candidate" in history.column_names:
+        history = history.filter(pc.is_null(history["candidate"]))
     curves: list[model.Curve] = []
     for name, title in titles.items():
-        if name in history.column_names and history.num_rows > 1 and "candidate" not in history.column_names:
+        if name in history.column_names and history.num_rows > 1:
             values = [float("nan") if value is None else value for value in history[name].to_pylist()]
             curves.append(model.Curve(title=title, series={name: values}))
     return curves
@@ -260,10 +263,12 @@ def _curves(history: pa.Table) -> list[model.Curve]:
 def _candidates(history: pa.Table) -> Iterator[dict[str, Any]]:
     """Yield the partitions among which the method chose, with the evidence by its title."""
     titles = {"inertia": "Inertia per row", "modularity": "Modularity", "size_entropy": "Evenness of sizes"}
-    titles |= {"neighbor_agreement": "Neighbours kept together", "occupied": "Clusters with rows"}
+    titles |= {"neighbor_agreement": "Neighbours kept together", "score": "Labels predicted on held-out rows"}
+    titles |= {"normalized_score": "The same, above the largest share", "largest_share": "Share of the largest cluster"}
+    titles |= {"share_entropy": "Evenness of labels", "occupied": "Clusters with rows"}
     if "candidate" in history.column_names:
-        for row in history.to_pylist():
-            evidence = {title: row[name] for name, title in titles.items()}
+        for row in history.filter(pc.is_valid(history["candidate"])).to_pylist():
+            evidence = {title: row[name] for name, title in titles.items() if row.get(name) is not None}
             yield {"name": row["candidate"], "chosen": bool(row["chosen"]), "evidence": evidence}
 
 

@@ -21,6 +21,7 @@ def test_there_are_jobs():
         "cifar10_temi",
         "imagenet_temi",
         "imagenet_cpp",
+        "imagenet_turtle",
         "imagenet_overcluster_25k",
         "laion_encode",
         "select_k",

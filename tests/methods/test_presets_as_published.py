@@ -12,6 +12,7 @@ from rayclust.config import RunConfig, parse
 from rayclust.methods.base import Plan
 from rayclust.methods.cpp import CppConfig
 from rayclust.methods.temi import TemiConfig
+from rayclust.methods.turtle import TurtleConfig
 from tests.cluster_configs import rendered
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -69,6 +70,21 @@ def test_temis_start_departs_from_the_published_one_below_3000_steps_only():
             found = TemiConfig.model_validate({"clusters": clusters, "preset": preset}).resolved(count, 768)
             warm += [(preset, (count, clusters))] if found.warm_start == "kmeans" else []
     assert warm == [("readme", STL10)]
+
+
+TURTLE = {
+    "gamma": 10.0, "steps": 6_000, "inner_steps": 10, "batch_size": 10_000, "inner_rate": 1e-3, "outer_rate": 1e-3,
+    "start": "cold", "sweep": (), "seeds": 1, "labels": "softmax", "prior": "uniform", "scale": "published",
+    "components": None,
+}  # fmt: skip
+"""The published program's defaults, on every set of the paper."""
+
+
+def test_turtle_on_every_set_of_the_paper():
+    for count, clusters in ((50_000, 10), (75_750, 101), (1_281_167, 1_000)):
+        config = TurtleConfig.model_validate({"clusters": clusters, "preset": "published"})
+        found = config.resolved(count, [768, 1536])
+        assert {name: getattr(found, name) for name in TURTLE} == TURTLE
 
 
 # CPP: section 2.7 of the specification. N; variant, h, d, batch, η, epochs, steps of expansion.
@@ -141,11 +157,12 @@ def job(name: str) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("name", "standardize"), [("imagenet_temi", False), ("imagenet_overcluster_25k", True), ("imagenet_cpp", False)]
+    ("name", "standardize"),
+    [("imagenet_temi", False), ("imagenet_overcluster_25k", True), ("imagenet_cpp", False), ("imagenet_turtle", False)],
 )
 def test_jobs_that_are_called_published_train_on_rows_that_nothing_scales_to_length_1(name: str, standardize: bool):
     config = job(name)
-    assert not config.encoder.normalize
+    assert not any(encoder.normalize for encoder in config.each_encoder)
     assert config.neighbors.features == "raw" or not standardize
     assert config.features.model_dump() == {"center": False, "normalize": False, "standardize": standardize}
 
