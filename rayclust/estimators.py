@@ -199,7 +199,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         neighbors = nearest_others(x, min(SCORED_NEIGHBORS, len(x) - 1))
         return internal.modularity(self.predict(X), neighbors.numpy())
 
-    def _train(self, x: Tensor | dict[str, Tensor], neighbors: Tensor | None, config: Any) -> None:
+    def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
         """Fit `method_` and widen it to float64, so that a row's result does not depend on other rows of a call."""
         with self._progress():
             method = fit_arrays(x, neighbors, config, self._seed(), self._device())
@@ -537,7 +537,8 @@ class TURTLE(
         """Return each space's features side by side."""
         return torch.from_numpy(np.concatenate(list(self.spaces_.split(rows).values()), axis=1))
 
-    def _method_inputs(self, x: Tensor) -> dict[str, Tensor]:
+    def _method_inputs(self, x: Tensor) -> Any:
+        """Return the features of each space by its name."""
         return dict(zip(self.spaces_.transforms, torch.split(x, list(self.spaces_.widths), dim=1), strict=True))
 
 
