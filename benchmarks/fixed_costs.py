@@ -1,6 +1,6 @@
 """Fixed costs of commands on small sets: seconds and CPU seconds by stage, with Ray's workers and in the driver.
 
-    python benchmarks/fixed_costs.py [--rounds 2] [--report FILE]
+    python benchmarks/fixed_costs.py [--rounds 2] [--routes never auto] [--report FILE]
 
 Rows are planted: 3,000 of width 128 around 20 directions; images are 30 coloured patches, whose network has random
 weights. Routes alternate, `resources.in_driver` never and auto. CPU seconds are of the command and of every process
@@ -141,6 +141,8 @@ def one_round(folder: Path, configs: dict[str, Path], route: str, number: int) -
             found["search, one image"] = measure("search", run, "--image", image)
             out = str(folder / "table.parquet")
             found[f"predict, {IMAGES} images"] = measure("predict", run, str(folder / "images"), "--out", out)
+    if route == "auto":
+        found["demo"] = measure("demo", "--out", str(folder / f"demo-{number}"))
     return found
 
 
@@ -148,6 +150,7 @@ def main() -> None:
     """Print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--routes", nargs="+", default=list(ROUTES), choices=ROUTES)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -155,12 +158,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         configs = prepare(Path(scratch))
         for number in range(arguments.rounds):
-            for route in ROUTES:
+            for route in arguments.routes:
                 for name, measured in one_round(Path(scratch), configs, route, number).items():
                     found[name][route].append(measured)
     lines = [
         described(),
-        f"python benchmarks/fixed_costs.py --rounds {arguments.rounds}",
+        f"python benchmarks/fixed_costs.py --rounds {arguments.rounds} --routes {' '.join(arguments.routes)}",
         f"{ROWS:,} planted rows of width {WIDTH}, K = {CLUSTERS}; {IMAGES} patches, MobileNetV2 of random weights",
         "",
         f"{'':<28}{'Ray workers':>24}{'driver':>24}",
@@ -170,10 +173,9 @@ def main() -> None:
         lines.append(row(name, [[measured.total for measured in routes[route]] for route in ROUTES]))
         first = min(measured.first_line for route in ROUTES for measured in routes[route])
         lines.append(f"  first line after {first:.2f} s")
-        stages = routes["auto"][0].stages if name.startswith("run, ") else ()
-        lines += [
-            row(f"  {stage}", [[run.stages[stage] for run in routes[route]] for route in ROUTES]) for stage in stages
-        ]
+        measured = [[run.stages for run in routes[route]] for route in ROUTES]
+        stages = next(some for some in measured if some)[0] if name.startswith("run, ") else {}
+        lines += [row(f"  {stage}", [[run[stage] for run in some] for some in measured]) for stage in stages]
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.report:
@@ -193,8 +195,11 @@ def described() -> str:
 
 def row(name: str, costs: list[list[Cost]]) -> str:
     """A line of the table: the least seconds and CPU seconds of each route."""
-    cells = [f"{min(cost.seconds for cost in some):>12.2f}{min(cost.cpu for cost in some):>12.2f}" for some in costs]
-    return f"{name:<28}" + "".join(cells)
+    cells = [
+        f"{min(cost.seconds for cost in some):>12.2f}{min(cost.cpu for cost in some):>12.2f}" if some else " " * 24
+        for some in costs
+    ]
+    return (f"{name:<28}" + "".join(cells)).rstrip()
 
 
 if __name__ == "__main__":
