@@ -181,7 +181,7 @@ def test_features_of_one_space_decide_what_runs_again(two: RunConfig):
 
 @pytest.mark.ray
 def test_a_cluster_encodes_the_same_rows(two: RunConfig, tmp_path: Path, ray_session: None):
-    config = config_of(tmp_path / "run", Path(two.images.uri), ENCODERS)
+    config = config_of(tmp_path / "run", Path(two.images.uri), ENCODERS, resources={"in_driver": "never"})
     run_stage("encode", config)
     for folder in ("rows", "embeddings/small", "embeddings/large"):
         parts = sorted((Path(two.run) / folder).glob("*.parquet"))
