@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Auto": "rayclust.estimators",
     "CPP": "rayclust.estimators",
+    "Consensus": "rayclust.estimators",
     "KMeans": "rayclust.estimators",
     "TAC": "rayclust.estimators",
     "TEMI": "rayclust.estimators",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, Signature
 from typing import Any, ClassVar, Self
@@ -31,6 +31,7 @@ from rayclust.features import FeatureTransform, SpaceTransforms
 from rayclust.language.nouns import choose_nouns, counterparts, score_nouns
 from rayclust.methods import build
 from rayclust.methods.auto import AutoConfig
+from rayclust.methods.consensus import ConsensusConfig
 from rayclust.methods.cpp import CppConfig
 from rayclust.methods.tac import TacConfig
 from rayclust.methods.temi import TemiConfig
@@ -42,7 +43,7 @@ from rayclust.settings import Config, format_error
 from rayclust.training.loop import Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows, WordedArrayRows
 
-__all__ = ["CPP", "TAC", "TEMI", "TURTLE", "Auto", "KMeans"]
+__all__ = ["CPP", "TAC", "TEMI", "TURTLE", "Auto", "Consensus", "KMeans"]
 
 _SHARED = {"center": False, "standardize": False, "normalize": True, "device": "auto", "random_state": None}
 _SHARED |= {"verbose": 0}
@@ -73,6 +74,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     _fields: ClassVar[dict[str, str]]
     method_: Any
     n_steps_: int
+    _members: Sequence[Tensor] | None = None
 
     def __init_subclass__(
         cls,
@@ -202,7 +204,7 @@ class _Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     def _train(self, x: Tensor, neighbors: Tensor | None, config: Any) -> None:
         """Fit `method_` and widen it to float64, so that a row's result does not depend on other rows of a call."""
         with self._progress():
-            method = fit_arrays(x, neighbors, config, self._seed(), self._device())
+            method = fit_arrays(x, neighbors, config, self._seed(), self._device(), members=self._members)
         self.method_, self.n_steps_ = method.cpu().double(), method.plan.steps if hasattr(method, "plan") else 0
 
     def _seed(self) -> int:
@@ -395,6 +397,42 @@ class Auto(
             table[k] = internal.measure(unit, labels, neighbors.numpy())
         choice = self.choice_ = selection.choose(table)
         return choice.k
+
+
+class Consensus(
+    _PairEstimator,
+    config=ConsensusConfig,
+    fields={"n_init": "restarts", "n_neighbors": "neighbors"},
+    defaults={"center": True},
+):
+    """One partition out of many: a vote, and a linear classifier fitted to the rows on which they agree.
+
+    Args:
+        n_clusters: K.
+        n_init: members that k-means makes where `fit` is given none.
+        n_neighbors: nearest neighbours that count as evidence for a member.
+
+    Attributes:
+        labels_: Int64[N].
+        members_: for each member, the vote and the classifier its name, the evidence, and what the gate said.
+        method_: the fitted `rayclust.methods.consensus.Consensus`; None for a single cluster, which needs none.
+        n_features_in_: D.
+    """
+
+    def fit(
+        self, X: ArrayLike, y: Any = None, *, members: Sequence[ArrayLike] | None = None, **unsupported: Any
+    ) -> Self:
+        """Cluster rows X, Float[N D]; `y` is not used, and a `sample_weight` is refused.
+
+        `members` are partitions of the rows: labels Int[N], −1 for no opinion, or probabilities Float[N K].
+        """
+        self._members = None if members is None else [torch.as_tensor(np.asarray(member)) for member in members]
+        try:
+            super().fit(X, y, **unsupported)
+        finally:
+            self._members = None
+        self.members_: list[dict[str, Any]] = [] if self.method_ is None else self.method_.report
+        return self
 
 
 class TEMI(

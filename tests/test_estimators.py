@@ -42,7 +42,7 @@ def unmet(estimator):
 
 
 @parametrize_with_checks(
-    [rc.KMeans(), rc.KMeans(metric="cosine"), rc.Auto(n_init=2), TINY_TEMI, TINY_CPP, TINY_TURTLE],
+    [rc.KMeans(), rc.KMeans(metric="cosine"), rc.Auto(n_init=2), rc.Consensus(n_init=4), TINY_TEMI, TINY_CPP, TINY_TURTLE],
     expected_failed_checks=unmet,
 )
 def test_scikit_learns_own_checks(estimator, check):
@@ -57,8 +57,8 @@ def planted(count: int = 300, clusters: int = 4, width: int = 8) -> tuple[np.nda
 
 @pytest.mark.parametrize(
     "estimator",
-    [rc.KMeans(4), rc.Auto(4), TINY_TEMI, TINY_CPP, TINY_TURTLE],
-    ids=["KMeans", "Auto", "TEMI", "CPP", "TURTLE"],
+    [rc.KMeans(4), rc.Auto(4), rc.Consensus(4), TINY_TEMI, TINY_CPP, TINY_TURTLE],
+    ids=["KMeans", "Auto", "Consensus", "TEMI", "CPP", "TURTLE"],
 )
 def test_finds_planted_clusters_and_new_rows_of_them(estimator):
     x, labels = planted()
@@ -299,6 +299,20 @@ def test_auto_says_what_it_chose_and_why():
     assert [row["candidate"] for row in found.candidates_] == ["k-means", "refined k-means", "consensus"]
     assert sum(row["chosen"] for row in found.candidates_) == 1
     assert found.choice_ is None
+
+
+def test_a_consensus_takes_labels_and_probabilities_of_others():
+    x, labels = planted()
+    temi, kmeans = clone(TINY_TEMI).fit(x), rc.KMeans(7, random_state=0).fit(x)
+    members = [temi.predict_proba(x), temi.labels_, kmeans.labels_, np.where(labels == 0, -1, labels)]
+    found = rc.Consensus(4, random_state=0).fit(x, members=members)
+    assert [row["candidate"] for row in found.members_[:4]] == [f"member {place}" for place in range(4)]
+    assert [row["clusters"] for row in found.members_[:4]] == [4, 4, 7, 4]
+    assert accuracy(labels, found.labels_) > 0.9
+    with pytest.raises(ShapeError, match=r"members\.0 has shape"):
+        rc.Consensus(4).fit(x, members=[labels[1:]])
+    with pytest.raises(TypeError, match="partitions"):
+        rc.Consensus(4).fit(x, partitions=members)
 
 
 def test_auto_finds_the_number_of_clusters():

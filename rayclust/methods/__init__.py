@@ -24,6 +24,7 @@ METHODS = {
     "gmm": "rayclust.methods.gmm:Gmm",
     "tac": "rayclust.methods.tac:Tac",
     "turtle": "rayclust.methods.turtle:Turtle",
+    "consensus": "rayclust.methods.consensus:Consensus",
     "spectral": "rayclust.methods.spectral:SpectralClustering",
     "propos": "rayclust.methods.pixels.propos:ProPos",
     "byol": "rayclust.methods.pixels.byol:Byol",

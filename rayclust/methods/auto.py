@@ -8,7 +8,6 @@ not a paper's method, and no label is read anywhere.
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering.candidates import choose, make_candidates
+from rayclust.clustering.consensus import match_confidence
 from rayclust.distributed import data_group
 from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Pairing, Rows
 from rayclust.methods.graph import sample_with_neighbors
@@ -92,7 +92,7 @@ class Auto(Method):
         # The mean rows of the clusters, and probabilities as sharp as neighbours agree.
         counts = torch.bincount(chosen.labels, minlength=self.config.clusters).clamp(min=1)
         centers = torch.zeros_like(self.centers, device=x.device).index_add_(0, chosen.labels, x) / counts[:, None]
-        temperature = _temperature(x @ chosen.weight + chosen.bias, chosen.evidence["neighbor_agreement"])
+        temperature = match_confidence(x @ chosen.weight + chosen.bias, chosen.evidence["neighbor_agreement"])
         self.to(trainer.device)
         fitted = {"weight": chosen.weight, "bias": chosen.bias, "centers": centers, "temperature": temperature}
         for name, value in fitted.items():
@@ -108,15 +108,3 @@ class Auto(Method):
     def prototypes(self) -> Tensor:
         """Return the clusters' mean rows at length 1, Float[K D]."""
         return functional.normalize(self.centers, dim=1)
-
-
-def _temperature(scores: Tensor, agreement: float) -> Tensor:
-    """Return the temperature at which the mean largest probability equals a share, by bisection."""
-    target = min(max(agreement, 1.5 / scores.shape[1]), 0.999)
-    scale = float(scores[scores.isfinite()].std()) or 1.0
-    low, high = -12.0, 12.0
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        sharpness = float((scores / (scale * math.exp(middle))).softmax(1).amax(1).mean())
-        low, high = (middle, high) if sharpness > target else (low, middle)
-    return scores.new_tensor(scale * math.exp(0.5 * (low + high)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -43,6 +43,10 @@ class BaseMethodConfig(Config):
     """What the method is called in RUN.yaml."""
     clusters: int = Field(ge=2)
     """K, the number of clusters."""
+
+    def partitions(self) -> tuple[str, ...]:
+        """Return where other partitions of the rows lie that a fit reads (`Rows.members`): URIs; none by default."""
+        return ()
 
     def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
         """Describe in a few words how the rows will be fitted; may be empty.
@@ -211,6 +215,12 @@ class Rows(Protocol):
 
     def neighbors(self) -> Tensor:
         """Return Int[N M], the numbers of each row's nearest others, nearest first, −1 behind the last one."""
+
+    def members(self) -> Sequence[Tensor] | None:
+        """Return other partitions of the rows; None if none were named.
+
+        Each is Int[N], −1 where it has no opinion, or Float[N K], probabilities.
+        """
 
 
 @runtime_checkable
@@ -524,6 +534,14 @@ class Recuttable(Protocol):
         Raises:
             ConfigError: it was fitted for fewer.
         """
+
+
+@runtime_checkable
+class ManyHeads(Protocol):
+    """A method whose fitted state may hold several heads."""
+
+    def predict_heads(self, x: Tensor) -> Tensor:
+        """Return the most probable cluster by each head: Float[B D] to Int64[H B]."""
 
 
 @runtime_checkable

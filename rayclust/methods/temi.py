@@ -118,6 +118,9 @@ class TemiConfig(TrainedConfig):
     selection: Literal["loss", "modularity"] = "loss"
     """Head that is kept. loss: least training loss in the last epoch, as published. modularity: keeps most neighbours
     together, by its clusters of all rows; less drawn to even sizes. Neither sees labels."""
+    keep_heads: bool = False
+    """Whether the model holds all heads, as members of a `consensus`; else the best alone, which is all that clusters
+    are taken from. Changes no result."""
     precision: Precision = "auto"
     """Matrix products in training. auto: bf16 where the processor multiplies it fast, else float32."""
     stop_on_collapse: bool = False
@@ -654,12 +657,22 @@ class Temi(Method):
         logits = [self.teacher(block.to(like), head=int(self.best_head))[0] for block in blocks]
         return log_probabilities(torch.cat(logits), self.config.teacher_temperature).exp()
 
+    @torch.no_grad()
+    def predict_heads(self, x: Tensor) -> Tensor:
+        """Return the most probable cluster by each of the teacher's heads: Float[B D] to Int64[H B]."""
+        require_matrix(x, "x", self.dimension)
+        blocks, heads = torch.split(x.to(self.teacher.direction), PREDICT_ROWS), range(len(self.teacher.direction))
+        return torch.stack([torch.cat([self.teacher(b, head=h)[0].argmax(1) for b in blocks]) for h in heads])
+
     def prototypes(self) -> Tensor:
         """Return the directions of the best head's last layer, with which the bottleneck's unit rows are compared."""
         return functional.normalize(self.teacher.direction[int(self.best_head)].detach(), dim=1)
 
     def state(self) -> MethodState:
-        """Return the teacher's best head alone."""
+        """Return the teacher's best head alone, or all of them with `keep_heads`."""
+        if self.config.keep_heads:
+            kept = {name: x.detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
+            return MethodState(self._settings(), kept | {"best_head": self.best_head.cpu().clone()})
         best = int(self.best_head)
         tensors = {name: x[best : best + 1].detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
         tensors["best_head"] = torch.tensor(0)

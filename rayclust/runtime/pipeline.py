@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 SELECT_K, COUNTERPARTS, CURATE = "select-k", "counterparts", "curate"
 """Stages that only some runs have."""
+PLAN = "plan"
+"""Entry of a manifest's `inputs`: the digest of the plan, of a stage that reads other stages as well."""
 CHOSEN = "chosen"
 """Entry of select-k's `extra`: the number of clusters and the files of its model, all that train reads of it."""
 
@@ -149,24 +151,26 @@ def method_settings(config: RunConfig) -> dict[str, Any]:
     """Return the method's settings for a digest.
 
     The names of those that were set by hand count as well as the values, since a preset fills only the open ones. The
-    memory of a worker decides how data is distributed, changes no result, and is left out.
+    memory of a worker decides how data is distributed, changes no result, and is left out. So are the places of
+    members, whose content counts by the plan of train, and `keep_heads` that is off.
     """
-    memory = ("worker_memory",)
-    values = {key: value for key, value in settings_of(config.method).items() if key not in memory}
-    settings = {"all": values, "set": sorted(config.method.model_fields_set.difference(memory))}
+    dumped = settings_of(config.method)
+    left_out = {"worker_memory", "members"} | (set() if dumped.get("keep_heads") else {"keep_heads"})
+    values = {key: value for key, value in dumped.items() if key not in left_out}
+    settings = {"all": values, "set": sorted(config.method.model_fields_set.difference(left_out))}
     revision = type(config.method).revision
     return settings | ({"revision": revision} if revision > 1 else {})
 
 
-def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], plan: Any = None) -> str:
-    """Return the digest that a manifest must carry to be valid for a resolved config, inputs and a plan."""
+def stage_digest(stage: Stage, config: RunConfig, inputs: dict[str, Manifest], plan: str | None = None) -> str:
+    """Return the digest that a manifest must carry to be valid for a resolved config, inputs and a plan's digest."""
     return digest_of(
         {
             "stage": stage.name,
             "revision": stage.revision,
             "settings": stage.settings(config),
             "inputs": _input_digests(stage, inputs),
-            "plan": plan.digest if plan else None,
+            "plan": plan,
         }
     )
 
@@ -196,7 +200,7 @@ class Manifests:
     def of(self, name: str) -> Manifest | None:
         """Return a stage's manifest; None if it is missing or was written for another config or other inputs.
 
-        Changes of the images are not seen here, only by a stage's `plan`.
+        Changes of the images, and of other runs, are not seen here, only by a stage's `plan`.
         """
         if name not in self._found:
             stage, manifest = STAGES[name], read_manifest(self._run, name)
@@ -204,7 +208,8 @@ class Manifests:
             if manifest and needs:
                 inputs = {need: found for need in needs if (found := self.of(need)) is not None}
                 if len(inputs) == len(needs):
-                    is_valid = manifest.digest == stage_digest(stage, self.resolved(name), inputs)
+                    plan = manifest.inputs.get(PLAN)
+                    is_valid = manifest.digest == stage_digest(stage, self.resolved(name), inputs, plan)
             elif manifest:
                 # The digest holds the plan, which is not listed here: the digest of the settings alone must do.
                 settings = digest_of(stage.settings(self._config))
@@ -294,7 +299,7 @@ def _run_or_skip(name: str, config: RunConfig, lease: RunLock, *, force: bool, c
             )
         inputs[need] = found
     context = StageContext(manifests.resolved(name), run, "", inputs, stage.plan(config) if stage.plan else None)
-    context.digest = stage_digest(stage, context.config, inputs, context.plan)
+    context.digest = stage_digest(stage, context.config, inputs, context.plan.digest if context.plan else None)
 
     # 2. Skip what is complete. Its stamps become today's: files that were copied are not read again next time.
     manifest, listing = read_manifest(run, name), FileListing(run)
@@ -359,10 +364,11 @@ def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
         ) from error
     seconds = time.monotonic() - started
     settings = digest_of(stage.settings(context.config))
+    planned = {PLAN: context.plan.digest} if context.plan and stage.needs else {}
     manifest = Manifest(
         stage=stage.name,
         digest=context.digest,
-        inputs=_input_digests(stage, context.inputs) | {"settings": settings},
+        inputs=_input_digests(stage, context.inputs) | {"settings": settings} | planned,
         counts=result.counts,
         outputs={path: Output(**written) for path, written in result.outputs.items()},
         versions=versions(),

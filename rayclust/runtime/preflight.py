@@ -21,6 +21,7 @@ from rayclust.runtime.cluster import describe_placement
 from rayclust.runtime.driver import has_idle_gpu
 from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
 from rayclust.runtime.inputs import input_shards, with_encoder
+from rayclust.runtime.members import plan_members
 from rayclust.runtime.spaces import plan_ready
 from rayclust.runtime.vocabularies import check_classes, noun_lists, read_lists, vocabulary_kinds
 from rayclust.store import storage
@@ -209,6 +210,7 @@ class _Checks:
 
     def method(self) -> str:
         config, options = self.config, self.config.select_k
+        plan_members(config)
         is_known = bool(self.images) and not self.is_lower_bound
         if not config.needs_selection:
             if is_known and self.images < config.method.clusters:

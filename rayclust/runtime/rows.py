@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -254,6 +254,10 @@ class StoredCounterparts:
     def neighbors(self) -> Tensor:
         """Return Int64[N M], mapped."""
         return self._rows.text_neighbors()
+
+    def members(self) -> Sequence[Tensor] | None:
+        """Return None: rows alone have no other partitions; see `members.RowsWithMembers`."""
+        return None
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type, blocks: Iterable[np.ndarray]) -> Tensor:

@@ -266,10 +266,14 @@ def _candidates(history: pa.Table) -> Iterator[dict[str, Any]]:
     titles |= {"neighbor_agreement": "Neighbours kept together", "score": "Labels predicted on held-out rows"}
     titles |= {"normalized_score": "The same, above the largest share", "largest_share": "Share of the largest cluster"}
     titles |= {"share_entropy": "Evenness of labels", "occupied": "Clusters with rows"}
+    titles |= {"agreement": "Agreement", "anmi": "ANMI with the voters"}
     if "candidate" in history.column_names:
-        for row in history.filter(pc.is_valid(history["candidate"])).to_pylist():
-            evidence = {title: row[name] for name, title in titles.items() if row.get(name) is not None}
-            yield {"name": row["candidate"], "chosen": bool(row["chosen"]), "evidence": evidence}
+        rows = history.filter(pc.is_valid(history["candidate"])).to_pylist()
+        shown = {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
+        for row in rows:
+            evidence = {title: row[name] for name, title in shown.items()}
+            note = row.get("note") or ""
+            yield {"name": row["candidate"], "chosen": bool(row["chosen"]), "note": note, "evidence": evidence}
 
 
 def _health(history: pa.Table) -> list[str]:

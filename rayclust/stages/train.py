@@ -33,10 +33,11 @@ from rayclust.methods.base import CheckpointInterval, Method
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
 from rayclust.runtime.cluster import connect, cores_per_worker, on_every_node, plain_errors, require_label, worker_range
 from rayclust.runtime.driver import cores, in_driver, threads
+from rayclust.runtime.members import RowsWithMembers, plan_members
 from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, Stage, StageContext, StageResult, method_settings, settings_of
 from rayclust.runtime.progress import Progress
-from rayclust.runtime.rows import StoredRows, cache_folder, drop_cache, fitted_count
+from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
 from rayclust.store import manifest, storage
 from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.store.run import Run
@@ -170,7 +171,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     config, run = job.config, Run(job.config.run, job.config.spaces)
     group = distributed.data_group()
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus else "cpu"
-    rows = StoredRows(run, job.encode, config.features, cache_folder(job.digest), group.rank, group.size)
+    cache, partitions = cache_folder(job.digest), config.method.partitions()
+    rows = RowsWithMembers(partitions, run, job.encode, config.features, cache, group.rank, group.size)
     method = build_for(rows, config.method, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config) if group.rank == 0 and job.stage == "train" else None
@@ -403,4 +405,5 @@ STAGE = Stage(
     needs_choice=True,
     reads_entry={SELECT_K: CHOSEN},
     on_gpu="train",
+    plan=plan_members,
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -342,6 +342,8 @@ def fit_arrays(
     config: BaseMethodConfig,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    *,
+    members: Sequence[Tensor] | None = None,
 ) -> Method:
     """Build a method and fit it to rows in memory.
 
@@ -351,6 +353,7 @@ def fit_arrays(
         config: the method's settings.
         seed: of everything random.
         device: where to compute.
+        members: other partitions of the rows, for a method that takes them; see `Rows.members`.
 
     Returns:
         The fitted method, on `device`.
@@ -360,7 +363,7 @@ def fit_arrays(
         DataError: the method needs neighbours and there are none.
         ConfigError: there are fewer rows than clusters.
     """
-    rows = ArrayRows(x, neighbors)
+    rows = ArrayRows(x, neighbors, members)
     method = build_for(rows, config, seed)
     method.fit(rows, Trainer(seed, device))
     return method.eval()

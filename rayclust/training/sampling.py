@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +105,7 @@ class ArrayRows:
     Args:
         x: Float[N D], an array or tensor; or several by the names of their spaces.
         neighbors: Int[N M] or None; −1 where a row has fewer than M.
+        members: other partitions of the rows, as `Rows.members` returns them.
 
     Raises:
         ShapeError: an argument is not a matrix, or they do not have one length.
@@ -115,6 +116,7 @@ class ArrayRows:
         self,
         x: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray],
         neighbors: Tensor | np.ndarray | None = None,
+        members: Sequence[Tensor] | None = None,
     ) -> None:
         by_space = x if isinstance(x, Mapping) else {EMBEDDINGS: x}
         self._x = {name: torch.as_tensor(rows) for name, rows in by_space.items()}
@@ -127,6 +129,11 @@ class ArrayRows:
         self.count = len(self._x[self.spaces[0]])
         self.dimensions = {name: rows.shape[1] for name, rows in self._x.items()}
         self.dimension = sum(self.dimensions.values())
+        self._members = members
+        for place, member in enumerate(members or ()):
+            if member.dim() not in (1, 2) or len(member) != self.count:
+                shape = tuple(member.shape)
+                raise ShapeError(f"members.{place} has shape {shape}: {self.count} labels or probabilities are needed")
         self._neighbors = None if neighbors is None else torch.as_tensor(neighbors)
         if self._neighbors is not None:
             require_matrix(self._neighbors, "neighbors")
@@ -155,6 +162,10 @@ class ArrayRows:
         if self._neighbors is None:
             raise DataError("neighbors = None: this method draws pairs of neighbours, give Int[N M]")
         return self._neighbors
+
+    def members(self) -> Sequence[Tensor] | None:
+        """Return the partitions that were given."""
+        return self._members
 
 
 class WordedArrayRows(ArrayRows):

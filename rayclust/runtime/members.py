@@ -1,0 +1,184 @@
+"""Partitions of a run's rows that lie in other runs or in tables, for methods that read some.
+
+Rows are the same where their keys are. A member is named by a run's URI (its clusters), by `RUN#heads` (every head of a
+model that was trained with `keep_heads`), or by a table *.parquet with the columns `key` and `cluster`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from rayclust.arrays import IntArray
+from rayclust.config import RunConfig, validate
+from rayclust.errors import ConfigError, DataError
+from rayclust.methods.base import ManyHeads
+from rayclust.runtime.models import load_method
+from rayclust.runtime.pipeline import content_digest
+from rayclust.runtime.rows import StoredRows, mapped, part_features, row_starts, transform_of
+from rayclust.store import storage, tables
+from rayclust.store.manifest import Manifest, digest_of, read_manifest
+from rayclust.store.run import Run, parts
+
+HEADS = "#heads"
+"""End of the name of a member that is all heads of a run's model."""
+
+
+@dataclass(frozen=True)
+class MembersPlan:
+    """The members of a run, as they are now."""
+
+    digest: str
+    """Of their content, in order."""
+
+
+def plan_members(config: RunConfig) -> MembersPlan | None:
+    """Look at the partitions that the method reads; None if it reads none.
+
+    Raises:
+        ConfigError: the number of clusters is open.
+        DataError: a member is missing or not finished.
+    """
+    uris = config.method.partitions()
+    if not uris:
+        return None
+    if config.needs_selection:
+        raise ConfigError(f"method.members = {list(uris)}: needs one number of clusters; set method.clusters")
+    return MembersPlan(digest_of([_content(uri) for uri in uris]))
+
+
+def _content(uri: str) -> Any:
+    """Return JSON that changes with what a member says."""
+    if uri.endswith(".parquet"):
+        return hashlib.sha256(_read(uri)).hexdigest()
+    if uri.endswith(HEADS):
+        return [content_digest(_finished(uri, stage)) for stage in ("encode", "train")]
+    return content_digest(_finished(uri, "assign"))
+
+
+def _read(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri)
+    except storage.MissingError:
+        raise DataError(f"method.members: {uri} is missing") from None
+
+
+def _finished(uri: str, stage: str) -> Manifest:
+    manifest = read_manifest(Run(uri.removesuffix(HEADS)), stage)
+    if manifest is None:
+        raise DataError(f"method.members: {uri}: no run there has finished its stage {stage}")
+    return manifest
+
+
+class RowsWithMembers(StoredRows):
+    """Rows of a run with the partitions that its method reads; one worker of a node reads them, all map the file.
+
+    Args:
+        partitions: names of members.
+        args: of `StoredRows`.
+    """
+
+    def __init__(self, partitions: Sequence[str], *args: Any) -> None:
+        super().__init__(*args)
+        self._partitions = partitions
+
+    def members(self) -> list[Tensor] | None:
+        """Return Int32[N] each, mapped; None without members.
+
+        Raises:
+            ConfigError: a model holds one head alone.
+            DataError: a member has other rows.
+        """
+        if not self._partitions:
+            return None
+        count = sum(_head_count(uri) if uri.endswith(HEADS) else 1 for uri in self._partitions)
+        own = _keys(self._run, len(self._starts) - 1)
+        fitted = slice(None) if self._aside is None else ~self._aside
+        found = (labels[fitted][None] for uri in self._partitions for labels in read_member(uri, own))
+        return list(mapped(self._cache / "members.npy", (count, self.count), np.int32, found))
+
+
+def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:
+    """Yield the partitions of a member, Int32[N] in the order of the keys `own`, −1 where it has no opinion.
+
+    Raises:
+        ConfigError: a model holds one head alone.
+        DataError: the member has other keys, or a table cannot be used.
+    """
+    if uri.endswith(".parquet"):
+        try:
+            table = tables.read_table(uri, ["key", "cluster"])
+            keys, cluster = table["key"].cast(pa.string()), table["cluster"].cast(pa.int32()).fill_null(-1)
+        except (pa.ArrowException, KeyError) as error:
+            raise DataError(
+                f"method.members: {uri}: needs columns key and cluster of whole numbers ({error})"
+            ) from error
+        columns: Iterable[Any] = [cluster]
+    elif uri.endswith(HEADS):
+        keys, columns = _keys(_run_of(uri)[0], _part_count(uri)), _head_labels(uri)
+    else:
+        assigned = [tables.read_table(part, ["key", "cluster"]) for _, part in parts(Run(uri).assignments_folder)]
+        joined = pa.concat_tables(assigned)
+        keys, columns = joined["key"], [joined["cluster"]]
+    positions = None
+    if not keys.equals(own):
+        found = pc.index_in(own, value_set=keys.combine_chunks())
+        if len(keys) != len(own) or found.null_count:
+            missing = found.null_count
+            raise DataError(
+                f"method.members: {uri} has {len(keys):,} rows, of which {len(own) - missing:,} are among the "
+                f"{len(own):,} of this run by their keys: members need the same rows"
+            )
+        positions = found.to_numpy()
+    for column in columns:
+        labels = np.asarray(column).astype(np.int32)
+        yield labels if positions is None else labels[positions]
+
+
+def _keys(run: Run, count: int) -> pa.ChunkedArray:
+    """Return the keys of all rows of a run with so many parts, in order."""
+    columns = [tables.read_table(run.rows(part), ["key"])["key"] for part in range(count)]
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+
+
+def _run_of(uri: str) -> tuple[Run, RunConfig]:
+    """Return the run that a member names, with its config."""
+    place = uri.removesuffix(HEADS)
+    config = validate(storage.read_json(Run(place).config) | {"run": place})
+    return Run(place, config.spaces), config
+
+
+def _part_count(uri: str) -> int:
+    return len(row_starts(_finished(uri, "encode"))) - 1
+
+
+def _head_count(uri: str) -> int:
+    """Return H of a stored model.
+
+    Raises:
+        ConfigError: it holds one head alone.
+    """
+    settings = storage.read_json(storage.join(Run(uri.removesuffix(HEADS)).model_folder, "config.json"))
+    heads = int(settings["config"].get("heads", 1))
+    if heads < 2:
+        raise ConfigError(f"method.members: {uri}: the model holds one head; train it with method.keep_heads: true")
+    return heads
+
+
+def _head_labels(uri: str) -> Tensor:
+    """Return Int64[H N], the labels that each head of a run's model gives to the run's rows."""
+    (run, config), encode = _run_of(uri), _finished(uri, "encode")
+    method = load_method(run.uri, content_digest(_finished(uri, "train")))
+    transform = transform_of(encode, config.features)
+    if not isinstance(method, ManyHeads):
+        raise ConfigError(f"method.members: {uri}: {config.method.name} has no heads")
+    features = (torch.from_numpy(part_features(run, part, transform)) for part in range(_part_count(uri)))
+    return torch.cat([method.predict_heads(x) for x in features], dim=1)

@@ -1,0 +1,101 @@
+"""The consensus as a method: members, the floor, guards, and one result on any number of workers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rayclust import methods
+from rayclust.methods import consensus
+from rayclust.methods.consensus import Consensus, ConsensusConfig
+from rayclust.metrics.external import accuracy
+from rayclust.search.knn import nearest_others
+from rayclust.training.loop import fit_arrays
+from tests.workers import on_two_workers
+
+
+def planted(count: int = 240, noise: float = 0.28) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows around four orthogonal directions, the direction of each, and their neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 4
+    x = functional.normalize(torch.eye(16)[labels] + noise * torch.randn(count, 16, generator=generator), dim=1)
+    return x, labels, nearest_others(x, 10).long()
+
+
+def noisy(labels: Tensor, share: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    other = (labels + torch.randint(1, 4, labels.shape, generator=generator)) % 4
+    return torch.where(torch.rand(len(labels), generator=generator) < share, other, labels)
+
+
+def fitted(members: list[Tensor] | None, **settings: object) -> Consensus:
+    x, _, neighbors = planted()
+    method = fit_arrays(x, neighbors, ConsensusConfig(clusters=4, **settings), members=members)
+    assert isinstance(method, Consensus)
+    return method
+
+
+def test_noisy_members_make_a_clean_partition_that_new_rows_have():
+    x, labels, _ = planted()
+    method = fitted([noisy(labels, 0.3, seed) for seed in range(6)])
+    whole = method.predict_proba(x)
+    assert accuracy(labels, whole.argmax(1)) > 0.97
+    assert torch.cat([method.predict_proba(row[None]) for row in x]).allclose(whole, atol=1e-6)
+    assert methods.load(method.state()).predict_proba(x).equal(whole)
+    assert method.prototypes().norm(dim=1).allclose(torch.ones(4))
+    assert [row["candidate"] for row in method.report[-2:]] == ["vote", "vote, self-training"]
+    assert [row["weight"] for row in method.report].count(0.0) == 3
+
+
+def test_without_members_k_means_makes_them():
+    x, labels, _ = planted()
+    method = fitted(None, restarts=5)
+    assert len(method.report) == 7
+    assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.97
+
+
+def test_the_best_member_stands_where_the_vote_has_less_modularity():
+    x, labels, _ = planted()
+    wrong = labels // 2 * 2 + (torch.arange(len(labels)) // 4 % 2)  # most members share it
+    method = fitted([labels, noisy(wrong, 0.05, 1), noisy(wrong, 0.06, 2), noisy(wrong, 0.05, 3)])
+    kept = method.report[-1]
+    assert kept["candidate"] == "best member, self-training"
+    assert kept["modularity"] > method.report[-2]["modularity"]
+    assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.97
+
+
+def test_a_classifier_that_breaks_a_guard_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    x, labels, _ = planted()
+    monkeypatch.setattr(consensus, "RIDGE", 1e9)
+    monkeypatch.setattr(consensus, "broken_guard", lambda *arguments: "it was asked for")
+    method = fitted([noisy(labels, 0.1, seed) for seed in range(3)])
+    assert method.report[-1]["candidate"].endswith(", nearest means")
+    assert method.report[-1]["note"] == "it was asked for"
+    assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.95
+
+
+def test_probabilities_are_as_sure_as_the_members():
+    x, labels, _ = planted()
+    for share in (0.02, 0.4):
+        method = fitted([noisy(labels, share, seed) for seed in range(6)])
+        confidence = method.report[-2]["agreement"]
+        assert float(method.predict_proba(x).amax(1).mean()) == pytest.approx(min(confidence, 0.999), abs=0.01)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_few_rows_and_equal_rows_end_without_an_error(count: int):
+    for x in (torch.eye(8)[:count], torch.ones(count, 8)):
+        method = fit_arrays(x, torch.full((count, 1), -1), ConsensusConfig(clusters=2, restarts=2))
+        assert method.predict_proba(x).isfinite().all()
+
+
+def test_two_workers_find_what_one_finds():
+    alone = _labels(0, 1)
+    for found in on_two_workers(_labels):
+        assert found.equal(alone)
+
+
+def _labels(rank: int, workers: int) -> Tensor:
+    return fitted(None, restarts=4).predict_proba(planted()[0]).argmax(1)
