@@ -70,9 +70,8 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=[*SETS, *variants, *MIXED])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(
-        f"{platform.machine()}, {arguments.threads} thread, Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{platform.machine()}, {arguments.threads} thread, {versions}")
     print("command: python", " ".join(sys.argv))
     for kind in arguments.members:
         print(f"\nMembers: {kind}. ACC, %, mean of {arguments.seeds} seeds\n")
