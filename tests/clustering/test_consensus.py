@@ -220,11 +220,12 @@ def test_jaccard_of_clusters_decides_which_join():
 
 
 def test_soft_members_vote_with_their_shares():
+    # The second member agrees more when its clusters swap names: 0.6 + 0.45 against 0.4 + 0.55.
     sure, torn = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.4, 0.6], [0.45, 0.55]])
     result = vote([SoftLabels.of(sure), SoftLabels.of(torn)], 2, labels("01"))
     assert result.labels.tolist() == [0, 1]
-    assert result.confidence.tolist() == pytest.approx([0.65, 0.675])
-    assert result.agreement == pytest.approx(0.65 * 2 + 0.675 * 2)
+    assert result.confidence.tolist() == pytest.approx([0.75, 0.625])
+    assert result.agreement == pytest.approx(2.75)
     one_hot = [SoftLabels.of(torch.eye(2)[labels(text)], columns=1) for text in THREE]
     hard = vote([labels(text) for text in THREE], 2, labels(THREE[0]))
     assert vote(one_hot, 2, labels(THREE[0])).labels.equal(hard.labels)
@@ -239,7 +240,7 @@ def test_a_start_may_leave_rows_out():
 def test_neighbors_that_most_members_join_are_kept():
     """Of one row's neighbours that share 4, 3, 2, 1 and 0 of 4 members the first three are kept."""
     neighbors = torch.tensor([[1, 2, 3, 4, 5]] + [[-1] * 5] * 5)
-    members = [torch.tensor([0, *(int(h >= place) for place in range(5))]) for h in range(4)]
+    members = [torch.tensor([0, *(int(h >= 4 - place) for place in range(5))]) for h in range(4)]
     kept = consensus.shared_neighbors(members, neighbors)
     assert kept[0].tolist() == [True, True, True, False, False]
     assert not kept[1:].any()
@@ -253,7 +254,7 @@ def test_guards_name_what_is_lost():
     assert consensus.broken_guard(voted, voted, 3) == ""
     assert "from 3 to 2" in consensus.broken_guard(voted, labels("0000002222"), 3)
     assert "entropy" in consensus.broken_guard(voted, labels("0001222222"), 3)
-    assert "40.0% of the rows" in consensus.broken_guard(labels("0001112222"), labels("0012221110"), 3)
+    assert "20.0% of the rows" in consensus.broken_guard(labels("0001112222"), labels("0012221110"), 3)
 
 
 def test_the_classifier_is_the_same_from_blocks_and_of_chosen_rows(monkeypatch: pytest.MonkeyPatch):
