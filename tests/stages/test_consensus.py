@@ -13,7 +13,7 @@ import pytest
 
 from rayclust.config import validate
 from rayclust.errors import ConfigError, DataError
-from rayclust.runtime.api import with_absolute_paths
+from rayclust.runtime.api import load_run, with_absolute_paths
 from rayclust.runtime.members import plan_members
 from rayclust.runtime.pipeline import Manifests, run_all, run_stage
 from tests.stages.runs import tree
@@ -33,8 +33,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(folder: Path, rows: Path, name: str, **method: Any) -> Any:
-    return validate(tree(str(folder / name), str(rows), method={"clusters": 3, **method}))
+def settings(folder: Path, rows: Path, run: str, **method: Any) -> Any:
+    return validate(tree(str(folder / run), str(rows), method={"clusters": 3, **method}))
 
 
 def keys_of(run: Path) -> list[str]:
@@ -63,15 +63,14 @@ def test_members_are_runs_heads_and_tables(tmp_path: Path, rows: Path, in_proces
     # 2. Nothing is done again, unless a member has changed.
     again = run_all(config, stop_after="assign")
     assert again["train"].digest == done["train"].digest
-    assert Manifests(config).of("assign") is not None
+    saved = load_run(config.run)
+    assert Manifests(saved).of("assign") is not None
     pq.write_table(table.set_column(1, "cluster", pa.array([0] * 60)), tmp_path / "by_hand.parquet")
     assert run_stage("train", config).digest != done["train"].digest
     # 3. The place of a member is not its content.
     (tmp_path / "by_hand.parquet").rename(tmp_path / "moved.parquet")
-    moved = settings(
-        tmp_path, rows, "consensus", name="consensus", members=[*members[:2], str(tmp_path / "moved.parquet")]
-    )
-    assert Manifests(moved).of("train") is not None
+    method = saved.method.model_copy(update={"members": (*members[:2], str(tmp_path / "moved.parquet"))})
+    assert Manifests(saved.model_copy(update={"method": method})).of("train") is not None
 
 
 def test_members_that_cannot_vote_are_refused(tmp_path: Path, rows: Path, in_process: None):
