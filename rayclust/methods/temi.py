@@ -677,6 +677,7 @@ class Temi(Method):
         tensors = {name: x[best : best + 1].detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
         tensors["best_head"] = torch.tensor(0)
         settings = self._settings()
+        del settings["config"]["keep_heads"]  # a model of one head has the bytes that it had without this setting
         return MethodState({**settings, "config": {**settings["config"], "heads": 1}}, tensors)
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
