@@ -42,7 +42,15 @@ def unmet(estimator):
 
 
 @parametrize_with_checks(
-    [rc.KMeans(), rc.KMeans(metric="cosine"), rc.Auto(n_init=2), rc.Consensus(n_init=4), TINY_TEMI, TINY_CPP, TINY_TURTLE],
+    [
+        rc.KMeans(),
+        rc.KMeans(metric="cosine"),
+        rc.Auto(n_init=2),
+        rc.Consensus(n_init=4),
+        TINY_TEMI,
+        TINY_CPP,
+        TINY_TURTLE,
+    ],
     expected_failed_checks=unmet,
 )
 def test_scikit_learns_own_checks(estimator, check):
