@@ -206,6 +206,10 @@ class StoredRows:
             found = (np.where(neighbors < 0, NO_NEIGHBOR, positions[neighbors]) for neighbors in found)
         return mapped(self._cache / name, (self.count, width), np.int64, found)
 
+    def members(self) -> Sequence[Tensor] | None:
+        """Return None: rows alone have no other partitions; see `members.RowsWithMembers`."""
+        return None
+
     def nouns(self) -> Tensor:
         """Return Float32[V D], the nouns that were chosen for the run (`methods.tac.WordedRows`).
 
@@ -256,7 +260,7 @@ class StoredCounterparts:
         return self._rows.text_neighbors()
 
     def members(self) -> Sequence[Tensor] | None:
-        """Return None: rows alone have no other partitions; see `members.RowsWithMembers`."""
+        """Return None."""
         return None
 
 
