@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageOps
 MAX_PIXELS = 200_000_000
 """Larger images get the placeholder: they may be decompression bombs."""
 MAX_ASPECT = 1.5
-"""A thumbnail is at most so many times longer than wide; the rest is cropped at both ends."""
+"""A thumbnail is at most so many times longer than wide, unless asked for otherwise."""
 QUALITY = 76
 
 _MEDIA_TYPES = {"WEBP": "image/webp", "JPEG": "image/jpeg", "PNG": "image/png"}
@@ -21,12 +21,13 @@ _DECODING = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, 
 _REFUSED = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
 
 
-def thumbnail(data: bytes, size: int = 128) -> bytes:
+def thumbnail(data: bytes, size: int = 128, max_aspect: float = MAX_ASPECT) -> bytes:
     """Shrink an image: upright, RGB, on white where it was transparent, and never enlarged.
 
     Args:
         data: an encoded image of any kind that Pillow reads; of an animation the first frame is taken.
-        size: pixels on the shorter side, at least 1; the longer side has at most 1.5 × as many.
+        size: pixels on the shorter side, at least 1.
+        max_aspect: how many times as many the longer side may have, at least 1; the rest is cropped at both ends.
 
     Returns:
         An encoded webp, the same bytes for the same image; a neutral placeholder where `data` is not a readable image.
@@ -42,8 +43,8 @@ def thumbnail(data: bytes, size: int = 128) -> bytes:
             # Scale by the shorter side; of a long image the middle is kept.
             short, long = sorted(upright.size)
             scale = min(1.0, size / short)
-            shape = [max(1, round(min(side, MAX_ASPECT * short) * scale)) for side in upright.size]
-            fit = upright.resize if long <= MAX_ASPECT * short else partial(ImageOps.fit, upright)
+            shape = [max(1, round(min(side, max_aspect * short) * scale)) for side in upright.size]
+            fit = upright.resize if long <= max_aspect * short else partial(ImageOps.fit, upright)
             small = fit((shape[0], shape[1]), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             tiny = min(small.size) < 48  # too few pixels to lose any

@@ -28,6 +28,8 @@ from rayclust.web.rows import RowIndex, without
 
 SIZES = (160, 1024)
 """Pixels on the shorter side of pictures: of a list, and of one alone."""
+MAX_ASPECT = 8.0
+"""How many times longer than wide a large picture may be."""
 CACHE_BYTES = 64 << 20
 """Of pictures that are kept."""
 TYPICAL = 6
@@ -187,7 +189,8 @@ class Explorer:
                 return self._pictures[row, size]
         [record] = self._index.records(np.array([row]))
         [(_, data)] = fetch_many([record["uri"]], self.config.images.columns)
-        made = thumbnail(data or b"", size)
+        # Small ones are cropped to stand side by side; a large one is shown whole, unless it is a ribbon.
+        made = thumbnail(data or b"", size) if size == SIZES[0] else thumbnail(data or b"", size, MAX_ASPECT)
         with self._lock:
             self._pictures[row, size] = made
             kept = sum(map(len, self._pictures.values()))

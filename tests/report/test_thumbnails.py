@@ -121,3 +121,10 @@ def test_describe_reads_the_header_of_web_pictures_alone() -> None:
     assert thumbnails.describe(thumbnails.placeholder(32)) == ("image/webp", 32, 32)
     assert thumbnails.describe(photo(0, form="TIFF")) is None
     assert thumbnails.describe(b"<svg onload=alert(1)>") is None
+
+
+def test_a_long_picture_is_cropped_as_far_as_is_asked_for():
+    buffer = io.BytesIO()
+    Image.new("RGB", (400, 100), "red").save(buffer, "PNG")
+    for aspect, wanted in ((1.5, (75, 50)), (3.0, (150, 50)), (8.0, (200, 50))):
+        assert Image.open(io.BytesIO(thumbnails.thumbnail(buffer.getvalue(), 50, aspect))).size == wanted
