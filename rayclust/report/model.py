@@ -171,7 +171,7 @@ class ReportData:
         classes: number of true classes; None when the run has no labels.
         config: RUN.yaml as it was run.
         confidence: images per equal bin of confidence over [0, 1]; empty draws nothing.
-        candidates: of a method that chooses among partitions: `name`, `chosen`, the evidence by title, perhaps a `note`.
+        candidates: of a method that chooses among partitions: `name`, `chosen`, the evidence by title, maybe a `note`.
         retrieval: empty for methods without a space of their own.
         curation: None in runs without the stage curate.
         notes: sentences that the reader should see first, e.g. a health warning.
