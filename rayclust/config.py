@@ -409,7 +409,8 @@ class NeighborsConfig(Config):
     k: int = Field(50, ge=1, le=4096)
     """Neighbours kept per row, the row itself excluded; at most N − 1 are written."""
     method: Literal["auto", "exact", "ivf"] = "auto"
-    """exact: all pairs by blocks. ivf: an inverted file with measured recall. auto: ivf above `exact_rows` rows."""
+    """exact: all pairs by blocks. ivf: an inverted file with measured recall; not where rows are kept aside, since it
+    finds no neighbours in one split alone. auto: ivf above `exact_rows` rows, but exact where rows are kept aside."""
     exact_rows: int = Field(2_000_000, ge=1)
     """Rows up to which `auto` is exact."""
     features: Literal["run", "raw"] = "run"
@@ -593,6 +594,12 @@ class RunConfig(Config):
                 f"method.name = {name}: learns from pixels: leave `encoder` and `features` out, or set encoder.name: "
                 "pixels, encoder.normalize: false and features: {center: false, normalize: false}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _is_searchable(self) -> RunConfig:
+        if self.neighbors.method == "ivf" and (self.images.split is not None or self.images.test is not None):
+            raise ValueError("neighbors.method = ivf: finds no neighbours in one split alone; set it to exact")
         return self
 
     @model_serializer(mode="wrap")

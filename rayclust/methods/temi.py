@@ -67,7 +67,7 @@ class TemiConfig(TrainedConfig):
     loss: Literal["temi", "pmi", "wmi", "scan"] = "temi"
     """What is minimised; see losses/information.py."""
     beta: float = Field(0.6, gt=0)
-    """β, above 0.5. Lower keeps clusters more even; 1 for many more clusters than classes."""
+    """β, above 0.5. Lower keeps clusters more even; 1 for many more clusters than classes. SCAN's loss has none."""
     positive_pmi: bool = False
     """Whether a pair's information is cut off at 0 from below."""
     entropy_weight: float | None = None
@@ -142,8 +142,11 @@ class TemiConfig(TrainedConfig):
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> TemiConfig:
         shallow = "there is no hidden layer to act on, set layers above 1"
+        # A saved config has all fields set, β too, whatever the loss.
+        is_written = "beta" in self.model_fields_set and not type(self).model_fields.keys() <= self.model_fields_set
         refused = (
             ("entropy_weight", self.loss in ("temi", "pmi") and self.entropy_weight, "is for loss: wmi and scan"),
+            ("beta", self.loss == "scan" and is_written, "is not for loss: scan"),
             ("positive_pmi", self.loss == "scan" and self.positive_pmi, "is not for loss: scan"),
             ("batch_norm", self.layers == 1 and self.batch_norm, shallow),
             ("dropout", self.layers == 1 and self.dropout, shallow),
@@ -166,6 +169,8 @@ class TemiConfig(TrainedConfig):
         elif self.preset != "none":
             chosen = published_settings(self.preset, count, self.clusters)
         written = {key: getattr(self, key) for key in self.model_fields_set}
+        if self.loss == "scan":
+            chosen.pop("beta", None)
         config = TemiConfig.model_validate({**chosen, **written, "preset": "none"})
         if self.preset in ("readme", "paper") and Plan.of(config, count).steps < SHORT_STEPS:
             config = TemiConfig.model_validate({**chosen, "warm_start": "kmeans", **written, "preset": "none"})

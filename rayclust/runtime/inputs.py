@@ -56,26 +56,9 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
         ConfigError: the run lies where its tables would be taken for input.
         DataError: the input is missing, unreadable or empty.
     """
-    run = Run(config.run, config.spaces)
-    own = (
-        run.rows_folder,
-        run.embeddings_folder,
-        run.rejects_folder,
-        run.neighbors_folder,
-        run.assignments_folder,
-        run.index_folder,
-    )
-    if any(within(config.images.uri, folder) for folder in own):
-        raise ConfigError(f"images.uri = {config.images.uri}: is written by run = {config.run}; choose another run")
-    images = config.images
+    refuse_misplaced(config)
     stamps = [weights_stamp(config, encoder) for encoder in config.each_encoder]
     settings = settings | {"weights": stamps if config.encoders else stamps[0]}
-    if images.test is not None and within(images.test, images.uri):
-        inside = images.test.removeprefix(images.uri).strip("/")
-        raise ConfigError(
-            f"images.test = {images.test}: lies within images.uri, so that its rows would be read twice; set "
-            f"images.split: {inside}/* instead"
-        )
     shards, contents, packed = list[Shard](), list[dict[str, Any]](), []
     for shard in input_shards(config):
         has_tables = shard.kind not in ("folder", "webdataset")
@@ -99,14 +82,41 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
     return InputPlan(digest_of(digests), tuple(shards), digests, tuple(packed), ready)
 
 
+def refuse_misplaced(config: RunConfig) -> None:
+    """Raise ConfigError where the input is written by the run itself, or would be read twice."""
+    run, images = Run(config.run, config.spaces), config.images
+    own = (
+        run.rows_folder,
+        run.embeddings_folder,
+        run.rejects_folder,
+        run.neighbors_folder,
+        run.assignments_folder,
+        run.index_folder,
+    )
+    for key, uri in (("uri", images.uri), ("test", images.test)):
+        if uri is not None and any(within(uri, folder) for folder in own):
+            raise ConfigError(f"images.{key} = {uri}: is written by run = {config.run}; choose another run")
+    if images.test is not None and within(images.test, images.uri):
+        inside = images.test.removeprefix(images.uri).strip("/")
+        raise ConfigError(
+            f"images.test = {images.test}: lies within images.uri, so that its rows would be read twice; set "
+            f"images.split: {inside}/* instead"
+        )
+
+
+def source_shards(config: RunConfig, source: str) -> Iterator[Shard]:
+    """Yield the shards of `images.uri` or `images.test`."""
+    images = config.images
+    settings = images.model_dump(include={"shard_size", "classes", "columns"})
+    return plan_shards(datasets.local_folder(source), images.format, images.labels, **settings)
+
+
 def input_shards(config: RunConfig) -> Iterator[Shard]:
     """Yield the shards of the run's input, in order, and those of a second one that is kept aside behind them."""
     images, index, first = config.images, 0, 0
     for source in (images.uri,) if images.test is None else (images.uri, images.test):
-        settings = images.model_dump(include={"shard_size", "classes", "columns"})
-        listed = plan_shards(datasets.local_folder(source), images.format, images.labels, **settings)
         start, rows = index, first
-        for shard in listed:
+        for shard in source_shards(config, source):
             yield replace(shard, index=start + shard.index, first=rows + shard.first)
             index, first = start + shard.index + 1, rows + shard.first + (shard.count or 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,13 +20,13 @@ from rayclust.report.formats import duration
 from rayclust.runtime.cluster import describe_placement
 from rayclust.runtime.driver import has_idle_gpu
 from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
-from rayclust.runtime.inputs import input_shards, with_encoder
+from rayclust.runtime.inputs import input_shards, refuse_misplaced, source_shards, with_encoder
 from rayclust.runtime.members import plan_members
-from rayclust.runtime.spaces import plan_ready
+from rayclust.runtime.spaces import ReadySpace, plan_ready
 from rayclust.runtime.vocabularies import check_classes, noun_lists, read_lists, vocabulary_kinds
 from rayclust.store import storage
 from rayclust.store.lock import check_conditional_puts
-from rayclust.store.sources import read_records, read_rows
+from rayclust.store.sources import Shard, read_records, read_rows
 
 GIGABYTE = 1e9
 HOUR = 3600.0
@@ -108,6 +108,8 @@ class _Checks:
             resources = config.resources.model_copy(update={"gpus_per_worker": float(self.has_gpu)})
             config = config.model_copy(update={"resources": resources})
         self.config = config
+        images = config.images
+        self.sources = [images.uri] if images.test is None else [images.uri, images.test]
         self.images = 0
         self.is_lower_bound = False
         self.dimension = 0
@@ -127,13 +129,18 @@ class _Checks:
         return f"{self.config.run} can be written"
 
     def list_images(self) -> str:
-        shards = list(islice(input_shards(self.config), LISTED_SHARDS))
-        is_cut = len(shards) == LISTED_SHARDS
-        self.is_lower_bound = is_cut or any(shard.count is None for shard in shards)
-        self.images = sum(shard.count or 0 for shard in shards)
-        counted = f"{self.images:,} images" if self.images else "images"
-        more = " at least" if self.is_lower_bound and self.images else ""
-        return f"{shards[0].kind}: {counted}{more} in {len(shards):,} shards{'+' if is_cut else ''}"
+        refuse_misplaced(self.config)
+        lines = list[str]()
+        for source in self.sources:
+            shards = list(islice(source_shards(self.config, source), LISTED_SHARDS))
+            is_cut = len(shards) == LISTED_SHARDS
+            is_bound = is_cut or any(shard.count is None for shard in shards)
+            count = sum(shard.count or 0 for shard in shards)
+            self.images, self.is_lower_bound = self.images + count, self.is_lower_bound or is_bound
+            counted = f"{count:,} images" if count else "images"
+            more = " at least" if is_bound and count else ""
+            lines.append(f"{shards[0].kind}: {counted}{more} in {len(shards):,} shards{'+' if is_cut else ''}")
+        return "; kept aside, ".join(lines)
 
     def gpus(self) -> str:
         here = f"1 × {torch.cuda.get_device_name()}" if self.has_gpu else "CPU only"
@@ -154,35 +161,52 @@ class _Checks:
         for encoder in self.config.encoders:
             if encoder.space in ready:
                 refuse_other_width(self.config, ready[encoder.space].width, encoder)
+        firsts = {source: next(source_shards(self.config, source)) for source in self.sources}
+        if len({shard.has_embeddings for shard in firsts.values()}) > 1:
+            raise DataError(f"images.test = {self.config.images.test}: one input holds images and the other embeddings")
         if shards[0].has_embeddings:
-            from rayclust.encoders.weights import load_tensors
-
-            rows = read_rows(shards[0], load_tensors=load_tensors)
-            if not rows.keys:
-                raise DataError(f"{shards[0].uri}: none of the first {len(rows.rejects)} embeddings can be used")
-            width = int(rows.embeddings.shape[1])
-            self.dimension += width
-            refuse_other_width(self.config, width)
-            for space in ready.values():
-                space.rows(rows.keys, 0)
+            width = self._ready_width(firsts, list(ready.values()))
             name = self.config.each_encoder[0].name
             none = ": no names, no search by text or image" if name == "unknown" and not ready else ""
             return "; ".join([f"{name}, ready embeddings of {width} values{none}", *described])
         encoders = RunEncoders(self.config)
         self.dimension += encoders.dimension
-        good, reasons = self._encode_sample(encoders)
-        if not good:
-            why = f"none of the first {len(reasons)} images can be decoded: {', '.join(sorted(set(reasons)))}"
-            raise DataError(why if reasons else "the input holds no image")
-        rejected = f", {len(reasons)} of the first {good + len(reasons)} images rejected" if reasons else ""
+        rejected = ""
+        for source in reversed(self.sources):  # costs follow from the sample of the first
+            good, reasons = self._encode_sample(encoders, source)
+            where = f"images.test = {source}: " if source == self.config.images.test else ""
+            if not good:
+                why = f"none of the first {len(reasons)} images can be decoded: {', '.join(sorted(set(reasons)))}"
+                raise DataError(where + (why if reasons else "the input holds no image"))
+            rejected += f", {where}{len(reasons)} of the first {good + len(reasons)} images rejected" if reasons else ""
         named = [f"{encoder.name}, {encoder.dimension} values an image" for encoder in encoders.encoders]
         return "; ".join([*named, *described]) + rejected
 
-    def _encode_sample(self, encoders: RunEncoders) -> tuple[int, list[str]]:
+    def _ready_width(self, firsts: Mapping[str, Shard], ready: Sequence[ReadySpace]) -> int:
+        """Return the width of ready embeddings, of which the first shard of each input is read."""
+        from rayclust.encoders.weights import load_tensors
+
+        widths = list[int]()
+        for source, shard in firsts.items():
+            rows = read_rows(shard, load_tensors=load_tensors)
+            if not rows.keys:
+                raise DataError(f"{shard.uri}: none of the first {len(rows.rejects)} embeddings can be used")
+            widths.append(int(rows.embeddings.shape[1]))
+            if widths[-1] != widths[0]:
+                others = f"embeddings of {widths[-1]} values; those of images.uri have {widths[0]}"
+                raise DataError(f"images.test = {source}: {others}")
+            for space in ready if source == self.sources[0] else ():
+                space.rows(rows.keys, 0)
+        self.dimension += widths[0]
+        refuse_other_width(self.config, widths[0])
+        return widths[0]
+
+    def _encode_sample(self, encoders: RunEncoders, source: str) -> tuple[int, list[str]]:
         """Decode and encode the first images; return how many were good, and the reasons of the rejects."""
         config, pixels, reasons = self.config, list[list[np.ndarray]](), list[str]()
         seconds, file_bytes = 0.0, 0
-        records = (record for shard in input_shards(config) for record in read_records(shard, config.images.max_bytes))
+        shards = source_shards(config, source)
+        records = (record for shard in shards for record in read_records(shard, config.images.max_bytes))
         for record in islice(records, SAMPLE_IMAGES):
             started = time.perf_counter()
             try:

@@ -184,12 +184,13 @@ class RunTables:
         require_matrix(rows, "images", int(encode.extra["dimension"]))
         method = load_method(self._run.uri, content_digest(train))
         features = method_inputs(method, transform_of(encode, self.config.features), rows)
-        clusters, confidence = import_module("rayclust.stages.assign").assign(method, features)
+        stage = import_module("rayclust.stages.assign")
+        clusters, confidence = stage.assign(method, features)
         shown = shown_clusters(self._run)
         clusters = clusters if shown is None else shown.of(clusters)
         names = [None] * len(clusters) if shown is None else shown.names_at(clusters).to_pylist()
         found = {"cluster": clusters.tolist(), "name": names}
-        found["confidence"] = confidence.tolist()
+        found["confidence"] = stage.calibration_of(self.config, encode, train)(confidence).tolist()
         if uris is not None:
             good = iter(range(len(clusters)))
             places = [None if reason else next(good) for reason in reasons]

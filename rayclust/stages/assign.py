@@ -1,8 +1,10 @@
-"""Stage `assign`: the cluster of every row, with the probability that the method gives it."""
+"""Stage `assign`: the cluster of every row, with a calibrated probability that it is right."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,20 @@ from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
 from rayclust.features import SpaceTransforms
 from rayclust.methods.base import EMBEDDINGS, Method, Prototypes
+from rayclust.metrics.calibration import Calibration, calibrate, sample_size
 from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.models import load_method, method_inputs
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
-from rayclust.runtime.rows import part_embeddings, row_starts, transform_of
+from rayclust.runtime.pipeline import Manifests, Stage, StageContext, StageResult, content_digest, settings_of
+from rayclust.runtime.rows import part_embeddings, row_starts, rows_by_part, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
-from rayclust.store.manifest import AssignOutputs, digest_of
+from rayclust.store.manifest import AssignOutputs, Manifest, digest_of
 from rayclust.store.run import Run
+
+CALIBRATION_PARTS = 64
+"""Most parts of which the rows are drawn that confidence is calibrated on."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -36,8 +42,11 @@ def run(context: StageContext) -> StageResult:
     levels: dict[int, np.ndarray] = {}
     if coarser:
         levels = run_remotely(nested, context.run.uri, model, coarser, config.seed)
-    # 2. The parts.
-    work = partial(_assign_part, config, transform_of(encode, config.features), model, levels)
+    # 2. What the method's probabilities are worth, on a sample.
+    transform = transform_of(encode, config.features)
+    calibration: Calibration = run_remotely(calibrated, context.run, row_starts(encode), transform, model)
+    # 3. The parts.
+    work = partial(_assign_part, config, transform, model, levels, calibration)
     tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
     sizes = np.zeros(clusters, np.int64)
     results = run_tasks(
@@ -54,7 +63,7 @@ def run(context: StageContext) -> StageResult:
     occupied = int((sizes > 0).sum())
     count = row_starts(encode)[-1]
     summary = f"{count:,} rows in {occupied} of {len(sizes)} clusters"
-    extra = {"sizes": sizes.tolist()} | ({"levels": list(levels)} if levels else {})
+    extra = {"sizes": sizes.tolist(), "calibration": asdict(calibration)} | ({"levels": list(levels)} if levels else {})
     return StageResult(outputs, {"rows": count, "occupied": occupied}, extra, summary)
 
 
@@ -71,8 +80,39 @@ def nested(uri: str, model: str, sizes: list[int], seed: int) -> dict[int, np.nd
     return {size: level.numpy().astype(np.int32) for size, level in zip(sizes, levels, strict=True)}
 
 
+def calibrated(run: Run, starts: list[int], transform: SpaceTransforms, model: str) -> Calibration:
+    """Calibrate a fitted method's probabilities on a seeded sample of the run's rows."""
+    torch.set_num_threads(1)
+    method, rng = load_method(run.uri, model), np.random.default_rng(0)
+    clusters, spans = method.config.clusters, [np.arange(*span) for span in pairwise(starts) if span[1] > span[0]]
+    rows = np.concatenate([spans[i] for i in rng.permutation(len(spans))[:CALIBRATION_PARTS]])
+    rows = np.sort(rng.permutation(rows)[: sample_size(len(rows), clusters)])
+    embeddings = np.concatenate([part_embeddings(run, part)[local] for part, local in rows_by_part(starts, rows)])
+    embeddings = embeddings[rng.permutation(len(rows))]
+    blocks = np.array_split(embeddings, -(-len(embeddings) // 4096))
+    found = [assign(method, method_inputs(method, transform, block)) for block in blocks]
+    labels, probability = (torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True))
+    return calibrate(torch.from_numpy(transform(embeddings)), labels.long(), probability, clusters)
+
+
+def calibration_of(config: RunConfig, encode: Manifest, train: Manifest) -> Calibration:
+    """Return the calibration of the run's assignments; where they are not made yet, one that is made now."""
+    assigned = Manifests(config).of("assign")
+    kept = assigned.outputs_of(AssignOutputs).calibration if assigned is not None else None
+    if kept is not None:
+        return Calibration(**kept)
+    return calibrated(
+        Run(config.run, config.spaces), row_starts(encode), transform_of(encode, config.features), content_digest(train)
+    )
+
+
 def _assign_part(
-    config: RunConfig, transform: SpaceTransforms, model: str, levels: dict[int, np.ndarray], task: Task
+    config: RunConfig,
+    transform: SpaceTransforms,
+    model: str,
+    levels: dict[int, np.ndarray],
+    calibration: Calibration,
+    task: Task,
 ) -> TaskResult:
     """Write the assignments of one part, on a GPU where the worker has one."""
     torch.set_num_threads(1)
@@ -80,7 +120,7 @@ def _assign_part(
     method = load_method(run.uri, model).to(worker_device(config))
     table = tables.read_table(run.rows(task.index), ["row", "key"])
     clusters, confidence = assign(method, method_inputs(method, transform, part_embeddings(run, task.index)))
-    columns = [table["row"], table["key"], pa.array(clusters), pa.array(confidence)]
+    columns = [table["row"], table["key"], pa.array(clusters), pa.array(calibration(confidence))]
     columns += [pa.array(parents[clusters]) for parents in levels.values()]
     written = put_table(run, run.assignments(task.index), pa.table(columns, schema=tables.assignments(list(levels))))
     sizes = np.bincount(clusters, minlength=method.config.clusters)
@@ -103,4 +143,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"features": settings_of(config.features)} | levels
 
 
-STAGE = Stage("assign", _settings, run, needs=("encode", "train"), on_gpu="train", outputs=AssignOutputs)
+STAGE = Stage("assign", _settings, run, needs=("encode", "train"), revision=2, on_gpu="train", outputs=AssignOutputs)

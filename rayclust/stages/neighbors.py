@@ -54,8 +54,6 @@ def run(context: StageContext) -> StageResult:
     rows = search_task_rows(count, encoded.dimension, k)
     tasks = group_parts(encoded.parts, context.digest, rows)
     if method == "ivf":
-        if encoded.test:
-            raise ConfigError("neighbors.method = ivf: finds no neighbours in one split alone; set it to exact")
         groups = [task.payload for task in tasks]
         layout = IvfLayout(context.run, context.digest, starts, groups, rows, encoded.dimension, k)
         results, extra = search_ivf(layout, transform, config.neighbors.min_recall, tasks)

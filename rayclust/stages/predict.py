@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
@@ -16,9 +15,9 @@ from rayclust.runtime.edits import ShownClusters, shown_clusters
 from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
 from rayclust.runtime.rows import part_embeddings, transform_of
-from rayclust.stages.assign import assign
+from rayclust.stages.assign import assign, calibration_of
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, digest_of
+from rayclust.store.manifest import digest_of
 from rayclust.store.run import Run, parts
 
 SCHEMA = pa.schema(
@@ -78,45 +77,46 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
     given, wanted = int(encoded.extra["dimension"]), int(encode.extra["dimension"])
     if given != wanted:
         raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
-    shown = shown_clusters(run)
-    table = _table(scratch, config, encode, content_digest(train), shown)
-    scores = _scores(run, scratch, table, shown) if evaluate else {}
-    if out.endswith(".parquet"):
-        tables.write_table(out, table)
-    else:
-        buffer = io.BytesIO()
-        pyarrow.csv.write_csv(table, buffer)
-        storage.write_bytes(out, buffer.getvalue())
+    if evaluate and not encoded.counts["labelled"]:
+        raise DataError("predict --evaluate: none of the images has a label; see images.labels")
+    method, transform = load_method(run.uri, content_digest(train)), transform_of(encode, config.features)
+    calibration, shown = calibration_of(config, encode, train), shown_clusters(run)
+    scored = list[tuple[pa.ChunkedArray, np.ndarray]]()
+
+    def pieces() -> Iterator[pa.Table]:
+        """Yield the lines of one part of the images after the other, and then those of what cannot be read."""
+        for part, uri in parts(scratch.rows_folder):
+            table = tables.read_table(uri, ["key", "uri", "label"])
+            own, confidence = assign(method, method_inputs(method, transform, part_embeddings(scratch, part)))
+            # Splits are lists of the run's own images: new ones follow renames and merges alone.
+            clusters = own if shown is None else shown.of(own)
+            if evaluate:
+                scored.append((table["label"], clusters))
+            named = pa.nulls(len(own), pa.string()) if shown is None else shown.names_at(clusters)
+            columns = {"key": table["key"], "uri": table["uri"], "cluster": clusters, "name": named}
+            yield pa.table(columns | {"confidence": calibration(confidence)})
+        for _, uri in parts(scratch.rejects_folder):
+            yield tables.read_table(uri, ["key", "uri", "reason"])
+
+    # Columns that a piece lacks become null.
+    empty = SCHEMA.empty_table()
+    filled = (pa.concat_tables([empty, piece], promote_options="default").cast(SCHEMA) for piece in pieces())
+    tables.write_pieces(out, SCHEMA, filled)
+    scores = _scores(run, scored, shown) if evaluate else {}
     storage.remove_tree(scratch.uri)
     return {"rows": encoded.counts["rows"], "rejects": encoded.counts["rejects"]} | scores
 
 
-def _table(scratch: Run, config: RunConfig, encode: Manifest, model: str, shown: ShownClusters | None) -> pa.Table:
-    method, transform = load_method(config.run, model), transform_of(encode, config.features)
-    found = [SCHEMA.empty_table()]
-    for part, uri in parts(scratch.rows_folder):
-        table = tables.read_table(uri, ["key", "uri"])
-        own, confidence = assign(method, method_inputs(method, transform, part_embeddings(scratch, part)))
-        # Splits are lists of the run's own images: new ones follow renames and merges alone.
-        clusters = own if shown is None else shown.of(own)
-        named = pa.nulls(len(own), pa.string()) if shown is None else shown.names_at(clusters)
-        columns = {"key": table["key"], "uri": table["uri"], "cluster": clusters, "name": named}
-        found.append(pa.table(columns | {"confidence": confidence}))
-    found += [tables.read_table(uri, ["key", "uri", "reason"]) for _, uri in parts(scratch.rejects_folder)]
-    # Columns that a table lacks become null.
-    return pa.concat_tables(found, promote_options="default").cast(SCHEMA)
-
-
-def _scores(run: Run, scratch: Run, table: pa.Table, shown: ShownClusters | None) -> dict[str, Any]:
-    """Score the clusters of new images against their labels."""
+def _scores(
+    run: Run, scored: Sequence[tuple[pa.ChunkedArray, np.ndarray]], shown: ShownClusters | None
+) -> dict[str, Any]:
+    """Score the clusters of new images against their labels, part by part."""
     from rayclust.metrics import external
 
-    read = [tables.read_table(uri, ["label"])["label"].to_pylist() for _, uri in parts(scratch.rows_folder)]
-    labels = np.array([label for part in read for label in part], dtype=object)
-    clusters, known = table["cluster"].to_numpy()[: len(labels)], external.labelled(labels)
-    if not known.any():
-        raise DataError("predict --evaluate: none of the images has a label; see images.labels")
-    truth, found = labels[known].astype(str), clusters[known].astype(np.int64)
+    labels = np.concatenate([part.to_numpy() for part, _ in scored])
+    known = external.labelled(labels)
+    truth = labels[known].astype(str)
+    found = np.concatenate([clusters for _, clusters in scored])[known].astype(np.int64)
     scores = {"labelled": int(known.sum())} | external.scores(truth, found)
     if storage.exists(run.contingency):
         cells = tables.read_table(run.contingency)

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -145,10 +145,12 @@ class SelectKOutputs(StageOutputs):
 
 
 class AssignOutputs(StageOutputs):
-    """Of assign: the clusters' sizes."""
+    """Of assign: the clusters' sizes, and how their confidence is calibrated."""
 
     sizes: tuple[int, ...]
     """Rows of each cluster."""
+    calibration: dict[Literal["probabilities", "shares"], tuple[float, ...]] | None = None
+    """From the method's probability to confidence, linear between these; None where confidence is the former."""
     levels: tuple[int, ...] = ()
     """Numbers of clusters of the coarser levels."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -113,23 +114,26 @@ whether the most voted word is another one."""
 def encode_table(table: pa.Table) -> bytes:
     """Return `table` as Parquet: equal rows and schema give equal bytes, however the table lies in memory."""
     sink = pa.BufferOutputStream()
-    table = table.combine_chunks()
-    lists = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
-    with pq.ParquetWriter(
+    with _parquet_writer(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)
+    return bytes(sink.getvalue())
+
+
+def _parquet_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    lists = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
+    return pq.ParquetWriter(
         sink,
-        table.schema,
+        schema,
         version="2.6",
         data_page_version="1.0",
         compression="zstd",
         compression_level=1,
         # Split bytes would make halves of unit rows 8 % smaller, but DuckDB does not read them.
-        use_dictionary=[name for name in table.column_names if name == "label"],
-        write_statistics=[name for name in table.column_names if name not in lists],
+        use_dictionary=[name for name in schema.names if name == "label"],
+        write_statistics=[name for name in schema.names if name not in lists],
         write_page_checksum=True,
         store_schema=True,
-    ) as writer:
-        writer.write_table(table, row_group_size=ROW_GROUP)
-    return bytes(sink.getvalue())
+    )
 
 
 def write_table(uri: str, table: pa.Table) -> None:
@@ -139,6 +143,24 @@ def write_table(uri: str, table: pa.Table) -> None:
         DataError: it cannot be written.
     """
     storage.write_bytes(uri, encode_table(table))
+
+
+def write_pieces(uri: str, schema: pa.Schema, pieces: Iterable[pa.Table]) -> None:
+    """Write a table of which one piece at a time is in memory: as CSV where `uri` ends so, else as Parquet.
+
+    Args:
+        uri: replaced at once at the end.
+        schema: of every piece.
+        pieces: in order.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with storage.replacing(uri) as file:
+        is_csv = uri.endswith(".csv")
+        with pyarrow.csv.CSVWriter(file, schema) if is_csv else _parquet_writer(file, schema) as writer:
+            for piece in pieces:
+                writer.write_table(piece.combine_chunks())
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -142,6 +142,7 @@ def test_settings_of_cpp_without_effect_are_refused(settings: dict[str, Any], me
     ("settings", "message"),
     [
         ({"entropy_weight": 0.5}, "entropy_weight = 0.5: is for loss: wmi and scan"),
+        ({"loss": "scan", "beta": 0.7}, "beta = 0.7: is not for loss: scan"),
         ({"loss": "scan", "positive_pmi": True}, "positive_pmi = True: is not for loss: scan"),
         ({"layers": 1, "batch_norm": True}, "batch_norm = True: there is no hidden layer"),
         ({"layers": 1, "dropout": 0.1}, "dropout = 0.1: there is no hidden layer"),

@@ -263,3 +263,31 @@ def test_a_gpu_that_would_lie_idle_is_said(
     assert (checks.config.resources.gpus > 0) == (sees and not resources)
     monkeypatch.setattr(Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
     assert ("lies idle" in checks.gpus()) == (not sees or bool(resources))
+
+
+def test_a_second_input_is_looked_at_as_the_first_is(tmp_path: Path):
+    write_folder(tmp_path / "images", per_class=10)
+    write_folder(tmp_path / "test", per_class=2)
+    findings = {
+        finding.subject: finding.text for finding in check(config(tmp_path, images={"test": f"{tmp_path}/test"}))
+    }
+    assert findings["images"] == "folder: 30 images in 2 shards; kept aside, folder: 6 images in 1 shards"
+    for file in (tmp_path / "test").rglob("*.png"):
+        file.write_bytes(b"x")
+    said = bad(config(tmp_path, images={"test": f"{tmp_path}/test"}))
+    assert "test: none of the first 6 images can be decoded: not_an_image" in said["encoder"]
+    np.save(tmp_path / "rows.npy", np.ones((4, 6), np.float32))
+    mixed = bad(config(tmp_path, images={"test": f"{tmp_path}/rows.npy"}))
+    assert "one input holds images and the other embeddings" in mixed["encoder"]
+    gone = bad(config(tmp_path, images={"test": f"{tmp_path}/gone"}))
+    assert "gone: no such file or folder" in gone["images"]
+    twice = bad(config(tmp_path, images={"test": f"{tmp_path}/images/amber"}))
+    assert "would be read twice" in twice["images"]
+
+
+def test_a_second_input_of_another_width_is_found(tmp_path: Path):
+    for name, width in (("images", 6), ("test", 7)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "a.npy", np.ones((30, width), np.float32))
+    said = bad(config(tmp_path, images={"test": f"{tmp_path}/test"}))
+    assert "test: embeddings of 7 values; those of images.uri have 6" in said["encoder"]

@@ -16,6 +16,7 @@ from rayclust.methods.kmeans import KMeans, KMeansConfig
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.stages import assign as stage
 from rayclust.stages.assign import assign
+from rayclust.store.manifest import AssignOutputs
 from tests.stages.conftest import Sealed
 
 
@@ -51,10 +52,13 @@ def test_every_part_keeps_its_rows_and_keys_and_the_sizes_add_up(pictures_run: S
         assert assigned["row"].equals(embedded["row"])
         assert assigned["key"].equals(embedded["key"])
         sizes += np.bincount(assigned["cluster"].to_numpy(), minlength=3)
-        assert all(1 / 3 <= p <= 1 for p in assigned["confidence"].to_pylist())
+        assert all(0.01 < p < 0.99 for p in assigned["confidence"].to_pylist())
     manifest = pictures_run.manifest("assign")
     assert manifest.extra["sizes"] == sizes.tolist() == [8, 8, 8]
     assert manifest.counts == {"rows": 24, "occupied": 3}
+    calibration = manifest.outputs_of(AssignOutputs).calibration
+    assert calibration is not None
+    assert len(calibration["probabilities"]) == len(calibration["shares"])
 
 
 def _fine(sealed: Sealed, folder: Path, levels: tuple[int, ...]) -> Sealed:

@@ -94,7 +94,7 @@ def test_a_killed_prediction_goes_on(frozen: RunConfig, tmp_path: Path, monkeypa
 
     images, out = write_folder(tmp_path / "photos", per_class=4), tmp_path / "t.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr("rayclust.stages.predict._table", killed)
+        patch.setattr("rayclust.stages.predict.assign", killed)
         with pytest.raises(KeyboardInterrupt):
             predict(frozen, str(images), str(out))
     monkeypatch.setattr("rayclust.stages.encode.chunks_in_driver", killed)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -181,3 +181,30 @@ def test_matrix_and_fixed_list_refuse_what_is_none() -> None:
         with pytest.raises(ShapeError):
             tables.fixed_list(array)
     assert tables.fixed_list(np.asfortranarray(np.eye(2))).to_pylist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_a_table_in_pieces_is_whole_or_as_it_was(place: str, ending: str) -> None:
+    uri, schema = storage.join(place, f"t.{ending}"), pa.schema([("x", pa.int64()), ("word", pa.string())])
+    pieces = [
+        pa.table([[1, 2], ["a", None]], schema=schema),
+        schema.empty_table(),
+        pa.table([[3], ["b"]], schema=schema),
+    ]
+    tables.write_pieces(uri, schema, pieces)
+    before = storage.read_bytes(uri)
+    if ending == "csv":
+        assert before.decode().splitlines() == ['"x","word"', '1,"a"', "2,", '3,"b"']
+    else:
+        assert tables.read_table(uri).equals(pa.concat_tables(pieces))
+
+    def broken() -> Iterator[pa.Table]:
+        yield pieces[0]
+        raise ArtefactError("part 1 is gone")
+
+    with pytest.raises(ArtefactError, match="part 1 is gone"):
+        tables.write_pieces(uri, schema, broken())
+    assert storage.read_bytes(uri) == before
+    tables.write_pieces(uri, schema, [])
+    assert storage.read_bytes(uri) != before
+    assert [file.key for file in storage.walk(place)] == [f"t.{ending}"]

@@ -16,16 +16,20 @@ Result = TypeVar("Result")
 
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw")
 """Of cameras' raw files: most are TIFFs by their bytes, of which a decoder finds the small preview only."""
-IMAGE_SUFFIXES = (
+DECODED_SUFFIXES = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "mpo", "avif", "jp2", "j2k", "jpx", "jpf",
     "jpc", "j2c", "apng", "dib", "ico", "ppm", "pgm", "pbm", "pnm", "pfm",
+)  # fmt: skip
+"""Suffixes of images that the decoder reads."""
+IMAGE_SUFFIXES = (
+    *DECODED_SUFFIXES,
     "heic", "heif", "hif", "jxl", "svg", "svgz", "psd", "psb", "eps", "dcm", "dicom", "exr", "tga", "pcx", "dds",
     "icns", "qoi", "jxr", "xcf", "bpg", *(suffix.removeprefix(".") for suffix in RAW_SUFFIXES),
 )  # fmt: skip
 """Suffixes of file names, in any case, that mark an image in folders and tars; the format is decided by the bytes.
 
-The decoder reads those of the first two lines and refuses the others with a reason: they become rejects, so that no
-image is left out in silence. The order is that of preference where one webdataset sample has several images.
+The decoder refuses those that it does not read with a reason: they become rejects, so that no image is left out in
+silence. The order is that of preference where one webdataset sample has several images.
 """
 
 LABEL_NAMES = (

@@ -14,6 +14,7 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -48,6 +49,11 @@ _LABEL_FILE = re.compile(
     r"(.*[_-])?(labels?|targets?|classes|ids?|keys|names|file_?names|paths|urls|captions|ind(ex|exes|ices))\.(npy|pt)"
 )
 _CLIP_RETRIEVAL = re.compile(r"(?P<folder>.*/)?img_emb/img_emb_(?P<number>\d+)\.npy")
+_NAMED_SO = re.compile(r"emb|feat|vec|latent|repr")
+"""In the name of an array of embeddings."""
+_FAR_WIDER = 4
+_COMPARED = 128
+"""Files among which arrays of the same rows are looked for."""
 _BATCH_ROWS = 4096
 _FILES_AHEAD = 8
 _HEADER_BYTES = 1 << 16
@@ -79,7 +85,12 @@ def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterato
         DataError: a file holds no embeddings, or not the column of labels that is asked for.
     """
     refused, has_any = list[DataError](), False
-    for file, found in prefetch(partial(_inspect, template), files, _FILES_AHEAD):
+    inspected = prefetch(partial(_inspect, template), files, _FILES_AHEAD)
+    first = list(islice(inspected, _COMPARED))
+    other_facts = _other_facts([found for _, found in first if isinstance(found, _Array)])
+    for file, found in chain(first, inspected):
+        if isinstance(found, _Array) and _family(found.shard.uri) in other_facts:
+            found = DataError(f"{file.uri}: {other_facts[_family(file.uri)]}")
         if isinstance(found, DataError):
             refused.append(found)
             continue
@@ -93,15 +104,66 @@ def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterato
         log.warning("%s: left out", error)
 
 
-def _cut(file: FileStat, found: Shard | Footer | None, template: Shard, shard_rows: int) -> Iterator[Shard]:
+@dataclass(frozen=True)
+class _Array:
+    """An `.npy` or `.pt` file."""
+
+    shard: Shard
+    """Of all rows."""
+    shape: tuple[int, ...] = ()
+    """As the header says; empty where it is not known."""
+
+
+def _family(uri: str) -> str:
+    """Return the name that the shards of an array have in common: without the digits behind its folder."""
+    folder, slash, name = uri.rpartition("/")
+    return folder + slash + re.sub(r"\d+", "#", name)
+
+
+def _other_facts(arrays: Sequence[_Array]) -> dict[str, str]:
+    """Return the families of arrays that hold other facts of the same rows, such as boxes, and why.
+
+    They lie in the folder of the embeddings, have as many rows, and another width. The embeddings are those named so,
+    else those that are far wider.
+
+    Raises:
+        DataError: neither tells which are the embeddings.
+    """
+    firsts = {_family(array.shard.uri): array for array in reversed(arrays) if array.shape}
+    groups = dict[tuple[str, int], dict[str, _Array]]()
+    for family, array in firsts.items():
+        groups.setdefault((family.rpartition("/")[0], array.shape[0]), {})[family] = array
+    found = dict[str, str]()
+    for (_, rows), families in groups.items():
+        widths = sorted({array.shape[1] for array in families.values()})
+        if len(widths) < 2:
+            continue
+        named = {
+            array.shape[1] for family, array in families.items() if _NAMED_SO.search(family.rpartition("/")[2].lower())
+        }
+        if len(named) != 1 and widths[-1] < _FAR_WIDER * widths[-2]:
+            places = " and ".join(array.shard.uri for array in families.values())
+            raise DataError(f"{places}: arrays of {widths} values for the same {rows} rows; name one in images.uri")
+        width = named.pop() if len(named) == 1 else widths[-1]
+        reason = f"of the same {rows} rows as embeddings of {width} values beside it"
+        found |= {
+            family: f"holds {array.shape[1]} values {reason}"
+            for family, array in families.items()
+            if array.shape[1] != width
+        }
+    return found
+
+
+def _cut(file: FileStat, found: _Array | Footer | None, template: Shard, shard_rows: int) -> Iterator[Shard]:
     """Make shards of one file: ranges of rows of an array, of row groups of a table."""
-    if isinstance(found, Shard):
-        if found.count is None:
-            yield found
+    if isinstance(found, _Array):
+        whole = found.shard
+        if whole.count is None:
+            yield whole
             return
-        for start in range(0, found.count, shard_rows):
-            count = min(shard_rows, found.count - start)
-            yield replace(found, stamp=f"{found.stamp}:{start}+{count}", start=start, count=count)
+        for start in range(0, whole.count, shard_rows):
+            count = min(shard_rows, whole.count - start)
+            yield replace(whole, stamp=f"{whole.stamp}:{start}+{count}", start=start, count=count)
         return
     if found is not None:
         folder, _, name = file.key.rpartition("/")
@@ -116,7 +178,7 @@ def _cut(file: FileStat, found: Shard | Footer | None, template: Shard, shard_ro
     yield from parquet.cut(file, found, replace(template, kind="embeddings_parquet"), shard_rows)
 
 
-def _inspect(template: Shard, file: FileStat) -> Shard | Footer | DataError | None:
+def _inspect(template: Shard, file: FileStat) -> _Array | Footer | DataError | None:
     """Read the footer of a table; of an array return the shard of all rows, with its labels and metadata beside.
 
     An array that is no table of embeddings gives the error that says so.
@@ -135,12 +197,13 @@ def _inspect(template: Shard, file: FileStat) -> Shard | Footer | DataError | No
     present = [found for found in beside if found is not None]
 
     # 2. A damaged header may claim any number of rows: only those within the file count.
-    rows = None
+    rows: int | None = None
+    shape: tuple[int, ...] = ()
     if not file.key.lower().endswith(".pt"):
         try:
             header = read_npy_header(file.uri)
             _check_matrix(file.uri, header.shape, header.dtype)
-            rows = header.rows_within(file.size) or (None if header.shape[0] else 0)
+            rows, shape = header.rows_within(file.size) or (None if header.shape[0] else 0), header.shape
         except UnreadableError:  # becomes a reject when it is read
             pass
         except DataError as error:
@@ -148,7 +211,8 @@ def _inspect(template: Shard, file: FileStat) -> Shard | Footer | DataError | No
     kind = "embeddings_pt" if ending.lower() == "pt" else "embeddings_npy"
     name, stamp = file.key.rpartition(".")[0], "+".join(found.stamp for found in [file, *present])
     uris = tuple(found.uri for found in present)
-    return replace(template, kind=kind, uri=file.uri, name=name, stamp=stamp, beside=uris, count=rows)
+    shard = replace(template, kind=kind, uri=file.uri, name=name, stamp=stamp, beside=uris, count=rows)
+    return _Array(shard, shape)
 
 
 def count_rows(file: FileStat) -> int:

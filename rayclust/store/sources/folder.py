@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -9,8 +10,20 @@ from itertools import chain
 
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
-from rayclust.store.sources.base import IMAGE_SUFFIXES, TOO_LARGE, Member, Record, Shard, folder_label, prefetch
+from rayclust.store.sources.base import (
+    DECODED_SUFFIXES,
+    IMAGE_SUFFIXES,
+    RAW_SUFFIXES,
+    TOO_LARGE,
+    Member,
+    Record,
+    Shard,
+    folder_label,
+    prefetch,
+)
 from rayclust.store.storage import CLOSED_FOLDER, FileStat, MissingError, UnreadableError
+
+log = logging.getLogger(__name__)
 
 _CONCURRENT_READS = 16
 """Remote requests in flight: one by one, latency would hold a worker at some 30 images a second."""
@@ -29,7 +42,7 @@ def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterato
     these names are kept.
     """
     group = list[FileStat]()
-    for file in chain(files, [None]):  # None closes the last shard
+    for file in chain(_without_developed(files, template.uri), [None]):  # None closes the last shard
         if file is not None and (template.selects(file.key, None) or file.size == CLOSED_FOLDER):
             group.append(file)
         if len(group) == shard_size or (group and file is None):
@@ -38,6 +51,34 @@ def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterato
             name = group[0].key.rpartition(".")[0]
             yield replace(template, kind="folder", name=name, stamp=stamp, count=len(group), members=members)
             group = []
+
+
+def _without_developed(files: Iterable[FileStat], root: str) -> Iterator[FileStat]:
+    """Leave out a camera's raw file where a picture of the same name lies beside it, and say so once.
+
+    The two follow each other in order of key, but for files whose names go on behind the same word and a dot: only
+    those are held.
+    """
+    held, left_out, example = list[FileStat](), 0, ""
+    for file in chain(files, [None]):  # None lets the last go
+        if held and (file is None or not file.key.startswith(_stem(held[0].key) + ".")):
+            pictures = {_stem(each.key) for each in held if each.key.lower().rpartition(".")[2] in DECODED_SUFFIXES}
+            for each in held:
+                if each.key.lower().endswith(RAW_SUFFIXES) and _stem(each.key) in pictures:
+                    left_out, example = left_out + 1, example or each.key
+                else:
+                    yield each
+            held = []
+        if file is not None:
+            held.append(file)
+    if left_out:
+        words = "cameras' raw files, such as %s, lie beside pictures of the same name and were left out"
+        log.info(f"%s: %d {words}", root, left_out, example)
+
+
+def _stem(key: str) -> str:
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name)
 
 
 def read(shard: Shard, max_bytes: int) -> Iterator[Record]:

@@ -43,6 +43,14 @@ _CONTAINER = re.compile(
 _ROW = re.compile(r"(?P<file>.+)#(?P<inside>\d+)", re.DOTALL)
 """Of a table that is not named as one."""
 _WORDNET_LINE = re.compile(r"n\d{8}\b")
+_UNREAD = {
+    (".arrow", ".feather", ".ipc"): "Arrow tables are not read; write them as Parquet",
+    (".npz", ".h5", ".hdf5", ".mat", ".pkl", ".pickle", ".zarr"): "write the array of N rows × D columns as .npy",
+    (".zip", ".7z", ".rar"): "archives of this kind are not read; unpack them, or pack their files into tars",
+    (".tfrecord", ".mdb", ".lmdb", ".beton", ".rec"): "write the images as files, tars or Parquet",
+    (".csv", ".tsv", ".jsonl"): "lists of images are not followed; name the folder that holds them",
+}
+"""What to do with files of these names where there is nothing else."""
 _READERS: dict[str, Callable[[Shard, int], Iterator[Record]]] = {
     "folder": folder.read,
     "webdataset": webdataset.read,
@@ -69,8 +77,17 @@ def detect_format(uri: str, columns: Mapping[Any, str] | None = None) -> str:
     root = storage.absolute(uri)
     first: dict[str, FileStat] = {}
     tables = []
-    known = ((kind, file) for file in storage.walk(root) if (kind := _file_kind(file.key)) is not None)
-    for kind, file in islice(known, _SAMPLE):
+    unread = ""
+
+    def of_known_kinds() -> Iterator[tuple[str, FileStat]]:
+        nonlocal unread
+        for file in storage.walk(root):
+            if (kind := _file_kind(file.key)) is not None:
+                yield kind, file
+            else:
+                unread = unread or _advice(file.key)
+
+    for kind, file in islice(of_known_kinds(), _SAMPLE):
         if kind == "table":
             tables.append(file)
         else:
@@ -84,8 +101,14 @@ def detect_format(uri: str, columns: Mapping[Any, str] | None = None) -> str:
         found = " and ".join(f"{kind} ({file.key})" for kind, file in first.items())
         raise DataError(f"{root}: holds {found}; set images.format to one of {', '.join(FORMATS)}, or name one of them")
     if not first:
-        raise DataError(f"{root}: holds no images, tar shards, Parquet files or embeddings; check images.uri")
+        what = unread or "check images.uri"
+        raise DataError(f"{root}: holds no images, tar shards, Parquet files or embeddings; {what}")
     return next(iter(first))
+
+
+def _advice(key: str) -> str:
+    """Return what to do with a file that is not read, by its name; nothing for other names."""
+    return next((f"{key}: {advice}" for endings, advice in _UNREAD.items() if key.lower().endswith(endings)), "")
 
 
 def _file_kind(key: str) -> str | None:
@@ -193,6 +216,8 @@ def _files_of(root: str, format: str) -> Iterator[FileStat]:  # noqa: A002
     for file in storage.walk(root):
         # A file that is named by itself is what `format` says, whatever it is called.
         if _file_kind(file.key) in kinds or file.size == storage.CLOSED_FOLDER or file.uri == root:
+            if file.uri == root and (advice := _advice(file.key)) and parquet.read_footer(file) is None:
+                raise DataError(f"{root}: {advice}")
             yield file
         else:
             others, example = others + 1, example or file.key

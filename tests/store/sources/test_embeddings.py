@@ -452,3 +452,30 @@ def test_names_of_rows_beside_embeddings_are_left_out(place: str, name: str) -> 
     assert sum(len(rows.keys) for rows in read(place)) == 6
     with pytest.raises(DataError, match="embeddings are"):
         read(f"{place}/{name}", format="embeddings")
+
+
+@pytest.mark.parametrize(
+    ("table", "other", "width"),
+    [
+        ("embeddings", "boxes", 4), ("x/feats_0", "x/boxes_0", 4), ("img_vectors", "wider", 64), ("z", "a", 1),
+        ("latents.2", "scores.2", 12),
+    ],
+)  # fmt: skip
+def test_arrays_of_other_facts_of_the_same_rows_are_left_out(
+    place: str, table: str, other: str, width: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(place, {f"{table}.npy": npy(vectors(6, 16)), f"{other}.npy": npy(vectors(6, width))})
+    rows = read(place)
+    assert [each.embeddings.shape for each in rows] == [(6, 16)]
+    assert f"{other}.npy: holds {width} values of the same 6 rows as embeddings of 16 values" in caplog.text
+
+
+def test_shards_and_arrays_of_other_rows_are_not_taken_for_other_facts(place: str) -> None:
+    write(place, {"a_0.npy": npy(vectors(6, 16)), "a_1.npy": npy(vectors(6, 4)), "b.npy": npy(vectors(5, 4))})
+    assert sum(len(each.keys) + len(each.rejects) for each in read(place)) == 17
+
+
+def test_two_tables_of_the_same_rows_are_refused(place: str) -> None:
+    write(place, {"clip.npy": npy(vectors(6, 16)), "dino.npy": npy(vectors(6, 24))})
+    with pytest.raises(DataError, match=r"arrays of \[16, 24\] values for the same 6 rows; name one in images.uri"):
+        read(place)

@@ -62,3 +62,15 @@ def test_image_names(key: str) -> None:
 @pytest.mark.parametrize("key", ["a.jpg.txt", "jpg", "x/png", "a.jpg/b", "a.mp4", ""])
 def test_other_names(key: str) -> None:
     assert not is_image(key)
+
+
+def test_a_raw_file_beside_its_picture_is_left_out_and_said_once(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = ["a.CR2", "a.jpg", "b.JPG", "b.NEF", "d/a.dng", "d/a.edit.png", "d/a.jpeg", "e.x.arw", "e.x.png"]
+    alone = ["a-1.CR2", "c.NEF", "c.edit.jpg", "d.dng", "f.arw", "f.heic", "f.x.png"]
+    write(place, dict.fromkeys([*pairs, *alone], b"x"))
+    with caplog.at_level("INFO"):
+        shards = plan(place, shard_size=2)
+    left = ["a.CR2", "b.NEF", "d/a.dng", "e.x.arw"]
+    keys = [member.key for shard in shards for member in shard.members]
+    assert keys == sorted({*pairs, *alone} - set(left))
+    assert caplog.text.count("4 cameras' raw files, such as a.CR2, lie beside pictures of the same name") == 1

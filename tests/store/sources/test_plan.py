@@ -55,8 +55,11 @@ def test_single_files_are_inputs(place: str, files: dict[str, bytes]) -> None:
         (TAR | IMAGES, r"holds webdataset \(x.tar\)|holds folder \(a/1.jpg\)"),
         (OTHER, "neither a column of images nor one of embeddings.*caption"),
         ({"a.parquet": b"x", "b.parquet": b""}, "cannot be read as Parquet"),
+        ({"data-00000-of-00001.arrow": b"x", "info.json": b"{}"}, r"data-0.*arrow: .*write them as Parquet"),
+        ({"x/photos.zip": b"x", "b.csv": b""}, r"b.csv: lists of images are not followed"),
+        ({"a.npz": b"x"}, r"a.npz: write the array .* as .npy"),
     ],
-    ids=["mixed", "neither", "damaged"],
+    ids=["mixed", "neither", "damaged", "arrow", "list", "npz"],
 )  # fmt: skip
 def test_what_cannot_be_told_is_refused(place: str, files: dict[str, bytes], words: str) -> None:
     write(place, files)
@@ -114,8 +117,8 @@ def test_a_long_listing_is_not_read_to_its_end_to_know_the_format(monkeypatch: p
 
 
 def test_vectors_are_widths_apart_are_told(place: str) -> None:
-    write(place, {"a.npy": npy(vectors(3, 4)), "b.npy": npy(vectors(3, 5)), "c.npy": npy(np.zeros((0, 4)))})
-    assert [shard.count for shard in plan_shards(place)] == [3, 3]
+    write(place, {"a.npy": npy(vectors(3, 4)), "b.npy": npy(vectors(2, 5)), "c.npy": npy(np.zeros((0, 4)))})
+    assert [shard.count for shard in plan_shards(place)] == [3, 2]
 
 
 def test_read_classes(tmp_path: Path) -> None:
@@ -301,3 +304,10 @@ def test_a_small_tar_without_its_end_mark_has_lost_nothing(place: str) -> None:
     write(place, files | {"z.tar": tar([("a.png", image())])[: -10_240 + 1024 + len(image()) // 512 * 512]})
     rejects = [r for shard in plan_shards(place) for r in read_records(shard) if r.reason]
     assert len(rejects) <= 1
+
+
+@pytest.mark.parametrize("form", ["parquet", "embeddings"])
+def test_an_arrow_table_is_refused_by_its_name_whatever_format_is_said(place: str, form: str) -> None:
+    write(place, {"x.feather": b"ARROW1"})
+    with pytest.raises(DataError, match=r"x\.feather: Arrow tables are not read; write them as Parquet"):
+        list(plan_shards(f"{place}/x.feather", form))
