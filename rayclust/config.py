@@ -294,7 +294,8 @@ class ImagesConfig(Config):
     """Names of a table's columns of images (bytes), of embeddings (lists of numbers), of the rows' keys and of their
     labels, where they are called otherwise than docs/inputs.md expects."""
     classes: tuple[str, ...] | str | None = None
-    """Keep only these classes: a list of names (ImageNet: wnids), or a text file with one a line. None keeps all."""
+    """Keep only these classes: a list of names (ImageNet: wnids), a text file with one a line, or the published subset
+    imagenet-10, imagenet-dogs, imagenet-50, imagenet-100 or imagenet-200. None keeps all."""
     split: Annotated[float, Field(gt=0, lt=1)] | str | tuple[str, ...] | None = None
     """Rows kept aside as the test split: methods are fitted on the others and scored on both. Patterns of keys or files
     ("test/*", "*/val-*.tar"), or a share of all rows, drawn by the run's seed. None fits and scores on all rows."""

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from torch.nn import functional
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix
+from rayclust.clustering import kmeans
 from rayclust.errors import ShapeError
 
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, DEVIATION = 100, 256, 5e-3, 1e-2, 0.01
@@ -53,6 +54,29 @@ def knn_accuracy(
     best = np.argsort(-votes, axis=1, kind="stable")[:, :top]
     hits = (classes[best] == truth[:, None]) & (np.take_along_axis(votes, best, axis=1) > 0)
     return float(np.mean(hits.any(axis=1)))
+
+
+def class_mean_accuracy(x: FloatArray, labels: ArrayLike, other_x: FloatArray, other_labels: ArrayLike) -> float:
+    """Return the share of rows whose class has the nearest mean: what k-means could reach with its centres at classes.
+
+    Range 0 to 1, larger is better; chance: the largest class's share. Draws go to the class that sorts first.
+
+    Means of Float[N D], scored on Float[M D]; classes that `labels`, [N], lacks count as wrong.
+
+    Raises:
+        ShapeError: rows and labels do not have one length, or the two sets not one width.
+
+    Source: arXiv 2303.17896, its program's bound beside k-means.
+    """
+    require_matrix(x, "x")
+    require_matrix(other_x, "other_x", x.shape[1])
+    if len(labels) != len(x) or len(other_labels) != len(other_x):  # type: ignore[arg-type]
+        raise ShapeError(f"labels: one for each of {len(x)} and {len(other_x)} rows is needed")
+    classes, codes = np.unique(np.asarray(labels), return_inverse=True)
+    members = functional.one_hot(torch.as_tensor(codes), len(classes)).double()
+    means = members.T @ torch.as_tensor(x).double() / members.sum(0)[:, None]
+    nearest, _ = kmeans.assign(torch.as_tensor(other_x).double(), means)
+    return float(np.mean(classes[nearest.numpy()] == np.asarray(other_labels)))
 
 
 def linear_probe_accuracy(

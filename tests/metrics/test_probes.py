@@ -6,7 +6,7 @@ import torch
 
 from rayclust.errors import ShapeError
 from rayclust.features import FeatureTransform
-from rayclust.metrics.probes import knn_accuracy, linear_probe_accuracy
+from rayclust.metrics.probes import class_mean_accuracy, knn_accuracy, linear_probe_accuracy
 from rayclust.search.knn import top_k
 
 
@@ -132,3 +132,13 @@ def test_lengths_must_fit():
 def test_votes_need_one_row_for_each_label():
     with pytest.raises(ShapeError, match="one row for each label"):
         knn_accuracy(np.zeros((2, 3), int), np.zeros((2, 3)), np.zeros(5))
+
+
+def test_class_means_worked_by_hand():
+    # Means 1 and 11, halves part at 6; "c" has no mean.
+    x, labels = np.array([[0.0], [2.0], [10.0], [12.0]]), np.array(list("aabb"))
+    others, truth = np.array([[5.0], [7.0], [5.0], [11.0]]), np.array(list("abbc"))
+    assert class_mean_accuracy(x, labels, others, truth) == 0.5
+    assert class_mean_accuracy(x + 1e4, labels, x + 1e4, labels) == 1.0
+    with pytest.raises(ShapeError, match="one for each of 4 and 4 rows"):
+        class_mean_accuracy(x, labels[:3], others, truth)

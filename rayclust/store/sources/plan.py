@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -42,6 +43,7 @@ _CONTAINER = re.compile(
 )
 _ROW = re.compile(r"(?P<file>.+)#(?P<inside>\d+)", re.DOTALL)
 """Of a table that is not named as one."""
+_SUBSETS = Path(__file__).with_name("imagenet_subsets.txt")
 _WORDNET_LINE = re.compile(r"n\d{8}\b")
 _UNREAD = {
     (".arrow", ".feather", ".ipc"): "Arrow tables are not read; write them as Parquet",
@@ -245,15 +247,21 @@ def read_classes(classes: Sequence[str] | str | None) -> frozenset[str] | None:
     """Return the classes to keep.
 
     Args:
-        classes: names; or the URI of a text file with one a line, where `#` starts a comment line and what follows a
-            WordNet id (n01440764) on its line is left out; None keeps all.
+        classes: names; or that of a published subset of ImageNet, such as imagenet-50; or the URI of a text file with
+            one a line, where `#` starts a comment line and what follows a WordNet id (n01440764) on its line is left
+            out; None keeps all.
 
     Raises:
-        DataError: the file cannot be read, or no class is named.
+        DataError: the file cannot be read, there is no such subset, or no class is named.
     """
     if classes is None:
         return None
     if isinstance(classes, str):
+        if re.fullmatch(r"imagenet-\w+", classes):
+            known = published_classes()
+            if classes not in known:
+                raise DataError(f"images.classes = {classes}: no such subset; known are {', '.join(known)}")
+            return known[classes]
         text = storage.read_bytes(classes).decode("utf-8-sig", "backslashreplace")
         lines = [line.strip() for line in text.splitlines()]
         names = [line for line in lines if line and not line.startswith("#")]
@@ -263,6 +271,19 @@ def read_classes(classes: Sequence[str] | str | None) -> frozenset[str] | None:
     if not names:
         raise DataError(f"images.classes = {classes}: names no class; give at least one, or null for all")
     return frozenset(names)
+
+
+def published_classes() -> dict[str, frozenset[str]]:
+    """Return the WordNet ids of each published subset of ImageNet, by name."""
+    found, name, base = dict[str, frozenset[str]](), "", frozenset[str]()
+    for line in _SUBSETS.read_text().splitlines():
+        if line.startswith("["):
+            name, _, other = line.partition(" + ")
+            name, base = name.strip("[]"), found.get(other, frozenset())
+            found[name] = base
+        elif name:
+            found[name] |= frozenset(line.split())
+    return found
 
 
 def read_records(shard: Shard, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
