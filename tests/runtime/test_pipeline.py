@@ -18,7 +18,7 @@ import pytest
 from rayclust.cli import run_command
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, HeldError
-from rayclust.methods import METHODS, build, reads_pixels
+from rayclust.methods import METHODS, build, find, reads_pixels
 from rayclust.methods.base import Pairing
 from rayclust.runtime import cluster, pipeline
 from rayclust.runtime.api import quick
@@ -326,7 +326,8 @@ def test_training_waits_for_neighbors_only_where_the_method_draws_them(name: str
     if reads_pixels(name):
         groups |= {"encoder": {"normalize": False}, "features": {"center": False, "normalize": False}}
     settings = config(**groups)
-    drawn = getattr(build(settings.method, 12, 40, seed=0), "pairing", Pairing())
+    width: Any = {"embeddings": 12} if find(name).spaces is None else 12
+    drawn = getattr(build(settings.method, width, 40, seed=0), "pairing", Pairing())
     assert settings.method.draws_pairs == (drawn.columns > 0)
     assert ("neighbors" in STAGES["train"].inputs(settings)) == settings.method.draws_pairs
 
