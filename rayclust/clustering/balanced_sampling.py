@@ -11,11 +11,10 @@ rows, or on the clusters' numbers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,14 +23,14 @@ from torch import Tensor
 
 from rayclust.arrays import FloatArray, IntArray
 from rayclust.clustering import kmeans
-from rayclust.clustering.row_stats import Blocks
 from rayclust.errors import ConfigError
 
 Draw = Literal["random", "nearest", "diverse"]
 
 _ITERATIONS = 50
-_RANDOM_SEEDS_ABOVE = 4096
-"""Clusters above which k-means starts from rows drawn by lot: k-means++ costs K² products of a row."""
+_SPLIT_ABOVE = 1024
+"""Clusters above which k-means goes in two levels."""
+_ROWS_AT_ONCE = 8192
 
 
 def key_hashes(keys: Iterable[str], seed: int) -> NDArray[np.uint64]:
@@ -41,6 +40,43 @@ def key_hashes(keys: Iterable[str], seed: int) -> NDArray[np.uint64]:
 
 
 # The levels.
+
+
+@dataclass(frozen=True)
+class Points:
+    """Unit rows, some of those in a matrix that may be mapped from a file."""
+
+    x: Tensor
+    """Float32[N' D]."""
+    places: IntArray | None = None
+    """Int64[N], rows of the matrix; None: all."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.x if self.places is None else self.places)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield Float32[B D], in order."""
+        if self.places is None:
+            yield from torch.split(self.x, _ROWS_AT_ONCE)
+        else:
+            yield from (self.x[ids] for ids in torch.split(torch.from_numpy(self.places), _ROWS_AT_ONCE))
+
+    def at(self, positions: IntArray) -> Points:
+        """Return some of the points; they are not copied."""
+        return Points(self.x, positions if self.places is None else self.places[positions])
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition by k-means."""
+
+    centers: Tensor
+    """Float32[K D], unit rows."""
+    labels: IntArray
+    """Int64[N]."""
+    distances: FloatArray
+    """Float32[N], squared distances to the own centroid."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +90,7 @@ class Levels:
     clusters: tuple[int, ...]
     """K of each level."""
     distances: FloatArray
-    """Float32[N], squared distance of each row to the centroid of its first cluster."""
+    """Float32[N], of each row to the centroid of its first cluster, in any measure."""
 
     def paths(self, rows: IntArray) -> IntArray:
         """Return Int32[n T], the cluster of each level of some rows, the last level first."""
@@ -71,113 +107,100 @@ class Levels:
 
 
 def fit_levels(
-    blocks: Blocks,
+    points: Points,
     clusters: Sequence[int],
     *,
     steps: Sequence[int],
     seed: int = 0,
     weights: Literal["count", "rows"] = "count",
-    start: Levels | None = None,
-    centers: Tensor | None = None,
 ) -> Levels:
     """Cluster rows by spherical k-means, then the centroids of each level into the next.
 
     Args:
-        blocks: unit rows; the same blocks at every call.
-        clusters: K of each level to fit, falling.
+        points: the rows.
+        clusters: K of each level, falling.
         steps: times that each level is resampled; 0 is plain k-means. The paper: 0 for the rows, then 10.
         seed: of k-means.
         weights: a centroid counts once (`count`, as published) or as its rows do (`rows`).
-        start: a first level that is there already, with its `centers`; then `clusters` are those above it.
-        centers: Float32[K D] of `start`, unit rows.
 
     Raises:
-        ConfigError: the numbers do not fall, or the first is above the number of rows.
+        ConfigError: there is no level, the numbers do not fall, or the first is above the number of rows.
 
     Source: arXiv 2405.15613, section 3; each centroid of level t − 1 is one point of level t.
     """
-    bounds = [*(start.clusters[-1:] if start else ()), *clusters]
-    if any(after >= before or after < 1 for before, after in pairwise(bounds)):
-        raise ConfigError(f"levels = {list(clusters)}: must fall, finest level first, and stay below {bounds[0]}")
-    leaves, distances, parents = None, None, list[IntArray]()
-    if start is not None:
-        leaves, distances, parents = start.leaves, start.distances, list(start.parents)
-    counts: IntArray | None = None if leaves is None else np.bincount(leaves, minlength=bounds[0])
+    if not clusters or any(not 1 <= after <= before for before, after in pairwise([len(points), *clusters])):
+        raise ConfigError(f"levels = {list(clusters)}: must fall, finest level first, from at most {len(points)} rows")
+    found: list[Partition] = []
+    counts: Any = np.ones(len(points))
     for level, (count, resamples) in enumerate(zip(clusters, steps, strict=True)):
-        is_first = leaves is None
-        points = blocks if is_first else partial(list, (centers,))
-        weighed = None
-        if not is_first and weights == "rows" and counts is not None:
-            weighed = torch.from_numpy(np.maximum(counts, 1).astype(np.float64))
-        centers, labels, squared = resampled_kmeans(points, count, resamples, seed + level, weighed)
-        if is_first:
-            leaves, distances = labels, squared
-            counts = np.bincount(labels, minlength=count)
-        else:
-            parents.append(labels)
-            counts = np.bincount(labels, counts, count).astype(np.int64)
-    if leaves is None or distances is None:
-        raise ConfigError("levels = []: at least one is needed")
-    return Levels(leaves, tuple(parents), (*(start.clusters if start else ()), *clusters), distances)
+        by_rows = weights == "rows" and level > 0
+        weighed = torch.from_numpy(np.maximum(counts, 1)) if by_rows else None
+        found.append(resampled_kmeans(points, count, resamples, seed + level, weighed))
+        points, counts = Points(found[-1].centers), np.bincount(found[-1].labels, counts, count)
+    first, *others = found
+    return Levels(first.labels, tuple(other.labels for other in others), tuple(clusters), first.distances)
 
 
-def resampled_kmeans(
-    blocks: Blocks, clusters: int, steps: int, seed: int, weights: Tensor | None = None
-) -> tuple[Tensor, IntArray, FloatArray]:
-    """Run k-means, and again on the points nearest to each centroid, which are more even than the points.
+def resampled_kmeans(points: Points, clusters: int, steps: int, seed: int, weights: Tensor | None = None) -> Partition:
+    """Run k-means, and again on the points nearest to each centroid, which are more even than all points.
 
     Args:
-        blocks: unit rows.
+        points: unit rows.
         clusters: K.
         steps: times that the centroids are fitted anew to r points of each cluster, r half the mean size of a cluster.
         seed: of the first centroids; each step has its own.
         weights: Float64[N] of the points in the first fit; None weighs all 1.
 
-    Returns:
-        Float32[K D] centroids; Int64[N] labels; Float32[N] squared distances to the own centroid.
-
     Raises:
-        ConfigError: more clusters than rows.
+        ConfigError: more clusters than points.
 
     Source: arXiv 2405.15613, section 3.2.
     """
-    centers = _fit(blocks, clusters, seed, weights)
-    labels, squared = _assign(blocks, centers)
-    size = max(1, round(len(labels) / clusters / 2))
+    found = _kmeans(points, clusters, seed, weights)
+    size = max(1, round(len(points) / clusters / 2))
     for step in range(1, steps + 1 if size > 1 else 1):
         # 1. The r points nearest to each centroid, ties by position.
-        order = np.lexsort((squared, labels))
-        rank = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])
-        sample = _rows_at(blocks, np.sort(order[rank < size]))
+        order = np.lexsort((found.distances, found.labels))
+        rank = np.arange(len(order)) - np.searchsorted(found.labels[order], found.labels[order])
+        sample = points.at(np.sort(order[rank < size]))
         # 2. k-means from scratch of these, and all points anew.
-        centers = _fit(partial(list, (sample,)), min(clusters, len(sample)), seed + 1000 * step)
-        labels, squared = _assign(blocks, centers)
-    return centers, labels, squared
+        centers = _kmeans(sample, min(clusters, len(sample)), seed + 1000 * step).centers
+        found = _assign(points, centers)
+    return found
 
 
-def _fit(blocks: Blocks, clusters: int, seed: int, weights: Tensor | None = None) -> Tensor:
-    options, init = kmeans.KMeansOptions(clusters=clusters, restarts=1, max_iterations=_ITERATIONS), None
-    if clusters > _RANDOM_SEEDS_ABOVE:
-        count = sum(len(block) for block in blocks())
-        drawn = np.random.default_rng(seed).choice(count, clusters, replace=False)
-        init = _rows_at(blocks, np.sort(drawn))
-    return kmeans.fit(blocks, options, seed=seed, init=init, weights=weights).centers
+def _kmeans(points: Points, clusters: int, seed: int, weights: Tensor | None = None) -> Partition:
+    """Run spherical k-means; of many clusters in two levels, √K and then an equal share of K within each.
+
+    So did the paper for its first level (100 k clusters, each split by 100): N · √K products instead of N · K.
+    """
+    if clusters <= _SPLIT_ABOVE:
+        options = kmeans.KMeansOptions(clusters=clusters, restarts=1, max_iterations=_ITERATIONS)
+        return _assign(points, kmeans.fit(points.blocks, options, seed=seed, weights=weights).centers)
+    # 1. The parents. Each gets as many clusters as the others, whatever its rows: in proportion to the rows, clusters
+    # would be as dense as these, which is what the levels are to even out.
+    parents = _kmeans(points, round(clusters**0.5), seed, weights)
+    rows = np.bincount(parents.labels)
+    children = quotas(rows, clusters, _mixed(np.arange(len(rows), dtype=np.uint64), seed))
+    # 2. Each parent's rows.
+    labels, distances, centers = np.empty(len(points), np.int64), np.empty(len(points), np.float32), list[Tensor]()
+    order = np.argsort(parents.labels, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(rows)])
+    first = 0
+    for parent in np.flatnonzero(rows).tolist():
+        members = order[bounds[parent] : bounds[parent + 1]]
+        some = None if weights is None else weights[torch.from_numpy(members)]
+        own = _kmeans(points.at(members), int(children[parent]), seed + 1 + parent, some)
+        labels[members], distances[members] = first + own.labels, own.distances
+        centers.append(own.centers)
+        first += len(own.centers)
+    return Partition(torch.cat(centers), labels, distances)
 
 
-def _assign(blocks: Blocks, centers: Tensor) -> tuple[IntArray, FloatArray]:
-    found = [kmeans.assign(block.float(), centers) for block in blocks()]
-    labels = torch.cat([label for label, _ in found]).numpy()
-    return labels, torch.cat([squared for _, squared in found]).numpy()
-
-
-def _rows_at(blocks: Blocks, positions: IntArray) -> Tensor:
-    """Return Float32[n D], the rows at sorted positions."""
-    found, start = [], 0
-    for block in blocks():
-        low, high = np.searchsorted(positions, [start, start + len(block)])
-        found.append(block[torch.from_numpy(positions[low:high] - start)].float())
-        start += len(block)
-    return torch.cat(found)
+def _assign(points: Points, centers: Tensor) -> Partition:
+    found = [kmeans.assign(block, centers) for block in points.blocks()]
+    labels, squared = (torch.cat(column).numpy() for column in zip(*found, strict=True))
+    return Partition(centers, labels, squared)
 
 
 # The quotas.
@@ -267,7 +290,7 @@ def _mixed(values: NDArray[np.uint64], salt: int) -> NDArray[np.uint64]:
 
 
 def draw(
-    levels: Levels, quota: IntArray, hashes: NDArray[np.uint64], how: Draw = "random", blocks: Blocks | None = None
+    levels: Levels, quota: IntArray, hashes: NDArray[np.uint64], how: Draw = "random", points: Points | None = None
 ) -> IntArray:
     """Draw each first-level cluster's quota from its rows.
 
@@ -277,7 +300,7 @@ def draw(
         hashes: UInt64[N] of the rows' keys.
         how: random takes the smallest hashes, nearest the rows nearest to the centroid, diverse the farthest-point
             order from the row nearest to the centroid. With more than one copy ⌊quota / rows⌋ of all come first.
-        blocks: the rows, for `diverse`.
+        points: the rows, for `diverse`.
 
     Returns:
         Int64[N], copies of each row; 0 is not drawn.
@@ -291,12 +314,11 @@ def draw(
     sizes = np.diff(bounds)
     whole, rest = np.divmod(quota, np.maximum(sizes, 1))
     if how == "diverse":
-        if blocks is None:
+        if points is None:
             raise ConfigError("draw = diverse: needs the rows")
         for cluster in np.flatnonzero(rest).tolist():
             members = order[bounds[cluster] : bounds[cluster + 1]]
-            places = np.argsort(members)
-            x = _rows_at(blocks, members[places])[torch.from_numpy(np.argsort(places))]
+            x = torch.cat(list(points.at(members).blocks()))
             order[bounds[cluster] : bounds[cluster + 1]] = members[_farthest_first(x, int(rest[cluster]))]
     leaf = levels.leaves[order]
     rank = np.arange(len(order)) - bounds[leaf]

@@ -70,7 +70,7 @@ class DuplicatesConfig(Config):
 class OutliersConfig(Config):
     """Odd rows, by their neighbours and their cluster."""
 
-    share: float = Field(0.001, ge=0, le=1)
+    share: float = Field(0.001, ge=0, le=0.5)
     """Share of the rows that is flagged, the oddest."""
     remove: bool = False
     """Whether they are removed; else they are only listed."""

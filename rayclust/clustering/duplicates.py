@@ -122,7 +122,7 @@ def near_pairs(
             block, block_ids = rows[low : low + _ROWS_AT_ONCE], ids[low : low + _ROWS_AT_ONCE]
             # np.flatnonzero is many times as fast as torch's nonzero where few are.
             flat = torch.from_numpy(np.flatnonzero((some @ block.T >= least - _SLACK).numpy()))
-            for part in torch.split(flat, _PAIRS_AT_ONCE):
+            for part in torch.split(flat, _PAIRS_AT_ONCE) if len(flat) else ():
                 q, r = part // len(block), part % len(block)
                 cosine = (some[q].double() * block[r].double()).sum(1)
                 near = (cosine >= least) & (some_ids[q] != block_ids[r])

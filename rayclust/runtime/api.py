@@ -107,6 +107,8 @@ def local_paths(config: RunConfig) -> dict[str, str]:
         named = {key: path for key, path in paths.items() if path is not None and not path.startswith("dataset:")}
         found |= {f"encoders.{place}.{key}": path for key, path in named.items()}
     found |= {f"method.members.{place}": uri for place, uri in enumerate(config.method.partitions())}
+    if config.curate.duplicates.values is not None:
+        found["curate.duplicates.values"] = config.curate.duplicates.values
     for group, words in (("label", config.label.vocabulary), ("method", getattr(config.method, "vocabulary", None))):
         for position, name in enumerate([words] if isinstance(words, str) else words or ()):
             if kind_of(name) in ("text", "embeddings") or (kind_of(name) == "wordnet" and name != "wordnet"):

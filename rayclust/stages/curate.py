@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,15 @@ from torch import Tensor
 
 from rayclust.arrays import IntArray, unit_rows
 from rayclust.clustering import outliers
-from rayclust.clustering.balanced_sampling import Levels, allocate, draw, fit_levels, key_hashes, resampled_kmeans
+from rayclust.clustering.balanced_sampling import (
+    Levels,
+    Points,
+    allocate,
+    draw,
+    fit_levels,
+    key_hashes,
+    resampled_kmeans,
+)
 from rayclust.clustering.duplicates import (
     MOST_NEAR,
     Decision,
@@ -44,7 +52,7 @@ from rayclust.clustering.row_stats import even_sample
 from rayclust.config import RunConfig
 from rayclust.errors import DataError
 from rayclust.features import SpaceTransforms
-from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
+from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import on_every_node, run_remotely
 from rayclust.runtime.pipeline import CURATE, Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.rows import (
@@ -84,21 +92,15 @@ def run(context: StageContext) -> StageResult:
     """Search near pairs task by task; decide and write in one worker."""
     config, encode = context.config, context.inputs["encode"]
     outputs = encode.outputs_of(EncodeOutputs)
-    is_raw = config.neighbors.features == "raw"
-    transform = unit_transform(outputs) if is_raw else transform_of(encode, config.features)
+    transform = unit_transform(outputs) if config.neighbors.features == "raw" else transform_of(encode, config.features)
     search = config.curate.duplicates.search
     if search == "auto":
         is_exact = sum(outputs.parts) <= config.neighbors.exact_rows and config.neighbors.spaces == "joint"
         search = "neighbors" if is_exact else "clusters"
     work = Curation(context.run, config, outputs, transform, context.digest, search == "neighbors")
     ranges = run_remotely(work.prepare)
-    payloads = list(enumerate(outputs.parts)) if work.by_neighbors else ranges
-    tasks = [
-        Task(i, digest_of([context.digest, i]), payload, payload[1])
-        if work.by_neighbors
-        else Task(i, digest_of([context.digest, i]), payload, len(payload))
-        for i, payload in enumerate(payloads)
-    ]
+    units = [range(rows) for rows in outputs.parts] if work.by_neighbors else ranges
+    tasks = [Task(i, digest_of([context.digest, i]), unit, len(unit)) for i, unit in enumerate(units)]
     facts = {"wanted": 0, "compared": 0}
 
     def count(_: Task, result: TaskResult) -> None:
@@ -111,6 +113,8 @@ def run(context: StageContext) -> StageResult:
     storage.remove_tree(context.run.at("manifests", CURATE))
     storage.remove_tree(work.at("scratch"))
     on_every_node(drop_cache, context.digest)
+    for name in ("duplicates", "outliers", "curated"):
+        drop_stale_parts(work.at(name), len(outputs.parts))
     counts = found["counts"]
     removed = ", ".join(f"{counts[reason]:,} {reason}" for reason in REASONS[1:] if counts[reason])
     summary = f"{counts['kept']:,} of {counts['rows']:,} rows kept" + (f" (not: {removed})" if removed else "")
@@ -164,8 +168,8 @@ class Curation:
 
     def prepare(self) -> list[range]:
         """Find identical rows and, without the neighbours, sort the others into clusters; return ranges of these."""
-        aside = kept_aside(self.run, self.encode)
-        hashes = []
+        torch.set_num_threads(1)
+        aside, hashes = kept_aside(self.run, self.encode), []
         for part, (start, stop) in enumerate(pairwise(self.starts)):
             rows = part_embeddings(self.run, part)
             hashes.append(row_hashes(rows if aside is None else rows[~aside[start:stop]]))
@@ -277,8 +281,8 @@ class Curation:
         if options.prune.keep < 1:
             left = np.flatnonzero(columns.reason == 0)
             clusters = min(self.config.method.clusters, len(left))
-            _, labels, squared = resampled_kmeans(partial(_blocks_at, x, left), clusters, 0, seed)
-            spared = outliers.prune(squared, labels, **settings_of(options.prune))
+            anew = resampled_kmeans(Points(x, left), clusters, 0, seed)
+            spared = outliers.prune(anew.distances, anew.labels, **settings_of(options.prune))
             columns.reason[left[~spared]] = 4
         # 3. The sample.
         left = np.flatnonzero(columns.reason == 0)
@@ -311,6 +315,14 @@ class Curation:
         for part, (start, stop) in enumerate(pairwise(self.starts)):
             low, high = np.searchsorted(rows, [start, stop])
             yield tables.read_table(self.run.rows(part), [name])[name].take(pa.array(rows[low:high] - start))
+
+    def _keys_of(self, rows: IntArray, places: IntArray) -> pa.ChunkedArray:
+        """Return the keys of sorted places among the rows, in one pass over the parts."""
+        found = list[pa.Array]()
+        for keys, (start, stop) in zip(self._part_columns("key", rows), pairwise(self.starts), strict=True):
+            low, high = np.searchsorted(rows, [start, stop])
+            found += keys.take(pa.array(places[(places >= low) & (places < high)] - low)).chunks
+        return pa.chunked_array(found, pa.string())
 
     def _scored(self, x: Tensor, rows: IntArray, first: IntArray) -> Columns:
         """Compute distances to the run's clusters, and the outlier scores; identical rows count as one."""
@@ -402,7 +414,7 @@ class Curation:
     def _sample(self, x: Tensor, columns: Columns, left: IntArray, hashes: NDArray[np.uint64]) -> Sample:
         """Draw the sample from the rows that are left, of which there is one at least."""
         options, seed = self.config.curate.sample, self.config.seed
-        points, K = partial(_blocks_at, x, left), self.config.method.clusters
+        points, K = Points(x, left), self.config.method.clusters
         own = Levels(columns.clusters[left].astype(np.int64), (), (K,), columns.distance[left])
         if options.rows is None or not len(left):
             return Sample(own, np.ones(len(left), np.int64), None)
@@ -442,19 +454,21 @@ class Curation:
         copies[left], place[left] = sample.copies, np.arange(len(left))
         outputs: Outputs = {}
         kept, removed = list[str](), list[str]()
+        standing = np.unique(decision.keeper[sizes[group] > 1])
+        standing_keys = self._keys_of(rows, standing)  # they lie in any part
         spans = [np.searchsorted(rows, span) for span in pairwise(self.starts)]
         for part, (keys, (low, high)) in enumerate(zip(self._part_columns("key", rows), spans, strict=True)):
             names, own = keys.combine_chunks(), np.arange(low, high)
             # 1. Duplicates: rows in groups of two or more.
             some = own[sizes[group[own]] > 1]
-            partner = [self._keys_of(rows[decision.keeper[some]])]
+            keeper = np.searchsorted(standing, decision.keeper[some])
             duplicates = {
                 "key": names.take(pa.array(some - low)),
                 "row": rows[some],
                 "group": rows[group[some]],
                 "size": sizes[group[some]].astype(np.int32),
                 "kept": decision.kept[some],
-                "keeper": pa.chunked_array(partner, pa.string()),
+                "keeper": standing_keys.take(pa.array(keeper)),
                 "cosine": cosine[some].astype(np.float32),
                 "kind": pa.array(np.where(first[some] != some, "identical", "near")),
             }
@@ -483,16 +497,6 @@ class Curation:
         outputs |= put_bytes(self.run, self.at("removed.txt"), "".join(removed).encode())
         outputs |= put_table(self.run, self.at("levels.parquet"), sample.table())
         return outputs | put_json(self.run, self.at(FACTS), facts)
-
-    def _keys_of(self, rows: IntArray) -> pa.Array:
-        """Return the keys of some rows, in any order; parts that hold none are not read."""
-        unique, where = np.unique(rows, return_inverse=True)
-        starts, found = np.array(self.starts), list[pa.Array]()
-        for part in np.unique(np.searchsorted(starts, unique, side="right") - 1).tolist():
-            local = unique[(unique >= starts[part]) & (unique < starts[part + 1])] - starts[part]
-            keys = _read_keys(self.run.rows(part))
-            found.append(keys.take(pa.array(local)))
-        return pa.concat_arrays(found).take(pa.array(where)) if found else pa.array([], pa.string())
 
 
 @dataclass(frozen=True)
@@ -531,12 +535,6 @@ class Sample:
             for level, count in enumerate(levels.clusters)
         ]
         return pa.concat_tables(map(pa.table, found))
-
-
-def _blocks_at(x: Tensor, places: IntArray) -> Iterator[Tensor]:
-    """Yield Float32[B D], the rows at some places; an empty block where there are none."""
-    for ids in torch.split(torch.from_numpy(places), BLOCK):
-        yield x[ids]
 
 
 def _cosines(x: Tensor, i: IntArray, j: IntArray) -> NDArray[np.float64]:
@@ -585,11 +583,6 @@ def _examples(decision: Decision, columns: Columns) -> dict[str, Any]:
 
 _read_scratch = lru_cache(3)(tables.read_table)
 """Cached: a worker does many tasks. The URIs hold the stage's digest."""
-
-
-@lru_cache(8)
-def _read_keys(uri: str) -> pa.Array:
-    return tables.read_table(uri, ["key"])["key"].combine_chunks()
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
+from rayclust.clustering import balanced_sampling
 from rayclust.clustering.balanced_sampling import (
     Levels,
+    Points,
     allocate,
     cut,
     draw,
@@ -130,9 +130,9 @@ def test_nearest_and_diverse_draws():
     distances = (x - x[1]).square().sum(1).numpy()
     levels = Levels(np.zeros(5, np.int64), (), (1,), distances)
     assert draw(levels, np.array([2]), hashes(5), "nearest").tolist() == [1, 1, 0, 0, 0]
-    blocks = partial(list, torch.split(x, 2))
-    assert draw(levels, np.array([2]), hashes(5), "diverse", blocks).tolist() == [0, 1, 0, 0, 1]
-    assert draw(levels, np.array([3]), hashes(5), "diverse", blocks).tolist() == [0, 1, 0, 1, 1]
+    points = Points(x.flip(0), np.arange(5)[::-1].copy())
+    assert draw(levels, np.array([2]), hashes(5), "diverse", points).tolist() == [0, 1, 0, 0, 1]
+    assert draw(levels, np.array([3]), hashes(5), "diverse", points).tolist() == [0, 1, 0, 1, 1]
     with pytest.raises(ConfigError, match="needs the rows"):
         draw(levels, np.array([1]), hashes(5), "diverse")
 
@@ -147,9 +147,8 @@ def arc(seed: int) -> torch.Tensor:
 def test_resampling_evens_out_the_centroids():
     shares = np.zeros(4)
     for seed in range(10):
-        blocks = partial(list, (arc(seed),))
         for place, steps in enumerate((0, 1, 2, 4)):
-            centers = resampled_kmeans(blocks, 40, steps, seed)[0]
+            centers = resampled_kmeans(Points(arc(seed)), 40, steps, seed).centers
             angles = torch.atan2(centers[:, 1], centers[:, 0])
             shares[place] += float((angles < 0.5).double().mean()) / 10
     assert (np.diff(shares) < 0).all(), shares
@@ -158,24 +157,33 @@ def test_resampling_evens_out_the_centroids():
 
 
 def test_levels_are_nested_and_each_centroid_counts_once():
-    blocks = partial(list, torch.split(arc(0), 300))
-    levels = fit_levels(blocks, (40, 10, 3), steps=(0, 2, 2))
+    points = Points(arc(0))
+    levels = fit_levels(points, (40, 10, 3), steps=(0, 2, 2))
     assert levels.clusters == (40, 10, 3)
     assert [len(parent) for parent in levels.parents] == [40, 10]
     paths = levels.paths(np.array([0, 999]))
     assert paths.shape == (2, 3)
     assert paths[0, 2] == levels.leaves[0]
     assert paths[0, 0] == levels.parents[1][levels.parents[0][levels.leaves[0]]]
-    again = fit_levels(blocks, (40, 10, 3), steps=(0, 2, 2))
+    again = fit_levels(Points(arc(0), np.arange(1000)), (40, 10, 3), steps=(0, 2, 2))
     assert again.leaves.tobytes() == levels.leaves.tobytes()
-    # The same levels above a first one that is there.
-    first = fit_levels(blocks, (40,), steps=(0,))
-    centers = resampled_kmeans(blocks, 40, 0, 0)[0]
-    above = fit_levels(blocks, (10, 3), steps=(2, 2), seed=1, start=first, centers=centers)
-    assert [p.tolist() for p in above.parents] == [p.tolist() for p in levels.parents]
-    by_rows = fit_levels(blocks, (40, 10, 3), steps=(0, 0, 0), weights="rows")
-    assert by_rows.clusters == levels.clusters
-    with pytest.raises(ConfigError, match="must fall"):
-        fit_levels(blocks, (10, 20), steps=(0, 0))
-    with pytest.raises(ConfigError, match="at least one"):
-        fit_levels(blocks, (), steps=())
+    first = resampled_kmeans(points, 40, 0, 0)
+    above = resampled_kmeans(Points(first.centers), 10, 2, 1)
+    assert above.labels.tolist() == levels.parents[0].tolist()
+    by_rows = fit_levels(points, (40, 10), steps=(0, 0), weights="rows")
+    assert by_rows.leaves.tolist() == levels.leaves.tolist()
+    for wrong in ((10, 20), (2000, 3), ()):
+        with pytest.raises(ConfigError, match="must fall"):
+            fit_levels(points, wrong, steps=(0,) * len(wrong))
+
+
+def test_many_clusters_are_split_in_two_levels(monkeypatch: pytest.MonkeyPatch):
+    whole = resampled_kmeans(Points(arc(1)), 50, 0, 0)
+    monkeypatch.setattr(balanced_sampling, "_SPLIT_ABOVE", 10)
+    split = resampled_kmeans(Points(arc(1)), 50, 0, 0)
+    assert split.centers.shape == (50, 2)
+    assert sorted(np.unique(split.labels)) == list(range(50))
+    assert split.distances.sum() < 2 * whole.distances.sum()
+    np.testing.assert_allclose(
+        split.distances, (arc(1) - split.centers[split.labels]).square().sum(1).numpy(), atol=1e-6
+    )
