@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rayclust.config import RunConfig, validate
+from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans
 from rayclust.metrics.geometry import neighbor_precision
 from rayclust.runtime.pipeline import content_digest, run_all, run_stage
@@ -81,17 +82,22 @@ def test_spectra_are_of_all_rows_and_of_each_cluster(vectors_run: Sealed) -> Non
     ]
 
 
-@pytest.fixture
-def own_space(
-    vectors_run: Sealed, pictures_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
-) -> RunConfig:
-    """A copy of the run by a method that sees one direction only, and says which rows belong together.
+class OneDirection(KMeans):
+    """k-means that sees one direction only, and says which rows belong together."""
 
-    The session's runs are made before: `isinstance` with a protocol keeps the answer that a patched class gave.
-    """
-    monkeypatch.setattr(KMeans, "width", 1, raising=False)
-    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1] - x[:, 1:2]), raising=False)
-    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.full((len(x), len(x)), 1 / len(x)), raising=False)
+    width = 1
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sign(x[:, :1] - x[:, 1:2])
+
+    def membership(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(x), len(x)), 1 / len(x))
+
+
+@pytest.fixture
+def own_space(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A copy of the run by a method that has a space of its own."""
+    monkeypatch.setitem(METHODS, "kmeans", f"{__name__}:OneDirection")
     shutil.copytree(vectors_run.folder, tmp_path / "run")
     groups = {"method": {"clusters": 2}, "features": {"center": False}, "neighbors": {"k": 2}}
     return validate(tree(str(tmp_path / "run"), vectors_run.config.images.uri, **groups))
