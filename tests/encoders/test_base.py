@@ -52,7 +52,7 @@ def test_parts_of_a_name(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "clip/ViT"}, "must be auto, open_clip/<architecture>, timm/<architecture>, pixels, or unknown"),
+        ({"name": "clip/ViT"}, "must be auto, open_clip/<architecture>, timm/<architecture>, pixels, run, or "),
         ({"name": "timm/"}, "must be auto, open_clip/<architecture>"),
         ({"name": "timm/resnet50", "grayscale": True}, "only pixels can do without colour"),
         ({"name": "timm/resnet50.a1_in1k", "pretrained": "tv_in1k"}, "contradicts the tag"),
