@@ -16,7 +16,7 @@ from rayclust.runtime.pipeline import STAGES as ALL
 from rayclust.store import storage, tables
 from tests.stages.runs import embeddings, files, tree, write_folder, write_tars, write_yaml
 
-STAGES = [name for name in ALL if name not in ("select-k", "curate")]
+STAGES = [name for name in ALL if name not in ("counterparts", "select-k", "curate")]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
