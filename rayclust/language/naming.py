@@ -246,7 +246,7 @@ def name_distinctly(
         sizes: Int[K], members of each cluster.
         words: V names.
         specificity: λ; 0 scores by votes alone.
-        null: what a name's score and margin must reach; None refuses nothing.
+        null: what a name's score must reach, and its margin where `hypernyms` are known; None refuses nothing.
         hypernyms: more general words by word, both in lower case.
         runners_up: number of further names to list.
 
@@ -281,7 +281,8 @@ def name_distinctly(
         own = containers[cluster] if word >= len(words) else words[word].casefold()
         rivals = [scores[cluster][other] for other in free if not taxonomy.are_related(own, words[other].casefold())]
         margins[cluster] = scores[cluster][word] - max(rivals) if rivals else None
-        if null is not None and rivals and scores[cluster][word] - max(rivals) < null.margin:
+        # Without hypernyms nobody knows which words are related: a pump beside a gas pump does not speak against it.
+        if null is not None and hypernyms and rivals and scores[cluster][word] - max(rivals) < null.margin:
             given[cluster] = None
     # 4. Names. A word gives way to a less general one with most of the votes below it, if only one cluster wants that.
     narrowed = [
