@@ -397,7 +397,7 @@ def normalize_encoders(tree: dict[str, Any]) -> dict[str, Any]:
     spaces = dict[str, Any]()
     for entry in given:
         if isinstance(entry, dict) and isinstance(entry.get("features"), dict):
-            with suppress(ValueError):  # told of the entry itself
+            with suppress(ValueError):  # reported where the entry itself is validated
                 spaces[with_space(entry)["space"]] = entry["features"]
     if not spaces or not isinstance(features, dict | None):
         return tree

@@ -12,15 +12,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional
 
-from rayclust.arrays import require_matrix
 from rayclust.clustering.candidates import choose, make_candidates
 from rayclust.clustering.consensus import match_confidence
-from rayclust.distributed import data_group
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Pairing, Rows
+from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Pairing, Rows
 from rayclust.methods.graph import sample_with_neighbors
+from rayclust.methods.linear import LinearMethod
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +38,7 @@ class AutoConfig(BaseMethodConfig):
     """Whether candidates are made at all; without, the result is k-means."""
 
 
-class Auto(Method):
+class Auto(LinearMethod):
     """The default method on rows of width `dimension`.
 
     Args:
@@ -53,20 +50,12 @@ class Auto(Method):
 
     config_type = AutoConfig
     config: AutoConfig
-    weight: Tensor
-    bias: Tensor
-    centers: Tensor
-    temperature: Tensor
     report: list[dict[str, Any]]
     """Of the fit, for each candidate: `candidate`, its name; `chosen`, 0 or 1; and its evidence."""
 
     def __init__(self, config: AutoConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
         self.pairing = Pairing(columns=config.neighbors)
-        self.register_buffer("weight", torch.zeros(dimension, config.clusters))
-        self.register_buffer("bias", torch.zeros(config.clusters))
-        self.register_buffer("centers", torch.zeros(config.clusters, dimension))
-        self.register_buffer("temperature", torch.ones(()))
 
     @torch.no_grad()
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
@@ -93,18 +82,4 @@ class Auto(Method):
         counts = torch.bincount(chosen.labels, minlength=self.config.clusters).clamp(min=1)
         centers = torch.zeros_like(self.centers, device=x.device).index_add_(0, chosen.labels, x) / counts[:, None]
         temperature = match_confidence(x @ chosen.weight + chosen.bias, chosen.evidence["neighbor_agreement"])
-        self.to(trainer.device)
-        fitted = {"weight": chosen.weight, "bias": chosen.bias, "centers": centers, "temperature": temperature}
-        for name, value in fitted.items():
-            # Broadcast rank 0's: rounding may differ between processors.
-            self.get_buffer(name).copy_(data_group().broadcast(value.contiguous()))
-
-    @torch.no_grad()
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """Return Float[B K] for Float[B D], rows sum to 1: the softmax of the linear classifier's scores."""
-        require_matrix(x, "x", self.dimension)
-        return ((x.to(self.weight) @ self.weight + self.bias) / self.temperature).softmax(dim=1)
-
-    def prototypes(self) -> Tensor:
-        """Return the clusters' mean rows at length 1, Float[K D]."""
-        return functional.normalize(self.centers, dim=1)
+        self.keep(trainer.device, chosen.weight, chosen.bias, centers, temperature)

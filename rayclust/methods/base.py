@@ -223,6 +223,19 @@ class Rows(Protocol):
         """
 
 
+def blocks_on(rows: Rows, device: torch.device) -> Iterator[Tensor]:
+    """Yield a worker's share of the rows on a device, Float[B D]s; an empty one if it has none.
+
+    With more workers than rows the others still wait for this one's sums.
+    """
+    empty = True
+    for block in rows.blocks():
+        yield block.to(device)
+        empty = False
+    if empty:
+        yield torch.zeros((0, rows.dimension), device=device)
+
+
 @runtime_checkable
 class Source(Protocol):
     """Batches of a training; the union of all workers' parts is the same whatever their number."""

@@ -14,9 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
-from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.candidates import MAX_ITERATIONS, leading_components
 from rayclust.clustering.consensus import (
@@ -33,8 +31,8 @@ from rayclust.clustering.consensus import (
     shared_neighbors,
     surest_rows,
 )
-from rayclust.distributed import data_group
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Pairing, Rows
+from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Pairing, Rows
+from rayclust.methods.linear import LinearMethod
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ class ConsensusConfig(BaseMethodConfig):
         return self.members
 
 
-class Consensus(Method):
+class Consensus(LinearMethod):
     """The consensus of members on rows of width `dimension`.
 
     Args:
@@ -81,10 +79,6 @@ class Consensus(Method):
 
     config_type = ConsensusConfig
     config: ConsensusConfig
-    weight: Tensor
-    bias: Tensor
-    centers: Tensor
-    temperature: Tensor
     report: list[dict[str, Any]]
     """Of the fit, a row for each member, one for the vote and one for the classifier: `candidate`, its name; `chosen`,
     0 or 1; `note`; and the evidence."""
@@ -92,10 +86,6 @@ class Consensus(Method):
     def __init__(self, config: ConsensusConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
         self.pairing = Pairing(columns=config.neighbors)
-        self.register_buffer("weight", torch.zeros(dimension, config.clusters))
-        self.register_buffer("bias", torch.zeros(config.clusters))
-        self.register_buffer("centers", torch.zeros(config.clusters, dimension))
-        self.register_buffer("temperature", torch.ones(()))
 
     @torch.no_grad()
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
@@ -143,12 +133,7 @@ class Consensus(Method):
             trainer.report({"epoch": place, "step": place + 1, "loss": loss, "seconds": trainer.seconds()} | row)
         sample = x[:: max(1, len(x) // SAMPLE_ROWS)]
         temperature = match_confidence(sample @ weight + bias, float(found.vote.confidence.mean()))
-        self.to(trainer.device)
-        fitted = {"weight": weight, "bias": bias, "centers": centers, "temperature": temperature}
-        for name, value in fitted.items():
-            # Broadcast rank 0's: rounding may differ between processors.
-            buffer = self.get_buffer(name)
-            buffer.copy_(data_group().broadcast(value.to(buffer).contiguous()))
+        self.keep(trainer.device, weight, bias, centers, temperature)
 
     def _report(
         self, found: ConsensusResult, names: Sequence[str], evidence_of: dict[str, MemberEvidence], refused: str
@@ -172,16 +157,6 @@ class Consensus(Method):
             *(len(found.voters), len(found.members), found.vote.rounds, float(found.vote.confidence.mean())),
             self.report[-1]["candidate"],
         )
-
-    @torch.no_grad()
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """Return Float[B K] for Float[B D], rows sum to 1: the softmax of the linear classifier's scores."""
-        require_matrix(x, "x", self.dimension)
-        return ((x.to(self.weight) @ self.weight + self.bias) / self.temperature).softmax(dim=1)
-
-    def prototypes(self) -> Tensor:
-        """Return the clusters' mean rows at length 1, Float[K D]."""
-        return functional.normalize(self.centers, dim=1)
 
 
 def kmeans_members(x: Tensor, clusters: int, restarts: int, seed: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional
 from rayclust.arrays import require_matrix
 from rayclust.clustering import gmm
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows
+from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows, blocks_on
 
 
 class GmmConfig(gmm.GmmOptions, BaseMethodConfig):
@@ -55,16 +55,7 @@ class Gmm(Method):
         Raises:
             ArtefactError: the checkpoint is of other components.
         """
-
-        def blocks() -> Iterator[Tensor]:
-            """Yield this worker's rows on the trainer's device; at least one block."""
-            empty = True
-            for block in rows.blocks():
-                yield block.to(trainer.device)
-                empty = False
-            if empty:
-                yield torch.zeros((0, rows.dimension), device=trainer.device)
-
+        blocks = partial(blocks_on, rows, trainer.device)
         checkpoint = trainer.restore()
         if checkpoint is None:
             mixture = gmm.start(blocks, self.config, self.seed)

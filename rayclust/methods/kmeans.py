@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import compute
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows
+from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows, blocks_on
 
 
 class KMeansConfig(kmeans.KMeansOptions, BaseMethodConfig):
@@ -59,21 +59,12 @@ class KMeans(Method):
             ArtefactError: the checkpoint is of other centres.
         """
 
-        def blocks() -> Iterator[Tensor]:
-            """Yield this worker's rows on the trainer's device."""
-            empty = True
-            for block in rows.blocks():
-                yield block.to(trainer.device)
-                empty = False
-            if empty:  # more workers than rows: the others still wait for this one's sums
-                yield torch.zeros((0, rows.dimension), device=trainer.device)
-
         def report(inertia: float, running: int) -> None:
             passes = len(trainer.history)
             row = {"epoch": passes, "step": passes + 1, "loss": inertia / self.count, "inertia": inertia}
             trainer.report({**row, "running_restarts": running, "seconds": trainer.seconds()})
 
-        population = compute(blocks, self.config.metric)
+        population = compute(partial(blocks_on, rows, trainer.device), self.config.metric)
         checkpoint = trainer.restore()
         if checkpoint is None:
             state = kmeans.start(population, self.config, self.seed)

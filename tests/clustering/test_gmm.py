@@ -20,6 +20,7 @@ from rayclust.methods.base import CheckpointInterval
 from rayclust.methods.gmm import GmmConfig
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
+from tests.stores import MemoryStore
 from tests.workers import on_two_workers
 
 COVARIANCES = {"diagonal": "diag", "spherical": "spherical"}
@@ -113,27 +114,11 @@ def test_two_workers_find_the_mixture_of_one():
             torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-9)
 
 
-class Store:
-    """Keeps the newest checkpoint; stops after a number of them."""
-
-    def __init__(self, stop_after: int = 0) -> None:
-        self.kept: list[Any] = []
-        self.stop_after = stop_after
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.kept.append((tensors, {**state, "history": list(state["history"])}))
-        if len(self.kept) == self.stop_after:
-            raise KeyboardInterrupt
-
-    def latest(self) -> Any:
-        return self.kept[-1] if self.kept else None
-
-
 def test_the_method_resumes_to_the_same_and_is_stored():
     config = GmmConfig(clusters=3, tolerance=0.0, max_iterations=6)
     rows, states = ArrayRows(planted()), []
-    for stop_after in (0, 2):
-        store = Store(stop_after)
+    for stop_after in (None, 2):
+        store = MemoryStore(stop_after)
         for _ in range(2 if stop_after else 1):
             method = build(config, 3, rows.count, 0)
             try:

@@ -19,6 +19,7 @@ from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelConfig, 
 from rayclust.methods.pixels.propos import ProPos, ProPosConfig
 from rayclust.training.loop import Trainer, learning_rate
 from rayclust.training.sampling import ArrayRows
+from tests.stores import MemoryStore
 from tests.workers import on_two_workers
 
 METHODS = ("propos", "byol", "simsiam", "simclr", "moco", "pcl", "cc")
@@ -42,22 +43,6 @@ def _images(dtype: torch.dtype = torch.float32) -> Tensor:
     colours = torch.tensor([[0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.2, 0.2, 0.8]], dtype=torch.float64)
     noise = 0.1 * torch.randn((N, SIDE, SIDE, 3), generator=generator, dtype=torch.float64)
     return (colours[torch.arange(N) % K][:, None, None] + noise).clamp(0, 1).reshape(N, -1).to(dtype)
-
-
-class MemoryStore:
-    """Keeps checkpoints; stops the training after the one whose number is `stop_after`."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.kept: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
-        self.stop_after = stop_after
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.kept.append((tensors, {**state, "history": list(state["history"])}))
-        if len(self.kept) == self.stop_after:
-            raise KeyboardInterrupt
-
-    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.kept[-1] if self.kept else None
 
 
 def _fit(name: str, dtype: torch.dtype = torch.float32, store: MemoryStore | None = None) -> PixelMethod:

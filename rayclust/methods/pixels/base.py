@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -76,7 +76,7 @@ class PixelConfig(TrainedConfig):
 
 
 class PixelMethod(Method):
-    """A method on images; a subclass has the networks, `embed` and `training_step`.
+    """A method on images; a subclass has the networks and `training_step`.
 
     Args:
         config: the settings.
@@ -96,6 +96,7 @@ class PixelMethod(Method):
     centers: Tensor
     labels: Tensor
     epochs_done: Tensor
+    projector: nn.Module
     exported: ClassVar[tuple[str, ...]] = ("backbone.", "projector.")
     """Prefixes of the networks that `embed` needs; a fitted method holds no others."""
 
@@ -120,11 +121,17 @@ class PixelMethod(Method):
         """The network below the projector, Float[B C H W] to Float[B F], which serves as an encoder."""
         return self.backbone
 
-    # What a subclass has.
+    @contextmanager
+    def keyed_weights(self) -> Iterator[None]:
+        """Let the layers that are built in the block start from weights that depend on the method's seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.key(0))
+            yield
 
     def embed(self, images: Tensor) -> Tensor:
         """Map normalised images to the space in which rows are clustered: Float[B C H W] to Float[B d], any length."""
-        raise NotImplementedError
+        projected: Tensor = self.projector(self.backbone(images))
+        return projected
 
     # Views.
 
@@ -284,6 +291,7 @@ class MomentumMethod(PixelMethod):
     def start_target(self, online: nn.Sequential) -> None:
         """Take a network and its projector, and make the copy."""
         self.online, self.target = online, copy.deepcopy(online).requires_grad_(False)
+        del self.backbone  # it is a part of the network
 
     @property
     def trunk(self) -> nn.Module:

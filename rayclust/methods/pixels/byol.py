@@ -61,15 +61,13 @@ class Byol(MomentumMethod):
 
     def __init__(self, config: PredictorConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.key(0))
+        with self.keyed_weights():
             self.start_target(nn.Sequential(self.backbone, mlp(self.backbone_width, config.hidden, config.features)))
             self.predictor = mlp(config.features, config.hidden, config.features)
             for layer in self.predictor:
                 if isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=0.01)
                     nn.init.zeros_(layer.bias)
-        del self.backbone  # it is a part of `online`
 
     @property
     def predictor_rate(self) -> float:

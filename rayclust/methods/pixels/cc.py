@@ -69,15 +69,9 @@ class Cc(PixelMethod):
     def __init__(self, config: CcConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
         width = self.backbone_width
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.key(0))
+        with self.keyed_weights():
             self.projector = mlp(width, width, config.features, norm=False)
             self.cluster_head = mlp(width, width, config.clusters, norm=False)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Map normalised images Float[B C H W] to the instance head's rows, Float[B d]."""
-        projected: Tensor = self.projector(self.backbone(images))
-        return projected
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the contrasts of rows and columns, and the entropy of the clusters' sizes.

@@ -59,10 +59,8 @@ class MoCo(MomentumMethod):
     def __init__(self, config: QueueConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
         width = self.backbone_width
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.key(0))
+        with self.keyed_weights():
             self.start_target(nn.Sequential(self.backbone, mlp(width, width, config.features, norm=False)))
-        del self.backbone  # it is a part of `online`
         self.queue = KeyQueue(config.queue, config.features)
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:

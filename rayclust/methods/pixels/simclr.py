@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
@@ -46,14 +45,8 @@ class SimClr(PixelMethod):
 
     def __init__(self, config: SimClrConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.key(0))
+        with self.keyed_weights():
             self.projector = mlp(self.backbone_width, self.backbone_width, config.features, norm=False)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Map normalised images Float[B C H W] to the projector's rows, Float[B d]."""
-        projected: Tensor = self.projector(self.backbone(images))
-        return projected
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the normalised cross-entropy over the views of all workers' rows.

@@ -50,15 +50,9 @@ class SimSiam(PixelMethod):
     def __init__(self, config: SimSiamConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
         hidden = [config.features] * config.layers
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.key(0))
+        with self.keyed_weights():
             self.projector = mlp(self.backbone_width, *hidden, bias=False, last_norm=True)
             self.predictor = mlp(config.features, config.bottleneck, config.features)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Map normalised images Float[B C H W] to the projector's rows, Float[B d]."""
-        projected: Tensor = self.projector(self.backbone(images))
-        return projected
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute ½ D(p₁, z₂) + ½ D(p₂, z₁), both views in one batch of the norms.
