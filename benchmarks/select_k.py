@@ -27,10 +27,9 @@ from threadpoolctl import threadpool_limits
 
 from rayclust.clustering import kmeans
 from rayclust.clustering.spectral import SpectralOptions, partition
-from rayclust.config import SelectKConfig
 from rayclust.features import FeatureTransform
 from rayclust.metrics.internal import measure
-from rayclust.metrics.selection import CRITERIA, Choice, choose, refine
+from rayclust.metrics.selection import CRITERIA, Choice, SelectKConfig, choose, refine
 from rayclust.search.knn import top_k
 
 NEIGHBORS = 50

@@ -1,282 +1,36 @@
 """RUN.yaml as a tree of frozen models: every setting of a run.
 
-A method's own settings live in the method's file, the encoder's in `encoders/settings.py`. `parse` is the one reader.
+Groups of settings live beside what reads them where that does without Ray: a method's in its file, encoders' in
+`encoders/settings.py`, `features`, `select_k`, `curate` and `resources` in theirs. `parse` is the one reader.
 It refuses unknown keys and bad values in one line, with the full key, the value, the bound and the nearest known key.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     Field,
     SerializerFunctionWrapHandler,
-    StringConstraints,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
 from rayclust.clustering.curation import CurateConfig
-from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig
+from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig, SpaceConfig, normalize_encoders
 from rayclust.errors import ConfigError
+from rayclust.features import FeaturesConfig
 from rayclust.methods import AnyMethodConfig, config_types, reads_pixels
 from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig
-from rayclust.metrics.selection import geometric_grid
+from rayclust.metrics.selection import SelectKConfig, denormalize_clusters, normalize_clusters
+from rayclust.resources import NodePrice, ResourcesConfig
 from rayclust.settings import Config, format_error
-
-
-def _at_least_one(value: int | str) -> int | str:
-    if not isinstance(value, str) and value < 1:
-        raise ValueError("must be at least 1, or auto")
-    return value
-
-
-def _few_gpus(value: float | str) -> float | str:
-    if not isinstance(value, str) and not 0 <= value <= 16:
-        raise ValueError("must be from 0 to 16, or auto")
-    return value
-
-
-CountOrAuto = Annotated[int | Literal["auto"], AfterValidator(_at_least_one)]
-GpusOrAuto = Annotated[float | Literal["auto"], AfterValidator(_few_gpus)]
-
-# The number of clusters.
-#
-# `method.clusters: auto` or a list leaves it to select-k: written there because that is where the number would stand,
-# and read as `select_k.candidates` because it is a setting of the search and of no method.
-
-Rule = Literal[
-    "vote",
-    "coding_length",
-    "knee",
-    "silhouette",
-    "calinski_harabasz",
-    "davies_bouldin",
-    "modularity",
-    "map_equation",
-    "stability",
-]
-
-_LIST = "a list of integers such as [5, 8, 10]"
-
-
-class SelectKConfig(Config):
-    """The choice of K: the stage select-k."""
-
-    candidates: tuple[int, ...] | Literal["auto"] | None = None
-    """Numbers of clusters to try: a list, or `auto`; the same as writing that for `method.clusters`. None: nothing to
-    choose."""
-    least: int = Field(2, ge=2)
-    """Smallest number that `auto` tries."""
-    most: int | Literal["auto"] = "auto"
-    """Largest number that `auto` tries, at most the rows. auto: 2·√N."""
-    rounds: int = Field(2, ge=0, le=10)
-    """Times that `auto` tries numbers between the best so far and its neighbours, after its first, geometric grid."""
-    seeds: int = Field(2, ge=1, le=100)
-    """Fits of each number, from `seed` on; their agreement is its stability. With 1 it is not measured."""
-    rule: Rule = "vote"
-    """vote: the middle, in ratio, of what the criteria pick. knee: where the curve of coding lengths bends most.
-    Any other: the number that is best by that criterion."""
-    rows: int = Field(15_000, ge=2)
-    """Rows of the seeded sample on which coding length, silhouette, Calinski–Harabasz and Davies–Bouldin are taken."""
-    distortion: float = Field(0.1, gt=0)
-    """Squared error allowed per row in the coding length, in squared row lengths. The paper's ε²."""
-    cpus_per_trial: int = Field(1, ge=1)
-    """CPUs, and threads, of each trial."""
-    gpus_per_trial: GpusOrAuto = "auto"
-    """GPUs of each trial; 0 computes on the CPU. auto: as many as `resources.gpus_per_worker`."""
-    max_concurrent: CountOrAuto = "auto"
-    """Trials at a time. auto: as many as the cluster has room for when the stage begins."""
-
-    @model_validator(mode="after")
-    def _bounded(self) -> SelectKConfig:
-        if self.most != "auto" and self.most < self.least:
-            raise ValueError(f"most = {self.most}: must be at least select_k.least = {self.least}, or auto")
-        if self.rule == "stability" and self.seeds < 2:
-            raise ValueError("rule = stability: needs select_k.seeds of at least 2, whose partitions it compares")
-        return self
-
-    def refuse_above(self, rows: int) -> None:
-        """Raise `ConfigError` if a candidate, or the least that `auto` tries, is above the number of rows."""
-        if self.candidates == "auto" and self.least > rows:
-            raise ConfigError(f"select_k.least = {self.least}: must be at most the number of rows, {rows}")
-        if isinstance(self.candidates, tuple) and max(self.candidates) > rows:
-            shown = list(self.candidates)
-            raise ConfigError(f"method.clusters = {shown}: {max(shown)} is above the number of rows, {rows}")
-
-    def first(self, rows: int) -> tuple[int, ...]:
-        """Return the candidates of the first round: the list, or for `auto` a geometric grid of ratio 1.5."""
-        if isinstance(self.candidates, tuple):
-            return self.candidates
-        return geometric_grid(min(self.least, rows), self.largest(rows))
-
-    def largest(self, rows: int) -> int:
-        """Return the largest candidate on so many rows."""
-        if isinstance(self.candidates, tuple):
-            return max(self.candidates)
-        most = math.ceil(2 * math.sqrt(rows)) if self.most == "auto" else self.most
-        return min(max(most, self.least), rows)
-
-
-def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """Move an open number of clusters from `method.clusters` to `select_k.candidates`; the tree is not changed.
-
-    Returns:
-        The tree with a number in `method.clusters` in any case: for an open one the largest candidate, or 2 for `auto`.
-
-    Raises:
-        ValueError: a candidate is no number of clusters, or both keys are set.
-    """
-    method, group = tree.get("method"), tree.get("select_k", {})
-    if not isinstance(method, dict) or not isinstance(group, dict):
-        return tree
-    clusters, candidates = method.get("clusters"), group.get("candidates")
-    is_number = isinstance(clusters, str) and clusters.strip().isdecimal()
-    if isinstance(clusters, str | list | tuple) and not is_number:
-        if candidates is not None:
-            raise ValueError(f"select_k.candidates = {candidates}: method.clusters = {clusters} says it already")
-        key, candidates = "method.clusters", clusters
-    elif candidates is None:
-        return tree
-    elif clusters is not None:
-        raise ValueError(f"method.clusters = {clusters}: select_k.candidates = {candidates} leaves it open; keep one")
-    else:
-        key = "select_k.candidates"
-    found = _validate_clusters(key, candidates)
-    stand_in = 2 if found == "auto" else found[-1]  # nothing reads the 2
-    return tree | {"method": method | {"clusters": stand_in}, "select_k": group | {"candidates": found}}
-
-
-def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the inverse of `normalize_clusters`: a dumped tree as a RUN.yaml has it."""
-    group = dict(tree.get("select_k") or {})
-    candidates = group.pop("candidates", None)
-    if candidates is None:
-        return tree
-    method = tree["method"] | {"clusters": candidates if candidates == "auto" else list(candidates)}
-    rest = {key: value for key, value in tree.items() if key != "select_k"}
-    return rest | {"method": method} | ({"select_k": group} if group else {})
-
-
-def _validate_clusters(key: str, value: Any) -> tuple[int, ...] | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if not isinstance(value, list | tuple):
-        one = "an integer, " if key == "method.clusters" else ""
-        raise ValueError(f"{key} = {value!r}: must be {one}auto, or {_LIST}")
-    shown = list(value)
-    if not shown:
-        raise ValueError(f"{key} = []: names no candidate; write auto, or {_LIST}")
-    for one in shown:
-        if not isinstance(one, int) or isinstance(one, bool):
-            raise ValueError(f"{key} = {shown}: {one!r} is no integer; write auto, or {_LIST}")
-        if one < 2:
-            raise ValueError(f"{key} = {shown}: {one} must be at least 2")
-        if shown.count(one) > 1:
-            raise ValueError(f"{key} = {shown}: names {one} more than once")
-    return tuple(sorted(shown))
-
-
-# The machine or cluster.
-
-_WORD = r"[A-Za-z0-9]([A-Za-z0-9_.\-]{0,61}[A-Za-z0-9])?"
-_Key = Annotated[str, StringConstraints(pattern=rf"^([a-z0-9.\-]{{1,253}}/)?{_WORD}$")]
-_Value = Annotated[str, StringConstraints(pattern=rf"^{_WORD}$")]
-Labels = dict[_Key, _Value]
-"""Label and value, as `ray start --labels` and cluster files write them; a node must carry all of them."""
-
-
-class PlacementConfig(Config):
-    """Labels that a node must carry to get a kind of work; {} is any node. Changes no result."""
-
-    decode: Labels = Field(default_factory=dict)
-    """Actors that read and decode images."""
-    encode: Labels = Field(default_factory=dict)
-    """Actors that encode."""
-    train: Labels = Field(default_factory=dict)
-    """Training workers."""
-    trials: Labels = Field(default_factory=dict)
-    """select-k's trials."""
-    tasks: Labels = Field(default_factory=dict)
-    """All other work: writers, neighbours, assignments, names, indexes, measures."""
-
-
-def are_disjoint(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
-    """Return whether no node can carry both sets of labels."""
-    return any(others.get(key, value) != value for key, value in some.items())
-
-
-def format_labels(labels: Mapping[str, str]) -> str:
-    """Return labels in the form market=spot,pool=cpu."""
-    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
-
-
-class ResourcesConfig(Config):
-    """Resources of the machine or cluster that a run may use."""
-
-    workers: CountOrAuto = "auto"
-    """Workers of encode and train. auto: one per GPU; without GPUs, encode takes every CPU and train one worker."""
-    min_workers: int | None = Field(None, ge=1)
-    """Fewest workers that train goes on with while others are lost, with the same batches. None: all are needed."""
-    gpus_per_worker: GpusOrAuto = "auto"
-    """GPUs of each worker; 0 computes on the CPU. auto: 1 where the cluster has or can add GPUs, else 0."""
-    decode_workers: CountOrAuto = "auto"
-    """CPU actors that decode images."""
-    max_failures: int = Field(3, ge=0)
-    """Times a lost training worker is replaced before the stage fails."""
-    checkpoint_seconds: float = Field(30, gt=0)
-    """Seconds between two checkpoints of a training."""
-    in_driver: Literal["auto", "never"] = "auto"
-    """Where small work runs: never: in Ray workers. auto: in the command's own process where no cluster, GPU, placement
-    or second worker is asked for; some ten thousand rows are small. Changes no result."""
-    placement: PlacementConfig = PlacementConfig()
-
-    @property
-    def gpus(self) -> float:
-        """`gpus_per_worker` as a number; 0 for an `auto` that no connected run has resolved."""
-        return 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_rows(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and "rows" in tree:
-            raise ValueError(
-                f"rows = {tree['rows']}: was removed, training workers map all rows; for rows beyond a node's disk, "
-                "train on a seeded sample and assign all with `rayclust predict`"
-            )
-        return tree
-
-    @model_validator(mode="after")
-    def _bounded(self) -> ResourcesConfig:
-        if self.min_workers is not None and self.workers != "auto" and self.min_workers > self.workers:
-            raise ValueError(f"min_workers = {self.min_workers}: must be at most workers, {self.workers}")
-        return self
-
-
-class NodePrice(Config):
-    """Kind of node that can be rented, for the estimates of `check`; a run does not depend on it."""
-
-    dollars_per_hour: float = Field(ge=0)
-    """Price of one such node, as its provider states it today."""
-    cpus: int = Field(ge=1)
-    """CPUs of one node."""
-    gpus: int = Field(0, ge=0)
-    """GPUs of one node."""
-    images_per_second: float | None = Field(None, gt=0)
-    """Images that one of its GPUs (without GPUs: one of its CPUs) encodes in a second, as an earlier run shows.
-    None: as many as on the machine that checks, if that has a GPU as well."""
-
-
-# The stages.
 
 MEBIBYTE = 1 << 20
 
@@ -315,93 +69,6 @@ class ImagesConfig(Config):
         if self.split is not None and self.test is not None:
             raise ValueError(f"test = {self.test}: keeps rows aside, as does split = {self.split}; give one of them")
         return self
-
-
-class SpaceFeatures(Config):
-    """Transform from the embeddings of one space to features."""
-
-    center: bool = False
-    """Subtract the mean embedding of the run."""
-    normalize: bool = True
-    """End with unit rows."""
-    standardize: bool = False
-    """Z-score each dimension by the mean and deviation of the run (TEMI's `embed_norm`)."""
-
-
-class FeaturesConfig(SpaceFeatures):
-    """Transform from embeddings to the features that methods see."""
-
-    spaces: dict[str, SpaceFeatures] = Field(default_factory=dict)
-    """Of spaces that have settings of their own, by name. Written as `features` of an entry of `encoders`."""
-
-    def of(self, space: str) -> SpaceFeatures:
-        """Return the settings of a space: its own, or those of the run."""
-        return self.spaces.get(space, self)
-
-    @model_serializer(mode="wrap")
-    def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Left out where no space has its own: so were the settings of runs of before, whose digests stand.
-        return {key: value for key, value in handler(self).items() if key != "spaces" or value}
-
-
-class SpaceConfig(EncoderConfig):
-    """One of several encoders: an encoder, and the space of its rows."""
-
-    space: str = Field(pattern=r"^[a-z0-9_-]+$")
-    """Name of the space, of letters a–z, digits, _ and -. By default that of the architecture."""
-    features: SpaceFeatures | None = None
-    """Features of this space; None takes the run's."""
-    embeddings: str | None = None
-    """Ready embeddings of this space, in any format that `images.uri` takes for them: the rows with the keys of the
-    run's. None encodes the images; the first space of a run of ready embeddings is at `images.uri`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_space(cls, tree: Any) -> Any:
-        return with_space(tree)
-
-
-def with_space(tree: Any) -> Any:
-    """Return an entry of `encoders` with the name of its space; raise `ValueError` if it names no encoder either."""
-    tree = {"name": tree} if isinstance(tree, str) else tree
-    if not isinstance(tree, dict) or "space" in tree:
-        return tree
-    name = str(tree.get("name", "auto"))
-    if name in ("auto", "unknown"):
-        raise ValueError("space: is missing; an encoder without a name needs one, such as `space: a`")
-    architecture = name.partition("/")[2].partition(".")[0] or name
-    return {"space": re.sub(r"[^a-z0-9_]+", "-", architecture.lower()).strip("-")} | tree
-
-
-def normalize_encoders(tree: dict[str, Any]) -> dict[str, Any]:
-    """Read a list of one encoder as `encoder`, and copy the features of spaces to `features.spaces`.
-
-    Raises:
-        ValueError: both keys are given, or a space's features are written where they are copied to.
-    """
-    given, features = tree.get("encoders"), tree.get("features")
-    if isinstance(features, dict) and features.get("spaces"):
-        raise ValueError("features.spaces: write `features` of an entry of `encoders`")
-    if not isinstance(given, list | tuple) or not given:
-        return {key: value for key, value in tree.items() if key != "encoders"} if given in ([], ()) else tree
-    if "encoder" in tree:
-        raise ValueError("encoders: is given beside encoder; keep one of them")
-    if len(given) == 1:
-        entry = dict(given[0]) if isinstance(given[0], dict) else {"name": given[0]}
-        if entry.get("embeddings") is not None:
-            raise ValueError("encoders.0.embeddings: a run with one space takes ready embeddings from images.uri")
-        own = entry.pop("features", None)
-        encoder = {key: value for key, value in entry.items() if key not in ("space", "embeddings")}
-        rest = {key: value for key, value in tree.items() if key != "encoders"}
-        return rest | {"encoder": encoder} | ({} if own is None else {"features": own})
-    spaces = dict[str, Any]()
-    for entry in given:
-        if isinstance(entry, dict) and isinstance(entry.get("features"), dict):
-            with suppress(ValueError):  # reported where the entry itself is validated
-                spaces[with_space(entry)["space"]] = entry["features"]
-    if not spaces or not isinstance(features, dict | None):
-        return tree
-    return tree | {"features": (features or {}) | {"spaces": spaces}}
 
 
 class NeighborsConfig(Config):

@@ -1,4 +1,7 @@
-"""The map from stored embeddings to the rows that methods work on: centred, standardised, unit rows, joined spaces."""
+"""The map from stored embeddings to the rows that methods work on: centred, standardised, unit rows, joined spaces.
+
+`features` of RUN.yaml, and what it does.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,40 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rayclust.arrays import FloatArray, require_matrix, unit_rows
+from rayclust.settings import Config
+
+
+class SpaceFeatures(Config):
+    """Transform from the embeddings of one space to features."""
+
+    center: bool = False
+    """Subtract the mean embedding of the run."""
+    normalize: bool = True
+    """End with unit rows."""
+    standardize: bool = False
+    """Z-score each dimension by the mean and deviation of the run (TEMI's `embed_norm`)."""
+
+
+class FeaturesConfig(SpaceFeatures):
+    """Transform from embeddings to the features that methods see."""
+
+    spaces: dict[str, SpaceFeatures] = Field(default_factory=dict)
+    """Of spaces that have settings of their own, by name. Written as `features` of an entry of `encoders`."""
+
+    def of(self, space: str) -> SpaceFeatures:
+        """Return the settings of a space: its own, or those of the run."""
+        return self.spaces.get(space, self)
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where no space has its own: so were the settings of runs of before, whose digests stand.
+        return {key: value for key, value in handler(self).items() if key != "spaces" or value}
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,10 @@ from typing import Any, get_args
 
 import pytest
 
-from rayclust.config import (
-    NodePrice,
-    PlacementConfig,
-    ResourcesConfig,
-    Rule,
-    RunConfig,
-    SelectKConfig,
-    are_disjoint,
-    denormalize_clusters,
-    format_labels,
-    known_keys,
-    normalize_clusters,
-    parse,
-    validate,
-)
+from rayclust.config import RunConfig, known_keys, parse, validate
 from rayclust.errors import ConfigError
-from rayclust.metrics.selection import CRITERIA, RULES
+from rayclust.metrics.selection import CRITERIA, RULES, Rule, SelectKConfig, denormalize_clusters, normalize_clusters
+from rayclust.resources import NodePrice, PlacementConfig, ResourcesConfig, are_disjoint, format_labels
 from tests.stages.runs import tree
 
 GOOD = """

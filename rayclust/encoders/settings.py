@@ -1,12 +1,18 @@
-"""Settings of an encoder. Apart from the encoders, so that a config is read without torch and image libraries."""
+"""Settings of an encoder, or of several with a space each.
+
+Apart from the encoders, so that a config is read without torch and image libraries.
+"""
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
+from rayclust.features import SpaceFeatures
 from rayclust.settings import Config
 
 Colour = tuple[float, float, float]
@@ -121,3 +127,63 @@ class EncoderConfig(Config):
     def run_uri(self) -> str:
         """Folder or URI of the run whose network encodes, for `run`: `pretrained`, which may also name its model."""
         return str(self.pretrained).rstrip("/").removesuffix("/weights.safetensors").removesuffix("/model")
+
+
+class SpaceConfig(EncoderConfig):
+    """One of several encoders: an encoder, and the space of its rows."""
+
+    space: str = Field(pattern=r"^[a-z0-9_-]+$")
+    """Name of the space, of letters a–z, digits, _ and -. By default that of the architecture."""
+    features: SpaceFeatures | None = None
+    """Features of this space; None takes the run's."""
+    embeddings: str | None = None
+    """Ready embeddings of this space, in any format that `images.uri` takes for them: the rows with the keys of the
+    run's. None encodes the images; the first space of a run of ready embeddings is at `images.uri`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_space(cls, tree: Any) -> Any:
+        return with_space(tree)
+
+
+def with_space(tree: Any) -> Any:
+    """Return an entry of `encoders` with the name of its space; raise `ValueError` if it names no encoder either."""
+    tree = {"name": tree} if isinstance(tree, str) else tree
+    if not isinstance(tree, dict) or "space" in tree:
+        return tree
+    name = str(tree.get("name", "auto"))
+    if name in ("auto", "unknown"):
+        raise ValueError("space: is missing; an encoder without a name needs one, such as `space: a`")
+    architecture = name.partition("/")[2].partition(".")[0] or name
+    return {"space": re.sub(r"[^a-z0-9_]+", "-", architecture.lower()).strip("-")} | tree
+
+
+def normalize_encoders(tree: dict[str, Any]) -> dict[str, Any]:
+    """Read a list of one encoder as `encoder`, and copy the features of spaces to `features.spaces`.
+
+    Raises:
+        ValueError: both keys are given, or a space's features are written where they are copied to.
+    """
+    given, features = tree.get("encoders"), tree.get("features")
+    if isinstance(features, dict) and features.get("spaces"):
+        raise ValueError("features.spaces: write `features` of an entry of `encoders`")
+    if not isinstance(given, list | tuple) or not given:
+        return {key: value for key, value in tree.items() if key != "encoders"} if given in ([], ()) else tree
+    if "encoder" in tree:
+        raise ValueError("encoders: is given beside encoder; keep one of them")
+    if len(given) == 1:
+        entry = dict(given[0]) if isinstance(given[0], dict) else {"name": given[0]}
+        if entry.get("embeddings") is not None:
+            raise ValueError("encoders.0.embeddings: a run with one space takes ready embeddings from images.uri")
+        own = entry.pop("features", None)
+        encoder = {key: value for key, value in entry.items() if key not in ("space", "embeddings")}
+        rest = {key: value for key, value in tree.items() if key != "encoders"}
+        return rest | {"encoder": encoder} | ({} if own is None else {"features": own})
+    spaces = dict[str, Any]()
+    for entry in given:
+        if isinstance(entry, dict) and isinstance(entry.get("features"), dict):
+            with suppress(ValueError):  # reported where the entry itself is validated
+                spaces[with_space(entry)["space"]] = entry["features"]
+    if not spaces or not isinstance(features, dict | None):
+        return tree
+    return tree | {"features": (features or {}) | {"spaces": spaces}}

@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 import torch
 import yaml
 
-from rayclust.config import PlacementConfig, RunConfig, format_labels
+from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, RayclustError
+from rayclust.resources import PlacementConfig, format_labels
 from rayclust.runtime.driver import OWN, has_idle_gpu, in_driver, may_use_driver, threads
 from rayclust.runtime.progress import timed_section
 

@@ -18,9 +18,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rayclust.config import FeaturesConfig
 from rayclust.errors import ConfigError, DataError
-from rayclust.features import FeatureTransform, SpaceTransforms
+from rayclust.features import FeaturesConfig, FeatureTransform, SpaceTransforms
 from rayclust.methods.base import EMBEDDINGS, NO_NEIGHBOR
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs, Manifest

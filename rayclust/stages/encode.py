@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.config import RunConfig, SpaceConfig, are_disjoint
+from rayclust.config import RunConfig
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
+from rayclust.encoders.settings import SpaceConfig
 from rayclust.errors import ArtefactError, DataError
 from rayclust.report.formats import duration
+from rayclust.resources import are_disjoint
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
 from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, with_gpus, worker_count

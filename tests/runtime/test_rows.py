@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayclust.config import FeaturesConfig
 from rayclust.errors import ConfigError, DataError
+from rayclust.features import FeaturesConfig
 from rayclust.methods.base import EMBEDDINGS
 from rayclust.runtime.rows import (
     StoredRows,
