@@ -132,11 +132,16 @@ def encoder_shape(config: RunConfig, settings: EncoderConfig | None = None) -> t
     settings = config.encoder if settings is None else settings
     plain = settings.model_copy(update={"precision": "fp32", "compile": False})
     encoder = load_run_encoder(config, "cpu", plain)
+    return encoder.preprocess, encoder.dimension, seconds_per_image(encoder)
+
+
+def seconds_per_image(encoder: Encoder) -> float:
+    """Measure the seconds that one image takes an encoder."""
     black = np.zeros((1, *encoder.preprocess.shape), np.uint8)
     encoder.encode_images(black)  # only the first call allocates
     started = time.monotonic()
     encoder.encode_images(black)
-    return encoder.preprocess, encoder.dimension, time.monotonic() - started
+    return time.monotonic() - started
 
 
 def refuse_other_width(config: RunConfig, width: int, settings: EncoderConfig | None = None) -> None:

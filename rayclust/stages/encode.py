@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,8 +35,15 @@ from rayclust.resources import are_disjoint
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
 from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, with_gpus, worker_count
-from rayclust.runtime.driver import in_driver, may_use_driver, use_driver
-from rayclust.runtime.encoder import RunEncoders, encoder_shape, encoding, refuse_other_width, worker_device
+from rayclust.runtime.driver import cores, in_driver, may_use_driver, threads, use_driver
+from rayclust.runtime.encoder import (
+    RunEncoders,
+    encoder_shape,
+    encoding,
+    refuse_other_width,
+    seconds_per_image,
+    worker_device,
+)
 from rayclust.runtime.inputs import plan_inputs, with_encoder
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
 from rayclust.runtime.progress import Progress, worker_name
@@ -54,14 +62,19 @@ from rayclust.runtime.tasks import (
 from rayclust.store import storage
 from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
-from rayclust.store.sources import Shard, read_records, read_rows
+from rayclust.store.sources import Shard, prefetch, read_records, read_rows
 
 logger = logging.getLogger(__name__)
 
 MAX_STALLED_PASSES = 3
 """Passes over unfinished shards without any progress after which the stage gives up."""
-DRIVER_ROWS, DRIVER_IMAGES = 2**15, 64
-"""Most ready embeddings, or images as pixels, and most images for a network that are done in the driver."""
+DRIVER_ROWS, DRIVER_IMAGES = 2**15, 1024
+"""Most rows that are done in the driver, and most images for a network where this machine has more cores than
+`DRIVER_CORES`: Ray's workers use them all, and win back the time that they take to start."""
+DRIVER_CORES = 8
+"""Most threads that encode in the driver: more would wait for Python's lock."""
+DRIVER_CHUNK = 8
+"""Images of a chunk in the driver: less than a second of work for most networks, so that Ctrl-C ends soon."""
 CPU_CHUNK = 32
 """Images of a chunk where encoders run on CPUs."""
 RECORD = pa.struct([("key", pa.string()), ("uri", pa.string()), ("label", pa.string())])
@@ -85,7 +98,7 @@ def run(context: StageContext) -> StageResult:
     """Encode the shards that are not done, number the rows, and total the counts; a small input in the driver."""
     shards, encoders = context.plan.shards, encoding(context.config)
     is_network = any(encoder.family not in ("pixels", "unknown") for encoder in encoders)
-    most = DRIVER_IMAGES if is_network and not shards[0].has_embeddings else DRIVER_ROWS
+    most = DRIVER_IMAGES if is_network and not shards[0].has_embeddings and cores() > DRIVER_CORES else DRIVER_ROWS
     count = sum(shard.count or most + 1 for shard in shards)  # a count may not be known
     with use_driver(count <= most and may_use_driver(context.config)):
         return _encode(context)
@@ -189,17 +202,23 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
     """Send unfinished shards through Ray Data until none is left; the shards of a lost writer go through again."""
     idle, done = 0, finished_tasks(context.run, "encode", tasks, moments.take)
     report_resume("encode", len(tasks), len(done))
-    chunks: Callable[..., Iterator[Mapping[str, Any]]] = chunks_in_driver
-    if len(done) < len(tasks) and not in_driver():
-        # Asked here first: weights that are missing are one line at once, not many workers' failures.
-        shapes = [encoder_shape(context.config, encoder) for encoder in encoding(context.config)]
-        chunks = partial(chunks_on_ray, shapes)
-        connect()
-        if not context.config.resources.gpus:
-            rate = worker_count(context.config, "encode") / sum(seconds for _, _, seconds in shapes)
-            count = sum(task.size for task in tasks if task.payload.count and task.index not in done)
-            time_left = f": {count:,} in about {duration(count / rate)}" if count else ""
-            name = " and ".join(encoder.name for encoder in encoding(context.config))
+    config = context.config
+    chunks: Callable[..., Iterator[Mapping[str, Any]]]
+    if len(done) < len(tasks):
+        # Loaded here first: weights that are missing are one line at once, not many workers' failures.
+        if in_driver():
+            worker = EncodeChunks(config, [])
+            seconds, count = sum(map(seconds_per_image, worker.encoders.encoders)), driver_threads(config)
+            chunks = partial(chunks_in_driver, worker)
+        else:
+            shapes = [encoder_shape(config, encoder) for encoder in encoding(config)]
+            chunks = partial(chunks_on_ray, shapes)
+            connect()
+            seconds, count = sum(seconds for _, _, seconds in shapes), worker_count(config, "encode")
+        if not config.resources.gpus:
+            count_left = sum(task.size for task in tasks if task.payload.count and task.index not in done)
+            time_left = f": {count_left:,} in about {duration(count_left * seconds / count)}" if count_left else ""
+            name, rate = " and ".join(encoder.name for encoder in encoding(config)), count / seconds
             logger.info("encode: %s, about %.3g images a second on CPUs as fast as this one%s", name, rate, time_left)
     while len(done) < len(tasks):
         total = sum(task.size for task in tasks) if all(task.payload.count for task in tasks) else None
@@ -211,7 +230,7 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
             for images, newly_rejected in count_chunks(chunks(context, todo)):
                 rejected += newly_rejected
                 bar.advance(images + newly_rejected, f"{rejected:,} rejects")
-                _check_reject_share(context.config, rejected, total, {})
+                _check_reject_share(config, rejected, total, {})
         before, done = len(done), finished_tasks(context.run, "encode", tasks, moments.take)
         idle = 0 if len(done) > before else idle + 1
         if idle == MAX_STALLED_PASSES:
@@ -272,15 +291,34 @@ def count_chunks(chunks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int
             yield images, rejected
 
 
-def chunks_in_driver(context: StageContext, todo: Sequence[Task]) -> Iterator[Mapping[str, Any]]:
-    """Decode, encode and write shards without a mark in this process; yield counts and times of chunks."""
-    encode = EncodeChunks(context.config, [])
+def driver_threads(config: RunConfig) -> int:
+    """Return the number of threads that encode where that is done in the driver."""
+    return 1 if config.resources.workers == 1 else min(cores(), DRIVER_CORES)
+
+
+def chunks_in_driver(encode: EncodeChunks, context: StageContext, todo: Sequence[Task]) -> Iterator[Mapping[str, Any]]:
+    """Decode, encode and write shards without a mark in threads of this process; yield counts and times of chunks.
+
+    Args:
+        encode: with the encoders; gets its writer here.
+        context: of the stage.
+        todo: the shards.
+    """
+    config, count = context.config, driver_threads(context.config)
     widths = [encoder.dimension for encoder in encode.encoders.encoders]
-    encode.writers.append(ShardWriter(*writer_arguments(context, widths)))
-    decode = ReadAndDecode(chunk_rows(context.config), *encode.encoders.preprocesses)
-    for item in _items(context, todo):
-        for chunk in decode(pa.Table.from_pylist([item])):
-            yield encode(chunk).to_pydict()
+    encode.writers[:] = [ShardWriter(*writer_arguments(context, widths))]
+    has_batches = any(encoder.batch_size for encoder in encoding(config))  # their cut may show in the last bit
+    decode = ReadAndDecode(chunk_rows(config) if has_batches else DRIVER_CHUNK, *encode.encoders.preprocesses)
+
+    def encoded(read: dict[str, Any]) -> dict[str, Any]:
+        name = f"{worker_name()}/{threading.current_thread().name}"
+        return encode.encode(decode.decode(read)) | {"worker": name, "encoder": name}
+
+    # Reading and writing stay here; what is read ahead is bounded.
+    reads = (read for item in _items(context, todo) for read in decode.read(item))
+    with threads(max(encoder.threads for encoder in encoding(config))):
+        for _, chunk in prefetch(encoded, reads, 2 * count, threads=count):
+            yield encode.write(chunk).to_pydict()
 
 
 def chunks_on_ray(
@@ -379,8 +417,8 @@ def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
         named = {"index": task.index, "digest": task.digest, "row_start": task.payload.first}
         return {"task": json.dumps(named), "shard": uri}
 
-    with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        return list(threads.map(item, todo))
+    with ThreadPoolExecutor(STORAGE_THREADS) as pool:
+        return list(pool.map(item, todo))
 
 
 def chunk_rows(config: RunConfig) -> int:
@@ -398,34 +436,41 @@ class ReadAndDecode:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Yield the chunks of the shard named in `batch`, a row of one task, in order."""
         [item] = batch.to_pylist()
+        yield from map(self.decode, self.read(item))
+
+    def read(self, item: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of a shard, in order, before they are decoded: records with bytes."""
         started, shard = time.monotonic(), Shard.from_json(storage.read_json(item["shard"]))
         records = iter(read_records(shard, self._preprocesses[0].max_bytes))
         group, number = list(islice(records, self._rows)), 0
         while True:
             following = list(islice(records, self._rows))
-            read = time.monotonic()
-            # Decode the chunk.
-            kept: list[dict[str, Any]] = []
-            rejects: list[dict[str, Any]] = []
-            pixels: list[list[np.ndarray]] = []
-            for record in group:
-                reason, detail = record.reason, record.detail
-                if reason is None:
-                    try:
-                        pixels.append([decode(record.data or b"", kind) for kind in self._preprocesses])
-                        kept.append({"key": record.key, "uri": record.uri, "label": record.label})
-                    except Undecodable as error:
-                        reason, detail = error.reason, error.detail
-                if reason is not None:
-                    rejects.append({"key": record.key, "uri": record.uri, "reason": reason, "detail": detail})
-            row = {"task": item["task"], "chunk": number, "last": not following, "records": kept, "rejects": rejects}
-            # All images in the one kind of pixels, then all in the next.
-            row["pixels"] = b"".join(np.stack(kind).tobytes() for kind in zip(*pixels, strict=True))
-            times = {"worker": worker_name(), "reading": read - started, "decoding": time.monotonic() - read}
-            yield pa.Table.from_pylist([row | times], schema=CHUNK)
+            seconds = time.monotonic() - started
+            yield {"task": item["task"], "chunk": number, "last": not following, "records": group, "reading": seconds}
             if not following:
                 return
             group, number, started = following, number + 1, time.monotonic()
+
+    def decode(self, read: dict[str, Any]) -> pa.Table:
+        """Decode a chunk that `read` yields; return it as a table of one row."""
+        started = time.monotonic()
+        kept: list[dict[str, Any]] = []
+        rejects: list[dict[str, Any]] = []
+        pixels: list[list[np.ndarray]] = []
+        for record in read["records"]:
+            reason, detail = record.reason, record.detail
+            if reason is None:
+                try:
+                    pixels.append([decode(record.data or b"", kind) for kind in self._preprocesses])
+                    kept.append({"key": record.key, "uri": record.uri, "label": record.label})
+                except Undecodable as error:
+                    reason, detail = error.reason, error.detail
+            if reason is not None:
+                rejects.append({"key": record.key, "uri": record.uri, "reason": reason, "detail": detail})
+        row = read | {"records": kept, "rejects": rejects, "worker": worker_name()}
+        # All images in the one kind of pixels, then all in the next.
+        row["pixels"] = b"".join(np.stack(kind).tobytes() for kind in zip(*pixels, strict=True))
+        return pa.Table.from_pylist([row | {"decoding": time.monotonic() - started}], schema=CHUNK)
 
 
 class EncodeChunks:
@@ -437,13 +482,20 @@ class EncodeChunks:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode a chunk, a table of one row, and send it to its writer; return counts, workers and seconds."""
-        [chunk] = batch.drop_columns(["pixels"]).to_pylist()
+        return self.write(self.encode(batch))
+
+    def encode(self, batch: pa.Table) -> dict[str, Any]:
+        """Encode a chunk, a table of one row; return it with `embeddings` in the place of pixels."""
         started = time.monotonic()
-        embeddings = self._embeddings(batch["pixels"][0], len(chunk["records"]))
-        encoded = time.monotonic()
+        [chunk] = batch.drop_columns(["pixels"]).to_pylist()
+        chunk["embeddings"] = self._embeddings(batch["pixels"][0], len(chunk["records"]))
+        return chunk | {"encoder": worker_name(), "encoding": time.monotonic() - started}
+
+    def write(self, chunk: dict[str, Any]) -> pa.Table:
+        """Send an encoded chunk to its writer; return counts, workers and seconds."""
         place = json.loads(chunk["task"])["index"] % len(self.writers)
         writer = self.writers[place]
-        content = [chunk.pop(name) for name in ("task", "chunk", "last", "records", "rejects")] + [embeddings]
+        content = [chunk.pop(name) for name in ("task", "chunk", "last", "records", "rejects", "embeddings")]
         if isinstance(writer, ShardWriter):
             written = writer.add(*content)
         else:
@@ -451,8 +503,8 @@ class EncodeChunks:
 
             # Waiting here keeps the writers from falling behind without bound.
             written = ray.get(writer.add.remote(*content))
-        counts = {"images": len(content[3]), "rejected": len(content[4]), "encoder": worker_name(), "writer": place}
-        return pa.Table.from_pylist([chunk | counts | {"encoding": encoded - started, "writing": written}])
+        counts = {"images": len(content[3]), "rejected": len(content[4]), "writer": place, "writing": written}
+        return pa.Table.from_pylist([chunk | counts])
 
     def _embeddings(self, pixels: pa.Scalar, count: int) -> np.ndarray:
         if not count:

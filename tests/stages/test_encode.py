@@ -87,9 +87,9 @@ def test_a_shard_that_never_finishes_ends_the_stage(tmp_path: Path, monkeypatch:
     write_tars(tmp_path / "images", shards=2, per_shard=2)
     passes = []
 
-    def loses_the_second(context: Any, todo: list[Any]) -> Any:
+    def loses_the_second(worker: Any, context: Any, todo: list[Any]) -> Any:
         passes.append([unit.index for unit in todo])
-        yield from chunks(context, [unit for unit in todo if unit.index == 0])
+        yield from chunks(worker, context, [unit for unit in todo if unit.index == 0])
 
     chunks = encode.chunks_in_driver
     monkeypatch.setattr(encode, "chunks_in_driver", loses_the_second)

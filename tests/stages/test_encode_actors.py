@@ -21,7 +21,9 @@ from rayclust.config import validate
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.errors import ConfigError
-from rayclust.runtime.pipeline import StageContext, run_all
+from rayclust.runtime import driver
+from rayclust.runtime.inputs import InputPlan
+from rayclust.runtime.pipeline import StageContext, run_all, run_stage
 from rayclust.runtime.tasks import Task, read_mark
 from rayclust.stages.encode import (
     CHUNK,
@@ -265,6 +267,63 @@ def test_rows_and_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, r
         run_all(alone, stop_after="encode")
     assert files(tmp_path / "many", "embeddings/*.parquet") == files(tmp_path / "alone", "embeddings/*.parquet")
     assert np.isfinite(np.stack(embeddings(tmp_path / "many")["embedding"].to_numpy(zero_copy_only=False))).all()
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_threads_in_the_driver_give_the_same_parts_and_go_on_after_an_interruption(
+    batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    without_ray(monkeypatch)
+    images = write_folder(tmp_path / "images", per_class=13, size=40)
+    (images / "blue" / "0001.png").write_bytes(b"")
+    torch.manual_seed(0)
+    network = timm.create_model("mobilenetv2_035", pretrained=False, num_classes=0)
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    encoder = {"name": "timm/mobilenetv2_035", "pretrained": str(tmp_path / "weights.safetensors"), "image_size": 32}
+
+    def encoded(name: str, threads: int) -> dict[str, bytes]:
+        monkeypatch.setattr("rayclust.stages.encode.cores", lambda: threads)
+        given = {"encoder": encoder | {"batch_size": batch_size}, "images": {"uri": str(images), "shard_size": 13}}
+        manifest = run_stage("encode", validate(tree(str(tmp_path / name), str(images), **given)))
+        assert (manifest.counts["rows"], manifest.counts["rejects"]) == (38, 1)
+        return files(tmp_path / name, "embeddings/*.parquet") | files(tmp_path / name, "rejects/*.parquet")
+
+    alone = encoded("alone", 1)
+    assert encoded("many", 4) == alone
+    # Interrupted while the second of three shards is written.
+    write, written = EncodeChunks.write, []
+
+    def interrupted(self: EncodeChunks, chunk: dict[str, Any]) -> pa.Table:
+        written.append(json.loads(chunk["task"])["index"])
+        if written[-1] == 1:
+            raise KeyboardInterrupt
+        return write(self, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodeChunks, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            encoded("killed", 3)
+    marks = tmp_path / "killed" / "manifests" / "encode"
+    assert [path.name for path in marks.iterdir()] == ["part-00000.json"]
+    before = (marks / "part-00000.json").stat().st_mtime_ns
+    assert encoded("killed", 3) == alone
+    assert (marks / "part-00000.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("cores", "encoder", "images", "in_driver"), [
+    (2, "timm/resnet18", 1025, True), (64, "timm/resnet18", 1024, True), (64, "timm/resnet18", 1025, False),
+    (64, "pixels", 1025, True), (2, "timm/resnet18", 2**15 + 1, False), (2, "timm/resnet18", None, False),
+])  # fmt: skip
+def test_few_images_stay_in_the_driver(
+    cores: int, encoder: str, images: int | None, in_driver: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rayclust.stages.encode.cores", lambda: cores)
+    monkeypatch.setattr("rayclust.stages.encode.may_use_driver", lambda config: True)
+    monkeypatch.setattr("rayclust.stages.encode._encode", lambda context: driver.in_driver())
+    shards = [Shard(0, "folder", "/images", "a", "stamp", count=images)]
+    plan = InputPlan("digest", tuple(shards), ("digest",), (b"",))
+    settings = config(encoder={"name": encoder, "image_size": None})
+    assert STAGE.run(StageContext(settings, Run(settings.run), "digest", {}, plan)) == in_driver
 
 
 # Chunks come in any order and more than once; the shard is written once, with each record in its place.

@@ -192,19 +192,22 @@ def folder_label(key: str) -> str | None:
     return folders[-1] or None if folders else None
 
 
-def prefetch(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[tuple[Item, Result]]:
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int, *, threads: int | None = None
+) -> Iterator[tuple[Item, Result]]:
     """Yield `(item, function(item))` in order of `items`, computed ahead in threads to hide the latency of storage.
 
     Args:
         function: may be called from several threads at once; its errors are raised at the place of their item.
         items: taken lazily.
         ahead: bound on calls under way and results held, together; 1 calls in the caller's thread, one by one.
+        threads: that call; as many as `ahead` if absent.
     """
     if ahead <= 1:
         for item in items:
             yield item, function(item)
         return
-    pool = ThreadPoolExecutor(ahead, thread_name_prefix="prefetch")
+    pool = ThreadPoolExecutor(threads or ahead, thread_name_prefix="prefetch")
     running: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:

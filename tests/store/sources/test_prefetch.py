@@ -36,6 +36,23 @@ def test_items_are_taken_no_further_than_asked() -> None:
     results.close()
 
 
+def test_more_may_be_held_than_run_at_once() -> None:
+    gate, most, lock = threading.Semaphore(2), [], threading.Lock()
+
+    def count(item: int) -> int:
+        assert gate.acquire(blocking=False), "a third call runs"
+        with lock:
+            most.append(item)
+        time.sleep(0.01)
+        gate.release()
+        return item
+
+    results = prefetch(count, range(12), 6, threads=2)
+    assert next(results) == (0, 0)
+    assert [item for item, _ in results] == list(range(1, 12))
+    assert len(most) == 12
+
+
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_an_error_comes_at_its_place(ahead: int) -> None:
     def fail_at_two(item: int) -> int:
