@@ -405,8 +405,6 @@ def export_run(run_uri: str, *, to: str, out: str, images: bool, as_json: bool) 
         return
     missing = f"; {found['missing']:,} of their images cannot be read" if found.get("missing") else ""
     click.echo(f"{found['rows']:,} images in {found['out']} ({found['files']:,} files){missing}")
-    if "projection" in found:
-        click.echo(f"x and y are {found['projection']}")
 
 
 @commands.command(short_help="K-means under several encoders, one table.")

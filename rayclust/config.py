@@ -179,6 +179,13 @@ class IndexConfig(Config):
     """Rows up to which `auto` is flat."""
 
 
+class MapConfig(Config):
+    """The map: a place on the plane for every row."""
+
+    rows: int = Field(20_000, ge=2)
+    """Rows that are laid out together; of more, so many are drawn, and each other one lies among its nearest of these."""
+
+
 class EvaluateConfig(Config):
     """Measures of the partition."""
 
@@ -241,6 +248,7 @@ class RunConfig(Config):
     label: LabelConfig = LabelConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    map: MapConfig = MapConfig()
     curate: CurateConfig = CurateConfig()
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -20,7 +20,7 @@ from tests.stages.runs import picture
 
 CONTRACT = {
     "quick", "run", "encode", "neighbors", "counterparts", "train", "select-k", "assign", "label", "curate", "index",
-    "evaluate", "figures", "report", "check", "status", "search", "predict", "demo", "schema",
+    "evaluate", "map", "figures", "report", "check", "status", "search", "predict", "demo", "schema",
     "submit", "compare", "export", "explore", "init",
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
 from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.pipeline import Manifests
-from rayclust.runtime.rows import part_features, row_starts, transform_of
+from rayclust.runtime.rows import row_starts
 from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs
 from rayclust.store.run import Run
@@ -50,8 +50,8 @@ class RunRows:
         """Columns of the coarser levels."""
         self.neighbors = manifests.of("neighbors")
         """Manifest of its neighbours; None where there are none."""
-        self.figures = manifests.of("figures")
-        """Manifest of its figures; None where there are none."""
+        self.is_mapped = manifests.of("map") is not None
+        """Whether its rows have places on the plane."""
 
     @property
     def parts(self) -> list[int]:
@@ -78,31 +78,9 @@ class RunRows:
             found = dict(fetch_many(some, self.config.images.columns))
             yield from ((uri, found.get(uri)) for uri in some)
 
-    def plane(self) -> tuple[NDArray[np.float32], str]:
-        """Return a place on the plane for every row, Float32[N 2], and what it is.
-
-        It is the map of the figures where that has every row; else the first two principal components of the features,
-        whose covariance is summed part by part.
-        """
-        map_uri = self.run.at("figures", "map.parquet")
-        if self.figures is not None and self.run.path(map_uri) in self.figures.outputs:
-            dots = tables.read_table(map_uri, ["row", "x", "y"])
-            if dots.num_rows == self.count:  # each once, in order
-                return np.stack([dots["x"].to_numpy(), dots["y"].to_numpy()], axis=1), "t-SNE, the map of the figures"
-        transform = transform_of(self.encode, self.config.features)
-        total, squares = np.zeros(0), np.zeros((0, 0))
-        for part in self.parts:
-            rows = part_features(self.run, part, transform).astype(np.float64)
-            total = rows.sum(axis=0) + (total if len(total) else 0)
-            squares = rows.T @ rows + (squares if len(squares) else 0)
-        mean = total / self.count
-        _, vectors = np.linalg.eigh(squares / self.count - np.outer(mean, mean))
-        axes = vectors[:, ::-1][:, :2]
-        # A component's sign is free: its largest entry is made positive, so that equal runs give equal maps.
-        axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-        places = np.zeros((self.count, 2), np.float32)
-        for part in self.parts:
-            start, stop = self.starts[part : part + 2]
-            rows = part_features(self.run, part, transform)
-            places[start:stop, : axes.shape[1]] = (rows - mean) @ axes
-        return places, "the first two principal components of the features"
+    def places(self, part: int) -> NDArray[np.float32]:
+        """Return Float32[B 2], the places of one part's rows on the map; raise `ArtefactError` in a run without one."""
+        if not self.is_mapped:
+            raise ArtefactError(f"{self.run.uri}: has no map: run `rayclust map RUN.yaml` first")
+        table = tables.read_table(self.run.map(part), ["x", "y"])
+        return np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)

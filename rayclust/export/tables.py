@@ -39,15 +39,13 @@ def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     """
     if not out.endswith(".parquet"):
         raise ConfigError(f"--out {out}: must end in .parquet")
-    places, projection = rows.plane()
-    found: dict[str, Any] = {"files": 1, "projection": projection, "missing": 0}
+    found: dict[str, Any] = {"files": 1, "missing": 0}
 
     def tables() -> Iterator[pa.Table]:
         for part in rows.parts:
-            table = rows.table(part)
-            start, stop = rows.starts[part : part + 2]
+            table, places = rows.table(part), rows.places(part)
             for column, name in enumerate("xy"):
-                table = table.append_column(name, pa.array(places[start:stop, column]))
+                table = table.append_column(name, pa.array(places[:, column]))
             if rows.neighbors is not None:
                 near = stored.read_table(rows.run.neighbors(part), ["neighbors", "similarity"])
                 ids = stored.matrix(near["neighbors"])
@@ -63,7 +61,7 @@ def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
                 table = table.append_column("image", pa.array(cells, IMAGE))
             yield table
 
-    _write(out, tables(), {"projection": projection})
+    _write(out, tables())
     return found
 
 
@@ -100,11 +98,11 @@ def _name(cluster: int) -> str:
     return f"{cluster:05d}.txt"
 
 
-def _write(out: str, found: Iterator[pa.Table], metadata: dict[str, str] | None = None) -> None:
+def _write(out: str, found: Iterator[pa.Table]) -> None:
     """Write tables of one schema as one file, csv or parquet by its ending."""
     with storage.open_output(out) as file:
         first = next(found)
-        schema = first.schema.with_metadata(metadata)
+        schema = first.schema.remove_metadata()
         if out.endswith(".csv"):
             writer: Any = pyarrow.csv.CSVWriter(file, schema)
         else:

@@ -132,6 +132,15 @@ def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]
     return found
 
 
+def places_at(run: Run, starts: list[int], rows: np.ndarray) -> np.ndarray:
+    """Return Float32[n 2], the places on the map of some rows, Int64[n] sorted."""
+    found = [np.zeros((0, 2), np.float32)]
+    for part, local in rows_by_part(starts, rows):
+        table = tables.read_table(run.map(part), ["x", "y"])
+        found.append(np.stack([table[axis].to_numpy()[local] for axis in "xy"], axis=1))
+    return np.concatenate(found)
+
+
 class StoredRows:
     """Rows of a run that are not kept aside, for the methods (`methods.base.Rows`), mapped from a file on the node.
 

@@ -11,6 +11,7 @@ NAMES = (
     "curate",
     "index",
     "evaluate",
+    "map",
     "figures",
     "report",
 )

@@ -6,7 +6,6 @@ The stage measures; the report and `rayclust figures` draw, with the names that 
 from __future__ import annotations
 
 import io
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import torch
-from numpy.typing import NDArray
 
-from rayclust.arrays import FloatArray, require_matrix
 from rayclust.config import RunConfig
 from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Membership, Transform
@@ -42,16 +39,13 @@ from rayclust.runtime.pipeline import (
     run_stage,
     settings_of,
 )
-from rayclust.runtime.rows import features_at, labels_at, row_starts, transform_of
+from rayclust.runtime.rows import features_at, labels_at, places_at, row_starts, transform_of
 from rayclust.store import storage, tables
 from rayclust.store.manifest import read_json_output
 from rayclust.store.run import Run
 
 MAP_ROWS = 3000
-"""Rows of the map and of the spectrum of all rows."""
-MAP_STEPS, MAP_ANGLE = 500, 0.8
-"""Steps of t-SNE, the first 250 of them exaggerated, and the size at which far rows count as one. On features of
-photographs 750 steps and 0.5 take twice as long, for maps that keep no more neighbours and classes together."""
+"""Rows of the drawn map and of the spectrum of all rows."""
 HEAT_ROWS = 400
 """Rows of the heat-maps."""
 CLUSTERS = 24
@@ -61,8 +55,6 @@ CLUSTER_ROWS = 200
 KERNEL_TEMPERATURE = 0.1
 """Of the softmax that stands for Π where a method has none."""
 PRECISION_AT = 10
-PCA_ROWS = 8
-"""Up to so many rows are mapped by their principal components: too few to have neighbourhoods."""
 
 FEATURES, OWN = "features", "z"
 """The spaces: what methods see of the encoder's rows, and the method's own."""
@@ -122,50 +114,6 @@ def sample(clusters: np.ndarray, seed: int) -> Sample:
     return Sample(spread, members)
 
 
-def planar_map(x: FloatArray, seed: int = 0) -> NDArray[np.float32]:
-    """Return rows on a plane so that neighbours stay neighbours: t-SNE of up to 50 principal components.
-
-    It starts from the first two components and computes on one thread, so that equal rows and seeds give equal maps on
-    equal machines. Distances between far groups mean little.
-
-    Args:
-        x: Float[N D]; thousands of rows, not more.
-        seed: of what is random.
-
-    Returns:
-        Float32[N 2] within [−1, 1], centred, both axes to one scale.
-
-    Source: van der Maaten and Hinton 2008, by the Barnes-Hut form of scikit-learn.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
-    require_matrix(x, "x")
-    rows = np.asarray(x, dtype=np.float64)
-    if len(rows) < 2:
-        return np.zeros((len(rows), 2), np.float32)
-    components = min(50, *rows.shape)
-    differ = bool(np.ptp(rows, axis=0).any())
-    with threadpool_limits(1):
-        # 1. Principal components.
-        solver = "covariance_eigh" if rows.shape[1] <= 4 * len(rows) else "full"
-        pca = PCA(components, svd_solver=solver)
-        rows = np.asarray(pca.fit_transform(rows)) if differ else np.zeros((len(rows), components))
-        # 2. t-SNE from the first two, as small as the authors' start.
-        if len(rows) > PCA_ROWS and components > 1 and np.ptp(rows, axis=0).any():
-            start = rows[:, :2] / (rows[:, 0].std() or 1.0) * 1e-4
-            perplexity = min(30.0, (len(rows) - 1) / 3)
-            settings = {"perplexity": perplexity, "max_iter": MAP_STEPS, "angle": MAP_ANGLE, "n_jobs": 1}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of rows that are equal
-                rows = np.asarray(TSNE(2, init=start, random_state=seed, **settings).fit_transform(rows), np.float64)
-    # 3. Centre, and scale both axes alike.
-    rows = np.pad(rows, ((0, 0), (0, max(0, 2 - rows.shape[1]))))[:, :2]
-    rows = rows - (rows.min(axis=0) + rows.max(axis=0)) / 2
-    return np.asarray(rows / (np.abs(rows).max() or 1.0), dtype=np.float32)
-
-
 def _measure(
     run: Run, config: RunConfig, starts: list[int], transform: SpaceTransforms, model: str
 ) -> tuple[Outputs, dict[str, Any]]:
@@ -201,7 +149,7 @@ def _measure(
     matrices["membership"] = kernel if codes is None else codes.double().numpy()
     heat |= {name: tables.fixed_list(matrix.astype(np.float16)) for name, matrix in matrices.items()}
     # 3. The map, with the share of neighbours in it that have a row's own class.
-    flat = planar_map(last[spread], config.seed)
+    flat = places_at(run, starts, drawn.spread)
     dots = {"row": drawn.spread, "cluster": clusters[drawn.spread], "x": flat[:, 0], "y": flat[:, 1]}
     labels = labels_at(run, starts, drawn.spread)
     known = np.array([label is not None for label in labels])
@@ -307,7 +255,7 @@ def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawi
     ]
     space = _TITLES[summary["spaces"][-1]]
     text = (
-        f"t-SNE of {space} of {count(dots.num_rows)} images, in the colours of their clusters. Neighbours are alike; "
+        f"PaCMAP of {space} of {count(dots.num_rows)} images, in the colours of their clusters. Neighbours are alike; "
         "distances between far groups mean little."
     )
     if summary["precision"]:
@@ -402,6 +350,6 @@ STAGE = Stage(
     "figures",
     lambda config: {"features": settings_of(config.features), "seed": config.seed},
     run,
-    needs=("encode", "train", "assign"),
-    revision=2,
+    needs=("encode", "train", "assign", "map"),
+    revision=3,
 )

@@ -183,6 +183,13 @@ class CurateOutputs(StageOutputs):
     """Share of the near pairs of a sample that was found, 0 to 1; None where it has none, or was not measured."""
 
 
+class MapOutputs(StageOutputs):
+    """Of map: how it came about."""
+
+    rows: int = Field(ge=1)
+    """Rows that were laid out together; all others lie among these."""
+
+
 class IndexOutputs(StageOutputs):
     """Of index: the index over the encoder's space, and over the method's own."""
 

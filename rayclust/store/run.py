@@ -41,6 +41,8 @@ class Run:
     """The table `tables.NOUNS`."""
     assignments_folder: str = field(default="assignments", init=False)
     """Folder of `tables.ASSIGNMENTS`."""
+    map_folder: str = field(default="map", init=False)
+    """Folder of `tables.MAP`."""
     clusters: str = field(default="clusters.parquet", init=False)
     """The table `tables.CLUSTERS`."""
     metrics: str = field(default="metrics.json", init=False)
@@ -101,6 +103,8 @@ class Run:
     """Takes the index of a part of the embeddings and returns the neighbours of its rows' counterparts."""
     assignments = partialmethod(_part, "assignments")
     """Takes the index of a part of the embeddings and returns the clusters of its rows."""
+    map = partialmethod(_part, "map")
+    """Takes the index of a part of the embeddings and returns the places of its rows on the plane."""
 
     def candidate(self, clusters: int) -> str:
         """Return the folder of the model that select-k fitted with so many clusters; its criteria end in .json."""

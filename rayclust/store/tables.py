@@ -79,6 +79,10 @@ ASSIGNMENTS = pa.schema(_required(row=pa.int64(), key=pa.string(), cluster=pa.in
 """The cluster of each row, with the probability that the method gives it."""
 
 
+MAP = pa.schema(_required(row=pa.int64(), x=pa.float32(), y=pa.float32()))
+"""The place of each row on the plane, within [−1, 1] on both axes."""
+
+
 def level_column(clusters: int) -> str:
     """Return the name of the column of `assignments` for a coarser level."""
     return f"cluster_{clusters}"

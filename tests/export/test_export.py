@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from sklearn.decomposition import PCA
 
 from rayclust.cli import run_command
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.export import export
-from rayclust.export.rows import RunRows
 from rayclust.runtime.api import load_run
 from rayclust.runtime.edits import edit_clusters
 from rayclust.store import storage, tables
@@ -77,32 +75,17 @@ def test_keys_are_listed_by_cluster(config: RunConfig, wanted: list[dict[str, An
 
 
 def test_the_atlas_has_places_and_neighbours_by_position(config: RunConfig, tmp_path: Path):
-    found = export(config, "atlas", str(tmp_path / "a.parquet"), images=True)
+    export(config, "atlas", str(tmp_path / "a.parquet"), images=True)
     table = pq.read_table(tmp_path / "a.parquet")
     assert table["row"].to_pylist() == list(range(24)), "neighbours are places in the table"
-    dots = tables.read_table(Run(config.run).at("figures", "map.parquet"))
-    assert table["x"].to_pylist() == dots["x"].to_pylist()
-    assert table.schema.metadata[b"projection"].decode() == found["projection"] == "t-SNE, the map of the figures"
+    dots = pa.concat_tables(tables.read_table(Run(config.run).map(part)) for part in (0, 2))
+    assert table.select(["row", "x", "y"]).to_pydict() == dots.to_pydict()
     first = tables.read_table(Run(config.run).neighbors(0), ["neighbors", "similarity"]).to_pylist()[0]
     near = table["neighbors"].to_pylist()[0]
     assert near["ids"] == first["neighbors"]
     np.testing.assert_allclose(near["distances"], [max(0, 1 - s) for s in first["similarity"]], atol=1e-3)
     small = Image.open(io.BytesIO(table["image"].to_pylist()[0]["bytes"]))
     assert (small.format, small.size) == ("WEBP", (24, 24))
-
-
-def test_without_a_map_of_all_rows_places_are_principal_components(config: RunConfig, tmp_path: Path):
-    shutil.copytree(config.run, tmp_path / "run")
-    (tmp_path / "run" / "manifests" / "figures.json").unlink()
-    rows = RunRows(load_run(str(tmp_path / "run")))
-    places, what = rows.plane()
-    assert what.startswith("the first two principal components")
-    parts = [tables.matrix(tables.read_table(rows.run.embeddings(part), ["embedding"])["embedding"]) for part in (0, 2)]
-    x = np.concatenate(parts).astype(np.float64)
-    x -= x.mean(axis=0)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    expected = PCA(2).fit_transform(x)
-    np.testing.assert_allclose(np.abs(places), np.abs(expected), atol=2e-3)
 
 
 def test_hugging_face_reads_the_folder(config: RunConfig, wanted: list[dict[str, Any]], tmp_path: Path):
@@ -187,6 +170,11 @@ def test_what_cannot_be_exported_is_one_line(config: RunConfig, vectors_run: Sea
     (tmp_path / "run" / "manifests" / "assign.json").unlink()
     with pytest.raises(ArtefactError, match="has no clusters"):
         export(load_run(str(tmp_path / "run")), "table", str(tmp_path / "t.csv"))
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(config.run, tmp_path / "run")
+    (tmp_path / "run" / "manifests" / "map.json").unlink()
+    with pytest.raises(ArtefactError, match=r"has no map: run `rayclust map RUN\.yaml`"):
+        export(load_run(str(tmp_path / "run")), "atlas", str(tmp_path / "a.parquet"))
 
 
 def test_a_file_that_is_written_in_pieces_is_there_whole_or_not_at_all(tmp_path: Path):

@@ -61,7 +61,7 @@ def test_stages_come_after_what_they_read_and_in_the_promised_order():
         assert all(names.index(need) < names.index(name) for need in stage.needs + stage.own_space_needs)
 
 
-OF_FEATURES = {"neighbors", "select-k", "train", "assign", "label", "curate", "evaluate", "figures"}
+OF_FEATURES = {"neighbors", "select-k", "train", "assign", "label", "curate", "evaluate", "map", "figures"}
 
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "nothing": ({}, set()),
@@ -79,11 +79,12 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "how candidates are measured": ({"select_k": {"rows": 10}}, {"select-k"}),
     "how one is chosen": ({"select_k": {"rule": "knee"}}, {"select-k"}),
     "where candidates are tried": ({"select_k": {"cpus_per_trial": 2, "max_concurrent": 1}}, set()),
-    "the seed": ({"seed": 1}, {"select-k", "train", "label", "curate", "index", "evaluate", "figures"}),
+    "the seed": ({"seed": 1}, {"select-k", "train", "label", "curate", "index", "evaluate", "map", "figures"}),
     "exemplars": ({"label": {"exemplars": 3}}, {"label"}),
     "prompts": ({"label": {"templates": ["a {}"]}}, {"label"}),
     "the index": ({"index": {"kind": "ivf"}}, {"index"}),
     "the sample": ({"evaluate": {"silhouette_rows": 10}}, {"evaluate"}),
+    "the map's sample": ({"map": {"rows": 9}}, {"map"}),
     "curation": ({"curate": {"preset": "list"}}, {"curate"}),
     "thumbnails": ({"report": {"thumbnail": 64}}, {"report"}),
     "workers": ({"resources": {"workers": 7}}, set()),

@@ -5,6 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,18 +13,15 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans
-from rayclust.metrics.geometry import neighbor_precision
 from rayclust.runtime.pipeline import content_digest, run_all, run_stage
 from rayclust.stages import figures
 from rayclust.stages.figures import (
     CLUSTER_ROWS,
     CLUSTERS,
     MAP_ROWS,
-    PCA_ROWS,
     drawings,
     export,
     numbers,
-    planar_map,
     sample,
 )
 from rayclust.store import storage, tables
@@ -68,6 +66,8 @@ def test_the_numbers_of_a_method_without_a_space_of_its_own(vectors_run: Sealed)
     np.testing.assert_allclose(tables.matrix(heat["membership"]).astype(float).sum(1), 1, atol=2e-3)
     dots = pq.read_table(vectors_run.folder / "figures" / "map.parquet")
     assert dots["row"].to_pylist() == list(range(7))
+    own = pa.concat_tables(tables.read_table(vectors_run.run.map(part)) for part in (0, 1))
+    assert dots.select(["row", "x", "y"]).to_pydict() == own.to_pydict()
 
 
 def test_spectra_are_of_all_rows_and_of_each_cluster(vectors_run: Sealed) -> None:
@@ -104,6 +104,7 @@ def own_space(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch
 
 
 def test_a_space_of_its_own_stands_beside_the_features(own_space: RunConfig) -> None:
+    run_stage("map", own_space)
     run_stage("figures", own_space, force=True)
     folder = Path(own_space.run) / "figures"
     summary = storage.read_json(numbers(Run(own_space.run), "summary.json"))
@@ -128,48 +129,9 @@ def test_k_means_of_the_features_is_compared_where_there_are_rows_enough() -> No
 
 
 def test_the_same_run_gives_the_same_numbers(own_space: RunConfig) -> None:
+    run_stage("map", own_space)
     first = content_digest(run_stage("figures", own_space, force=True))
     assert content_digest(run_stage("figures", own_space, force=True)) == first
-
-
-# The map
-
-
-def groups(per_group: int = 20, width: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    centers = 4 * np.eye(4, width)
-    return np.repeat(centers, per_group, 0) + 0.3 * rng.normal(size=(4 * per_group, width)), np.repeat(
-        range(4), per_group
-    )
-
-
-def test_groups_stay_together_and_the_map_fills_its_square() -> None:
-    x, labels = groups()
-    flat = planar_map(x)
-    assert flat.shape == (80, 2)
-    assert np.abs(flat).max() == 1
-    np.testing.assert_allclose(flat.min(0) + flat.max(0), 0, atol=1e-6)
-    centers = np.stack([flat[labels == k].mean(0) for k in range(4)])
-    nearest = np.linalg.norm(flat[:, None] - centers, axis=2).argmin(1)
-    assert (nearest == labels).all()
-    assert neighbor_precision(x, labels, 5) == 1
-
-
-def test_equal_rows_and_seeds_give_equal_maps() -> None:
-    x, _ = groups(6)
-    np.testing.assert_array_equal(planar_map(x, 3), planar_map(x, 3))
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (2, 1), (PCA_ROWS, 5), (PCA_ROWS + 1, 1), (40, 2), (12, 300)])
-def test_few_rows_and_odd_widths_have_a_map(shape: tuple[int, int]) -> None:
-    flat = planar_map(np.random.default_rng(0).normal(size=shape))
-    assert flat.shape == (shape[0], 2)
-    assert np.isfinite(flat).all()
-
-
-@pytest.mark.parametrize("count", [3, 30])
-def test_rows_that_are_all_alike_lie_in_one_place(count: int) -> None:
-    assert not planar_map(np.ones((count, 4))).any()
 
 
 # Drawings
@@ -194,7 +156,7 @@ def test_every_figure_of_a_run_is_drawn_and_says_what_it_shows(pictures_run: Sea
     texts = {drawn.key: drawn.text for drawn in found}
     assert "no space of its own" in texts["gram"]
     assert "for want of codes, by a softmax of cosine / 0.1" in texts["membership"]
-    assert "t-SNE of encoder features of 24 images" in texts["map"]
+    assert "PaCMAP of encoder features of 24 images" in texts["map"]
     assert "3 clusters were chosen (dashed): least coding length" in texts["selection"]
     assert "selection" not in {drawn.key for drawn in drawings(pictures_run.run)}
 
@@ -241,7 +203,7 @@ def test_a_run_of_cpp_has_both_spaces_in_its_figures_its_index_and_its_report(
     texts = {drawn.key: drawn.text for drawn in drawings(Run(str(tmp_path / "run")))}
     assert "the method's own space z" in texts["gram"]
     assert "optimal transport between the method's codes" in texts["membership"]
-    assert "t-SNE of z" in texts["map"]
+    assert "PaCMAP of z" in texts["map"]
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert page.count('<div class="query">') == 4
     assert "Π outside class" in page

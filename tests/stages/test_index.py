@@ -67,7 +67,7 @@ def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind:
 def test_pages_show_both_searches_side_by_side(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(KMeans, "width", 1, raising=False)
     monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
-    for stage in ("index", "evaluate", "figures", "report"):
+    for stage in ("index", "evaluate", "map", "figures", "report"):
         run_stage(stage, copied, force=stage == "figures")
     page = storage.read_bytes(Run(copied.run).report).decode()
     assert page.count('<div class="query">') == QUERIES

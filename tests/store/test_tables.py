@@ -110,8 +110,8 @@ def test_rows_are_stored_in_halves_unless_these_would_lose_one() -> None:
 
 @pytest.mark.parametrize(
     "schema",
-    [tables.EMBEDDINGS(4), tables.NEIGHBORS(3), tables.REJECTS, tables.ASSIGNMENTS, tables.CLUSTERS],
-    ids=["embeddings", "neighbors", "rejects", "assignments", "clusters"],
+    [tables.EMBEDDINGS(4), tables.NEIGHBORS(3), tables.REJECTS, tables.ASSIGNMENTS, tables.CLUSTERS, tables.MAP],
+    ids=["embeddings", "neighbors", "rejects", "assignments", "clusters", "map"],
 )
 def test_every_kind_of_table_may_be_empty(uri: str, schema: pa.Schema) -> None:
     tables.write_table(uri, schema.empty_table())

@@ -1,0 +1,165 @@
+"""Stage `map`: a place on the plane for every row, by PaCMAP of all rows or of a sample, among which the others lie."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rayclust.clustering.pacmap import CANDIDATES, near_pairs, place, planar_map
+from rayclust.config import RunConfig
+from rayclust.features import SpaceTransforms
+from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_table
+from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.encoder import worker_device
+from rayclust.runtime.models import load_method, transform_rows
+from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
+from rayclust.runtime.rows import features_at, part_features, row_starts, transform_of, unit_rows
+from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, search_task_rows
+from rayclust.search.knn import RunningTopK
+from rayclust.store import storage, tables
+from rayclust.store.manifest import EncodeOutputs, MapOutputs
+from rayclust.store.run import Run
+
+BLOCK = 2048
+"""Rows that are compared with all others at once."""
+PLACED_BY = 5
+"""Neighbours in the sample among which a row lies."""
+
+
+def run(context: StageContext) -> StageResult:
+    """Lay rows out in one worker; where these are not all, place the others task by task."""
+    run, config, encode = context.run, context.config, context.inputs["encode"]
+    starts, encoded = row_starts(encode), encode.outputs_of(EncodeOutputs)
+    model = content_digest(context.inputs["train"]) if "train" in context.inputs else ""
+    scratch = run.at("map", "scratch", f"{context.digest}.npz")
+    work = _Mapping(run, config, starts, transform_of(encode, config.features), model, scratch)
+    count, drawn = starts[-1], min(config.map.rows, starts[-1])
+    drop_stale_parts(run.map_folder, len(starts) - 1)
+    if drawn == count:
+        outputs = run_remotely(work.lay_out_all)
+    else:
+        if not storage.exists(scratch):
+            run_remotely(work.lay_out_sample)
+        rows = search_task_rows(count, encoded.dimension, PLACED_BY)
+        tasks = group_parts(encoded.parts, context.digest, rows)
+        results = run_tasks(run, "map", tasks, work.place_others, gpus=config.resources.gpus)
+        outputs = {path: written for result in results for path, written in result.outputs.items()}
+        storage.remove_tree(run.at("map", "scratch"))
+    placed = "" if drawn == count else f", {count - drawn:,} of them placed among {drawn:,}"
+    return StageResult(outputs, {"rows": count}, {"rows": drawn}, f"of {count:,} rows{placed}")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows that were laid out together."""
+
+    rows: NDArray[np.int64]
+    """Int64[n], sorted."""
+    x: Tensor
+    """Float32[n D], unit rows."""
+    places: Tensor
+    """Float32[n 2]."""
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    """The work of the stage's workers."""
+
+    run: Run
+    config: RunConfig
+    starts: list[int]
+    """First row of each part, and N."""
+    transform: SpaceTransforms
+    model: str
+    """Digest of the method, whose own space is mapped; empty where it has none."""
+    scratch: str
+    """URI of the sample."""
+
+    def lay_out_all(self) -> Outputs:
+        """Write the places of all rows, laid out together."""
+        sample = self._lay_out(np.arange(self.starts[-1]))
+        outputs: Outputs = {}
+        for part, (start, stop) in enumerate(pairwise(self.starts)):
+            outputs |= self._write(part, sample.places[start:stop])
+        return outputs
+
+    def lay_out_sample(self) -> None:
+        """Write a sample of the rows, drawn by the seed, with its places."""
+        rng = np.random.default_rng(self.config.seed)
+        sample = self._lay_out(np.sort(rng.choice(self.starts[-1], self.config.map.rows, replace=False, shuffle=False)))
+        buffer = io.BytesIO()
+        np.savez(buffer, rows=sample.rows, x=sample.x.numpy(), places=sample.places.numpy())
+        storage.write_bytes(self.scratch, buffer.getvalue())
+
+    def place_others(self, task: Task) -> TaskResult:
+        """Write the places of the rows of a task's parts: their own in the sample, else among their nearest there."""
+        torch.set_num_threads(1)
+        sample, device = _read_sample(self.scratch), worker_device(self.config)
+        outputs: Outputs = {}
+        for part in task.payload:
+            start, stop = self.starts[part : part + 2]
+            places = torch.zeros((stop - start, 2))
+            if stop > start:
+                x = self._rows(part_features(self.run, part, self.transform))
+                for at, block in zip(range(0, len(x), BLOCK), torch.split(x, BLOCK), strict=True):
+                    best = RunningTopK(block.to(device), None, min(PLACED_BY, len(sample.rows)))
+                    best.update(sample.x, torch.arange(len(sample.x)))
+                    near, similarity = best.result()
+                    places[at : at + BLOCK] = place(sample.places, near.cpu(), similarity.cpu())
+                low, high = np.searchsorted(sample.rows, (start, stop))
+                places[torch.from_numpy(sample.rows[low:high] - start)] = sample.places[low:high]
+            outputs |= self._write(part, places)
+        return TaskResult(outputs, {"rows": task.size})
+
+    def _lay_out(self, rows: NDArray[np.int64]) -> _Sample:
+        """Lay out some rows, Int64[n] sorted, by PaCMAP of their exact neighbours among themselves."""
+        torch.set_num_threads(1)
+        x = self._rows(features_at(self.run, self.starts, self.transform, rows))
+        ids, wanted = torch.arange(len(x)), min(len(x) - 1, near_pairs(len(x)) + CANDIDATES)
+        near, similarity = torch.zeros((len(x), wanted), dtype=torch.int64), torch.zeros((len(x), wanted))
+        for some in torch.split(ids, BLOCK) if wanted else ():
+            best = RunningTopK(x[some], some, wanted)
+            best.update(x, ids)
+            near[some], similarity[some] = best.result()
+        return _Sample(rows, x, torch.from_numpy(planar_map(x, near, similarity, self.config.seed)))
+
+    def _rows(self, features: NDArray[np.float32]) -> Tensor:
+        """Return Float32[B D], unit rows of the method's own space where it has one, else of the features."""
+        own = transform_rows(load_method(self.run.uri, self.model), features) if self.model else features
+        return unit_rows(torch.from_numpy(own))
+
+    def _write(self, part: int, places: Tensor) -> Outputs:
+        start, stop = self.starts[part : part + 2]
+        axes = places.numpy().astype(np.float32)
+        table = pa.table([np.arange(start, stop), axes[:, 0], axes[:, 1]], schema=tables.MAP)
+        return put_table(self.run, self.run.map(part), table)
+
+
+@lru_cache(1)
+def _read_sample(uri: str) -> _Sample:
+    """Read the sample once in a worker that does many tasks; its URI holds the stage's digest."""
+    with np.load(io.BytesIO(storage.read_bytes(uri))) as found:
+        return _Sample(found["rows"], torch.from_numpy(found["x"]), torch.from_numpy(found["places"]))
+
+
+STAGE = Stage(
+    "map",
+    lambda config: {
+        "map": settings_of(config.map),
+        "features": settings_of(config.features),
+        "seed": config.seed,
+    },
+    run,
+    needs=("encode",),
+    own_space_needs=("train",),
+    on_gpu="train",
+    outputs=MapOutputs,
+)
