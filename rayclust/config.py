@@ -183,7 +183,7 @@ class MapConfig(Config):
     """The map: a place on the plane for every row."""
 
     rows: int = Field(20_000, ge=2)
-    """Rows that are laid out together; of more, so many are drawn, and each other one lies among its nearest of these."""
+    """Rows that are laid out together; of more, so many are drawn, and the others lie among their nearest of these."""
 
 
 class EvaluateConfig(Config):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,7 +28,7 @@ def near_pairs(count: int) -> int:
 
     Of fewer than 40 rows there are fewer, which the paper leaves open: with 10 neighbours all groups would be one.
     """
-    return min(max(1, count // 4), round(10 + 15 * max(0.0, np.log10(max(count, 1)) - 4)))
+    return min(max(1, count // 4), round(10 + 15 * max(0.0, math.log10(max(count, 1)) - 4)))
 
 
 def planar_map(x: Tensor, neighbors: Tensor, similarity: Tensor, seed: int = 0) -> NDArray[np.float32]:
@@ -60,8 +62,8 @@ def planar_map(x: Tensor, neighbors: Tensor, similarity: Tensor, seed: int = 0) 
 def place(places: Tensor, neighbors: Tensor, similarity: Tensor) -> Tensor:
     """Return places for new rows: the means of their neighbours' places, the nearest with the largest weight.
 
-    A neighbour's weight is exp(−(d − d₁) / s), with d₁ the least distance and s the mean of d − d₁ over the nearest three:
-    where three are near, far ones count for nothing.
+    A neighbour's weight is exp(−(d − d₁) / s), with d₁ the least distance and s the mean of d − d₁ over the nearest
+    three: where three are near, far ones count for nothing.
 
     Args:
         places: Float[n 2], of rows on the plane.
@@ -132,7 +134,7 @@ class _Pairs:
 def _optimize(y: Tensor, pairs: _Pairs) -> Tensor:
     """Move the places, Float32[2 N], by Adam, through the three phases: whole, groups, details."""
     first, second = torch.zeros_like(y), torch.zeros_like(y)
-    whole, groups, details = _PHASES
+    whole, groups = _PHASES[:2]
     for step in range(sum(_PHASES)):
         if step < whole:
             share = step / whole

@@ -50,7 +50,7 @@ def test_partners_are_drawn_as_the_paper_says():
         scaled = {j: float(d[i, j]) ** 2 / (sigma[i] * sigma[j]) for j in neighbors[i].tolist()}
         chosen = sorted(scaled[j] for j in pairs.near[i].tolist())
         np.testing.assert_allclose(chosen, sorted(scaled.values())[:10], rtol=1e-3)
-    # Mid-near: five, nearer than rows drawn at random. Further: twenty, none of them near, and all of the others in turn.
+    # Mid-near: five, nearer than rows drawn at random. Further: twenty, none of them near, any of the others.
     own = torch.arange(120)[:, None]
     assert pairs.mid_near.shape == (120, 5)
     assert not (pairs.mid_near == own).any()
