@@ -26,7 +26,7 @@ from rayclust.clustering.curation import CurateConfig
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig, SpaceConfig, normalize_encoders
 from rayclust.errors import ConfigError
 from rayclust.features import FeaturesConfig
-from rayclust.methods import AnyMethodConfig, config_types, reads_pixels
+from rayclust.methods import AnyMethodConfig, config_types, pixel_settings, reads_pixels
 from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig
 from rayclust.metrics.selection import SelectKConfig, denormalize_clusters, normalize_clusters
 from rayclust.resources import NodePrice, ResourcesConfig
@@ -222,7 +222,8 @@ def _with_pixels(tree: dict[str, Any]) -> dict[str, Any]:
     method = tree.get("method")
     if not isinstance(method, dict) or not reads_pixels(method.get("name", "auto")) or "encoders" in tree:
         return tree
-    filled = {"encoder": {"name": "pixels", "normalize": False}, "features": {"normalize": False}}
+    images = pixel_settings(method["name"])
+    filled = {"encoder": {"name": "pixels", "normalize": False} | images, "features": {"normalize": False}}
     given = {key: tree[key] for key in filled if isinstance(tree.get(key), dict)}
     if given.get("encoder", {}).get("name") == "auto":
         given["encoder"] = {key: value for key, value in given["encoder"].items() if key != "name"}

@@ -124,6 +124,12 @@ class TorchEncoder(Encoder):
         if config.compile:
             self._tower = torch.compile(self._tower, dynamic=False)
 
+    @property
+    def image_tower(self) -> nn.Module:
+        """The network without a text tower: normalised images Float[B 3 H W] to Float[B D]."""
+        tower: nn.Module = getattr(self._network, "visual", self._network)
+        return tower
+
     def _encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode images, chunk by chunk from the first."""
         rows = np.empty((len(images), self.dimension), np.float32)

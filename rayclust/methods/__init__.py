@@ -26,6 +26,7 @@ METHODS = {
     "turtle": "rayclust.methods.turtle:Turtle",
     "consensus": "rayclust.methods.consensus:Consensus",
     "spectral": "rayclust.methods.spectral:SpectralClustering",
+    "cpp_pixels": "rayclust.methods.pixels.cpp:CppPixels",
     "propos": "rayclust.methods.pixels.propos:ProPos",
     "byol": "rayclust.methods.pixels.byol:Byol",
     "simsiam": "rayclust.methods.pixels.simsiam:SimSiam",
@@ -84,6 +85,11 @@ def has_transform(name: str) -> bool:
 def reads_pixels(name: Any) -> bool:
     """Return whether that is the name of a method that learns from pixels."""
     return isinstance(name, str) and name in METHODS and find(name).reads == "pixels"
+
+
+def pixel_settings(name: str) -> dict[str, Any]:
+    """Return how the method of that name, which learns from pixels, reads images unless `encoder` says otherwise."""
+    return dict(find(name).pixel_settings)
 
 
 def is_recuttable(name: str) -> bool:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -176,6 +176,9 @@ class Batch:
     """From 0."""
     weight: float = 1.0
     """W·B / batch size: a mean over workers weighted by it is a mean over the rows of the batch."""
+    part: int = 0
+    """Number of the part of the worker's rows that this is, of `parts`."""
+    parts: int = 1
 
     @property
     def x(self) -> Tensor:
@@ -186,6 +189,20 @@ class Batch:
         """
         (only,) = self.views.values()
         return only
+
+    def split(self, parts: int) -> Iterator[Batch]:
+        """Yield every `parts`-th of the rows, whose weighted losses add up to that of the batch."""
+        for part in range(parts):
+            views = {space: x[:, part::parts] for space, x in self.views.items()}
+            rows = self.rows[part::parts]
+            weight = self.weight * len(rows) / len(self.rows)
+            yield replace(self, views=views, rows=rows, weight=weight, part=part, parts=parts)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Return these rows' part of a tensor that was drawn for the batch of all workers, on the rows' device."""
+        group = distributed.data_group()
+        drawn = whole[group.rank :: group.size][self.part :: self.parts]
+        return drawn.to(next(iter(self.views.values())).device)
 
 
 class Rows(Protocol):
@@ -391,6 +408,8 @@ class Method(nn.Module):
 
     reads: ClassVar[Literal["embeddings", "pixels"]] = "embeddings"
     """What its batches hold."""
+    pixel_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the encoder `pixels` where it reads pixels, unless the run's config has its own."""
     spaces: ClassVar[int | None] = 1
     """Number of spaces in a batch. With None batches and `predict_proba` have each of the run's spaces by its name,
     and the method is built from their widths; else the spaces come side by side as one, called `EMBEDDINGS`."""
@@ -401,6 +420,9 @@ class Method(nn.Module):
     plan: Plan
     """Set by methods that are trained by gradient."""
     pairing: Pairing = Pairing()
+    parts: int = 1
+    """Parts of a worker's batch that go through `training_step` one after another, each with its own loss, before the
+    optimiser's step."""
     scales_loss: bool = False
     """Whether gradients are in fp16, so that the loss is scaled before backward."""
     stop: bool = False

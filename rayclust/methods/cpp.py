@@ -176,7 +176,7 @@ class CppConfig(SpectralOptions, TrainedConfig):
         values = preset | written | {"preset": "none"}
         if "learning_rate" in written and "min_learning_rate" not in written:
             values["min_learning_rate"] = self.learning_rate
-        return CppConfig.model_validate(values)
+        return type(self).model_validate(values)
 
     def spectral_options(self) -> SpectralOptions:
         """Return the settings of the final partition, which has its own η and half-steps."""
@@ -343,7 +343,7 @@ class Cpp(SpectralMethod):
             Float[] each: "loss", "rate" (R), "compressed" (R_c) and "energy" (½‖Π‖²), the last two 0 in expansion.
         """
         config = self.config
-        z, codes = self.network(batch.x[0], training=True)
+        z, codes = self.network(self.read(batch.x[0], batch), training=True)
         z = distributed.differentiable_all_gather(z)
         rate = coding_rate(z, config.distortion)
         if batch.step <= config.last_expansion_step:
@@ -395,10 +395,12 @@ class Cpp(SpectralMethod):
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Train the network and cut all rows' membership into clusters."""
         clusters, principal = self.config.clusters, self.config.start == "principal"
-        trainer.fit(self, rows, start=(lambda: self.network.start_from_principal(rows.blocks)) if principal else None)
-        self.network.recompute_running_moments(rows.blocks)
+        start = (lambda: self.network.start_from_principal(self.inputs(rows))) if principal else None
+        trainer.fit(self, rows, start=start)
+        blocks = self.inputs(rows)
+        self.network.recompute_running_moments(blocks)
         fitted = spectral.partition(
-            lambda: (self._infer(block)[1] for block in rows.blocks()),
+            lambda: (self._forward(block)[1] for block in blocks()),
             clusters,
             self.config.spectral_options(),
             self.seed,
@@ -406,12 +408,28 @@ class Cpp(SpectralMethod):
         self.partition = fitted.cut(clusters)
         logger.info("spectral clusters: %d of %d rows", clusters, self.count)
 
-    @torch.no_grad()
+    def read(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        """Return what the network reads of rows Float[B D]: the rows.
+
+        Args:
+            x: Float[B D].
+            batch: the batch that they are of, in training.
+        """
+        return x
+
+    def inputs(self, rows: Rows) -> Callable[[], Iterator[Tensor]]:
+        """Return what yields this worker's rows as the network reads them outside training, block by block."""
+        return rows.blocks
+
     def _infer(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map rows to features and codes in blocks: Float[B D] to unit rows Float[B d] each."""
+        """Map rows to features and codes: Float[B D] to unit rows Float[B d] each."""
         require_matrix(x, "x", self.dimension)
+        return self._forward(self.read(x))
+
+    @torch.no_grad()
+    def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         like = self.network.first.weight
-        parts = [self.network(part.to(like)) for part in torch.split(x, PREDICT_ROWS)]
+        parts = [self.network(part.to(like)) for part in torch.split(inputs, PREDICT_ROWS)]
         if not parts:
             empty = like.new_zeros((0, self.config.width))
             return empty, empty

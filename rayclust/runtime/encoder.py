@@ -60,11 +60,12 @@ def _network_of_run(settings: EncoderConfig, device: str) -> Encoder:
     """Load the network that a run has learnt from pixels, without the projector in whose space it was compared."""
     # Only such runs need torchvision's networks.
     from rayclust.methods.pixels.base import PixelMethod
+    from rayclust.methods.pixels.cpp import CppPixels
     from rayclust.runtime.models import read_method
 
     run = Run(settings.run_uri)
     method = read_method(run.model_folder, "train")
-    if not isinstance(method, PixelMethod) or method.channels != 3:
+    if not isinstance(method, PixelMethod | CppPixels) or method.channels != 3:
         raise ConfigError(
             f"encoder.pretrained = {settings.pretrained}: its method, {method.config.name}, has no network that learnt "
             "from pixels in colour"

@@ -152,6 +152,12 @@ class Stepper:
         if not isinstance(method.config, TrainedConfig):
             raise ConfigError(f"method = {type(method).__name__}: is not trained by gradient")
         self.method, self.config, self.plan = method, method.config, method.plan
+        workers = distributed.data_group().size
+        if self.plan.batch_size // workers < method.parts:
+            raise ConfigError(
+                f"method.accumulation = {method.parts}: a batch of {self.plan.batch_size} has only "
+                f"{self.plan.batch_size // workers} rows for each of {workers} workers"
+            )
         self.optimizer = build_optimizer(method.parameter_groups(), self.config)
         names = {id(parameter): name for name, parameter in method.named_parameters()}
         self._parameters = {names[id(p)]: p for group in self.optimizer.param_groups for p in group["params"]}
@@ -171,9 +177,14 @@ class Stepper:
             decays = group["initial_decay"], group["final_decay"]
             group["lr"] = rate * group["lr_scale"]
             group["weight_decay"] = cosine_schedule(*decays, batch.step, self.plan.steps)
-        metrics = self.method.training_step(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(metrics["loss"] * batch.weight).backward()  # type: ignore[no-untyped-call]
+        means: dict[str, Tensor] = {}
+        for part in batch.split(self.method.parts) if self.method.parts > 1 else (batch,):
+            metrics = self.method.training_step(part)
+            self._scaler.scale(metrics["loss"] * part.weight).backward()  # type: ignore[no-untyped-call]
+            share = part.weight / batch.weight
+            for name, value in metrics.items():
+                means[name] = means[name] + share * value.detach() if name in means else share * value.detach()
         distributed.average_gradients(self._parameters.values())
         self._scaler.unscale_(self.optimizer)
         if self.config.clip_norm is not None:
@@ -185,7 +196,7 @@ class Stepper:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.method.on_step_end(batch.step)
-        return {name: value.detach() for name, value in metrics.items()}
+        return means
 
     def state(self) -> dict[str, Tensor]:
         """Return each parameter's state as "parameter.key" and the loss scale, if any; numbers become float64."""

@@ -86,8 +86,8 @@ PIXELS = ["propos", "byol", "simsiam", "simclr", "moco", "pcl", "cc"]
 
 
 def test_what_a_method_can_do_is_asked_of_it():
-    assert [name for name in METHODS if has_transform(name)] == ["cpp", *PIXELS]
-    assert [name for name in METHODS if reads_pixels(name)] == PIXELS
-    assert [name for name in METHODS if is_recuttable(name)] == ["cpp", "spectral"]
+    assert [name for name in METHODS if has_transform(name)] == ["cpp", "cpp_pixels", *PIXELS]
+    assert [name for name in METHODS if reads_pixels(name)] == ["cpp_pixels", *PIXELS]
+    assert [name for name in METHODS if is_recuttable(name)] == ["cpp", "spectral", "cpp_pixels"]
     assert issubclass(find("temi"), Prototypes)
     assert not isinstance(Plain(), Transform | Source)

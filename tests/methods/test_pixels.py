@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from rayclust.errors import ConfigError
 from rayclust.methods import build, find, load
-from rayclust.methods.base import CheckpointInterval, Plan
+from rayclust.methods.base import EMBEDDINGS, Batch, CheckpointInterval, Method, Plan
 from rayclust.methods.pixels.augment import BYOL, SIMCLR, Augmentation, draw, random_view
 from rayclust.methods.pixels.backbones import build_backbone
 from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelConfig, PixelMethod
 from rayclust.methods.pixels.propos import ProPos, ProPosConfig
-from rayclust.training.loop import Trainer, learning_rate
+from rayclust.training.loop import Stepper, Trainer, learning_rate
 from rayclust.training.sampling import ArrayRows
 from tests.stores import MemoryStore
 from tests.workers import on_two_workers
@@ -120,10 +120,65 @@ def test_momentum_rises_on_half_a_cosine():
     for step in range(5):
         method.online.weight.data.fill_(1.0)  # type: ignore[operator, union-attr]
         method.target.weight.data.fill_(0.0)  # type: ignore[operator, union-attr]
-        method.update_target(step, 0.996, 1.0)
+        method.update_target(Batch({}, torch.arange(1), step, 0), 0.996, 1.0)
         momenta.append(1 - float(method.target.weight))  # type: ignore[arg-type]
     assert momenta[1:] == pytest.approx([0.99658579, 0.998, 0.99941421, 1.0], abs=1e-6)
     assert momenta[0] == 1.0  # the first step finds the copy as it was made
+
+
+def test_a_copy_moves_once_for_all_parts_of_a_batch():
+    method = build(_config("byol", accumulation=2, final_momentum=0.996), SIDE * SIDE * 3, N, 1)
+    assert isinstance(method, MomentumMethod)
+    stepper, before = Stepper(method.train()), method.target.state_dict()["0.down.0.weight"].clone()
+    method.online[0].down[0].weight.data.add_(1.0)  # type: ignore[operator, union-attr, index]
+    stepper.step(Batch({EMBEDDINGS: _images()[None, :16]}, torch.arange(16), step=1, epoch=0))
+    moved = (method.target.state_dict()["0.down.0.weight"] - before).mean()
+    assert float(moved) == pytest.approx(1 - 0.996, rel=0.01)
+
+
+class Squares(Method):
+    """The mean of (w − x)² over the rows."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__(_config("simclr"), 1, 6, 0)
+        self.plan, self.parts = Plan(6, 1, 1, 0), parts
+        self.w = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": (self.w - batch.x[0]).square().mean()}
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient():
+    found = []
+    for parts in (1, 4):
+        method = Squares(parts)
+        batch = Batch({EMBEDDINGS: torch.arange(6.0)[None, :, None]}, torch.arange(6), 0, 0, weight=0.5)
+        loss = Stepper(method).step(batch)["loss"]
+        assert method.w.grad is not None
+        found.append((float(method.w.grad), float(loss)))
+    assert found[1] == pytest.approx(found[0])
+    with pytest.raises(ConfigError, match="accumulation = 7"):
+        Stepper(Squares(7))
+
+
+def test_parts_see_the_views_of_the_whole_batch():
+    batch = Batch({EMBEDDINGS: torch.zeros(1, 5, 1)}, torch.arange(5), 0, 0)
+    drawn = torch.arange(5)
+    assert [part.own(drawn).tolist() for part in batch.split(2)] == [[0, 2, 4], [1, 3]]
+    assert batch.own(drawn).tolist() == drawn.tolist()
+
+
+@pytest.mark.parametrize("settings", [
+    {"optimizer": "lars", "learning_rate": 4.8}, {"accumulation": 2}, {"backbone": "timm/test_efficientnet"},
+])  # fmt: skip
+def test_other_optimizers_parts_and_networks_train(settings: dict[str, Any]):
+    method = build(_config("propos", **settings), SIDE * SIDE * 3, N, 1)
+    assert isinstance(method, ProPos)
+    before = [p.detach().clone() for p in method.online.parameters()]
+    method.fit(ArrayRows(_images()), Trainer(1))
+    assert all(
+        p.isfinite().all() and not torch.equal(p, b) for p, b in zip(method.online.parameters(), before, strict=True)
+    )
 
 
 # Views.
@@ -179,7 +234,9 @@ def test_solarizing_inverts_what_is_bright():
 # Networks, queue, E-step.
 
 
-@pytest.mark.parametrize(("name", "width"), [("small", 128), ("resnet18", 512), ("preact_resnet18", 512)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("small", 128), ("resnet18", 512), ("preact_resnet18", 512), ("timm/test_vit", 64)]
+)
 def test_networks_start_from_the_seed_alone(name: str, width: int):
     (first, found), (second, _) = (build_backbone(name, 16, 3, seed=4) for _ in range(2))
     assert found == width
@@ -272,5 +329,5 @@ def test_a_written_key_wins_over_the_preset():
 
 def test_features_are_those_of_the_copy():
     method = _fit("byol").eval()
-    images = method.normalized(method.images(_images()))
+    images = method.normalized(method.shape.images(_images()))
     assert torch.allclose(functional.normalize(method.target(images), dim=1), method.transform(_images()), atol=1e-6)

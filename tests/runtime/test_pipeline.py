@@ -328,6 +328,8 @@ def test_training_waits_for_neighbors_only_where_the_method_draws_them(name: str
         groups |= {"encoder": {"normalize": False}, "features": {"center": False, "normalize": False}}
     settings = config(**groups)
     width: Any = {"embeddings": 12} if find(name).spaces is None else 12
+    if name == "cpp_pixels":
+        pytest.skip("reads the weights of its backbone when it is built")
     drawn = getattr(build(settings.method, width, 40, seed=0), "pairing", Pairing())
     assert settings.method.draws_pairs == (drawn.columns > 0)
     assert ("neighbors" in STAGES["train"].inputs(settings)) == settings.method.draws_pairs

@@ -12,10 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from rayclust.errors import ConfigError
+from rayclust.methods.base import Batch
 
 GREY = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in an image's grey."""
@@ -53,12 +58,62 @@ BYOL = (
     Augmentation(saturation=0.2, blur=1.0),
     Augmentation(saturation=0.2, blur=0.1, solarize=0.2),
 )
-FAMILIES = {"simclr": SIMCLR, "simclr_blur": SIMCLR_BLUR, "byol": BYOL}
+WEAK = (Augmentation(scale=(0.5, 1.0), jitter=0.0, grey=0.0),) * 2
+"""Crops and mirrors alone, which leave an image what it is to a network that knows images."""
+FAMILIES = {"simclr": SIMCLR, "simclr_blur": SIMCLR_BLUR, "byol": BYOL, "weak": WEAK}
 """Two views by name."""
+Family = Literal["simclr", "simclr_blur", "byol", "weak"]
 RATIO = (3 / 4, 4 / 3)
 """Bounds of a crop's width relative to its height."""
 BLUR = (0.1, 2.0)
 BLUR_SIDE = 224
+
+
+@dataclass(frozen=True)
+class SquareImages:
+    """Rows of pixels as images, whose side and channels follow from the rows' width."""
+
+    side: int
+    channels: int
+
+    @classmethod
+    def of(cls, dimension: int, method: str) -> Self:
+        """Return the shape of rows of D values.
+
+        Args:
+            dimension: D.
+            method: name of the method that reads them, for the message.
+
+        Raises:
+            ConfigError: D is not that of square images with 1 or 3 channels.
+        """
+        channels = 3 if dimension % 3 == 0 and math.isqrt(dimension // 3) ** 2 == dimension // 3 else 1
+        side = math.isqrt(dimension // channels)
+        if side**2 * channels != dimension:
+            raise ConfigError(f"method = {method}: learns from square images; rows of {dimension} values are none")
+        return cls(side, channels)
+
+    def images(self, x: Tensor) -> Tensor:
+        """Return rows Float[B D] as images Float[B C H W]."""
+        return x.view(len(x), self.side, self.side, self.channels).permute(0, 3, 1, 2)
+
+
+def keyed_seed(*numbers: int) -> int:
+    """Return a seed that depends on every number."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def batch_view(images: Tensor, options: Augmentation, batch: Batch, size: int, seed: int) -> Tensor:
+    """Return one view of each image of a batch, the same however the batch is spread over workers.
+
+    Args:
+        images: Float[B C H W], from 0 to 1, of the batch's rows.
+        options: strengths.
+        batch: what they are of.
+        size: rows of the batch of all workers.
+        seed: of the view.
+    """
+    return random_view(images, options, batch.own(draw(size, seed)))
 
 
 def random_view(images: Tensor, options: Augmentation, numbers: Tensor) -> Tensor:

@@ -124,12 +124,12 @@ def _build(name: str, side: int, channels: int) -> nn.Module:
         import timm
 
         try:
-            network: nn.Module = timm.create_model(
-                architecture, pretrained=False, num_classes=0, in_chans=channels, norm_layer=SyncedBatchNorm2d
-            )
-        except (RuntimeError, TypeError) as error:
+            network: Any = timm.create_model(architecture, pretrained=False, num_classes=0, in_chans=channels)
+            if hasattr(network, "set_input_size"):
+                network.set_input_size(img_size=side)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise ConfigError(f"method.backbone = {name}: timm does not build it: {error}") from error
-        return network
+        return _synced(network)
     if name == "small":
         return _Small(channels)
     if name == "preact_resnet18":
@@ -146,6 +146,19 @@ def _build(name: str, side: int, channels: int) -> nn.Module:
         residual.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     built: nn.Module = residual
     return built
+
+
+def _synced(network: nn.Module) -> nn.Module:
+    """Let every batch norm of a network take the statistics of all workers' rows; timm's hold their activation."""
+    for name, child in network.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            _synced(child)
+            continue
+        norm = SyncedBatchNorm2d(child.num_features, child.eps, child.momentum)
+        norm.load_state_dict({key: value for key, value in child.state_dict().items() if key in norm.state_dict()})
+        activation = list(child.children())
+        setattr(network, name, nn.Sequential(norm, *activation) if activation else norm)
+    return network
 
 
 def mlp(*widths: int, bias: bool = True, norm: bool = True, last_norm: bool = False) -> nn.Sequential:

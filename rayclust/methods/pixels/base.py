@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, cast
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -23,11 +22,10 @@ from torch.nn import functional
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.distributed import all_reduce, data_group, differentiable_all_gather
-from rayclust.errors import ConfigError
 from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Plan, Rows, TrainedConfig
 from rayclust.methods.heads import ema_update, matmul_dtype
-from rayclust.methods.pixels.augment import FAMILIES, draw, random_view
+from rayclust.methods.pixels.augment import FAMILIES, Family, SquareImages, batch_view, keyed_seed
 from rayclust.methods.pixels.backbones import build_backbone
 
 BLOCK = 512
@@ -44,19 +42,26 @@ def accumulated(x: Tensor) -> Tensor:
 class PixelConfig(TrainedConfig):
     """Settings of every method that learns from pixels; defaults are those of ProPos on CIFAR-10."""
 
+    revision: ClassVar[int] = 2
     cosine_over_all: ClassVar[bool] = True
     reads_pixels: ClassVar[bool] = True
     backbone: str = "resnet18"
     """small (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, or timm/<architecture>; always from random
     weights. Residual networks have the stem for small images up to 64 pixels."""
-    augmentation: Literal["simclr", "simclr_blur", "byol"] = "simclr"
-    """Family of the two views; simclr_blur for images from some 96 pixels on."""
+    augmentation: Family = "simclr"
+    """Family of the two views; simclr_blur for images from some 96 pixels on. weak: crops and mirrors alone."""
     features: int = Field(256, ge=2)
     """d, width of the space in which rows are compared and clustered."""
     reassign: int = Field(1, ge=1)
     """Epochs between two E-steps; the last epoch always ends with one."""
     restarts: int = Field(10, ge=1)
     """Starts of the E-step's k-means."""
+    warm_start: bool = True
+    """Whether E-steps but the first and the last go on from the centres of the one before, in place of `restarts`
+    starts; published: none does."""
+    accumulation: int = Field(1, ge=1)
+    """Parts of a worker's batch that go through the network one after another, for batches beyond a GPU's memory. Batch
+    norm, and losses that compare the images of a batch, then see a part."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the network's products in training. auto: bf16 where the processor multiplies it fast."""
     epochs: int = Field(1000, ge=1)
@@ -102,12 +107,10 @@ class PixelMethod(Method):
 
     def __init__(self, config: PixelConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
-        self.channels = 3 if dimension % 3 == 0 and math.isqrt(dimension // 3) ** 2 == dimension // 3 else 1
-        self.side = math.isqrt(dimension // self.channels)
-        if self.side**2 * self.channels != dimension:
-            raise ConfigError(f"method = {config.name}: learns from square images; rows of {dimension} values are none")
-        self.plan = Plan.of(config, count)
-        self.backbone, self.backbone_width = build_backbone(config.backbone, self.side, self.channels, seed)
+        self.shape = SquareImages.of(dimension, config.name)
+        self.channels = self.shape.channels
+        self.plan, self.parts = Plan.of(config, count), config.accumulation
+        self.backbone, self.backbone_width = build_backbone(config.backbone, self.shape.side, self.channels, seed)
         self.width = config.features
         self.register_buffer("mean", torch.zeros(self.channels))
         self.register_buffer("std", torch.ones(self.channels))
@@ -135,10 +138,6 @@ class PixelMethod(Method):
 
     # Views.
 
-    def images(self, x: Tensor) -> Tensor:
-        """Return rows Float[B D] as images Float[B C H W], from 0 to 1."""
-        return x.view(len(x), self.side, self.side, self.channels).permute(0, 3, 1, 2)
-
     def normalized(self, images: Tensor) -> Tensor:
         """Subtract each channel's mean over the rows and divide by its deviation."""
         scaled = (images - self.mean[:, None, None]) / self.std[:, None, None]
@@ -148,25 +147,20 @@ class PixelMethod(Method):
         """Yield the images of rows Float[B D], normalised, some at a time; at least one tensor, empty without rows."""
         require_matrix(x, "x", self.dimension)
         for part in torch.split(x, BLOCK):
-            yield self.normalized(self.images(part.to(self.mean)))
+            yield self.normalized(self.shape.images(part.to(self.mean)))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return two random views of a worker's part of a batch, normalised: Float[B C H W] each."""
-        images = self.images(batch.x[0])
+        images, size = self.shape.images(batch.x[0]), self.plan.batch_size
         first, second = (
-            random_view(images, options, self.own_rows(draw(self.plan.batch_size, self.key(batch.step, number))))
+            batch_view(images, options, batch, size, self.key(batch.step, number))
             for number, options in enumerate(FAMILIES[self.config.augmentation])
         )
         return self.normalized(first), self.normalized(second)
 
-    def own_rows(self, whole: Tensor) -> Tensor:
-        """Return this worker's rows of a tensor that was drawn for the whole batch."""
-        group = data_group()
-        return whole[group.rank :: group.size].to(self.mean.device)
-
     def key(self, *numbers: int) -> int:
         """Return a seed that depends on the method's and on every number."""
-        return int(np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint64)[0] >> 1)
+        return keyed_seed(self.seed, *numbers)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which networks compute in training."""
@@ -189,12 +183,13 @@ class PixelMethod(Method):
     def _start(self) -> None:
         sums = self.mean.new_zeros((3, self.channels), dtype=torch.float64)
         for block in self._blocks():
-            values = self.images(block).double().transpose(0, 1).flatten(1)
+            values = self.shape.images(block).double().transpose(0, 1).flatten(1)
             sums += torch.stack([values.sum(1), values.square().sum(1), torch.full_like(sums[0], values.shape[1])])
         total, squares, count = all_reduce(sums)
         self.mean.copy_(total / count)
         self.std.copy_((squares / count - (total / count).square()).clamp(min=1e-6).sqrt())
-        self.e_step()
+        if self.reads_first_clusters:
+            self.e_step()
 
     def _blocks(self) -> Iterator[Tensor]:
         """Yield this worker's rows on the method's device, some at a time."""
@@ -216,13 +211,19 @@ class PixelMethod(Method):
             z = torch.cat([self.centers[:0], *(self.transform(block) for block in self._blocks())])
         self.train(was_training)
         options = kmeans.KMeansOptions(clusters=self.config.clusters, restarts=self.config.restarts)
-        result = kmeans.fit(lambda: [z], options, seed=self.seed)
+        goes_on = self.config.warm_start and not is_last and bool(self.centers.any())
+        result = kmeans.fit(lambda: [z], options, seed=self.seed, init=self.centers if goes_on else None)
         self.centers.copy_(result.centers)
         self.labels.copy_(data_group().all_gather_cat(kmeans.assign(z, self.centers)[0], self.count))
         moments = all_reduce(torch.stack([z.sum(0), z.square().sum(0)]).double()) / self.count
         deviation = (moments[1] - moments[0].square()).clamp(min=0).sqrt().mean()
         self.after_e_step(z)
         return {"inertia": result.inertia / self.count, "feature_std": float(deviation) * math.sqrt(self.width)}
+
+    @property
+    def reads_first_clusters(self) -> bool:
+        """Whether steps read clusters before the first E-step that an epoch ends with."""
+        return False
 
     def after_e_step(self, z: Tensor) -> None:
         """Take this worker's features of the E-step, unit rows Float[n d]."""
@@ -298,16 +299,16 @@ class MomentumMethod(PixelMethod):
         """The copy's network below the projector, Float[B C H W] to Float[B F], which serves as an encoder."""
         return self.target[0]
 
-    def update_target(self, step: int, momentum: float, final: float) -> None:
+    def update_target(self, batch: Batch, momentum: float, final: float) -> None:
         """θ' ← m θ' + (1 − m) θ before every step but the first, m on half a cosine from `momentum` to `final`.
 
         Args:
-            step: from 0.
+            batch: of the step.
             momentum: at the first step.
             final: at the end; equal to `momentum` for a constant one.
         """
-        if step > 0:
-            m = final - (final - momentum) * (1 + math.cos(math.pi * step / self.plan.steps)) / 2
+        if batch.step > 0 and batch.part == 0:
+            m = final - (final - momentum) * (1 + math.cos(math.pi * batch.step / self.plan.steps)) / 2
             ema_update(self.target, self.online, m)
 
     def embed(self, images: Tensor) -> Tensor:

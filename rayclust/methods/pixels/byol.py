@@ -83,7 +83,7 @@ class Byol(MomentumMethod):
         Returns:
             Float[] each: "loss", and for methods built on this one its terms.
         """
-        self.update_target(batch.step, self.config.momentum, self.config.final_momentum)
+        self.update_target(batch, self.config.momentum, self.config.final_momentum)
         first, second = self.views(batch)
         with self.autocast():
             queries = self._both(self.online, first, second)

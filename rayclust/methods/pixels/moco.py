@@ -72,7 +72,7 @@ class MoCo(MomentumMethod):
         Returns:
             Float[] each: "loss", and for methods built on this one its terms.
         """
-        self.update_target(batch.step, self.config.momentum, self.config.momentum)
+        self.update_target(batch, self.config.momentum, self.config.momentum)
         views = self.views(batch)
         orders = [views, views[::-1]] if self.config.symmetric else [views]
         queue, _ = self.queue.filled()

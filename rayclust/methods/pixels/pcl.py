@@ -89,6 +89,11 @@ class Pcl(MoCo):
             "prototype": prototype,
         }
 
+    @property
+    def reads_first_clusters(self) -> bool:
+        """Whether prototypes are learnt from before the first E-step that is due."""
+        return self.config.warmup_epochs < self.config.reassign
+
     def _negatives(self, own: Tensor, clusters: int, step: int) -> Tensor:
         """Draw Int64[Q] clusters, with repeats, that are no row's own in the batch of all workers."""
         others = (all_reduce(torch.bincount(own, minlength=clusters)) == 0).nonzero()[:, 0]
@@ -99,10 +104,13 @@ class Pcl(MoCo):
     def after_e_step(self, z: Tensor) -> None:
         """Cluster the features into each number of prototypes."""
         for m in self.granularities:
-            result = kmeans.fit(lambda: [z], kmeans.KMeansOptions(clusters=m, restarts=1), seed=self.seed)
+            before = self.get_buffer(f"prototypes_{m}")
+            init = before if self.config.warm_start and bool(before.any()) else None
+            options = kmeans.KMeansOptions(clusters=m, restarts=1)
+            result = kmeans.fit(lambda: [z], options, seed=self.seed, init=init)
             labels, squares = kmeans.assign(z, result.centers)
             labels = data_group().all_gather_cat(labels, self.count)
             distances = data_group().all_gather_cat(squares.clamp(min=0).sqrt(), self.count)
-            self.get_buffer(f"prototypes_{m}").copy_(result.centers)
+            before.copy_(result.centers)
             self.get_buffer(f"labels_{m}").copy_(labels)
             self.get_buffer(f"phi_{m}").copy_(concentration(distances, labels, m, self.config.temperature))

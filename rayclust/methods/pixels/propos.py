@@ -33,7 +33,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "backbone": "resnet50", "epochs": 200, "batch_size": 4096, "learning_rate": 0.3, "optimizer": "lars",
         "momentum": 0.99, "final_momentum": 1.0, "scatter_weight": 0.001, "noise": 1e-4, "augmentation": "byol",
         "weight_decay": 1e-6, "final_weight_decay": 1e-6, "warmup_epochs": 10, "predictor_rate": 1.0,
-        "queue": 10_240, "reassign": 10,
+        "queue": 10_240, "reassign": 10, "accumulation": 16,
     },
 }  # fmt: skip
 """Settings of the published configurations, where they are not the defaults."""
@@ -100,6 +100,11 @@ class ProPos(Byol):
         self.queue = KeyQueue(config.queue, config.features) if config.queue else None
         self.pairing = Pairing(epoch_order=self.epoch_order)
 
+    @property
+    def reads_first_clusters(self) -> bool:
+        """Whether the first epochs draw by cluster, or prototypes scatter before the first E-step that is due."""
+        return self.config.resample or self.config.warmup_epochs < self.config.reassign
+
     def epoch_order(self, epoch: int) -> Tensor | None:
         """Return the rows of an epoch where clusters are drawn equally often: Int64[N], with repeats."""
         if not self.config.resample:
@@ -122,7 +127,7 @@ class ProPos(Byol):
         sampled = q
         if is_warm and c.noise:
             generator = torch.Generator().manual_seed(self.key(batch.step, 2 + order))
-            sampled = q + c.noise * self.own_rows(torch.randn((self.plan.batch_size, q.shape[1]), generator=generator))
+            sampled = q + c.noise * batch.own(torch.randn((self.plan.batch_size, q.shape[1]), generator=generator))
         psa = super().order_loss(sampled, k, batch, order)["loss"]
         if not (is_warm and c.scatter_weight):
             return {"loss": psa, "alignment": psa, "scattering": torch.zeros_like(psa)}

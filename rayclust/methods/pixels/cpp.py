@@ -1,0 +1,186 @@
+"""CPP with its backbone inside: features of images as they are read, of random views of them, or of blocks that train.
+
+With neither views nor trained blocks this is the published program's own mode (`main.py`), whose network without
+gradient gives every step the features that the stage `encode` would have stored; that is dearer and no better. The mode
+is worth it for views, which the frozen features cannot have, and for a backbone that knows such images poorly.
+
+Source: arXiv 2306.05272; that the last blocks train is an addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from rayclust.encoders.base import TorchEncoder
+from rayclust.encoders.load import load_encoder
+from rayclust.encoders.settings import EncoderConfig
+from rayclust.errors import ConfigError
+from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.methods.base import Batch, MethodState, Rows
+from rayclust.methods.cpp import Cpp, CppConfig
+from rayclust.methods.heads import matmul_dtype
+from rayclust.methods.pixels.augment import FAMILIES, Family, SquareImages, batch_view, keyed_seed
+from rayclust.store import storage
+
+BLOCK = 256
+"""Images that go through the backbone at once outside of training."""
+BACKBONE = "backbone."
+"""Prefix of the trained blocks' tensors in a state."""
+
+
+class CppPixelsConfig(CppConfig):
+    """CPP on images (arXiv 2306.05272): a pretrained network inside, frozen or with its last blocks trained."""
+
+    revision: ClassVar[int] = 1
+    name: Literal["cpp_pixels"] = "cpp_pixels"  # type: ignore[assignment]
+    """CPP with its backbone inside."""
+    backbone: str = "open_clip/ViT-L-14"
+    """open_clip/<architecture> or timm/<architecture>; `.<tag>` may follow, as in `encoder.name`."""
+    pretrained: str | None = None
+    """Its weights, as in `encoder.pretrained`: a tag, a path or a URI. A fitted model holds no more of them than the
+    trained blocks, so that they must stay where they are."""
+    augmentation: Literal["none"] | Family = "none"
+    """Family of the random view that a step sees of each image; none, as published: the image."""
+    tune: Literal["none", "last_blocks"] = "none"
+    """none, as published: the backbone is frozen. last_blocks: the last `tuned_blocks` of its longest stage train."""
+    tuned_blocks: int = Field(1, ge=1)
+    """Blocks that train with `tune: last_blocks`."""
+    tune_rate: float = Field(0.1, gt=0)
+    """Learning rate of the trained blocks relative to the others'."""
+
+    @model_validator(mode="after")
+    def _is_a_network(self) -> CppPixelsConfig:
+        if self.encoder(1).family not in ("open_clip", "timm"):
+            raise ValueError(f"backbone = {self.backbone}: must be open_clip/<architecture> or timm/<architecture>")
+        if self.tune == "none" and {"tuned_blocks", "tune_rate"} & self.model_fields_set - {"tune"}:
+            raise ValueError("tuned_blocks, tune_rate: have no effect with tune: none; set tune: last_blocks")
+        return self
+
+    def encoder(self, side: int) -> EncoderConfig:
+        """Return the settings of the backbone as an encoder of images of that side, in pixels."""
+        return EncoderConfig(
+            name=self.backbone, pretrained=self.pretrained, image_size=side, normalize=False, precision="fp32"
+        )
+
+
+class CppPixels(Cpp):
+    """CPP on images of D values.
+
+    Args:
+        config: the settings; a preset is written out for `count` rows.
+        dimension: D = side² × 3 of the square images.
+        count: N, the rows of all workers.
+        seed: of the initial weights, the views and the final partition.
+
+    Raises:
+        ConfigError: D is not that of square colour images, or the backbone's weights are missing or do not take them.
+    """
+
+    reads = "pixels"
+    pixel_settings: ClassVar[dict[str, Any]] = {"image_size": 224, "resize": "crop"}
+    config_type = CppPixelsConfig
+    config: CppPixelsConfig
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: CppPixelsConfig, dimension: int, count: int, seed: int) -> None:
+        shape = SquareImages.of(dimension, config.name)
+        if shape.channels != 3:
+            raise ConfigError(f"method = {config.name}: its backbone reads colour; set encoder.grayscale: false")
+        encoder = _read_backbone(config.encoder(shape.side))
+        super().__init__(config, encoder.dimension, count, seed)
+        self.dimension, self.shape, self.channels = dimension, shape, 3
+        self.trunk = encoder.image_tower.requires_grad_(False)
+        """The backbone, Float[B 3 H W] to Float[B F]."""
+        self.register_buffer("mean", torch.tensor(encoder.mean))
+        self.register_buffer("std", torch.tensor(encoder.std))
+        self.tuned: dict[str, nn.Parameter] = {}
+        """The backbone's trained parameters by name."""
+        for prefix, block in _last_blocks(self.trunk, config.tuned_blocks) if config.tune == "last_blocks" else ():
+            block.requires_grad_(True)
+            self.tuned |= {f"{prefix}.{name}": parameter for name, parameter in block.named_parameters()}
+
+    def train(self, mode: bool = True) -> CppPixels:
+        """Set the mode of all but the backbone, whose norms and dropout stay as they are at inference."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    def read(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        """Map rows Float[B D] of pixels to the backbone's rows Float[B F]: of one view of each image in training."""
+        if batch is None:
+            with torch.no_grad():
+                parts = [self._features(part) for part in torch.split(x, BLOCK) if len(part)]
+                return torch.cat([self.mean.new_zeros((0, self.network.first.in_features)), *parts])
+        dtype = torch.float16 if self.config.precision == "fp16" else matmul_dtype(self.config.precision, self.mean)
+        with (
+            torch.set_grad_enabled(bool(self.tuned)),
+            torch.autocast(self.mean.device.type, dtype, enabled=dtype.itemsize == 2),
+        ):
+            return self._features(x, batch)
+
+    def _features(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        images = self.shape.images(x.to(self.mean))
+        if batch is not None and self.config.augmentation != "none":
+            options, seed = FAMILIES[self.config.augmentation][0], keyed_seed(self.seed, batch.step)
+            images = batch_view(images, options, batch, self.plan.batch_size, seed)
+        images = (images - self.mean[:, None, None]) / self.std[:, None, None]
+        rows: Tensor = self.trunk(images.contiguous(memory_format=torch.channels_last))
+        return rows.to(accum_dtype(rows.dtype))
+
+    def inputs(self, rows: Rows) -> Callable[[], Iterator[Tensor]]:
+        """Return what yields the backbone's rows of this worker's images; they pass through it once."""
+        blocks = [self.read(block) for block in rows.blocks()]
+        return lambda: iter(blocks)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return CPP's groups and the backbone's trained blocks."""
+        groups = super().parameter_groups()
+        if self.tuned:
+            groups.append({"params": list(self.tuned.values()), "lr_scale": self.config.tune_rate})
+        return groups
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return all tensors but those of the backbone's frozen layers, which every worker reads for itself."""
+        own = super().state_dict(*args, **kwargs)
+        kept = {f"trunk.{name}" for name in self.tuned}
+        return {name: value for name, value in own.items() if not name.startswith("trunk.") or name in kept}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take what `state_dict` gave."""
+        frozen = {name: value for name, value in super().state_dict().items() if name.startswith("trunk.")}
+        return super().load_state_dict(frozen | dict(state_dict), strict=strict, assign=assign)
+
+    def state(self) -> MethodState:
+        """Return the network, the trained blocks and the spectral partition."""
+        fitted = super().state()
+        trained = {BACKBONE + name: parameter.detach().cpu().clone() for name, parameter in self.tuned.items()}
+        return MethodState(fitted.settings, fitted.tensors | trained)
+
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.tuned.items():
+                parameter.copy_(tensors.pop(BACKBONE + name))
+        super()._load_tensors(tensors)
+
+
+def _read_backbone(settings: EncoderConfig) -> TorchEncoder:
+    uri = settings.weights_uri
+    with storage.local_copy(uri) if uri is not None else nullcontext() as path:
+        return cast(TorchEncoder, load_encoder(settings, weights=path))
+
+
+def _last_blocks(network: nn.Module, count: int) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the last layers, with their names, of the sequence of layers that holds most parameters."""
+    sequences = {n: m for n, m in network.named_modules() if n and isinstance(m, nn.Sequential | nn.ModuleList)}
+    if not sequences:
+        raise ConfigError("method.tune = last_blocks: the backbone has no sequence of blocks; set tune: none")
+    name = max(sequences, key=lambda each: sum(p.numel() for p in sequences[each].parameters()))
+    blocks = list(sequences[name].named_children())
+    yield from ((f"{name}.{place}", block) for place, block in blocks[-count:])
