@@ -14,7 +14,7 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import SpaceTransforms
-from rayclust.methods.base import Membership
+from rayclust.methods.base import Membership, Transform
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
@@ -24,6 +24,8 @@ from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
 
+SPACE_ROWS = 2000
+"""Rows of the seeded sample on which a space that was learnt from pixels is probed."""
 MEMBERSHIP_ROWS = 1000
 """Rows of the seeded sample on which a method's Π is measured."""
 EDGE = 0.1
@@ -98,7 +100,12 @@ class _Scoring:
             metrics["silhouette"] = internal.silhouette(features, clusters[sample])
             metrics["silhouette_rows"] = len(sample)
         if self.model is not None:
-            metrics |= self._membership(self.model, codes, is_labelled=is_labelled)
+            torch.set_num_threads(1)
+            method = load_method(self.run.uri, self.model)
+            if isinstance(method, Membership):
+                metrics |= self._membership(method, codes, is_labelled=is_labelled)
+            if method.reads == "pixels" and isinstance(method, Transform):
+                metrics |= self._learnt_space(method, codes, is_labelled=is_labelled)
         return metrics, counts
 
     def _partition(
@@ -151,14 +158,38 @@ class _Scoring:
                     right[name] += len(asked) * probes.knn_accuracy(ids, similarity, codes, truth, k=k, top=top)
         return found | {name: right[name] / scored.sum() for name in tops if scored.any()}
 
-    def _membership(self, model: str, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
-        """Measure the membership Π of a sample of rows (labelled ones where there are), for methods that have one."""
+    def _learnt_space(self, method: Transform, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
+        """Probe the space that a method has learnt from pixels on a sample, labelled rows where there are.
+
+        "space_std" is 1 where z fills all directions and 0 where it has collapsed to a point; "space_rank" is the
+        exponential of the entropy of its shares of variance: directions that it uses, of d. With labels also the vote
+        of a row's nearest others in the sample, and a linear probe of one half on the other.
+        """
+        from rayclust.metrics import probes
+
+        known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
+        rows = known[_sample(len(known), SPACE_ROWS, self.config.seed)]
+        with torch.inference_mode():
+            z = method.transform(torch.from_numpy(features_at(self.run, self.starts, self.transform, rows))).double()
+        shares = z.var(dim=0, correction=0)
+        spectrum = torch.linalg.svdvals(z - z.mean(0)).square()
+        spectrum = spectrum / spectrum.sum().clamp(min=torch.finfo(spectrum.dtype).tiny)
+        found = {"space_std": float(shares.sqrt().mean()) * z.shape[1] ** 0.5}
+        found["space_rank"] = float(torch.special.entr(spectrum).sum().exp())
+        if is_labelled and len(rows) > 1:
+            similarity, neighbors = (
+                (z @ z.T).fill_diagonal_(-torch.inf).topk(min(self.config.evaluate.probe_neighbors, len(rows) - 1))
+            )
+            found["space_knn"] = probes.knn_accuracy(neighbors.numpy(), similarity.numpy(), codes[rows])
+            order, half = np.random.default_rng(self.config.seed).permutation(len(rows)), len(rows) // 2
+            x, truth = z.numpy()[order], codes[rows][order]
+            found["space_linear_probe"] = probes.linear_probe_accuracy(x[:half], truth[:half], x[half:], truth[half:])
+        return found
+
+    def _membership(self, method: Membership, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
+        """Measure the membership Π of a sample of rows (labelled ones where there are)."""
         from rayclust.metrics import geometry
 
-        torch.set_num_threads(1)
-        method = load_method(self.run.uri, model)
-        if not isinstance(method, Membership):
-            return {}
         known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
         rows = known[_sample(len(known), MEMBERSHIP_ROWS, self.config.seed)]
         with torch.inference_mode():

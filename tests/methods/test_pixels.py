@@ -313,7 +313,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_presets_are_the_published_configurations(preset: str):
-    c = ProPosConfig.model_validate({"clusters": 10, "preset": preset}).resolved()
+    c = ProPosConfig.model_validate({"clusters": 10, "preset": preset}).resolved(60_000)
     found = (c.backbone, c.batch_size, c.learning_rate, c.epochs, c.momentum, c.final_momentum, c.scatter_weight)
     assert (*found, c.noise, c.joint_views, c.resample) == PUBLISHED[preset]
     assert (c.temperature, c.features, c.hidden) == (0.5, 256, 4096)
@@ -323,8 +323,20 @@ def test_presets_are_the_published_configurations(preset: str):
 
 
 def test_a_written_key_wins_over_the_preset():
-    c = ProPosConfig.model_validate({"clusters": 5, "preset": "cifar20_r34", "epochs": 7}).resolved()
+    c = ProPosConfig.model_validate({"clusters": 5, "preset": "cifar20_r34", "epochs": 7}).resolved(60_000)
     assert (c.backbone, c.epochs) == ("resnet34", 7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_short_training_follows_from_its_number_of_steps(name: str):
+    config_type = find(name).config_type
+    short = config_type.model_validate({"clusters": 10, "preset": "short"}).resolved(3_000)
+    assert (Plan.of(short, 3_000).steps, short.preset) == (44 * 23, "none")
+    longer = config_type.model_validate({"clusters": 10, "preset": "short", "epochs": 20_000}).resolved(3_000)
+    assert (longer.epochs, longer.warmup_epochs) == (20_000, 2_000)
+    if hasattr(short, "momentum"):
+        assert short.momentum == pytest.approx(1 - 16 / (44 * 23))
+        assert longer.momentum == config_type.model_fields["momentum"].default
 
 
 def test_features_are_those_of_the_copy():

@@ -12,8 +12,9 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError
 from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.pipeline import run_all
+from rayclust.stages.figures import numbers
 from rayclust.stages.predict import predict
-from rayclust.store import storage
+from rayclust.store import storage, tables
 from rayclust.store.run import Run
 from tests.stages.runs import tree, write_folder
 
@@ -37,6 +38,14 @@ def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: 
     metrics = storage.read_json(Run(config.run).metrics)
     assert metrics["rows"] == 36
     assert metrics["nmi"] > 0.5
+    # Its space is probed, it has a map, and the table of the training tells a collapse.
+    assert metrics["space_knn"] > 0.8
+    assert 0 < metrics["space_linear_probe"] <= 1
+    assert 0.1 < metrics["space_std"] <= 1
+    assert 1 <= metrics["space_rank"] <= 8
+    trained = pq.read_table(Run(config.run).at("model", "metrics.parquet"))
+    assert trained["feature_std"].to_pylist()[-1] == pytest.approx(metrics["space_std"], abs=0.05)
+    assert len(tables.read_table(numbers(Run(config.run), "map.parquet"))) == 36
     # New images go the same way.
     assert predict(config, str(images), str(tmp_path / "t.parquet"))["rows"] == 36
     assigned = pq.read_table(Run(config.run).assignments(0))["cluster"].to_pylist()

@@ -54,15 +54,19 @@ class Augmentation:
 SIMCLR = (Augmentation(), Augmentation())
 """Both views alike, without blur, as for small images."""
 SIMCLR_BLUR = (Augmentation(blur=0.5), Augmentation(blur=0.5))
+SIMCLR_SMALL = (Augmentation(scale=(0.2, 1.0)), Augmentation(scale=(0.2, 1.0)))
+"""MoCo v2's crops (arXiv 2003.04297) without blur: a twelfth of 32 × 32 pixels shows little of anything."""
 BYOL = (
     Augmentation(saturation=0.2, blur=1.0),
     Augmentation(saturation=0.2, blur=0.1, solarize=0.2),
 )
 WEAK = (Augmentation(scale=(0.5, 1.0), jitter=0.0, grey=0.0),) * 2
 """Crops and mirrors alone, which leave an image what it is to a network that knows images."""
-FAMILIES = {"simclr": SIMCLR, "simclr_blur": SIMCLR_BLUR, "byol": BYOL, "weak": WEAK}
+FAMILIES = {
+    "simclr": SIMCLR, "simclr_blur": SIMCLR_BLUR, "simclr_small": SIMCLR_SMALL, "byol": BYOL, "weak": WEAK,
+}  # fmt: skip
 """Two views by name."""
-Family = Literal["simclr", "simclr_blur", "byol", "weak"]
+Family = Literal["simclr", "simclr_blur", "simclr_small", "byol", "weak"]
 RATIO = (3 / 4, 4 / 3)
 """Bounds of a crop's width relative to its height."""
 BLUR = (0.1, 2.0)

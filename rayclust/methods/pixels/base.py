@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field
@@ -33,6 +33,10 @@ BLOCK = 512
 TEMPERATURE = 0.1
 """Of the probabilities when assigning: the softmax of cosines to the centres divided by it."""
 
+SHORT_STEPS, SHORT_BATCH, SHORT_RATE, SHORT_AVERAGE = 1_000, 128, 4e-3, 16
+"""Of `preset: short`: steps where the config counts none, rows of a step, rate per 256 rows, and into how many parts a
+training is cut of which a copy averages the last."""
+
 
 def accumulated(x: Tensor) -> Tensor:
     """Return a network's rows in the dtype in which losses are computed: float32 or wider."""
@@ -45,11 +49,15 @@ class PixelConfig(TrainedConfig):
     revision: ClassVar[int] = 2
     cosine_over_all: ClassVar[bool] = True
     reads_pixels: ClassVar[bool] = True
+    preset: Literal["none", "short"] = "none"
+    """none: the defaults, of the papers' 78,000 steps and more. short: for hundreds to some thousand steps, with which
+    a set of thousands of images is learnt from in minutes."""
     backbone: str = "resnet18"
     """small (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, or timm/<architecture>; always from random
     weights. Residual networks have the stem for small images up to 64 pixels."""
     augmentation: Family = "simclr"
-    """Family of the two views; simclr_blur for images from some 96 pixels on. weak: crops and mirrors alone."""
+    """Family of the two views; simclr_blur for images from some 96 pixels on, simclr_small for small ones, with crops
+    from a fifth of the area. weak: crops and mirrors alone."""
     features: int = Field(256, ge=2)
     """d, width of the space in which rows are compared and clustered."""
     reassign: int = Field(1, ge=1)
@@ -79,6 +87,38 @@ class PixelConfig(TrainedConfig):
     final_weight_decay: float = Field(5e-4, ge=0)
     """Decay at the end of a cosine."""
 
+    def resolved(self, count: int) -> Self:
+        """Return this config with its preset written out for N = `count` rows; `preset` is then `none`."""
+        written = {key: getattr(self, key) for key in self.model_fields_set}
+        return type(self).model_validate(self.preset_settings(count) | written | {"preset": "none"})
+
+    def preset_settings(self, count: int) -> dict[str, Any]:
+        """Return what the preset stands for: for `short` what few steps need, whatever the images.
+
+        AdamW in place of SGD, whose published rates move little in few steps; the whole of a cosine to 0, a tenth of it
+        warm-up; and a copy that averages the last sixteenth of the steps, at most as many as published.
+        """
+        if self.preset != "short":
+            return {}
+        batch = self.batch_size if "batch_size" in self.model_fields_set else SHORT_BATCH
+        per_epoch = max(1, count // min(batch, count))
+        epochs = self.epochs if "epochs" in self.model_fields_set else math.ceil(SHORT_STEPS / per_epoch)
+        epochs = epochs if self.steps is None else math.ceil(self.steps / per_epoch)
+        settings = {
+            "batch_size": batch, "epochs": epochs, "warmup_epochs": epochs // 10, "augmentation": "simclr_small",
+            "optimizer": "adamw", "learning_rate": SHORT_RATE, "min_learning_rate": 0.0,
+            "weight_decay": 0.01, "final_weight_decay": 0.01,
+        }  # fmt: skip
+        return settings | self.short_settings(count, self.steps or epochs * per_epoch)
+
+    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
+        """Return the method's own settings of a short training of N = `count` rows."""
+        return {}
+
+    def short_momentum(self, steps: int, published: float) -> float:
+        """Return the momentum of a copy that averages a sixteenth of the steps, or fewer if so published."""
+        return max(0.0, min(published, 1 - SHORT_AVERAGE / steps))
+
 
 class PixelMethod(Method):
     """A method on images; a subclass has the networks and `training_step`.
@@ -106,6 +146,7 @@ class PixelMethod(Method):
     """Prefixes of the networks that `embed` needs; a fitted method holds no others."""
 
     def __init__(self, config: PixelConfig, dimension: int, count: int, seed: int) -> None:
+        config = config.resolved(count)
         super().__init__(config, dimension, count, seed)
         self.shape = SquareImages.of(dimension, config.name)
         self.channels = self.shape.channels

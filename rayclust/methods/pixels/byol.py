@@ -34,6 +34,11 @@ class PredictorConfig(PixelConfig):
     joint_views: bool = False
     """Whether both views go through the network as one batch, whose statistics they then share."""
 
+    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
+        """Return narrower heads, all at one rate, and a copy that follows."""
+        momentum = self.short_momentum(steps, 0.996)
+        return {"hidden": 1024, "predictor_rate": 1.0, "momentum": momentum, "final_momentum": 1.0}
+
 
 class ByolConfig(PredictorConfig):
     """BYOL (arXiv 2006.07733), clustered by k-means."""

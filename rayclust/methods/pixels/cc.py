@@ -8,7 +8,7 @@ Source: arXiv 2009.09687. Clusters are the cluster head's, as in the paper; ProP
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -50,6 +50,10 @@ class CcConfig(PixelConfig):
     """Epochs in which the learning rate rises linearly from 0."""
     reassign: int = Field(10, ge=1)
     """Epochs between two E-steps, which CC does not learn from."""
+
+    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
+        """Return a lower temperature, which weighs near negatives more."""
+        return {"temperature": 0.2}
 
 
 class Cc(PixelMethod):

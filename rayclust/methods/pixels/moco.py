@@ -6,7 +6,7 @@ norm is one of all workers' rows, in place of shuffling rows between workers; on
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +34,11 @@ class QueueConfig(PixelConfig):
     """Whether either view is query once."""
     reassign: int = Field(10, ge=1)
     """Epochs between two E-steps."""
+
+    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
+        """Return MoCo v2's temperature on ImageNet, a queue of at most half the rows, and a copy that follows."""
+        momentum = self.short_momentum(steps, type(self).model_fields["momentum"].default)
+        return {"temperature": 0.2, "queue": max(1, min(4096, count // 2)), "momentum": momentum}
 
 
 class MoCoConfig(QueueConfig):

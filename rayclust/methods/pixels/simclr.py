@@ -5,7 +5,7 @@ Source: arXiv 2002.05709, with the head of ProPos' experiments (arXiv 2111.11821
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -28,6 +28,10 @@ class SimClrConfig(PixelConfig):
     """Of the cosines; the program's default, the paper takes 0.5 on small images."""
     reassign: int = Field(10, ge=1)
     """Epochs between two E-steps, which SimCLR does not learn from."""
+
+    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
+        """Return a lower temperature, which weighs near negatives more."""
+        return {"temperature": 0.2}
 
 
 class SimClr(PixelMethod):

@@ -5,7 +5,7 @@ Source: arXiv 2011.10566, with the settings of ProPos' experiments (arXiv 2111.1
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +32,10 @@ class SimSiamConfig(PixelConfig):
     """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
     reassign: int = Field(50, ge=1)
     """Epochs between two E-steps, which SimSiam does not learn from."""
+
+    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
+        """Return narrower heads."""
+        return {"features": 512, "bottleneck": 128}
 
 
 class SimSiam(PixelMethod):
