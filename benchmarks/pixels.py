@@ -4,7 +4,7 @@ Claims: on real photographs of 32 × 32 pixels each method is at least 3 points 
 mean over 3 seeds, and none collapses; ProPos is above SimCLR and BYOL.
 
     python benchmarks/pixels.py [--data ../shared/data] [--sets NAME ...] [--methods NAME ...]
-        [--rows 3000] [--epochs 20] [--seeds 3]
+        [--rows 3000] [--epochs 20] [--seeds 0 1 2]
 
 imagenette: 3,000 photographs of ten classes; cifar10: the first rows of its test split, JPEGs. Images are squashed to
 the size and given as values from 0 to 1; labels only score. All methods have the network `small`, `preset: short` and
@@ -60,13 +60,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--side", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{platform.machine()}, {arguments.threads} threads, Python {platform.python_version()}, ", end="")
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}")
-    print(f"{arguments.rows} images of {arguments.side} pixels, {arguments.epochs} epochs, {arguments.seeds} seeds\n")
+    print(f"{arguments.rows} images of {arguments.side} pixels, {arguments.epochs} epochs, seeds {arguments.seeds}\n")
     print(
         "| set | method | ACC, % | NMI, % | feature deviation · √d | seconds |\n|---|---|---|---|---|---|", flush=True
     )
@@ -75,19 +75,19 @@ def main() -> None:
         clusters = len(np.unique(labels))
         found = [
             scores(labels, sklearn.cluster.KMeans(clusters, n_init=10, random_state=seed).fit_predict(x))
-            for seed in range(arguments.seeds)
+            for seed in arguments.seeds
         ]
         print(f"| {name} | k-means of pixels | {cells(found)} | | |", flush=True)
         for method in arguments.methods:
             found, spreads, started = [], [], time.perf_counter()
-            for seed in range(arguments.seeds):
+            for seed in arguments.seeds:
                 settings = {"name": method, "clusters": clusters, "preset": "short", "backbone": "small"}
                 config = find(method).config_type.model_validate(settings | {"epochs": arguments.epochs})
                 fitted = fit_arrays(x, None, config, seed)
                 found.append(scores(labels, fitted.predict_proba(torch.from_numpy(x)).argmax(1).numpy()))
                 z = fitted.transform(torch.from_numpy(x))
                 spreads.append(float(z.std(0).mean()) * z.shape[1] ** 0.5)
-            seconds = (time.perf_counter() - started) / arguments.seeds
+            seconds = (time.perf_counter() - started) / len(arguments.seeds)
             print(f"| {name} | {method} | {cells(found)} | {np.mean(spreads):.2f} | {seconds:.0f} |", flush=True)
 
 

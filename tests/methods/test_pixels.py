@@ -45,8 +45,8 @@ def _images(dtype: torch.dtype = torch.float32) -> Tensor:
     return (colours[torch.arange(N) % K][:, None, None] + noise).clamp(0, 1).reshape(N, -1).to(dtype)
 
 
-def _fit(name: str, dtype: torch.dtype = torch.float32, store: MemoryStore | None = None) -> PixelMethod:
-    method = build(_config(name), SIDE * SIDE * 3, N, seed=1).to(dtype)
+def _fit(name: str, dtype: torch.dtype = torch.float32, store: MemoryStore | None = None, **more: Any) -> PixelMethod:
+    method = build(_config(name, **more), SIDE * SIDE * 3, N, seed=1).to(dtype)
     assert isinstance(method, PixelMethod)
     method.fit(ArrayRows(_images(dtype)), Trainer(1, store=store, every=CheckpointInterval(epochs=1)))
     return method
@@ -73,7 +73,8 @@ def test_a_fitted_method_gives_the_same_after_it_was_stored(name: str):
 
 
 def _states_of_all(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
-    return {name: dict(_fit(name, torch.float64).state_dict()) for name in METHODS}
+    states = {name: dict(_fit(name, torch.float64).state_dict()) for name in METHODS}
+    return states | {"bf16": dict(_fit("simclr", precision="bf16").state_dict())}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,13 @@ def test_two_workers_end_at_the_weights_of_one(name: str, two_workers: list[dict
     for states in two_workers:
         for key, value in alone.items():
             torch.testing.assert_close(states[name][key], value, rtol=1e-6, atol=1e-8, msg=f"{name}: {key}")
+
+
+def test_two_workers_train_in_bf16_as_well(two_workers: list[dict[str, dict[str, Tensor]]]):
+    alone = _fit("simclr", precision="bf16").state_dict()
+    for states in two_workers:
+        for key in ("backbone.norms.0.running_mean", "backbone.norms.5.running_var"):
+            torch.testing.assert_close(states["bf16"][key], alone[key], rtol=0.05, atol=0.01, msg=key)
 
 
 @pytest.mark.parametrize("name", ["propos", "pcl"])

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from rayclust.distributed import all_reduce, data_group, differentiable_all_reduce
 from rayclust.errors import ConfigError
+from rayclust.kernels.pair_softmax import accum_dtype
 
 SMALL_IMAGE = 64
 """Side up to which a residual network gets the stem for small images: 3×3 with stride 1, and no pooling."""
@@ -30,15 +31,17 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         """Normalise Float[B C H W]."""
         if not self.training or data_group().size == 1:
             return super().forward(x)
-        values = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device))
-        mean = differentiable_all_reduce(x.sum((0, 2, 3))) / values
-        var = differentiable_all_reduce((x - mean[:, None, None]).square().sum((0, 2, 3))) / values
+        wide = x.to(accum_dtype(x.dtype))  # a half type has not the digits for these sums
+        values = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), dtype=wide.dtype, device=x.device))
+        mean = differentiable_all_reduce(wide.sum((0, 2, 3))) / values
+        var = differentiable_all_reduce((wide - mean[:, None, None]).square().sum((0, 2, 3))) / values
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
             self.running_var.lerp_(var * values / (values - 1), self.momentum)  # type: ignore[union-attr, arg-type]
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        normalized = wide * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return normalized.to(x.dtype)
 
 
 class SyncedBatchNorm1d(SyncedBatchNorm2d):

@@ -35,9 +35,9 @@ class PredictorConfig(PixelConfig):
     """Whether both views go through the network as one batch, whose statistics they then share."""
 
     def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return narrower heads, all at one rate, and a copy that follows."""
+        """Return narrower heads, and a copy that follows to the end."""
         momentum = self.short_momentum(steps, 0.996)
-        return {"hidden": 1024, "predictor_rate": 1.0, "momentum": momentum, "final_momentum": 1.0}
+        return {"hidden": 1024, "momentum": momentum, "final_momentum": momentum}
 
 
 class ByolConfig(PredictorConfig):
