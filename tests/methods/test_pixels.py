@@ -339,7 +339,7 @@ def test_a_written_key_wins_over_the_preset():
 def test_a_short_training_follows_from_its_number_of_steps(name: str):
     config_type = find(name).config_type
     short = config_type.model_validate({"clusters": 10, "preset": "short"}).resolved(3_000)
-    assert (Plan.of(short, 3_000).steps, short.preset) == (44 * 23, "none")
+    assert (Plan.of(short, 3_000).steps, short.preset) == (44 * 23, "none")  # of 128 rows, or half as many epochs of 64
     longer = config_type.model_validate({"clusters": 10, "preset": "short", "epochs": 20_000}).resolved(3_000)
     assert (longer.epochs, longer.warmup_epochs) == (20_000, 2_000)
     if hasattr(short, "momentum"):

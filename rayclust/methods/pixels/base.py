@@ -33,9 +33,13 @@ BLOCK = 512
 TEMPERATURE = 0.1
 """Of the probabilities when assigning: the softmax of cosines to the centres divided by it."""
 
-SHORT_STEPS, SHORT_BATCH, SHORT_RATE, SHORT_AVERAGE = 1_000, 128, 4e-3, 16
-"""Of `preset: short`: steps where the config counts none, rows of a step, rate per 256 rows, and into how many parts a
-training is cut of which a copy averages the last."""
+SHORT_STEPS, SHORT_RATE, SHORT_AVERAGE = 1_000, 4e-3, 16
+"""Of `preset: short`: steps where the config counts none, rate per 256 rows, and into how many parts a training is cut
+of which a copy averages the last."""
+
+SHORT_PREDICTION = {"optimizer": "sgd", "learning_rate": 0.2, "weight_decay": 5e-4, "final_weight_decay": 5e-4}
+"""Of short trainings by prediction without negatives: SGD as published, four times as fast, in smaller batches and with
+a predictor ten times faster, since they learn only as well as the predictor follows."""
 
 
 def accumulated(x: Tensor) -> Tensor:
@@ -49,6 +53,8 @@ class PixelConfig(TrainedConfig):
     revision: ClassVar[int] = 2
     cosine_over_all: ClassVar[bool] = True
     reads_pixels: ClassVar[bool] = True
+    short_batch: ClassVar[int] = 128
+    """Rows of a step of a short training."""
     preset: Literal["none", "short"] = "none"
     """none: the defaults, of the papers' 78,000 steps and more. short: for hundreds to some thousand steps, with which
     a set of thousands of images is learnt from in minutes."""
@@ -100,7 +106,7 @@ class PixelConfig(TrainedConfig):
         """
         if self.preset != "short":
             return {}
-        batch = self.batch_size if "batch_size" in self.model_fields_set else SHORT_BATCH
+        batch = self.batch_size if "batch_size" in self.model_fields_set else self.short_batch
         per_epoch = max(1, count // min(batch, count))
         epochs = self.epochs if "epochs" in self.model_fields_set else math.ceil(SHORT_STEPS / per_epoch)
         epochs = epochs if self.steps is None else math.ceil(self.steps / per_epoch)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from rayclust.losses.representation import alignment
 from rayclust.methods.base import Batch
 from rayclust.methods.pixels.backbones import mlp
-from rayclust.methods.pixels.base import MomentumMethod, PixelConfig, accumulated
+from rayclust.methods.pixels.base import SHORT_PREDICTION, MomentumMethod, PixelConfig, accumulated
 
 
 class PredictorConfig(PixelConfig):
     """Settings of BYOL and of what is built on it."""
 
+    short_batch: ClassVar[int] = 64
     hidden: int = Field(4096, ge=1)
     """Width of the hidden layer of projector and predictor."""
     momentum: float = Field(0.996, ge=0, le=1)
@@ -37,7 +38,7 @@ class PredictorConfig(PixelConfig):
     def short_settings(self, count: int, steps: int) -> dict[str, Any]:
         """Return narrower heads, and a copy that follows to the end."""
         momentum = self.short_momentum(steps, 0.996)
-        return {"hidden": 1024, "momentum": momentum, "final_momentum": momentum}
+        return SHORT_PREDICTION | {"hidden": 1024, "momentum": momentum, "final_momentum": momentum}
 
 
 class ByolConfig(PredictorConfig):
