@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from rayclust.runtime.shards import moments_of
-from rayclust.runtime.tasks import TASK_BYTES, Task, TaskResult, search_task_rows
+from rayclust.runtime.tasks import LARGEST_TASK_BYTES, Task, TaskResult, search_task_rows
 from rayclust.search.ivf import list_count
-from rayclust.stages.neighbors_ivf import QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
+from rayclust.stages.neighbors_ivf import FAN_IN, QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
 from rayclust.store.manifest import Output
 from rayclust.store.sources import Shard
 
@@ -72,8 +72,9 @@ class Inputs:
     neighbors: float = 50
     probes: float = 64
     """Lists that are opened for a row (assumed; the stage finds it from the recall that is asked for)."""
-    halo: float = 85
-    """Rows that a unit reads from other shards for each of its own when it searches (assumed; at most 4 * probes)."""
+    halo: float = 58
+    """Rows that a unit reads from other shards for each of its own when it searches (assumed; at most 4 * probes). 85
+    for units of 256 MB, times 0.68 for units four times as large, as 100,000 planted rows show."""
     request_rate: float = 100_000
     """GETs a second that storage answers (assumed)."""
     stream_bytes: float = 60_000
@@ -154,7 +155,7 @@ def neighbors(i: Inputs) -> list[Cost]:
             i, "sorting", (i.rows_bytes, i.images * row + bounds + nearest), (i.shards, 3 * groups), flops["sorting"]
         ),
         Cost("neighbors: probing", bounds + nearest, 0, 2 * groups, 2, probing, "one worker reads"),
-        spread(i, "sharding", (i.images * row + bounds, i.images * row), (2 * groups * units, 2 * units), 0),
+        *exchange(i, ("merging", "sharding"), i.images * row + bounds, i.images * row, (groups, units)),
         spread(
             i,
             "searching",
@@ -162,13 +163,39 @@ def neighbors(i: Inputs) -> list[Cost]:
             (units * (1 + i.halo * unit * lists / i.images), 2 * units),
             flops["searching"],
         ),
-        spread(
+        *exchange(
             i,
-            "collecting",
-            (i.images * found, i.images * (found + 2 * i.neighbors)),
-            (2 * groups * units, i.shards + groups),
-            0,
+            ("gathering", "collecting"),
+            i.images * found,
+            i.images * (found + 2 * i.neighbors),
+            (units, groups),
+            i.shards - groups,
         ),
+    ]
+
+
+def exchange(
+    i: Inputs, names: tuple[str, str], read: float, written: float, files: tuple[int, int], more: float = 0
+) -> list[Cost]:
+    """Tasks that each read a range of each file of others, in two rounds where there are many files.
+
+    Args:
+        i: inputs.
+        names: of the rounds.
+        read: bytes of the files.
+        written: bytes of the last round.
+        files: of the others, and tasks.
+        more: files that the last round writes besides one and a mark a task.
+    """
+    count, tasks = files
+    if count <= FAN_IN:
+        return [spread(i, names[1], (read, written), (2 * count * tasks, 2 * tasks + more), 0)]
+    step = math.isqrt(count)
+    batches, ranges = math.ceil(count / step), math.ceil(tasks / math.isqrt(tasks))
+    merged = batches * ranges
+    return [
+        spread(i, names[0], (read, read), (2 * step * merged, 2 * merged), 0),
+        spread(i, names[1], (read, written), (2 * batches * tasks, 2 * tasks + more), 0),
     ]
 
 
@@ -211,7 +238,7 @@ def limits(i: Inputs, per_shard: float) -> list[tuple[str, float, float]]:
     part = i.shard_images * i.clusters * 4
     share = i.images * i.dimension * 4 / i.nodes
     return [
-        ("neighbors: three times a unit's bytes, on every CPU of a node", 3 * TASK_BYTES * i.cpus, i.memory),
+        ("neighbors: three times a unit's bytes, on every CPU of a node", 3 * LARGEST_TASK_BYTES * i.cpus, i.memory),
         ("neighbors: centres of all lists, on every CPU of a node", lists * i.dimension * 4 * i.cpus, i.memory),
         ("neighbors: three times the sample that trains them, in one worker", 12 * sample * i.dimension, i.memory),
         ("train: rows on a node's disk", i.images * i.dimension * 4, i.disk),
@@ -261,7 +288,9 @@ def show(i: Inputs) -> None:
     unit = search_task_rows(int(i.images), int(i.dimension), int(i.neighbors))
     rows, found = i.images * (2 * i.dimension + 8), i.images * (8 * i.neighbors + 8)
     print(f"neighbors: {list_count(int(i.images)):,} lists, {math.ceil(i.images / unit):,} shards of {unit:,} rows")
-    print(f"Its scratch files, until it is sealed: {(2 * rows + found) / TERA:.1f} TB")
+    gets = sum(cost.gets for cost in neighbors(i))
+    print(f"neighbors: {gets / 1e6:.1f} million GETs")
+    print(f"Its scratch files, until it is sealed: {(3 * rows + 2 * found) / TERA:.1f} TB")
     without, held = (driver_bytes(int(i.dimension), with_moments=kept) for kept in (False, True))
     print(f"{i.shards:,.0f} shards; a listing takes {math.ceil(i.shards / 1000):,} requests")
     print(

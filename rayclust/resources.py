@@ -88,7 +88,7 @@ class ResourcesConfig(Config):
         if isinstance(tree, dict) and "rows" in tree:
             raise ValueError(
                 f"rows = {tree['rows']}: was removed, training workers map all rows; for rows beyond a node's disk, "
-                "train on a seeded sample and assign all with `rayclust predict`"
+                "images.split: 0.99 fits to a seeded hundredth and assigns all"
             )
         return tree
 

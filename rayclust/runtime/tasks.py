@@ -31,6 +31,8 @@ TASK_ROWS = 2048
 reading."""
 TASK_BYTES = 2**28
 """Most bytes of such a task's rows in float16 and their neighbours: beyond, there are more tasks."""
+TASKS, LARGEST_TASK_BYTES = 4096, 2**30
+"""Beyond so many tasks they grow again, up to so many bytes: their files are read by each other."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,7 +66,9 @@ so that the driver does not keep them."""
 
 def search_task_rows(count: int, width: int, k: int) -> int:
     """Return the rows of a task that searches neighbours, from N, D and k alone."""
-    return max(TASK_ROWS, min(count // 64, TASK_BYTES // (2 * width + 8 * (k + 1))))
+    row_bytes = 2 * width + 8 * (k + 1)
+    most = min(max(TASK_BYTES, count * row_bytes // TASKS), LARGEST_TASK_BYTES)
+    return max(TASK_ROWS, min(count // 64, most // row_bytes))
 
 
 def group_parts(parts: Sequence[int], digest: str, wanted: int) -> list[Task]:

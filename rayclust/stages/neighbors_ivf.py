@@ -8,12 +8,17 @@ The tasks of each phase follow from the rows alone; each phase reads and writes 
 4. sharding: equally many rows in order of the lists, from all groups.
 5. searching: the rows of a shard look into their lists, most of which lie in it.
 6. collecting: each group of parts reads its rows' neighbours from the shards.
+
+Every shard reads from every group, and every group from every shard: G · S requests. Beyond `FAN_IN` files some √G of
+them are first merged with each other, for a range of what is wanted (merging, gathering), and then √G are read: about
+4 · S · √G requests in both rounds together, and one more pass over the rows.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,6 +58,8 @@ SAMPLE_BYTES = 2**32
 """Most bytes of the sample that trains the centres, as float32."""
 SAMPLED_PARTS = 512
 """Most parts that the sample is read from."""
+FAN_IN = 256
+"""Most files that a task reads a range of; more are merged in two rounds."""
 _BOUND = np.dtype("<i8")
 logger = logging.getLogger(__name__)
 
@@ -97,7 +104,13 @@ class IvfLayout:
         return shard * self.shard_rows, min(self.count, (shard + 1) * self.shard_rows)
 
     def at(self, kind: str, index: int = 0) -> str:
-        """Return the URI of a file of a group (sorted, nearest), a shard (shard, found) or all (centers, lists)."""
+        """Return the URI of a file.
+
+        Args:
+            kind: of a group `sorted` or `nearest`, of a shard `shard` or `found`, of all `centers` or `lists`, and of
+                the first of two rounds `merging` or `gathering`.
+            index: of the group, the shard, or the task of that round.
+        """
         return self.run.at("neighbors", "scratch", self.digest, f"{kind}-{index:05d}")
 
 
@@ -134,6 +147,61 @@ def read_records(uri: str, kind: np.dtype[Any], start: int, end: int, groups: in
     if len(data) != (end - start) * kind.itemsize:
         raise ArtefactError(f"{uri}: is shorter than was written; remove it and run `rayclust neighbors RUN.yaml`")
     return np.frombuffer(data, kind)
+
+
+@dataclass(frozen=True)
+class SortedFile:
+    """A file of records in order of their keys, lists or groups of parts, behind the bounds of these."""
+
+    uri: str
+    first: int
+    """The first key."""
+    end: int
+    """The one behind the last."""
+
+
+def merge_sorted(
+    files: Sequence[SortedFile], kind: np.dtype[Any], first: int, end: int, window: slice | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read the records of some keys from several files.
+
+    Args:
+        files: of each key in the order in which its records shall come.
+        kind: of the records.
+        first: key.
+        end: the key behind the last.
+        window: which of these records to read; None reads all.
+
+    Returns:
+        The records in order of (key, file), and where those of each key begin and the last ones end, without a window:
+        Int64[end − first + 1].
+    """
+    files = [file for file in files if file.first < end and file.end > first]
+    keys = [slice(max(first, file.first) - first, min(end, file.end) - first) for file in files]
+    # 1. Where each file has its records of each key, and how many there are.
+    spans = [
+        (some.start + first - file.first, some.stop + first - file.first)
+        for file, some in zip(files, keys, strict=True)
+    ]
+    own = map_threads(lambda n: read_bounds(files[n].uri, *spans[n]), range(len(files)))
+    counts = np.zeros((len(files), end - first), np.int64)
+    for n, some in enumerate(keys):
+        counts[n, some] = np.diff(own[n])
+    bounds = np.concatenate([[0], counts.sum(axis=0).cumsum()])
+    low, high = (0, int(bounds[-1])) if window is None else (window.start, window.stop)
+    # 2. Where these come: within a key the records of one file after those of another.
+    begin = bounds[:-1] + counts.cumsum(axis=0) - counts
+    records = np.empty(high - low, kind)
+
+    def fill(n: int) -> None:
+        start, size = int(own[n][0]), counts[n, keys[n]]
+        places = np.repeat(begin[n, keys[n]] - own[n][:-1] + start, size) + np.arange(size.sum())
+        some = slice(*np.searchsorted(places, [low, high]).tolist())
+        count = files[n].end - files[n].first
+        records[places[some] - low] = read_records(files[n].uri, kind, start + some.start, start + some.stop, count)
+
+    map_threads(fill, range(len(files)))
+    return records, bounds
 
 
 def put_tensors(run: Run, uri: str, tensors: Mapping[str, Tensor]) -> Outputs:
@@ -257,28 +325,20 @@ class ListSearch:
     reach: int
     nprobe: int
 
-    def shard(self, shard: int) -> TaskResult:
-        """Merge the sorted groups into one shard, in order of (list, row)."""
+    def cuts(self) -> list[int]:
+        """Return the first list of every √S-th shard, and the number of lists."""
+        bounds = read_tensors(self.layout.at("lists"), self.digest)["bounds"].numpy()
+        places = np.arange(0, self.layout.shards, math.isqrt(self.layout.shards)) * self.layout.shard_rows
+        return [*np.unique(np.searchsorted(bounds, places, "right") - 1).tolist(), self.nlist]
+
+    def shard(self, files: Sequence[SortedFile], shard: int) -> TaskResult:
+        """Merge sorted files of all rows into one shard, in order of (list, row)."""
         layout = self.layout
         bounds = kept_tensors(layout.at("lists"), self.digest)["bounds"].numpy()
-        (low, high), kind = layout.places(shard), row_records(layout.width)
+        low, high = layout.places(shard)
         first, end = int(np.searchsorted(bounds, low, "right")) - 1, int(np.searchsorted(bounds, high, "left"))
-        groups = range(len(layout.groups))
-        own = np.stack(map_threads(lambda group: read_bounds(layout.at("sorted", group), first, end), groups))
-        counts = np.diff(own, axis=1)
-        # Within a list come the rows of one group after those of another.
-        begin = bounds[first:end] + counts.cumsum(axis=0) - counts
-        records = np.empty(high - low, kind)
-
-        def fill(group: int) -> None:
-            start = int(own[group, 0])
-            places = np.repeat(begin[group] - own[group, :-1] + start, counts[group])
-            places += np.arange(own[group, -1] - start)
-            some = slice(*np.searchsorted(places, [low, high]).tolist())
-            uri = layout.at("sorted", group)
-            records[places[some] - low] = read_records(uri, kind, start + some.start, start + some.stop, self.nlist)
-
-        map_threads(fill, groups)
+        window = slice(low - int(bounds[first]), high - int(bounds[first]))
+        records, _ = merge_sorted(files, row_records(layout.width), first, end, window)
         return TaskResult(put_records(layout.run, layout.at("shard", shard), records), {"rows": high - low})
 
     def search(self, shard: int) -> TaskResult:
@@ -400,16 +460,10 @@ def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
     return int((end - first - inside).sum())
 
 
-def collect(layout: IvfLayout, summary: dict[str, Any], task: Task) -> TaskResult:
+def collect(layout: IvfLayout, summary: dict[str, Any], files: Sequence[SortedFile], task: Task) -> TaskResult:
     """Write the tables of a group's parts from the results of all shards; its mark keeps recall and parameters."""
-    group, kind = task.index, found_records(layout.k)
-
-    def read(shard: int) -> np.ndarray:
-        uri = layout.at("found", shard)
-        start, end = read_bounds(uri, group, group + 1).tolist()
-        return read_records(uri, kind, start, end, len(layout.groups))
-
-    records = np.concatenate(map_threads(read, range(layout.shards)))
+    group = task.index
+    records, _ = merge_sorted(files, found_records(layout.k), group, group + 1)
     records = records[records["row"].argsort()]
     first, end = layout.span(group)
     if not np.array_equal(records["row"], np.arange(first, end)):
@@ -453,6 +507,24 @@ def search_ivf(
         tasks = [Task(next(numbers), digest_of([layout.digest, section, i]), i, n) for i, n in enumerate(sizes)]
         return run_tasks(layout.run, "neighbors", tasks, lambda task: work(task.payload), section=section)
 
+    def in_rounds(
+        section: str, kind: np.dtype[Any], files: Sequence[SortedFile], cuts: Callable[[], Sequence[int]]
+    ) -> Sequence[SortedFile]:
+        """Return the files, or where they are many those of a first round: each √F merged, for keys between cuts."""
+        if len(files) <= FAN_IN:
+            return files
+        step = math.isqrt(len(files))
+        batches = [files[start : start + step] for start in range(0, len(files), step)]
+        pieces = [(batch, *keys) for batch in batches for keys in itertools.pairwise(cuts())]
+        merged = [SortedFile(layout.at(section, n), first, end) for n, (_, first, end) in enumerate(pieces)]
+
+        def merge(n: int) -> TaskResult:
+            records, bounds = merge_sorted(pieces[n][0], kind, *pieces[n][1:])
+            return TaskResult(put_records(layout.run, merged[n].uri, records, bounds), {"rows": len(records)})
+
+        run(section, [count // len(pieces)] * len(pieces), merge)
+        return merged
+
     shards = [high - low for low, high in map(layout.places, range(layout.shards))]
     [centers] = _digests(run("centres", [count], partial(_train, layout, transform)))
     sort = partial(_sort, layout, transform, centers)
@@ -460,7 +532,9 @@ def search_ivf(
     plan = run("probing", [count], partial(_probe, layout, centers, nearest, min_recall))
     [digest] = _digests(plan)
     lists = ListSearch(layout, digest, **plan[0].extra)
-    run("sharding", shards, lists.shard)
+    rows: Sequence[SortedFile] = [SortedFile(layout.at("sorted", n), 0, lists.nlist) for n in range(len(groups))]
+    rows = in_rounds("merging", row_records(layout.width), rows, lists.cuts)
+    run("sharding", shards, partial(lists.shard, rows))
     found = run("searching", shards, lists.search)
     # The recall of the search's own results, over the queries of all shards.
     recall = sum(result.extra["hits"] for result in found) / sum(result.extra["wanted"] for result in found)
@@ -471,7 +545,11 @@ def search_ivf(
         )
     halo = round(sum(result.counts["halo"] for result in found) / count, 3)
     summary = {"recall": recall, "nlist": lists.nlist, "nprobe": lists.nprobe, "halo": halo}
-    results = run_tasks(layout.run, "neighbors", groups, partial(collect, layout, summary), section="collecting")
+    near: Sequence[SortedFile] = [SortedFile(layout.at("found", n), 0, len(groups)) for n in range(layout.shards)]
+    step = math.isqrt(len(groups))
+    near = in_rounds("gathering", found_records(layout.k), near, lambda: [*range(0, len(groups), step), len(groups)])
+    work = partial(collect, layout, summary, near)
+    results = run_tasks(layout.run, "neighbors", groups, work, section="collecting")
     return results, results[0].extra
 
 

@@ -9,7 +9,7 @@ import pytest
 from rayclust.config import validate
 from rayclust.errors import DataError
 from rayclust.runtime.pipeline import run_all, run_stage
-from rayclust.runtime.tasks import TASK_BYTES, TASK_ROWS, group_parts, search_task_rows
+from rayclust.runtime.tasks import LARGEST_TASK_BYTES, TASK_BYTES, TASK_ROWS, TASKS, group_parts, search_task_rows
 from tests.references import nearest_rows
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
@@ -30,9 +30,17 @@ def test_parts_are_grouped_in_order_until_a_task_is_worth_its_reading():
 def test_tasks_are_a_64th_of_the_rows_but_neither_small_nor_beyond_memory():
     assert search_task_rows(2, 768, 50) == TASK_ROWS
     assert search_task_rows(10**7, 64, 10) == 10**7 // 64
-    most = search_task_rows(2 * 10**9, 768, 50)
-    assert most == search_task_rows(4 * 10**9, 768, 50)
+    most = search_task_rows(10**8, 768, 50)
+    assert most == search_task_rows(4 * 10**8, 768, 50)
     assert TASK_BYTES * 0.99 < most * (2 * 768 + 8 * 51) <= TASK_BYTES
+
+
+def test_beyond_thousands_of_tasks_they_grow_again():
+    most = search_task_rows(4 * 10**9, 768, 50)
+    assert most == search_task_rows(8 * 10**9, 768, 50)
+    assert LARGEST_TASK_BYTES * 0.99 < most * (2 * 768 + 8 * 51) <= LARGEST_TASK_BYTES
+    count = 10**9
+    assert TASKS <= count / search_task_rows(count, 768, 50) < 1.01 * TASKS
 
 
 def test_every_part_is_in_one_task_and_tasks_know_their_rows():

@@ -23,10 +23,12 @@ from rayclust.stages import neighbors_ivf
 from rayclust.stages.neighbors_ivf import (
     IvfLayout,
     ListSearch,
+    SortedFile,
     collect,
     found_records,
     kept_tensors,
     map_threads,
+    merge_sorted,
     put_records,
     put_tensors,
     read_bounds,
@@ -250,6 +252,22 @@ def fresh(config: RunConfig) -> None:
     shutil.copytree(Path(config.run).parent / "encoded", config.run)
 
 
+def test_many_files_are_merged_in_two_rounds_and_the_tables_are_the_same(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch
+):
+    config, _, _, done = joined
+    fresh(config)
+    monkeypatch.setattr(neighbors_ivf, "FAN_IN", 1)
+    read, seen = neighbors_ivf.read_bounds, set[str]()
+    monkeypatch.setattr(
+        neighbors_ivf, "read_bounds", lambda uri, *keys: seen.add(uri.split("/")[-1]) or read(uri, *keys)
+    )
+    run_stage("neighbors", config, force=True)
+    assert {name.partition("-")[0] for name in seen} == {"sorted", "merging", "found", "gathering"}
+    tables_of = {path: content for path, content in artefacts(config.run).items() if path.startswith("neighbors/")}
+    assert tables_of == {path: content for path, content in done.items() if path.startswith("neighbors/")}
+
+
 def test_nothing_is_left_but_the_tables_and_the_markers_of_their_groups(joined: Joined):
     config, manifest, _, _ = joined
     run = Path(config.run)
@@ -322,7 +340,7 @@ def test_units_that_are_marked_are_not_done_again(
     real: Callable[..., object] = getattr(neighbors_ivf.ListSearch, phase)
     with monkeypatch.context() as patch:
         patch.setattr(
-            neighbors_ivf.ListSearch, phase, lambda *arguments: real(*arguments) if arguments[1] < 0 else 1 / 0
+            neighbors_ivf.ListSearch, phase, lambda *arguments: real(*arguments) if arguments[-1] < 0 else 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
             run_stage("neighbors", config)
@@ -390,6 +408,10 @@ def sorted_groups(tmp_path: Path, homes: np.ndarray, shard_rows: int) -> tuple[I
     return layout, ListSearch(layout, digest, LISTS, reach=LISTS, nprobe=2)
 
 
+def by_list(layout: IvfLayout) -> list[SortedFile]:
+    return [SortedFile(layout.at("sorted", group), 0, LISTS) for group in range(len(layout.groups))]
+
+
 HOMES = {
     "spread": np.random.default_rng(0).integers(0, LISTS, ROWS),
     "one long list": np.full(ROWS, 3),
@@ -404,11 +426,29 @@ def test_shards_hold_all_rows_in_order_of_list_and_row(homes: np.ndarray, shard_
     found = []
     for shard in range(layout.shards):
         low, high = layout.places(shard)
-        assert lists.shard(shard).counts == {"rows": high - low}
+        assert lists.shard(by_list(layout), shard).counts == {"rows": high - low}
         found.append(read_records(layout.at("shard", shard), row_records(WIDTH), 0, high - low))
     records = np.concatenate(found)
     assert records["row"].tolist() == np.lexsort((np.arange(ROWS), homes)).tolist()
     assert np.array_equal(records["unit"][:, 1], records["row"].astype(np.float16))
+
+
+def test_files_that_hold_other_keys_are_merged_as_one_file_would_be(tmp_path: Path):
+    """Five files of keys 0 to 2, 0 to 4, 3 to 4, 2 to 6 and none, of which keys 1 to 4 are wanted."""
+    kind, held = np.dtype([("row", "<i8")]), [[0, 0, 1, 2], [0, 1, 1, 4], [3, 4], [2, 2, 5, 6], []]
+    spans = [(0, 3), (0, 5), (3, 5), (2, 7), (6, 7)]
+    files, expected, row = [], [], 0
+    for number, (keys, (first, end)) in enumerate(zip(held, spans, strict=True)):
+        records = np.arange(row, row + len(keys)).astype(kind)
+        expected += [(key, number, row + place) for place, key in enumerate(keys) if 1 <= key < 5]
+        row += len(keys)
+        files.append(SortedFile(str(tmp_path / str(number)), first, end))
+        put_records(Run(str(tmp_path)), files[-1].uri, records, np.searchsorted(keys, np.arange(first, end + 1)))
+    records, bounds = merge_sorted(files, kind, 1, 5)
+    assert records["row"].tolist() == [row for _, _, row in sorted(expected)]
+    assert bounds.tolist() == np.searchsorted(sorted(key for key, _, _ in expected), [1, 2, 3, 4, 5]).tolist()
+    some, _ = merge_sorted(files, kind, 1, 5, slice(2, 6))
+    assert some["row"].tolist() == records["row"][2:6].tolist()
 
 
 @pytest.mark.parametrize("block", [1, 5, 1000])
@@ -419,7 +459,7 @@ def test_each_pair_of_a_row_and_a_list_sees_all_rows_of_the_list(
     homes = HOMES["spread"]
     layout, lists = sorted_groups(tmp_path, homes, 13)
     for shard in range(layout.shards):
-        lists.shard(shard)
+        lists.shard(by_list(layout), shard)
     bounds = kept_tensors(layout.at("lists"), lists.digest)["bounds"]
     own = neighbors_ivf._read(layout, *layout.places(2))
     pairs = [(4, 0), (12, 0), (3, 1), (0, 2), (1, 2), (5, 4), (5, 5), (9, 6)]
@@ -437,7 +477,7 @@ def test_each_pair_of_a_row_and_a_list_sees_all_rows_of_the_list(
 def test_lists_side_by_side_are_read_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     layout, lists = sorted_groups(tmp_path, HOMES["spread"], 13)
     for shard in range(layout.shards):
-        lists.shard(shard)
+        lists.shard(by_list(layout), shard)
     reads, read = [], neighbors_ivf._read
     monkeypatch.setattr(neighbors_ivf, "_read", lambda *arguments: reads.append(arguments[1:]) or read(*arguments))
     bounds = kept_tensors(layout.at("lists"), lists.digest)["bounds"]
@@ -453,7 +493,7 @@ def test_a_row_that_no_shard_has_found_is_an_error(tmp_path: Path):
     records["row"], records["keys"] = [0, 2], pack_keys(torch.zeros(2, 1), torch.ones(2, 1).long())
     put_records(layout.run, layout.at("found", 0), records, np.array([0, 2]))
     with pytest.raises(ArtefactError, match="neighbors: 2 rows are there for the rows 0 to 2"):
-        collect(layout, {}, Task(0, "d", (0,), 3))
+        collect(layout, {}, [SortedFile(layout.at("found", 0), 0, 1)], Task(0, "d", (0,), 3))
 
 
 def test_rows_outside_a_shard_are_counted_once():
