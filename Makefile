@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench-gpu chaos check audit format clean
+.PHONY: demo test bench-gpu chaos check docs audit format clean
 
 demo: $(VENV)/.runs
 	$(BIN)/rayclust demo --out demo
@@ -28,6 +28,11 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+# The documentation as a site, in site/.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Known holes of the pinned packages, by the advisories of the day: asks the network, so CI does without.
 audit:
@@ -51,4 +56,4 @@ $(VENV)/.installed: $(VENV)/.runs
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit demo
+	rm -rf $(VENV) $(VENV)-audit build site demo

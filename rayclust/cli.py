@@ -255,9 +255,13 @@ def check(config: str, overrides: tuple[str, ...], *, as_json: bool) -> int:
     findings = run_check(load_config(config, overrides))
     if as_json:
         _print_json([vars(finding) for finding in findings])
+    bad = sum(not finding.good for finding in findings)
     for finding in () if as_json else findings:
         _print_line(f"{'ok  ' if finding.good else 'FAIL'}  {finding.subject:<10} ", finding.text)
-    return 0 if all(finding.good for finding in findings) else 2
+    if not as_json:
+        mend = f"mend {'this' if bad == 1 else f'these {bad}'}, then check again" if bad else f"rayclust run {config}"
+        click.echo(f"next: {mend}")
+    return 2 if bad else 0
 
 
 @commands.command(short_help="The same as `run`, as a job of a Ray cluster.")

@@ -107,7 +107,7 @@ def test_help_lists_the_stages_in_their_order_with_a_word_each(capsys: pytest.Ca
     assert "..." not in first.partition("Commands:")[2], "a line that is cut"
 
 
-@pytest.mark.parametrize("method", ["kmeans", "temi"])
+@pytest.mark.parametrize("method", ["kmeans", "temi", "propos"])
 def test_init_writes_a_config_in_which_every_key_can_be_set(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -27,15 +27,19 @@ RUNS = [
     if Requirement(line).name != "rayclust"
 ]
 """For commands; estimators on arrays need the first of them, those that no extra names."""
-DEVELOPS = [Requirement(line) for line in EXTRAS["dev"] if Requirement(line).name != "rayclust"]
+DEVELOPS = [
+    Requirement(line)
+    for line in (*EXTRAS["dev"], *EXTRAS["docs"], *EXTRAS["tracking"])
+    if Requirement(line).name != "rayclust"
+]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text().splitlines()
 PINS = {canonicalize_name(line.partition("==")[0]): Version(line.partition("==")[2]) for line in CONSTRAINTS}
 
 NOT_PINNED = {"setuptools": "every environment brings its own"}
-NOT_IN_CI = {"tracking": "services of other people", "gpu": "takes the place of faiss-cpu"}
+NOT_IN_CI = {"gpu": "takes the place of faiss-cpu"}
 NOT_IN_CI |= dict.fromkeys(("gs", "abfs", "hf"), "stores of other people; fsspec's memory stands for them")
 """Extras that are neither pinned nor installed."""
-LOADED_BY_NAME = {"tensorboardx": "stages/train.py"}
+LOADED_BY_NAME = {"tensorboardx": "runtime/trackers.py"}
 """Declared packages that no import statement names, and who loads them."""
 WITH_CUDA = ("nvidia-", "cuda-", "triton")
 """Pinned for builds of torch for GPUs; others do without."""
@@ -73,10 +77,10 @@ def test_no_requirement_names_a_place_to_get_it_from():
 
 
 def test_only_named_extras_go_without_pins():
-    assert set(EXTRAS) - {"dev", "ray", "explore"} == set(NOT_IN_CI)
+    assert set(EXTRAS) - {"dev", "docs", "ray", "explore", "tracking"} == set(NOT_IN_CI)
 
 
-@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"ray"}))
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"dev", "docs", "ray"}))
 def test_every_other_extra_brings_what_commands_need(extra: str):
     assert {"rayclust[ray]", "rayclust[explore]"} & set(EXTRAS[extra])
 

@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 
 from rayclust.config import RunConfig, kind_of, parse, validate
 from rayclust.errors import ArtefactError
-from rayclust.methods import find, reads_pixels
+from rayclust.methods import reads_pixels
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
 from rayclust.store.lock import run_lock
@@ -59,6 +59,8 @@ def as_yaml(config: RunConfig) -> str:
 def starter(*, run: str, images: str, method: str, clusters: str) -> str:
     """Return a RUN.yaml to start from: what must be set, and every other key with its default and meaning as a comment.
 
+    Defaults are those of the method: one that learns from pixels has its own encoder and features.
+
     Args:
         run: folder or URI of the run.
         images: as `images.uri` takes them.
@@ -66,28 +68,30 @@ def starter(*, run: str, images: str, method: str, clusters: str) -> str:
         clusters: a number, `auto`, or candidates in brackets.
     """
     given = {"run": run, "images.uri": images, "method.name": method, "method.clusters": yaml.safe_load(clusters)}
+    # The number of clusters changes no other default.
+    config = validate({"run": run, "images": {"uri": images}, "method": {"name": method, "clusters": 2}})
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         "# Keys that begin with # stand for their defaults: remove it, and that of their group, to set them.",
     ]
 
-    def write(model: type[BaseModel], prefix: str) -> None:
+    def write(defaults: BaseModel, prefix: str) -> None:
         indent = "  " * prefix.count(".")
-        for name, field in model.model_fields.items():
+        for name, field in type(defaults).model_fields.items():
             key = prefix + name
-            group = find(method).config_type if key == "method" else field.annotation
+            value = getattr(defaults, name)
             mark = "" if any(each == key or each.startswith(f"{key}.") for each in given) else "#"
-            if isinstance(group, type) and issubclass(group, BaseModel):
+            if isinstance(value, BaseModel):
                 lines.extend(["", f"{mark}{indent}{name}:"])
-                write(group, f"{key}.")
+                write(value, f"{key}.")
                 continue
             lines.extend(f"{indent}# {line}" for line in textwrap.wrap(field.description or "", 110))
-            value = to_jsonable_python(given.get(key, field.get_default(call_default_factory=True)))
             # One line; `...` ends a document that is a bare word.
-            text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+            plain = to_jsonable_python(given.get(key, value))
+            text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
             lines.append(f"{mark}{indent}{name}: {text.strip().removesuffix('...').strip()}")
 
-    write(RunConfig, "")
+    write(config, "")
     return "\n".join(lines) + "\n"
 
 

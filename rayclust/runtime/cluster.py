@@ -160,9 +160,11 @@ def _warn_once(text: str) -> None:
 def describe_placement(placement: PlacementConfig) -> str:
     """Return where each kind of work runs, in one line."""
     kinds = {name: getattr(placement, name) for name in PlacementConfig.model_fields}
+    if not any(kinds.values()):
+        return "all work on any node"
     where = [f"{name} on {format_labels(labels) if labels else 'any node'}" for name, labels in kinds.items()]
-    work = ", ".join(where) if any(kinds.values()) else "all work on any node"
-    return f"{work}; the driver, with Tune's and Train's controllers, on the head of a cluster it is submitted to"
+    driver = "the driver, with Tune's and Train's controllers, on the head of a cluster it is submitted to"
+    return f"{', '.join(where)}; {driver}"
 
 
 def live_nodes(labels: Mapping[str, str]) -> list[dict[str, float]]:

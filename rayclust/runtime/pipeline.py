@@ -16,7 +16,7 @@ from rayclust.report.formats import duration
 from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
 from rayclust.runtime.cluster import scheduling, with_gpus
 from rayclust.runtime.driver import is_small, may_use_driver, use_driver
-from rayclust.runtime.progress import collect_timings
+from rayclust.runtime.progress import collect_timings, keep_progress
 from rayclust.store import storage
 from rayclust.store.lock import RunLock, run_lock
 from rayclust.store.manifest import (
@@ -352,7 +352,7 @@ def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
     started = time.monotonic()
     try:
         placement, small = context.config.resources.placement, _is_small(context)
-        with scheduling(placement), use_driver(small), collect_timings() as timings:
+        with scheduling(placement), use_driver(small), keep_progress(context.run), collect_timings() as timings:
             result = stage.run(context)
     except ArtefactError as error:
         uri, source = remove_damaged(context.run, STAGES, str(error))

@@ -23,6 +23,7 @@ from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
 from rayclust.runtime.inputs import input_shards, refuse_misplaced, source_shards, with_encoder
 from rayclust.runtime.members import plan_members
 from rayclust.runtime.spaces import ReadySpace, plan_ready
+from rayclust.runtime.trackers import refuse_missing
 from rayclust.runtime.vocabularies import check_classes, noun_lists, read_lists, vocabulary_kinds
 from rayclust.store import storage
 from rayclust.store.lock import check_conditional_puts
@@ -116,6 +117,7 @@ class _Checks:
         self.sample: Sample | None = None
 
     def describe_config(self) -> str:
+        refuse_missing(self.config)
         candidates = self.config.select_k.candidates
         clusters = str(self.config.method.clusters)
         if candidates is not None:

@@ -1,4 +1,4 @@
-"""Progress and timing of a stage: a bar on a terminal, a line every 30 s in a log, and busy seconds for `status`."""
+"""Progress and timing of a stage: a bar or log lines, `progress.json` and Ray's metrics for others, busy seconds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from rayclust.errors import DataError
 from rayclust.report.formats import duration
+from rayclust.store import storage
 from rayclust.store.manifest import Section
+from rayclust.store.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +33,40 @@ LOG_INTERVAL = 30.0
 FIRST_LINE = 5.0
 """Seconds until the first such line."""
 
+WRITE_INTERVAL = 10.0
+"""Seconds between two states of a stage in the run's `progress.json`."""
+
+METRICS = {
+    "done": "Units of work that a stage has done",
+    "total": "Units of work that a stage has to do",
+    "per_second": "Units of work per second since the stage began",
+    "rejects": "Images that cannot be used",
+    "loss": "Training loss",
+}
+"""Metrics of Ray, each behind `rayclust_`, with the tags run, stage and unit."""
+
 console = Console(stderr=True)
 """Shared by bars and log lines, so that neither breaks the other."""
+
+_run: ContextVar[Run | None] = ContextVar("run", default=None)
+
+
+@contextmanager
+def keep_progress(run: Run) -> Iterator[None]:
+    """Keep what the stage of the block has done in the run's `progress.json`, which stays where it is interrupted."""
+    token = _run.set(run)
+    try:
+        yield
+    finally:
+        _run.reset(token)
+    storage.remove(run.progress)
+
+
+@lru_cache
+def _gauge(name: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    return Gauge(f"rayclust_{name}", METRICS[name], tag_keys=("run", "stage", "unit"))
 
 
 class Progress:
@@ -46,8 +83,11 @@ class Progress:
         self.stage, self.unit, self.total = stage, unit, total
         self.done = self._resumed = done
         self.note = ""
+        self.measured = dict[str, float]()
+        self._run = _run.get()
         self._started = time.monotonic()
         self._last_line = self._started - LOG_INTERVAL + FIRST_LINE
+        self._last_write = self._started - WRITE_INTERVAL + FIRST_LINE
         self._lock = threading.Lock()
         self._bar: RichProgress | None = None
         if sys.stderr.isatty():
@@ -71,11 +111,14 @@ class Progress:
     def __exit__(self, *failure: object) -> None:
         if self._bar:
             self._bar.stop()
+        if any(failure):
+            self._write()
 
-    def advance(self, count: int = 0, note: str | None = None) -> None:
-        """Count `count` more as done; `note` is shown beside them, such as the number of rejects."""
+    def advance(self, count: int = 0, note: str | None = None, **measured: float) -> None:
+        """Count `count` more as done; `note` is shown beside them. What is measured goes to Ray's metrics."""
         with self._lock:
             self.done += count
+            self.measured |= measured
             self._show(note)
 
     def more(self, count: int, done: int = 0) -> None:
@@ -86,10 +129,11 @@ class Progress:
             self._resumed += done
             self._show(None)
 
-    def at(self, done: int, total: int | None = None, note: str | None = None) -> None:
-        """Set the number done, and the total if it has become known."""
+    def at(self, done: int, total: int | None = None, note: str | None = None, **measured: float) -> None:
+        """Set the number done, and the total if it has become known. What is measured goes to Ray's metrics."""
         with self._lock:
             self.done = done
+            self.measured |= measured
             self.total = total if total is not None else self.total
             self._show(note)
 
@@ -111,6 +155,26 @@ class Progress:
                 done += f" of {self.total:,}"
                 left = f", {duration((self.total - self.done) / rate)} left" if self.done > self._resumed else ""
             logger.info("%s: %s %s, %s%s", self.stage, done, self.unit, shown, left)
+        if now - self._last_write >= WRITE_INTERVAL:
+            self._last_write = now
+            self._write()
+
+    def _write(self) -> None:
+        """Write what is done to the run and to Ray's metrics, where a stage of a run is under way."""
+        if self._run is None:
+            return
+        facts = {"done": self.done, "total": self.total, "per_second": round(self.rate(), 3), **self.measured}
+        try:
+            content = {"stage": self.stage, "unit": self.unit, "note": self.note, **facts}
+            storage.write_json(self._run.progress, content)
+        except DataError as error:  # the work goes on, and the next one may be written
+            logger.debug("progress: not written: %s", error)
+        ray = sys.modules.get("ray")
+        if ray is not None and ray.is_initialized():
+            tags = {"run": self._run.uri, "stage": self.stage, "unit": self.unit}
+            for name in METRICS.keys() & facts.keys():
+                if facts[name] is not None:
+                    _gauge(name).set(float(facts[name]), tags=tags)
 
 
 @dataclass

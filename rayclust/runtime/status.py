@@ -1,4 +1,4 @@
-"""Report the state of a run, a line a stage: complete or missing, rates, rejects, and the health of the clusters."""
+"""Report the state of a run, a line a stage: done, under way or missing, rates, rejects, health of the clusters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rayclust.errors import ArtefactError
 from rayclust.report.formats import duration
 from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import SELECT_K, Manifests, stages_of
@@ -17,6 +18,8 @@ from rayclust.store.run import Run
 
 BUSY_SHARE = 0.5
 """Share of the time above which a group of workers counts as busy."""
+RATED_SECONDS, SLOW_SECONDS = 1.0, 5.0
+"""Time that a stage must have taken before its rate, and what held it up, say anything."""
 
 
 def facts(uri: str) -> dict[str, Any]:
@@ -24,12 +27,17 @@ def facts(uri: str) -> dict[str, Any]:
 
     Returns:
         run, method, clusters (None while select-k has not chosen), encoder; `stages`, in order, each with its state
-        (done, outdated, unfinished or missing), and of a complete one seconds, counts, rejects by reason and what held
-        it up; `occupied`, `largest_share` and `entropy` in nats once rows are assigned; `driver`, who works on the run,
-        and whether that has ended; `next`, the command that goes on.
+        (done, outdated, unfinished or missing), of a complete one seconds, counts, rejects by reason and what held it
+        up, of an unfinished one parts and `progress` (`progress.json`, and `checkpoint`, the last step of a training);
+        `occupied`, `largest_share` and `entropy` in nats once rows are assigned; `driver`, who works on the run, and
+        whether that has ended; `next`, the command that goes on.
     """
     config = load_run(uri)
     run, manifests = Run(config.run), Manifests(config)
+    try:
+        begun = storage.read_json(run.progress)
+    except (storage.MissingError, ArtefactError):
+        begun = {}
     has_choice = not config.needs_selection or manifests.of(SELECT_K) is not None
     found: dict[str, Any] = {
         "run": run.uri,
@@ -44,7 +52,13 @@ def facts(uri: str) -> dict[str, Any]:
         if manifest is None:
             marks = storage.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
             done = sum(mark.key.startswith("part-") for mark in marks)
-            found["stages"].append({"stage": stage, "state": "unfinished" if done else "missing", "parts_done": done})
+            progress = dict(begun) if begun.get("stage") == stage else None
+            if progress and stage == "train":
+                saved = storage.walk(run.at("checkpoints"), suffixes=("state.json",), missing_ok=True)
+                steps = [int(file.key.split("/")[-2].rpartition("-")[2]) for file in saved]
+                progress |= {"checkpoint": max(steps)} if steps else {}
+            state = "unfinished" if done or progress else "missing"
+            found["stages"].append({"stage": stage, "state": state, "parts_done": done, "progress": progress})
             continue
         found["stages"].append(
             {
@@ -81,18 +95,20 @@ def lines(uri: str) -> Iterator[str]:
     name = found["encoder"]
     encoder = "encoder unknown: no names, no search by text or image" if name == "unknown" else name
     yield f"{found['run']}: {found['method']}, {clusters}, {encoder}"
+    is_at_work = found["driver"] is not None and not found["driver_ended"]
+    first_open = next((each["stage"] for each in found["stages"] if each["state"] != "done"), None)
     for stage in found["stages"]:
         if stage["state"] in ("unfinished", "missing"):
-            done = stage["parts_done"]
-            text = f"not finished, {done} parts done" if done else "not started"
+            text = _describe_unfinished(stage, is_at_work and stage["stage"] == first_open)
         else:
             outdated = ", for another config or other inputs: runs again" if stage["state"] == "outdated" else ""
             text = stage["summary"] + outdated
         yield f"  {stage['stage']:<10} {text}"
     if "occupied" in found:
+        empty = found["sized"] - found["occupied"]
         yield (
-            f"  clusters   {found['occupied']} of {found['sized']} occupied, largest share "
-            f"{found['largest_share']:.1%}, entropy {found['entropy']:.2f} of {np.log(found['sized']):.2f} nats"
+            f"  clusters   {found['occupied']} of {found['sized']} have images, the largest holds "
+            f"{found['largest_share']:.1%} of all" + (f"; {empty} are empty" if empty else "")
         )
     if found["next"]:
         yield f"  {'next':<10} {found['next']}"
@@ -100,16 +116,36 @@ def lines(uri: str) -> Iterator[str]:
         yield f"  {'driver':<10} {found['driver']}{', which has ended' if found['driver_ended'] else ''}"
 
 
+def _describe_unfinished(stage: dict[str, Any], is_under_way: bool) -> str:
+    """Return how far a stage is, or was when it was interrupted."""
+    parts, progress = stage["parts_done"], stage["progress"]
+    kept = [f"{parts} {'part is' if parts == 1 else 'parts are'} finished"] if parts else []
+    if not progress:
+        state = "under way" if is_under_way else "not finished" if parts else "not started"
+        return ": ".join([state, *kept])
+    done, total, rate = progress["done"], progress["total"], progress["per_second"]
+    text = f"{done:,} of {total:,} {progress['unit']} ({done / total:.0%})" if total else f"{done:,} {progress['unit']}"
+    text += f", {progress['note']}" if progress["note"] else ""
+    if is_under_way:
+        left = f", about {duration((total - done) / rate)} left" if total and rate else ""
+        return f"under way: {text}, {rate:,.3g} a second{left}"
+    if "checkpoint" in progress:
+        kept.append(f"the last checkpoint is that of step {progress['checkpoint']:,}")
+    return "; ".join([f"stopped at {text}", *kept])
+
+
 def describe_manifest(manifest: Manifest) -> str:
     """Return time, rate, bottleneck, choice and rejects of a complete stage, in one line."""
     rows, counts = manifest.counts.get("rows"), manifest.counts
     text = f"done in {duration(manifest.seconds)}"
-    if rows is not None and manifest.seconds:
+    if rows is not None:
+        text += f", {rows:,} rows"
+    if rows is not None and manifest.seconds >= RATED_SECONDS:
         # The rate is that of the call that completed the stage: what earlier calls had finished makes it no faster.
         done = max((part.done for part in manifest.measured), default=0) or rows
-        text += f", {rows:,} rows, {done / manifest.seconds:,.0f} a second"
-        text += "" if done >= rows else f" ({done:,.0f} in the call that sealed it)"
-    if slowest := bottleneck(manifest.measured):
+        text += f", {done / manifest.seconds:,.0f} a second"
+        text += "" if done >= rows else f" ({done:,.0f} in the call that finished it)"
+    if manifest.seconds >= SLOW_SECONDS and (slowest := bottleneck(manifest.measured)):
         text += f", held up by {slowest}"
     if manifest.extra.get("reason"):
         text += f", {counts['candidates']} candidates: {manifest.extra['reason']}"

@@ -229,7 +229,7 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
             bar.advance(note=f"{rejected} rejects")
             for images, newly_rejected in count_chunks(chunks(context, todo)):
                 rejected += newly_rejected
-                bar.advance(images + newly_rejected, f"{rejected:,} rejects")
+                bar.advance(images + newly_rejected, f"{rejected:,} rejects", rejects=rejected)
                 _check_reject_share(config, rejected, total, {})
         before, done = len(done), finished_tasks(context.run, "encode", tasks, moments.take)
         idle = 0 if len(done) > before else idle + 1

@@ -20,6 +20,7 @@ from rayclust.runtime.edits import overlay_digest, shown_clusters
 from rayclust.runtime.pipeline import CURATE, SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
 from rayclust.runtime.rows import row_starts, rows_by_part
 from rayclust.runtime.tasks import STORAGE_THREADS
+from rayclust.runtime.trackers import Trackers
 from rayclust.stages.curate import FACTS, FOLDER
 from rayclust.stages.figures import drawings
 from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
@@ -104,8 +105,11 @@ def run(context: StageContext) -> StageResult:
         rejects=tuple(_rejects(run, encode)),
         notes=tuple(notes),
     )
-    page = render(data, limits).encode()
+    rendered = render(data, limits)
+    page = rendered.encode()
     outputs = put_bytes(run, run.report, page)
+    if config.tracking.to:
+        Trackers(config, context.inputs["train"].digest).finish(metrics, rendered)
     return StageResult(outputs, {"clusters": len(clusters)}, {}, f"{len(page) / 1e6:.1f} MB, {run.report}")
 
 

@@ -7,18 +7,16 @@ the cluster, training resumes from the newest complete one. Ray Train only place
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import safetensors.torch
@@ -38,6 +36,7 @@ from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, Stage, StageContext, StageResult, method_settings, settings_of
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
+from rayclust.runtime.trackers import Trackers
 from rayclust.store import manifest, storage
 from rayclust.store.manifest import Manifest, read_unchanged
 from rayclust.store.run import Run
@@ -45,8 +44,6 @@ from rayclust.training.loop import Trainer
 
 logger = logging.getLogger(__name__)
 
-UPLOAD_SECONDS = 10.0
-"""Least time between two uploads of TensorBoard's event files."""
 CHECKPOINTS_KEPT = 2
 """The newest, and the one before it while the newest is being written."""
 ELASTIC_START_SECONDS = "30"
@@ -175,7 +172,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     rows = RowsWithMembers(partitions, run, job.encode, config.features, cache, group.rank, group.size)
     method = build_for(rows, config.method, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
-    trackers = Trackers(config) if group.rank == 0 and job.stage == "train" else None
+    trackers = Trackers(config, job.digest) if group.rank == 0 and job.stage == "train" else None
 
     def on_row(row: dict[str, Any]) -> None:
         settings["report"](row | total)
@@ -266,8 +263,8 @@ def _send(metrics: Any, row: dict[str, Any]) -> None:
 
 
 def _show(progress: Progress, row: dict[str, Any]) -> None:
-    loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
-    progress.at(int(row.get("step", 0)), row.get("steps"), loss)
+    loss = {} if row.get("loss") is None else {"loss": float(row["loss"])}
+    progress.at(int(row.get("step", 0)), row.get("steps"), f"loss {loss['loss']:.4f}" if loss else "", **loss)
 
 
 @contextmanager
@@ -294,105 +291,6 @@ def _watch_metrics(progress: Progress) -> Iterator[Callable[[dict[str, Any]], No
     finally:
         over.set()
         thread.join(timeout=5)
-
-
-class Trackers:
-    """Sends each epoch's metrics to the services of `tracking.to`; one that fails is logged and dropped.
-
-    Raises:
-        ConfigError: a package is not installed.
-    """
-
-    def __init__(self, config: RunConfig) -> None:
-        self._open: dict[str, _Tracker] = {}
-        for name in config.tracking.to:
-            package, build_tracker = _TRACKERS[name]
-            try:
-                library = importlib.import_module(package)
-            except ImportError as error:
-                refusal = f"tracking.to = {name}: the package {package} is not installed, remove it or install it"
-                raise ConfigError(refusal) from error
-            self._open[name] = build_tracker(library, config)
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Send a row of metrics: numbers, and lists of numbers as name/index."""
-        numbers = dict[str, float]()
-        for key, value in row.items():
-            if key in ("epoch", "step", "steps"):  # the time axis, not a metric
-                continue
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                numbers |= {f"{key}/{place}": float(each) for place, each in enumerate(value)}
-            elif isinstance(value, int | float):
-                numbers[key] = float(value)
-        self._each(lambda tracker: tracker.send(numbers, step=int(row.get("step", 0))))
-
-    def close(self) -> None:
-        """Send what is left."""
-        self._each(lambda tracker: tracker.close())
-
-    def _each(self, action: Callable[[_Tracker], None]) -> None:
-        for name, tracker in list(self._open.items()):
-            try:
-                action(tracker)
-            except Exception as error:  # noqa: BLE001 - whatever a tracker's service does, the training goes on
-                logger.warning("tracking.to = %s: %s; no more is sent there", name, " ".join(str(error).split()))
-                del self._open[name]
-
-
-class _Tracker(NamedTuple):
-    """The two calls into one service."""
-
-    send: Callable[..., Any]
-    """Called with the numbers by name, and with `step` by keyword."""
-    close: Callable[[], Any]
-
-
-def _tensorboard(library: Any, config: RunConfig) -> _Tracker:
-    """Write event files to a local folder, and copy them to `tensorboard/` below the run; one more after each resume.
-
-    They are no artefact: no manifest lists them and nothing reads them.
-    """
-    folder = tempfile.TemporaryDirectory(prefix="rayclust-tensorboard-", ignore_cleanup_errors=True)
-    writer = library.SummaryWriter(folder.name, flush_secs=int(UPLOAD_SECONDS) // 2)
-    uploaded = time.monotonic()
-
-    def send(numbers: dict[str, float], step: int, *, is_last: bool = False) -> None:
-        nonlocal uploaded
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
-        if is_last:
-            writer.close()  # waits for what is still on its way to the file, which a flush does not
-        if is_last or time.monotonic() - uploaded >= UPLOAD_SECONDS:
-            for file in Path(folder.name).iterdir():
-                storage.write_bytes(Run(config.run).at("tensorboard", file.name), file.read_bytes())
-            uploaded = time.monotonic()
-        if is_last:
-            folder.cleanup()
-
-    return _Tracker(send, partial(send, {}, 0, is_last=True))
-
-
-def _wandb(library: Any, config: RunConfig) -> _Tracker:
-    """Start a run of Weights & Biases, configured by its own environment variables."""
-    settings = config.model_dump(mode="json")
-    run = library.init(project=config.tracking.project, name=config.run, config=settings)
-    return _Tracker(run.log, run.finish)
-
-
-def _mlflow(library: Any, config: RunConfig) -> _Tracker:
-    """Start a run of MLflow, configured by its own environment variables."""
-    library.set_experiment(config.tracking.project)
-    library.start_run(run_name=config.run)
-    library.log_params({"method": config.method.name, "clusters": config.method.clusters})
-    return _Tracker(library.log_metrics, library.end_run)
-
-
-_TRACKERS: dict[str, tuple[str, Callable[[Any, RunConfig], _Tracker]]] = {
-    "tensorboard": ("tensorboardX", _tensorboard),
-    "wandb": ("wandb", _wandb),
-    "mlflow": ("mlflow", _mlflow),
-}
-"""By name in `tracking.to`: the package, and the function that starts it."""
 
 
 STAGE = Stage(

@@ -27,6 +27,10 @@ class Run:
     """The config that the run was last started with."""
     lease: str = field(default="lease.json", init=False)
     """The lock of the run."""
+    progress: str = field(default="progress.json", init=False)
+    """What the stage under way, or the one that was interrupted, has done."""
+    tracking: str = field(default="tracking.json", init=False)
+    """Under which id trackers know the fit."""
     embeddings_folder: str = field(default="embeddings", init=False)
     """Folder of `tables.EMBEDDINGS`, one table per input shard; with several spaces of a folder for each."""
     rows_folder: str = field(default="rows", init=False)

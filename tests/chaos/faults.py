@@ -108,7 +108,7 @@ def _looking(recorder: Recorder, real: Callable[..., Any]) -> Callable[..., Any]
     return look
 
 
-_WITH_TIMES = ("manifests/", "tensorboard/")
+_WITH_TIMES = ("manifests/", "tensorboard/", "tracking.json", "progress.json")
 DAMAGES = ("cut", "flipped", "zeros", "empty", "gone", "folder gone")
 
 

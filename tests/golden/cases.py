@@ -162,7 +162,7 @@ def run_case(name: str, scratch: Path) -> str:
 def digests_of(run: str) -> dict[str, str]:
     """Return the digest of every artefact of a run by its path, and of what each stage says besides.
 
-    Tables are digested by their content without the column `uri`; the report and TensorBoard's events, which
+    Tables are digested by their content without the column `uri`; the report, and what trackers get, which
     hold URIs, dates and times, are left out.
     """
     filesystem, root = fsspec.core.url_to_fs(run)
@@ -170,7 +170,7 @@ def digests_of(run: str) -> dict[str, str]:
     for path in sorted(filesystem.find(root)):
         name = path[len(root.rstrip("/")) + 1 :]
         left_out = name.startswith(("manifests/", "report/", "checkpoints/", "tensorboard/", "."))
-        if left_out or name in ("run.json", "config.json"):  # the last hold the RUN.yaml, with its URIs
+        if left_out or name in ("run.json", "config.json", "tracking.json"):  # with URIs, and an id of its own
             continue
         content = filesystem.cat_file(path)
         if name.endswith(".parquet"):

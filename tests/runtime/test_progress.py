@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rayclust.runtime import progress
-from rayclust.runtime.progress import LOG_INTERVAL, Progress, duration
+from rayclust.runtime.progress import FIRST_LINE, LOG_INTERVAL, Progress, duration
+from rayclust.store import storage
+from rayclust.store.run import Run
 
 
 class Clock:
@@ -92,6 +97,61 @@ def test_a_terminal_gets_a_bar_and_no_lines(clock: Clock, lines: pytest.LogCaptu
         assert (task.completed, task.total) == (4, 10)
         assert "1 reject" in task.fields["note"]
     assert lines.messages == []
+
+
+def test_a_stage_keeps_what_it_has_done_in_the_run_until_it_ends(clock: Clock, tmp_path: Path):
+    run = Run(str(tmp_path))
+    with progress.keep_progress(run):
+        shown = Progress("encode", "images", total=1000, done=400)
+        clock.now += FIRST_LINE - 1
+        shown.advance(100)
+        assert not (tmp_path / "progress.json").exists(), "a short stage writes nothing"
+        clock.now += 1
+        shown.advance(0, "2 rejects", rejects=2)
+        assert storage.read_json(run.progress) == {
+            "stage": "encode", "unit": "images", "note": "2 rejects",
+            "done": 500, "total": 1000, "per_second": 20.0, "rejects": 2,
+        }  # fmt: skip
+    assert not (tmp_path / "progress.json").exists()
+
+    def interrupted() -> None:
+        with progress.keep_progress(run), Progress("train", "steps") as shown:
+            shown.at(7)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert storage.read_json(run.progress)["done"] == 7
+    with Progress("predict", "images") as shown:  # outside of a stage nothing is kept
+        clock.now += LOG_INTERVAL
+        shown.advance(1)
+    assert storage.read_json(run.progress)["stage"] == "train"
+
+
+def test_rays_metrics_get_what_is_measured(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sent = dict[str, tuple[float, dict[str, str]]]()
+
+    class Gauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name, self.tag_keys = name, tag_keys
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert set(tags) == set(self.tag_keys)
+            sent[self.name] = value, tags
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "ray.util.metrics", SimpleNamespace(Gauge=Gauge))
+    progress._gauge.cache_clear()
+    with progress.keep_progress(Run(str(tmp_path))):
+        shown = Progress("train", "steps")
+        clock.now += 10
+        shown.at(50, note="loss 0.5", loss=0.5)
+    progress._gauge.cache_clear()
+    assert {name: value for name, (value, _) in sent.items()} == {
+        "rayclust_done": 50, "rayclust_per_second": 5, "rayclust_loss": 0.5,
+    }  # fmt: skip
+    assert sent["rayclust_loss"][1] == {"run": str(tmp_path), "stage": "train", "unit": "steps"}
 
 
 def test_what_workers_are_busy_with_adds_up_by_kind():

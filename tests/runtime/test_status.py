@@ -27,9 +27,7 @@ def test_every_stage_has_its_line_with_counts_rejects_and_clusters(pictures_run:
     assert "24 rows" in shown[1]
     assert "1 rejects (1 empty)" in shown[1]
     assert all("done in" in line and "again" not in line for line in shown[1:-1])
-    assert shown[-1].split(maxsplit=1)[1] == (
-        f"3 of 3 occupied, largest share 33.3%, entropy {np.log(3):.2f} of {np.log(3):.2f} nats"
-    )
+    assert shown[-1].split(maxsplit=1)[1] == "3 of 3 have images, the largest holds 33.3% of all"
 
 
 def test_what_is_missing_half_done_or_outdated_is_said(pictures_run: Sealed, tmp_path: Path):
@@ -38,7 +36,7 @@ def test_what_is_missing_half_done_or_outdated_is_said(pictures_run: Sealed, tmp
     Path(run.manifest("neighbors")).unlink()
     Path(run.manifest("label")).unlink()
     shown = {line.split()[0]: line for line in lines(run.uri)}
-    assert "not finished, 1 parts done" in shown["neighbors"]
+    assert "not finished: 1 part is finished" in shown["neighbors"]
     assert "not started" in shown["label"]
     assert "runs again" in shown["evaluate"]
     assert all("runs again" not in shown[name] for name in ("train", "index"))
@@ -63,6 +61,7 @@ def test_the_facts_of_a_finished_run_are_plain_data(pictures_run: Sealed):
     assert {stage["state"] for stage in found["stages"]} == {"done"}
     assert (found["stages"][0]["counts"]["rows"], found["stages"][0]["reasons"]) == (24, {"empty": 1})
     assert (found["clusters"], found["occupied"], found["next"]) == (3, 3, None)
+    assert found["entropy"] == pytest.approx(np.log(3))
 
 
 def test_who_works_on_the_run_is_said(tmp_path: Path):
@@ -75,6 +74,37 @@ def test_who_works_on_the_run_is_said(tmp_path: Path):
     assert "has ended" not in last
     storage.write_json(run.lease, lease | {"born": "1"})
     assert list(lines(run.uri))[-1].endswith(", which has ended")
+
+
+ENCODE = {"stage": "encode", "unit": "images", "done": 1200, "total": 3000, "per_second": 85.0, "note": "3 rejects"}
+
+
+def test_a_stage_under_way_or_interrupted_says_how_far_it_is(tmp_path: Path):
+    save_config(validate(tree(str(tmp_path), "/images")))
+    run = Run(str(tmp_path))
+
+    def line() -> str:
+        return next(line for line in lines(run.uri) if line.split()[0] == "encode").split(maxsplit=1)[1]
+
+    with run_lock(run):
+        assert line() == "under way"
+        storage.write_json(run.progress, ENCODE)
+        assert line() == "under way: 1,200 of 3,000 images (40%), 3 rejects, 85 a second, about 21 s left"
+    assert line() == "stopped at 1,200 of 3,000 images (40%), 3 rejects"
+    storage.write_json(run.shard_manifest(0), {})
+    assert line() == "stopped at 1,200 of 3,000 images (40%), 3 rejects; 1 part is finished"
+    assert facts(run.uri)["stages"][0]["progress"] == ENCODE
+
+
+def test_an_interrupted_training_names_its_last_checkpoint(tmp_path: Path):
+    save_config(validate(tree(str(tmp_path), "/images")))
+    run = Run(str(tmp_path))
+    storage.write_json(run.progress, ENCODE | {"stage": "train", "unit": "steps", "total": None, "note": "loss 0.5"})
+    for step in (400, 1000):
+        storage.write_json(run.at("checkpoints", "abc", f"step-{step:09d}", "state.json"), {})
+    shown = {line.split()[0]: line for line in lines(run.uri)}
+    assert shown["encode"].endswith("not started")
+    assert shown["train"].endswith("stopped at 1,200 steps, loss 0.5; the last checkpoint is that of step 1,000")
 
 
 def test_no_run_is_one_line(tmp_path: Path):
@@ -90,10 +120,10 @@ def test_the_busiest_workers_are_named_with_what_they_did():
     assert bottleneck([idle]) == bottleneck([]) == ""
 
 
-def test_a_rate_is_of_the_call_thatdescribe_manifest_the_stage():
+def test_a_rate_is_of_the_call_that_finished_the_stage():
     parts = Section(name="parts", workers=2, seconds=9, busy={"working": 16.0}, done=100)
     sealed = Manifest(stage="assign", digest="", seconds=10, counts={"rows": 1000}, measured=(parts,))
-    assert "1,000 rows, 10 a second (100 in the call that sealed it), held up by" in describe_manifest(sealed)
+    assert "1,000 rows, 10 a second (100 in the call that finished it), held up by" in describe_manifest(sealed)
     whole = sealed.model_copy(update={"measured": (parts.model_copy(update={"done": 1000}),)})
     assert "1,000 rows, 100 a second, held up by" in describe_manifest(whole)
     assert describe_manifest(sealed.model_copy(update={"measured": ()})).endswith("1,000 rows, 100 a second")
