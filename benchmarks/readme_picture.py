@@ -1,9 +1,10 @@
 """The picture on README's first screen: named clusters of a real run, with pixels that anybody may show.
 
-Takes crops of nine photographs that come with scikit-image and are free of rights (CC0, public domain or without known
-restrictions: see the docstrings of `skimage.data`), runs `rayclust quick` on them, and draws each cluster with name,
-size and most typical crops. Nothing is chosen by hand but the photographs and K. The encoder and the words are
-those of the folder of shared data.
+Takes crops of ten photographs of things that come with scikit-learn (CC BY 2.0: china.jpg by danielbuechele, flower.jpg
+by vultilion) and scikit-image (CC0, public domain or without known restrictions: see the docstrings of `skimage.data`),
+runs `rayclust quick` on them, and draws each cluster with name, size and most typical crops. Nothing is chosen by hand
+but the photographs and K. The encoder and the words are those of the folder of shared data: a small network that
+was trained on ImageNet, and ImageNet's classes with all that WordNet has above them.
 
     pip install scikit-image
     python benchmarks/readme_picture.py --data DATA --out docs/clusters.jpg
@@ -25,29 +26,43 @@ from PIL import Image
 
 import rayclust as rc
 
-PHOTOS = (
-    *("astronaut.png", "brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
-    *("hubble_deep_field.jpg", "rocket.jpg"),
-)
+PHOTOS = {
+    "sklearn/datasets/images": ("china.jpg", "flower.jpg"),
+    "skimage/data": (
+        *("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "hubble_deep_field.jpg"),
+        *("retina.jpg", "rocket.jpg"),
+    ),
+}
+"""By package and folder."""
+CLUSTERS = 10
 CROPS, SIDE, SHOWN = 60, 192, 7
 """Crops of each photograph, side of a crop in pixels, and crops of each cluster in the picture."""
 
 
+def _photographs() -> list[Path]:
+    """Return the photographs' paths in the packages that bring them."""
+    found = []
+    for place, names in PHOTOS.items():
+        package, _, folder = place.partition("/")
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit("pip install scikit-image: most of the photographs come with it")
+        found += [Path(spec.submodule_search_locations[0]) / folder / name for name in names]
+    return found
+
+
 def write_crops(folder: Path) -> None:
     """Write seeded square crops of every photograph, of 40 to 80 % of its shorter side, half of them mirrored."""
-    package = find_spec("skimage")
-    if package is None or not package.submodule_search_locations:
-        raise SystemExit("pip install scikit-image: the photographs come with it")
     rng = np.random.default_rng(0)
-    for name in PHOTOS:
-        photo = Image.open(Path(package.submodule_search_locations[0]) / "data" / name).convert("RGB")
+    for path in _photographs():
+        photo = Image.open(path).convert("RGB")
         for number in range(CROPS):
             side = int(min(photo.size) * rng.uniform(0.4, 0.8))
             left, top = (int(rng.integers(0, length - side + 1)) for length in photo.size)
             crop = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             if rng.random() < 0.5:
                 crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            crop.save(folder / f"{Path(name).stem}-{number:02d}.jpg", quality=92)
+            crop.save(folder / f"{path.stem}-{number:02d}.jpg", quality=92)
 
 
 def draw(run: rc.runtime.results.RunTables, path: Path) -> None:
@@ -55,7 +70,10 @@ def draw(run: rc.runtime.results.RunTables, path: Path) -> None:
     mpl.use("Agg")
     clusters = run.frame("clusters").sort_values("size", ascending=False, kind="stable")
     rows = (len(clusters) + 1) // 2
-    figure, axes = plt.subplots(rows, 2 * SHOWN + 1, figsize=(12, 1.02 * rows), dpi=110)
+    widths = [1.0] * SHOWN + [0.3] + [1.0] * SHOWN
+    figure, axes = plt.subplots(
+        rows, len(widths), figsize=(12, 1.04 * rows), dpi=110, gridspec_kw={"width_ratios": widths}
+    )
     for axis in axes.flat:
         axis.axis("off")
     for place, cluster in enumerate(clusters.itertuples()):
@@ -89,7 +107,7 @@ def main() -> None:
             "label.vocabulary": given.data / "vocab" / "synsets_a.parquet",
         }
         command = [sys.executable, "-m", "rayclust", "quick", str(work / "photos"), "--out", str(work / "run")]
-        command += ["--clusters", str(len(PHOTOS)), "--encoder", "timm/mobilenetv2_100"]
+        command += ["--clusters", str(CLUSTERS), "--encoder", "timm/mobilenetv2_100"]
         subprocess.run(command + [f"{key}={value}" for key, value in settings.items()], check=True)
         draw(rc.load(str(work / "run")), given.out)
 

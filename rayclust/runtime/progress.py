@@ -173,8 +173,9 @@ class Progress:
         if ray is not None and ray.is_initialized():
             tags = {"run": self._run.uri, "stage": self.stage, "unit": self.unit}
             for name in METRICS.keys() & facts.keys():
-                if facts[name] is not None:
-                    _gauge(name).set(float(facts[name]), tags=tags)
+                value = facts[name]
+                if value is not None:
+                    _gauge(name).set(float(value), tags=tags)
 
 
 @dataclass
