@@ -194,7 +194,7 @@ def test_status_tells_the_choice_and_that_there_is_none_yet(copied: Sealed):
     Path(copied.run.manifest("select-k")).unlink()
     shown = list(lines(copied.config.run))
     assert "clusters yet to be counted" in shown[0]
-    assert "not finished, 5 parts done" in next(line for line in shown if line.split()[0] == "select-k")
+    assert "not finished: 5 parts are finished" in next(line for line in shown if line.split()[0] == "select-k")
 
 
 def test_train_by_itself_waits_for_the_choice_and_the_index_does_not(copied: Sealed):
