@@ -304,7 +304,7 @@ def without_handlers():
 def test_auto_says_what_it_chose_and_why():
     x, _ = planted()
     found = rc.Auto(4, random_state=0).fit(x)
-    assert [row["candidate"] for row in found.candidates_] == ["k-means", "refined k-means", "consensus"]
+    assert [row["candidate"] for row in found.candidates_][:3] == ["k-means", "refined k-means", "consensus"]
     assert sum(row["chosen"] for row in found.candidates_) == 1
     assert found.choice_ is None
 

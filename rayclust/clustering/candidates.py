@@ -1,18 +1,19 @@
-"""Candidates for a partition: k-means from many starts, its refinement, a consensus; and the choice by evidence.
+"""Candidates for a partition: k-means from many starts, its refinement, two consensuses; and the choice by evidence.
 
 The partitions of k-means from starts in three views of the rows (their leading components, the same at length 1, and
-the same averaged over nearest neighbours) are the members of two candidates: the floor, refined without another
-structure, and a vote, which may have another. Both end in a linear classifier that is fitted to the surest rows of each
-cluster. benchmarks/defaults.py has the sets on which the constants were found.
+the same averaged over nearest neighbours) and in the spectral embedding of the neighbour graph are members. The floor
+is the one of least inertia; the second candidate refines it without another structure; the third and the fourth are
+votes of refined members, so that no single local optimum decides. All but the floor end in a linear classifier that is
+fitted to the surest rows of each cluster. benchmarks/defaults.py has the sets on which the constants were found.
 
-Parts: k-means++ (Arthur and Vassilvitskii 2007), consensus by alternating alignment (Strehl and Ghosh 2002), label
-propagation (Zhou et al. 2004), modularity (Newman and Girvan 2004).
+Parts: k-means++ (Arthur and Vassilvitskii 2007), spectral clustering (Ng, Jordan and Weiss 2001), consensus by
+alternating alignment (Strehl and Ghosh 2002), label propagation (Zhou et al. 2004), modularity (Newman, Girvan 2004).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.nn import functional
 from rayclust.clustering import kmeans
 from rayclust.clustering.consensus import ridge_classifier, surest_rows, vote
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
+from rayclust.clustering.spectral import leading_eigenpairs
 from rayclust.distributed import data_group
 
 COMPONENTS, COMPONENTS_PER_CLUSTER = 128, 2
@@ -34,17 +36,26 @@ OPERATION_LIMIT = 2e13
 """Multiplications of one k-means partition above which a single one is made, without candidates."""
 MAX_ITERATIONS = 100
 VOTING_SHARE = 0.5
-"""Share of the members, those of least inertia in the smoothed view, that vote."""
+"""Share of the members, those of least inertia in their view, that vote."""
 SUREST_SHARE = 0.7
 """ρ, share of each cluster's rows to which the classifier is fitted."""
 RIDGE = 1e-3
 """λ of the classifier, per row that it is fitted to."""
 PROPAGATION, PROPAGATION_STEPS = 0.8, 10
 """Weight of the neighbours, and steps, of label propagation."""
-MAX_AGREEMENT_LOSS = 0.02
+MIN_NEIGHBORS, MIN_SPECTRAL_NEIGHBORS = 3, 5
+"""Neighbours that are averaged at least; of small clusters √(n / K), so that a row's do not leave its cluster. The
+spectral embedding takes more at least, so that the graph holds together."""
+SPECTRAL_LIMIT, SPECTRAL_TOLERANCE = 6e9, 1e-3
+"""n·K² above which there is no spectral embedding; residual of its eigenvectors."""
+MAX_MODULARITY_LOSS = 0.005
+"""Modularity that a candidate may have less than the one before it."""
+MAX_AGREEMENT_LOSS = 0.05
 """Share of neighbour pairs that a candidate may keep less than the one before it."""
-MAX_EVENNESS_GAIN = 0.05
+MAX_EVENNESS_GAIN = 0.1
 """Entropy of the sizes, relative to ln K, by which a candidate may be more even than the one before it."""
+MIN_OCCUPIED = 0.75
+"""Share of the clusters that must have rows: where K is too large for the data, a vote leaves some empty."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +73,50 @@ class Candidate:
     """`inertia` per row, `modularity` and `neighbor_agreement` on the raw graph, `size_entropy` / ln K, `occupied`."""
 
 
-def choose(
-    candidates: Sequence[Candidate],
-    agreement_loss: float = MAX_AGREEMENT_LOSS,
-    evenness_gain: float = MAX_EVENNESS_GAIN,
-) -> Candidate:
-    """Return the last candidate for which the evidence holds against the one that would be kept without it.
+@dataclass(frozen=True)
+class Bounds:
+    """What the neighbour graph may say against a candidate before the one before it is kept."""
 
-    It must keep more neighbours together beyond chance (modularity), lose next to none of the pairs that were kept, not
-    make sizes more even (which modularity rewards), and lose no cluster.
+    modularity_loss: float = MAX_MODULARITY_LOSS
+    agreement_loss: float = MAX_AGREEMENT_LOSS
+    evenness_gain: float = MAX_EVENNESS_GAIN
+
+
+def is_supported(
+    new: Mapping[str, float], old: Mapping[str, float], clusters: int, bounds: Bounds | None = None
+) -> bool:
+    """Return whether a partition may replace another: whether the neighbour graph does not speak against it.
+
+    It must keep neighbours together beyond chance (modularity) nearly as well, lose few of the pairs that were kept,
+    not make sizes much more even (which modularity rewards), and leave few clusters empty.
+
+    Args:
+        new: evidence for the one that comes.
+        old: evidence for the one that would be kept.
+        clusters: K.
+        bounds: None takes those above.
+    """
+    bounds = bounds or Bounds()
+    return (
+        new["modularity"] > old["modularity"] - bounds.modularity_loss
+        and new["neighbor_agreement"] > old["neighbor_agreement"] - bounds.agreement_loss
+        and new["size_entropy"] < old["size_entropy"] + bounds.evenness_gain
+        and new["occupied"] >= min(old["occupied"], int(MIN_OCCUPIED * clusters))
+    )
+
+
+def choose(candidates: Sequence[Candidate], bounds: Bounds | None = None) -> Candidate:
+    """Return the last candidate that may replace the one kept without it.
+
+    A vote of many partitions is right more often than one of them: nothing need speak for it, only nothing against.
 
     Args:
         candidates: the floor first.
-        agreement_loss: share of neighbour pairs that it may keep less.
-        evenness_gain: entropy of the sizes, relative to ln K, by which it may be more even.
+        bounds: on the evidence.
     """
     chosen = candidates[0]
     for candidate in candidates[1:]:
-        new, old = candidate.evidence, chosen.evidence
-        if (
-            new["modularity"] > old["modularity"]
-            and new["neighbor_agreement"] > old["neighbor_agreement"] - agreement_loss
-            and new["size_entropy"] < old["size_entropy"] + evenness_gain
-            and new["occupied"] >= old["occupied"]
-        ):
+        if is_supported(candidate.evidence, chosen.evidence, candidate.weight.shape[-1], bounds):
             chosen = candidate
     return chosen
 
@@ -93,75 +124,104 @@ def choose(
 def make_candidates(
     x: Tensor, neighbors: Tensor, clusters: int, seed: int, *, restarts: int = 16, rounds: int = 2, rivals: bool = True
 ) -> list[Candidate]:
-    """Make the floor, its refinement and the consensus; the floor alone where more would take too long.
+    """Make the floor, its refinement and the votes; the floor alone where more would take too long.
 
     Workers share the passes of k-means; all else is made from the same numbers on each.
 
     Args:
         x: Float[n D], the same on all workers.
-        neighbors: Int64[n M], −1 where a row has fewer.
+        neighbors: Int64[n M], nearest first, −1 where a row has fewer.
         clusters: K.
         seed: of all starts.
         restarts: starts of k-means in each view; fewer where they would take long.
         rounds: how often rows are averaged with their neighbours in the smoothed view.
         rivals: whether there is more than the floor.
     """
-    K = clusters
-    # 1. Leading components of the centred rows.
-    mean = x.mean(0)
-    basis = leading_components(x - mean, max(COMPONENTS, COMPONENTS_PER_CLUSTER * K))
-    p = (x - mean) @ basis
-    operations = 25.0 * len(p) * K * p.shape[1]
+    K, space = clusters, _Space(x, neighbors, clusters)
+    p, n = space.p, len(x)
+    operations = 25.0 * n * K * p.shape[1]
     restarts = max(1, min(restarts, int(OPERATIONS / operations)))
-    seeds = np.random.SeedSequence(seed).generate_state(3).tolist()
-
-    def measured(name: str, weight: Tensor, bias: Tensor) -> Candidate:
-        """Return the candidate of a classifier of p."""
-        labels = (p @ weight + bias).argmax(1)
-        evidence = _evidence(p, labels, neighbors, K)
-        return Candidate(name, labels, basis @ weight, bias - mean @ (basis @ weight), evidence)
-
-    def floor(labels: Tensor) -> Candidate:
-        """Return a k-means partition; its classifier compares |p − c|², less |p|²."""
-        centers = _means(p, labels[None], K)[0]
-        empty = torch.bincount(labels, minlength=K) == 0
-        bias = (-0.5 * centers.square().sum(1)).masked_fill(empty, -torch.inf)
-        return measured("k-means", centers.T, bias)
-
-    def classified(name: str, labels: Tensor, confidence: Tensor, margin: Tensor) -> Candidate:
-        """Return the classifier that is fitted to the surest rows of each cluster."""
-        kept = surest_rows(labels, confidence, margin, SUREST_SHARE).to(p.device)
-        return measured(name, *ridge_classifier(p[kept], labels[kept], K, RIDGE * int(kept.sum())))
-
+    seeds = np.random.SeedSequence(seed).generate_state(4).tolist()
     options = kmeans.KMeansOptions(clusters=K, metric="euclidean", restarts=restarts, max_iterations=MAX_ITERATIONS)
     raw, raw_inertia = kmeans.fit_all(p, options, seeds[0])
-    if not rivals or operations > OPERATION_LIMIT or len(p) <= K:
-        return [floor(raw[int(raw_inertia.argmin())])]
-    # 2. k-means of the other views. Partitions of raw rows go on in the smoothed view, those of the smoothed view in
+    if not rivals or operations > OPERATION_LIMIT or n <= K:
+        return [space.nearest_means("k-means", raw[int(raw_inertia.argmin())])]
+    # 1. k-means of the other views. Partitions of raw rows go on in the smoothed view, those of the smoothed view in
     # the raw one: each structure is then known by its inertia in both.
-    unit, smoothed = functional.normalize(p, dim=1), smooth(p, neighbors, rounds)
+    columns = max(MIN_NEIGHBORS, round(math.sqrt(n / K)))
+    unit, smoothed = functional.normalize(p, dim=1), smooth(p, neighbors[:, :columns], rounds)
     cosine, _ = kmeans.fit_all(unit, options, seeds[1])
     fresh, fresh_inertia = kmeans.fit_all(smoothed, options, seeds[2])
     moved, moved_inertia = kmeans.fit_all(smoothed, options, seeds[2], _means(smoothed, torch.cat([raw, cosine]), K))
     back, back_inertia = kmeans.fit_all(p, options, seeds[0], _means(p, torch.cat([cosine, fresh]), K))
     structures, inertia = torch.cat([raw, back]), torch.cat([raw_inertia, back_inertia])
     members, smooth_inertia = torch.cat([moved, fresh]), torch.cat([moved_inertia, fresh_inertia])
-    # 3. The floor: the least inertia of the raw rows.
+    # 2. The floor: the least inertia of the raw rows.
     best = int(inertia.argmin())
-    candidates = [floor(structures[best])]
-    # 4. The same structure in the smoothed view, propagated over the graph and classified, twice.
-    labels = members[best]
-    for _ in range(2):
-        shares = _propagate(labels, neighbors, K)
-        top = shares.topk(2, dim=1).values
-        refined = classified("refined k-means", shares.argmax(1), top[:, 0], top[:, 0] - top[:, 1])
-        labels = refined.labels
-    candidates.append(refined)
-    # 5. The vote of the members of least inertia in the smoothed view.
-    voters = smooth_inertia.argsort(stable=True)[: max(1, int(VOTING_SHARE * len(members)))]
-    result = vote(list(members[voters]), K, members[voters[0]])
-    candidates.append(classified("consensus", result.labels, result.confidence, result.margin))
+    candidates = [space.nearest_means("k-means", structures[best])]
+    # 3. The same structure in the smoothed view, refined twice.
+    graph = _mean_of_neighbors(neighbors[:, :columns])
+    candidates.append(space.refined("refined k-means", space.refined("", members[best], graph).labels, graph))
+    # 4. The vote of the members of least inertia in the smoothed view, each refined.
+    voters = [space.refined("", members[place], graph).labels for place in _better_half(smooth_inertia)]
+    candidates.append(space.voted("consensus", voters))
+    # 5. The vote of every second of them with as many spectral partitions, which join what the graph joins.
+    if n * K * K <= SPECTRAL_LIMIT:
+        dense = _mean_of_neighbors(neighbors[:, : max(MIN_SPECTRAL_NEIGHBORS, columns)])
+        embedded = _spectral_embedding(dense, K, seeds[3]).to(p)
+        cut, cut_inertia = kmeans.fit_all(embedded, options, seeds[3])
+        others = [space.refined("", cut[place], graph).labels for place in _better_half(cut_inertia)]
+        candidates.append(space.voted("consensus with spectral clusters", voters[::2] + others))
     return candidates
+
+
+class _Space:
+    """Leading components of the rows, and classifiers on them.
+
+    Args:
+        x: Float[n D], the same on all workers.
+        neighbors: Int64[n M], −1 where a row has fewer.
+        clusters: K.
+    """
+
+    def __init__(self, x: Tensor, neighbors: Tensor, clusters: int) -> None:
+        self._mean, self._neighbors, self._clusters = x.mean(0), neighbors, clusters
+        width = max(COMPONENTS, COMPONENTS_PER_CLUSTER * clusters)
+        self._basis = leading_components(x - self._mean, width)
+        self.p = (x - self._mean) @ self._basis
+
+    def nearest_means(self, name: str, labels: Tensor) -> Candidate:
+        """Return the classifier that compares |p − c|², less |p|², with the clusters' means c."""
+        centers = _means(self.p, labels[None], self._clusters)[0]
+        empty = torch.bincount(labels, minlength=self._clusters) == 0
+        return self._measured(name, centers.T, (-0.5 * centers.square().sum(1)).masked_fill(empty, -torch.inf))
+
+    def refined(self, name: str, labels: Tensor, graph: sparse.csr_array) -> Candidate:
+        """Spread labels over the graph, and classify by the surest rows."""
+        shares = _propagate(labels, graph, self._clusters)
+        top = shares.topk(2, dim=1).values
+        return self._classified(name, shares.argmax(1), top[:, 0], top[:, 0] - top[:, 1])
+
+    def voted(self, name: str, voters: list[Tensor]) -> Candidate:
+        """Let partitions vote, from the first on, and classify by the surest rows."""
+        result = vote(voters, self._clusters, voters[0])
+        return self._classified(name, result.labels, result.confidence, result.margin)
+
+    def _classified(self, name: str, labels: Tensor, confidence: Tensor, margin: Tensor) -> Candidate:
+        kept = surest_rows(labels, confidence, margin, SUREST_SHARE).to(self.p.device)
+        penalty = RIDGE * int(kept.sum())
+        return self._measured(name, *ridge_classifier(self.p[kept], labels[kept], self._clusters, penalty))
+
+    def _measured(self, name: str, weight: Tensor, bias: Tensor) -> Candidate:
+        labels, folded = (self.p @ weight + bias).argmax(1), self._basis @ weight
+        found = evidence(self.p, labels, self._neighbors, self._clusters)
+        return Candidate(name, labels, folded, bias - self._mean @ folded, found)
+
+
+def _better_half(inertia: Tensor) -> list[int]:
+    """Return the numbers of the partitions of least inertia, best first."""
+    order: list[int] = inertia.argsort(stable=True).tolist()
+    return order[: max(1, int(VOTING_SHARE * len(order)))]
 
 
 def leading_components(x: Tensor, width: int) -> Tensor:
@@ -185,7 +245,15 @@ def _means(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
     return means
 
 
-def _propagate(labels: Tensor, neighbors: Tensor, clusters: int) -> Tensor:
+def _mean_of_neighbors(neighbors: Tensor) -> sparse.csr_array:
+    """Return W, Float32[n n]: the mean over a row's neighbours; rows sum to 1, or to 0 without neighbours."""
+    ids = neighbors.cpu().numpy()
+    rows, columns = (ids >= 0).nonzero()
+    each = (1.0 / np.maximum((ids >= 0).sum(1), 1)).astype(np.float32)
+    return sparse.csr_array((each[rows], (rows, ids[rows, columns])), shape=(len(ids), len(ids)))
+
+
+def _propagate(labels: Tensor, graph: sparse.csr_array, clusters: int) -> Tensor:
     """Spread labels over the neighbour graph: F ← α W F + (1 − α) Y, W the mean over neighbours, Y the labels.
 
     Returns:
@@ -193,19 +261,41 @@ def _propagate(labels: Tensor, neighbors: Tensor, clusters: int) -> Tensor:
 
     Source: Zhou et al., Learning with local and global consistency, 2004, section 2, with W row-stochastic.
     """
-    count, ids = len(labels), neighbors.cpu().numpy()
-    rows, columns = (ids >= 0).nonzero()
-    each = 1.0 / np.maximum((ids >= 0).sum(1), 1)
-    graph = sparse.csr_array((each[rows].astype(np.float32), (rows, ids[rows, columns])), shape=(count, count))
-    own = np.zeros((count, clusters), dtype=np.float32)
-    own[np.arange(count), labels.cpu().numpy()] = 1.0
+    own = np.zeros((len(labels), clusters), dtype=np.float32)
+    own[np.arange(len(labels)), labels.cpu().numpy()] = 1.0
     spread = own
     for _ in range(PROPAGATION_STEPS):
         spread = PROPAGATION * (graph @ spread) + (1 - PROPAGATION) * own
     return torch.from_numpy(spread).to(labels.device)
 
 
-def _evidence(p: Tensor, labels: Tensor, neighbors: Tensor, clusters: int) -> dict[str, float]:
+def _spectral_embedding(graph: sparse.csr_array, clusters: int, seed: int) -> Tensor:
+    """Return unit rows Float32[n K] of the K leading eigenvectors of D^{-1/2} A D^{-1/2}, A = ½ (W + Wᵀ).
+
+    Source: Ng, Jordan and Weiss, On spectral clustering, 2001, section 2, on the graph of nearest neighbours.
+    """
+    affinity = 0.5 * (graph + graph.T)
+    scale = 1.0 / np.sqrt(np.maximum(affinity.sum(axis=1), np.finfo(np.float32).tiny))
+    normalized = (sparse.diags_array(scale) @ affinity @ sparse.diags_array(scale)).tocsr().astype(np.float32)
+    start = torch.randn((len(scale), clusters + 4), generator=torch.Generator().manual_seed(seed))
+    pairs = leading_eigenpairs(
+        lambda x: torch.from_numpy(normalized @ x.numpy()), start, clusters, tolerance=SPECTRAL_TOLERANCE
+    )
+    return data_group().broadcast(functional.normalize(pairs.vectors, dim=1))
+
+
+def evidence(p: Tensor, labels: Tensor, neighbors: Tensor, clusters: int) -> dict[str, float]:
+    """Measure a partition without labels.
+
+    Args:
+        p: Float[n d].
+        labels: Int64[n].
+        neighbors: Int64[n M], −1 where a row has fewer.
+        clusters: K.
+
+    Returns:
+        What `Candidate.evidence` holds.
+    """
     near = labels[neighbors.clamp(min=0)].masked_fill(neighbors < 0, -1)
     terms = modularity_terms(labels[None], near[None], clusters)
     shares = torch.bincount(labels, minlength=clusters).double() / len(labels)

@@ -1,8 +1,8 @@
-"""The default: k-means from many starts, and a consensus of its partitions where the evidence supports it.
+"""The default: a consensus of k-means and spectral partitions, unless the evidence speaks against it; then k-means.
 
-k-means is the start and the floor. A candidate of `clustering/candidates.py` replaces it only if it keeps the neighbour
-graph of the raw rows as well; without that evidence k-means is kept. docs/methods.md says what to expect of it. This is
-not a paper's method, and no label is read anywhere.
+k-means is the start and the floor. A candidate of `clustering/candidates.py` replaces it unless it keeps the
+neighbour graph of the raw rows less well. docs/methods.md says what to expect of it. This is not a paper's method, and
+no label is read anywhere.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 class AutoConfig(BaseMethodConfig):
-    """k-means with many starts, replaced by a consensus of its partitions where unlabelled evidence supports that."""
+    """A consensus of k-means and spectral partitions; k-means where unlabelled evidence speaks against it."""
 
+    revision: ClassVar[int] = 2
     draws_pairs: ClassVar[bool] = True
     name: Literal["auto"] = "auto"
     """The default: never a partition that the neighbour graph speaks against."""
     restarts: int = Field(16, ge=1)
-    """Starts of k-means in each of the three views; fewer where they would take long."""
+    """Starts of k-means in each view; fewer where they would take long."""
     neighbors: int = Field(10, ge=1)
-    """Nearest neighbours of a row that are averaged, and that count as evidence."""
+    """Nearest neighbours of a row that count as evidence, and the most that are averaged."""
     rounds: int = Field(2, ge=0)
     """How often rows are averaged with their neighbours in the smoothed view."""
     candidates: bool = True

@@ -53,7 +53,7 @@ WHOLE_STATE = ("best_head", "head_losses")
 class TemiConfig(TrainedConfig):
     """TEMI (arXiv 2303.17896). A key that is written wins over the preset."""
 
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     draws_pairs: ClassVar[bool] = True
     name: Literal["temi"] = "temi"
     """Teacher ensemble-weighted pointwise mutual information."""

@@ -63,16 +63,17 @@ def evidence(**changed: float) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("changed", "taken"),
     [
-        ({"modularity": 0.51}, True),
-        ({}, False),
+        ({}, True),
+        ({"modularity": 0.496}, True),
         ({"modularity": 0.49}, False),
-        ({"modularity": 0.51, "neighbor_agreement": 0.87}, False),
-        ({"modularity": 0.51, "size_entropy": 0.96}, False),
-        ({"modularity": 0.51, "occupied": 3.0}, False),
+        ({"modularity": 0.51, "neighbor_agreement": 0.84}, False),
+        ({"modularity": 0.51, "size_entropy": 1.01}, False),
+        ({"modularity": 0.51, "occupied": 3.0}, True),
+        ({"modularity": 0.51, "occupied": 2.0}, False),
     ],
 )
-def test_a_candidate_needs_all_of_the_evidence(changed: dict[str, float], taken: bool):
-    empty = torch.zeros(0)
+def test_a_candidate_is_kept_unless_the_evidence_speaks_against_it(changed: dict[str, float], taken: bool):
+    empty = torch.zeros(4)
     floor, rival = (Candidate(name, empty, empty, empty, evidence(**e)) for name, e in (("a", {}), ("b", changed)))
     assert (choose([floor, rival]) is rival) == taken
 
@@ -82,7 +83,12 @@ def test_the_report_has_a_row_for_each_candidate_and_one_is_chosen():
     rows: list[dict[str, object]] = []
     method = methods.build(AutoConfig(clusters=4), 16, len(x), 0)
     method.fit(ArrayRows(x, neighbors), Trainer(0, torch.device("cpu"), rows.append))
-    assert [row["candidate"] for row in rows] == ["k-means", "refined k-means", "consensus"]
+    assert [row["candidate"] for row in rows] == [
+        "k-means",
+        "refined k-means",
+        "consensus",
+        "consensus with spectral clusters",
+    ]
     assert sum(float(row["chosen"]) for row in rows) == 1
 
 
@@ -92,6 +98,23 @@ def test_without_candidates_it_is_k_means():
     p = x - x.mean(0)
     centers = torch.stack([p[floor.labels == k].mean(0) for k in range(4)])
     assert torch.cdist(p, centers).argmin(1).equal(floor.labels)
+
+
+def test_the_spectral_embedding_separates_what_the_graph_does():
+    """Two components: rows of one are equal up to sign, of two orthogonal."""
+    x, labels, neighbors = planted(sizes=(3, 1), noise=0.1)
+    graph = candidates._mean_of_neighbors(neighbors[:, :5])
+    embedded = candidates._spectral_embedding(graph, 2, 0)
+    same = labels[:, None] == labels
+    assert embedded.norm(dim=1).allclose(torch.ones(len(x)), atol=1e-5)
+    assert (embedded @ embedded.T)[same].min() > 0.99
+    assert (embedded @ embedded.T)[~same].abs().max() < 0.01
+
+
+def test_without_spectral_clusters_the_other_candidates_stay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "SPECTRAL_LIMIT", 1.0)
+    x, _, neighbors = planted()
+    assert [c.name for c in make_candidates(x, neighbors, 4, 0)] == ["k-means", "refined k-means", "consensus"]
 
 
 def test_very_many_clusters_are_plain_k_means(monkeypatch: pytest.MonkeyPatch):
