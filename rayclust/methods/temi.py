@@ -36,7 +36,7 @@ from rayclust.methods.base import (
     cosine_schedule,
 )
 from rayclust.methods.heads import Heads, HeadShape, Precision, ema_update
-from rayclust.methods.temi_init import StartOptions, best_by_modularity, start_from_kmeans
+from rayclust.methods.temi_init import StartOptions, best_by_modularity, may_replace_start, start_from_kmeans
 
 logger = logging.getLogger(__name__)
 
@@ -519,12 +519,16 @@ class Temi(Method):
         self.marginal = Marginal(shape.heads, shape.clusters, config.marginal_momentum)
 
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
-        """Start warm, where asked for, take the plan's steps, and choose a head; then every worker holds all heads."""
+        """Start warm, where asked for, take the plan's steps, and choose a head; then every worker holds all heads.
+
+        A start from `auto` comes back where the neighbour graph speaks against what training has made of it.
+        """
         c = self.config
+        source: Literal["kmeans", "auto"] = "auto" if c.warm_start == "auto" else "kmeans"
+        options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds, source)
 
         def warm_start() -> None:
             if c.warm_start != "none":
-                options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds, c.warm_start)
                 start_from_kmeans(self.student, rows, options, self.seed)
                 self.teacher.load_state_dict(self.student.state_dict())
 
@@ -538,6 +542,13 @@ class Temi(Method):
             state, like = self.gather_state(self.state_dict()), self.student.direction
             self._build_heads(distributed.DeviceMesh(data=distributed.world()))
             self.to(like.device, like.dtype).load_state_dict(state)
+        if source == "auto" and not may_replace_start(self.teacher, int(self.best_head), rows, options, self.seed):
+            logger.warning("temi: training has left the neighbour graph's clusters; the start is kept")
+            like = self.student.direction
+            self._build_heads(self.mesh)
+            self.to(like.device, like.dtype)
+            warm_start()
+            self.best_head.zero_()
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the mean of all heads' losses, this worker's part of it; and of each head loss and agreement.

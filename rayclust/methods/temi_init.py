@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.candidates import choose, make_candidates
+from rayclust.clustering.candidates import choose, evidence, is_supported, make_candidates
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
 from rayclust.methods.base import Rows
@@ -83,6 +83,25 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
     places = heads.shape.first + torch.arange(heads.shape.heads, device=order.device)
     # 4. Heads that predict them.
     _solve(heads, x, labels[order[places % len(order)]])
+
+
+@torch.no_grad()
+def may_replace_start(heads: Heads, head: int, rows: Rows, options: StartOptions, seed: int) -> bool:
+    """Return whether a head's clusters may replace the partition that the heads started from.
+
+    Training pulls towards even sizes and can leave classes that the start had found; the bounds are those of `auto`.
+
+    Args:
+        heads: all of them, the same on all workers.
+        head: its number.
+        rows: read once.
+        options: of the start, with `source: auto`.
+        seed: of the start.
+    """
+    x, neighbors = sample_with_neighbors(rows, options.clusters, options.columns, seed, heads.direction)
+    start = choose(make_candidates(x.float(), neighbors, options.clusters, seed))
+    labels = torch.cat([heads(part, head=head)[0].argmax(1) for part in torch.split(x, _BLOCK)])
+    return is_supported(evidence(x, labels, neighbors, options.clusters), start.evidence, options.clusters)
 
 
 @torch.no_grad()

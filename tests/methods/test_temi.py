@@ -483,3 +483,14 @@ def test_planted_clusters_are_found_whatever_their_sizes(sizes: list[int], seed:
     config = TemiConfig(clusters=len(sizes), heads=4, steps=60, hidden=64, bottleneck=32, start_restarts=16)
     method = fit_arrays(rows, neighbors, config, seed)
     assert accuracy(labels, method.predict_proba(rows).argmax(1).numpy()) > 0.97
+
+
+def test_a_training_that_goes_astray_leaves_the_start(caplog: pytest.LogCaptureFixture):
+    x, labels = _planted([80, 40, 20], 16, 0.35, 0)
+    rows, ids = torch.from_numpy(x), torch.arange(len(x))
+    neighbors, _ = top_k(rows, rows, 20, query_ids=ids, database_ids=ids)
+    fast = {"learning_rate": 30.0, "min_learning_rate": 30.0, "teacher_momentum": 0.0, "final_teacher_momentum": 0.0}
+    config = TemiConfig(clusters=3, heads=2, steps=20, hidden=32, bottleneck=16, **fast)
+    method = fit_arrays(rows, neighbors, config, 0)
+    assert "the start is kept" in caplog.text
+    assert accuracy(labels, method.predict_proba(rows).argmax(1).numpy()) > 0.97
