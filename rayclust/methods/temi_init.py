@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.candidates import choose, evidence, is_supported, make_candidates
+from rayclust.clustering.candidates import Bounds, choose, evidence, is_supported, make_candidates
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
 from rayclust.methods.base import Rows
@@ -28,6 +28,8 @@ RIDGE = 0.01
 """Ridge penalty, relative to the mean variance of a hidden unit."""
 ROUNDING = 1e-6
 """Variance of hidden units, relative to their squared mean, that counts as none."""
+GUARD = Bounds(modularity_loss=0.02)
+"""What the neighbour graph may say against a training; it fills clusters that a vote had left empty, at some cost."""
 _BLOCK = 2048
 _MAX_LOGITS = 1 << 28
 """Logits that a choice computes at once, at most: 1 GiB of float32."""
@@ -89,7 +91,7 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
 def may_replace_start(heads: Heads, head: int, rows: Rows, options: StartOptions, seed: int) -> bool:
     """Return whether a head's clusters may replace the partition that the heads started from.
 
-    Training pulls towards even sizes and can leave classes that the start had found; the bounds are those of `auto`.
+    Training pulls towards even sizes and can leave classes that the start had found.
 
     Args:
         heads: all of them, the same on all workers.
@@ -101,7 +103,7 @@ def may_replace_start(heads: Heads, head: int, rows: Rows, options: StartOptions
     x, neighbors = sample_with_neighbors(rows, options.clusters, options.columns, seed, heads.direction)
     start = choose(make_candidates(x.float(), neighbors, options.clusters, seed))
     labels = torch.cat([heads(part, head=head)[0].argmax(1) for part in torch.split(x, _BLOCK)])
-    return is_supported(evidence(x, labels, neighbors, options.clusters), start.evidence, options.clusters)
+    return is_supported(evidence(x, labels, neighbors, options.clusters), start.evidence, options.clusters, GUARD)
 
 
 @torch.no_grad()
