@@ -203,8 +203,15 @@ class ReportConfig(Config):
 
     thumbnail: int = Field(112, ge=16, le=512)
     """Longer side of a thumbnail, pixels."""
-    max_clusters: int = Field(200, ge=1)
-    """Clusters shown with thumbnails, largest first; the others are listed in a table."""
+    pictures: int = Field(100_000, ge=1, le=1_000_000)
+    """Most pictures in all. Clusters share them evenly, and each has at least three; what the page has no room for
+    lies beside it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_max_clusters(cls, tree: Any) -> Any:
+        # Finished runs have it from when only some clusters were shown with pictures.
+        return {key: value for key, value in tree.items() if key != "max_clusters"} if isinstance(tree, dict) else tree
 
 
 class TrackingConfig(Config):

@@ -1,23 +1,23 @@
 """The content of a report, as plain data: no arrays of N rows, no URIs to open, no torch.
 
-The report stage gathers it from the artefacts of a run; `page.render` turns it into text.
+The report stage gathers it from the artefacts of a run; `page.write` makes files of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
 
-from rayclust.arrays import IntArray, require_matrix
+from rayclust.arrays import FloatArray, IntArray, require_matrix
 from rayclust.errors import ConfigError, ShapeError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image of a cluster, by its key in the run."""
+    """One image of the run, by its key."""
 
     key: str
     thumbnail: bytes | None = None
@@ -25,14 +25,30 @@ class Picture:
     confidence: float | None = None
     """In [0, 1]; None when the method gives none."""
     uri: str = ""
-    """Where the image lies, shown as text and never as a link."""
+    """Where the image lies; the page links to local files and to the web, and shows other places as text."""
     label: str | None = None
     """Its true class, None without labels."""
+    row: int | None = None
+    """Its row in the run's tables."""
+    neighbors: tuple[tuple[int, int, float], ...] = ()
+    """(row, cluster, cosine) of the images nearest to it, nearest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Images of one cluster."""
+
+    typical: tuple[Picture, ...] = ()
+    """Most typical first."""
+    borderline: tuple[Picture, ...] = ()
+    """Uncertain ones whose neighbours lie in one other cluster, the least certain first."""
+    outliers: tuple[Picture, ...] = ()
+    """Uncertain ones that are near to no other cluster, the least certain first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """One cluster: its number in `assignments/`, its name, its measures and a few of its images.
+    """One cluster: its number in `assignments/`, its name and its measures; its images are a `Gallery`.
 
     Attributes:
         score: how well the name fits, larger is better, in the naming's own scale.
@@ -41,8 +57,8 @@ class Cluster:
         majority: the true class that most of its images have; None without labels.
         purity: share of its images in that class, in [0, 1]; None without labels.
         confidence: mean over its images, in [0, 1].
-        exemplars: its most typical images, most typical first.
-        outliers: its least typical images, least typical first.
+        nearest: (cluster, cosine) of the clusters whose typical images are most like its own, nearest first.
+        parents: the group that it belongs to in each of the report's `levels`.
     """
 
     id: int
@@ -54,13 +70,38 @@ class Cluster:
     majority: str | None = None
     purity: float | None = None
     confidence: float | None = None
-    exemplars: tuple[Picture, ...] = ()
-    outliers: tuple[Picture, ...] = ()
+    nearest: tuple[tuple[int, float], ...] = ()
+    parents: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
-        """The name, or "Cluster 7" where there is none."""
-        return self.name or f"Cluster {self.id}"
+        """The name; without one the best guess: a name that came close, the commonest class, at last the number."""
+        if self.name:
+            return self.name
+        if self.runners_up:
+            return f"{self.runners_up[0][0]}?"
+        return f"mostly {self.majority}" if self.majority else f"#{self.id}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapPoints:
+    """Images on a plane, for the map: neighbours are alike.
+
+    Attributes:
+        row: Int[m].
+        cluster: Int[m], ids.
+        x, y: Float[m], in one scale.
+        keys: of the rows, m of them.
+        title, text: what the map shows and how to read it.
+    """
+
+    row: IntArray
+    cluster: IntArray
+    x: FloatArray
+    y: FloatArray
+    keys: Sequence[str]
+    title: str = "Map"
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +122,10 @@ class StageTime:
     seconds: float
     count: int | None = None
     unit: str = "images"
+    workers: int = 0
+    """Most workers at once; 0 where they were not counted."""
+    busy: float = 0
+    """Seconds of work, summed over the workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +212,10 @@ class ReportData:
         dimension: D, the width of an embedding.
         methods: the first one made `clusters`; the others stand beside it in the table of scores.
         clusters: all K of them, in any order.
-        title: the page's title; empty takes the last part of `run`.
+        gallery: the images of a cluster, by its id; asked for once for each, largest first, so that memory holds few.
+        title: the page's title, what was clustered; empty takes the last part of `run`.
+        levels: number of groups in each coarser level, the finest first.
+        points: the map; None draws none.
         classes: number of true classes; None when the run has no labels.
         config: RUN.yaml as it was run.
         confidence: images per equal bin of confidence over [0, 1]; empty draws nothing.
@@ -186,7 +234,10 @@ class ReportData:
     dimension: int
     methods: tuple[MethodResult, ...]
     clusters: tuple[Cluster, ...]
+    gallery: Callable[[int], Gallery] = lambda _: Gallery()
     title: str = ""
+    levels: tuple[int, ...] = ()
+    points: MapPoints | None = None
     classes: int | None = None
     stages: tuple[StageTime, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)

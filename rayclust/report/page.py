@@ -1,7 +1,7 @@
-"""One self-contained HTML page of a run: it loads nothing, runs anywhere, and is the same text for the same report.
+"""The page of a run: it asks nobody for anything, runs anywhere, and is the same text for the same report.
 
-`PageLimits` bound how much of a report is shown, so that a page opens quickly whatever the run's size; `SCORES` lists
-the metrics with their names and formats.
+`write` puts `index.html` and, where its pictures and map are large, files of data beside it (`payload.py`); `SCORES`
+lists the metrics with their names and formats.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import base64
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -18,12 +18,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from pydantic import Field
 
-from rayclust.report import charts, formats, thumbnails
+from rayclust.report import charts, formats, payload, thumbnails
 from rayclust.report.formats import number, percent
-from rayclust.report.model import Cluster, MethodResult, Picture, RejectGroup, ReportData
-from rayclust.settings import Config
+from rayclust.report.model import MethodResult, Picture, ReportData
 
 logger = logging.getLogger(__name__)
 
@@ -33,43 +31,10 @@ CLUSTERS_DRAWN = 100
 """… and so many clusters: beyond, its cells are too small to read."""
 CHOICE = "selection"
 """Key of the drawing that has a section of its own: how the number of clusters was chosen."""
-ROW_BYTES = 400
-"""Room for a row of the table: the longest shown name and class, and the numbers."""
-TAG_BYTES = 120
-"""Room for the tag around a picture's data."""
 CONFIG_CHARACTERS = 100_000
-
-
-class PageLimits(Config):
-    """Limits of one page; the page states the number of items left out."""
-
-    cards: int = Field(200, ge=0)
-    """Clusters shown with pictures, the largest ones; the others stand in the table alone."""
-    exemplars: int = Field(9, ge=0)
-    """Typical images per cluster."""
-    outliers: int = Field(6, ge=0)
-    """Least typical images per cluster."""
-    rows: int = Field(25_000, ge=0)
-    """Rows in the table of all clusters, the largest ones."""
-    rejects: int = Field(10, ge=0)
-    """Examples per reason in the table of rejects."""
-    reasons: int = Field(50, ge=1)
-    """Reasons in the table of rejects, the most frequent ones."""
-    bytes: int = Field(20_000_000, ge=200_000)
-    """Size of the page in bytes; pictures that would exceed it are left out, first the least typical ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The part of a report that its page shows: the largest clusters and the most frequent rejects first."""
-
-    cards: tuple[Cluster, ...]
-    """With pictures."""
-    rows: tuple[Cluster, ...]
-    """In the table."""
-    rejects: tuple[RejectGroup, ...]
-    other_reasons: int = 0
-    dropped_pictures: int = 0
+REJECTS, REASONS = 10, 50
+"""Most examples for each reason, and reasons, the most frequent ones, in the table of rejects."""
+SCRIPTS = ("page.js", "map.js")
 
 
 @dataclass(frozen=True)
@@ -185,72 +150,23 @@ def best(score: Score, methods: Iterable[MethodResult]) -> float | None:
     return max(values) if score.larger_is_better else min(values)
 
 
-def featured(sizes: Sequence[int], limits: PageLimits | None = None) -> list[int]:
-    """Return the clusters that get pictures, of K sizes: images are fetched for these alone.
-
-    Largest first, the smaller number first among equals; empty clusters get no pictures.
-    """
-    filled = (cluster for cluster, size in enumerate(sizes) if size > 0)
-    return sorted(filled, key=lambda cluster: (-sizes[cluster], cluster))[: (limits or PageLimits()).cards]
-
-
-def select(data: ReportData, limits: PageLimits) -> Selection:
-    """Return the largest clusters, the commonest rejects and no more pictures per cluster than allowed."""
-    largest = sorted(data.clusters, key=lambda cluster: (-cluster.size, cluster.id))
-    filled = [cluster for cluster in largest if cluster.size > 0]
-    groups = sorted(data.rejects, key=lambda group: (-group.count, group.reason))
-    return Selection(
-        cards=tuple(
-            replace(c, exemplars=c.exemplars[: limits.exemplars], outliers=c.outliers[: limits.outliers])
-            for c in filled[: limits.cards]
-        ),
-        rows=tuple(largest[: min(limits.rows, limits.bytes // 2 // ROW_BYTES)]),
-        rejects=tuple(replace(g, examples=g.examples[: limits.rejects]) for g in groups[: limits.reasons]),
-        other_reasons=max(0, len(groups) - limits.reasons),
-    )
-
-
-def fit_pictures(selection: Selection, room: int) -> Selection:
-    """Take out the thumbnails that do not fit: every cluster's first ones are kept before any cluster's later ones.
-
-    `room` is bytes for pictures, base64 and all; negative keeps none.
-    """
-    # Exemplars 0, 1 and 2 of all clusters, then exemplar 3 and outlier 0, and so on.
-    queue = sorted(
-        (place + 3 * kind, index, kind)
-        for index, card in enumerate(selection.cards)
-        for kind, pictures in enumerate((card.exemplars, card.outliers))
-        for place, picture in enumerate(pictures)
-        if picture.thumbnail is not None
-    )
-    kept = [([*card.exemplars], [*card.outliers]) for card in selection.cards]
-    dropped = 0
-    for rank, index, kind in queue:
-        pictures, place = kept[index][kind], rank - 3 * kind
-        cost = TAG_BYTES + 4 * math.ceil(len(pictures[place].thumbnail or b"") / 3)
-        if dropped or cost > room:
-            dropped += 1
-            pictures[place] = replace(pictures[place], thumbnail=None)
-        else:
-            room -= cost
-    cards = tuple(
-        replace(card, exemplars=tuple(exemplars), outliers=tuple(outliers))
-        for card, (exemplars, outliers) in zip(selection.cards, kept, strict=True)
-    )
-    return replace(selection, cards=cards, dropped_pictures=dropped)
-
-
-def render(report: ReportData, limits: PageLimits | None = None) -> str:
-    """Return the page of a run.
+def write(report: ReportData, put: Callable[[str, bytes], None]) -> None:
+    """Write the page of a run: `index.html` last, before it files below `data/` where there is too much for one page.
 
     Every string of the report is shown as text and escaped; a key or a name can hold anything. The page forbids itself,
-    by its content security policy, to load or send anything.
+    by its content security policy, all but its own script, what that script loads from beside it, and pictures of this
+    machine.
 
-    Returns:
-        HTML5 text that UTF-8 can encode, within `limits.bytes` unless names, settings and figures alone exceed it.
+    Args:
+        report: what to show; `report.gallery` is asked for each cluster once.
+        put: writes a file, given its path below the page's folder and its content.
     """
-    limits = limits or PageLimits()
-    shown = select(report, limits)
+    # 1. Clusters and the map.
+    files, ranked = payload.DataFiles(put), payload.rank(report.clusters)
+    packs = payload.add_clusters(report, ranked, files)
+    points = payload.add_points(report.points, ranked, files) if report.points and len(report.points.row) else None
+    # 2. What the page itself says.
+    groups = sorted(report.rejects, key=lambda group: (-group.count, group.reason))
     context: dict[str, Any] = {
         "report": report,
         "title": report.title or formats.last_part(report.run) or "run",
@@ -259,25 +175,23 @@ def render(report: ReportData, limits: PageLimits | None = None) -> str:
         "charts": _charts(report),
         "choice": [drawing for drawing in report.drawings if drawing.key == CHOICE],
         "drawings": [drawing for drawing in report.drawings if drawing.key != CHOICE],
-        "empty": sum(cluster.size == 0 for cluster in report.clusters),
-        "named": any(cluster.name for cluster in report.clusters),
-        "confident": any(cluster.confidence is not None for cluster in report.clusters),
+        "empty": len(report.clusters) - len(ranked),
+        "points": points,
+        "rejects": [replace(group, examples=group.examples[:REJECTS]) for group in groups[:REASONS]],
+        "other_reasons": max(0, len(groups) - REASONS),
         "config": formats.shorten(report.config, CONFIG_CHARACTERS),
+        # Both are JSON without "<", from `payload.encode`.
+        "index": Markup(payload.index(report, ranked, packs, points)),  # noqa: S704
+        "inline": {name: Markup(text) for name, text in files.inline.items()},  # noqa: S704
     }
-    for kind, name in (("style", "page.css"), ("script", "page.js")):
-        text = resources.files("rayclust.report").joinpath("templates", name).read_text(encoding="utf-8")
-        context[kind] = Markup(text)  # noqa: S704 - our own file
+    for kind, names in (("style", ("page.css",)), ("script", SCRIPTS)):
+        folder = resources.files("rayclust.report").joinpath("templates")
+        text = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names)
+        context[kind] = Markup(text)  # noqa: S704 - our own files
         context[f"{kind}_hash"] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    template = _environment().get_template("page.html.j2")
-    text_bytes = len(template.render(context, shown=fit_pictures(shown, -1)).encode())
-    fitted = fit_pictures(shown, limits.bytes - text_bytes)
-    html = template.render(context, shown=fitted)
-    size = f"{len(html.encode()) / 1e6:.1f} MB"
-    pictures = sum(p.thumbnail is not None for card in fitted.cards for p in card.exemplars + card.outliers)
-    logger.info(
-        "report: %d of %d clusters with %d pictures, %s", len(fitted.cards), len(report.clusters), pictures, size
-    )
-    return html
+    html = _environment().get_template("page.html.j2").render(context).encode()
+    put("index.html", html)
+    logger.info("report: %d clusters in %d packs, first page %.1f MB", len(ranked), len(packs), len(html) / 1e6)
 
 
 def _headline(report: ReportData) -> list[tuple[str, str, str]]:
@@ -302,7 +216,7 @@ def _charts(report: ReportData) -> dict[str, list[tuple[str, Markup]]]:
     table = report.contingency
     if table is not None and 0 < len(table.classes) <= CLASSES_DRAWN and 0 < len(table.clusters) <= CLUSTERS_DRAWN:
         titles = {cluster.id: cluster.title for cluster in report.clusters}
-        names = [titles.get(cluster, f"Cluster {cluster}") for cluster in table.clusters]
+        names = [titles.get(cluster, f"#{cluster}") for cluster in table.clusters]
         caption = "True classes (rows) against clusters (columns), in percent of each class"
         drawn["scores"].append((caption, charts.contingency(table.counts, table.classes, names)))
     if report.clusters:
@@ -330,7 +244,7 @@ def _environment() -> Environment:
     )
     filters = ("count", "percent", "short_percent", "number", "duration", "shorten", "last_part", "flatten")
     environment.filters.update({name: getattr(formats, name) for name in filters})
-    environment.globals.update(rate=formats.rate, best=best, image=_image, search_text=_search_text)
+    environment.globals.update(rate=formats.rate, best=best, image=_image)
     return environment
 
 
@@ -343,9 +257,3 @@ def _image(picture: Picture) -> Markup | None:
     source = f"data:{media_type};base64,{base64.b64encode(picture.thumbnail).decode('ascii')}"
     tag = '<img src="{}" alt="{}" width="{}" height="{}" decoding="async">'
     return Markup(tag).format(source, formats.clean(formats.shorten(picture.key)), width, height)  # noqa: S704 - a constant
-
-
-def _search_text(cluster: Cluster) -> str:
-    """Return the text that the search box looks in."""
-    names = [cluster.title, f"#{cluster.id}", cluster.majority or "", *(name for name, _ in cluster.runners_up)]
-    return formats.shorten(" ".join(names).casefold(), 400)

@@ -24,9 +24,12 @@ from rayclust.methods.base import EMBEDDINGS, NO_NEIGHBOR
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs, Manifest
 from rayclust.store.run import Run
+from rayclust.store.sources.base import prefetch
 
 BLOCK = 8192
 """Rows that a method is given at once."""
+READ_AHEAD = 8
+"""Parts that are read at once."""
 
 
 def space_widths(encode: EncodeOutputs) -> dict[str, int]:
@@ -112,10 +115,20 @@ def blocks(
 
 def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each part that holds some of the rows, Int64[n] sorted, with their positions in it."""
-    for part, start in enumerate(starts[:-1]):
-        local = rows[(rows >= start) & (rows < starts[part + 1])] - start
-        if len(local):
-            yield part, local
+    for part, (first, end) in enumerate(pairwise(np.searchsorted(rows, starts).tolist())):
+        if end > first:
+            yield part, rows[first:end] - starts[part]
+
+
+def table_at(uri_of: Callable[[int], str], starts: list[int], rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+    """Return some rows, Int64[n] sorted, of a folder of tables, such as `run.rows`; parts are read ahead."""
+
+    def read(place: tuple[int, np.ndarray]) -> pa.Table:
+        part, local = place
+        return tables.read_table(uri_of(part), columns).take(pa.array(local))
+
+    found = [table for _, table in prefetch(read, rows_by_part(starts, rows), READ_AHEAD)]
+    return pa.concat_tables(found).combine_chunks() if found else tables.read_table(uri_of(0), columns).slice(0, 0)
 
 
 def features_at(run: Run, starts: list[int], transform: SpaceTransforms, rows: np.ndarray) -> np.ndarray:

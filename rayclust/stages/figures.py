@@ -58,7 +58,7 @@ PRECISION_AT = 10
 
 FEATURES, OWN = "features", "z"
 """The spaces: what methods see of the encoder's rows, and the method's own."""
-_TITLES = {FEATURES: "encoder features", OWN: "z"}
+TITLES = {FEATURES: "encoder features", OWN: "z"}
 _TABLES = ("map.parquet", "heat.parquet", "spectra.parquet")
 _MEASURED = {
     "coding_length": "Coding length, nats per image",
@@ -253,13 +253,13 @@ def drawings(run: Run, selection: Mapping[str, Any] | None = None) -> list[Drawi
         charts.Group(names[k := int(clusters[i])], int(sizes[i]), hues.get(k, k % len(svg.HUES)))
         for i in first.argsort()
     ]
-    space = _TITLES[summary["spaces"][-1]]
+    space = TITLES[summary["spaces"][-1]]
     text = (
         f"PaCMAP of {space} of {count(dots.num_rows)} images, in the colours of their clusters. Neighbours are alike; "
         "distances between far groups mean little."
     )
     if summary["precision"]:
-        shares = ", ".join(f"{percent(share)} for {_TITLES[name]}" for name, share in summary["precision"].items())
+        shares = ", ".join(f"{percent(share)} for {TITLES[name]}" for name, share in summary["precision"].items())
         text += f" Of the {PRECISION_AT} nearest among them, so many have the image's own class: {shares}."
     title = f"Map of {space}"
     chart = charts.scatter(points, of_dots, names, title=title)
@@ -293,7 +293,7 @@ def _heat_maps(heat: pa.Table, summary: Mapping[str, Any], groups: Sequence[char
         f"How much each image belongs with each other one, {source}; 1 is what chance gives. "
         f"The same {count(heat.num_rows)} images{lot}."
     )
-    panels = {f"|ZᵀZ| of {_TITLES[space]}": matrix for space, matrix in spaces.items()}
+    panels = {f"|ZᵀZ| of {TITLES[space]}": matrix for space, matrix in spaces.items()}
     gram = charts.heatmap(panels, groups, ceiling=min(1.0, _ceiling(list(spaces.values()))), title=gram_title)
     matrix = tables.matrix(heat["membership"]).astype(np.float64) * heat.num_rows
     membership = charts.heatmap({"n Π": matrix}, groups, ceiling=_ceiling([matrix]), title=title)
@@ -316,12 +316,12 @@ def _spectra_drawing(lines: pa.Table, summary: Mapping[str, Any]) -> Drawing:
     series = []
     for place, space in enumerate(summary["spaces"]):
         bands = geometry.quantiles(spectra[space, "own"], (0.1, 0.5, 0.9))
-        series.append(charts.Spectrum(_TITLES[space], place, spectra[space, None][0], bands))
+        series.append(charts.Spectrum(TITLES[space], place, spectra[space, None][0], bands))
     if (FEATURES, "kmeans") in spectra:
         values = geometry.quantiles(spectra[FEATURES, "kmeans"], (0.1, 0.5, 0.9))
         series.append(charts.Spectrum("encoder features, clusters of k-means", 2, None, values, is_dashed=True))
     title = "Singular values, over the largest"
-    needed = ", ".join(f"{_TITLES[space]} {n}" for space, n in summary["directions"].items())
+    needed = ", ".join(f"{TITLES[space]} {n}" for space, n in summary["directions"].items())
     text = (
         "The faster a line falls, the fewer directions the rows take up. At the right the median over clusters, with "
         f"the band that holds four fifths of them. Directions that hold 90% of the energy of all rows: {needed}."

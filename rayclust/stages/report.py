@@ -1,9 +1,8 @@
-"""report: one self-contained page from the artefacts of a run."""
+"""report: the page of a run from its artefacts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,20 @@ import pyarrow.compute as pc
 
 from rayclust.config import RunConfig
 from rayclust.report import model
-from rayclust.report.page import PageLimits, featured, render
-from rayclust.report.thumbnails import thumbnail
+from rayclust.report.formats import last_part, percent
+from rayclust.report.page import write
 from rayclust.runtime.api import as_yaml, load_run
-from rayclust.runtime.artefacts import put_bytes
+from rayclust.runtime.artefacts import Outputs, put_bytes
 from rayclust.runtime.edits import overlay_digest, shown_clusters
 from rayclust.runtime.pipeline import CURATE, SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
-from rayclust.runtime.rows import row_starts, rows_by_part
-from rayclust.runtime.tasks import STORAGE_THREADS
 from rayclust.runtime.trackers import Trackers
 from rayclust.stages.curate import FACTS, FOLDER
-from rayclust.stages.figures import drawings
+from rayclust.stages.figures import PRECISION_AT, TITLES, drawings, numbers
 from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
+from rayclust.stages.report_rows import ShownRows, map_points, nearest_clusters, show_rows
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, read_json_output, read_manifest
 from rayclust.store.run import Run, parts
-from rayclust.store.sources import fetch_many
 
 EXAMPLES = 20
 """Rejects shown per reason."""
@@ -36,7 +33,7 @@ DRAWN_CLASSES = 60
 
 
 def run(context: StageContext) -> StageResult:
-    """Gather the content of the page, and render it."""
+    """Gather the content of the page, and write it with the files beside it."""
     run, config, written = context.run, context.config, load_run(context.run.uri)
     encode, label, evaluate = (context.inputs[stage] for stage in ("encode", "label", "evaluate"))
     metrics = read_json_output(run, "evaluate", run.metrics)
@@ -44,73 +41,115 @@ def run(context: StageContext) -> StageResult:
     edited = shown_clusters(run)
     if edited is not None and edited.edited.edits:
         clusters = [cluster | {"name": edited.names_of_own[cluster["cluster"]]} for cluster in clusters]
-    limits = PageLimits(
-        cards=config.report.max_clusters, exemplars=config.label.exemplars, outliers=config.label.outliers
-    )
-    # 1. Pictures of the clusters that have a card, and of the searches that stand side by side.
+    # 1. Pictures of the clusters, and of the searches that stand side by side.
     near: dict[str, Any] = {}
     if "index" in context.inputs:
         near = read_json_output(run, "index", storage.join(run.index_folder, RETRIEVAL))
-    shown = featured([cluster["size"] for cluster in clusters], limits)
-    wanted = {row for k in shown for row in clusters[k]["exemplars"] + clusters[k]["outliers"]}
+    extremes = pictured(clusters, config.report.pictures)
+    wanted = {row for rows in extremes.values() for kind in rows for row in kind}
     wanted |= {hit["row"] for space in (ENCODER, OWN) for hits in near.get(space, ()) for hit in hits}
     curated: dict[str, Any] = {}
     if CURATE in context.inputs:
         curated = read_json_output(run, CURATE, run.at(FOLDER, FACTS))
         wanted |= _rows_of(curated["examples"])
-    pictures = _pictures(context, sorted(wanted.union(near.get("rows", ()))))
+    shown = show_rows(context, np.array(sorted(wanted.union(near.get("rows", ()))), np.int64))
     # 2. Classes against clusters, where there are labels.
     counts = None
     if run.path(run.contingency) in evaluate.outputs:
         counts = tables.read_table(run.contingency)
-    majorities = {} if counts is None else _majorities(counts)
-    # 3. The training.
-    history = tables.read_table(storage.join(run.model_folder, "metrics.parquet"))
-    notes = _health(history)
-    if label.extra.get("true_names"):
-        notes.append(
-            "The names of the clusters were chosen among words that hold the data set's own class names "
-            "(label.vocabulary: classes). They don't show what would be found without labels."
-        )
-    if edited is not None and (edited.overlay.edits or edited.overlay.unfit):
-        done, lost = len(edited.overlay.edits), len(edited.overlay.unfit)
-        unfit = f"; {lost} more no longer fit these clusters and are left out" if lost else ""
-        notes.append(
-            f"Names are as edited by hand ({done} edits in overlay.json{unfit}). Clusters that were merged are shown "
-            "one by one under their common name; sizes and scores are those of the method's own clusters."
-        )
     selection = read_json_output(run, SELECT_K, run.selection) if SELECT_K in context.inputs else None
+    history = tables.read_table(storage.join(run.model_folder, "metrics.parquet"))
+    stages = {name: manifest for name in stages_of(written) if (manifest := read_manifest(run, name)) is not None}
     data = model.ReportData(
         run=run.uri,
+        title=last_part(config.images.uri),
         images=metrics["rows"],
         encoder=" + ".join(encoder.name for encoder in config.each_encoder),
         dimension=int(encode.extra["dimension"]),
         methods=tuple(_methods(context, metrics)),
-        clusters=tuple(_cluster(cluster, pictures, majorities, label) for cluster in clusters),
+        clusters=tuple(_clusters(context, clusters, extremes, shown, {} if counts is None else _majorities(counts))),
+        gallery=lambda cluster: shown.gallery(*extremes.get(cluster, ((), ()))),
+        levels=tuple(context.inputs["assign"].extra.get("levels", ())),
+        points=_points(context, shown),
         classes=metrics.get("classes"),
-        stages=tuple(
-            model.StageTime(name=name, seconds=manifest.seconds, count=manifest.counts.get("rows"))
-            for name in stages_of(written)
-            if name != "report" and (manifest := read_manifest(run, name)) is not None
-        ),
+        stages=tuple(_stage_time(name, manifest) for name, manifest in stages.items() if name != "report"),
         versions=encode.versions,
         config=as_yaml(written),
         curves=tuple(_curves(history)),
         candidates=tuple(_candidates(history)),
         confidence=tuple(label.extra["confidence"]),
         contingency=None if counts is None else _contingency(counts, len(clusters)),
-        drawings=tuple(drawings(run, selection)),
-        retrieval=tuple(_retrieval(near, pictures)),
-        curation=_curation(curated, pictures) if curated else None,
+        drawings=tuple(drawn for drawn in drawings(run, selection) if drawn.key != "map"),
+        retrieval=tuple(_retrieval(near, shown)),
+        curation=_curation(curated, shown) if curated else None,
         rejects=tuple(_rejects(run, encode)),
-        notes=tuple(notes),
+        notes=tuple(_notes(context, history)),
     )
-    rendered = render(data, limits)
-    page = rendered.encode()
-    outputs = put_bytes(run, run.report, page)
+    # 3. The page, and what lies beside it; an earlier report may have left more files.
+    outputs, folder = Outputs(), run.report.rpartition("/")[0]
+    write(data, lambda name, content: outputs.update(put_bytes(run, storage.join(folder, name), content)))
+    for file in list(storage.walk(storage.join(folder, "data"), missing_ok=True)):
+        if run.path(file.uri) not in outputs:
+            storage.remove(file.uri)
     if config.tracking.to:
-        Trackers(config, context.inputs["train"].digest).finish(metrics, rendered)
-    return StageResult(outputs, {"clusters": len(clusters)}, {}, f"{len(page) / 1e6:.1f} MB, {run.report}")
+        Trackers(config, context.inputs["train"].digest).finish(metrics, storage.read_bytes(run.report).decode())
+    size = f"{sum(each['size'] for each in outputs.values()) / 1e6:.1f} MB in {len(outputs)} files"
+    return StageResult(outputs, {"clusters": len(clusters), "pictures": len(shown.rows)}, {}, f"{size}, {run.report}")
+
+
+def pictured(clusters: Sequence[dict[str, Any]], most: int) -> dict[int, tuple[list[int], list[int]]]:
+    """Return the typical and the uncertain rows of each cluster that get a picture.
+
+    Args:
+        clusters: rows of `clusters.parquet`.
+        most: pictures in all; every cluster gets as many, at least three, and two typical ones for an uncertain one.
+    """
+    each = max(3, most // max(1, sum(cluster["size"] > 0 for cluster in clusters)))
+    found = {}
+    for cluster in clusters:
+        typical, uncertain = cluster["exemplars"], cluster["outliers"]
+        few = min(len(uncertain), max(each // 3, each - len(typical)))
+        found[cluster["cluster"]] = (typical[: each - few], uncertain[:few])
+    return found
+
+
+def _points(context: StageContext, shown: ShownRows) -> model.MapPoints:
+    """Return the map with how to read it."""
+    summary = read_json_output(context.run, "figures", numbers(context.run, "summary.json"))
+    space = TITLES[summary["spaces"][-1]]
+    text = (
+        f"PaCMAP of {space}, in the colours of the clusters. Neighbours are alike; far groups' distances mean little."
+    )
+    if summary["precision"]:
+        shares = ", ".join(f"{percent(share)} for {TITLES[name]}" for name, share in summary["precision"].items())
+        text += f" Of the {PRECISION_AT} nearest images of a sample, so many have the image's own class: {shares}."
+    return map_points(context, shown.rows, f"Map of {space}", text)
+
+
+def _stage_time(name: str, manifest: Manifest) -> model.StageTime:
+    """Return what a stage took."""
+    workers = max((section.workers for section in manifest.measured), default=0)
+    busy = sum(sum(section.busy.values()) for section in manifest.measured)
+    count = manifest.counts.get("rows")
+    return model.StageTime(name=name, seconds=manifest.seconds, count=count, workers=workers, busy=busy)
+
+
+def _notes(context: StageContext, history: pa.Table) -> Iterator[str]:
+    """Yield what the reader should know first."""
+    yield from _health(history)
+    if context.inputs["label"].extra.get("true_names"):
+        yield (
+            "The names of the clusters were chosen among words that hold the data set's own class names "
+            "(label.vocabulary: classes). They don't show what would be found without labels."
+        )
+    edited = shown_clusters(context.run)
+    if edited is not None and (edited.overlay.edits or edited.overlay.unfit):
+        done, lost = len(edited.overlay.edits), len(edited.overlay.unfit)
+        unfit = f"; {lost} more no longer fit these clusters and are left out" if lost else ""
+        yield (
+            f"Names are as edited by hand ({done} edits in overlay.json{unfit}). Clusters that were merged are shown "
+            "one by one under their common name; sizes and scores are those of the method's own clusters."
+        )
 
 
 def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[model.MethodResult]:
@@ -146,14 +185,14 @@ def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[model.M
             )
 
 
-def _retrieval(near: dict[str, Any], pictures: dict[int, model.Picture]) -> Iterator[model.Retrieval]:
+def _retrieval(near: dict[str, Any], shown: ShownRows) -> Iterator[model.Retrieval]:
     """Yield the searches of the index stage; none without a space of the method's own."""
     for place, row in enumerate(near.get("rows", ())):
         nearest = {
-            title: tuple((pictures[hit["row"]], hit["similarity"]) for hit in near[space][place])
+            title: tuple((shown.picture(hit["row"]), hit["similarity"]) for hit in near[space][place])
             for space, title in ((ENCODER, "Encoder"), (OWN, "z"))
         }
-        yield model.Retrieval(query=pictures[row], found=nearest)
+        yield model.Retrieval(query=shown.picture(row), found=nearest)
 
 
 def _rows_of(examples: dict[str, Any]) -> set[int]:
@@ -162,7 +201,7 @@ def _rows_of(examples: dict[str, Any]) -> set[int]:
     return rows | {row for near in examples["pairs"] for pair in near["pairs"] for row in pair[:2]}
 
 
-def _curation(facts: dict[str, Any], pictures: dict[int, model.Picture]) -> model.Curation:
+def _curation(facts: dict[str, Any], shown: ShownRows) -> model.Curation:
     """Return what curate found, with its examples as pictures."""
     examples = facts["examples"]
     return model.Curation(
@@ -171,60 +210,49 @@ def _curation(facts: dict[str, Any], pictures: dict[int, model.Picture]) -> mode
         policy=facts["settings"]["duplicates"]["policy"],
         recall=facts["recall"],
         curve=tuple((point["epsilon"], point["share_kept"]) for point in facts["curve"]),
-        groups=tuple((group["size"], tuple(pictures[row] for row in group["rows"])) for group in examples["groups"]),
+        groups=tuple(
+            (group["size"], tuple(shown.picture(row) for row in group["rows"])) for group in examples["groups"]
+        ),
         pairs=tuple(
-            (near["epsilon"], tuple((pictures[i], pictures[j], cosine) for i, j, cosine in near["pairs"]))
+            (near["epsilon"], tuple((shown.picture(i), shown.picture(j), cosine) for i, j, cosine in near["pairs"]))
             for near in examples["pairs"]
         ),
-        outliers=tuple(pictures[row] for row in examples["outliers"]),
+        outliers=tuple(shown.picture(row) for row in examples["outliers"]),
     )
 
 
-def _pictures(context: StageContext, rows: Sequence[int]) -> dict[int, model.Picture]:
-    """Return row → picture for sorted rows; only the parts that hold them are read."""
-    run, records = context.run, list[dict[str, Any]]()
-    for part, positions in rows_by_part(row_starts(context.inputs["encode"]), np.array(rows, np.int64)):
-        table = tables.read_table(run.rows(part), ["key", "uri", "label"])
-        confidence = tables.read_table(run.assignments(part), ["confidence"])["confidence"]
-        records += table.append_column("confidence", confidence).take(pa.array(positions)).to_pylist()
-    # Files side by side, what lies in one tar or table together.
-    together: dict[str, list[str]] = {}
-    for record in records:
-        together.setdefault(record["uri"].partition("#")[0], []).append(record["uri"])
-    with ThreadPoolExecutor(STORAGE_THREADS) as threads:
-        columns = context.config.images.columns
-        fetched = threads.map(lambda uris: list(fetch_many(uris, columns)), together.values())
-        images = {uri: data for group in fetched for uri, data in group}
-    pictures = {}
-    for row, record in zip(rows, records, strict=True):
-        data = images.get(record["uri"])  # none for ready embeddings, or images that have been moved since
-        small = None if data is None else thumbnail(data, context.config.report.thumbnail)
-        pictures[row] = model.Picture(thumbnail=small, **record)
-    return pictures
-
-
-def _cluster(
-    cluster: dict[str, Any],
-    pictures: dict[int, model.Picture],
+def _clusters(
+    context: StageContext,
+    clusters: Sequence[dict[str, Any]],
+    extremes: dict[int, tuple[list[int], list[int]]],
+    shown: ShownRows,
     majorities: dict[int, tuple[str, float]],
-    label: Manifest,
-) -> model.Cluster:
-    """Convert a row of `clusters.parquet` to a cluster of the page."""
-    majority, purity = majorities.get(cluster["cluster"], (None, None))
-    blind = cluster["name_without_classes"]
-    return model.Cluster(
-        id=cluster["cluster"],
-        size=cluster["size"],
-        name=cluster["name"],
-        score=cluster["score"],
-        runners_up=tuple((other["name"], other["score"]) for other in cluster["runners_up"]),
-        blind=None if blind is None else (blind, cluster["score_without_classes"]),
-        majority=majority,
-        purity=purity,
-        confidence=label.extra["mean_confidence"][cluster["cluster"]],
-        exemplars=tuple(pictures[row] for row in cluster["exemplars"] if row in pictures),
-        outliers=tuple(pictures[row] for row in cluster["outliers"] if row in pictures),
-    )
+) -> Iterator[model.Cluster]:
+    """Convert the rows of `clusters.parquet` to clusters of the page."""
+    typical = {k: rows for k, (rows, _) in extremes.items() if rows}
+    nearest = nearest_clusters(context, typical)
+    columns = [tables.level_column(size) for size in context.inputs["assign"].extra.get("levels", ())]
+    confidence = context.inputs["label"].extra["mean_confidence"]
+    for cluster in clusters:
+        k = cluster["cluster"]
+        majority, purity = majorities.get(k, (None, None))
+        blind = cluster["name_without_classes"]
+        # A cluster's parents are those of any of its rows; an empty one has none and is not shown.
+        any_row = next((rows[0] for rows in extremes[k] if rows), None)
+        place = None if any_row is None else int(np.searchsorted(shown.rows, any_row))
+        yield model.Cluster(
+            id=k,
+            size=cluster["size"],
+            name=cluster["name"],
+            score=cluster["score"],
+            runners_up=tuple((other["name"], other["score"]) for other in cluster["runners_up"]),
+            blind=None if blind is None else (blind, cluster["score_without_classes"]),
+            majority=majority,
+            purity=purity,
+            confidence=confidence[k],
+            nearest=nearest.get(k, ()),
+            parents=tuple(-1 if place is None else shown.records[name][place].as_py() for name in columns),
+        )
 
 
 def _majorities(counts: pa.Table) -> dict[int, tuple[str, float]]:
@@ -315,9 +343,9 @@ STAGE = Stage(
     "report",
     _settings,
     run,
-    needs=("encode", "train", "assign", "label", "evaluate", "figures"),
+    needs=("encode", "neighbors", "train", "assign", "label", "evaluate", "map", "figures"),
     own_space_needs=("index",),
     needs_choice=True,
     needs_curation=True,
-    revision=3,
+    revision=4,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 from PIL import Image
 
-from rayclust.report import model, thumbnails
+from rayclust.report import model, page, thumbnails
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 SVG = "{http://www.w3.org/2000/svg}"
@@ -151,18 +152,44 @@ def small(number: int) -> bytes:
 def picture(number: int, **changes: Any) -> model.Picture:
     given: dict[str, Any] = {
         "key": f"folder/{number:05d}.jpg",
-        "thumbnail": changes["thumbnail"] if "thumbnail" in changes else small(number),
+        "thumbnail": changes["thumbnail"] if "thumbnail" in changes else small(number % 60),
         "confidence": 0.9,
     }
     return model.Picture(**given | changes)
 
 
 def cluster(number: int, size: int, **changes: Any) -> model.Cluster:
-    if "exemplars" not in changes:
-        changes["exemplars"] = tuple(picture(10 * number + i) for i in range(2))
-    if "outliers" not in changes:
-        changes["outliers"] = (picture(10 * number + 5),)
     return model.Cluster(id=number, size=size, **changes)
+
+
+def gallery(number: int) -> model.Gallery:
+    """Two typical images of a cluster and an outlier."""
+    shown = [picture(10 * number + i, row=10 * number + i) for i in (0, 1, 5)]
+    return model.Gallery(typical=(shown[0], shown[1]), outliers=(shown[2],))
+
+
+def written(data: model.ReportData) -> dict[str, bytes]:
+    """The files of a page."""
+    files = dict[str, bytes]()
+    page.write(data, lambda name, content: files.update({name: content}))
+    return files
+
+
+def html(data: model.ReportData) -> str:
+    return written(data)["index.html"].decode()
+
+
+def payloads(files: dict[str, bytes]) -> dict[str, Any]:
+    """What the page's script reads, by name, wherever it lies."""
+    found = {
+        node.attributes["id"].removeprefix("data-"): json.loads(node.text[0])
+        for node in read(files["index.html"].decode()).find("script", type="application/json")
+    }
+    for name, content in files.items():
+        if beside := re.fullmatch(r'rayclust\("([\w-]+)",(.*)\);\n', content.decode(), re.DOTALL):
+            assert name == f"data/{beside[1]}.js"
+            found[beside[1]] = json.loads(beside[2])
+    return found
 
 
 def report(**changes: Any) -> model.ReportData:
@@ -185,6 +212,7 @@ def report(**changes: Any) -> model.ReportData:
             cluster(1, 30, name="cat", majority="dog", purity=0.55, **named),
             cluster(2, 20, name="truck", majority="truck", purity=0.2, **named),
         ),
+        "gallery": gallery,
         "stages": (model.StageTime(name="encode", seconds=30.0, count=60),),
         "versions": {"rayclust": "0.1.0"},
         "config": "seed: 0\nrun: photos\n",

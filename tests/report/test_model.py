@@ -10,8 +10,8 @@ from rayclust.report.model import Cluster, Contingency
 from tests.report.pages import cluster, report
 
 
-def test_a_cluster_without_a_name_is_called_by_its_number() -> None:
-    assert Cluster(id=7, size=1).title == "Cluster 7"
+def test_a_cluster_without_a_name_or_a_guess_is_called_by_its_number() -> None:
+    assert Cluster(id=7, size=1).title == "#7"
     assert Cluster(id=7, size=1, name="boat").title == "boat"
 
 

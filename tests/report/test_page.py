@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import io
 import math
 import re
 from functools import lru_cache
@@ -11,23 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from pydantic import ValidationError
 
-from rayclust.report import charts, page
+from rayclust.report import charts, page, payload
 from rayclust.report.model import (
     Cluster,
     Contingency,
     Curve,
     Drawing,
+    Gallery,
+    MapPoints,
     MethodResult,
     Picture,
     RejectGroup,
     Retrieval,
     StageTime,
 )
-from rayclust.report.page import PageLimits
-from tests.report.pages import HOSTILE, Node, cluster, picture, read, report
+from tests.report.pages import HOSTILE, Node, cluster, gallery, html, payloads, picture, read, report, written
 
 LOADING = ("src", "href", "srcset", "poster", "data", "action", "formaction", "xlink:href", "background", "ping")
 
@@ -37,11 +35,13 @@ def hostile(text: str) -> Any:
     shown = Picture(key=text, thumbnail=picture(1).thumbnail, uri=text, label=text)
     damaged = dataclasses.replace(shown, thumbnail=text.encode("utf-8", "replace"))
     one = Cluster(
-        id=0, size=1, name=text, majority="m" + text, purity=0.5, runners_up=((text, 1.0),), blind=(text, 0.5),
-        exemplars=(shown,), outliers=(damaged,),
-    )  # fmt: skip
+        id=0, size=1, name=text, majority="m" + text, purity=0.5, runners_up=((text, 1.0),), blind=(text, 0.5)
+    )
     return report(
         run=text, title=text, encoder=text, clusters=(one,), notes=(text,), config=text, versions={text: text},
+        gallery=lambda _: Gallery(typical=(shown,), outliers=(damaged,)),
+        points=MapPoints(row=np.arange(2), cluster=np.zeros(2, int), x=np.eye(2)[0], y=np.eye(2)[1], keys=[text, text],
+                         title=text, text=text),
         methods=(MethodResult(name=text, settings={text: {text: [text]}}, metrics={text: 1.0}),),
         stages=(StageTime(name=text, seconds=1.0, count=2, unit=text),),
         curves=(Curve(title=text, series={text: [1.0, 2.0], "b": [1.0]}, x_label=text),),
@@ -78,12 +78,15 @@ def assert_self_contained(root: Node) -> None:
     assert {"iframe", "object", "embed", "base", "audio", "video", "foreignobject"}.isdisjoint(
         n.tag for n in root.walk()
     )
-    assert len(root.find("script")) == len(root.find("style")) == 1
-    sources = root.find("style")[0].text + root.find("script")[0].text
-    assert not re.search(r"url\(|@import|https?:|fetch\(|import\(|XMLHttp|innerHTML|eval\(", " ".join(sources))
+    # One script and one style; the other script elements are data, which nothing runs.
+    kinds = [node.attributes.get("type", "") for node in root.find("script")]
+    assert kinds.count("") == len(root.find("style")) == 1
+    assert set(kinds) == {"", "application/json"}
+    sources = root.find("style")[0].text + root.find("script", type="")[0].text
+    assert not re.search(r"url\(|@import|fetch\(|import\(|XMLHttp|innerHTML|eval\(|WebSocket", " ".join(sources))
 
 
-def test_the_first_screen_has_title_headline_numbers_and_named_groups() -> None:
+def test_the_first_screen_says_what_was_clustered_and_how_well() -> None:
     root = read(usual_page())
     assert root.find("title")[0].words() == "photos · rayclust"
     assert [h.words() for h in root.find("h1")] == ["photos"]
@@ -91,64 +94,66 @@ def test_the_first_screen_has_title_headline_numbers_and_named_groups() -> None:
         tile.find("dt")[0].words(): tile.find("dd")[0].words() for tile in root.find("dl", class_="tiles")[0].children
     }
     assert tiles == {"Images": "60", "Clusters": "3", "ACC": "90.0%", "NMI": "50.0%", "Rejected": "12", "Time": "30 s"}
-    cards = root.find("article")
-    assert [card.find("h3")[0].words() for card in cards] == ["cat", "truck", "ship"]
-    assert [card.find("p", class_="size")[0].words() for card in cards] == ["30 images", "20 images", "10 images"]
-    assert [len(card.find("img")) for card in cards] == [3, 3, 3]
 
 
-def test_the_page_is_well_formed_and_loads_nothing() -> None:
-    html = usual_page()
-    assert html.startswith("<!DOCTYPE html>")
-    root = read(html)
+def test_the_page_is_well_formed_and_asks_nobody() -> None:
+    text = usual_page()
+    assert text.startswith("<!DOCTYPE html>")
+    root = read(text)
     assert_self_contained(root)
     targets = {node.attributes["href"][1:] for node in root.find("a")}
     assert targets <= {node.attributes["id"] for node in root.walk() if "id" in node.attributes}
 
 
-def test_the_policy_allows_its_own_style_and_script_alone() -> None:
-    html = usual_page()
-    policy = read(html).find("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
+def test_the_policy_allows_its_own_style_and_script_and_what_that_loads_alone() -> None:
+    text = usual_page()
+    policy = read(text).find("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'"
-    assert rules["img-src"] == "data:"
-    for tag, rule in (("style", "style-src"), ("script", "script-src")):
-        body = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    assert rules["img-src"] == "data: file:"
+    for tag, rule, more in (("style", "style-src", ""), ("script", "script-src", " 'strict-dynamic'")):
+        body = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         assert len(body) == 1
         digest = base64.b64encode(hashlib.sha256(body[0].encode()).digest()).decode()
-        assert rules[rule] == f"'sha256-{digest}'"
+        assert rules[rule] == f"'sha256-{digest}'{more}"
 
 
 @lru_cache
 def plain_page() -> str:
-    return page.render(hostile("plain"))
+    return html(hostile("plain"))
 
 
 @lru_cache
 def usual_page() -> str:
-    return page.render(report())
+    return html(report())
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_strings_stay_text(text: str) -> None:
-    html = page.render(hostile(text))
-    root = read(html)
-    html.encode()
+    files = written(hostile(text))
+    shown = files["index.html"].decode()
+    root = read(shown)
     assert_self_contained(root)
     plain = plain_page()
     assert [node.tag for node in root.walk()] == [node.tag for node in read(plain).walk()]
-    assert len(html) < len(plain) + 100_000 + 60_000  # one config, and no name at full length
-
-
-def test_names_are_isolated_from_the_direction_of_the_page() -> None:
-    root = read(page.render(report(clusters=(cluster(0, 1, name="שלום"),), contingency=None)))
-    assert root.find("h3")[0].find("bdi")[0].words() == "שלום"
+    # One config, the keys on the map, and no name at full length.
+    assert len(shown) < len(plain) + 100_000 + 60_000 + 2 * len(text)
+    # The files beside say the same as data in the page would, and are one call with JSON.
+    beside = dict[str, bytes]()
+    data = payload.DataFiles(lambda name, content: beside.update({name: content}), room=0)
+    ranked = payload.rank(hostile(text).clusters)
+    payload.add_clusters(hostile(text), ranked, data)
+    payload.add_points(hostile(text).points, ranked, data)
+    found = payloads(files)
+    assert sorted(beside) == [f"data/{name}.js" for name in ("clusters-00000", "keys-00000", "points")]
+    assert payloads(files | beside) == found
+    assert all(b"<" not in content for content in beside.values())
 
 
 def test_the_same_report_gives_the_same_page() -> None:
-    first = page.render(report())
+    first = written(report())
     page._environment.cache_clear()
-    assert page.render(report()) == first
+    assert written(report()) == first
 
 
 def test_scores_stand_side_by_side_and_the_best_is_marked() -> None:
@@ -157,41 +162,25 @@ def test_scores_stand_side_by_side_and_the_best_is_marked() -> None:
     assert [row.find("td")[1].words() for row in rows] == ["50.0%", "60.0% (best)"]
 
 
-def test_labels_show_what_a_picture_really_is_only_where_it_differs() -> None:
-    shown = (picture(1, label="dog"), picture(2, label="cat"))
-    data = report(clusters=(cluster(0, 2, majority="dog", purity=0.5, exemplars=shown, outliers=()),), contingency=None)
-    captions = [node.words() for node in read(page.render(data)).find("article")[0].find("figcaption")]
-    assert captions == ["00001.jpg 90% sure", "00002.jpg 90% sure labelled cat"]
-
-
-def test_pictures_say_their_key_and_their_size() -> None:
-    images = read(usual_page()).find("img")
-    assert images[0].attributes["alt"] == "folder/00010.jpg"
-    assert (images[0].attributes["width"], images[0].attributes["height"]) == ("43", "32")
-    heads, _, bodies = zip(*(image.attributes["src"].partition(",") for image in images), strict=True)
-    assert set(heads) == {"data:image/webp;base64"}
-    assert base64.b64decode(bodies[0]) == picture(10).thumbnail
-
-
 def test_a_run_without_labels_names_or_rejects() -> None:
     data = report(
         classes=None, contingency=None, rejects=(), curves=(), confidence=(), stages=(), versions={}, config="",
         methods=(MethodResult(name="kmeans", metrics={"silhouette": 0.25}),),
         clusters=(Cluster(id=0, size=40), Cluster(id=1, size=0)),
     )  # fmt: skip
-    root = read(page.render(data))
-    assert root.find("article")[0].find("h3")[0].words() == "Cluster 0"
+    root = read(html(data))
     assert "This run has no labels" in root.find("section", id="scores")[0].words()
     assert "Every input could be used." in root.find("section", id="rejects")[0].words()
     assert "1 of 2 clusters is empty." in root.words()
     assert not root.find("section", id="training")
-    assert "Purity" not in root.find("table", id="rows")[0].words()
+    assert not root.find("section", id="map")
+    assert "Purity" not in root.find("section", id="clusters")[0].words()
 
 
 def test_a_run_with_nothing_at_all() -> None:
     data = report(images=0, clusters=(), methods=(MethodResult(name="kmeans"),), classes=None, contingency=None,
                   rejects=(), curves=(), confidence=(), run="/")  # fmt: skip
-    words = read(page.render(data)).words()
+    words = read(html(data)).words()
     assert "This run has no clusters." in words
     assert "No scores were measured." in words
 
@@ -205,56 +194,14 @@ def test_rejects_are_counted_and_cut_short() -> None:
 
 def test_the_drawing_of_classes_has_its_limits() -> None:
     wide = Contingency(counts=np.ones((61, 3), dtype=int), classes=tuple(map(str, range(61))), clusters=(0, 1, 2))
-    section = read(page.render(report(contingency=wide))).find("section", id="scores")[0]
+    section = read(html(report(contingency=wide))).find("section", id="scores")[0]
     assert not section.find("svg")
     assert "With 61 classes and 3 clusters" in section.words()
     assert read(usual_page()).find("section", id="scores")[0].find("svg")
 
 
-def test_huge_runs_keep_to_their_limits() -> None:
-    pictures = tuple(picture(i) for i in range(6))
-    clusters = tuple(
-        Cluster(id=k, size=25_000 - k, name=f"name {k}", exemplars=pictures if k < 300 else ()) for k in range(25_000)
-    )
-    data = report(clusters=clusters, contingency=None, images=300_000_000)
-    html = page.render(data, PageLimits(bytes=2_000_000))
-    assert len(html.encode()) <= 2_000_000
-    root = read(html)
-    assert len(root.find("article")) == 200
-    assert len(root.find("table", id="rows")[0].find("tr")) == 1 + 2_000_000 // 2 // 400
-    assert "The 200 largest of 25,000 clusters are shown with pictures." in root.words()
-    assert "The 2,500 largest of 25,000 clusters are listed;" in root.words()
-
-
-def test_the_budget_drops_pictures_and_says_so() -> None:
-    rng = np.random.default_rng(0)
-    noise = [picture(i, thumbnail=_noise(rng)) for i in range(60)]
-    clusters = tuple(cluster(k, 9, exemplars=tuple(noise[5 * k : 5 * k + 5]), outliers=()) for k in range(12))
-    data = report(clusters=clusters, contingency=None)
-    full, small = page.render(data), page.render(data, PageLimits(bytes=200_000))
-    assert len(full.encode()) > 300_000
-    assert 150_000 < len(small.encode()) <= 200_000
-    root = read(small)
-    left_out = 60 - len(root.find("img"))
-    assert left_out > 0
-    assert f"{left_out} pictures are left out" in root.words()
-    assert all(card.find("img") for card in root.find("article"))
-
-
-def _noise(rng: np.random.Generator) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_search_text_holds_names_and_numbers() -> None:
-    cards = read(usual_page()).find("article")
-    assert cards[0].attributes["data-text"] == "cat #1 dog boat"
-    assert cards[0].attributes["data-purity"] == "0.55"
-
-
 def test_figures_and_searches_have_sections_and_load_nothing() -> None:
-    root = read(page.render(report(drawings=drawings("ship"), retrieval=(retrieval("ship"),))))
+    root = read(html(report(drawings=drawings("ship"), retrieval=(retrieval("ship"),))))
     assert_self_contained(root)
     [figures] = root.find("section", id="figures")
     assert [chart.find("figcaption")[0].words() for chart in figures.find("figure", class_="chart")] == ["ship", "ship"]
@@ -271,96 +218,97 @@ def test_figures_and_searches_have_sections_and_load_nothing() -> None:
 def test_the_choice_of_the_number_has_a_section_of_its_own() -> None:
     gram, places = drawings("ship")
     choice = Drawing(key=page.CHOICE, title="Criteria", text="12 were chosen", svg=places.svg)
-    root = read(page.render(report(drawings=(gram, choice))))
+    root = read(html(report(drawings=(gram, choice))))
     assert_self_contained(root)
     [section] = root.find("section", id="choice")
     assert section.find("h2")[0].words() == "Number of clusters"
     assert "12 were chosen" in section.words()
     assert len(root.find("section", id="figures")[0].find("figure", class_="chart")) == 1
     assert "#choice" in {link.attributes["href"] for link in root.find("nav")[0].find("a")}
-    assert not read(page.render(report(drawings=(gram,)))).find("section", id="choice")
+    assert not read(html(report(drawings=(gram,)))).find("section", id="choice")
 
 
-def test_names_without_the_classes_stand_beside() -> None:
-    root = read(page.render(report(clusters=(cluster(0, 10, name="tench", blind=("fish", 0.4)),))))
-    assert "Without class names" in root.find("table", id="rows")[0].words()
-    assert "fish" in root.find("article")[0].words()
-    assert "Without class names" not in read(usual_page()).words()
+# What the script reads
 
 
-# What fits on a page
-
-TINY = b"\x00" * 300
-
-
-def bare(number: int, size: int, exemplars: int = 4, outliers: int = 4) -> object:
-    kinds = [
-        tuple(Picture(key=f"{k}{i}", thumbnail=TINY) for i in range(n)) for k, n in (("e", exemplars), ("o", outliers))
-    ]
-    return cluster(number, size, exemplars=kinds[0], outliers=kinds[1])
-
-
-def kept(selection: page.Selection) -> list[list[str]]:
-    return [[p.key for p in c.exemplars + c.outliers if p.thumbnail] for c in selection.cards]
-
-
-def test_featured_are_the_largest_filled_clusters() -> None:
-    assert page.featured([5, 0, 9, 5, 1]) == [2, 0, 3, 4]
-    assert page.featured([5, 0, 9, 5, 1], PageLimits(cards=2)) == [2, 0]
-    assert page.featured([]) == []
-
-
-def test_featured_agrees_with_the_cards_of_the_page() -> None:
-    sizes = [3, 0, 7, 7, 2, 9]
-    data = report(clusters=tuple(cluster(k, size) for k, size in enumerate(sizes)), contingency=None)
-    limits = PageLimits(cards=3)
-    assert [card.id for card in page.select(data, limits).cards] == page.featured(sizes, limits)
-
-
-def test_selection_caps_cards_rows_pictures_and_rejects() -> None:
-    groups = tuple(
-        RejectGroup(reason=f"r{i}", count=i, examples=({"key": "k", "uri": "", "detail": ""},) * 5) for i in range(1, 6)
+def test_the_list_is_by_size_and_holds_what_clusters_are_found_by() -> None:
+    blind = cluster(
+        7, 20, name=None, runners_up=(("boat", 0.2), ("raft", 0.1)), blind=("fish", 0.4), nearest=((3, 0.5),)
     )
-    data = report(clusters=tuple(bare(k, k) for k in range(9)), rejects=groups, contingency=None)
-    limits = PageLimits(cards=3, rows=5, exemplars=2, outliers=1, rejects=2, reasons=3)
-    shown = page.select(data, limits)
-    assert [card.id for card in shown.cards] == [8, 7, 6]
-    assert [row.id for row in shown.rows] == [8, 7, 6, 5, 4]
-    assert kept(shown) == [["e0", "e1", "o0"]] * 3
-    assert sum(map(len, kept(shown))) == 9
-    assert [(group.reason, len(group.examples)) for group in shown.rejects] == [("r5", 2), ("r4", 2), ("r3", 2)]
-    assert shown.other_reasons == 2
+    named = cluster(3, 20, name="cat", majority="dog", purity=0.5555, parents=(1,))
+    nameless = dataclasses.replace(blind, parents=(0,))
+    data = report(clusters=(nameless, named, cluster(5, 0)), levels=(2,), contingency=None)
+    found = payloads(written(data))
+    shown = found["index"]
+    assert shown["id"] == [3, 7]
+    assert shown["size"] == [20, 20]
+    assert [None if word < 0 else shown["words"][word] for word in shown["name"]] == ["cat", None]
+    assert [[shown["words"][word] for word in some] for some in shown["runners"]] == [[], ["boat", "raft"]]
+    assert shown["purity"] == [555, -1]
+    assert (shown["label"], shown["classes"]) == ([0, -1], ["dog"])
+    assert shown["levels"] == [{"clusters": 2, "parent": [1, 0]}]
+    assert shown["packs"] == [0]
+    first, second = found["clusters-00000"]
+    assert second["runners"] == [["boat", 0.2], ["raft", 0.1]]
+    assert second["blind"] == ["fish", 0.4]
+    assert second["nearest"] == [[3, 0.5]]
+    assert [each[0] for each in first["typical"] + first["outliers"]] == [f"folder/{i:05d}.jpg" for i in (30, 31, 35)]
 
 
-def test_rows_leave_half_of_the_page_to_other_things() -> None:
-    data = report(clusters=tuple(bare(k, 1, 0, 0) for k in range(600)), contingency=None)
-    rows = page.select(data, PageLimits(bytes=200_000)).rows
-    assert len(rows) == 100_000 // page.ROW_BYTES
+def test_a_picture_is_its_record_and_its_thumbnail() -> None:
+    shown = picture(10, row=4, label="cat", uri="s3://b/x.jpg", neighbors=((7, 2, 0.98765),))
+    data = report(gallery=lambda _: Gallery(typical=(shown,)), clusters=(cluster(0, 1),), contingency=None)
+    [[found]] = [each["typical"] for each in payloads(written(data))["clusters-00000"]]
+    source, _, body = found[6].partition(",")
+    assert found[:6] == ["folder/00010.jpg", 4, 900, "cat", "s3://b/x.jpg", [[7, 2, 0.9877]]]
+    assert found[7:] == [43, 32]
+    assert source == "data:image/webp;base64"
+    assert base64.b64decode(body) == shown.thumbnail
 
 
-def test_every_cluster_gets_its_first_pictures_before_any_gets_more() -> None:
-    data = report(clusters=(bare(0, 2), bare(1, 1)), contingency=None)
-    selection = page.select(data, PageLimits())
-    each = page.TAG_BYTES + len(base64.b64encode(TINY))
-    fitted = page.fit_pictures(selection, 9 * each)
-    assert kept(fitted) == [["e0", "e1", "e2", "e3", "o0"], ["e0", "e1", "e2", "e3"]]
-    assert fitted.dropped_pictures == 16 - 9
-    assert kept(page.fit_pictures(selection, 3 * each)) == [["e0", "e1"], ["e0"]]
-    assert page.fit_pictures(selection, 16 * each).dropped_pictures == 0
+def test_points_lie_where_they_were_and_keys_beside() -> None:
+    x, y = np.array([-1.0, 0.0, 1.0]), np.array([0.0, 0.5, 0.25])
+    points = MapPoints(row=np.array([4, 5, 9]), cluster=np.array([0, 2, 1]), x=x, y=y, keys=["a", "b", "c"])
+    found = payloads(written(report(points=points)))
+    assert found["keys-00000"] == {"key": ["a", "b", "c"], "row": [4, 5, 9]}
+    kinds = {"x": "<u2", "y": "<u2", "cluster": "<u4"}
+    columns = {name: np.frombuffer(base64.b64decode(text), kinds[name]) for name, text in found["points"].items()}
+    assert [found["index"]["id"][place] for place in columns["cluster"]] == [0, 2, 1]
+    np.testing.assert_allclose(columns["x"] / 65535, [0, 0.5, 1], atol=1e-5)
+    np.testing.assert_allclose(columns["y"] / 65535, [0.375, 0.625, 0.5], atol=1e-5)  # one scale, in the middle
 
 
-def test_pictures_left_out_keep_their_keys() -> None:
-    selection = page.select(report(), PageLimits())
-    empty = page.fit_pictures(selection, -1)
-    assert kept(empty) == [[], [], []]
-    keys = [[p.key for p in card.exemplars + card.outliers] for card in empty.cards]
-    assert keys == [[p.key for p in card.exemplars + card.outliers] for card in selection.cards]
+def test_many_clusters_lie_in_files_of_a_megabyte_and_the_page_stays_small() -> None:
+    asked = list[int]()
+
+    def counted(number: int) -> Gallery:
+        asked.append(number)
+        return gallery(number)
+
+    clusters = tuple(cluster(k, 9_000 - k, name=f"name {k}", purity=0.5, confidence=0.5) for k in range(9_000))
+    files = written(report(clusters=clusters, contingency=None, gallery=counted))
+    assert asked == list(range(9_000))
+    assert len(files["index.html"]) < 5_000_000
+    beside = {name: len(content) for name, content in files.items() if name != "index.html"}
+    assert len(beside) > 3
+    assert max(beside.values()) < 1.1 * payload.PACK_BYTES
+    found = payloads(files)
+    firsts = found["index"]["packs"]
+    sizes = [len(found[f"clusters-{pack:05d}"]) for pack in range(len(firsts))]
+    assert np.cumsum([0, *sizes]).tolist() == [*firsts, 9_000]
 
 
-def test_limits_are_bounded() -> None:
-    for key, value in {"cards": -1, "bytes": 10, "unknown": 1}.items():
-        with pytest.raises(ValidationError):
-            PageLimits(**{key: value})
+@pytest.mark.parametrize(
+    ("given", "title"),
+    [
+        ({"name": "cat", "majority": "dog"}, "cat"),
+        ({"runners_up": (("boat", 0.2),), "majority": "dog"}, "boat?"),
+        ({"majority": "dog"}, "mostly dog"),
+        ({}, "#7"),
+    ],
+)
+def test_a_cluster_without_a_name_is_called_by_the_best_guess(given: dict[str, Any], title: str) -> None:
+    assert cluster(7, 1, **given).title == title
 
 
 # Scores

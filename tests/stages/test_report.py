@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig, validate
+from rayclust.report import payload
 from rayclust.runtime.pipeline import StageContext, run_stage
-from rayclust.stages import report
+from rayclust.stages import report, report_rows
 from rayclust.store import storage
 from rayclust.store.manifest import read_manifest
 from rayclust.store.run import Run
+from tests.report.pages import payloads
 from tests.stages.conftest import Sealed
 from tests.stages.runs import tree
 
@@ -23,16 +27,103 @@ def page(folder: Path) -> str:
     return (folder / "report" / "index.html").read_text()
 
 
+def shown(folder: Path) -> dict[str, Any]:
+    """What the page's script reads, from the page and the files beside it."""
+    files = {str(path.relative_to(folder / "report")): path.read_bytes() for path in (folder / "report").rglob("*.*")}
+    return payloads(files)
+
+
 def test_the_page_shows_the_clusters_with_their_images_and_fetches_nothing(pictures_run: Sealed):
-    shown = page(pictures_run.folder)
-    assert shown.count("data:image/webp;base64,") >= 24
-    assert all(name in shown for name in ("amber", "blue", "green", "shard-001/broken", "empty", "kmeans", "pixels"))
-    assert not re.search(r"""(src|href)=["'](https?:)?//""", shown)
+    text = page(pictures_run.folder)
+    assert text.count("data:image/webp;base64,") >= 24
+    assert all(name in text for name in ("amber", "blue", "green", "shard-001/broken", "empty", "kmeans", "pixels"))
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", text)
+
+
+def test_pictures_have_their_record_and_neighbours(pictures_run: Sealed):
+    found, rows = shown(pictures_run.folder), read_rows(pictures_run)
+    cluster_of = dict(zip(found["index"]["id"], found["clusters-00000"], strict=True))
+    for cluster in pq.read_table(pictures_run.folder / "clusters.parquet").to_pylist():
+        kinds = cluster_of[cluster["cluster"]]
+        assert [picture[1] for picture in kinds["typical"]] == cluster["exemplars"]
+        assert {picture[1] for picture in kinds["borderline"] + kinds["outliers"]} == set(cluster["outliers"])
+        for key, row, confidence, label, uri, near, *_ in kinds["typical"]:
+            assert (key, uri, label) == (rows[row]["key"], rows[row]["uri"], rows[row]["label"])
+            assert confidence == pytest.approx(1000 * rows[row]["confidence"], abs=1)
+            assert [other for other, _, _ in near] == rows[row]["neighbors"]
+            assert [k for _, k, _ in near] == [rows[other]["cluster"] for other, _, _ in near]
+        assert {other for other, _ in kinds["nearest"]} == {0, 1, 2} - {cluster["cluster"]}
+        cosines = [cosine for _, cosine in kinds["nearest"]]
+        assert cosines == sorted(cosines, reverse=True)
+
+
+def read_rows(run: Sealed) -> list[dict[str, Any]]:
+    """All rows with what the tables of every stage say of them."""
+    folders = ("embeddings", "assignments", "neighbors")
+    found = [pq.read_table(sorted((run.folder / name).glob("*.parquet"))).to_pylist() for name in folders]
+    return [one | two | three for one, two, three in zip(*found, strict=True)]
+
+
+def test_the_map_has_every_row_of_a_small_run(pictures_run: Sealed):
+    found, rows = shown(pictures_run.folder), read_rows(pictures_run)
+    assert found["keys-00000"] == {"key": [row["key"] for row in rows], "row": list(range(24))}
+    places = np.frombuffer(base64.b64decode(found["points"]["cluster"]), "<u4")
+    assert [found["index"]["id"][place] for place in places] == [row["cluster"] for row in rows]
 
 
 def test_a_run_of_ready_embeddings_has_a_page_without_pictures(vectors_run: Sealed):
-    assert "data:image/webp" not in page(vectors_run.folder)
-    assert "up" in page(vectors_run.folder)
+    text = page(vectors_run.folder)
+    assert "data:image/webp" not in text
+    assert "up" in text
+
+
+CLUSTERS = [
+    {"cluster": k, "size": size, "exemplars": [*range(10 * k, 10 * k + 12)], "outliers": [*range(90, 96)]}
+    for k, size in enumerate((9, 0, 5))
+]
+
+
+@pytest.mark.parametrize(("most", "counts"), [(1000, (12, 6)), (36, (12, 6)), (12, (4, 2)), (8, (3, 1)), (1, (2, 1))])
+def test_clusters_share_the_pictures_evenly(most: int, counts: tuple[int, int]):
+    found = report.pictured(CLUSTERS, most)
+    assert [tuple(map(len, found[k])) for k in (0, 2)] == [counts] * 2
+    assert found[2][0][:2] == [20, 21]
+
+
+def test_uncertain_images_are_borderline_where_one_other_cluster_is_near():
+    near = np.array([[5, 6, 7], [5, 6, 7], [5, -1, -1]])
+    of = np.array([[1, 1, 0], [1, 2, 0], [1, -1, -1]], np.int32)
+    columns = {"key": list("abc"), "uri": list("abc"), "label": [None] * 3, "cluster": [0] * 3, "confidence": [0.5] * 3}
+    rows = report_rows.ShownRows(np.arange(3), pa.table(columns), near, near / 10, of, report_rows.Thumbnails())
+    found = rows.gallery([0], [0, 1, 2])
+    assert [[picture.key for picture in kind] for kind in (found.typical, found.borderline, found.outliers)] == [
+        ["a"], ["a"], ["b", "c"],
+    ]  # fmt: skip
+    assert found.outliers[1].neighbors == ((5, 1, 0.5),)
+
+
+def test_files_of_an_earlier_report_go_and_all_lie_where_the_run_does(
+    pictures_run: Sealed, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, in_process: None
+):
+    uri = f"{s3_bucket}/run"
+    for path in sorted(pictures_run.folder.rglob("*")):
+        if path.is_file():
+            storage.write_bytes(storage.join(uri, str(path.relative_to(pictures_run.folder))), path.read_bytes())
+    storage.write_bytes(storage.join(uri, "report", "data", "clusters-00099.js"), b"old")
+    monkeypatch.setattr(payload.DataFiles.__init__, "__defaults__", (0,))
+    monkeypatch.setattr(payload, "PACK_BYTES", 1)
+    manifest = run_stage("report", validate(tree(uri, pictures_run.config.images.uri)), force=True)
+    names = {f"data/clusters-{pack:05d}.js" for pack in range(3)} | {
+        "data/points.js",
+        "data/keys-00000.js",
+        "index.html",
+    }
+    files = {file.key: storage.read_bytes(file.uri) for file in storage.walk(storage.join(uri, "report"))}
+    assert set(files) == names
+    assert set(manifest.outputs) == {f"report/{name}" for name in names}
+    before, after = shown(pictures_run.folder), payloads(files)
+    assert [part for pack in range(3) for part in after[f"clusters-{pack:05d}"]] == before["clusters-00000"]
+    assert after["points"] == before["points"]
 
 
 @pytest.fixture
@@ -43,9 +134,9 @@ def copied(pictures_run: Sealed, tmp_path: Path, in_process: None) -> RunConfig:
 
 
 def test_images_that_have_been_moved_away_leave_gaps(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    fetched = report.fetch_many
+    fetched = report_rows.fetch_many
     monkeypatch.setattr(
-        report,
+        report_rows,
         "fetch_many",
         lambda uris, columns: fetched([uri.replace("shard-000.tar", "gone.tar") for uri in uris], columns),
     )

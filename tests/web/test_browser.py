@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import shutil
-import subprocess
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -21,8 +17,7 @@ import uvicorn
 from rayclust.config import RunConfig
 from rayclust.errors import DataError
 from rayclust.web.app import serve
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from tests.browser import CHROMIUM, WITHOUT, Page, chromium
 
 
 @contextmanager
@@ -50,45 +45,6 @@ def served(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     finally:
         servers[0].should_exit = True
         thread.join(timeout=20)
-
-
-class Page:
-    """A tab, driven by its protocol; keeps what went wrong in it and what it asked for."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._socket, self._number, self._session = socket, 0, ""
-        self.errors, self.requests = list[Any](), list[str]()
-
-    async def call(self, method: str, **values: Any) -> Any:
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": values}
-        await self._socket.send_json(message | ({"sessionId": self._session} if self._session else {}))
-        while (found := await self._socket.receive_json(timeout=60)).get("id") != self._number:
-            kind, event = found.get("method"), found.get("params", {})
-            if kind == "Runtime.exceptionThrown" or event.get("entry", {}).get("level") == "error":
-                self.errors.append(event)
-            if kind == "Network.requestWillBeSent":
-                self.requests.append(event["request"]["url"])
-        assert "error" not in found, found
-        return found["result"]
-
-    async def open(self, url: str) -> None:
-        target = (await self.call("Target.createTarget", url="about:blank"))["targetId"]
-        self._session = (await self.call("Target.attachToTarget", targetId=target, flatten=True))["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            await self.call(f"{domain}.enable")
-        await self.call("Page.navigate", url=url)
-
-    async def run(self, script: str) -> Any:
-        found = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    async def until(self, script: str, wanted: Any = True) -> None:
-        deadline = time.monotonic() + 20
-        while (found := await self.run(script)) != wanted:
-            assert time.monotonic() < deadline, f"{script}: {found!r} instead of {wanted!r}"
-            await asyncio.sleep(0.05)
 
 
 async def walk(url: str, endpoint: str) -> Page:
@@ -131,19 +87,10 @@ async def walk(url: str, endpoint: str) -> Page:
         return page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
 def test_the_persons_walk_in_a_browser(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    line = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    line += ["--remote-debugging-port=0", f"--user-data-dir={tmp_path / 'profile'}", "about:blank"]
-    with served(config, monkeypatch) as url, subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as browser:
-        try:
-            assert browser.stderr is not None
-            endpoint = next(
-                found[1] for said in browser.stderr if (found := re.search(r"listening on (ws://\S+)", said))
-            )
-            page = asyncio.run(walk(url, endpoint))
-        finally:
-            browser.terminate()
+    with served(config, monkeypatch) as url, chromium(tmp_path) as endpoint:
+        page = asyncio.run(walk(url, endpoint))
     assert page.errors == []
     assert page.requests
     assert {asked for asked in page.requests if not asked.startswith(url)} == set()

@@ -1,64 +1,348 @@
 "use strict";
-// Search and sort; without this script the page shows the same clusters, largest first.
-(() => {
-  const tools = document.querySelector(".tools");
-  const search = document.getElementById("search");
-  const sort = document.getElementById("sort");
-  const found = document.getElementById("found");
-  const grid = document.getElementById("cards");
-  const more = document.getElementById("more");
-  const cards = [...grid.children].map((node, place) => ({
-    node, place, text: node.dataset.text, name: node.dataset.name,
-    size: +node.dataset.size, purity: +(node.dataset.purity ?? NaN), confidence: +(node.dataset.confidence ?? NaN),
-  }));
-  const body = document.querySelector("#rows tbody");
-  const FEW = 500; // a browser lays out so many rows at once without a pause
-  let most = FEW;
-  let rows = null; // read when first needed: there may be many
-  const readRows = () => rows ??= [...body.rows].map((node) => ({ node, text: node.textContent.toLowerCase() }));
-
-  const matches = (text, words) => words.every((word) => text.includes(word));
-  const show = (items, words, limit) => {
-    let hits = 0;
-    for (const item of items) {
-      const hit = matches(item.text, words);
-      hits += hit;
-      const hidden = !hit || hits > limit;
-      if (item.node.hidden !== hidden) item.node.hidden = hidden;
-    }
-    return hits;
+// The list of clusters and the pages of clusters and pictures. Data comes from script elements of the page or, where
+// they don't fit into it, from files beside it, each of which calls window.rayclust with its name and value.
+const page = (() => {
+  const $ = (id) => document.getElementById(id);
+  const el = (tag, properties = {}, ...children) => {
+    const node = Object.assign(document.createElement(tag), properties);
+    node.append(...children.filter((child) => child !== null && child !== undefined));
+    return node;
   };
-  const filter = () => {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const inCards = show(cards, words, Infinity);
-    const inRows = show(readRows(), words, most);
-    more.hidden = inRows <= most;
-    more.textContent = `Show all ${inRows.toLocaleString("en")} rows`;
-    found.textContent = words.length
-      ? `${inCards} of ${cards.length} clusters with pictures, ${inRows} of ${rows.length} in the table` : "";
+  const count = (value) => value.toLocaleString("en");
+  const plural = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
+  const percent = (permille) => permille === 1000 ? "100%" : permille > 0 && permille < 10 ? "<1%" : `${Math.floor(permille / 10)}%`;
+
+  // 1. Data by name, each loaded once; packs that were not used for long are dropped.
+  const KEPT = 60;
+  const known = new Map();
+  const waiting = new Map(); // files on their way
+  window.rayclust = (name, value) => waiting.get(name)?.take(value);
+  const read = (name) => {
+    const inline = $(`data-${name}`);
+    if (inline) return Promise.resolve(JSON.parse(inline.textContent));
+    const script = el("script", { src: `data/${name}.js`, async: true });
+    const found = new Promise((resolve, reject) => {
+      const end = () => { waiting.delete(name); script.remove(); };
+      waiting.set(name, { take: (value) => { end(); resolve(value); } });
+      script.onerror = () => { end(); known.delete(name); $("gone").hidden = false; reject(new Error(name)); };
+    });
+    waiting.get(name).found = found;
+    document.head.append(script);
+    return found;
+  };
+  const load = (name) => {
+    const found = known.get(name) ?? waiting.get(name)?.found ?? read(name);
+    known.delete(name);
+    known.set(name, found); // last in order: the most recently used
+    if (known.size > KEPT) known.delete([...known.keys()].find((key) => key.startsWith("clusters-")) ?? name);
+    return found;
+  };
+  const index = JSON.parse($("data-index").textContent);
+  const K = index.id.length;
+  const placeOf = new Map(index.id.map((id, place) => [id, place]));
+  const details = async (place) => {
+    let low = 0, high = index.packs.length;
+    while (high - low > 1) { const middle = (low + high) >> 1; if (index.packs[middle] <= place) low = middle; else high = middle; }
+    return (await load(`clusters-${String(low).padStart(5, "0")}`))[place - index.packs[low]];
+  };
+
+  // 2. What is said of a cluster.
+  const runner = (place) => index.runners[place].length ? index.words[index.runners[place][0]] : null;
+  const title = (place) => index.name[place] >= 0 ? index.words[index.name[place]]
+    : runner(place) !== null ? `${runner(place)}?`
+    : index.label[place] >= 0 ? `mostly ${index.classes[index.label[place]]}` : `#${index.id[place]}`;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  // One colour for each cluster: hues a golden angle apart at three lightnesses that stand out from the ground (OKLCH).
+  const colour = (place) => {
+    const L = (dark.matches ? [0.8, 0.7, 0.88] : [0.56, 0.64, 0.48])[place % 3], C = 0.13, h = place * 2.399963;
+    const a = C * Math.cos(h), b = C * Math.sin(h);
+    const l = (L + 0.3963377774 * a + 0.2158037573 * b) ** 3, m = (L - 0.1055613458 * a - 0.0638541728 * b) ** 3,
+      s = (L - 0.0894841775 * a - 1.291485548 * b) ** 3;
+    return [4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s, -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
+      -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s]
+      .map((v) => Math.round(255 * Math.min(1, Math.max(0, v <= 0.0031308 ? 12.92 * v : 1.055 * v ** (1 / 2.4) - 0.055))));
+  };
+  const bar = (place, share) => {
+    const fill = el("i");
+    fill.style.width = `${Math.max(0.5, 100 * share)}%`;
+    fill.style.background = `rgb(${colour(place)})`;
+    return el("div", { className: "share", ariaHidden: "true" }, fill);
+  };
+  const facts = (item) => {
+    const list = el("ul", { className: "facts" });
+    if (item.purity >= 0) {
+      const kind = item.purity >= 800 ? "good" : item.purity >= 500 ? "fair" : "poor";
+      const label = item.label >= 0 ? index.classes[item.label] : "one class";
+      list.append(el("li", { className: kind, title: "Share of its images in the class that most of them have" },
+        `${percent(item.purity)} `, el("bdi", { textContent: label })));
+    }
+    if (item.confidence >= 0) list.append(el("li", { title: "Mean confidence of its images", textContent: `${percent(item.confidence)} sure` }));
+    list.append(el("li", { className: "id", textContent: item.members ? plural(item.members.length, "cluster") : `#${index.id[item.place]}` }));
+    return list;
+  };
+  const thumbnail = (picture, alt = picture[0]) => picture[6]
+    ? el("img", { src: picture[6], alt, width: picture[7], height: picture[8], decoding: "async" })
+    : el("span", { className: "bare", textContent: picture[0].split("/").pop() });
+
+  // 3. The list: items are made for what is in view alone.
+  const list = $("list"), items = $("items");
+  const GAP = 16;
+  const state = { items: [], most: 1, view: "cards", level: -1, group: null, columns: 1, width: 0, height: 0, nodes: new Map() };
+  const single = (place) => ({ place, title: title(place), size: index.size[place], purity: index.purity[place],
+    confidence: index.confidence[place], label: index.label[place] });
+  const texts = index.id.map((id, place) => [title(place), `#${id}`, index.label[place] >= 0 ? index.classes[index.label[place]] : "",
+    ...index.runners[place].map((word) => index.words[word])].join(" ").toLowerCase());
+  const grouped = (places) => {
+    const parents = index.levels[state.level].parent, groups = new Map();
+    for (const place of places) {
+      const group = groups.get(parents[place]) ?? { place, parent: parents[place], members: [], size: 0, purity: 0, confidence: 0, label: -1 };
+      groups.set(parents[place], group);
+      group.members.push(place);
+      group.size += index.size[place];
+      group.purity += index.purity[place] * index.size[place];
+      group.confidence += index.confidence[place] * index.size[place];
+    }
+    for (const group of groups.values()) {
+      const rest = group.members.length - 1;
+      group.title = rest ? `${title(group.place)} and ${count(rest)} more` : title(group.place);
+      group.purity = index.purity[group.place] < 0 ? -1 : group.purity / group.size;
+      group.confidence = index.confidence[group.place] < 0 ? -1 : group.confidence / group.size;
+    }
+    return [...groups.values()];
+  };
+  const range = (name, scale) => {
+    const read = (end, other) => { const value = $("ranges")[`${name}-${end}`]?.value; return value ? scale * value : other; };
+    return [read("from", -Infinity), read("to", Infinity)];
   };
   const collator = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
-  const order = () => {
-    const key = sort.value.replace("-", "");
-    const sign = sort.value.startsWith("-") ? 1 : -1;
-    const compare = key === "name"
-      ? (a, b) => collator.compare(a.name, b.name)
-      : (a, b) => (isNaN(a[key]) - isNaN(b[key])) || sign * (a[key] - b[key]) || 0;
-    grid.append(...[...cards].sort((a, b) => compare(a, b) || a.place - b.place).map((card) => card.node));
+  const apply = () => {
+    // a. Clusters that fit the words and the filters.
+    const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const ranges = [["size", 1], ["purity", 10], ["confidence", 10]].map(([name, scale]) => [index[name], ...range(name, scale)])
+      .filter(([, from, to]) => from > -Infinity || to < Infinity);
+    const label = $("ranges").label?.value ?? "", named = $("ranges").named?.value ?? "";
+    const places = [];
+    for (let place = 0; place < K; place++) {
+      if (state.group && index.levels[state.group.level].parent[place] !== state.group.parent) continue;
+      if (!words.every((word) => texts[place].includes(word))) continue;
+      if (!ranges.every(([column, from, to]) => column[place] >= from && column[place] <= to)) continue;
+      if (label !== "" && index.label[place] !== +label) continue;
+      if (named !== "" && (index.name[place] >= 0) !== (named === "1")) continue;
+      places.push(place);
+    }
+    // b. In groups where a level is open, in order.
+    const found = state.level >= 0 ? grouped(places) : places.map(single);
+    const key = $("sort").value.replace("-", ""), sign = $("sort").value.startsWith("-") ? 1 : -1;
+    if (key === "name") {
+      const ids = (item) => index.name[item.place] < 0;
+      found.sort((a, b) => ids(a) - ids(b) || (ids(a) ? index.id[a.place] - index.id[b.place] : collator.compare(a.title, b.title)) || a.place - b.place);
+    } else found.sort((a, b) => (a[key] < 0) - (b[key] < 0) || sign * (a[key] - b[key]) || a.place - b.place);
+    state.items = found;
+    state.most = found.reduce((most, item) => Math.max(most, item.size), 1);
+    const active = ranges.length + (label !== "") + (named !== "");
+    $("filtered").textContent = active ? `${active} in use` : "";
+    const images = places.reduce((sum, place) => sum + index.size[place], 0);
+    $("found").textContent = places.length < K || state.level >= 0
+      ? `${state.level >= 0 ? `${plural(found.length, "group")} of ` : ""}${count(places.length)} of ${plural(K, "cluster")}, ${plural(images, "image")}` : "";
+    list.scrollTop = 0;
+    layout();
   };
-  let waiting = 0;
-  search.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(filter, 80); });
-  sort.addEventListener("change", order);
-  more.addEventListener("click", () => { most = Infinity; filter(); });
-  tools.addEventListener("submit", (event) => { event.preventDefault(); filter(); });
+  const layout = () => {
+    const inner = list.clientWidth - 2;
+    const rows = state.view === "rows";
+    state.columns = rows ? 1 : Math.max(1, Math.floor((inner + GAP) / (270 + GAP)));
+    state.width = (inner - GAP * (state.columns - 1)) / state.columns;
+    const side = (state.width - 34) / 3;
+    state.height = rows ? 64 : Math.round(2 * side + 4 + 100);
+    list.style.setProperty("--item-width", `${state.width}px`);
+    list.style.setProperty("--item-height", `${state.height}px`);
+    list.classList.toggle("rows", rows);
+    items.style.height = `${Math.max(0, Math.ceil(state.items.length / state.columns) * (state.height + gap()) - gap())}px`;
+    for (const node of state.nodes.values()) node.remove();
+    state.nodes.clear();
+    fill();
+  };
+  const gap = () => state.view === "rows" ? 4 : GAP;
+  const fill = () => {
+    const step = state.height + gap(), top = list.scrollTop, AHEAD = 1;
+    const first = Math.max(0, Math.floor(top / step) - AHEAD) * state.columns;
+    const last = Math.min(state.items.length, (Math.ceil((top + list.clientHeight) / step) + AHEAD) * state.columns);
+    for (const [place, node] of state.nodes) {
+      if ((place < first || place >= last) && !node.contains(document.activeElement)) { node.remove(); state.nodes.delete(place); }
+    }
+    for (let place = first; place < last; place++) {
+      if (state.nodes.has(place)) continue;
+      const node = card(state.items[place]);
+      node.style.transform = `translate(${(place % state.columns) * (state.width + GAP)}px, ${Math.floor(place / state.columns) * step}px)`;
+      node.ariaSetSize = String(state.items.length);
+      node.ariaPosInSet = String(place + 1);
+      state.nodes.set(place, node);
+      // In the order of the list, so that Tab goes on as one reads.
+      const after = [...state.nodes.keys()].filter((other) => other > place).sort((a, b) => a - b)[0];
+      items.insertBefore(node, after === undefined ? null : state.nodes.get(after));
+    }
+  };
+  const card = (item) => {
+    const link = item.members
+      ? el("a", { href: "#clusters", onclick: (event) => { event.preventDefault(); enter(item); } }, el("bdi", { textContent: item.title }))
+      : el("a", { href: `#cluster-${index.id[item.place]}`, title: item.title }, el("bdi", { textContent: item.title }));
+    const pictures = el("div", { className: "pictures" });
+    const node = el("li", { className: "card" },
+      el("div", { className: "head" }, el("h3", {}, link), el("p", { className: "size", textContent: plural(item.size, "image") })),
+      bar(item.place, item.size / state.most), pictures, facts(item));
+    const most = state.view === "rows" ? 4 : 6;
+    const gallery = item.members
+      ? Promise.all(item.members.slice(0, most).map(async (place) => (await details(place)).typical[0]))
+      : details(item.place).then((found) => [...found.typical, ...found.borderline, ...found.outliers].slice(0, most));
+    gallery.then((found) => pictures.append(...found.filter(Boolean).map((each) => thumbnail(each)))).catch(() => {});
+    return node;
+  };
+  const enter = (group) => {
+    state.group = { level: state.level, parent: group.parent, title: group.title, before: state.group };
+    state.level -= 1; // the next finer one; below the finest are the clusters
+    $("level").value = String(state.level);
+    showScope();
+  };
+  const showScope = () => {
+    $("scope").hidden = !state.group;
+    if (state.group) $("scope").querySelector("span").textContent =
+      `Level of ${count(index.levels[state.group.level].clusters)}: ${state.group.title}`;
+    apply();
+    if (state.group) $("leave").focus();
+  };
+
+  // 4. Pages of a cluster and of a picture.
+  const dialog = $("cluster"), viewer = $("picture");
+  const close = (box) => el("button", { type: "button", className: "close", ariaLabel: "Close", textContent: "×", onclick: () => box.close() });
+  const clusterLink = (place, ...children) => el("a", { href: `#cluster-${index.id[place]}`, onclick: () => viewer.close() }, ...children);
+  const caption = (picture, place) => {
+    const [key, , confidence, label] = picture;
+    const text = el("span", { className: "caption" }, el("bdi", { textContent: key.split("/").pop() }));
+    if (confidence >= 0) text.append(el("span", { textContent: `${percent(confidence)} sure` }));
+    if (label !== null) {
+      // In a mixed cluster no picture is the wrong one.
+      const differs = index.label[place] >= 0 && label !== index.classes[index.label[place]];
+      const odd = differs && index.purity[place] >= 500;
+      if (differs) text.append(el("span", { className: odd ? "other" : "" }, odd ? "labelled " : "", el("bdi", { textContent: label })));
+    }
+    return text;
+  };
+  const shelf = (heading, hint, pictures, place) => pictures.length === 0 ? null : el("section", {},
+    el("h3", { textContent: heading }), el("p", { className: "hint", textContent: hint }),
+    el("ul", { className: "shelf" }, ...pictures.map((picture) => el("li", {}, el("button", {
+      type: "button", className: "tile", onclick: () => showPicture(picture, place),
+    }, thumbnail(picture), caption(picture, place))))));
+  const showCluster = async (place) => {
+    const body = $("cluster-page");
+    const item = single(place);
+    const map = index.points ? el("button", { type: "button", textContent: "Show on the map", onclick: () => { dialog.close(); page.onmap(place); } }) : null;
+    body.replaceChildren(close(dialog), el("h2", { id: "cluster-title" }, el("bdi", { textContent: item.title })),
+      el("p", { className: "hint", textContent: `Cluster #${index.id[place]}, ${plural(item.size, "image")}, ${Number((100 * item.size / Math.max(1, index.images)).toPrecision(2))}% of all` }),
+      facts(item), map ?? "");
+    if (!dialog.open) dialog.showModal();
+    dialog.scrollTop = 0;
+    let found;
+    try { found = await details(place); } catch { body.append(el("p", { className: "note", textContent: "Its pictures are missing." })); return; }
+    const names = el("p", { className: "names" });
+    const named = (pair) => [el("bdi", { textContent: pair[0] }), pair[1] === null ? "" : ` (${pair[1]})`];
+    if (found.score !== null) names.append(`Name score ${found.score}. `);
+    if (found.runners.length) names.append("Next best names: ", ...found.runners.flatMap((pair, i) => [i ? ", " : "", ...named(pair)]), ".");
+    if (found.blind) names.append(" Without the classes' names: ", ...named(found.blind), ".");
+    const near = el("ul", { className: "near" }), levels = el("p", { className: "names" });
+    body.append(names, levels, ...[
+      shelf("Typical", "Nearest to the middle of the cluster.", found.typical, place),
+      shelf("Borderline", "Least certain, with neighbours in one other cluster.", found.borderline, place),
+      shelf("Outliers", "Least certain, and near to no other cluster.", found.outliers, place),
+      found.nearest.length ? el("section", {}, el("h3", { textContent: "Nearest clusters" }), near) : null,
+    ].filter(Boolean));
+    for (const [id, cosine] of found.nearest) {
+      const other = placeOf.get(id);
+      if (other === undefined) continue;
+      const link = clusterLink(other, el("bdi", { textContent: title(other) }), el("small", { textContent: ` ${cosine.toFixed(2)}` }));
+      near.append(el("li", {}, link));
+      details(other).then((its) => { if (its.typical[0]) link.prepend(thumbnail(its.typical[0], "")); }).catch(() => {});
+    }
+    index.levels.forEach((level, number) => {
+      const parent = level.parent[place], size = level.parent.reduce((sum, each) => sum + (each === parent), 0);
+      levels.append(el("button", { type: "button", textContent: `Level of ${count(level.clusters)}: with ${count(size - 1)} others`, onclick: () => {
+        dialog.close(); state.level = number; enter({ parent, title: `like ${title(place)}` });
+      } }), " ");
+    });
+  };
+  // Originals: files of this machine and pages of the web can be opened, other places can be read.
+  const address = (uri) => /^https?:\/\//.test(uri) ? uri
+    : /^(file:\/\/)?\/(?!\/)[^#]*$/.test(uri) ? encodeURI(uri.startsWith("file:") ? uri : `file://${uri}`).replace(/\?/g, "%3F") : null;
+  const showPicture = async (picture, place) => {
+    const [key, row, confidence, label, uri, neighbors] = picture;
+    const small = thumbnail(picture);
+    const href = address(uri);
+    const facts = el("dl", { className: "about" });
+    const add = (name, ...value) => facts.append(el("div", {}, el("dt", { textContent: name }), el("dd", {}, ...value)));
+    add("Key", el("bdi", { textContent: key }));
+    if (row !== null) add("Row", count(row));
+    add("Cluster", clusterLink(place, el("bdi", { textContent: title(place) })));
+    if (confidence >= 0) add("Confidence", percent(confidence));
+    if (label !== null) add("Class", el("bdi", { textContent: label }));
+    if (uri) add("Original", href ? el("a", { href, target: "_blank", rel: "noopener noreferrer" }, el("bdi", { textContent: uri })) : el("bdi", { textContent: uri }));
+    const near = el("ul", { className: "near" });
+    const figure = el("div", { className: "large" }, small);
+    $("picture-page").replaceChildren(close(viewer), el("h2", { id: "picture-title", className: "hidden", textContent: "Picture" }), figure, facts);
+    if (neighbors.length) $("picture-page").append(el("h3", { textContent: "Neighbours" }), near);
+    if (!viewer.open) viewer.showModal();
+    // The original in place of the thumbnail, where the page was opened from a disk that has it.
+    if (href?.startsWith("file:") && location.protocol === "file:" && picture[6]) {
+      const whole = el("img", { alt: key, src: href });
+      whole.decode().then(() => { if (small.isConnected) small.replaceWith(whole); }).catch(() => {});
+    }
+    for (const [other, id, cosine] of neighbors) {
+      const its = placeOf.get(id);
+      const entry = el("li");
+      near.append(entry);
+      const said = el("span", {}, `row ${count(other)} `, el("small", { textContent: `${cosine.toFixed(2)}${its !== undefined && its !== place ? ` in ${title(its)}` : ""}` }));
+      entry.append(its === undefined ? said : clusterLink(its, said));
+      if (its === undefined) continue;
+      details(its).then((found) => {
+        const shown = [...found.typical, ...found.borderline, ...found.outliers].find((each) => each[1] === other);
+        if (shown) entry.replaceChildren(el("button", { type: "button", className: "tile", onclick: () => showPicture(shown, its) }, thumbnail(shown), said));
+      }).catch(() => {});
+    }
+  };
+  const follow = () => {
+    const place = placeOf.get(+(location.hash.match(/^#cluster-(\d+)$/)?.[1] ?? NaN));
+    if (place !== undefined) showCluster(place);
+  };
+
+  // 5. What the person does.
+  let timer = 0, frame = 0;
+  $("search").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(apply, 60); });
+  $("tools").addEventListener("submit", (event) => { event.preventDefault(); apply(); });
+  $("sort").addEventListener("change", apply);
+  $("view").addEventListener("change", () => { state.view = $("view").value; list.scrollTop = 0; layout(); });
+  $("level")?.addEventListener("change", () => { state.level = +$("level").value; state.group = null; showScope(); });
+  $("leave").addEventListener("click", () => { state.level = state.group.level; state.group = state.group.before; $("level").value = String(state.level); showScope(); });
+  $("ranges").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(apply, 60); });
+  $("ranges").addEventListener("reset", () => setTimeout(apply));
+  $("ranges").addEventListener("submit", (event) => event.preventDefault());
+  list.addEventListener("scroll", () => { cancelAnimationFrame(frame); frame = requestAnimationFrame(fill); }, { passive: true });
+  let wide = 0;
+  new ResizeObserver(() => { if (list.clientWidth !== wide) { wide = list.clientWidth; layout(); } else fill(); }).observe(list);
+  dark.addEventListener("change", layout);
+  addEventListener("hashchange", follow);
+  for (const box of [dialog, viewer]) box.addEventListener("click", (event) => { if (event.target === box) box.close(); });
+  dialog.addEventListener("close", () => history.replaceState(null, "", "#clusters"));
   document.addEventListener("keydown", (event) => {
     const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement?.tagName ?? "");
-    if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey) { event.preventDefault(); search.focus(); }
-    const open = document.querySelector(".card:target .close");
-    if (event.key === "Escape" && open && !typing) open.click();
+    if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey) { event.preventDefault(); $("search").focus(); }
   });
-  tools.hidden = false;
-  // a reloaded page keeps what was typed and chosen
-  if (search.value || body.rows.length > FEW) filter();
-  if (sort.value !== "size") order();
+  const labels = $("ranges").label;
+  labels?.append(...index.classes.map((name, place) => [name, place]).sort((a, b) => collator.compare(a[0], b[0]))
+    .map(([name, place]) => el("option", { value: String(place), textContent: name })));
+  $("tools").hidden = $("filters").hidden = K === 0;
+  list.hidden = K === 0;
+  // A reloaded page keeps what was typed and chosen.
+  state.view = $("view").value;
+  state.level = +($("level")?.value ?? -1);
+  apply();
+  follow();
+  return { $, el, index, load, details, title, colour, count, plural, thumbnail, dark, onmap: () => {} };
 })();

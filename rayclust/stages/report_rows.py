@@ -1,0 +1,208 @@
+"""The images that the report shows: what the tables say of their rows, and their thumbnails.
+
+Memory holds some hundred bytes for each; thumbnails lie in a temporary file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from rayclust.arrays import IntArray, unit_rows
+from rayclust.report import model
+from rayclust.report.thumbnails import thumbnail
+from rayclust.runtime.pipeline import StageContext
+from rayclust.runtime.rows import part_features, row_starts, rows_by_part, space_widths, table_at, transform_of
+from rayclust.search.knn import top_k
+from rayclust.store import tables
+from rayclust.store.manifest import EncodeOutputs
+from rayclust.store.sources import fetch_many
+from rayclust.store.sources.base import prefetch
+
+NEIGHBORS = 6
+"""Nearest images shown of each."""
+BORDER = 2
+"""An uncertain image is a borderline one if so many of them lie in one other cluster, else an outlier."""
+NEAREST = 5
+"""Nearest clusters shown of each."""
+FETCHED = 64
+"""Images that are in memory at once for each reader, …"""
+READERS = 8
+"""… and readers."""
+MAP_POINTS = 200_000
+"""Most points of the map."""
+
+
+class Thumbnails:
+    """Thumbnails by row, in an unnamed temporary file."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object, at the end of the stage
+        self._spans = dict[int, slice]()
+        self._end = 0
+
+    def add(self, row: int, data: bytes) -> None:
+        """Keep the thumbnail of a row."""
+        self._file.seek(self._end)
+        self._file.write(data)
+        self._spans[row] = slice(self._end, self._end + len(data))
+        self._end += len(data)
+
+    def get(self, row: int) -> bytes | None:
+        """Return the thumbnail of a row; None where it has none."""
+        span = self._spans.get(row)
+        if span is None:
+            return None
+        self._file.seek(span.start)
+        return self._file.read(span.stop - span.start)
+
+
+@dataclass(frozen=True)
+class ShownRows:
+    """Rows with pictures, sorted, and what is known of each."""
+
+    rows: NDArray[np.int64]
+    records: pa.Table
+    """key, uri, label, cluster, confidence and a column for each coarser level."""
+    near: NDArray[np.int64]
+    """Int64[n M], the nearest rows, −1 for none, …"""
+    cosines: NDArray[np.floating[Any]]
+    """… Float[n M] …"""
+    near_clusters: NDArray[np.int32]
+    """… and Int32[n M], −1 for none."""
+    thumbnails: Thumbnails
+
+    def picture(self, row: int) -> model.Picture:
+        """Return one of the rows as the page shows it."""
+        place = int(np.searchsorted(self.rows, row))
+        near = zip(
+            self.near[place].tolist(), self.near_clusters[place].tolist(), self.cosines[place].tolist(), strict=True
+        )
+        key, uri, label, confidence = (
+            self.records[name][place].as_py() for name in ("key", "uri", "label", "confidence")
+        )
+        return model.Picture(
+            key=key,
+            uri=uri,
+            label=label,
+            confidence=confidence,
+            row=row,
+            thumbnail=self.thumbnails.get(row),
+            neighbors=tuple((other, cluster, cosine) for other, cluster, cosine in near if cluster >= 0),
+        )
+
+    def gallery(self, typical: Sequence[int], uncertain: Sequence[int]) -> model.Gallery:
+        """Return rows of one cluster as its images; the uncertain ones are borderline where another cluster is near."""
+        borderline, outliers = list[model.Picture](), list[model.Picture]()
+        for row in uncertain:
+            place = int(np.searchsorted(self.rows, row))
+            others = self.near_clusters[place]
+            others = others[(others >= 0) & (others != self.records["cluster"][place].as_py())]
+            is_border = len(others) > 0 and np.unique(others, return_counts=True)[1].max() >= BORDER
+            (borderline if is_border else outliers).append(self.picture(row))
+        return model.Gallery(
+            typical=tuple(map(self.picture, typical)), borderline=tuple(borderline), outliers=tuple(outliers)
+        )
+
+
+def show_rows(context: StageContext, rows: NDArray[np.int64]) -> ShownRows:
+    """Gather what the page says of rows, Int64[n] sorted, and fetch their images."""
+    run, starts = context.run, row_starts(context.inputs["encode"])
+    levels = [tables.level_column(size) for size in context.inputs["assign"].extra.get("levels", ())]
+    records = table_at(run.rows, starts, rows, ["key", "uri", "label"])
+    assigned = table_at(run.assignments, starts, rows, ["cluster", "confidence", *levels])
+    for name in assigned.column_names:
+        records = records.append_column(name, assigned[name])
+    # Neighbours and their clusters.
+    table = table_at(run.neighbors, starts, rows, ["neighbors", "similarity"])
+    near, cosines = (tables.matrix(table[name])[:, :NEIGHBORS] for name in ("neighbors", "similarity"))
+    others = np.unique(near[near >= 0])
+    of = table_at(run.assignments, starts, others, ["cluster"])["cluster"].to_numpy()
+    clusters = np.full(near.shape, -1, np.int32)
+    clusters[near >= 0] = of[np.searchsorted(others, near[near >= 0])]
+    thumbnails = Thumbnails()
+    for row, data in _thumbnails(context, rows, records["uri"]):
+        thumbnails.add(row, data)
+    return ShownRows(rows, records, near, cosines, clusters, thumbnails)
+
+
+def _thumbnails(context: StageContext, rows: IntArray, uris: pa.ChunkedArray) -> Iterator[tuple[int, bytes]]:
+    """Yield rows with their thumbnails; none for ready embeddings, or images that have been moved since."""
+    # Files side by side, what lies in one tar or table together, so many at once that memory holds them.
+    together: dict[str, list[tuple[str, int]]] = {}
+    for uri, row in zip(uris.to_pylist(), rows.tolist(), strict=True):
+        file, inside, _ = uri.partition("#")
+        together.setdefault(file if inside else "", []).append((uri, row))
+    chunks = [group[i : i + FETCHED] for group in together.values() for i in range(0, len(group), FETCHED)]
+    config = context.config
+
+    def fetch(chunk: list[tuple[str, int]]) -> dict[str, bytes]:
+        found = fetch_many([uri for uri, _ in chunk], config.images.columns)
+        return {uri: thumbnail(data, config.report.thumbnail) for uri, data in found if data is not None}
+
+    for chunk, found in prefetch(fetch, chunks, READERS):
+        yield from ((row, found[uri]) for uri, row in chunk if uri in found)
+
+
+def nearest_clusters(context: StageContext, typical: dict[int, list[int]]) -> dict[int, tuple[tuple[int, float], ...]]:
+    """Return (cluster, cosine) of the clusters nearest to each by the mean direction of their typical rows.
+
+    Args:
+        context: of the stage.
+        typical: rows by cluster, without empty clusters.
+    """
+    ids, encode = np.array(sorted(typical)), context.inputs["encode"]
+    if len(ids) < 2:
+        return {}
+    rows = np.concatenate([typical[k] for k in ids.tolist()])
+    owners = np.repeat(np.arange(len(ids)), [len(typical[k]) for k in ids.tolist()])
+    order = rows.argsort()
+    rows, owners = rows[order], owners[order]
+    # 1. Mean directions, Float32[K D].
+    transform, done = transform_of(encode, context.config.features), 0
+    width = sum(space_widths(encode.outputs_of(EncodeOutputs)).values())
+    means = np.zeros((len(ids), width), np.float32)
+    for part, local in rows_by_part(row_starts(encode), rows):
+        features = part_features(context.run, part, transform)[local]
+        np.add.at(means, owners[done : done + len(local)], unit_rows(features))
+        done += len(local)
+    # 2. The nearest others.
+    unit = torch.from_numpy(unit_rows(means).astype(np.float32))
+    found, cosines = top_k(unit, unit, min(NEAREST, len(ids) - 1), query_ids=torch.arange(len(ids)))
+    pairs = zip(ids[found.numpy()].tolist(), cosines.tolist(), strict=True)
+    return {k: tuple(zip(*pair, strict=True)) for k, pair in zip(ids.tolist(), pairs, strict=True)}
+
+
+def map_points(context: StageContext, shown: NDArray[np.int64], title: str, text: str) -> model.MapPoints:
+    """Return the map of all rows; of many, of those that have pictures and an even sample of the others.
+
+    Args:
+        context: of the stage.
+        shown: Int64[n] sorted, rows with pictures.
+        title: of the map.
+        text: how to read it.
+    """
+    run, starts = context.run, row_starts(context.inputs["encode"])
+    if starts[-1] <= MAP_POINTS:
+        rows = np.arange(starts[-1])
+    else:
+        rng = np.random.default_rng(context.config.seed)
+        drawn = rng.choice(starts[-1], max(0, MAP_POINTS - len(shown)), replace=False, shuffle=False)
+        rows = np.union1d(shown, drawn)[:MAP_POINTS]
+    places = table_at(run.map, starts, rows, ["x", "y"])
+    return model.MapPoints(
+        row=rows,
+        cluster=table_at(run.assignments, starts, rows, ["cluster"])["cluster"].to_numpy(),
+        x=places["x"].to_numpy(),
+        y=places["y"].to_numpy(),
+        keys=table_at(run.rows, starts, rows, ["key"])["key"].to_pylist(),
+        title=title,
+        text=text,
+    )
