@@ -288,6 +288,17 @@ def test_the_e_step_finds_planted_clusters_and_tells_a_collapse():
     assert method.e_step()["feature_std"] == pytest.approx(0.0, abs=1e-3)
 
 
+def test_a_mixture_in_the_e_step_finds_planted_clusters_and_is_stored():
+    method = _fit("simclr", e_step="mixture").eval()
+    labels = method.labels.view(-1, K)
+    assert all(torch.equal(labels[0], row) for row in labels)
+    assert sorted(labels[0].tolist()) == list(range(K))
+    probabilities = method.predict_proba(_images())
+    assert torch.equal(probabilities.argmax(1), method.labels)
+    assert float(method.mixture().weights.sum()) == pytest.approx(1.0)
+    assert torch.equal(load(method.state()).predict_proba(_images()), probabilities)
+
+
 def test_resampling_draws_each_cluster_equally_often():
     method = ProPos(ProPosConfig(clusters=3, backbone="small", hidden=8, resample=True), SIDE * SIDE * 3, 10_000, 0)
     method.labels.copy_((torch.arange(10_000) >= 9_000).long())  # 90 to 10, and one without rows

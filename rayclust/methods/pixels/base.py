@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rayclust.arrays import require_matrix
-from rayclust.clustering import kmeans
+from rayclust.clustering import gmm, kmeans
 from rayclust.distributed import all_reduce, data_group, differentiable_all_gather
 from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Plan, Rows, TrainedConfig
@@ -30,6 +30,8 @@ from rayclust.methods.pixels.backbones import build_backbone
 
 BLOCK = 512
 """Images that go through a network at once outside of training."""
+MIXTURE = ("weights", "means", "variances")
+"""Parts of a `gmm.Mixture`, in its order."""
 TEMPERATURE = 0.1
 """Of the probabilities when assigning: the softmax of cosines to the centres divided by it."""
 
@@ -68,6 +70,9 @@ class PixelConfig(TrainedConfig):
     """d, width of the space in which rows are compared and clustered."""
     reassign: int = Field(1, ge=1)
     """Epochs between two E-steps; the last epoch always ends with one."""
+    e_step: Literal["kmeans", "mixture"] = "kmeans"
+    """What clusters the features: spherical k-means, or a mixture of Gaussians, one variance each, that starts from
+    it."""
     restarts: int = Field(10, ge=1)
     """Starts of the E-step's k-means."""
     warm_start: bool = True
@@ -162,6 +167,9 @@ class PixelMethod(Method):
         self.register_buffer("mean", torch.zeros(self.channels))
         self.register_buffer("std", torch.ones(self.channels))
         self.register_buffer("centers", torch.zeros(config.clusters, self.width))
+        if config.e_step == "mixture":
+            for name, shape in zip(MIXTURE, ((), (self.width,), (self.width,)), strict=True):
+                self.register_buffer(f"mixture_{name}", torch.ones(config.clusters, *shape, dtype=torch.float64))
         self.register_buffer("labels", torch.zeros(count, dtype=torch.long))
         self.register_buffer("epochs_done", torch.zeros((), dtype=torch.long))
         self._rows: Rows | None = None  # for as long as a fit runs
@@ -257,15 +265,37 @@ class PixelMethod(Method):
         with nullcontext() if is_last else self.autocast():  # the last one in the precision in which rows are assigned
             z = torch.cat([self.centers[:0], *(self.transform(block) for block in self._blocks())])
         self.train(was_training)
-        options = kmeans.KMeansOptions(clusters=self.config.clusters, restarts=self.config.restarts)
         goes_on = self.config.warm_start and not is_last and bool(self.centers.any())
-        result = kmeans.fit(lambda: [z], options, seed=self.seed, init=self.centers if goes_on else None)
-        self.centers.copy_(result.centers)
-        self.labels.copy_(data_group().all_gather_cat(kmeans.assign(z, self.centers)[0], self.count))
+        labels = self._mix(z, goes_on=goes_on) if self.config.e_step == "mixture" else self._cut(z, goes_on=goes_on)
+        self.labels.copy_(data_group().all_gather_cat(labels, self.count))
+        inertia = all_reduce((z - self.centers[labels]).square().sum(dtype=torch.float64)) / self.count
         moments = all_reduce(torch.stack([z.sum(0), z.square().sum(0)]).double()) / self.count
         deviation = (moments[1] - moments[0].square()).clamp(min=0).sqrt().mean()
         self.after_e_step(z)
-        return {"inertia": result.inertia / self.count, "feature_std": float(deviation) * math.sqrt(self.width)}
+        return {"inertia": float(inertia), "feature_std": float(deviation) * math.sqrt(self.width)}
+
+    def _cut(self, z: Tensor, *, goes_on: bool) -> Tensor:
+        """Cluster this worker's features by k-means; return their labels."""
+        options = kmeans.KMeansOptions(clusters=self.config.clusters, restarts=self.config.restarts)
+        result = kmeans.fit(lambda: [z], options, seed=self.seed, init=self.centers if goes_on else None)
+        self.centers.copy_(result.centers)
+        return kmeans.assign(z, self.centers)[0]
+
+    def _mix(self, z: Tensor, *, goes_on: bool) -> Tensor:
+        """Fit the mixture to this worker's features; return their most probable components."""
+        options = gmm.GmmOptions(clusters=self.config.clusters, covariance="spherical", restarts=self.config.restarts)
+        mixture = self.mixture() if goes_on else gmm.start(lambda: [z], options, self.seed)
+        for reached in gmm.advance(lambda: [z], options, mixture):
+            mixture = reached
+        for name in MIXTURE:
+            self.get_buffer(f"mixture_{name}").copy_(getattr(mixture, name))
+        self.centers.copy_(functional.normalize(mixture.means, dim=1))
+        return mixture.log_joint(z).argmax(1)
+
+    def mixture(self) -> gmm.Mixture:
+        """Return the Gaussians of the last E-step, with `e_step: mixture`."""
+        weights, means, variances = (self.get_buffer(f"mixture_{name}").double() for name in MIXTURE)
+        return gmm.Mixture(weights, means, variances)
 
     @property
     def reads_first_clusters(self) -> bool:
@@ -312,7 +342,10 @@ class PixelMethod(Method):
 
     @torch.no_grad()
     def predict_proba(self, x: Tensor) -> Tensor:
-        """Return Float[B K] for Float[B D], rows sum to 1; the largest is that of the nearest centre."""
+        """Return Float[B K] for Float[B D], rows sum to 1: responsibilities, or largest for the nearest centre."""
+        if self.config.e_step == "mixture":
+            z = self.transform(x)
+            return self.mixture().log_joint(z).softmax(dim=1).to(z)
         return (self.transform(x) @ self.centers.T / TEMPERATURE).softmax(dim=1)
 
     def prototypes(self) -> Tensor:
@@ -321,7 +354,7 @@ class PixelMethod(Method):
 
     def state(self) -> MethodState:
         """Return the networks that features need, the pixels' moments and the centres."""
-        kept = ("mean", "std", "centers", *self.exported)
+        kept = ("mean", "std", "centers", "mixture_", *self.exported)
         tensors = {n: x.detach().cpu().clone() for n, x in self.state_dict().items() if n.startswith(kept)}
         return MethodState(self._settings(), tensors)
 
