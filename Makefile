@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+PARTS ?=
 
-.PHONY: demo test bench-gpu chaos check docs audit format clean
+.PHONY: demo test bench bench-gpu chaos check docs audit format clean
 
 demo: $(VENV)/.runs
 	$(BIN)/rayclust demo --out demo
@@ -12,6 +13,11 @@ demo: $(VENV)/.runs
 # Two processes, which take the two groups of tests with Ray first (tests/conftest.py), then all others, file by file.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+
+# What a run costs beside faiss and the published forms, in less than 30 minutes on two idle cores; one part of it with
+# make bench PARTS=neighbors.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/suite.py $(PARTS)
 
 # Everything that one GPU can measure below Ray, in less than six minutes.
 bench-gpu: $(VENV)/.installed

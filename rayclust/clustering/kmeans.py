@@ -18,6 +18,7 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import row_stats
 from rayclust.clustering.row_stats import Blocks, Metric, RowStats, even_sample, gather_rows
 from rayclust.errors import ConfigError, ShapeError
+from rayclust.kernels.screening import MIN_COLUMNS, RoundedRows, has_fast_bf16, pair_products, screen
 from rayclust.settings import Config
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,11 @@ _SCORES_ON_CPU, _SCORES_ON_GPU = 2**20, 2**26
 _SEEDING_DISTANCES_AT_ONCE = 2**22
 _MOVED_AT_ONCE = 1024
 _MULTIPLIED_AT_ONCE = 512
+_SCREENED_WIDTH = 128
+_GREEDY_CLUSTERS = 256
+"""K up to which k-means++ draws seed after seed; above it an eighth of the number drawn so far at once."""
+_REFINED_SHARE, _REFINED_PASSES = 4, 10
+"""Rows per row of the sample from which the seeds first move in the sample, and their passes there."""
 
 
 class KMeansOptions(Config):
@@ -156,6 +162,16 @@ def start(stats: RowStats, options: KMeansOptions, seed: int, init: Tensor | Non
         seeds = [(seed, restart) for restart in range(options.restarts)]
         # Broadcast rank 0's centres: draws may differ in the last bit on different processors.
         init = distributed.data_group().broadcast(sample[kmeans_plusplus(sample, options.clusters, seeds, weights)])
+        if stats.count >= _REFINED_SHARE * len(sample):
+            # Passes over the sample are cheap, and few over all rows are left then. Workers share its rows.
+            own = distributed.own_slice(len(sample))
+            own_weights = None if weights is None else weights[own]
+            sampled = row_stats.compute(lambda: [sample[own]], options.metric, own_weights)
+            short = options.model_copy(update={"max_iterations": _REFINED_PASSES})
+            state = start(sampled, short, seed, init)
+            for reached in advance(sampled, short, state):
+                state = reached
+            init = (state.centers.double() + sampled.origin).to(init.dtype)
     centers = init.clone() if init.ndim == 3 else init[None].clone()
     expected = (options.clusters, len(stats.origin))
     if centers.ndim != 3 or tuple(centers.shape[1:]) != expected:
@@ -217,10 +233,11 @@ def finish(stats: RowStats, state: KMeansState) -> KMeansResult:
     """Return the restart with the least inertia, measured at its last centres; ties go to the smaller number."""
     centers = state.centers
     bias = half_squares(centers, stats.origin)
+    rounded = round_centers(centers, bias)
     scores = bias.new_zeros(len(bias), dtype=torch.float64)
     place = 0
-    for part in in_parts(stats.blocks, bias.numel()):
-        scores += stats.weigh(nearest(part, centers, bias)[0], place).sum(0, dtype=torch.float64)
+    for part in in_parts(stats.blocks, len(bias) if rounded else bias.numel()):
+        scores += stats.weigh(nearest(part, centers, bias, rounded)[0], place).sum(0, dtype=torch.float64)
         place += len(part)
     inertias = (stats.scatter - 2.0 * distributed.all_reduce(scores)).clamp(min=0)
     best = int(inertias.argmin())
@@ -250,9 +267,10 @@ def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     origin = centers.double().mean(0)
     centered = (centers.double() - origin).to(centers.dtype)[None]
     bias = half_squares(centered, origin)
+    rounded = round_centers(centered, bias)
     labels, distances = [], []
-    for part in in_parts(lambda: [x], len(centers)):
-        scores, ids = nearest(part, centered, bias)
+    for part in in_parts(lambda: [x], 1 if rounded else len(centers)):
+        scores, ids = nearest(part, centered, bias, rounded)
         labels.append(ids[:, 0])
         lengths = (part - origin.to(part.dtype)).square().sum(1)
         distances.append((lengths - 2.0 * scores[:, 0]).clamp_(min=0))
@@ -312,21 +330,74 @@ def half_squares(centers: Tensor, origin: Tensor) -> Tensor:
     return (wide @ origin + 0.5 * wide.square().sum(-1)).to(centers.dtype)
 
 
-def nearest(x: Tensor, centers: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _screens(centers: Tensor) -> bool:
+    """Return whether scores of Float[R K D] centres are screened by bf16 products."""
+    _, K, D = centers.shape
+    is_large = K >= MIN_COLUMNS and D >= _SCREENED_WIDTH
+    return is_large and centers.device.type == "cpu" and centers.dtype == torch.float32 and has_fast_bf16("cpu")
+
+
+def round_centers(centers: Tensor, bias: Tensor) -> list[RoundedRows] | None:
+    """Round the centres of each partition for `nearest`, whose scores they get by a single bf16 product.
+
+    Args:
+        centers: Float[R K D] minus the origin.
+        bias: Float[R K] of `half_squares`.
+
+    Returns:
+        R of them; None where products of float32 take no longer.
+    """
+    if not _screens(centers):
+        return None
+    # Three numbers of 8 bits hold a bias of 24 bits: rows have three columns of 1 beside them.
+    pieces, rest = [], -bias
+    for _ in range(3):
+        pieces.append(rest.bfloat16())
+        rest = rest - pieces[-1]
+    return [RoundedRows.of(*one) for one in zip(centers, torch.stack(pieces, dim=2), strict=True)]
+
+
+def nearest(
+    x: Tensor, centers: Tensor, bias: Tensor, rounded: list[RoundedRows] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the nearest centre of each row in each of R partitions; ties go to the smaller id.
 
     Args:
         x: Float[B D].
         centers: Float[R K D] minus the origin.
         bias: Float[R K] of `half_squares`.
+        rounded: of `round_centers`; changes scores by rounding only.
 
     Returns:
         Float[B R] scores x·e − b of the nearest centres; Int64[B R] their ids.
     """
     R, K, D = centers.shape
+    if rounded is not None and x.dtype == torch.float32 and len(x) >= MIN_COLUMNS:
+        found = _nearest_of_pairs(x, centers, bias, rounded)
+        if found is not None:
+            return found
     scores = torch.addmm(-bias.reshape(1, R * K), x, centers.reshape(R * K, D).T)
     best: tuple[Tensor, Tensor] = scores.view(-1, R, K).max(-1)
     return best
+
+
+def _nearest_of_pairs(
+    x: Tensor, centers: Tensor, bias: Tensor, rounded: list[RoundedRows]
+) -> tuple[Tensor, Tensor] | None:
+    """Return what `nearest` does from products of the few centres that may be nearest; None where they are not few."""
+    rows, found = RoundedRows.of(x, torch.ones(len(x), 3, dtype=torch.bfloat16), padded=False), []
+    for r, one in enumerate(rounded):
+        pairs = screen(rows, one, 1)
+        if pairs is None:
+            return None
+        row, k = pairs
+        score = pair_products(x, centers[r], row, k) - bias[r, k]
+        most = score.new_full((len(x),), -torch.inf).scatter_reduce_(0, row, score, "amax")
+        ties = score == most[row]
+        ids = k.new_full((len(x),), centers.shape[1]).scatter_reduce_(0, row[ties], k[ties], "amin")
+        found.append((most, ids))
+    scores, labels = zip(*found, strict=True)
+    return torch.stack(scores, dim=1), torch.stack(labels, dim=1)
 
 
 class Partitions:
@@ -347,7 +418,7 @@ class Partitions:
         """Float64[R K D] over this worker's rows, without an origin."""
         self.counts = centers.new_zeros((R, K), dtype=torch.int64)
         """Int64[R K] over this worker's rows; Float64[R K] sums of their weights where they have some."""
-        self.columns = R * K
+        self.columns = R if _screens(centers) else R * K
         """Argument of `in_parts`; constant, so that parts stay the same when partitions are dropped."""
 
     def assign_and_sum(
@@ -370,9 +441,10 @@ class Partitions:
             self.labels, self.sums, self.counts = [], torch.zeros_like(self.sums), self.sums.new_zeros((R, K))
         place = 0
         bias = half_squares(centers, origin)
+        rounded = round_centers(centers, bias)
         total = centers.new_zeros(len(centers), dtype=torch.float64)
         for i, part in enumerate(in_parts(blocks, self.columns)):
-            scores, labels = nearest(part, centers, bias)
+            scores, labels = nearest(part, centers, bias, rounded)
             own = None if weights is None else weights[place : place + len(part)]
             total += (scores if own is None else scores * own[:, None]).sum(0, dtype=torch.float64)
             place += len(part)
@@ -495,6 +567,7 @@ def kmeans_plusplus(
 
     Each next seed is the best of 2 + ⌊ln K⌋ rows that are drawn with a probability proportional to their squared
     distance to the seeds before: the one that leaves the least sum of squared distances; ties go to the first drawn.
+    Above 256 clusters an eighth of the number of seeds so far is drawn at once, with the same probabilities.
 
     Args:
         x: Float[N D], on one worker.
@@ -536,6 +609,8 @@ def kmeans_plusplus(
         shares = weights.cumsum(0)
         chosen = torch.searchsorted(shares, uniform[:, 0, :1] * shares[-1], right=True).clamp_(max=len(x) - 1)
     closest = distances_to(chosen)[:, 0]
+    if clusters > _GREEDY_CLUSTERS:
+        return torch.stack([_draw_in_rounds(x, chosen[r], closest[r], uniform[r, :, 0], weights) for r in restarts])
     for k in range(1, clusters):
         # Draw T candidates with probability ∝ D(x)², by inverting the cumulative sum.
         cumulative = (closest if weights is None else closest * weights).cumsum(1, dtype=torch.float64)
@@ -546,4 +621,36 @@ def kmeans_plusplus(
         best = (distances if weights is None else distances * weights).sum(2, dtype=torch.float64).argmin(1)
         closest = distances[restarts, best]
         chosen = torch.cat([chosen, candidates[restarts, best, None]], dim=1)
+    return chosen
+
+
+def _draw_in_rounds(x: Tensor, chosen: Tensor, closest: Tensor, uniform: Tensor, weights: Tensor | None) -> Tensor:
+    """Draw k-means++ seeds, an eighth of the number so far at once: K products with all rows become a few large ones.
+
+    Args:
+        x: Float[N D], near zero.
+        chosen: Int64[1], the first seed.
+        closest: Float[N], squared distances to it; changed in place.
+        uniform: Float64[K] of [0, 1).
+        weights: Float64[N] or None, as for `kmeans_plusplus`.
+
+    Returns:
+        Int64[K].
+    """
+    squares = x.square().sum(1)
+    while len(chosen) < len(uniform):
+        # 1. Systematic sampling with probability ∝ D(x)²: equal steps along the cumulative sum, from one offset. No row
+        # is drawn twice but where it alone is worth more than a step.
+        count = min(max(1, len(chosen) // 8), len(uniform) - len(chosen))
+        cumulative = (closest if weights is None else closest * weights).cumsum(0, dtype=torch.float64)
+        steps = torch.arange(count, device=x.device) + uniform[len(chosen)]
+        drawn = torch.searchsorted(cumulative, steps / count * cumulative[-1], right=True).clamp_(max=len(x) - 1)
+        chosen = torch.cat([chosen, drawn])
+        # 2. D(x)² with the new seeds.
+        step = max(1, _SEEDING_DISTANCES_AT_ONCE // count)
+        for low in range(0, len(x), step):
+            span = slice(low, low + step)
+            products = torch.addmm(squares[None, drawn], x[span], x[drawn].T, alpha=-2.0)
+            closest[span] = torch.minimum(closest[span], products.amin(1).add_(squares[span]).clamp_(min=0))
+        closest[drawn] = 0.0
     return chosen

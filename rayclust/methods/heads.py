@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 from rayclust.arrays import require_matrix
 from rayclust.distributed import all_reduce, differentiable_all_reduce
 from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.kernels.screening import has_fast_bf16
 from rayclust.losses.information import LastLayer
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -58,21 +58,12 @@ class HeadShape:
         return [self.dimension, *[self.hidden] * (self.layers - 1), self.bottleneck]
 
 
-@lru_cache
-def _has_fast_bf16(device_type: str) -> bool:
-    """Return whether matrix products of bf16 are much faster there than those of float32."""
-    if device_type == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
-    # Without tiles, AVX-512's own bf16 products still take about half the time of float32's.
-    return device_type == "cpu" and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
 def matmul_dtype(precision: Precision, x: Tensor) -> torch.dtype:
     """Return the dtype that matrix products on `x` take in.
 
     `auto` is bf16 for float32 rows where the processor multiplies bf16 fast. Sums, softmax and losses stay in float32.
     """
-    if precision == "bf16" or (precision == "auto" and x.dtype == torch.float32 and _has_fast_bf16(x.device.type)):
+    if precision == "bf16" or (precision == "auto" and x.dtype == torch.float32 and has_fast_bf16(x.device.type)):
         return torch.bfloat16
     return torch.float32 if precision == "fp32" and x.dtype != torch.float64 else x.dtype
 

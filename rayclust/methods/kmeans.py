@@ -21,6 +21,7 @@ class KMeansConfig(kmeans.KMeansOptions, BaseMethodConfig):
     """k-means (Lloyd) from greedy k-means++ seeds."""
 
     fits_fast: ClassVar[bool] = True
+    revision: ClassVar[int] = 2
     name: Literal["kmeans"] = "kmeans"
     """Nearest of K centres."""
     clusters: int = Field(ge=2)

@@ -15,9 +15,15 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.errors import ConfigError, ShapeError
+from rayclust.kernels.screening import MIN_COLUMNS, RoundedRows, has_fast_bf16, pair_products, screen
 
 _SCORES_ON_CPU, _SCORES_ON_GPU = 2**24, 2**28
-_QUERIES_AT_ONCE = 1024
+_QUERIES_AT_ONCE, _SCREENED_QUERIES_AT_ONCE = 1024, 8192
+_SCREENED_QUERIES, _SCREENED_ROWS, _SCREENED_WIDTH = 1024, 4096, 64
+_MIN_SCREENED_QUERIES = 64
+_SCREENED_ROWS_PER_NEIGHBOR = 64
+"""Least rows at once for each neighbour that is wanted: of fewer too many reach their bound."""
+_MAX_WAITING = 2**22
 _NO_ID = -1
 
 _ID_BITS = 37
@@ -28,6 +34,12 @@ _NO_KEY = torch.iinfo(torch.int64).min
 _KEYED_SCORES_AT_ONCE = 2**18
 """Measured: at 2**21 a product took twice the time for each score, for it left the processor's cache."""
 _GROUP = 16
+
+
+def _screens(queries: Tensor) -> bool:
+    """Return whether Float[B D] queries are compared by way of bf16 products."""
+    is_large = len(queries) >= _MIN_SCREENED_QUERIES and queries.shape[1] >= _SCREENED_WIDTH
+    return is_large and queries.device.type == "cpu" and has_fast_bf16("cpu")
 
 
 class RunningTopK:
@@ -56,6 +68,10 @@ class RunningTopK:
         self._own = None if query_ids is None else query_ids.to(queries.device)
         self._similarity = self._queries.new_empty((len(queries), 0))
         self._ids = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
+        self._screens = _screens(queries)
+        self._rounded: list[tuple[slice, RoundedRows]] = []
+        self._waiting: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+        self._seen = self._merged = 0
 
     def update(self, block: Tensor, ids: Tensor) -> None:
         """Compare the queries with one block of the database.
@@ -70,14 +86,82 @@ class RunningTopK:
         require_matrix(block, "block", self._queries.shape[1])
         if tuple(ids.shape) != (len(block),):
             raise ShapeError(f"ids has shape {tuple(ids.shape)}: one id for each of {len(block)} rows is needed")
-        if len(self._queries) == 0:
+        if len(self._queries) == 0 or len(block) == 0:
             return
+        least = max(MIN_COLUMNS, _SCREENED_ROWS_PER_NEIGHBOR * self._k)
+        pieces = max(1, len(block) // max(_SCREENED_ROWS, least)) if self._screens else 1
+        for rows, row_ids in zip(block.tensor_split(pieces), ids.tensor_split(pieces), strict=True):
+            if self._screens and len(rows) >= least:
+                self._screen(rows.float().cpu(), row_ids.cpu())
+            else:
+                self._compare(rows, row_ids)
+
+    def _screen(self, rows: Tensor, ids: Tensor) -> None:
+        """Compare all queries with some rows by way of bf16 products; see `kernels/screening.py`."""
+        if not self._rounded:
+            start = 0
+            for part in self._queries.tensor_split(-(-len(self._queries) // _SCREENED_QUERIES)):
+                self._rounded.append((slice(start, start + len(part)), RoundedRows.of(part, padded=False)))
+                start += len(part)
+        rounded, found = RoundedRows.of(rows), list[tuple[Tensor, Tensor, Tensor]]()
+        for span, queries in self._rounded:
+            floor = self._similarity[span, -1] if self._similarity.shape[1] == self._k else None
+            pairs = screen(queries, rounded, self._k + 1, floor)
+            if pairs is None:  # rows that rounding cannot tell apart, here and probably later
+                self._screens = False
+                self._compare(rows, ids)
+                return
+            query, row = pairs
+            value, near = pair_products(self._queries[span], rows, query, row), ids[row]
+            if self._own is not None:
+                other = near != self._own[span][query]
+                query, value, near = query[other], value[other], near[other]
+            found.append((query, value, near))
+        self._waiting.append(found)
+        # Merged whenever the rows seen have doubled: until then a floor lets in some k rows more than need be.
+        self._seen += len(rows)
+        held = sum(len(query) for part in self._waiting for query, _, _ in part)
+        if self._seen >= 2 * self._merged or held > _MAX_WAITING:
+            self._merge_waiting()
+
+    def _merge_waiting(self) -> None:
+        """Merge the pairs that wait, from a list in order of queries to a matrix of some queries at a time."""
+        if not self._waiting:
+            return
+        merged = []
+        for (span, queries), parts in zip(self._rounded, zip(*self._waiting, strict=True), strict=True):
+            query, value, near = (torch.cat(columns) for columns in zip(*parts, strict=True))
+            query, order = query.sort(stable=True)
+            value, near = value[order], near[order]
+            counts = torch.bincount(query, minlength=queries.count)
+            bounds = functional.pad(counts.cumsum(0), (1, 0))
+            width = int(counts.max())
+            step = max(1, _MAX_WAITING // max(width, 1))
+            for low in range(0, queries.count, step):
+                high = min(low + step, queries.count)
+                some = slice(int(bounds[low]), int(bounds[high]))
+                place = query[some] - low, torch.arange(some.start, some.stop) - bounds[query[some]]
+                similarity = value.new_full((high - low, width), -torch.inf)
+                ids = near.new_full(similarity.shape, torch.iinfo(torch.int64).max)
+                similarity[place], ids[place] = value[some], near[some]
+                merged.append(self._largest(slice(span.start + low, span.start + high), similarity, ids))
+        self._similarity, self._ids = (torch.cat(parts) for parts in zip(*merged, strict=True))
+        self._merged = self._seen
+        self._waiting.clear()
+
+    def _largest(self, span: slice, similarity: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Float32[b k] and Int64[b k], the k greatest of some queries' result and of others, ties by id."""
+        similarity, ids = torch.cat([self._similarity[span], similarity], 1), torch.cat([self._ids[span], ids], 1)
+        ids, order = ids.sort(dim=1)
+        similarity, by_similarity = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
+        return similarity[:, : self._k], ids.gather(1, by_similarity)[:, : self._k]
+
+    def _compare(self, block: Tensor, ids: Tensor) -> None:
+        """Compare all queries with some rows by float32 products."""
         k, device = self._k, self._queries.device
         scores = _SCORES_ON_GPU if self._queries.is_cuda else _SCORES_ON_CPU
         size = max(k + 1, scores // len(self._queries))
         for rows, row_ids in zip(torch.split(block, size), torch.split(ids, size), strict=True):
-            if len(rows) == 0:
-                continue
             rows, row_ids = rows.to(device).float(), row_ids.to(device)
             similarity = self._queries @ rows.T
             # 1. A query does not find its own row.
@@ -100,14 +184,12 @@ class RunningTopK:
                     above = best[some] > cut[some]
                     place = torch.arange(k, device=row_ids.device) - above.sum(1, keepdim=True)
                     best_ids[some] = torch.where(above, best_ids[some], smallest.gather(1, place.clamp(min=0)))
-            # 3. Merge with the running result: sort by id, then stably by similarity.
-            best, best_ids = torch.cat([self._similarity, best], dim=1), torch.cat([self._ids, best_ids], dim=1)
-            best_ids, order = best_ids.sort(dim=1)
-            best, by_similarity = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-            self._similarity, self._ids = best[:, :k], best_ids.gather(1, by_similarity)[:, :k]
+            # 3. Merge with the running result.
+            self._similarity, self._ids = self._largest(slice(None), best, best_ids)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return Int64[B k] ids and Float32[B k] similarities, nearest first; −1 and −inf after the last row seen."""
+        self._merge_waiting()
         missing = self._k - self._ids.shape[1]
         similarity = functional.pad(self._similarity, (0, missing), value=-torch.inf)
         ids = functional.pad(self._ids, (0, missing), value=_NO_ID)
@@ -145,9 +227,9 @@ def top_k(
         raise ConfigError(f"k = {k}: at most {available} of {len(database)} rows can be neighbours")
     ids = torch.arange(len(database)) if database_ids is None else database_ids
     size = block or max(len(database), 1)
-    results = []
-    for start in range(0, max(len(queries), 1), _QUERIES_AT_ONCE):
-        span = slice(start, start + _QUERIES_AT_ONCE)
+    results, at_once = [], _SCREENED_QUERIES_AT_ONCE if _screens(queries) else _QUERIES_AT_ONCE
+    for start in range(0, max(len(queries), 1), at_once):
+        span = slice(start, start + at_once)
         best = RunningTopK(queries[span], None if query_ids is None else query_ids[span], k)
         for rows, row_ids in zip(torch.split(database, size), torch.split(ids, size), strict=True):
             best.update(rows, row_ids)

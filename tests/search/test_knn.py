@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rayclust.errors import ConfigError, ShapeError
+from rayclust.kernels.screening import screen
 from rayclust.search import knn
 from rayclust.search.knn import RunningTopK, TopKInt64, agreeing_neighbors, pack_keys, top_k, unpack_keys
 from tests.references import nearest_rows
@@ -151,6 +152,44 @@ def test_refuses_what_cannot_be():
         top_k(x, x, 1, query_ids=torch.arange(4))
     with pytest.raises(ShapeError, match="one id for each of 5 rows"):
         RunningTopK(x, None, 1).update(x, torch.arange(4))
+
+
+def screened(count: int, k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """Neighbours of rows in tight groups by way of bf16 products, and by float32 products alone; ids in any order."""
+    monkeypatch.setattr(knn, "has_fast_bf16", lambda device: True)
+    x = unit_rows(40, 64)[torch.arange(count) % 40] + 0.3 * unit_rows(count, 64, seed=1)
+    x = torch.nn.functional.normalize(x, dim=1)
+    x[count // 2 :: 7] = x[: len(x[count // 2 :: 7])].clone()  # equal rows far from each other
+    ids = torch.randperm(10**6, generator=torch.Generator().manual_seed(0))[:count]
+    found = [top_k(x, x, k, query_ids=ids, database_ids=ids, block=block)]
+    monkeypatch.setattr(knn, "has_fast_bf16", lambda device: False)
+    return [*found, top_k(x, x, k, query_ids=ids, database_ids=ids, block=block)]
+
+
+@pytest.mark.parametrize("block", [1400, 3000])
+def test_screened_rows_are_those_of_float32_products(block: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(knn, "_SCREENED_ROWS", 1024)
+    monkeypatch.setattr(knn, "_SCREENED_QUERIES", 600)
+    monkeypatch.setattr(knn, "_MAX_WAITING", 50_000)
+    called = []
+    monkeypatch.setattr(knn, "screen", lambda *given: called.append(1) or screen(*given))
+    (ids, similarity), (expected, near) = screened(3000, 20, block, monkeypatch)
+    assert called
+    assert torch.allclose(similarity, near, rtol=0, atol=1e-6)
+    differ = ids != expected
+    # Only rows that tie but for the rounding of float32 may change places.
+    assert bool((near - similarity)[differ].abs().max() < 1e-6) if differ.any() else True
+    assert differ.float().mean() < 0.02
+
+
+def test_rows_that_rounding_cannot_tell_apart_are_compared_in_float32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(knn, "has_fast_bf16", lambda device: True)
+    x = torch.nn.functional.normalize(1.0 + 1e-4 * unit_rows(1500, 64), dim=1)
+    ids, similarity = top_k(x, x, 5, query_ids=torch.arange(1500))
+    monkeypatch.setattr(knn, "has_fast_bf16", lambda device: False)
+    expected, near = top_k(x, x, 5, query_ids=torch.arange(1500))
+    assert torch.equal(ids, expected)
+    assert torch.equal(similarity, near)
 
 
 def rows_of(kind: str, count: int) -> Tensor:
