@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 RUNS = [
     Requirement(line)
-    for line in (*PROJECT["dependencies"], *EXTRAS["ray"], *EXTRAS["explore"])
+    for line in (*PROJECT["dependencies"], *EXTRAS["ray"], *EXTRAS["cpu"], *EXTRAS["explore"])
     if Requirement(line).name != "rayclust"
 ]
 """For commands; estimators on arrays need the first of them, those that no extra names."""
@@ -77,7 +77,7 @@ def test_no_requirement_names_a_place_to_get_it_from():
 
 
 def test_only_named_extras_go_without_pins():
-    assert set(EXTRAS) - {"dev", "docs", "ray", "explore", "tracking"} == set(NOT_IN_CI)
+    assert set(EXTRAS) - {"cpu", "dev", "docs", "ray", "explore", "tracking"} == set(NOT_IN_CI)
 
 
 @pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"dev", "docs", "ray"}))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rayclust.encoders import openvino
 from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.settings import Colour, EncoderConfig
 from rayclust.errors import ConfigError, ShapeError
@@ -36,6 +39,8 @@ class Encoder(ABC):
     """What channels are then divided by."""
     has_text = False
     """Whether `encode_texts` works."""
+    callers = 1
+    """Threads that will call `encode_images` at once; set before the first call."""
 
     def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode images; equal images in equal order give equal bytes.
@@ -111,6 +116,10 @@ class TorchEncoder(Encoder):
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         self._chunk = config.batch_size or (1 if self._device.type == "cpu" else GPU_BATCH)
+        self.engine = "openvino" if config.engine == "openvino" and self._device.type == "cpu" else "torch"
+        """What computes; may be changed."""
+        self._compiled: openvino.CompiledNetwork | None = None
+        self._compiling = threading.Lock()
         network = network.eval().requires_grad_(False)
         self._network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._mean, self._std = (torch.tensor(c, device=self._device).view(1, 3, 1, 1) for c in (mean, std))
@@ -132,6 +141,9 @@ class TorchEncoder(Encoder):
 
     def _encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode images, chunk by chunk from the first."""
+        with self._compiling:
+            if self.engine == "openvino" and self._compiled is None:
+                self._compile()
         rows = np.empty((len(images), self.dimension), np.float32)
         with self._inference():
             for start in range(0, len(images), self._chunk):
@@ -141,7 +153,51 @@ class TorchEncoder(Encoder):
                 rows[start : start + len(chunk)] = self._forward(filled)[: len(chunk)].cpu().numpy()
         return rows
 
+    def _compile(self) -> None:
+        """Compile the network, and compare a row with torch's in float32; raise `ConfigError` where they differ."""
+        precision = "bf16" if self._dtype == torch.bfloat16 else "f32"
+        shape = (self._chunk, *self.preprocess.shape)
+        compiled = openvino.CompiledNetwork(
+            self._network,
+            shape,
+            mean=self.mean,
+            std=self.std,
+            precision=precision,
+            threads=self._config.threads,
+            callers=self.callers,
+        )
+        image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            x = torch.from_numpy(image).permute(0, 3, 1, 2).float()
+            expected = self._tower(x.div_(255).sub_(self._mean).div_(self._std)).float()
+            cosine = torch.nn.functional.cosine_similarity(compiled(image), expected).min().item()
+        if not cosine >= openvino.COSINE[precision]:
+            raise ConfigError(
+                f"encoder.engine = openvino: rows of {self.name} have a cosine of {cosine:.6f} to torch's, less than "
+                f"{openvino.COSINE[precision]:g}; set encoder.engine: torch"
+            )
+        self._compiled = compiled
+
+    def measure_engines(self) -> dict[str, float]:
+        """Measure the seconds of a pass with torch and with OpenVINO, the best of three; `engine` stays as it is.
+
+        Raises:
+            ConfigError: OpenVINO is not installed, cannot compile the network, or gives other rows.
+        """
+        images, before, found = np.zeros((self._chunk, *self.preprocess.shape), np.uint8), self.engine, {}
+        for self.engine in ("torch", "openvino"):
+            self._encode(images)  # only the first call allocates
+            times = [time.monotonic()]
+            for _ in range(3):
+                self._encode(images)
+                times.append(time.monotonic())
+            found[self.engine] = min(np.diff(times).tolist())
+        self.engine = before
+        return found
+
     def _forward(self, images: NDArray[np.uint8]) -> Tensor:
+        if self.engine == "openvino" and self._compiled is not None:
+            return self._to_rows(self._compiled(images))
         x = torch.from_numpy(images).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         x = x.to(torch.float32, memory_format=torch.channels_last)
         x = x.div_(255).sub_(self._mean).div_(self._std)

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from rayclust.config import RunConfig
+from rayclust.encoders import openvino
 from rayclust.encoders.base import Encoder, TorchEncoder
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.encoders.load import dimension_of, load_encoder
 from rayclust.encoders.pixels import PixelEncoder
 from rayclust.encoders.settings import EncoderConfig
-from rayclust.errors import ConfigError
+from rayclust.errors import ArtefactError, ConfigError
 from rayclust.store import storage
+from rayclust.store.manifest import digest_of
 from rayclust.store.run import Run
+
+logger = logging.getLogger(__name__)
+
+AnyEncoder = TypeVar("AnyEncoder", bound=EncoderConfig)
+MEASURED_FROM = 1000
+"""Images from which on engines are measured, which takes some seconds."""
+WORTH_IT = 1.2
+"""OpenVINO is taken where it is so many times as fast as torch; it is far from that bound on most networks."""
 
 
 def load_run_encoder(config: RunConfig, device: str | None = None, settings: EncoderConfig | None = None) -> Encoder:
@@ -143,6 +155,56 @@ def seconds_per_image(encoder: Encoder) -> float:
     started = time.monotonic()
     encoder.encode_images(black)
     return time.monotonic() - started
+
+
+def with_engines(config: RunConfig, run: Run, count: int, *, is_begun: bool) -> RunConfig:
+    """Return the config with each encoder's engine: the one that has made the run's rows, else the fastest here.
+
+    The choice is kept below the run, by the encoder's settings, so that all rows come from one engine.
+
+    Args:
+        config: of the run.
+        run: it.
+        count: images to encode. For fewer than `MEASURED_FROM` torch is done before another engine would begin.
+        is_begun: some rows are there already; without a choice that was kept, torch has made them.
+    """
+    uri = run.at("manifests", "encode", "engines.json")
+    if config.resources.gpus:
+        return config
+    try:
+        kept = dict(storage.read_json(uri))
+    except (storage.MissingError, ArtefactError):
+        kept = {}
+
+    may_choose = count >= MEASURED_FROM and not is_begun
+
+    def resolved(settings: AnyEncoder) -> AnyEncoder:
+        if settings.engine != "auto" or getattr(settings, "embeddings", None) is not None:
+            return settings
+        key = digest_of(settings.model_dump(mode="json"))
+        if key not in kept and may_choose and not settings.compile and openvino.is_installed():
+            encoder = load_run_encoder(config, "cpu", settings)
+            if isinstance(encoder, TorchEncoder):
+                kept[key] = _fastest_engine(encoder)
+                storage.write_json(uri, kept)
+        return settings.model_copy(update={"engine": kept.get(key, "torch")})
+
+    if config.encoders:
+        return config.model_copy(update={"encoders": tuple(map(resolved, config.encoders))})
+    return config.model_copy(update={"encoder": resolved(config.encoder)})
+
+
+def _fastest_engine(encoder: TorchEncoder) -> str:
+    """Return OpenVINO if it is worth it on this machine, else torch."""
+    try:
+        seconds = encoder.measure_engines()
+    except ConfigError as error:
+        logger.info("encode: torch computes %s: %s", encoder.name, error)
+        return "torch"
+    ratio = seconds["torch"] / seconds["openvino"]
+    engine = "openvino" if ratio >= WORTH_IT else "torch"
+    logger.info("encode: %s computes %s; OpenVINO takes 1/%.1f of torch's time here", engine, encoder.name, ratio)
+    return engine
 
 
 def refuse_other_width(config: RunConfig, width: int, settings: EncoderConfig | None = None) -> None:

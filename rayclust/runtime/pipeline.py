@@ -144,6 +144,8 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
 def settings_of(group: Any, *keys: str) -> dict[str, Any]:
     """Return some fields of a group of settings, all if none is named, as JSON for a stage's digest."""
     dumped: dict[str, Any] = group.model_dump(mode="json")
+    if dumped.get("engine") == "auto":  # came later: runs without it keep their digests
+        del dumped["engine"]
     return {key: dumped[key] for key in keys} if keys else dumped
 
 

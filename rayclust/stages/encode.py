@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -37,11 +37,13 @@ from rayclust.runtime.artefacts import drop_stale_parts
 from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, with_gpus, worker_count
 from rayclust.runtime.driver import cores, in_driver, may_use_driver, threads, use_driver
 from rayclust.runtime.encoder import (
+    MEASURED_FROM,
     RunEncoders,
     encoder_shape,
     encoding,
     refuse_other_width,
     seconds_per_image,
+    with_engines,
     worker_device,
 )
 from rayclust.runtime.inputs import plan_inputs, with_encoder
@@ -71,6 +73,8 @@ MAX_STALLED_PASSES = 3
 DRIVER_ROWS, DRIVER_IMAGES = 2**15, 1024
 """Most rows that are done in the driver, and most images for a network where this machine has more cores than
 `DRIVER_CORES`: Ray's workers use them all, and win back the time that they take to start."""
+TAR_IMAGES = 2**13
+"""Images that a tar is taken to hold, which are not counted before it is read."""
 DRIVER_CORES = 8
 """Most threads that encode in the driver: more would wait for Python's lock."""
 DRIVER_CHUNK = 8
@@ -99,7 +103,8 @@ def run(context: StageContext) -> StageResult:
     shards, encoders = context.plan.shards, encoding(context.config)
     is_network = any(encoder.family not in ("pixels", "unknown") for encoder in encoders)
     most = DRIVER_IMAGES if is_network and not shards[0].has_embeddings and cores() > DRIVER_CORES else DRIVER_ROWS
-    count = sum(shard.count or most + 1 for shard in shards)  # a count may not be known
+    uncounted = most + 1 if shards[0].has_embeddings else TAR_IMAGES
+    count = sum(shard.count or uncounted for shard in shards)
     with use_driver(count <= most and may_use_driver(context.config)):
         return _encode(context)
 
@@ -202,12 +207,17 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
     """Send unfinished shards through Ray Data until none is left; the shards of a lost writer go through again."""
     idle, done = 0, finished_tasks(context.run, "encode", tasks, moments.take)
     report_resume("encode", len(tasks), len(done))
-    config = context.config
+    # What is not counted before it is read may be many.
+    images = sum(task.size if task.payload.count else MEASURED_FROM for task in tasks)
+    config = with_engines(context.config, context.run, images, is_begun=bool(done))
+    context = replace(context, config=config)
     chunks: Callable[..., Iterator[Mapping[str, Any]]]
     if len(done) < len(tasks):
         # Loaded here first: weights that are missing are one line at once, not many workers' failures.
         if in_driver():
             worker = EncodeChunks(config, [])
+            for encoder in worker.encoders.encoders:
+                encoder.callers = driver_threads(config)
             seconds, count = sum(map(seconds_per_image, worker.encoders.encoders)), driver_threads(config)
             chunks = partial(chunks_in_driver, worker)
         else:

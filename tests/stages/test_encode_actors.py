@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from rayclust.config import validate
+from rayclust.encoders import openvino
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.errors import ConfigError
@@ -256,7 +257,7 @@ def test_rows_and_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, r
     model = timm.create_model("mobilenetv2_050", pretrained=False, num_classes=0)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     network = {"name": "timm/mobilenetv2_050", "pretrained": str(tmp_path / "weights.safetensors"), "image_size": 96}
-    network |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    network |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "engine": "torch"}
     many, alone = (
         validate(tree(str(tmp_path / name), str(images), encoder=network, resources=resources))
         for name, resources in (("many", {"workers": 2, "decode_workers": 2}), ("alone", {}))
@@ -269,21 +270,24 @@ def test_rows_and_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, r
     assert np.isfinite(np.stack(embeddings(tmp_path / "many")["embedding"].to_numpy(zero_copy_only=False))).all()
 
 
-@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize(("engine", "batch_size"), [("torch", None), ("torch", 4), ("openvino", None)])
 def test_threads_in_the_driver_give_the_same_parts_and_go_on_after_an_interruption(
-    batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    if engine == "openvino" and not openvino.is_installed():
+        pytest.skip("the extra cpu is not installed")
     without_ray(monkeypatch)
     images = write_folder(tmp_path / "images", per_class=13, size=40)
     (images / "blue" / "0001.png").write_bytes(b"")
     torch.manual_seed(0)
-    network = timm.create_model("mobilenetv2_035", pretrained=False, num_classes=0)
+    network = timm.create_model("test_efficientnet", pretrained=False, num_classes=0)
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    encoder = {"name": "timm/mobilenetv2_035", "pretrained": str(tmp_path / "weights.safetensors"), "image_size": 32}
+    encoder = {"name": "timm/test_efficientnet", "pretrained": str(tmp_path / "weights.safetensors"), "image_size": 32}
 
     def encoded(name: str, threads: int) -> dict[str, bytes]:
         monkeypatch.setattr("rayclust.stages.encode.cores", lambda: threads)
-        given = {"encoder": encoder | {"batch_size": batch_size}, "images": {"uri": str(images), "shard_size": 13}}
+        own = {"batch_size": batch_size, "engine": engine}
+        given = {"encoder": encoder | own, "images": {"uri": str(images), "shard_size": 13}}
         manifest = run_stage("encode", validate(tree(str(tmp_path / name), str(images), **given)))
         assert (manifest.counts["rows"], manifest.counts["rejects"]) == (38, 1)
         return files(tmp_path / name, "embeddings/*.parquet") | files(tmp_path / name, "rejects/*.parquet")
@@ -312,7 +316,8 @@ def test_threads_in_the_driver_give_the_same_parts_and_go_on_after_an_interrupti
 
 @pytest.mark.parametrize(("cores", "encoder", "images", "in_driver"), [
     (2, "timm/resnet18", 1025, True), (64, "timm/resnet18", 1024, True), (64, "timm/resnet18", 1025, False),
-    (64, "pixels", 1025, True), (2, "timm/resnet18", 2**15 + 1, False), (2, "timm/resnet18", None, False),
+    (64, "pixels", 1025, True), (2, "timm/resnet18", 2**15 + 1, False),
+    (2, "timm/resnet18", None, True), (64, "timm/resnet18", None, False),
 ])  # fmt: skip
 def test_few_images_stay_in_the_driver(
     cores: int, encoder: str, images: int | None, in_driver: bool, monkeypatch: pytest.MonkeyPatch
