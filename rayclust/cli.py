@@ -373,19 +373,27 @@ def predict(run_uri: str, images: str, *, out: str, evaluate: bool, as_json: boo
     "--host", default="127.0.0.1", show_default=True, help="Where to listen; from other machines a token is needed."
 )
 @click.option("--port", default=8008, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--against", metavar="OTHER", help="A run over the same images to compare with.")
+@click.option("--atlas", is_flag=True, help="Export the run and open it in embedding-atlas instead.")
 @_VERBOSE
-def explore(run_uri: str, host: str, port: int) -> None:
+def explore(run_uri: str, *, host: str, port: int, against: str | None, atlas: bool) -> None:
     """Serve RUN as a page: all images of a cluster, search, neighbours; rename, merge and split clusters.
 
     Needs the extra explore. Listens on this machine alone unless --host says otherwise. Ctrl-C ends it.
     """
     from rayclust.runtime.api import load_run
 
+    if atlas:
+        from rayclust.export.tables import open_atlas
+
+        open_atlas(load_run(run_uri), host, port)
+        return
     try:
         from rayclust.web.app import serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"explore needs {error.name}: pip install 'rayclust[explore]'") from None
-    serve(load_run(run_uri), host=host, port=port, show=partial(click.echo))
+    other = None if against is None else load_run(against)
+    serve(load_run(run_uri), host=host, port=port, show=partial(click.echo), against=other)
 
 
 @commands.command(name="export", short_help="Take a run home in the formats of other tools.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.export.rows import RunRows
 from rayclust.report.thumbnails import thumbnail
@@ -63,6 +66,26 @@ def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
 
     _write(out, tables())
     return found
+
+
+def open_atlas(config: RunConfig, host: str, port: int) -> None:
+    """Write a run as `atlas` to a temporary file, with thumbnails, and serve it by embedding-atlas until interrupted.
+
+    Raises:
+        ArtefactError: the run has no clusters or no map.
+        ConfigError: embedding-atlas is not installed.
+        DataError: it ends with an error, whose lines it has shown.
+    """
+    program = shutil.which("embedding-atlas")
+    if program is None:
+        raise ConfigError("--atlas needs embedding-atlas: pip install embedding-atlas, beside rayclust or on its own")
+    with tempfile.TemporaryDirectory(prefix="rayclust-") as folder:
+        file = str(Path(folder) / "atlas.parquet")
+        write_atlas(RunRows(config), file, images=True)
+        columns = ["--x", "x", "--y", "y", "--neighbors", "neighbors", "--image", "image"]
+        ended = subprocess.run([program, file, *columns, "--host", host, "--port", str(port)], check=False)  # noqa: S603
+    if ended.returncode:
+        raise DataError(f"embedding-atlas: ended with exit code {ended.returncode}")
 
 
 def write_keys(rows: RunRows, out: str, images: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import ipaddress
 import json
 import secrets
 import socket
+import threading
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -27,8 +28,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayclust.config import RunConfig
-from rayclust.errors import ConfigError, DataError, RayclustError
+from rayclust.errors import ArtefactError, ConfigError, DataError, RayclustError
+from rayclust.runtime.api import load_run
+from rayclust.store.lock import lock_owner
+from rayclust.store.run import Run
 from rayclust.web.explorer import Explorer
+from rayclust.web.progress import progress
 
 STATIC = {
     "": ("index.html", "text/html; charset=utf-8"),
@@ -56,20 +61,51 @@ _HEADERS = {
 }
 
 
-def serve(config: RunConfig, *, host: str, port: int, show: Callable[[str], None]) -> None:
-    """Serve a run's page until interrupted.
+class Opening:
+    """A run's explorer, opened when it is first asked for: a run that still works has none until it is labelled.
+
+    Args:
+        config: the run's.
+        against: of a run to compare with.
+    """
+
+    def __init__(self, config: RunConfig, against: RunConfig | None = None) -> None:
+        self.run = config.run
+        """URI of the run."""
+        self._against, self._lock = against, threading.Lock()
+        self._found: Explorer | None = None
+
+    def explorer(self) -> Explorer:
+        """Return it; raise `ArtefactError` while the run is not labelled."""
+        with self._lock:
+            if self._found is None:
+                self._found = Explorer(load_run(self.run), self._against)
+            return self._found
+
+
+def serve(
+    config: RunConfig, *, host: str, port: int, show: Callable[[str], None], against: RunConfig | None = None
+) -> None:
+    """Serve a run's page until interrupted; of a run that still works it shows the progress until there are clusters.
 
     Args:
         config: the run's.
         host: name or address of this machine to listen on; one that other machines reach asks for a token.
         port: to listen on; 0 takes a free one.
         show: called with the address to open.
+        against: config of a run over the same images to compare with.
 
     Raises:
         DataError: the port is taken, or the host is not this machine.
-        ArtefactError: the run has no labelled clusters.
+        ArtefactError: the run has no labelled clusters, and nobody works on it.
     """
-    explorer, token = Explorer(config), None if is_loopback(host) else secrets.token_urlsafe(24)
+    opening, token = Opening(config, against), None if is_loopback(host) else secrets.token_urlsafe(24)
+    try:
+        opening.explorer()
+    except ArtefactError:
+        holder = lock_owner(Run(config.run))
+        if holder is None or holder.has_ended():
+            raise
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
@@ -78,7 +114,7 @@ def serve(config: RunConfig, *, host: str, port: int, show: Callable[[str], None
     known = {host.lower(), *(() if token is None else (socket.gethostname().lower(), socket.getfqdn().lower()))}
     shown = f"[{host}]" if ":" in host else host
     show(f"http://{shown}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else ""))
-    application = create_app(explorer, hosts=known, token=token)
+    application = create_app(opening, hosts=known, token=token)
     uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False)).run(sockets=[listener])
 
 
@@ -90,11 +126,11 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def create_app(explorer: Explorer, *, hosts: set[str], token: str | None) -> ASGIApp:
+def create_app(opening: Opening, *, hosts: set[str], token: str | None) -> ASGIApp:
     """Return the application.
 
     Args:
-        explorer: of the run.
+        opening: of the run.
         hosts: names that the machine is asked for by, besides localhost and bare addresses.
         token: that every request must carry; None asks for none.
     """
@@ -110,11 +146,21 @@ def create_app(explorer: Explorer, *, hosts: set[str], token: str | None) -> ASG
         "/api/edits": ("POST", lambda request, explorer, body: explorer.edit(_object(body))),
         "/api/edits/undo": ("POST", lambda request, explorer, body: explorer.undo()),
         "/api/table.csv": ("POST", _table),
+        "/api/compare": ("GET", lambda request, explorer, body: explorer.compare()),
+        "/api/compare/{source:int}/{target:int}": ("GET", _flow),
+        "/api/selections": ("GET", lambda request, explorer, body: explorer.selections()),
+        "/api/selections/{name}": ("GET", lambda request, explorer, body: explorer.selected(_path(request, "name"))),
+        "/api/selections/{name}/set": ("POST", _select),
     }
+
+    def with_explorer(work: Callable[[Request, Explorer, bytes], Any]) -> Callable[[Request, bytes], Any]:
+        return lambda request, body: work(request, opening.explorer(), body)
+
     routes = [
-        Route(path, partial(_answer, explorer=explorer, work=work), methods=[method])
+        Route(path, partial(_answer, work=with_explorer(work)), methods=[method])
         for path, (method, work) in paths.items()
     ]
+    routes.append(Route("/api/progress", partial(_answer, work=lambda request, body: progress(opening.run))))
     routes += [Route(f"/{name}", _static, methods=["GET"]) for name in STATIC]
     return _Guard(Starlette(routes=routes), hosts, token)
 
@@ -184,7 +230,7 @@ class _Guard:
         return True  # an address is nobody's name, so none that somebody else may point here
 
 
-async def _answer(request: Request, *, explorer: Explorer, work: Callable[[Request, Explorer, bytes], Any]) -> Response:
+async def _answer(request: Request, *, work: Callable[[Request, bytes], Any]) -> Response:
     """Answer by a function that may take time, with its errors as JSON."""
     body = b""
     async for piece in request.stream():
@@ -192,7 +238,7 @@ async def _answer(request: Request, *, explorer: Explorer, work: Callable[[Reque
         if len(body) > MAX_BODY:
             return JSONResponse({"error": f"more than {MAX_BODY >> 20} MB"}, 413)
     try:
-        found = await run_in_threadpool(work, request, explorer, body)
+        found = await run_in_threadpool(work, request, body)
     except RayclustError as error:
         return JSONResponse({"error": str(error)}, 400)
     return found if isinstance(found, Response) else JSONResponse(found, headers={"cache-control": "no-store"})
@@ -243,6 +289,18 @@ def _table(request: Request, explorer: Explorer, body: bytes) -> Response:
     return StreamingResponse(explorer.table(clusters, rows), media_type="text/csv; charset=utf-8", headers=headers)
 
 
+def _flow(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
+    offset, limit = _number(request, "offset", 0), min(PAGE, _number(request, "limit", 100))
+    return explorer.flow(_path(request, "source"), _path(request, "target"), offset=offset, limit=limit)
+
+
+def _select(request: Request, explorer: Explorer, body: bytes) -> dict[str, int]:
+    rows = _object(body).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, int) for row in rows):
+        raise ConfigError("rows must be a list of numbers")
+    return explorer.select(_path(request, "name"), rows)
+
+
 def _object(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body)
@@ -264,9 +322,8 @@ def _top(request: Request) -> int:
     return min(PAGE, max(1, _number(request, "top", 100)))
 
 
-def _path(request: Request, name: str) -> int:
-    found: int = request.path_params[name]
-    return found
+def _path(request: Request, name: str) -> Any:
+    return request.path_params[name]
 
 
 def _number(request: Request, name: str, default: int) -> int:

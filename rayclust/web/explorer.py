@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from rayclust.stages.search import Searcher
 from rayclust.store import storage, tables
 from rayclust.store.overlay import parse_edit
 from rayclust.store.sources import fetch_many
+from rayclust.web.comparison import Comparison
 from rayclust.web.rows import RowIndex, without
 
 SIZES = (160, 1024)
@@ -38,6 +40,9 @@ NEIGHBORS = 24
 """Neighbours of an image that are shown."""
 CSV_ROWS = 2000
 """Rows of a table that are made at once."""
+SELECTIONS = "selections"
+"""Folder below the run of saved selections: a text file for each, a key a line."""
+_SELECTION = re.compile(r"[\w -]{1,60}")
 SORTS = ("size", "number", "name", "confidence", "purity")
 
 
@@ -57,11 +62,16 @@ class _State:
 class Explorer:
     """A run with what is asked of it again and again at hand. Methods may be called from several threads.
 
+    Args:
+        config: the run's.
+        against: of another run over the same images, to compare with.
+
     Raises:
-        ArtefactError: the run has no clusters, or they are not labelled.
+        ArtefactError: the run, or the other one, has no clusters, or those of the run are not labelled.
+        DataError: the runs have no image in common.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, against: RunConfig | None = None) -> None:
         self.config = config
         self._rows = RunRows(config)
         self._run = self._rows.run
@@ -75,6 +85,7 @@ class Explorer:
         self._own = tables.read_table(self._run.clusters).to_pylist()
         self._labels = self._count_labels()
         self._state = self._load(self._rows.shown)
+        self._comparison = None if against is None else Comparison(self._index.keys, RunRows(against))
 
     def facts(self) -> dict[str, Any]:
         """Return what the page says of the whole run."""
@@ -87,6 +98,7 @@ class Explorer:
             "clusters": len(state.clusters),
             "reads_text": self.config.text_encoder.family == "open_clip",
             "has_labels": bool(self._labels),
+            "against": None if self._comparison is None else self._comparison.uri,
             "edits": len(state.shown.overlay.edits),
             "unfit": [
                 {"edit": each.edit.model_dump(mode="json"), "reason": each.reason} for each in state.shown.overlay.unfit
@@ -238,6 +250,64 @@ class Explorer:
                     yield buffer.getvalue()
 
         return lines()
+
+    def compare(self) -> dict[str, Any]:
+        """Return how far the run agrees with the other one, see `Comparison.facts`; raise `ConfigError` without one."""
+        return self._other().facts(self._now(), self._state.shown)
+
+    def flow(self, source: int, target: int, *, offset: int = 0, limit: int = 100) -> dict[str, Any]:
+        """Return images of a page of those in one cluster here and in another in the other run, and their number."""
+        rows = np.flatnonzero((self._now() == source) & (self._other().clusters == target))
+        return {"total": len(rows), "images": self._records(rows[offset : offset + limit])}
+
+    def selections(self) -> dict[str, int]:
+        """Return the number of images of each saved selection, by name."""
+        files = storage.walk(self._run.at(SELECTIONS), suffixes=(".txt",), missing_ok=True)
+        return {file.key.removesuffix(".txt"): storage.read_bytes(file.uri).count(b"\n") for file in files}
+
+    def select(self, name: str, rows: Sequence[int]) -> dict[str, int]:
+        """Save the keys of some rows under a name, in place of what is there; none removes it. Return all selections.
+
+        Raises:
+            ConfigError: the name has other characters than letters, digits, spaces, - and _, or there is no such row.
+        """
+        uri = self._selection(name)
+        for row in rows:
+            self._check(row)
+        keys = [record["key"] for record in self._index.records(np.unique(np.array(rows, np.int64)))]
+        if any("\n" in key for key in keys):
+            raise ConfigError("selection: a key holds a line break; save the table instead")
+        if keys:
+            storage.write_bytes(uri, "".join(f"{key}\n" for key in keys).encode())
+        else:
+            storage.remove(uri)
+        return self.selections()
+
+    def selected(self, name: str) -> list[dict[str, Any]]:
+        """Return the images of a saved selection that the run still has."""
+        try:
+            keys = storage.read_bytes(self._selection(name)).decode().splitlines()
+        except storage.MissingError:
+            raise ConfigError(f"there is no selection {name}") from None
+        return self._records(self._index.find(pa.array(keys, pa.string()))[0])
+
+    def _selection(self, name: str) -> str:
+        if not _SELECTION.fullmatch(name):
+            raise ConfigError(f"selection = {name!r}: needs 1 to 60 letters, digits, spaces, - and _")
+        return self._run.at(SELECTIONS, f"{name}.txt")
+
+    def _other(self) -> Comparison:
+        if self._comparison is None:
+            raise ConfigError("there is no run to compare with: rayclust explore RUN --against OTHER")
+        return self._comparison
+
+    def _now(self) -> NDArray[np.int32]:
+        """Return the shown cluster of every row, Int32[N]."""
+        state = self._state
+        found = np.asarray(state.shown.edited.final[self._index.clusters], np.int32)
+        for number, rows in state.moved.items():
+            found[rows] = number
+        return found
 
     def _reload(self) -> dict[str, Any]:
         shown = shown_clusters(self._run)

@@ -53,6 +53,11 @@ class RowIndex:
             block = slice(start, start + BLOCK)
             self.confidence_sums += np.bincount(self.clusters[block], self.confidence[block], len(sizes))
 
+    @property
+    def keys(self) -> pa.ChunkedArray:
+        """Keys of all rows, mapped."""
+        return pa.chunked_array([batch.column(0) for batch in self._batches], pa.string())
+
     def members(self, cluster: int) -> NDArray[np.int64]:
         """Return the rows of one of the method's own clusters, Int64[n], the most certain first; mapped."""
         return self._order[self._bounds[cluster] : self._bounds[cluster + 1]]

@@ -88,6 +88,45 @@ def test_the_atlas_has_places_and_neighbours_by_position(config: RunConfig, tmp_
     assert (small.format, small.size) == ("WEBP", (24, 24))
 
 
+def test_duckdb_reads_the_atlas_and_the_table_as_they_are(config: RunConfig, tmp_path: Path):
+    """embedding-atlas asks its questions by DuckDB."""
+    duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed")
+    export(config, "atlas", str(tmp_path / "a.parquet"), images=True)
+    export(config, "table", str(tmp_path / "t.csv"))
+    atlas, table = duckdb.read_parquet(str(tmp_path / "a.parquet")), duckdb.read_csv(str(tmp_path / "t.csv"))
+    assert atlas.aggregate("cluster, name, count(*)").order("cluster").fetchall() == [
+        (1, None, 8),
+        (2, "warm, or so", 16),
+    ]
+    assert table.aggregate("cluster, count(*)").order("cluster").fetchall() == [(1, 8), (2, 16)]
+    own, near = atlas.project("row, neighbors.ids[1]").order("row").fetchall()[5]
+    stored = tables.read_table(Run(config.run).neighbors(0), ["neighbors"]).to_pylist()
+    assert (own, near) == (5, stored[5]["neighbors"][0])
+    assert atlas.filter("abs(x) <= 1 and abs(y) <= 1 and octet_length(image.bytes) > 0").count("*").fetchall() == [
+        (24,)
+    ]
+
+
+def test_the_atlas_opens_in_embedding_atlas(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A program of that name, which keeps what it is given."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_command(["explore", config.run, "--atlas"]) == 2
+    assert "--atlas needs embedding-atlas: pip install embedding-atlas" in capsys.readouterr().err
+    program = tmp_path / "embedding-atlas"
+    program.write_text(f"#!/bin/sh\n/bin/cp $1 {tmp_path}/seen.parquet\nshift\necho $@ > {tmp_path}/line\nexit $CODE\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CODE", "0")
+    assert run_command(["explore", config.run, "--atlas", "--port", "7"]) == 0
+    line = (tmp_path / "line").read_text()
+    assert line == "--x x --y y --neighbors neighbors --image image --host 127.0.0.1 --port 7\n"
+    assert set(line.split()[1:8:2]) <= set(pq.read_table(tmp_path / "seen.parquet").column_names)
+    monkeypatch.setenv("CODE", "3")
+    assert run_command(["explore", config.run, "--atlas"]) == 2
+    assert "exit code 3" in capsys.readouterr().err
+
+
 def test_hugging_face_reads_the_folder(config: RunConfig, wanted: list[dict[str, Any]], tmp_path: Path):
     assert export(config, "hf", str(tmp_path), images=True)["missing"] == 0
     card = (tmp_path / "README.md").read_text()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,23 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sklearn.metrics import adjusted_rand_score
 from starlette.testclient import TestClient
+from tensorboardX import SummaryWriter
 
 from rayclust.config import RunConfig
-from rayclust.errors import ArtefactError
+from rayclust.errors import ArtefactError, DataError
 from rayclust.export import export
+from rayclust.runtime.api import load_run
+from rayclust.runtime.edits import edit_clusters
 from rayclust.stages.predict import predict
+from rayclust.store.overlay import Merge, Split
 from rayclust.store.run import Run
 from rayclust.store.sources import fetch_many
 from rayclust.web import app as web
-from rayclust.web.app import create_app, is_loopback
+from rayclust.web.app import Opening, create_app, is_loopback
 from rayclust.web.explorer import Explorer
+from tests.sealed import Sealed
 
 OWN = {"x-rayclust": "1", "origin": "http://127.0.0.1:8008"}
 
@@ -31,8 +38,16 @@ def page(config: RunConfig) -> Iterator[TestClient]:
         yield found
 
 
+class Opened(Opening):
+    """An explorer that is there."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        super().__init__(explorer.config)
+        self._found = explorer
+
+
 def client(explorer: Explorer, token: str | None = None) -> TestClient:
-    application = create_app(explorer, hosts={"127.0.0.1"}, token=token)
+    application = create_app(Opened(explorer), hosts={"127.0.0.1"}, token=token)
     return TestClient(application, base_url="http://127.0.0.1:8008", follow_redirects=False)
 
 
@@ -262,3 +277,83 @@ def test_a_run_that_is_not_labelled_is_one_line(config: RunConfig):
     Path(Run(config.run).manifest("label")).unlink()
     with pytest.raises(ArtefactError, match="is not labelled"):
         Explorer(config)
+
+
+def test_two_runs_are_compared_image_by_image(config: RunConfig, tmp_path: Path):
+    """The other run is this one with two images of cluster 0 in a cluster of their own, and 1 and 2 as one."""
+    shutil.copytree(config.run, tmp_path / "other")
+    keys = [k for k, c in own_clusters(config).items() if c == 0][:2]
+    edit_clusters(Run(str(tmp_path / "other")), Split(cluster=0, keys=tuple(keys), name="two"))
+    edit_clusters(Run(str(tmp_path / "other")), Merge(clusters=(1, 2)))
+    explorer = Explorer(config, load_run(str(tmp_path / "other")))
+    with client(explorer) as page:
+        assert get(page, "/api/run")["against"] == str(tmp_path / "other")
+        found = get(page, "/api/compare")
+        truth = [own_clusters(config)[key] for key in own_clusters(config)]
+        there = [3 if key in keys else min(c, 1) for key, c in own_clusters(config).items()]
+        assert found["ari"] == pytest.approx(adjusted_rand_score(truth, there), abs=1e-4)
+        assert (found["images"], found["absent"], found["together"]) == (24, 0, round(22 / 24, 4))
+        flows = {(flow["from"], flow["to"]): flow for flow in found["flows"]}
+        assert {places: flow["images"] for places, flow in flows.items()} == {
+            (0, 0): 6,
+            (0, 3): 2,
+            (1, 1): 8,
+            (2, 1): 8,
+        }
+        assert [places for places, flow in flows.items() if flow["moved"]] == [(0, 3)]
+        assert (flows[0, 3]["to_name"], flows[0, 3]["share"], flows[0, 3]["share_of_other"]) == ("two", 0.25, 1.0)
+        moved = get(page, "/api/compare/0/3")
+        assert moved["total"] == 2
+        assert {image["key"] for image in moved["images"]} == set(keys)
+        # An edit here counts at once.
+        rows = [image["row"] for image in moved["images"]]
+        post(page, "/api/edits", {"do": "split", "cluster": 0, "rows": rows})
+        assert not any(flow["moved"] for flow in get(page, "/api/compare")["flows"])
+
+
+def test_runs_without_a_common_image_and_none_to_compare_with_are_one_line(
+    page: TestClient, config: RunConfig, vectors_run: Sealed
+):
+    assert "explore RUN --against OTHER" in page.get("/api/compare").json()["error"]
+    with pytest.raises(DataError, match="has none of this run's images"):
+        Explorer(config, vectors_run.config)
+
+
+def test_selections_are_kept_beside_the_run(page: TestClient, config: RunConfig):
+    assert get(page, "/api/selections") == {}
+    assert post(page, "/api/selections/odd ones/set", {"rows": [15, 3, 15]}) == {"odd ones": 2}
+    assert [image["row"] for image in get(page, "/api/selections/odd ones")] == [3, 15]
+    assert (Path(config.run) / "selections" / "odd ones.txt").read_text().splitlines() == [
+        get(page, f"/api/images/{row}")["key"] for row in (3, 15)
+    ]
+    for name in ("..", "a.b", "x" * 61, "é!"):
+        answer = page.post(f"/api/selections/{name}/set", json={"rows": [1]}, headers=OWN)
+        assert answer.status_code in (400, 404), name
+    assert page.get("/api/selections/none").status_code == 400
+    assert page.post("/api/selections/a/set", json={"rows": ["1"]}, headers=OWN).status_code == 400
+    assert post(page, "/api/selections/odd ones/set", {"rows": []}) == {}
+
+
+def test_a_run_at_work_shows_its_progress_until_it_has_clusters(config: RunConfig):
+    run = Run(config.run)
+    Path(run.manifest("label")).rename(Path(run.manifest("label") + ".kept"))
+    shutil.rmtree(run.at("tensorboard"))
+    with SummaryWriter(run.at("tensorboard")) as writer:
+        for step in range(5):
+            writer.add_scalar("loss", 1 / (1 + step), step)
+            writer.add_scalar("loss/3", 0.0, step)
+    with (
+        TestClient(
+            create_app(Opening(config), hosts={"127.0.0.1"}, token=None), base_url="http://127.0.0.1:8008"
+        ) as page,
+    ):
+        assert "is not labelled" in page.get("/api/run").json()["error"]
+        found = get(page, "/api/progress")
+        assert {stage["stage"]: stage["state"] for stage in found["stages"]}["label"] == "missing"
+        assert found["curves"].keys() == {"loss"}
+        np.testing.assert_allclose(found["curves"]["loss"], [[i, 1 / (1 + i)] for i in range(5)], atol=1e-6)
+        Path(run.manifest("label") + ".kept").rename(run.manifest("label"))
+        assert get(page, "/api/run")["images"] == 24
+        [file] = Path(run.at("tensorboard")).iterdir()
+        file.write_bytes(file.read_bytes()[:-3])
+        assert len(get(page, "/api/progress")["curves"]["loss"]) in (4, 5), "the end may be missing"

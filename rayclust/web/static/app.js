@@ -61,6 +61,7 @@ function show(facts) {
   document.getElementById("about").textContent =
     `${count(facts.images, "image")} in ${count(facts.clusters, "cluster")}, ${facts.method}, ${facts.encoder}`;
   document.getElementById("undo").hidden = !facts.edits;
+  document.getElementById("against").hidden = !facts.against;
   document.getElementById("words").disabled = !facts.reads_text;
   document.getElementById("words").placeholder =
     facts.reads_text ? "Search images by words" : "This encoder reads no words";
@@ -242,6 +243,7 @@ async function openCluster(number) {
   };
   part("csv").onclick = () => saveTable({ clusters: [number] }, `cluster-${number}`);
   part("csv-rows").onclick = () => saveTable({ rows: [...selected] }, "images");
+  part("save").onclick = () => saveSelection([...selected]);
   part("clear").onclick = () => { selected.clear(); select(); images(); };
   part("split").onclick = async () => {
     const rows = [...selected];
@@ -262,8 +264,106 @@ function openFound(heading, found) {
   const section = copy("found");
   section.querySelector("h2").textContent = heading;
   section.querySelector("[name=csv-rows]").onclick = () => saveTable({ rows: found.map((image) => image.row) }, "found");
+  section.querySelector("[name=save]").onclick = () => saveSelection(found.map((image) => image.row));
   main.replaceChildren(section);
   grid(section.querySelector(".grid"), found.length, async (offset, limit) => found.slice(offset, offset + limit));
+}
+
+async function saveSelection(rows) {
+  const name = prompt("Save these images as a selection called");
+  if (!name) return;
+  await post(`/api/selections/${encodeURIComponent(name)}/set`, { rows });
+  say(`${count(rows.length, "image")} saved as ${name}`);
+}
+
+async function openSelections() {
+  const found = Object.entries(await get("/api/selections"));
+  const items = found.map(([name, images]) => {
+    const link = make("a", { href: `#/selection/${encodeURIComponent(name)}`, textContent: name });
+    const remove = make("button", { type: "button", textContent: "Remove" });
+    remove.setAttribute("aria-label", `remove ${name}`);
+    remove.onclick = async () => { await post(`/api/selections/${encodeURIComponent(name)}/set`, { rows: [] }); openSelections(); };
+    return make("li", {}, link, ` ${count(images, "image")} `, remove);
+  });
+  const none = "None yet: select images of a cluster, or search, and save them under a name.";
+  main.replaceChildren(make("section", {}, make("h2", { textContent: "Saved selections" }),
+    items.length ? make("ul", {}, ...items) : make("p", { className: "soft", textContent: none })));
+}
+
+// Two runs over the same images: which went where.
+async function openCompare() {
+  const found = await get("/api/compare");
+  const section = copy("compare");
+  const rows = section.querySelector("tbody"), moved = section.querySelector("[name=moved]");
+  const percent = (share) => `${(100 * share).toFixed(1)}%`;
+  section.querySelector("[data-facts]").textContent =
+    `${found.other}: adjusted Rand index ${found.ari} over ${count(found.images, "image")}` +
+    (found.absent ? `, ${count(found.absent, "image")} are only here` : "") +
+    `; ${percent(found.together)} of the images went where most of their cluster did`;
+  function draw() {
+    const shown = found.flows.filter((flow) => flow.moved || !moved.checked);
+    rows.replaceChildren(...shown.map((flow) => {
+      const from = make("a", { href: `#/cluster/${flow.from}`, textContent: flow.from_name || `Cluster ${flow.from}` });
+      const images = make("a", { href: `#/flow/${flow.from}/${flow.to}`, textContent: flow.images.toLocaleString("en") });
+      const bar = (share) => {
+        const meter = make("meter", { value: share, max: 1 });
+        meter.setAttribute("aria-hidden", "true");
+        return make("td", {}, meter, ` ${percent(share)}`);
+      };
+      return make("tr", {}, make("td", {}, from), make("td", { textContent: flow.to_name || `Cluster ${flow.to}` }),
+        make("td", {}, images), bar(flow.share), bar(flow.share_of_other));
+    }));
+  }
+  moved.onchange = draw;
+  draw();
+  main.replaceChildren(section);
+}
+
+async function openFlow(from, to) {
+  const pageOf = async (offset, limit) => (await get(`/api/compare/${from}/${to}`, { offset, limit })).images;
+  const { total } = await get(`/api/compare/${from}/${to}`, { limit: 1 });
+  const element = make("div", { className: "grid" });
+  element.setAttribute("role", "list");
+  main.replaceChildren(make("section", {}, make("h2", { textContent: `${count(total, "image")} of cluster ${from} here and ${to} there` }), element));
+  grid(element, total, pageOf);
+}
+
+// How far a run is that still works.
+function curve(name, points) {
+  const [width, height, space] = [300, 90, 4], drawing = "http://www.w3.org/2000/svg";
+  const xs = points.map((point) => point[0]), ys = points.map((point) => point[1]);
+  const at = (value, values) => (value - Math.min(...values)) / (Math.max(...values) - Math.min(...values) || 1);
+  const svg = document.createElementNS(drawing, "svg"), line = document.createElementNS(drawing, "polyline");
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `${name}: from ${ys[0].toPrecision(4)} to ${ys[ys.length - 1].toPrecision(4)}`);
+  line.setAttribute("points", points.map(([x, y]) =>
+    `${space + at(x, xs) * (width - 2 * space)},${height - space - at(y, ys) * (height - 2 * space)}`).join(" "));
+  svg.append(line);
+  const said = `${name} ${ys[ys.length - 1].toPrecision(4)} at step ${xs[xs.length - 1].toLocaleString("en")}`;
+  return make("figure", {}, svg, make("figcaption", { textContent: said }));
+}
+
+async function openProgress() {
+  const section = copy("progress");
+  main.replaceChildren(section);
+  async function load() {
+    const found = await get("/api/progress");
+    if (!section.isConnected) return;
+    const works = found.driver && !found.driver_ended;
+    const health = found.occupied
+      ? ` ${found.occupied} of ${found.sized} clusters are occupied, the largest holds ${(100 * found.largest_share).toFixed(1)}%.` : "";
+    section.querySelector("[data-facts]").textContent =
+      (works ? `At work: ${found.driver}.` : found.next ? `Not up to date, and nobody works on it: ${found.next}` : "Complete.") + health;
+    section.querySelector("tbody").replaceChildren(...found.stages.map((stage) => make("tr", {},
+      make("td", { textContent: stage.stage }), make("td", { textContent: stage.state }),
+      make("td", { textContent: stage.summary || (stage.parts_done ? `${count(stage.parts_done, "part")} done` : "") }))));
+    section.querySelector(".curves").replaceChildren(...Object.entries(found.curves).map(([name, points]) => curve(name, points)));
+    // Clusters can be shown once they are labelled.
+    if (!run.run && found.stages.some((stage) => stage.stage === "label" && stage.state === "done")) location.reload();
+    else if (works) setTimeout(() => load().catch(() => {}), 3000);
+  }
+  await load();
 }
 
 async function openImage(row) {
@@ -290,12 +390,17 @@ async function openImage(row) {
 }
 
 async function route() {
-  const [, place, value] = location.hash.split("/");
+  const [, place, value, second] = location.hash.split("/");
   dialog.close();
   scrollTo(0, 0);
   say("");
   if (place === "cluster") await openCluster(Number(value));
   else if (place === "image") { await openList(); await openImage(Number(value)); }
+  else if (place === "compare") await openCompare();
+  else if (place === "flow") await openFlow(Number(value), Number(second));
+  else if (place === "progress") await openProgress();
+  else if (place === "selections") await openSelections();
+  else if (place === "selection") openFound(decodeURIComponent(value), await get(`/api/selections/${value}`));
   else if (place === "search") await search(decodeURIComponent(value));
   else await openList();
 }
@@ -327,4 +432,6 @@ document.getElementById("undo").onclick = async () => {
   route();
 };
 addEventListener("hashchange", () => route().catch(() => {}));
-get("/api/run").then(show).then(route).catch((error) => say(error.message, true));
+get("/api/run").then(show).then(route).catch((error) => {
+  if (run.run) say(error.message, true); else openProgress().then(() => say("")).catch(() => {});
+});
