@@ -52,7 +52,7 @@ def run(context: StageContext) -> StageResult:
         tasks = group_parts(encoded.parts, context.digest, rows)
         results = run_tasks(run, "map", tasks, work.place_others, gpus=config.resources.gpus)
         outputs = {path: written for result in results for path, written in result.outputs.items()}
-        storage.remove_tree(run.at("map", "scratch"))
+    storage.remove_tree(run.at("map", "scratch"))
     placed = "" if drawn == count else f", {count - drawn:,} of them placed among {drawn:,}"
     return StageResult(outputs, {"rows": count}, {"rows": drawn}, f"of {count:,} rows{placed}")
 

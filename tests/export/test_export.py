@@ -161,6 +161,15 @@ def test_tars_hold_each_image_with_its_cluster(config: RunConfig, wanted: list[d
     assert Image.open(io.BytesIO(found["000000000023.png"])).size == (24, 24)
 
 
+def test_webdatasets_own_library_reads_the_tars(config: RunConfig, wanted: list[dict[str, Any]], tmp_path: Path):
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    export(config, "webdataset", str(tmp_path))
+    tars = [str(tmp_path / name) for name in ("00000.tar", "00001.tar")]
+    found = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))
+    assert [sample["json"] for sample in found] == wanted
+    assert {sample["png"].size for sample in found} == {(24, 24)}
+
+
 def test_clip_retrieval_finds_embeddings_beside_their_metadata(config: RunConfig, tmp_path: Path):
     export(config, "clip-retrieval", str(tmp_path))
     rows = np.concatenate([np.load(tmp_path / "img_emb" / f"img_emb_{i}.npy") for i in (0, 1)])
