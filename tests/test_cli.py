@@ -45,7 +45,7 @@ BAD_LINES = {
     "candidates twice": (["quick", ".", "--out", "x", "--clusters", "5,5"], "method.clusters = [5, 5]"),
     "unknown method": (
         ["quick", ".", "--out", "x", "--method", "dbscan"],
-        "must be one of auto, byol, cc, consensus, cpp, gmm, kmeans",
+        "must be one of auto, byol, cc, consensus, cpp",
     ),
     "unknown encoder": (["quick", ".", "--out", "x", "--encoder", "resnet"], "open_clip/"),
     "a stage that is none": (["dreams", "RUN.yaml"], "No such command 'dreams'"),

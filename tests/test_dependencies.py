@@ -39,8 +39,6 @@ NOT_PINNED = {"setuptools": "every environment brings its own"}
 NOT_IN_CI = {"gpu": "takes the place of faiss-cpu"}
 NOT_IN_CI |= dict.fromkeys(("gs", "abfs", "hf"), "stores of other people; fsspec's memory stands for them")
 """Extras that are neither pinned nor installed."""
-LOADED_BY_NAME = {"tensorboardx": "runtime/trackers.py"}
-"""Declared packages that no import statement names, and who loads them."""
 WITH_CUDA = ("nvidia-", "cuda-", "triton")
 """Pinned for builds of torch for GPUs; others do without."""
 BROUGHT_BY_TORCH = {"triton": "only where torch is built for GPUs; kernels/ asks before it imports"}
@@ -204,6 +202,4 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     owners = importlib.metadata.packages_distributions()
     used = {canonicalize_name(owner) for module in imported() for owner in owners.get(module, [module])}
     assert used - set(names(RUNS)) == set(BROUGHT_BY_TORCH)
-    assert set(names(RUNS)) - used == set(LOADED_BY_NAME)
-    for name, file in LOADED_BY_NAME.items():
-        assert name in (ROOT / "rayclust" / file).read_text().lower()
+    assert set(names(RUNS)) - used == set()
