@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from rayclust import distributed
@@ -36,7 +36,14 @@ from rayclust.methods.base import (
     cosine_schedule,
 )
 from rayclust.methods.heads import Heads, HeadShape, Precision, ema_update
-from rayclust.methods.temi_init import StartOptions, best_by_modularity, may_replace_start, start_from_kmeans
+from rayclust.methods.temi_init import (
+    ComponentRows,
+    StartOptions,
+    best_by_modularity,
+    may_replace_start,
+    principal_axes,
+    start_from_kmeans,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +53,7 @@ COLLAPSE_ENTROPY = 0.5
 """Part of ln K below which the entropy of a head's shares is a sign of collapse."""
 BETA_STEP = 0.1
 """Difference between β and the lower one that a warning of collapse proposes."""
-WHOLE_STATE = ("best_head", "head_losses")
+WHOLE_STATE = ("best_head", "head_losses", "basis")
 """Tensors of the state that every worker holds whole, whatever heads it trains."""
 
 
@@ -88,6 +95,9 @@ class TemiConfig(TrainedConfig):
     """Momentum of the clusters' running shares p̂."""
     freeze_last_layer: int = Field(1, ge=0)
     """Epochs at the start in which the last layer is not trained."""
+    components: int = Field(0, ge=0)
+    """Leading principal components on which heads train; the first layer takes rows again after it. 0, or not less than
+    the rows' width: the rows as they are."""
     hidden: int = Field(512, ge=1)
     """Width of the hidden layers of a head."""
     bottleneck: int = Field(256, ge=1)
@@ -176,6 +186,10 @@ class TemiConfig(TrainedConfig):
             config = TemiConfig.model_validate({**chosen, "warm_start": "kmeans", **written, "preset": "none"})
         return config
 
+    def trained_width(self, dimension: int) -> int:
+        """Return the width of what heads train on for rows of width `dimension`."""
+        return min(self.components or dimension, dimension)
+
     def head_shape(self, dimension: int) -> HeadShape:
         """Return the sizes and parts of the heads on rows of width `dimension`."""
         shared = {field.name for field in fields(HeadShape)} & TemiConfig.model_fields.keys()
@@ -189,14 +203,14 @@ class TemiConfig(TrainedConfig):
         """
         if self.clip_norm is not None and self.parallel not in ("auto", "data"):
             raise ConfigError(f"method.parallel = {self.parallel}: clip_norm needs every head's gradient, set data")
-        shape, plan = self.head_shape(dimension), Plan.of(self, count)
+        shape, plan = self.head_shape(self.trained_width(dimension)), Plan.of(self, count)
         layout = choose_layout(shape, plan, workers, self.parallel, self.worker_memory * GIGABYTE)
         return layout if self.clip_norm is None else Layout(1, workers)
 
     def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
         """Describe the layout and its costs in a line; see `BaseMethodConfig`."""
         config = self.resolved(count, dimension)
-        shape, plan = config.head_shape(dimension), Plan.of(config, count)
+        shape, plan = config.head_shape(config.trained_width(dimension)), Plan.of(config, count)
         layout = config.layout(count, dimension, workers)
         cost = estimate_cost(shape, plan, layout, device)
         return (
@@ -496,6 +510,7 @@ class Temi(Method):
     config: TemiConfig
     best_head: Tensor
     head_losses: Tensor
+    basis: Tensor | None
 
     def __init__(self, config: TemiConfig, dimension: int, count: int, seed: int) -> None:
         config = config.resolved(count, dimension)
@@ -503,6 +518,7 @@ class Temi(Method):
         self.plan = Plan.of(config, count)
         self.pairing = Pairing(config.neighbors, config.noise, config.repeats)
         layout = config.layout(count, dimension, distributed.data_group().size)
+        self.register_buffer("basis", None)
         self._build_heads(distributed.DeviceMesh.of(layout.head_parts))
         self._momentum, self._warned_of_collapse = config.teacher_momentum, False
         self.register_buffer("best_head", torch.tensor(0))
@@ -513,7 +529,8 @@ class Temi(Method):
         config, self.mesh = self.config, mesh
         self._own_heads = distributed.even_slices(config.heads, mesh.heads.size)[mesh.heads.rank]
         first, last = self._own_heads.start, self._own_heads.stop
-        shape = replace(config.head_shape(self.dimension), heads=last - first, first=first)
+        width = self.dimension if self.basis is None else self.basis.shape[1]
+        shape = replace(config.head_shape(width), heads=last - first, first=first)
         self.student = Heads(shape, self.seed, config.precision)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.marginal = Marginal(shape.heads, shape.clusters, config.marginal_momentum)
@@ -524,6 +541,16 @@ class Temi(Method):
         A start from `auto` comes back where the neighbour graph speaks against what training has made of it.
         """
         c = self.config
+        if c.trained_width(self.dimension) < self.dimension:
+            # Heads for the leading components alone: the first layer's products are most of a step.
+            checkpoint, like = trainer.restore(), self.student.direction
+            if checkpoint is None:
+                basis = principal_axes(rows, c.components, c.clusters, self.seed, like)
+            else:
+                basis = checkpoint[0]["method.basis"].to(like)
+            self.basis, rows = basis, ComponentRows(rows, basis)
+            self._build_heads(self.mesh)
+            self.to(like.device, like.dtype)
         source: Literal["kmeans", "auto"] = "auto" if c.warm_start == "auto" else "kmeans"
         options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds, source)
 
@@ -549,6 +576,13 @@ class Temi(Method):
             self.to(like.device, like.dtype)
             warm_start()
             self.best_head.zero_()
+        if self.basis is not None:
+            # ⟨w, Vᵀx⟩ = ⟨Vw, x⟩: the same heads on rows.
+            for heads in (self.student, self.teacher):
+                weight = heads.weights[0]
+                heads.weights[0] = nn.Parameter((weight @ self.basis.T).detach(), weight.requires_grad)
+                heads.shape = replace(heads.shape, dimension=self.dimension)
+            self.basis = None
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the mean of all heads' losses, this worker's part of it; and of each head loss and agreement.
@@ -686,13 +720,14 @@ class Temi(Method):
 
     def state(self) -> MethodState:
         """Return the teacher's best head alone, or all of them with `keep_heads`."""
+        settings = self._settings()
+        del settings["config"]["components"]  # heads take rows again
         if self.config.keep_heads:
             kept = {name: x.detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
-            return MethodState(self._settings(), kept | {"best_head": self.best_head.cpu().clone()})
+            return MethodState(settings, kept | {"best_head": self.best_head.cpu().clone()})
         best = int(self.best_head)
         tensors = {name: x[best : best + 1].detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
         tensors["best_head"] = torch.tensor(0)
-        settings = self._settings()
         del settings["config"]["keep_heads"]  # a model of one head has the bytes that it had without this setting
         return MethodState({**settings, "config": {**settings["config"], "heads": 1}}, tensors)
 

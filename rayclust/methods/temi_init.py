@@ -9,6 +9,7 @@ A file of its own, because none of it is in TEMI's paper (arXiv 2303.17896).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.candidates import Bounds, choose, evidence, is_supported, make_candidates
+from rayclust.clustering.candidates import Bounds, choose, evidence, is_supported, leading_components, make_candidates
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
+from rayclust.clustering.row_stats import even_sample
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
-from rayclust.methods.base import Rows
+from rayclust.methods.base import EMBEDDINGS, Rows
 from rayclust.methods.graph import sample_ids, sample_with_neighbors
 from rayclust.methods.heads import Heads
 
@@ -35,6 +37,7 @@ _MAX_LOGITS = 1 << 28
 """Logits that a choice computes at once, at most: 1 GiB of float32."""
 _ANCHORS = 16_384
 _ITERATIONS = 100
+_AXES_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,60 @@ class StartOptions:
     """How often rows are averaged with their neighbours; 0 takes them as they are."""
     source: Literal["kmeans", "auto"] = "kmeans"
     """kmeans: the best of `restarts` partitions. auto: the one that the method `auto` chooses, for all heads."""
+
+
+@torch.no_grad()
+def principal_axes(rows: Rows, width: int, clusters: int, seed: int, like: Tensor) -> Tensor:
+    """Return the leading principal axes of a sample of the rows around zero, equal on all workers.
+
+    Args:
+        rows: read once.
+        width: P.
+        clusters: K; more of them want more rows.
+        seed: of the sample.
+        like: gives dtype and device.
+
+    Returns:
+        Float[D P'], P' = min(P, D, n − 1) for n rows.
+    """
+    x, ids = rows.tensor(), even_sample(rows.count, max(_AXES_ROWS, clusters), seed)
+    return leading_components(x[ids.to(x.device)].float(), width).to(like)
+
+
+class ComponentRows:
+    """Rows along a few axes, as `Rows` of one space.
+
+    Args:
+        rows: the rows.
+        basis: Float[D P], orthonormal axes.
+    """
+
+    def __init__(self, rows: Rows, basis: Tensor) -> None:
+        self.count, self.dimension = rows.count, basis.shape[1]
+        self.spaces: tuple[str, ...] = (EMBEDDINGS,)
+        self.dimensions = {EMBEDDINGS: self.dimension}
+        self._rows, self._basis = rows, basis
+        parts = [self._on_axes(block) for block in torch.split(rows.tensor(), _AXES_ROWS)]
+        self._x = torch.cat(parts)
+
+    def _on_axes(self, x: Tensor) -> Tensor:
+        return x.to(self._basis) @ self._basis
+
+    def tensor(self, space: str | None = None) -> Tensor:
+        """Return Float[N P]."""
+        return self._x
+
+    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
+        """Yield Float[B P] blocks of this worker's rows."""
+        yield from map(self._on_axes, self._rows.blocks())
+
+    def neighbors(self) -> Tensor:
+        """Return those of the rows."""
+        return self._rows.neighbors()
+
+    def members(self) -> Sequence[Tensor] | None:
+        """Return those of the rows."""
+        return self._rows.members()
 
 
 @torch.no_grad()

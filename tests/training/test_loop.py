@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rayclust import distributed
 from rayclust.errors import ArtefactError, ConfigError, DataError, RayclustError
-from rayclust.methods import build
+from rayclust.methods import build, load
 from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig, Batch, CheckpointInterval, Method, Plan, TrainedConfig
 from rayclust.methods.temi import Temi, TemiConfig
+from rayclust.methods.temi_init import ComponentRows, principal_axes
 from rayclust.training import loop
 from rayclust.training.loop import (
     Lars,
@@ -153,6 +154,36 @@ def test_a_training_stopped_at_any_checkpoint_goes_on_to_the_same_bits(optimizer
         assert resumed_history == history
         for name, value in state.items():
             assert resumed_state[name].equal(value), (stop_after, name)
+
+
+def test_heads_on_components_are_heads_on_rows_that_do_without_the_others(monkeypatch: pytest.MonkeyPatch):
+    def fitted(store: MemoryStore | None = None) -> Temi:
+        method = _method(components=4).float()
+        method.fit(_rows(), Trainer(7, store=store, every=CheckpointInterval(epochs=1)))
+        return method
+
+    method, x = fitted(), _rows().tensor().float()
+    assert method.student.weights[0].shape == (2, 8, D)
+    axes = principal_axes(_rows(), 4, K, 0, x)
+    assert method.predict_proba(x).allclose(method.predict_proba(x @ axes @ axes.T), rtol=0, atol=1e-5)
+    assert load(method.state()).predict_proba(x).equal(method.predict_proba(x))
+    # 2. The same to the bit after a stop, on the axes of the checkpoint.
+    store = MemoryStore(1)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(store)
+    monkeypatch.setattr("rayclust.methods.temi.principal_axes", None)
+    assert fitted(store).predict_proba(x).equal(method.predict_proba(x))
+
+
+def test_all_components_of_rows_of_low_rank_lose_nothing():
+    x = torch.randn(N, 3, generator=torch.Generator().manual_seed(1)) @ torch.randn(3, D)
+    rows = ArrayRows(x, (torch.arange(N)[:, None] + torch.arange(1, 6)) % N)
+    axes = principal_axes(rows, 3, K, 0, x)
+    on_axes = ComponentRows(rows, axes)
+    assert (on_axes.count, on_axes.dimension) == (N, 3)
+    assert (on_axes.tensor() @ axes.T).allclose(x, rtol=0, atol=1e-5)
+    assert torch.cat(list(on_axes.blocks())).equal(on_axes.tensor())
+    assert on_axes.neighbors().equal(rows.neighbors())
 
 
 def _stopped_and_resumed(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
