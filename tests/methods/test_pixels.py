@@ -347,6 +347,17 @@ def test_a_written_key_wins_over_the_preset():
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_short_training_is_built_from_its_preset(name: str):
+    settings = {"name": name, "clusters": K, "backbone": "small", "preset": "short", "batch_size": 24, "epochs": 1}
+    method = build(find(name).config_type.model_validate(settings), SIDE * SIDE * 3, N, 1)
+    assert isinstance(method, PixelMethod)
+    method.fit(ArrayRows(_images()), Trainer(1))
+    assert method.eval().transform(_images()).shape == (N, method.config.features)
+    width = getattr(method.config, "hidden", getattr(method.config, "bottleneck", None))
+    assert width is None or method.predictor[0].out_features == width  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_short_training_follows_from_its_number_of_steps(name: str):
     config_type = find(name).config_type
     short = config_type.model_validate({"clusters": 10, "preset": "short"}).resolved(3_000)

@@ -67,6 +67,7 @@ class Byol(MomentumMethod):
 
     def __init__(self, config: PredictorConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
+        config = self.config  # with the preset written out
         with self.keyed_weights():
             self.start_target(nn.Sequential(self.backbone, mlp(self.backbone_width, config.hidden, config.features)))
             self.predictor = mlp(config.features, config.hidden, config.features)

@@ -72,6 +72,7 @@ class Cc(PixelMethod):
 
     def __init__(self, config: CcConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
+        config = self.config  # with the preset written out
         width = self.backbone_width
         with self.keyed_weights():
             self.projector = mlp(width, width, config.features, norm=False)

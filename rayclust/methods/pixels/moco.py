@@ -63,6 +63,7 @@ class MoCo(MomentumMethod):
 
     def __init__(self, config: QueueConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
+        config = self.config  # with the preset written out
         width = self.backbone_width
         with self.keyed_weights():
             self.start_target(nn.Sequential(self.backbone, mlp(width, width, config.features, norm=False)))

@@ -63,6 +63,7 @@ class Pcl(MoCo):
 
     def __init__(self, config: PclConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
+        config = self.config  # with the preset written out
         self.granularities = [m for m in config.prototypes if m <= count // 2]
         for m in self.granularities:
             self.register_buffer(f"prototypes_{m}", torch.zeros(m, config.features))

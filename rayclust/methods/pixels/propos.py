@@ -95,8 +95,8 @@ class ProPos(Byol):
     config: ProPosConfig
 
     def __init__(self, config: ProPosConfig, dimension: int, count: int, seed: int) -> None:
-        config = config.resolved(count)
         super().__init__(config, dimension, count, seed)
+        config = self.config  # with the preset written out
         self.queue = KeyQueue(config.queue, config.features) if config.queue else None
         self.pairing = Pairing(epoch_order=self.epoch_order)
 

@@ -49,6 +49,7 @@ class SimClr(PixelMethod):
 
     def __init__(self, config: SimClrConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
+        config = self.config  # with the preset written out
         with self.keyed_weights():
             self.projector = mlp(self.backbone_width, self.backbone_width, config.features, norm=False)
 

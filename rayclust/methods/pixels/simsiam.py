@@ -56,6 +56,7 @@ class SimSiam(PixelMethod):
 
     def __init__(self, config: SimSiamConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
+        config = self.config  # with the preset written out
         hidden = [config.features] * config.layers
         with self.keyed_weights():
             self.projector = mlp(self.backbone_width, *hidden, bias=False, last_norm=True)
