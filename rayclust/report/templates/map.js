@@ -98,12 +98,13 @@
     return best;
   };
   const keysFrom = (i) => load(`keys-${String(Math.floor(i / index.points.each)).padStart(5, "0")}`);
-  let shown = -1;
+  let shown = -1, asked = 0; // the point under the pointer, and how often that changed
   const hover = async (x, y) => {
     const i = nearest(x, y);
     canvas.style.cursor = i >= 0 && !lasso ? "pointer" : "crosshair";
     if (i === shown) return;
     shown = i;
+    const turn = ++asked;
     tip.hidden = i < 0;
     if (i < 0) return;
     const place = clusters[i];
@@ -113,7 +114,7 @@
     tip.style.top = `${Math.max(0, y > canvas.clientHeight - 190 ? y - 190 : y + 14)}px`;
     try {
       const [its, found] = await Promise.all([keysFrom(i), details(place)]);
-      if (shown !== i) return;
+      if (turn !== asked) return; // the pointer went on, or away and back
       const text = its.key[i % index.points.each], row = its.row[i % index.points.each];
       key.textContent = text.split("/").pop();
       // Its own picture where it has one, else its cluster's most typical, which says so.
@@ -194,7 +195,7 @@
     else if (clicked) { const i = nearest(x, y); if (i >= 0) location.hash = `#cluster-${index.id[clusters[i]]}`; else if (chosen !== null) { chosen = null; redraw(); } }
   });
   canvas.addEventListener("pointercancel", () => { drag = null; });
-  canvas.addEventListener("pointerleave", () => { tip.hidden = true; shown = -1; });
+  canvas.addEventListener("pointerleave", () => { tip.hidden = true; shown = -1; asked++; });
   canvas.addEventListener("wheel", (event) => {
     if (!event.ctrlKey && !event.metaKey && document.activeElement !== canvas) return; // the page scrolls on
     event.preventDefault();
