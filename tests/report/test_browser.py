@@ -211,8 +211,9 @@ async def walk(endpoint: str, path: Path, clusters: int, checks_looks: bool) -> 
             await mouse(page, kind, box[0] + box[2] * right, box[1] + box[3] * down)
         start = time.perf_counter()
         await mouse(page, "mouseReleased", box[0] + box[2] * 0.2, box[1] + box[3] * 0.9)
-        await page.until("document.getElementById('keys').value.includes('\\n')")
+        await page.until("!document.getElementById('picked').hidden")
         times["lasso"] = 1000 * (time.perf_counter() - start)
+        await page.until("document.getElementById('keys').value.includes('\\n')")  # their files are read meanwhile
         said = await page.run("document.querySelector('#picked p').textContent")
         shown = (await page.run("document.getElementById('keys').value")).splitlines()
         # What is saved are all keys, whatever the field shows.
