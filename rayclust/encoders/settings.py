@@ -52,8 +52,8 @@ class EncoderConfig(Config):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the network's products. auto: bf16 on GPUs that have it, else fp16; fp32 on CPUs."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
-    """What computes the network on CPUs. openvino: two to four times as fast (extra `cpu`); rows agree with torch's to
-    a cosine of 0.99999. auto: the faster, measured as a run of 1,000 images or more begins, and kept with the run;
+    """What computes the network on CPUs. openvino: 1.4 to 2.3 times as fast (extra `cpu`); rows agree with torch's to a
+    cosine of 0.99999. auto: the faster, measured as a run of 1,000 images or more begins, and kept with the run;
     torch for fewer, without the extra, and on GPUs."""
     compile: bool = False
     """Compile the network with torch.compile: slow to start, faster afterwards; worth it from some 100,000 images."""
