@@ -67,7 +67,7 @@ def query(rows: int, width: int, lists: int) -> None:
         if small.ntotal < FLAT_ROWS:
             small.add(x)
         ids = np.arange(start, start + len(own))
-        ivf.add_core(len(own), faiss.swig_ptr(x), faiss.swig_ptr(ids), faiss.swig_ptr(own.astype(np.int64)))
+        ivf.add_core(len(own), faiss.swig_ptr(x), faiss.swig_ptr(ids), faiss.swig_ptr(own))
     queries = centers[:33] + 0.05 * rng.standard_normal((33, width), np.float32)
     faiss.normalize_L2(queries)
     print(f"| {rows:,} × {width}, index | memory, GB | ms |\n|---|---|---|")
@@ -92,6 +92,7 @@ def resident() -> dict[str, int]:
 def scroll(images: int) -> None:
     """Ask for every page of a large cluster and for the pictures on it."""
     from rayclust.config import validate
+    from rayclust.runtime.api import load_run
     from rayclust.runtime.pipeline import run_all
     from rayclust.web.explorer import Explorer
 
@@ -104,7 +105,7 @@ def scroll(images: int) -> None:
         run_all(config, stop_after="label")
         gc.collect()
         before = resident()
-        explorer = Explorer(config)
+        explorer = Explorer(load_run(config.run))
         [first, *_] = explorer.clusters()["clusters"]
         opened, started, most = resident(), time.perf_counter(), 0
         slowest = 0.0
