@@ -120,7 +120,7 @@ COUNT_OFTEN = (
     "from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (\n"
     "    get_or_create_autoscaling_coordinator as coordinator)\n"
     "connect()\n"
-    "count = lambda: ray.get(coordinator().get_reserved_resources.remote('none', recompute=True))\n"
+    "count = lambda: ray.get(coordinator()._tick.remote())\n"
     "count()\n"
     "threading.Thread(target=lambda: [(time.sleep(0.5), count()) for _ in range(1000)], daemon=True).start()"
 )
