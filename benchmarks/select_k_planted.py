@@ -1,10 +1,14 @@
-"""The number of planted groups, found by select-k through Ray Tune.
+"""The number of planted groups, found by select-k, in the driver or through Ray Tune.
 
-Claim: K orthogonal one-dimensional groups with a little noise give the true K of the candidates 2 … 12 on every seed.
+Claim: orthogonal groups with a little noise give the true K of the candidates 2 … 12 on every seed.
 
-    python benchmarks/select_k_planted.py [--method kmeans|cpp] [--seeds 10] [--rows 600]
+    python benchmarks/select_k_planted.py [--planted lines|subspaces] [--method kmeans|cpp] [--true K ...]
+        [--seeds SEED ...] [--rows 600] [--tune]
 
-Every seed is a run of its own: ready embeddings, encode, neighbors, select-k with one Ray Tune trial per candidate.
+`lines`: K orthogonal directions, noise 0.02 a component. `subspaces`: K orthogonal subspaces of three dimensions among
+64, normal coefficients, noise 0.03 a component; balls they are not, and what measures distances splits them. Every seed
+of every true K is a run of its own: ready embeddings, encode, neighbors, select-k. With --tune fits and candidates go
+through Ray Train and Ray Tune; the results are those of the driver.
 """
 
 from __future__ import annotations
@@ -29,28 +33,30 @@ from rayclust.store.run import Run
 
 CANDIDATES = list(range(2, 13))
 TRUE = (6, 4, 9, 3, 7, 5, 8, 10, 11, 6)
-METHODS: dict[str, dict[str, Any]] = {
-    "kmeans": {"name": "kmeans"},
-    "cpp": {"name": "cpp", "preset": "none", "hidden": 64, "width": 32, "steps": 100, "batch_size": 256}
-    | {"expansion_steps": 10, "learning_rate": 1e-3},
-}
+PLANTED = {"lines": (1, 0.02), "subspaces": (3, 0.03)}
+"""Dimensions of a group, and noise of a component."""
 
 
-def groups(clusters: int, rows: int, seed: int) -> np.ndarray:
-    """Float32[N 16+2·K]: rows along K orthogonal directions."""
-    rng = np.random.default_rng(seed)
-    width = 16 + 2 * clusters
-    directions = np.linalg.qr(rng.normal(size=(width, width)))[0][:clusters]
-    x = np.repeat(directions, rows // clusters, axis=0)
-    return rng.permutation(x + 0.02 * rng.normal(size=x.shape)).astype(np.float32)
+def groups(planted: str, clusters: int, rows: int, seed: int) -> np.ndarray:
+    """Float32[N D]: rows of orthogonal groups; of 64 dimensions, 16 + 2·K for lines."""
+    rng = np.random.default_rng([seed, clusters])
+    dimensions, noise = PLANTED[planted]
+    width = 16 + 2 * clusters if dimensions == 1 else 64
+    bases = np.linalg.qr(rng.normal(size=(width, width)))[0].T[: dimensions * clusters]
+    group = rng.permutation(np.arange(rows) % clusters)
+    coefficients = np.ones((rows, 1)) if dimensions == 1 else rng.normal(size=(rows, dimensions))
+    x = np.einsum("nr,nrd->nd", coefficients, bases.reshape(clusters, dimensions, width)[group])
+    return np.asarray(x + noise * rng.normal(size=x.shape), dtype=np.float32)
 
 
-def choice(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def choice(folder: Path, true: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """What select-k wrote for one seed."""
     (folder / "rows").mkdir()
-    np.save(folder / "rows" / "rows.npy", groups(TRUE[seed % len(TRUE)], options.rows, seed))
-    tree = {"run": str(folder / "run"), "seed": seed, "images": {"uri": str(folder / "rows")}, "neighbors": {"k": 10}}
-    run_all(validate(tree | {"method": METHODS[options.method] | {"clusters": CANDIDATES}}), stop_after="select-k")
+    np.save(folder / "rows" / "rows.npy", groups(options.planted, true, options.rows, seed))
+    tree = {"run": str(folder / "run"), "seed": seed, "images": {"uri": str(folder / "rows")}}
+    tree |= {"neighbors": {"k": 10}} if options.planted == "lines" else {}
+    tree |= {"resources": {"in_driver": "never"}} if options.tune else {}
+    run_all(validate(tree | {"method": {"name": options.method, "clusters": CANDIDATES}}), stop_after="select-k")
     found: dict[str, Any] = storage.read_json(Run(str(folder / "run")).selection)
     return found
 
@@ -58,24 +64,28 @@ def choice(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, An
 def main() -> None:
     """Prints a line a seed and how many were right."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--method", choices=list(METHODS), default="kmeans")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--planted", choices=list(PLANTED), default="lines")
+    parser.add_argument("--method", choices=("kmeans", "cpp"), default="kmeans")
+    parser.add_argument("--true", type=int, nargs="+", default=None, help="default: a K for each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--tune", action="store_true", help="not in the driver")
     options = parser.parse_args()
+    cases = [(true, seed) for seed in options.seeds for true in options.true or [TRUE[seed % len(TRUE)]]]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__}
     print(f"{platform.machine()}, {os.cpu_count()} CPUs,", ", ".join(f"{name} {v}" for name, v in versions.items()))
     print("command: python", " ".join(sys.argv))
     right = 0
-    for seed in range(options.seeds):
+    for true, seed in cases:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            found, true = choice(Path(folder), seed, options), TRUE[seed % len(TRUE)]
+            found = choice(Path(folder), true, seed, options)
             right += found["chosen"] == true
-            picks = ", ".join(f"{name} {k}" for name, k in found["picks"].items())
-            print(
-                f"seed {seed}: true {true}, chosen {found['chosen']}, {time.perf_counter() - started:.0f} s ({picks})"
-            )
-    print(f"{options.method}: {right} of {options.seeds} right")
+            weights = found["evidence"]
+            picks = ", ".join(f"{name} {k} ({weights.get(name, 0.0):.2f})" for name, k in found["picks"].items())
+            seconds = time.perf_counter() - started
+            print(f"seed {seed}: true {true}, chosen {found['chosen']}, {seconds:.0f} s ({picks})", flush=True)
+    print(f"{options.planted}, {options.method}: {right} of {len(cases)} right")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Methods on features of one encoder, of two, and on words: ACC and NMI on every set of photographs at hand.
 
     python benchmarks/words_and_spaces.py [--data ../shared/data] [--seeds 5] [--sets NAME ...] [--methods NAME ...]
-        [--results FILE]
+        [--results FILE] [--reports FILE ...]
 
 Claims, one thread: TURTLE in both spaces is on average above TURTLE in either, 5 seeds; none of its fits takes more
 than 60 s. TAC, which the words guide, is within a point of the published program where that was run, 3 seeds.
@@ -9,7 +9,9 @@ than 60 s. TAC, which the words guide, is within a point of the published progra
 Features are of two MobileNetV2 (a and b) that were trained WITH ImageNet labels, centred and of length 1; labels only
 score. A method is a function of (features a, features b, words, K, seed) that returns labels, or None where it lacks
 something: a set may have no features b. Words are vectors in the space of features a. One line in METHODS adds one.
-What is measured is kept in the file of results, and not measured again.
+What is measured is kept in the file of results, and not measured again; `--reports` brings in cells of this script's
+earlier reports, with the seeds of those, where nothing was measured. TEMI has 4 heads and 100 steps here, not 16 and
+300. Every number is that of the last step: no step, head or start is chosen by labels.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import itertools
 import json
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,15 +87,39 @@ def tac_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Lab
     return rc.TAC(clusters, words=words, random_state=seed, device="cpu").fit_predict(a)
 
 
+def temi_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Labels | None:
+    """TEMI, preset auto with 4 heads instead of 16 and 100 steps instead of 300, on features a."""
+    return rc.TEMI(clusters, n_heads=4, max_steps=100, random_state=seed, device="cpu").fit_predict(a)
+
+
+def cpp_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Labels | None:
+    """CPP, preset auto, on features a."""
+    return rc.CPP(clusters, random_state=seed, device="cpu").fit_predict(a)
+
+
+def consensus_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Labels | None:
+    """The consensus of 16 k-means partitions of features a."""
+    return rc.Consensus(clusters, random_state=seed, device="cpu").fit_predict(a)
+
+
+def auto_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Labels | None:
+    """The default method on features a."""
+    return rc.Auto(clusters, random_state=seed, device="cpu").fit_predict(a)
+
+
 METHODS: dict[str, Callable[[Rows, Rows | None, Rows, int, int], Labels | None]] = {
     "k-means a": kmeans_a,
     "k-means b": kmeans_b,
     "k-means a+b": kmeans_ab,
+    "TEMI a, short": temi_a,
+    "CPP a": cpp_a,
     "TURTLE a": turtle_a,
     "TURTLE b": turtle_b,
     "TURTLE a+b": turtle_ab,
     "TAC a, no training": tac_free,
     "TAC a": tac_a,
+    "consensus a": consensus_a,
+    "auto a": auto_a,
 }
 
 
@@ -129,40 +156,60 @@ def read(results: Path) -> dict[tuple[str, str, int], tuple[list[float] | None, 
     return {tuple(key): (scores, seconds) for key, scores, seconds in map(json.loads, lines)}
 
 
+def earlier(reports: list[Path]) -> dict[tuple[str, str], str]:
+    """The cells of earlier reports, by set and method: tables with sets as rows or with methods as rows."""
+    found, head = dict[tuple[str, str], str](), list[str]()
+    for line in (line for report in reports for line in report.read_text().splitlines() if line.startswith("| ")):
+        first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if first in ("set", "method"):
+            head = [first, *cells]
+            continue
+        for other, cell in zip(head[1:], cells, strict=True):
+            key = (first, other) if head[0] == "set" else (other, first)
+            if "±" in cell:
+                found[key] = cell
+    return found
+
+
+def cell_of(runs: list[tuple[list[float] | None, float]]) -> str:
+    """Mean ± deviation of ACC and NMI, and mean seconds."""
+    scores = np.array([scores for scores, _ in runs if scores is not None])
+    if not len(scores):
+        return "–"
+    (acc, other), (acc_off, other_off) = scores.mean(0), scores.std(0)
+    return f"{acc:.1f}±{acc_off:.1f} / {other:.1f}±{other_off:.1f}, {np.mean([each for _, each in runs]):.1f} s"
+
+
 def main() -> None:
-    """Measure, then print the table and the means over sets that have all."""
+    """Measure, then print the table, methods as rows, with the means over the sets that have every method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--results", type=Path, default=Path("words_and_spaces.jsonl"), help="kept between calls")
+    parser.add_argument("--reports", type=Path, nargs="*", default=[], help="earlier reports of this script")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sets", nargs="+", choices=FOLDERS, default=list(FOLDERS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="to measure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     measure(arguments)
     machine = platform.processor() or platform.machine()
     print(f"{machine}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}, scikit-learn", end=" ")
     print(f"{sklearn.__version__}; {arguments.seeds} seeds; ACC / NMI, %, mean ± deviation; CPU seconds of a fit\n")
-    print(f"| set | {' | '.join(arguments.methods)} |\n|---{'|---' * len(arguments.methods)}|")
-    known, complete = read(arguments.results), []
-    for name in arguments.sets:
-        cells, means = list[str](), list[NDArray[np.floating]]()
-        for method in arguments.methods:
-            runs = [known[name, method, seed] for seed in range(arguments.seeds) if (name, method, seed) in known]
-            scores = np.array([found for found, _ in runs if found is not None])
-            if not len(scores):
-                cells.append("–")
-                continue
-            means.append(scores.mean(0))
-            (acc, other), (acc_off, other_off) = scores.mean(0), scores.std(0)
-            seconds = np.mean([seconds for _, seconds in runs])
-            cells.append(f"{acc:.1f}±{acc_off:.1f} / {other:.1f}±{other_off:.1f}, {seconds:.1f} s")
-        if len(means) == len(arguments.methods):
-            complete.append(means)
-        print(f"| {name} | {' | '.join(cells)} |")
-    if complete:
-        cells = [f"{acc:.1f} / {other:.1f}" for acc, other in np.mean(complete, axis=0)]
-        print(f"| mean of {len(complete)} sets with all | {' | '.join(cells)} |")
+    known, cells = read(arguments.results), earlier(arguments.reports)
+    for name, method in itertools.product(arguments.sets, METHODS):
+        runs = [known[name, method, seed] for seed in range(arguments.seeds) if (name, method, seed) in known]
+        if runs:
+            few = f", {len(runs)} seed{'s' if len(runs) > 1 else ''}" if len(runs) < arguments.seeds else ""
+            cells[name, method] = cell_of(runs) + few
+    shown = [method for method in METHODS if any((name, method) in cells for name in arguments.sets)]
+    numbers = {key: [float(x) for x in re.findall(r"([\d.]+)±", cell)] for key, cell in cells.items() if "±" in cell}
+    whole = [name for name in arguments.sets if all((name, method) in numbers for method in shown)]
+    print(f"| method | {' | '.join(arguments.sets)} | mean of {', '.join(whole)} |")
+    print(f"|---{'|---' * (len(arguments.sets) + 1)}|")
+    for method in shown:
+        row = [cells.get((name, method), "–") for name in arguments.sets]
+        means = np.mean([numbers[name, method] for name in whole], axis=0) if whole else []
+        print(f"| {' | '.join([method, *row, ' / '.join(f'{mean:.1f}' for mean in means)])} |")
 
 
 if __name__ == "__main__":

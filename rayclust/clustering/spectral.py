@@ -14,6 +14,7 @@ Source: arXiv 2306.05272, Π = Proj_{Ω,η}; the absolute value and the number o
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -371,6 +372,17 @@ class Spectral:
         """
         centers, _ = self._centers(clusters, self.seed if seed is None else seed)
         return kmeans.assign(functional.normalize(self.functions[:, :clusters], dim=1), centers)[0]
+
+    def eigengap(self, clusters: int) -> float:
+        """Return ln(ln λ_{K+1} / ln λ_K) of the walk's eigenvalues, at least about 0; NaN where there is no λ_{K+1}.
+
+        −ln λ is the rate at which the walk forgets along an eigenvector: up to the K-th the slow ones between clusters,
+        then those within. A difference of the eigenvalues would not tell 0.99 from 0.95 as well as 0.19 from 0.12.
+        """
+        if not 1 <= clusters < len(self.values):
+            return math.nan
+        pair = self.values[clusters - 1 : clusters + 1].clamp(_MIN_EIGENVALUE, 1.0 - self.options.tolerance)
+        return float((pair[1].log() / pair[0].log()).log())
 
     def cut(self, clusters: int, seed: int | None = None) -> Spectral:
         """Return this partition, or that of another seed, with the centres of K clusters kept for `assign`."""

@@ -6,7 +6,7 @@ The baseline beside CPP: what its membership finds in features that no rate redu
 from __future__ import annotations
 
 import copy
-from typing import Literal, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -32,6 +32,14 @@ class SpectralConfig(SpectralOptions, BaseMethodConfig):
         return SpectralOptions.model_validate(self.model_dump(include=set(SpectralOptions.model_fields)))
 
 
+@runtime_checkable
+class Spectrum(Protocol):
+    """A method whose clusters are those of a random walk's leading eigenvectors."""
+
+    def eigengap(self) -> float:
+        """Return ln(ln λ_{K+1} / ln λ_K): how much slower the walk leaves clusters than it mixes within; or NaN."""
+
+
 class SpectralMethod(Method):
     """A method whose clusters are a spectral partition of its rows or of codes of them."""
 
@@ -54,6 +62,10 @@ class SpectralMethod(Method):
         other.partition = self.fitted().cut(clusters, seed)
         other.config = self.config.model_copy(update={"clusters": clusters})
         return other
+
+    def eigengap(self) -> float:
+        """Return the eigengap at K; see `clustering.spectral.Spectral.eigengap`."""
+        return self.fitted().eigengap(self.config.clusters)
 
 
 class SpectralClustering(SpectralMethod):

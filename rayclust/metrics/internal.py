@@ -10,12 +10,14 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.special import xlogy
 from sklearn import metrics
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.errors import ConfigError, DataError, ShapeError
-from rayclust.metrics.external import ari
+from rayclust.metrics.external import ari, contingency
 
 DISTORTION = 0.1
 """ε² of the published program, for unit rows."""
@@ -45,8 +47,9 @@ def measure(
     Returns:
         `coding_length` in nats per row; `silhouette`; `calinski_harabasz` (1974) and `davies_bouldin` (1979),
         Euclidean, as in scikit-learn; `neighbor_agreement`, `modularity` and `map_equation` where there are neighbours;
-        `stability` where there are two label sets; `occupied`, `smallest`, `median`, `largest`, `entropy` of the sizes.
-        What is not defined for one cluster is left out.
+        `merged`, the clusters left by `merged_clusters`, where there are neighbours; `stability` and
+        `prediction_strength` where there are two label sets; `occupied`, `smallest`, `median`, `largest`, `entropy`
+        of the sizes. What is not defined for one cluster is left out.
 
     Raises:
         DataError: there are no partitions.
@@ -68,8 +71,10 @@ def measure(
         criteria["neighbor_agreement"] = neighbor_agreement(labels, neighbors)
         criteria["modularity"] = modularity(labels, neighbors)
         criteria["map_equation"] = map_equation(labels, neighbors)
+        criteria["merged"] = merged_clusters(labels, neighbors)
     if len(partitions) > 1:
         criteria["stability"] = stability(partitions)
+        criteria["prediction_strength"] = prediction_strength(partitions)
     return criteria | size_summary(labels, clusters)
 
 
@@ -239,6 +244,65 @@ def stability(partitions: Sequence[IntArray]) -> float:
     if len(partitions) < 2:
         raise DataError(f"stability: {len(partitions)} partition: at least 2 are needed")
     return float(np.mean([ari(a, b) for a, b in itertools.combinations(partitions, 2)]))
+
+
+def prediction_strength(partitions: Sequence[IntArray]) -> float:
+    """Return the share of a cluster's pairs of rows that another partition keeps together, of the worst cluster.
+
+    From 0 to 1, larger is better; mean over every ordered two of several partitions of the same rows, such as those of
+    several seeds. Clusters of one row have no pair and are left out. The paper compares a partition of held-out rows
+    with the one that was fitted to the others.
+
+    Raises:
+        DataError: fewer than two partitions.
+
+    Source: Tibshirani & Walther 2005, eq. 2.1.
+    """
+    if len(partitions) < 2:
+        raise DataError(f"prediction strength: {len(partitions)} partition: at least 2 are needed")
+    worst = []
+    for one, other in itertools.permutations(partitions, 2):
+        table = contingency(one, other)
+        sizes = np.asarray(table.sum(axis=1)).ravel()
+        kept = np.asarray(table.multiply(table).sum(axis=1)).ravel() - sizes
+        pairs = sizes * (sizes - 1)
+        worst.append(float((kept[pairs > 0] / pairs[pairs > 0]).min()) if pairs.any() else 0.0)
+    return float(np.mean(worst))
+
+
+def merged_clusters(labels: IntArray, neighbors: IntArray) -> int:
+    """Return how many clusters are left where merging them along a tree reaches the most modularity.
+
+    Two clusters are near if more neighbour pairs join them than chance would, e_uv / (a_u a_v). The tree of the nearest
+    ones is followed edge by edge; of all steps the one of largest modularity counts.
+
+    Source: Newman & Girvan 2004, eq. 5, for modularity; the tree is single linkage of clusters.
+    """
+    require_matrix(neighbors, "neighbors")
+    codes = np.unique(_one_per_row(labels, len(neighbors)), return_inverse=True)[1]
+    there = neighbors >= 0
+    starts, ends = np.repeat(codes, there.sum(axis=1)), codes[neighbors[there]]
+    clusters = int(codes.max(initial=-1)) + 1
+    joined = sparse.coo_array((np.ones(len(starts)), (starts, ends)), shape=(clusters, clusters)).toarray()
+    e = (joined + joined.T) / max(2 * len(starts), 1)
+    a = e.sum(axis=1)
+    # Costs fall with e / (a aᵀ) and are above 0: a zero is no edge.
+    chance = np.outer(a, a)
+    lift = np.divide(e, chance, out=np.zeros_like(e), where=chance > 0)
+    np.fill_diagonal(lift, 0.0)
+    costs = np.divide(1.0, lift, out=np.zeros_like(lift), where=lift > 0)
+    tree = minimum_spanning_tree(sparse.csr_array(costs)).tocoo()
+    group, left, gained, best, fewest = np.arange(clusters), clusters, 0.0, 0.0, clusters
+    for edge in np.argsort(tree.data, kind="stable"):
+        u, v = group[tree.coords[0][edge]], group[tree.coords[1][edge]]
+        gained += 2.0 * (e[u, v] - a[u] * a[v])
+        group[group == v] = u
+        e[u], a[u] = e[u] + e[v], a[u] + a[v]
+        e[:, u] += e[:, v]
+        left -= 1
+        if gained > best + 1e-12:
+            best, fewest = gained, left
+    return fewest
 
 
 def _one_per_row(labels: IntArray, rows: int) -> IntArray:

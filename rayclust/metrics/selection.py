@@ -14,7 +14,7 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.resources import CountOrAuto, GpusOrAuto
 from rayclust.settings import Config
 
-RULES = ("vote", "coding_length", "knee")
+RULES = ("vote", "coding_length", "knee", "merge")
 """Rules of `choose`; the name of any criterion below is one too."""
 
 
@@ -24,12 +24,14 @@ Candidates = Mapping[int, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen number of clusters, why in words, and the K that each criterion alone would choose."""
+    """The chosen number of clusters, why in words, the K that each criterion alone would choose, and its evidence."""
 
     k: int
     rule: str
     reason: str
     picks: Mapping[str, int]
+    evidence: Mapping[str, float]
+    """See `evidence`."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,20 @@ class Criterion:
 
 CRITERIA = {
     "coding_length": Criterion(larger_is_better=False),
+    "feature_coding_length": Criterion(larger_is_better=False),
+    "eigengap": Criterion(larger_is_better=True),
     "silhouette": Criterion(larger_is_better=True),
     "calinski_harabasz": Criterion(larger_is_better=True, votes=False),
     "davies_bouldin": Criterion(larger_is_better=False),
     "modularity": Criterion(larger_is_better=True),
     "map_equation": Criterion(larger_is_better=False),
     "stability": Criterion(larger_is_better=True),
+    "prediction_strength": Criterion(larger_is_better=True),
+    "null_contrast": Criterion(larger_is_better=True, votes=False),
 }
+MIN_STRENGTH = 0.8
+"""Prediction strength that a number of clusters must have; the largest that has it is the pick (Tibshirani & Walther
+2005, section 2, who take 0.8 to 0.9)."""
 _MIN_CANDIDATES_FOR_ENDS = 5
 """With at least this many candidates, a pick at either end counts as the end of a slope."""
 
@@ -64,38 +73,53 @@ def choose(candidates: Candidates, rule: str = "vote") -> Choice:
 
     Args:
         candidates: in any order.
-        rule: `vote`: the middle, in ratio, of the K that the criteria pick; `coding_length`: the least coding length;
-            `knee`: the elbow of the coding length; or the name of any criterion.
+        rule: `vote`: the middle, in ratio and weighted by `evidence`, of the K that the criteria pick;
+            `coding_length`: the least coding length;
+            `knee`: the elbow of the coding length; `merge`: the clusters that are left of the most clusters when these
+            are merged (`internal.merged_clusters`), or the candidate next to that; or the name of any criterion.
 
     Raises:
         ConfigError: the rule is unknown.
         DataError: there are no candidates, or none has the criterion of the rule.
     """
-    picked = picks(candidates)
-    ks = sorted(candidates)
+    picked, weights, ks = picks(candidates), evidence(candidates), sorted(candidates)
     if rule not in RULES and rule not in CRITERIA:
         raise ConfigError(f"rule = {rule!r}: must be one of {', '.join(dict.fromkeys([*RULES, *CRITERIA]))}")
     if rule == "vote":
-        k = vote(picked, ks)
-        voting, abstaining = _votes(picked, ks)
+        k = vote(picked, weights, ks)
+        voting, abstaining = _votes(picked, weights, ks)
         others = {name: k for name, k in picked.items() if name not in voting and name not in abstaining}
-        heads = f"K = {k} is the middle, in ratio, of", "no vote, being an end of the candidates:", "for comparison:"
+        heads = (
+            f"K = {k} is the middle, in ratio and weighted by the evidence in brackets, of",
+            "no vote, being an end of the candidates:",
+            "for comparison:",
+        )
+        said = {name: f" ({weight:.2f})" for name, weight in weights.items() if name not in others}
         groups = (
-            (head, ", ".join(f"{name.replace('_', ' ')} {k}" for name, k in group.items()))
+            (head, ", ".join(f"{name.replace('_', ' ')} {k}{said.get(name, '')}" for name, k in group.items()))
             for head, group in zip(heads, (voting, abstaining, others), strict=True)
         )
-        return Choice(k, rule, "; ".join(f"{head} {listed}" for head, listed in groups if listed), picked)
+        reason = "; ".join(f"{head} {listed}" for head, listed in groups if listed)
+        if "null_contrast" in candidates[k]:
+            sample, contrast = (candidates[k][name] for name in ("silhouette_sample", "null_contrast"))
+            reason += f"; k-means of a sample: silhouette {sample:.2f}, of null models {sample - contrast:.2f}"
+        return Choice(k, rule, reason, picked, weights)
     if rule not in picked:
         raise DataError(f"rule = {rule!r}: no candidate has what it asks for")
     k = picked[rule]
-    words = "the elbow of the coding length" if rule == "knee" else f"the best {rule.replace('_', ' ')}"
-    return Choice(k, rule, f"K = {k} has {words} among {', '.join(map(str, ks))}", picked)
+    words = {
+        "knee": "the elbow of the coding length",
+        "merge": f"the number next to what is left of {max(ks)} clusters when they are merged,",
+        "prediction_strength": f"the most clusters of prediction strength {MIN_STRENGTH}",
+    }.get(rule, f"the best {rule.replace('_', ' ')}")
+    return Choice(k, rule, f"K = {k} has {words} among {', '.join(map(str, ks))}", picked, weights)
 
 
 def picks(candidates: Candidates) -> dict[str, int]:
-    """Return the K that each criterion alone chooses, the smaller one on a tie; and `knee` of the coding length.
+    """Return the K that each criterion alone chooses, the smaller one on a tie; `knee` of the coding length; `merge`.
 
-    Values that are missing or not finite are left out.
+    Values that are missing or not finite are left out. Prediction strength chooses the most clusters that have enough
+    of it, and nothing where none has.
 
     Raises:
         DataError: there are no candidates.
@@ -107,8 +131,15 @@ def picks(candidates: Candidates) -> dict[str, int]:
         values = {k: candidates[k].get(name, math.nan) for k in sorted(candidates)}
         values = {k: value for k, value in values.items() if math.isfinite(value)}
         if values:
+            if name == "prediction_strength":
+                values = {k: float(k) for k, value in values.items() if value >= MIN_STRENGTH}
+                if not values:
+                    continue
             picked[name] = (max if criterion.larger_is_better else min)(values, key=lambda k: values[k])
             elbow = {"knee": knee([*values], [*values.values()])} if name == "coding_length" else elbow
+    merged = candidates[max(candidates)].get("merged", math.nan)
+    if math.isfinite(merged):
+        elbow["merge"] = min(sorted(candidates), key=lambda k: abs(math.log(k / max(merged, 1.0))))
     return picked | elbow
 
 
@@ -138,29 +169,67 @@ def knee(ks: Sequence[int], values: Sequence[float], *, log: bool = True) -> int
     return ks[int(below.argmax())] if below.max() > 1e-12 else ks[last]
 
 
-def vote(picked: Mapping[str, int], ks: Sequence[int]) -> int:
-    """Return the candidate nearest, in ratio, to the median of the picks of the criteria that vote.
+def evidence(candidates: Candidates) -> dict[str, float]:
+    """Return how far each criterion's pick stands out among the candidates, by criterion.
 
-    A pick at either end of the candidates is the end of a slope rather than an optimum: it abstains, unless more than
-    two thirds of the criteria pick an end or there are fewer than five candidates.
+    From 0 to 1: the share of the range of its values by which the pick is better than the median of the others. About
+    0 for a curve that is flat around its best, however far its worst; 1 for a single peak over a floor. Without units,
+    so that criteria compare; 0 where there is one value, or where all are equal.
+
+    Raises:
+        DataError: there are no candidates.
+    """
+    found = dict[str, float]()
+    for name, k in picks(candidates).items():
+        if name in CRITERIA:
+            values = {each: candidates[each].get(name, math.nan) for each in candidates}
+            values = {each: value for each, value in values.items() if math.isfinite(value)}
+            others = [value for each, value in values.items() if each != k]
+            span = max(values.values()) - min(values.values())
+            gain = values[k] - float(np.median(others)) if others else 0.0
+            gain = gain if CRITERIA[name].larger_is_better else -gain
+            found[name] = min(max(gain / span, 0.0), 1.0) if span > 0 else 0.0
+    return found
+
+
+def vote(picked: Mapping[str, int], weights: Mapping[str, float], ks: Sequence[int]) -> int:
+    """Return the candidate nearest, in ratio, to the weighted median of the picks of the criteria that vote.
+
+    A pick at either end of the candidates is the end of a slope rather than an optimum: it abstains, unless the ends
+    hold more than two thirds of the weight or there are fewer than five candidates.
+
+    Args:
+        picked: K by criterion.
+        weights: at least 0, by criterion; see `evidence`. Where all are 0, all count alike.
+        ks: the candidates.
 
     Raises:
         DataError: no criterion votes.
     """
-    voting, _ = _votes(picked, ks)
+    voting, _ = _votes(picked, weights, ks)
     if not voting:
         raise DataError("vote: no criterion was measured")
-    middle = float(np.median(np.log(list(voting.values()))))
+    names = sorted(voting, key=lambda name: voting[name])
+    logs = np.log([voting[name] for name in names])
+    total = np.cumsum([weights[name] for name in names])
+    total = total if total[-1] > 0 else np.arange(1.0, len(names) + 1)
+    # Where just half of the weight lies below, the middle of the two picks beside it.
+    sides = np.searchsorted(total, [total[-1] * (0.5 - 1e-9), total[-1] * (0.5 + 1e-9)])
+    middle = float(logs[sides].mean())
     return min(sorted(ks), key=lambda k: abs(math.log(k) - middle))
 
 
-def _votes(picked: Mapping[str, int], ks: Sequence[int]) -> tuple[dict[str, int], dict[str, int]]:
+def _votes(
+    picked: Mapping[str, int], weights: Mapping[str, float], ks: Sequence[int]
+) -> tuple[dict[str, int], dict[str, int]]:
     """Divide the picks into those that count and those that abstain."""
     votes = {name: k for name, k in picked.items() if name in CRITERIA and CRITERIA[name].votes}
     ends = {name: k for name, k in votes.items() if not min(ks) < k < max(ks)}
-    if len(ks) < _MIN_CANDIDATES_FOR_ENDS or 3 * len(ends) > 2 * len(votes):
-        ends = {}
-    return {name: k for name, k in votes.items() if name not in ends}, ends
+    inside = {name: k for name, k in votes.items() if name not in ends}
+    at_ends, all_of_them = (sum(weights[name] for name in group) for group in (ends, votes))
+    if len(ks) < _MIN_CANDIDATES_FOR_ENDS or not inside or 3 * at_ends > 2 * all_of_them:
+        return votes, {}
+    return inside, ends
 
 
 def refine(ks: Sequence[int], best: int, *, points: int = 4) -> tuple[int, ...]:
@@ -193,6 +262,8 @@ def refine(ks: Sequence[int], best: int, *, points: int = 4) -> tuple[int, ...]:
 Rule = Literal[
     "vote",
     "coding_length",
+    "feature_coding_length",
+    "eigengap",
     "knee",
     "silhouette",
     "calinski_harabasz",
@@ -200,6 +271,9 @@ Rule = Literal[
     "modularity",
     "map_equation",
     "stability",
+    "prediction_strength",
+    "null_contrast",
+    "merge",
 ]
 
 _LIST = "a list of integers such as [5, 8, 10]"
@@ -220,7 +294,10 @@ class SelectKConfig(Config):
     seeds: int = Field(2, ge=1, le=100)
     """Fits of each number, from `seed` on; their agreement is its stability. With 1 it is not measured."""
     rule: Rule = "vote"
-    """vote: the middle, in ratio, of what the criteria pick. knee: where the curve of coding lengths bends most.
+    """vote: the middle, in ratio, of what the criteria pick, each with the weight of its evidence.
+    knee: where the curve of coding lengths bends most.
+    merge: what is left of the largest candidate's clusters when they are merged along a tree while modularity rises.
+    prediction_strength: the most clusters that two seeds agree on, worst cluster by worst cluster.
     Any other: the number that is best by that criterion."""
     rows: int = Field(15_000, ge=2)
     """Rows of the seeded sample on which coding length, silhouette, Calinski–Harabasz and Davies–Bouldin are taken."""
@@ -237,8 +314,8 @@ class SelectKConfig(Config):
     def _bounded(self) -> SelectKConfig:
         if self.most != "auto" and self.most < self.least:
             raise ValueError(f"most = {self.most}: must be at least select_k.least = {self.least}, or auto")
-        if self.rule == "stability" and self.seeds < 2:
-            raise ValueError("rule = stability: needs select_k.seeds of at least 2, whose partitions it compares")
+        if self.rule in ("stability", "prediction_strength") and self.seeds < 2:
+            raise ValueError(f"rule = {self.rule}: needs select_k.seeds of at least 2, whose partitions it compares")
         return self
 
     def refuse_above(self, rows: int) -> None:

@@ -62,6 +62,8 @@ TITLES = {FEATURES: "encoder features", OWN: "z"}
 _TABLES = ("map.parquet", "heat.parquet", "spectra.parquet")
 _MEASURED = {
     "coding_length": "Coding length, nats per image",
+    "feature_coding_length": "Coding length of the features",
+    "eigengap": "Eigengap",
     "silhouette": "Silhouette",
     "calinski_harabasz": "Calinski–Harabasz",
     "davies_bouldin": "Davies–Bouldin",
@@ -69,6 +71,8 @@ _MEASURED = {
     "modularity": "Modularity",
     "map_equation": "Map equation",
     "stability": "Stability over seeds",
+    "prediction_strength": "Prediction strength",
+    "null_contrast": "Silhouette above null models",
 }
 """Criteria of `selection.json` that are drawn, in order; sizes are left to the file."""
 

@@ -53,7 +53,7 @@ from rayclust.store.manifest import Manifest, SelectKOutputs, digest_of
 from rayclust.store.run import Run
 from rayclust.training.loop import Trainer
 
-REVISION = 3
+REVISION = 4
 """Raised when a candidate's result changes for the same settings."""
 FIT = 0
 """Index of the one fit among the tasks, where a method needs no fit for each number of clusters."""
@@ -176,27 +176,38 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
 
     Undefined ones (the silhouette of one occupied cluster, the stability of one fit) are left out.
     """
+    from rayclust.methods.spectral import Spectrum
     from rayclust.metrics import internal
-    from rayclust.metrics.internal import measure, size_summary
+    from rayclust.metrics.internal import coding_length, measure, size_summary
+    from rayclust.metrics.nulls import null_silhouettes
 
     options = config.select_k
     sample = np.random.default_rng(config.seed).choice(rows.count, min(options.rows, rows.count), replace=False)
     sample.sort()
     # The sample in the method's own space where it has one, else as unit features; Float32[n d].
-    blocks, x = [], rows.tensor()
+    blocks, units, x = [], [], rows.tensor()
     with torch.inference_mode():
         for some in torch.from_numpy(sample).split(BLOCK):
             block = x[some].to(method.device)
-            own = method.transform(block) if isinstance(method, Transform) else functional.normalize(block, dim=1)
-            blocks.append(own.float().cpu().numpy())
-    z, kept = np.concatenate(blocks), [labels[0][sample]]
+            units.append(functional.normalize(block, dim=1).float().cpu().numpy())
+            if isinstance(method, Transform):
+                blocks.append(method.transform(block).float().cpu().numpy())
+    unit, kept = np.concatenate(units), [labels[0][sample]]
+    z = np.concatenate(blocks) if blocks else unit
     found = measure(z, kept, None, distortion=options.distortion, silhouette_rows=options.rows, seed=config.seed)
+    if blocks:  # a space of its own spreads what is a subspace among the features over more dimensions
+        found["feature_coding_length"] = coding_length(unit, kept[0], options.distortion) / len(unit)
+    if isinstance(method, Spectrum):
+        found["eigengap"] = method.eigengap()
+    found |= null_silhouettes(z, config.method.clusters, seed=config.seed)
     neighbors = rows.neighbors().numpy()
     found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
     found["modularity"] = internal.modularity(labels[0], neighbors)
     found["map_equation"] = internal.map_equation(labels[0], neighbors)
+    found["merged"] = internal.merged_clusters(labels[0], neighbors)
     if len(labels) > 1:
         found["stability"] = internal.stability(labels)
+        found["prediction_strength"] = internal.prediction_strength(labels)
     found |= size_summary(labels[0], config.method.clusters)
     found["empty"] = config.method.clusters - found["occupied"]
     return {name: float(value) for name, value in found.items() if np.isfinite(value)}
@@ -368,7 +379,8 @@ def run(context: StageContext) -> StageResult:
         outputs |= result.outputs
     reason = {"rule": choice.rule, "reason": choice.reason}
     candidates = [{"k": k, **result.extra["criteria"]} for k, result in tried.items()]
-    selection = {"chosen": choice.k, "picks": dict(choice.picks), "candidates": candidates}
+    picked = {"picks": dict(choice.picks), "evidence": dict(choice.evidence)}
+    selection = {"chosen": choice.k, **picked, "candidates": candidates}
     outputs |= put_json(run, run.selection, selection | reason)
     # What train reads of the chosen candidate.
     best = tried[choice.k]
@@ -433,7 +445,7 @@ STAGE = Stage(
     run,
     needs=("encode", "neighbors"),
     word_needs=("counterparts",),
-    revision=2,
+    revision=3,
     on_gpu="trials",
     outputs=SelectKOutputs,
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,16 @@ def test_one_decomposition_serves_fewer_clusters():
     codes, _ = subspaces(4, 700)
     many, few = of(codes, 12), of(codes, 4)
     assert ari(many.labels(4).numpy(), few.labels(4).numpy()) == 1.0
+
+
+def test_eigengap_by_hand_and_where_there_is_no_next_eigenvalue():
+    found = of(subspaces(3, 300)[0], 5)
+    assert max(range(2, 6), key=found.eigengap) == 3
+    found = replace(found, values=torch.tensor([1.0, 0.9, 0.5, -0.2], dtype=torch.float64))
+    assert found.eigengap(2) == pytest.approx(math.log(math.log(0.5) / math.log(0.9)))
+    assert math.isfinite(found.eigengap(1))
+    assert math.isfinite(found.eigengap(3)), "an eigenvalue below 0 forgets at once"
+    assert math.isnan(found.eigengap(4))
 
 
 def test_tensors_bring_everything_back():

@@ -247,3 +247,24 @@ def test_refuse_what_cannot_be():
     for measured in (neighbor_agreement, modularity, map_equation):
         with pytest.raises(ShapeError, match="one label for each of 300 rows"):
             measured(labels[:-1], np.zeros((300, 2), int))
+
+
+def test_prediction_strength_by_hand():
+    """Of 000111 the worst cluster keeps 1 of 3 pairs in 001111, of that one's 3 of 6."""
+    a, b = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 1])
+    assert internal.prediction_strength([a, b]) == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert internal.prediction_strength([a, 1 - a]) == 1
+    assert internal.prediction_strength([np.arange(4), np.arange(4)]) == 0
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        internal.prediction_strength([a])
+
+
+def test_split_clusters_merge_again_and_separate_ones_do_not():
+    cliques = np.array([[j for j in range(4) if j != i] for i in range(4)])
+    graph = np.concatenate([cliques, 4 + cliques, 8 + cliques])
+    halves = np.arange(12) // 2
+    assert internal.merged_clusters(halves, graph) == 3
+    assert internal.merged_clusters(np.arange(12) // 4, graph) == 3
+    assert internal.merged_clusters(np.random.default_rng(0).permutation(6)[halves], graph) == 3
+    assert internal.merged_clusters(np.zeros(12, int), graph) == 1
+    assert internal.merged_clusters(np.arange(4), PAIRS) == 2

@@ -7,6 +7,7 @@ import pytest
 from rayclust.errors import ConfigError, DataError
 from rayclust.metrics.selection import (
     choose,
+    evidence,
     knee,
     picks,
     refine,
@@ -40,8 +41,9 @@ def test_choices_and_their_reasons():
     choice = choose(table())
     assert (choice.k, choice.rule) == (8, "vote")
     assert choice.reason == (
-        "K = 8 is the middle, in ratio, of coding length 16, silhouette 8, davies bouldin 8, modularity 8, "
-        "stability 8; for comparison: calinski harabasz 4, knee 8"
+        "K = 8 is the middle, in ratio and weighted by the evidence in brackets, of coding length 16 (0.31), "
+        "silhouette 8 (0.62), davies bouldin 8 (0.45), modularity 8 (0.50), stability 8 (0.49); for comparison: "
+        "calinski harabasz 4, knee 8"
     )
     assert choose(table(), "knee").k == 8
     assert "elbow" in choose(table(), "knee").reason
@@ -69,19 +71,57 @@ def test_knee_by_hand():
 
 def test_the_vote_is_a_candidate_near_the_median():
     found = {"silhouette": 2, "modularity": 9, "stability": 100, "knee": 3}
-    assert vote(found, [2, 8, 12, 100]) == 8
+    assert vote(found, dict.fromkeys(found, 1.0), [2, 8, 12, 100]) == 8
+    assert vote(found, dict.fromkeys(found, 0.0), [2, 8, 12, 100]) == 8, "no evidence at all: all count alike"
+
+
+def test_evidence_by_hand():
+    """Best above the median of the others, as a share of the range."""
+    peak = {k: {"eigengap": value, "coding_length": -value} for k, value in [(2, 0.0), (3, 1.0), (4, 0.2), (5, 0.0)]}
+    assert evidence(peak) == {"eigengap": 1.0, "coding_length": 1.0}
+    flat = {k: {"modularity": value} for k, value in [(2, 0.0), (3, 0.9), (4, 1.0), (5, 0.9), (6, 0.9)]}
+    assert evidence(flat) == pytest.approx({"modularity": 0.1})
+    shift = {k: {"modularity": 7.0 + 3.0 * each["modularity"]} for k, each in flat.items()}
+    assert evidence(shift) == pytest.approx({"modularity": 0.1}), "without units"
+    assert evidence({2: {"silhouette": 0.5}}) == {"silhouette": 0.0}
+    assert evidence({2: {"silhouette": 0.5}, 3: {"silhouette": 0.5}}) == {"silhouette": 0.0}
+    # The pick of prediction strength need not have the most of it.
+    strength = {k: {"prediction_strength": value} for k, value in [(2, 1.0), (3, 1.0), (4, 0.9), (5, 0.2)]}
+    assert evidence(strength) == {"prediction_strength": 0.0}
+
+
+def test_flat_criteria_give_way_to_those_that_stand_out():
+    """Two that see the clusters against three whose curves are flat around another number."""
+    ks, sharp, flat = range(2, 13), {3: 1.0}, {2: 0.0, 8: 1.02}
+    table = {
+        k: {"eigengap": sharp.get(k, 0.0), "feature_coding_length": -sharp.get(k, 0.0)}
+        | {name: flat.get(k, 1.0) for name in ("modularity", "silhouette", "stability")}
+        for k in ks
+    }
+    choice = choose(table)
+    assert (choice.k, choice.picks["modularity"]) == (3, 8)
+    assert choice.evidence["eigengap"] == 1.0
+    assert choice.evidence["modularity"] == pytest.approx(0.02 / 1.02)
+
+
+def test_the_reason_tells_what_null_models_have():
+    table = {k: {"silhouette": -abs(k - 4), "silhouette_sample": 0.3, "null_contrast": 0.25} for k in range(2, 8)}
+    assert choose(table).reason.endswith("; k-means of a sample: silhouette 0.30, of null models 0.05")
 
 
 def test_an_end_of_the_candidates_is_no_optimum_until_most_pick_one():
     ks = [2, 4, 8, 16, 32]
     found = {"coding_length": 2, "silhouette": 2, "davies_bouldin": 8, "modularity": 8}
-    assert vote(found, ks) == 8
-    assert vote(found | {"stability": 2, "map_equation": 2}, ks) == 8  # 4 of 6 are not more than two thirds
-    assert vote({"coding_length": 2, "silhouette": 2, "stability": 2, "modularity": 8}, ks) == 2
-    assert vote({"silhouette": 2, "davies_bouldin": 32}, ks) in ks
-    assert vote({"silhouette": 2, "davies_bouldin": 2, "modularity": 8}, [2, 8, 32]) == 2  # too few to see slopes
+    even = dict.fromkeys([*found, "stability", "map_equation"], 1.0)
+    assert vote(found, even, ks) == 8
+    assert vote(found | {"stability": 2, "map_equation": 2}, even, ks) == 8  # 4 of 6 are not more than two thirds
+    assert vote({"coding_length": 2, "silhouette": 2, "stability": 2, "modularity": 8}, even, ks) == 2
+    assert vote({"silhouette": 2, "davies_bouldin": 32}, even, ks) in ks
+    assert vote({"silhouette": 2, "davies_bouldin": 2, "modularity": 8}, even, [2, 8, 32]) == 2  # too few for slopes
+    slopes = even | {"coding_length": 0.1, "silhouette": 0.1, "stability": 0.1}
+    assert vote({"coding_length": 2, "silhouette": 2, "stability": 2, "modularity": 8}, slopes, ks) == 8
     candidates = {k: {"silhouette": -abs(k - 2), "modularity": -abs(k - 8)} for k in ks}
-    assert "no vote, being an end of the candidates: silhouette 2" in choose(candidates).reason
+    assert "no vote, being an end of the candidates: silhouette 2 (" in choose(candidates).reason
 
 
 def test_refinement_lies_between_the_best_ones_neighbours():
@@ -99,9 +139,29 @@ def test_refuse_what_cannot_be():
         choose({2: {}})
     with pytest.raises(DataError, match="no candidate has"):
         choose({2: {"silhouette": 1.0}}, "knee")
-    with pytest.raises(ConfigError, match="rule = 'best': must be one of vote, coding_length, knee, silhouette"):
+    with pytest.raises(ConfigError, match="rule = 'best': must be one of vote, coding_length, knee, merge, feature_"):
         choose(table(), "best")
     with pytest.raises(ConfigError, match="best = 3"):
         refine([2, 4], 3)
     with pytest.raises(DataError, match="one for each"):
         knee([2], [])
+
+
+def test_prediction_strength_picks_the_most_clusters_that_have_enough_of_it():
+    strength = {2: 1.0, 4: 0.9, 6: 0.8, 8: 0.79, 10: 0.3}
+    found = picks({k: {"prediction_strength": value} for k, value in strength.items()})
+    assert found == {"prediction_strength": 6}
+    assert picks({k: {"prediction_strength": 0.5} for k in strength}) == {}
+    choice = choose({k: {"prediction_strength": value} for k, value in strength.items()}, "prediction_strength")
+    assert (choice.k, choice.reason) == (
+        6,
+        "K = 6 has the most clusters of prediction strength 0.8 among 2, 4, 6, 8, 10",
+    )
+
+
+def test_merging_starts_from_the_most_clusters():
+    candidates = {2: {"merged": 2.0}, 6: {"merged": 5.0}, 8: {"merged": 7.0}, 32: {"merged": 7.2}}
+    assert picks(candidates)["merge"] == 8
+    assert choose(candidates, "merge").k == 8
+    assert "what is left of 32 clusters" in choose(candidates, "merge").reason
+    assert "merge" not in picks({2: {"merged": 2.0}, 4: {}})

@@ -98,6 +98,7 @@ def test_the_true_number_is_chosen_and_written_with_its_reason(found_run: Sealed
     for row in written["candidates"]:
         assert {"coding_length", "silhouette", "calinski_harabasz", "davies_bouldin"} < set(row)
         assert {"neighbor_agreement", "modularity", "stability", "smallest", "largest", "empty"} < set(row)
+        assert {"prediction_strength", "merged", "null_contrast"} < set(row)
         assert all(math.isfinite(value) for value in row.values())
         assert storage.read_json(found_run.run.candidate(row["k"]) + ".json")["criteria"].items() <= row.items()
 
@@ -286,6 +287,21 @@ def test_planted_groups_are_counted_whatever_the_seed(seed: int, tmp_path: Path,
     settings = validate(planted_tree(tmp_path, rows, seed=seed))
     run_all(settings, stop_after="select-k")
     assert chosen(settings.run)["chosen"] == SEEDS[seed]
+
+
+def test_subspaces_are_counted_by_the_criteria_that_see_them(tmp_path: Path, in_process: None):
+    """Three orthogonal subspaces of three dimensions: what measures distances splits them, at the end or near it."""
+    rng = np.random.default_rng(0)
+    bases = np.linalg.qr(rng.normal(size=(64, 64)))[0].T[:9].reshape(3, 3, 64)
+    rows = np.einsum("nr,nrd->nd", rng.normal(size=(600, 3)), bases[np.arange(600) % 3])
+    rows = (rows + 0.03 * rng.normal(size=rows.shape)).astype(np.float32)
+    method = {"name": "cpp", "preset": "auto", "steps": 20, "clusters": list(range(2, 8))}
+    settings = validate(planted_tree(tmp_path, rows, method=method))
+    run_all(settings, stop_after="select-k")
+    written = chosen(settings.run)
+    assert (written["chosen"], written["picks"]["eigengap"], written["picks"]["feature_coding_length"]) == (3, 3, 3)
+    assert written["picks"]["silhouette"] > 4
+    assert written["evidence"]["eigengap"] > 0.8 > written["evidence"]["modularity"]
 
 
 # Candidates over a real Ray Tune: chosen rightly, refused in one line, and finished after a kill.

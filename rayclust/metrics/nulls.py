@@ -1,0 +1,71 @@
+"""Null models: what k-means finds in rows without clusters, beside what it finds in the rows themselves.
+
+A criterion's value says little alone: k-means cuts every cloud into clusters of some silhouette. Two clouds without
+clusters share what the rows have besides them: each dimension's values, or the covariance.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rayclust.arrays import FloatArray, require_matrix, unit_rows
+from rayclust.clustering import kmeans
+from rayclust.metrics.internal import silhouette
+
+_LEAST_ROWS = 4
+"""Rows per cluster below which the silhouettes of k-means are those of chance."""
+
+
+def permuted_columns(x: FloatArray, seed: int) -> FloatArray:
+    """Return rows whose dimensions have the values of x, each in an order of its own: Float[N D].
+
+    Source: Tibshirani, Walther & Hastie 2001, section 4, whose reference is uniform over each dimension's range.
+    """
+    return np.random.default_rng(seed).permuted(x, axis=0)
+
+
+def gaussian_like(x: FloatArray, seed: int) -> FloatArray:
+    """Return normal rows of the mean and, on average over seeds, the covariance of x: Float[N D].
+
+    As random sums of the centred rows: no D×D matrix, and no more directions than the rows have.
+    """
+    mean = x.mean(axis=0)
+    draws = np.random.default_rng(seed).normal(size=(len(x), len(x))).astype(x.dtype)
+    return np.asarray(mean + draws @ (x - mean) / np.sqrt(len(x)))
+
+
+def null_silhouettes(x: FloatArray, clusters: int, *, rows: int = 1_000, seed: int = 0) -> dict[str, float]:
+    """Compute the silhouettes of spherical k-means on a sample of the rows and on two null models of it.
+
+    Args:
+        x: Float[N D], unit rows.
+        clusters: K, at least 2.
+        rows: of the seeded sample.
+        seed: of sample, null models and k-means.
+
+    Returns:
+        `silhouette_sample`, of the rows; `silhouette_permuted`, dimension by dimension in another order;
+        `silhouette_gaussian`, of normal rows with the same covariance; `null_contrast`, the first above the larger of
+        the others. Empty where clusters have fewer than 4 rows on average.
+    """
+    require_matrix(x, "x")
+    if rows < len(x):
+        x = x[np.sort(np.random.default_rng(seed).choice(len(x), rows, replace=False))]
+    if len(x) < _LEAST_ROWS * clusters:
+        return {}
+    found = {
+        "silhouette_sample": _kmeans_silhouette(x, clusters, seed),
+        "silhouette_permuted": _kmeans_silhouette(permuted_columns(x, seed), clusters, seed),
+        "silhouette_gaussian": _kmeans_silhouette(gaussian_like(x, seed), clusters, seed),
+    }
+    nulls = max(found["silhouette_permuted"], found["silhouette_gaussian"])
+    return found | {"null_contrast": found["silhouette_sample"] - nulls}
+
+
+def _kmeans_silhouette(x: FloatArray, clusters: int, seed: int) -> float:
+    """Return the silhouette of spherical k-means from one start; 0 where all rows are in one cluster."""
+    units = torch.from_numpy(unit_rows(x.astype(np.float32)))
+    options = kmeans.KMeansOptions(clusters=clusters, restarts=1)
+    labels = kmeans.assign(units, kmeans.fit(lambda: [units], options, seed=seed).centers)[0].numpy()
+    return silhouette(units.numpy(), labels) if len(np.unique(labels)) > 1 else 0.0

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+
+from rayclust.arrays import unit_rows
+from rayclust.metrics.nulls import gaussian_like, null_silhouettes, permuted_columns
+
+
+def blobs(clusters: int, rows: int = 400, width: int = 16) -> np.ndarray:
+    """Unit rows around as many directions."""
+    rng = np.random.default_rng(clusters)
+    centers = rng.normal(size=(clusters, width))
+    x = centers[np.arange(rows) % clusters] + 0.3 * rng.normal(size=(rows, width))
+    return unit_rows(x).astype(np.float32)
+
+
+def test_permuted_columns_keep_each_dimensions_values_and_lose_the_rows():
+    x = blobs(3)
+    found = permuted_columns(x, seed=0)
+    assert np.array_equal(np.sort(found, axis=0), np.sort(x, axis=0))
+    assert np.abs(np.corrcoef(found.T) - np.eye(16)).max() < 0.2 < np.abs(np.corrcoef(x.T) - np.eye(16)).max()
+
+
+def test_gaussian_rows_have_the_covariance_and_no_clusters():
+    x = blobs(3, rows=2_000)
+    found = gaussian_like(x, seed=0)
+    assert found.shape == x.shape
+    assert np.allclose(found.mean(axis=0), x.mean(axis=0), atol=0.03)
+    scale = np.abs(np.cov(x.T)).max()
+    assert np.abs(np.cov(found.T) - np.cov(x.T)).max() < 0.15 * scale
+    kurtosis = ((found - found.mean(0)) ** 4).mean(0) / found.var(0) ** 2
+    assert np.abs(kurtosis - 3.0).max() < 0.6
+
+
+def test_clusters_stand_above_null_models_and_noise_does_not():
+    planted = null_silhouettes(blobs(5), 5)
+    assert planted["null_contrast"] > 0.3
+    assert planted["null_contrast"] == planted["silhouette_sample"] - max(
+        planted["silhouette_permuted"], planted["silhouette_gaussian"]
+    )
+    noise = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float32)
+    assert abs(null_silhouettes(unit_rows(noise), 5)["null_contrast"]) < 0.03
+    assert null_silhouettes(blobs(5), 5, rows=200, seed=1) == null_silhouettes(blobs(5), 5, rows=200, seed=1)
+
+
+def test_few_rows_have_no_null_models():
+    assert null_silhouettes(blobs(5, rows=19), 5) == {}
+    assert null_silhouettes(blobs(5, rows=20), 5) != {}
