@@ -115,7 +115,7 @@ BAD_VALUES = {
     "resources.workers=0": ["workers = 0", "at least 1"],
     "resources.min_workers=0": ["resources.min_workers = 0", "greater than or equal to 1"],
     "resources.gpus_per_worker=-1": ["resources.gpus_per_worker = -1"],
-    "resources.rows=cells": ["resources.rows = cells: was removed", "a seeded sample"],
+    "resources.rows=cells": ["resources.rows = cells: was removed", "a seeded hundredth"],
     "resources.rows=whole": ["resources.rows = whole: was removed"],
     "resources.gpus=1": ["resources.gpus: unknown key", "gpus_per_worker"],
     "clusters=5": ["clusters: unknown key", "method.clusters"],

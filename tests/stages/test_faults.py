@@ -142,5 +142,5 @@ def test_a_finished_run_is_a_no_op_in_seconds(inputs: Path, undisturbed: Path):
     again = command("run", config(inputs, undisturbed), env={**os.environ, "RAY_ADDRESS": "ray://127.0.0.1:1"})
     # The address answers nobody: a no-op does not even look for a cluster.
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("done before, skipped") == 9
+    assert again.stderr.count("done before, skipped") == 10
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()} == before
