@@ -39,7 +39,7 @@ def pytest_configure() -> None:
 
 
 SESSION, CLUSTERS = "tests that share a local Ray", "tests of clusters and drivers of their own"
-"""Two groups of tests with Ray. Either stays in one process, where there are two, and comes before all others."""
+"""Two groups of tests with Ray. Either stays in one process and comes before all others."""
 _WHOLE_FILE = re.compile(r"^pytestmark = .*pytest\.mark\.ray\b", re.MULTILINE)
 _RAY_TEST = re.compile(r"^@pytest\.mark\.ray\n(?:@.*\n)*def (\w+)\([^)]*\)", re.MULTILINE)
 
