@@ -59,8 +59,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a key that a method needs": ({"method": {"name": "cpp"}}, "method.clusters: this key is required"),
     "an unknown method": (
         {"method": {"name": "tmei"}},
-        "method.name = 'tmei': must be one of auto, byol, cc, consensus, cpp, cpp_pixels, gmm, kmeans, moco, pcl, propos, "
-        "simclr, simsiam, spectral, tac, temi, turtle; did you mean temi?",
+        "method.name = 'tmei': must be one of auto, byol, cc, consensus, cpp, cpp_pixels, gmm, kmeans, moco, pcl, "
+        "propos, simclr, simsiam, spectral, tac, temi, turtle; did you mean temi?",
     ),
     "a method that is text": ({"method": "temi"}, "method = 'temi': should be a valid dictionary"),
     "an unknown key comes first": (
