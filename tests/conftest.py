@@ -11,7 +11,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the groups with Ray first: they take longest."""
     order = [CLUSTERS, SESSION]
     items.sort(key=lambda item: order.index(group) if (group := _group(item.nodeid)) in order else len(order))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give way to the tests with Ray, which wait for deadlines, in a process that has none of them left."""
+    global _gives_way
+    if "PYTEST_XDIST_WORKER" in os.environ and not _gives_way and _group(item.nodeid) not in (CLUSTERS, SESSION):
+        _gives_way = True
+        with suppress(OSError):  # where the kernel shares the processor by session, that of a session counts
+            os.setsid()
+            Path("/proc/self/autogroup").write_text("19")
+        os.nice(19)
+
+
+_gives_way = False
 
 
 def _free_port() -> int:

@@ -311,7 +311,7 @@ def test_auto_says_what_it_chose_and_why():
 
 def test_a_consensus_takes_labels_and_probabilities_of_others():
     x, labels = planted()
-    temi, kmeans = clone(TINY_TEMI).fit(x), rc.KMeans(7, random_state=0).fit(x)
+    temi, kmeans = clone(TINY_TEMI).set_params(n_clusters=4).fit(x), rc.KMeans(7, random_state=0).fit(x)
     members = [temi.predict_proba(x), temi.labels_, kmeans.labels_, np.where(labels == 0, -1, labels)]
     found = rc.Consensus(4, random_state=0).fit(x, members=members)
     assert [row["candidate"] for row in found.members_[:4]] == [f"member {place}" for place in range(4)]
