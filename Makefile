@@ -10,10 +10,10 @@ PARTS ?=
 demo: $(VENV)/.runs
 	$(BIN)/rayclust demo --out demo
 
-# Three processes: two take the two groups of tests with Ray first, which leave half of two cores idle; the third takes all
-# others, file by file, and gives way to them (tests/conftest.py).
+# Two processes: one takes the two groups of tests with Ray, the other all else, file by file (tests/conftest.py). With a
+# third the tests that kill processes run out of their time on two cores.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 # What a run costs beside faiss and the published forms, in less than 30 minutes on two idle cores; one part of it with
 # make bench PARTS=neighbors.

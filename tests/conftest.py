@@ -10,8 +10,8 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def pytest_configure() -> None:
 
 
 SESSION, CLUSTERS = "tests that share a local Ray", "tests of clusters and drivers of their own"
-"""Two groups of tests with Ray. Either stays in one process and comes before all others."""
+"""Two groups of tests with Ray. Either stays in one process; together they take longest, so that they come first."""
 _WHOLE_FILE = re.compile(r"^pytestmark = .*pytest\.mark\.ray\b", re.MULTILINE)
 _RAY_TEST = re.compile(r"^@pytest\.mark\.ray\n(?:@.*\n)*def (\w+)\([^)]*\)", re.MULTILINE)
 
@@ -63,34 +63,42 @@ def _group(test: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Send whole groups of tests to a process."""
+    """Send whole groups of tests to a process, those with Ray one after the other.
+
+    Two Rays beside each other are slower than one after the other, and their tests wait for deadlines.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return _group(nodeid)
 
+        def _assign_work_unit(self, node: Any) -> None:
+            running = any(False in work.get(CLUSTERS, {}).values() for work in self.assigned_work.values())
+            if SESSION in self.workqueue and CLUSTERS not in self.workqueue:
+                self.workqueue.move_to_end(SESSION, last=running)
+            super()._assign_work_unit(node)
+
     return Groups(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the groups with Ray first: they take longest."""
+    """Put the groups with Ray first."""
     order = [CLUSTERS, SESSION]
     items.sort(key=lambda item: order.index(group) if (group := _group(item.nodeid)) in order else len(order))
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Give way to the tests with Ray, which wait for deadlines, in a process that has none of them left."""
-    global _gives_way
-    if "PYTEST_XDIST_WORKER" in os.environ and not _gives_way and _group(item.nodeid) not in (CLUSTERS, SESSION):
-        _gives_way = True
-        with suppress(OSError):  # where the kernel shares the processor by session, that of a session counts
-            os.setsid()
-            Path("/proc/self/autogroup").write_text("19")
-        os.nice(19)
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop the Ray of a group with its last test: idle, it would take a tenth of a core from all others."""
+    group = _group(item.nodeid)
+    if group in (CLUSTERS, SESSION) and (nextitem is None or _group(nextitem.nodeid) != group):
+        while _stops:
+            _stops.pop()()
 
 
-_gives_way = False
+_stops = list[Callable[[], Any]]()
+"""What stops the Ray that fixtures have started."""
 
 
 def _free_port() -> int:
@@ -183,23 +191,22 @@ def s3_bucket(s3_endpoint: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3_endpoint: str) -> Iterator[None]:
+def ray_session(s3_endpoint: str) -> None:
     """One local Ray for all tests; its workers know the mock store."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    _stops.append(ray.shutdown)
 
 
 @pytest.fixture(scope="session")
-def nodes() -> Iterator[Any]:
+def nodes() -> Any:
     """A cluster of two `tests.chaos.nodes.Nodes`, which tests kill; drivers of their own work there."""
     from tests.chaos.nodes import Nodes
 
     found = Nodes()
-    yield found
-    found.cluster.shutdown()
+    _stops.append(found.cluster.shutdown)
+    return found
 
 
 @pytest.fixture
