@@ -30,8 +30,8 @@ import sklearn.cluster
 import torch
 from threadpoolctl import threadpool_limits
 
-from rayclust.methods.auto import AutoConfig
-from rayclust.methods.spectral import SpectralClustering, SpectralConfig
+from rayclust.methods.settings import AutoConfig, SpectralConfig
+from rayclust.methods.spectral import SpectralClustering
 from rayclust.methods.temi import TemiConfig
 from rayclust.metrics.external import accuracy
 from rayclust.metrics.probes import class_mean_accuracy

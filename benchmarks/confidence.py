@@ -26,8 +26,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from rayclust.methods.auto import AutoConfig
-from rayclust.methods.kmeans import KMeansConfig
+from rayclust.methods.settings import AutoConfig, KMeansConfig
 from rayclust.methods.temi import TemiConfig
 from rayclust.metrics.calibration import calibrate, link_inputs, measure
 from rayclust.metrics.external import contingency

@@ -25,7 +25,8 @@ from defaults import MIXED, SETS, VARIANTS, Case, make, score
 from threadpoolctl import threadpool_limits
 
 from rayclust.clustering.consensus import consensus
-from rayclust.methods.consensus import Consensus, ConsensusConfig, kmeans_members
+from rayclust.methods.consensus import Consensus, kmeans_members
+from rayclust.methods.settings import ConsensusConfig
 from rayclust.methods.temi import TemiConfig
 from rayclust.search.knn import nearest_others
 from rayclust.training.loop import fit_arrays

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.language import nouns
 
 WIDTH, PART, GROUPS = 512, 8192, 2000
@@ -45,7 +46,7 @@ def choose(rows: int, words: int) -> dict[str, Any]:
     """Find the semantic centres, score all nouns, and choose."""
     centers = nouns.center_count(rows, 1)
     sample, vocabulary = drawn(min(rows, ROWS_PER_CENTER * centers), 1), drawn(words, 2)
-    options = kmeans.KMeansOptions(clusters=centers, restarts=1, max_iterations=PASSES)
+    options = KMeansOptions(clusters=centers, restarts=1, max_iterations=PASSES)
     started = time.perf_counter()
     result = kmeans.fit(lambda: [sample], options)
     found = time.perf_counter()

@@ -22,7 +22,8 @@ import torch
 from temi_accuracy import FILES, Case, Outcome, cases, run_kmeans, tabulate
 from threadpoolctl import threadpool_limits
 
-from rayclust.methods.cpp import Cpp, CppConfig
+from rayclust.methods.cpp import Cpp
+from rayclust.methods.cpp_settings import CppConfig
 from rayclust.training.loop import fit_arrays
 
 PUBLISHED = {"cifar10": (41.1, 26.1, 18.1), "imagenette-a": (87.1, 84.8, 73.4)}

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from rayclust.losses.coding_rate import compression_rate
 from rayclust.methods import build
-from rayclust.methods.base import EMBEDDINGS, Batch
-from rayclust.methods.cpp import CppConfig
+from rayclust.methods.base import Batch
+from rayclust.methods.cpp_settings import CppConfig
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.training.loop import Stepper
 
 N, D, H, DISTORTION, TEMPERATURE = 1024, 1280, 4096, 0.1, 0.175

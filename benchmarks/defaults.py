@@ -46,8 +46,8 @@ from threadpoolctl import threadpool_limits
 
 from rayclust.clustering.candidates import Bounds, Candidate, choose, make_candidates
 from rayclust.features import FeatureTransform
-from rayclust.methods.auto import AutoConfig
-from rayclust.methods.cpp import CppConfig
+from rayclust.methods.cpp_settings import CppConfig
+from rayclust.methods.settings import AutoConfig
 from rayclust.methods.temi import TemiConfig
 from rayclust.metrics.external import accuracy, nmi
 from rayclust.search.knn import top_k

@@ -340,8 +340,9 @@ def _cpp_step(rounds: int) -> None:
     from published_cpp import PublishedCpp
 
     from rayclust.methods import build
-    from rayclust.methods.base import EMBEDDINGS, Batch
-    from rayclust.methods.cpp import CppConfig
+    from rayclust.methods.base import Batch
+    from rayclust.methods.cpp_settings import CppConfig
+    from rayclust.methods.settings import EMBEDDINGS
     from rayclust.training.loop import Stepper
 
     where = device()
@@ -367,12 +368,13 @@ def kmeans(small: bool) -> None:
 
     from rayclust.clustering import kmeans as library
     from rayclust.clustering.row_stats import compute
+    from rayclust.clustering.settings import KMeansOptions
 
     rates = matmul_rates(small)
     shapes = ((2000, 16, 10),) if small else ((500_000, 256, 1000), (200_000, 768, 10_000))
     for count, width, clusters in shapes:
         x, _ = planted(count, width, clusters, 1.0)
-        options = library.KMeansOptions(clusters=clusters, restarts=1, max_iterations=8, tolerance=0)
+        options = KMeansOptions(clusters=clusters, restarts=1, max_iterations=8, tolerance=0)
         start = time.perf_counter()
         population = compute(lambda x=x: [x], options.metric)
         wait()

@@ -25,6 +25,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def planted(case: Case) -> np.ndarray:
 def ours(x: np.ndarray, inits: np.ndarray, passes: int) -> float:
     """All restarts together; the best inertia."""
     rows = torch.from_numpy(x)
-    options = kmeans.KMeansOptions(
+    options = KMeansOptions(
         clusters=inits.shape[1], metric="euclidean", max_iterations=passes, tolerance=0, restarts=len(inits)
     )
     return kmeans.fit(lambda: [rows], options, init=torch.from_numpy(inits)).inertia

@@ -30,9 +30,12 @@ from torch.nn import functional
 from torchvision import transforms
 
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.methods import build
-from rayclust.methods.base import EMBEDDINGS, Batch
-from rayclust.methods.pixels.simclr import SimClr, SimClrConfig
+from rayclust.methods.base import Batch
+from rayclust.methods.pixels.settings import SimClrConfig
+from rayclust.methods.pixels.simclr import SimClr
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.training.loop import Stepper
 from rayclust.training.sampling import ArrayRows, batch_order
 
@@ -113,7 +116,7 @@ def main() -> None:
     stepper = Stepper(ours)
     times: dict[str, list[float]] = {"plain": [], "ours": [], "E-step": [], "k-means": [], "anew": []}
     ours._rows = ArrayRows(x)
-    options = kmeans.KMeansOptions(clusters=config.clusters, restarts=config.restarts)
+    options = KMeansOptions(clusters=config.clusters, restarts=config.restarts)
     for epoch in range(arguments.rounds + 1):
         found = {"plain": plain_epoch(plain, loader, 0.025), "ours": our_epoch(stepper, x, epoch)}
         z, before = ours.eval().transform(x), ours.centers.clone() if epoch else None

@@ -27,7 +27,8 @@ from temi_accuracy import FILES, planted, varied
 from threadpoolctl import threadpool_limits
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.spectral import SpectralOptions, partition
+from rayclust.clustering.settings import KMeansOptions, SpectralOptions
+from rayclust.clustering.spectral import partition
 from rayclust.features import FeatureTransform
 from rayclust.metrics.internal import measure
 from rayclust.metrics.selection import CRITERIA, Choice, SelectKConfig, choose, refine
@@ -72,7 +73,7 @@ def by_kmeans(x: torch.Tensor, seeds: int) -> Partitions:
     """Labels for each seed."""
 
     def labels(k: int) -> list[np.ndarray]:
-        options = kmeans.KMeansOptions(clusters=k, restarts=3)
+        options = KMeansOptions(clusters=k, restarts=3)
         found = (kmeans.fit(lambda: [x], options, seed=seed).centers for seed in range(seeds))
         return [kmeans.assign(x, centers)[0].numpy() for centers in found]
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rayclust.clustering.spectral import Spectral, SpectralOptions, partition
+from rayclust.clustering.settings import SpectralOptions
+from rayclust.clustering.spectral import Spectral, partition
 from rayclust.metrics.external import accuracy, ari
 
 BLOCK = 10_000

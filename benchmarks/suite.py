@@ -33,6 +33,7 @@ from cases import planted_rows
 from threadpoolctl import threadpool_limits
 
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.search.knn import top_k
 
 HERE = Path(__file__).resolve().parent
@@ -105,7 +106,7 @@ def neighbors(suite: Suite) -> None:
 def _kmeans(suite: Suite, count: int, width: int, clusters: int, rounds: int, passes: int) -> None:
     """k-means to faiss's inertia, seeding included."""
     x = planted_rows(count, width, 2 * clusters)
-    options = kmeans.KMeansOptions(clusters=clusters, metric="euclidean", restarts=1, max_iterations=passes)
+    options = KMeansOptions(clusters=clusters, metric="euclidean", restarts=1, max_iterations=passes)
     suite.say(f"k-means of {count:,} x {width} rows, K = {clusters:,}, {suite.threads} threads; faiss makes 25 passes,")
     suite.say(f"rayclust at most {passes} over all rows after its seeds")
     centers: dict[str, torch.Tensor] = {}

@@ -37,7 +37,8 @@ from temi_step import processor, synchronize
 from rayclust.kernels import pair_softmax
 from rayclust.losses import information
 from rayclust.methods import build
-from rayclust.methods.base import EMBEDDINGS, Batch, Plan
+from rayclust.methods.base import Batch
+from rayclust.methods.settings import EMBEDDINGS, Plan
 from rayclust.methods.temi import Cost, Layout, Temi, TemiConfig, estimate_cost
 from rayclust.training.loop import Stepper
 

@@ -459,11 +459,11 @@ def demo(out: str, *, as_json: bool) -> None:
 def schema(method: str | None) -> None:
     """Print the JSON schema of RUN.yaml, for editors."""
     from rayclust.config import RunConfig
-    from rayclust.methods import METHODS, find
+    from rayclust.methods import METHODS, config_type
 
     if method is not None and method not in METHODS:
         raise ConfigError(f"--method {method}: must be one of {', '.join(METHODS)}")
-    model = RunConfig if method is None else find(method).config_type
+    model = RunConfig if method is None else config_type(method)
     click.echo(json.dumps(model.model_json_schema(), indent=2))
 
 

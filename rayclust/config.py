@@ -26,8 +26,8 @@ from rayclust.clustering.curation import CurateConfig
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig, SpaceConfig, normalize_encoders
 from rayclust.errors import ConfigError
 from rayclust.features import FeaturesConfig
-from rayclust.methods import AnyMethodConfig, config_types, pixel_settings, reads_pixels
-from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig
+from rayclust.methods import AnyMethodConfig, config_type, config_types, reads_pixels
+from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig
 from rayclust.metrics.selection import SelectKConfig, denormalize_clusters, normalize_clusters
 from rayclust.resources import NodePrice, ResourcesConfig
 from rayclust.settings import Config, format_error
@@ -229,7 +229,7 @@ def _with_pixels(tree: dict[str, Any]) -> dict[str, Any]:
     method = tree.get("method")
     if not isinstance(method, dict) or not reads_pixels(method.get("name", "auto")) or "encoders" in tree:
         return tree
-    images = pixel_settings(method["name"])
+    images = dict(config_type(method["name"]).pixel_settings)
     filled = {"encoder": {"name": "pixels", "normalize": False} | images, "features": {"normalize": False}}
     given = {key: tree[key] for key in filled if isinstance(tree.get(key), dict)}
     if given.get("encoder", {}).get("name") == "auto":
@@ -273,7 +273,7 @@ class RunConfig(Config):
     def _reads_what_the_method_learns_from(self) -> RunConfig:
         name, encoder, features = self.method.name, self.encoder, self.features
         plain = not (encoder.normalize or features.normalize or features.center or features.standardize)
-        if reads_pixels(name) and not (encoder.family == "pixels" and plain):
+        if self.method.reads_pixels and not (encoder.family == "pixels" and plain):
             raise ValueError(
                 f"method.name = {name}: learns from pixels: leave `encoder` and `features` out, or set encoder.name: "
                 "pixels, encoder.normalize: false and features: {center: false, normalize: false}"

@@ -26,16 +26,16 @@ from torch.nn import functional
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import even_sample
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.features import FeatureTransform, SpaceTransforms
 from rayclust.language.nouns import choose_nouns, counterparts, score_nouns
 from rayclust.methods import build
-from rayclust.methods.auto import AutoConfig
-from rayclust.methods.consensus import ConsensusConfig
-from rayclust.methods.cpp import CppConfig
-from rayclust.methods.tac import TacConfig
+from rayclust.methods.cpp_settings import CppConfig
+from rayclust.methods.settings import AutoConfig, ConsensusConfig
+from rayclust.methods.tac_settings import TacConfig
 from rayclust.methods.temi import TemiConfig
-from rayclust.methods.turtle import TurtleConfig
+from rayclust.methods.turtle_settings import TurtleConfig
 from rayclust.metrics import internal, selection
 from rayclust.metrics.selection import geometric_grid
 from rayclust.search.knn import nearest_others
@@ -223,7 +223,7 @@ class _Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator
 
 class KMeans(
     _Transformer,
-    config=kmeans.KMeansOptions,
+    config=KMeansOptions,
     fields={"metric": "metric", "n_init": "restarts", "max_iter": "max_iterations", "tol": "tolerance"},
     defaults={"metric": "euclidean", "normalize": False},
 ):
@@ -389,7 +389,7 @@ class Auto(
         unit = functional.normalize(x, dim=1).numpy()
         device, table = self._device(), dict[int, dict[str, float]]()
         for k in geometric_grid(2, min(math.ceil(2 * math.sqrt(len(x))), len(x))):
-            options = kmeans.KMeansOptions(clusters=k, restarts=3, metric="euclidean")
+            options = KMeansOptions(clusters=k, restarts=3, metric="euclidean")
             labels = []
             for seed in range(2):
                 result = kmeans.fit(lambda: [x.to(device)], options, seed=self._seed() + seed)
@@ -504,7 +504,7 @@ class TAC(
         words = torch.as_tensor(np.asarray(self.words), dtype=x.dtype)
         require_matrix(words, "words", x.shape[1])
         unit = functional.normalize(x, dim=1).to(device)
-        options = kmeans.KMeansOptions(clusters=resolved.centers, restarts=resolved.center_restarts)
+        options = KMeansOptions(clusters=resolved.centers, restarts=resolved.center_restarts)
         places = even_sample(len(x), resolved.center_rows * resolved.centers, seed)
         with self._progress():
             centers = kmeans.fit(lambda: [unit[places.to(device)]], options, seed=seed).centers

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from rayclust.methods import AnyMethodConfig
-from rayclust.methods.kmeans import KMeansConfig
+from rayclust.methods.settings import KMeansConfig
 from rayclust.settings import Config, format_error
 
 

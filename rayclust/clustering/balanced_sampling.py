@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rayclust.arrays import FloatArray, IntArray
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError
 
 Draw = Literal["random", "nearest", "diverse"]
@@ -175,7 +176,7 @@ def _kmeans(points: Points, clusters: int, seed: int, weights: Tensor | None = N
     So did the paper for its first level (100 k clusters, each split by 100): N · √K products instead of N · K.
     """
     if clusters <= _SPLIT_ABOVE:
-        options = kmeans.KMeansOptions(clusters=clusters, restarts=1, max_iterations=_ITERATIONS)
+        options = KMeansOptions(clusters=clusters, restarts=1, max_iterations=_ITERATIONS)
         return _assign(points, kmeans.fit(points.blocks, options, seed=seed, weights=weights).centers)
     # 1. The parents. Each gets as many clusters as the others, whatever its rows: in proportion to the rows, clusters
     # would be as dense as these, which is what the levels are to even out.

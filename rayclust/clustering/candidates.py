@@ -25,6 +25,7 @@ from torch.nn import functional
 from rayclust.clustering import kmeans
 from rayclust.clustering.consensus import ridge_classifier, surest_rows, vote
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.clustering.spectral import leading_eigenpairs
 from rayclust.distributed import data_group
 
@@ -142,7 +143,7 @@ def make_candidates(
     operations = 25.0 * n * K * p.shape[1]
     restarts = max(1, min(restarts, int(OPERATIONS / operations)))
     seeds = np.random.SeedSequence(seed).generate_state(4).tolist()
-    options = kmeans.KMeansOptions(clusters=K, metric="euclidean", restarts=restarts, max_iterations=MAX_ITERATIONS)
+    options = KMeansOptions(clusters=K, metric="euclidean", restarts=restarts, max_iterations=MAX_ITERATIONS)
     raw, raw_inertia = kmeans.fit_all(p, options, seeds[0])
     if not rivals or operations > OPERATION_LIMIT or n <= K:
         return [space.nearest_means("k-means", raw[int(raw_inertia.argmin())])]

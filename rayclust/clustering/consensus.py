@@ -25,6 +25,7 @@ from torch import Tensor
 from rayclust.arrays import IntArray, require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.neighborhood import modularity, modularity_terms
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import DataError, ShapeError
 
 NO_OPINION = -1
@@ -391,7 +392,7 @@ def meta_clusters(members: Sequence[Tensor], clusters: int, seed: int = 0) -> Te
     scale = 1.0 / np.sqrt(nearness.sum(axis=1))
     leading = np.linalg.eigh(scale[:, None] * nearness * scale)[1][:, -min(clusters, len(filled)) :]
     codes = torch.nn.functional.normalize(torch.from_numpy(leading), dim=1)
-    options = kmeans.KMeansOptions(clusters=codes.shape[1], metric="euclidean", restarts=10)
+    options = KMeansOptions(clusters=codes.shape[1], metric="euclidean", restarts=10)
     weights = torch.from_numpy(rows_of[filled])
     centers = kmeans.fit(lambda: [codes], options, seed=seed, weights=weights).centers
     groups = kmeans.assign(codes, centers.to(codes))[0].numpy()

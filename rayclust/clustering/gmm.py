@@ -12,39 +12,20 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import Blocks
-from rayclust.settings import Config
+from rayclust.clustering.settings import GmmOptions, KMeansOptions
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_MASS = 1e-8
 """Share of a row below which a component keeps its mean and variances."""
-
-
-class GmmOptions(Config):
-    """Settings of a mixture."""
-
-    clusters: int = Field(ge=1)
-    """K, number of components."""
-    covariance: Literal["diagonal", "spherical"] = "diagonal"
-    """diagonal: a variance for each dimension of each component. spherical: one for each component."""
-    regularization: float = Field(1e-6, ge=0)
-    """Added to every variance."""
-    restarts: int = Field(10, ge=1)
-    """Starts of the k-means whose partition is the first estimate."""
-    max_iterations: int = Field(100, ge=1)
-    """Most passes over the rows."""
-    tolerance: float = Field(1e-3, ge=0)
-    """Rise of the mean log-likelihood, in nats per row, below which it stops."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ def start(blocks: Blocks, options: GmmOptions, seed: int) -> Mixture:
     Raises:
         ConfigError: there are fewer rows than components.
     """
-    partition = kmeans.KMeansOptions(clusters=options.clusters, metric="euclidean", restarts=options.restarts)
+    partition = KMeansOptions(clusters=options.clusters, metric="euclidean", restarts=options.restarts)
     centers = kmeans.fit(blocks, partition, seed=seed).centers
     sums = _zeros(centers)
     for block in blocks():

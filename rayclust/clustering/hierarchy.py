@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError
 
 RESTARTS = 4
@@ -47,7 +48,7 @@ def nest(prototypes: Tensor, sizes: Sequence[int], seed: int = 0) -> list[Tensor
     points = functional.normalize(prototypes.float(), dim=1)
     parents, levels = torch.arange(len(points), device=points.device), []
     for level, size in enumerate(sizes):
-        options = kmeans.KMeansOptions(clusters=size, restarts=RESTARTS)
+        options = KMeansOptions(clusters=size, restarts=RESTARTS)
         centers = kmeans.fit(partial(list, (points,)), options, seed=seed + level).centers
         parents = kmeans.assign(points, centers)[0][parents]
         levels.append(parents)

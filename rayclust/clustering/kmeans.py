@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.clustering import row_stats
-from rayclust.clustering.row_stats import Blocks, Metric, RowStats, even_sample, gather_rows
+from rayclust.clustering.row_stats import Blocks, RowStats, even_sample, gather_rows
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.kernels.screening import MIN_COLUMNS, RoundedRows, has_fast_bf16, pair_products, screen
-from rayclust.settings import Config
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +32,6 @@ _GREEDY_CLUSTERS = 256
 """K up to which k-means++ draws seed after seed; above it an eighth of the number drawn so far at once."""
 _REFINED_SHARE, _REFINED_PASSES = 4, 10
 """Rows per row of the sample from which the seeds first move in the sample, and their passes there."""
-
-
-class KMeansOptions(Config):
-    """Settings of k-means."""
-
-    clusters: int = Field(ge=1)
-    """K."""
-    metric: Metric = "cosine"
-    """`cosine`: rows and centres are unit vectors (spherical k-means). `euclidean`: rows as given, centres means."""
-    restarts: int = Field(10, ge=1)
-    """Starts from different seeds; the one with the least inertia is kept. They share every pass over the rows."""
-    max_iterations: int = Field(300, ge=1)
-    """Most passes of one restart."""
-    tolerance: float = Field(1e-4, ge=0)
-    """A restart stops when the squared shift of its centres, summed, is at most this times the mean variance of a
-    dimension; it always stops when no row changes cluster."""
-    seeding_rows: int = Field(65_536, ge=1)
-    """k-means++ sees all rows up to this many, else an evenly spread sample of this many (at least 32 per cluster)."""
 
 
 @dataclass(frozen=True)

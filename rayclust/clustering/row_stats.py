@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,12 +12,12 @@ from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
+from rayclust.clustering.settings import Metric
 from rayclust.errors import DataError
 
 Blocks = Callable[[], Iterable[Tensor]]
 """Returns this worker's rows as Float[B D] blocks: the same blocks in the same order at every call."""
 
-Metric = Literal["cosine", "euclidean"]
 
 _UNIT_TOLERANCE = 1e-4
 """A row whose squared length is this near to 1 counts as a unit row."""

@@ -17,10 +17,8 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,8 +26,8 @@ from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans, row_stats
 from rayclust.clustering.row_stats import Blocks, even_sample, gather_rows
+from rayclust.clustering.settings import KMeansOptions, SpectralOptions
 from rayclust.errors import ArtefactError, ConfigError
-from rayclust.settings import Config
 
 logger = logging.getLogger(__name__)
 
@@ -50,35 +48,6 @@ _SITE_TOLERANCE = 1e-5
 """1 − |cosine| below which a row counts as the site that it comes from."""
 _MIN_EIGENVALUE = 1e-6
 _TENSORS = ("codes", "scales", "functions", "values")
-
-
-class SpectralOptions(Config):
-    """Settings of spectral clustering."""
-
-    temperature: float = Field(0.15, gt=0)
-    """η: entropy of the membership; smaller looks at nearer rows only. Published: 0.15 after training."""
-    half_steps: int | None = Field(None, ge=1)
-    """Sinkhorn half-steps, an odd number (published: 5); None goes on until rows and columns sum to 1."""
-    dense_rows: int = Field(15_000, ge=2)
-    """Rows whose kernel is held at once, as float32: 900 MB at 15,000. Of more rows a sample of so many is solved, or
-    all in tiles."""
-    beyond: Literal["sample", "tiles"] = "sample"
-    """What to do with more rows: `sample` solves for an evenly spread sample; `tiles` for all of them, exactly and in
-    O(N) memory, making the kernel anew for each of some 30 products with it, N² · (width + K) operations each. The
-    partition then keeps all codes, and assigning all rows costs one product more."""
-    restarts: int = Field(10, ge=1)
-    """Starts of the k-means of the eigenvectors' rows."""
-    tolerance: float = Field(1e-5, gt=0)
-    """Longest residual of an eigenvector, relative to the largest eigenvalue."""
-    confidence: float = Field(0.1, gt=0)
-    """Temperature of the probabilities when assigning, relative to the mean squared distance to the centres."""
-
-    @field_validator("half_steps", "final_half_steps", check_fields=False)
-    @classmethod
-    def _odd(cls, value: int | None) -> int | None:
-        if value is not None and value % 2 == 0:
-            raise ValueError("must be odd, rows are normalised last")
-        return value
 
 
 def unit(codes: Tensor) -> Tensor:
@@ -455,7 +424,7 @@ class Spectral:
         if cached is None:
             rows = functional.normalize(self.functions[:, :clusters], dim=1)
             own = rows[distributed.own_slice(len(rows))]
-            settings = kmeans.KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
+            settings = KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
             result = kmeans.fit(lambda: [own], settings, seed=seed)
             mean = max(result.inertia / len(rows), torch.finfo(torch.float32).eps)
             cached = torch.cat([result.centers, result.centers.new_full((1, clusters), mean)])

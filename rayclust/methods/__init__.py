@@ -13,8 +13,11 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticKnownError
 
 from rayclust.errors import ConfigError
-from rayclust.methods.base import BaseMethodConfig, Method, MethodState, Recuttable, Rows
+from rayclust.methods.settings import BaseMethodConfig
 from rayclust.settings import closest
+
+if TYPE_CHECKING:  # they bring torch
+    from rayclust.methods.base import Method, MethodState, Rows
 
 METHODS = {
     "auto": "rayclust.methods.auto:Auto",
@@ -37,6 +40,26 @@ METHODS = {
 }
 """Each method's class by the name that RUN.yaml gives it; imported when it is first asked for. It is built from
 (config, dimension, count, seed)."""
+CONFIGS = {
+    "auto": "rayclust.methods.settings:AutoConfig",
+    "kmeans": "rayclust.methods.settings:KMeansConfig",
+    "cpp": "rayclust.methods.cpp_settings:CppConfig",
+    "gmm": "rayclust.methods.settings:GmmConfig",
+    "tac": "rayclust.methods.tac_settings:TacConfig",
+    "turtle": "rayclust.methods.turtle_settings:TurtleConfig",
+    "consensus": "rayclust.methods.settings:ConsensusConfig",
+    "spectral": "rayclust.methods.settings:SpectralConfig",
+    "cpp_pixels": "rayclust.methods.pixels.settings:CppPixelsConfig",
+    "propos": "rayclust.methods.pixels.settings:ProPosConfig",
+    "byol": "rayclust.methods.pixels.settings:ByolConfig",
+    "simsiam": "rayclust.methods.pixels.settings:SimSiamConfig",
+    "simclr": "rayclust.methods.pixels.settings:SimClrConfig",
+    "moco": "rayclust.methods.pixels.settings:MoCoConfig",
+    "pcl": "rayclust.methods.pixels.settings:PclConfig",
+    "cc": "rayclust.methods.pixels.settings:CcConfig",
+}
+"""Each method's config by the same name, read without the method and its torch; of a method that is not listed here the
+method's own `config_type`."""
 
 
 def find(name: str) -> type[Any]:
@@ -45,9 +68,15 @@ def find(name: str) -> type[Any]:
     return found
 
 
+def config_type(name: str) -> type[BaseMethodConfig]:
+    """Return the config of the method of that name."""
+    found: type[BaseMethodConfig] = pkgutil.resolve_name(CONFIGS[name]) if name in CONFIGS else find(name).config_type
+    return found
+
+
 def config_types() -> dict[str, type[BaseMethodConfig]]:
     """Return each method's config by name; imports them all."""
-    return {name: find(name).config_type for name in METHODS}
+    return {name: config_type(name) for name in METHODS}
 
 
 def _read(value: Any) -> Any:
@@ -59,7 +88,7 @@ def _read(value: Any) -> Any:
     name = value.get("name", "auto")
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"name = {name!r}: must be one of {', '.join(sorted(METHODS))}{closest(str(name), METHODS)}")
-    return find(name).config_type.model_validate({"name": name} | value)
+    return config_type(name).model_validate({"name": name} | value)
 
 
 class _Union:
@@ -77,23 +106,15 @@ else:
     """Any method's config, found by its `name`: the type of a config's field."""
 
 
-def has_transform(name: str) -> bool:
-    """Return whether the method of that name learns a space of its own; see `base.Transform`."""
-    return hasattr(find(name), "transform")
-
-
 def reads_pixels(name: Any) -> bool:
     """Return whether that is the name of a method that learns from pixels."""
-    return isinstance(name, str) and name in METHODS and find(name).reads == "pixels"
-
-
-def pixel_settings(name: str) -> dict[str, Any]:
-    """Return how the method of that name, which learns from pixels, reads images unless `encoder` says otherwise."""
-    return dict(find(name).pixel_settings)
+    return isinstance(name, str) and name in METHODS and config_type(name).reads_pixels
 
 
 def is_recuttable(name: str) -> bool:
     """Return whether one fit of the method of that name serves other numbers of clusters; see `base.Recuttable`."""
+    from rayclust.methods.base import Recuttable
+
     return issubclass(find(name), Recuttable)
 
 

@@ -8,35 +8,18 @@ no label is read anywhere.
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from rayclust.clustering.candidates import choose, make_candidates
 from rayclust.clustering.consensus import match_confidence
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Pairing, Rows
+from rayclust.methods.base import BaseTrainer, Pairing, Rows
 from rayclust.methods.graph import sample_with_neighbors
 from rayclust.methods.linear import LinearMethod
+from rayclust.methods.settings import AutoConfig
 
 logger = logging.getLogger(__name__)
-
-
-class AutoConfig(BaseMethodConfig):
-    """A consensus of k-means and spectral partitions; k-means where unlabelled evidence speaks against it."""
-
-    revision: ClassVar[int] = 2
-    draws_pairs: ClassVar[bool] = True
-    name: Literal["auto"] = "auto"
-    """The default: never a partition that the neighbour graph speaks against."""
-    restarts: int = Field(16, ge=1)
-    """Starts of k-means in each view; fewer where they would take long."""
-    neighbors: int = Field(10, ge=1)
-    """Nearest neighbours of a row that count as evidence, and the most that are averaged."""
-    rounds: int = Field(2, ge=0)
-    """How often rows are averaged with their neighbours in the smoothed view."""
-    candidates: bool = True
-    """Whether candidates are made at all; without, the result is k-means."""
 
 
 class Auto(LinearMethod):

@@ -11,118 +11,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from rayclust import distributed
-from rayclust.settings import Config
+from rayclust.methods.settings import BaseMethodConfig, Plan
 
 logger = logging.getLogger(__name__)
-
-NO_NEIGHBOR = -1
-"""Neighbour number that stands behind the last neighbour of a row that has fewer than M."""
-EMBEDDINGS = "embeddings"
-"""Name of the space of a run with one encoder."""
-
-
-class BaseMethodConfig(Config):
-    """Settings that every method has."""
-
-    revision: ClassVar[int] = 1
-    """Raised when fits of the method change for the same settings, so that finished trainings run again."""
-    draws_pairs: ClassVar[bool] = False
-    """Whether the method's `pairing` asks for neighbours, so that they are searched before it is fitted."""
-    reads_words: ClassVar[bool] = False
-    """Whether the method is fitted to rows with counterparts in text, so that nouns are chosen before."""
-    fits_fast: ClassVar[bool] = False
-    """Whether a fit takes some passes over the rows and no more: of a small set seconds of one core."""
-    name: str
-    """What the method is called in RUN.yaml."""
-    clusters: int = Field(ge=2)
-    """K, the number of clusters."""
-
-    def partitions(self) -> tuple[str, ...]:
-        """Return where other partitions of the rows lie that a fit reads (`Rows.members`): URIs; none by default."""
-        return ()
-
-    def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
-        """Describe in a few words how the rows will be fitted; may be empty.
-
-        Args:
-            count: N.
-            dimension: D.
-            workers: W.
-            device: `cpu` or `cuda`, where they compute.
-
-        Raises:
-            ConfigError: they cannot be fitted so.
-        """
-        return ""
-
-
-class TrainedConfig(BaseMethodConfig):
-    """Settings that every method trained by gradient has."""
-
-    cosine_over_all: ClassVar[bool] = False
-    """Whether the learning rate's cosine is as long as all steps, and the warm-up cut off its end as in ProPos."""
-    epochs: int = Field(100, ge=1)
-    """Passes over the rows; not used when `steps` is set."""
-    steps: int | None = Field(None, ge=1)
-    """Optimiser steps; None counts `epochs` instead."""
-    batch_size: int = Field(512, ge=2)
-    """Rows per step over all workers; a smaller set is taken whole."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
-    min_learning_rate: float = Field(1e-4, ge=0)
-    """Learning rate at the end of the cosine, per 256 rows of batch as well."""
-    warmup_epochs: int = Field(20, ge=0)
-    """Epochs in which the learning rate rises linearly from 0; not used when `warmup_steps` is set."""
-    warmup_steps: int | None = Field(None, ge=0)
-    """Steps in which the learning rate rises linearly from 0; None counts `warmup_epochs`."""
-    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
-    """adamw (0.9, 0.999), sgd and lars with momentum 0.9."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Decay of matrices at the start; biases and norms have none."""
-    final_weight_decay: float = Field(1e-4, ge=0)
-    """Decay at the end of a cosine."""
-    clip_norm: float | None = Field(None, gt=0)
-    """Longest gradient, all parameters together; None does not cut."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Number and size of the steps of a training."""
-
-    batch_size: int
-    """Rows per step over all workers."""
-    steps_per_epoch: int
-    """Whole batches that the rows give."""
-    steps: int
-    """Steps of the whole training; the last epoch may be cut short."""
-    warmup_steps: int
-    """Steps in which the learning rate rises."""
-
-    @classmethod
-    def of(cls, config: TrainedConfig, count: int) -> Plan:
-        """Return the plan for `count` rows. The rest of an epoch that does not fill a batch is left out, as published.
-
-        Args:
-            config: batch size, steps or epochs, warm-up.
-            count: N.
-        """
-        batch = min(config.batch_size, count)
-        per_epoch = max(1, count // batch)
-        steps = config.steps or config.epochs * per_epoch
-        warmup = config.warmup_epochs * per_epoch if config.warmup_steps is None else config.warmup_steps
-        return cls(batch, per_epoch, steps, min(warmup, steps))
-
-    @property
-    def epochs(self) -> int:
-        """Epochs begun."""
-        return -(-self.steps // self.steps_per_epoch)
 
 
 def cosine_schedule(start: float, end: float, step: int, steps: int) -> float:
@@ -406,10 +303,6 @@ class Method(nn.Module):
         seed: of everything random in the method.
     """
 
-    reads: ClassVar[Literal["embeddings", "pixels"]] = "embeddings"
-    """What its batches hold."""
-    pixel_settings: ClassVar[Mapping[str, Any]] = {}
-    """Settings of the encoder `pixels` where it reads pixels, unless the run's config has its own."""
     spaces: ClassVar[int | None] = 1
     """Number of spaces in a batch. With None batches and `predict_proba` have each of the run's spaces by its name,
     and the method is built from their widths; else the spaces come side by side as one, called `EMBEDDINGS`."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rayclust.clustering import kmeans
@@ -31,8 +30,10 @@ from rayclust.clustering.consensus import (
     shared_neighbors,
     surest_rows,
 )
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Pairing, Rows
+from rayclust.clustering.settings import KMeansOptions
+from rayclust.methods.base import BaseTrainer, Pairing, Rows
 from rayclust.methods.linear import LinearMethod
+from rayclust.methods.settings import ConsensusConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,26 +46,6 @@ COMPONENTS = 64
 SAMPLE_ROWS = 65_536
 """Rows whose scores set the temperature of the probabilities."""
 BLOCK = 65_536
-
-
-class ConsensusConfig(BaseMethodConfig):
-    """Vote of several partitions, and a linear classifier that is fitted to the rows on which they agree."""
-
-    draws_pairs: ClassVar[bool] = True
-    name: Literal["consensus"] = "consensus"
-    """One partition out of many."""
-    members: tuple[str, ...] = ()
-    """Partitions of the same rows that vote: a run (its clusters), `RUN#heads` (all heads of a model that was trained
-    with `keep_heads`), or a table *.parquet with the columns key and cluster, -1 for no opinion. Empty: k-means from
-    `restarts` starts."""
-    restarts: int = Field(16, ge=2)
-    """Members that k-means makes where none are given, each from random rows."""
-    neighbors: int = Field(15, ge=1)
-    """Nearest neighbours of a row that count as evidence for a member."""
-
-    def partitions(self) -> tuple[str, ...]:
-        """Return the partitions that the fit reads."""
-        return self.members
 
 
 class Consensus(LinearMethod):
@@ -165,7 +146,7 @@ def kmeans_members(x: Tensor, clusters: int, restarts: int, seed: int) -> list[T
     p = (x - mean) @ leading_components(sample - sample.mean(0), COMPONENTS)
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randperm(len(p), generator=generator)[:clusters] for _ in range(restarts)]
-    options = kmeans.KMeansOptions(clusters=clusters, metric="euclidean", max_iterations=MAX_ITERATIONS)
+    options = KMeansOptions(clusters=clusters, metric="euclidean", max_iterations=MAX_ITERATIONS)
     labels, _ = kmeans.fit_all(p, options, seed, torch.stack([p[rows.to(p.device)] for rows in drawn]))
     return list(labels.cpu())
 

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import gmm
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows, blocks_on
-
-
-class GmmConfig(gmm.GmmOptions, BaseMethodConfig):
-    """Gaussians with diagonal or spherical covariances, by expectation-maximisation from k-means."""
-
-    name: Literal["gmm"] = "gmm"
-    """A mixture of K Gaussians."""
-    clusters: int = Field(ge=2)
-    """K."""
+from rayclust.methods.base import BaseTrainer, Method, Rows, blocks_on
+from rayclust.methods.settings import GmmConfig
 
 
 class Gmm(Method):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,21 +12,8 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import compute
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows, blocks_on
-
-
-class KMeansConfig(kmeans.KMeansOptions, BaseMethodConfig):
-    """k-means (Lloyd) from greedy k-means++ seeds."""
-
-    fits_fast: ClassVar[bool] = True
-    revision: ClassVar[int] = 2
-    name: Literal["kmeans"] = "kmeans"
-    """Nearest of K centres."""
-    clusters: int = Field(ge=2)
-    """K."""
-    temperature: float = Field(0.1, gt=0)
-    """Of the probabilities when assigning: a cluster's is ∝ exp(−d² / (temperature · mean d²)), d the distance to its
-    centre and mean d² that of the fitted rows to theirs. Does not change which is largest."""
+from rayclust.methods.base import BaseTrainer, Method, Rows, blocks_on
+from rayclust.methods.settings import KMeansConfig
 
 
 class KMeans(Method):

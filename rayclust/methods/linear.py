@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.distributed import data_group
-from rayclust.methods.base import BaseMethodConfig, Method
+from rayclust.methods.base import Method
+from rayclust.methods.settings import BaseMethodConfig
 
 
 class LinearMethod(Method):

@@ -6,30 +6,17 @@ The baseline beside CPP: what its membership finds in features that no rate redu
 from __future__ import annotations
 
 import copy
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import spectral
-from rayclust.clustering.spectral import Spectral, SpectralOptions, unit
+from rayclust.clustering.spectral import Spectral, unit
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, MethodState, Rows
-
-
-class SpectralConfig(SpectralOptions, BaseMethodConfig):
-    """Spectral clustering of the rows by their doubly stochastic membership (arXiv 2306.05272's last step)."""
-
-    name: Literal["spectral"] = "spectral"
-    """K-means of the leading eigenvectors."""
-    clusters: int = Field(ge=2)
-    """K."""
-
-    def options(self) -> SpectralOptions:
-        """Return the settings of the partition."""
-        return SpectralOptions.model_validate(self.model_dump(include=set(SpectralOptions.model_fields)))
+from rayclust.methods.base import BaseTrainer, Method, MethodState, Rows
+from rayclust.methods.settings import SpectralConfig
 
 
 @runtime_checkable

@@ -24,18 +24,9 @@ from rayclust.arrays import require_matrix
 from rayclust.errors import ConfigError
 from rayclust.losses import information
 from rayclust.losses.information import InformationOptions, Marginal, information_losses, log_probabilities
-from rayclust.methods.base import (
-    BaseTrainer,
-    Batch,
-    Method,
-    MethodState,
-    Pairing,
-    Plan,
-    Rows,
-    TrainedConfig,
-    cosine_schedule,
-)
+from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Pairing, Rows, cosine_schedule
 from rayclust.methods.heads import Heads, HeadShape, Precision, ema_update
+from rayclust.methods.settings import Plan, TrainedConfig
 from rayclust.methods.temi_init import (
     ComponentRows,
     StartOptions,

@@ -21,10 +21,12 @@ from rayclust.clustering import kmeans
 from rayclust.clustering.candidates import Bounds, choose, evidence, is_supported, leading_components, make_candidates
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.row_stats import even_sample
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
-from rayclust.methods.base import EMBEDDINGS, Rows
+from rayclust.methods.base import Rows
 from rayclust.methods.graph import sample_ids, sample_with_neighbors
 from rayclust.methods.heads import Heads
+from rayclust.methods.settings import EMBEDDINGS
 
 RIDGE = 0.01
 """Ridge penalty, relative to the mean variance of a hidden unit."""
@@ -132,7 +134,7 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
         return
     # 2. k-means of rows averaged with their neighbours, from each seed; workers share the rows.
     smoothed = smooth(x, neighbors, options.rounds)
-    settings = kmeans.KMeansOptions(clusters=K, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3)
+    settings = KMeansOptions(clusters=K, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3)
     labels, _ = kmeans.fit_all(smoothed, settings, seed)
     # 3. The partitions of highest modularity.
     known = neighbors.clamp(min=0)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ShapeError
 from rayclust.search.knn import top_k
 
@@ -129,7 +130,7 @@ def measure(x: Tensor, clusters: Tensor, count: int, seed: int = 0) -> tuple[Flo
     # 2. k-means of each half of the rows; its clusters are matched so that most rows agree.
     agreeing = []
     for half, own in ((x[::2], clusters[::2]), (x[1::2], clusters[1::2])):
-        options = kmeans.KMeansOptions(clusters=min(count, len(half)), restarts=STARTS, max_iterations=PASSES)
+        options = KMeansOptions(clusters=min(count, len(half)), restarts=STARTS, max_iterations=PASSES)
         for found in kmeans.fit_all(half, options, seed)[0]:
             joint = torch.bincount(own * count + found, minlength=count**2).view(count, count).numpy()
             agreeing.append(joint[linear_sum_assignment(joint, maximize=True)].sum() / len(half))

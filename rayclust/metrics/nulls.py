@@ -11,6 +11,7 @@ import torch
 
 from rayclust.arrays import FloatArray, require_matrix, unit_rows
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.metrics.internal import silhouette
 
 _LEAST_ROWS = 4
@@ -66,6 +67,6 @@ def null_silhouettes(x: FloatArray, clusters: int, *, rows: int = 1_000, seed: i
 def _kmeans_silhouette(x: FloatArray, clusters: int, seed: int) -> float:
     """Return the silhouette of spherical k-means from one start; 0 where all rows are in one cluster."""
     units = torch.from_numpy(unit_rows(x.astype(np.float32)))
-    options = kmeans.KMeansOptions(clusters=clusters, restarts=1)
+    options = KMeansOptions(clusters=clusters, restarts=1)
     labels = kmeans.assign(units, kmeans.fit(lambda: [units], options, seed=seed).centers)[0].numpy()
     return silhouette(units.numpy(), labels) if len(np.unique(labels)) > 1 else 0.0

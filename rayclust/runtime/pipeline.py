@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError
-from rayclust.methods import has_transform
 from rayclust.report.formats import duration
 from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
 from rayclust.runtime.cluster import scheduling, with_gpus
@@ -104,7 +103,7 @@ class Stage:
 
     def inputs(self, config: RunConfig) -> tuple[str, ...]:
         """Return the stages that it reads in a run with this config."""
-        own_space = self.own_space_needs if has_transform(config.method.name) else ()
+        own_space = self.own_space_needs if config.method.has_own_space else ()
         pairs = self.pair_needs if config.method.draws_pairs else ()
         choice = (SELECT_K,) if self.needs_choice and config.needs_selection else ()
         words = self.word_needs if config.method.reads_words else ()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeaturesConfig, FeatureTransform, SpaceTransforms
-from rayclust.methods.base import EMBEDDINGS, NO_NEIGHBOR
+from rayclust.methods.settings import EMBEDDINGS, NO_NEIGHBOR
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs, Manifest
 from rayclust.store.run import Run

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
-from rayclust.methods.base import EMBEDDINGS
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.datasets import local_folder
 from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark

@@ -15,7 +15,8 @@ from rayclust.clustering import hierarchy
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError
 from rayclust.features import SpaceTransforms
-from rayclust.methods.base import EMBEDDINGS, Method, Prototypes
+from rayclust.methods.base import Method, Prototypes
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.metrics.calibration import Calibration, calibrate, sample_size
 from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely

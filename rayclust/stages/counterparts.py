@@ -18,11 +18,12 @@ from torch.nn import functional
 
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import even_sample
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.language import nouns
 from rayclust.language.vocabulary import merged
-from rayclust.methods.tac import TacConfig
+from rayclust.methods.tac_settings import TacConfig
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
@@ -127,7 +128,7 @@ class Guidance:
         places = even_sample(len(fitted), c.center_rows * int(c.centers or 1), seed).numpy()
         features = features_at(self.run, starts, transform_of(self.encode, self.config.features), fitted[places])
         sample = unit_rows(torch.from_numpy(features)).to(worker_device(self.config))
-        options = kmeans.KMeansOptions(clusters=int(c.centers or 1), restarts=c.center_restarts)
+        options = KMeansOptions(clusters=int(c.centers or 1), restarts=c.center_restarts)
         centers = kmeans.fit(lambda: [sample], options, seed=seed).centers
         # 2. The most certain nouns of each.
         words = merged(self._lists(), verbatim=c.verbatim)

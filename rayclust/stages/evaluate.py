@@ -104,7 +104,7 @@ class _Scoring:
             method = load_method(self.run.uri, self.model)
             if isinstance(method, Membership):
                 metrics |= self._membership(method, codes, is_labelled=is_labelled)
-            if method.reads == "pixels" and isinstance(method, Transform):
+            if method.config.reads_pixels and isinstance(method, Transform):
                 metrics |= self._learnt_space(method, codes, is_labelled=is_labelled)
         return metrics, counts
 

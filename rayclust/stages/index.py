@@ -13,7 +13,6 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform, SpaceTransforms
-from rayclust.methods import has_transform
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
@@ -155,7 +154,7 @@ class _Indexing:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    features = {"features": settings_of(config.features)} if has_transform(config.method.name) else {}
+    features = {"features": settings_of(config.features)} if config.method.has_own_space else {}
     return {"index": settings_of(config.index), "seed": config.seed} | features
 
 

@@ -23,7 +23,7 @@ from rayclust.language.naming import (
     typicality,
 )
 from rayclust.language.vocabulary import merged, same_name
-from rayclust.methods.base import EMBEDDINGS
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of

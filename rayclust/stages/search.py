@@ -16,7 +16,6 @@ from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Undecodable, decode
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.methods import has_transform
 from rayclust.report.formats import abbreviate, shorten
 from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.encoder import load_run_encoder
@@ -115,7 +114,7 @@ class Searcher:
         spaces = (ENCODER, OWN) if space == "both" else (space,)
         if self.manifests.of("encode") is None:
             raise self._not_indexed()
-        if OWN in spaces and not has_transform(method):
+        if OWN in spaces and not config.method.has_own_space:
             raise ConfigError(f"--space z: the method {method} has no space of its own; use --space encoder")
         if OWN in spaces and has_text:
             raise ConfigError(

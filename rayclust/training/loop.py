@@ -17,18 +17,8 @@ from torch import Tensor, nn
 from rayclust import distributed
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build_for
-from rayclust.methods.base import (
-    BaseMethodConfig,
-    BaseTrainer,
-    Batch,
-    HeadParallel,
-    Method,
-    Plan,
-    Rows,
-    Source,
-    TrainedConfig,
-    cosine_schedule,
-)
+from rayclust.methods.base import BaseTrainer, Batch, HeadParallel, Method, Rows, Source, cosine_schedule
+from rayclust.methods.settings import BaseMethodConfig, Plan, TrainedConfig
 from rayclust.training.sampling import STEP_STREAM, ArrayRows, RowSource, derive_seed
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from torch.nn import functional
 from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.errors import ConfigError, DataError, ShapeError
-from rayclust.methods.base import EMBEDDINGS, Batch, Pairing, Plan, Rows
+from rayclust.methods.base import Batch, Pairing, Rows
+from rayclust.methods.settings import EMBEDDINGS, Plan
 
 logger = logging.getLogger(__name__)
 

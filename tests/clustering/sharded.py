@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rayclust import distributed
 from rayclust.clustering import kmeans, row_stats
-from rayclust.clustering.kmeans import KMeansOptions, Partitions, relocate
-from rayclust.clustering.spectral import Affinity, NormalizedMembership, SpectralOptions, balance, partition, unit
+from rayclust.clustering.kmeans import Partitions, relocate
+from rayclust.clustering.settings import KMeansOptions, SpectralOptions
+from rayclust.clustering.spectral import Affinity, NormalizedMembership, balance, partition, unit
 
 LINE = torch.tensor([[0.0], [1], [2], [3], [9], [-5], [-5]])
 

@@ -13,11 +13,12 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from rayclust.clustering import gmm
-from rayclust.clustering.gmm import GmmOptions, Mixture
+from rayclust.clustering.gmm import Mixture
+from rayclust.clustering.settings import GmmOptions
 from rayclust.errors import ArtefactError
 from rayclust.methods import build, load
 from rayclust.methods.base import CheckpointInterval
-from rayclust.methods.gmm import GmmConfig
+from rayclust.methods.settings import GmmConfig
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.stores import MemoryStore

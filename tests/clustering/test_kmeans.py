@@ -7,16 +7,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from rayclust.clustering import kmeans, row_stats
-from rayclust.clustering.kmeans import (
-    KMeansOptions,
-    KMeansResult,
-    Partitions,
-    half_squares,
-    in_parts,
-    kmeans_plusplus,
-    nearest,
-)
-from rayclust.clustering.row_stats import Metric
+from rayclust.clustering.kmeans import KMeansResult, Partitions, half_squares, in_parts, kmeans_plusplus, nearest
+from rayclust.clustering.settings import KMeansOptions, Metric
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.features import FeatureTransform
 from rayclust.metrics import external

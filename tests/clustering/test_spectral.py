@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rayclust.clustering import spectral
+from rayclust.clustering.settings import SpectralOptions
 from rayclust.clustering.spectral import (
     Affinity,
     NormalizedMembership,
     Spectral,
-    SpectralOptions,
     balance,
     kernel,
     leading_eigenpairs,

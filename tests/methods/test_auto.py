@@ -11,7 +11,8 @@ from rayclust import methods
 from rayclust.clustering import candidates
 from rayclust.clustering.candidates import Candidate, choose, make_candidates
 from rayclust.methods import graph
-from rayclust.methods.auto import Auto, AutoConfig
+from rayclust.methods.auto import Auto
+from rayclust.methods.settings import AutoConfig
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import top_k
 from rayclust.training.loop import Trainer, fit_arrays

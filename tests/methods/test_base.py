@@ -6,18 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from rayclust.methods import METHODS, find, has_transform, is_recuttable, reads_pixels
-from rayclust.methods.base import (
-    BaseMethodConfig,
-    Batch,
-    Method,
-    Plan,
-    Prototypes,
-    Source,
-    TrainedConfig,
-    Transform,
-    cosine_schedule,
-)
+from rayclust.methods import METHODS, config_type, find, is_recuttable, reads_pixels
+from rayclust.methods.base import Batch, Method, Prototypes, Source, Transform, cosine_schedule
+from rayclust.methods.settings import BaseMethodConfig, Plan, TrainedConfig
 
 
 def _plan(count: int, **settings: Any) -> Plan:
@@ -86,8 +77,11 @@ PIXELS = ["propos", "byol", "simsiam", "simclr", "moco", "pcl", "cc"]
 
 
 def test_what_a_method_can_do_is_asked_of_it():
-    assert [name for name in METHODS if has_transform(name)] == ["cpp", "cpp_pixels", *PIXELS]
+    assert [name for name in METHODS if config_type(name).has_own_space] == ["cpp", "cpp_pixels", *PIXELS]
     assert [name for name in METHODS if reads_pixels(name)] == ["cpp_pixels", *PIXELS]
     assert [name for name in METHODS if is_recuttable(name)] == ["cpp", "spectral", "cpp_pixels"]
     assert issubclass(find("temi"), Prototypes)
+    for name in METHODS:
+        assert config_type(name) is find(name).config_type
+        assert config_type(name).has_own_space == hasattr(find(name), "transform")
     assert not isinstance(Plain(), Transform | Source)

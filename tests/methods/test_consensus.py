@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from rayclust import methods
 from rayclust.methods import consensus
-from rayclust.methods.consensus import Consensus, ConsensusConfig
+from rayclust.methods.consensus import Consensus
+from rayclust.methods.settings import ConsensusConfig
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import nearest_others
 from rayclust.training.loop import fit_arrays

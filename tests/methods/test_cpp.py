@@ -13,8 +13,10 @@ from rayclust.clustering import spectral
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.losses.coding_rate import coding_rate
 from rayclust.methods import build, cpp, load
-from rayclust.methods.base import EMBEDDINGS, Batch, Membership, Plan, Prototypes, Recuttable, Transform
-from rayclust.methods.cpp import Cpp, CppConfig, CppNetwork
+from rayclust.methods.base import Batch, Membership, Prototypes, Recuttable, Transform
+from rayclust.methods.cpp import Cpp, CppNetwork
+from rayclust.methods.cpp_settings import CppConfig
+from rayclust.methods.settings import EMBEDDINGS, Plan
 from rayclust.metrics.external import accuracy
 from rayclust.training.loop import LOSS_SCALE, Stepper, Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows

@@ -16,8 +16,10 @@ from rayclust.encoders.load import load_encoder
 from rayclust.errors import ConfigError
 from rayclust.methods import build, load
 from rayclust.methods.base import CheckpointInterval
-from rayclust.methods.cpp import Cpp, CppConfig
-from rayclust.methods.pixels.cpp import CppPixels, CppPixelsConfig
+from rayclust.methods.cpp import Cpp
+from rayclust.methods.cpp_settings import CppConfig
+from rayclust.methods.pixels.cpp import CppPixels
+from rayclust.methods.pixels.settings import CppPixelsConfig
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.encoders.networks import tiny_timm

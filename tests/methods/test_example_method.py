@@ -13,7 +13,9 @@ from torch.nn import functional
 from rayclust import distributed, methods
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
-from rayclust.methods.base import BaseTrainer, Batch, Method, Plan, Rows, TrainedConfig
+from rayclust.clustering.settings import KMeansOptions
+from rayclust.methods.base import BaseTrainer, Batch, Method, Rows
+from rayclust.methods.settings import Plan, TrainedConfig
 from rayclust.metrics.external import accuracy
 from rayclust.training.loop import fit_arrays
 from tests.workers import on_two_workers
@@ -48,7 +50,7 @@ class Rim(Method):
 
         @torch.no_grad()
         def start() -> None:
-            options = kmeans.KMeansOptions(clusters=self.config.clusters)
+            options = KMeansOptions(clusters=self.config.clusters)
             self.head.weight.copy_(kmeans.fit(rows.blocks, options, seed=self.seed).centers)
             self.head.bias.zero_()
 

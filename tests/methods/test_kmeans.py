@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from rayclust.clustering import kmeans as clustering
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.methods import build, load
 from rayclust.methods.base import CheckpointInterval
-from rayclust.methods.kmeans import KMeans, KMeansConfig
+from rayclust.methods.kmeans import KMeans
+from rayclust.methods.settings import KMeansConfig
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers
@@ -53,7 +55,7 @@ def fitted(
 def test_fits_what_clustering_fits_and_assigns_to_the_nearest(metric):
     x = planted()
     method, history = fitted(x, metric=metric)
-    options = clustering.KMeansOptions(clusters=8, restarts=3, tolerance=0, metric=metric)
+    options = KMeansOptions(clusters=8, restarts=3, tolerance=0, metric=metric)
     result = clustering.fit(lambda: [x], options, seed=4)
     assert torch.equal(method.centers, result.centers)
     probabilities = method.predict_proba(x)

@@ -12,11 +12,13 @@ from torch.nn import functional
 
 from rayclust.errors import ConfigError
 from rayclust.methods import build, find, load
-from rayclust.methods.base import EMBEDDINGS, Batch, CheckpointInterval, Method, Plan
+from rayclust.methods.base import Batch, CheckpointInterval, Method
 from rayclust.methods.pixels.augment import BYOL, SIMCLR, Augmentation, draw, random_view
 from rayclust.methods.pixels.backbones import build_backbone
-from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelConfig, PixelMethod
-from rayclust.methods.pixels.propos import ProPos, ProPosConfig
+from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelMethod
+from rayclust.methods.pixels.propos import ProPos
+from rayclust.methods.pixels.settings import PixelConfig, ProPosConfig
+from rayclust.methods.settings import EMBEDDINGS, Plan
 from rayclust.training.loop import Stepper, Trainer, learning_rate
 from rayclust.training.sampling import ArrayRows
 from tests.stores import MemoryStore

@@ -9,10 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from rayclust.config import RunConfig, parse
-from rayclust.methods.base import Plan
-from rayclust.methods.cpp import CppConfig
+from rayclust.methods.cpp_settings import CppConfig
+from rayclust.methods.settings import Plan
 from rayclust.methods.temi import TemiConfig
-from rayclust.methods.turtle import TurtleConfig
+from rayclust.methods.turtle_settings import TurtleConfig
 from tests.cluster_configs import rendered
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"

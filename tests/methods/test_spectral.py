@@ -5,7 +5,8 @@ import torch
 
 from rayclust.errors import ArtefactError, ShapeError
 from rayclust.methods import build, load
-from rayclust.methods.spectral import SpectralClustering, SpectralConfig
+from rayclust.methods.settings import SpectralConfig
+from rayclust.methods.spectral import SpectralClustering
 from rayclust.metrics.external import ari
 from rayclust.training.loop import fit_arrays
 

@@ -9,10 +9,13 @@ from torch.nn import functional
 
 from rayclust import methods
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import DataError
 from rayclust.language.nouns import center_count, choose_nouns, counterparts, score_nouns
-from rayclust.methods.base import EMBEDDINGS, Batch, Method, Pairing, Plan, Prototypes
-from rayclust.methods.tac import COUNTERPARTS, PAPER, Tac, TacConfig, side_by_side
+from rayclust.methods.base import Batch, Method, Pairing, Prototypes
+from rayclust.methods.settings import EMBEDDINGS, Plan
+from rayclust.methods.tac import COUNTERPARTS, Tac, side_by_side
+from rayclust.methods.tac_settings import PAPER, TacConfig
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import nearest_others
 from rayclust.settings import Config
@@ -82,7 +85,7 @@ def planted(rows: int = 400, clusters: int = 4, width: int = 16, noise: float = 
 
 def worded(x: Tensor, words: Tensor, clusters: int, columns: int = 20) -> WordedArrayRows:
     """Nouns, counterparts and neighbours of rows in memory."""
-    options = kmeans.KMeansOptions(clusters=3 * clusters, restarts=3)
+    options = KMeansOptions(clusters=3 * clusters, restarts=3)
     chosen = choose_nouns(score_nouns(kmeans.fit(lambda: [x], options).centers, words))
     texts = counterparts(x, words[chosen])
     near = [nearest_others(z, columns) for z in (x, texts)]

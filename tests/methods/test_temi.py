@@ -12,8 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.losses.information import Marginal
 from rayclust.methods import AnyMethodConfig, build, load
-from rayclust.methods.base import EMBEDDINGS, Batch, Plan
+from rayclust.methods.base import Batch
 from rayclust.methods.heads import Heads, HeadShape
+from rayclust.methods.settings import EMBEDDINGS, Plan
 from rayclust.methods.temi import Layout, Temi, TemiConfig, auto_settings, choose_layout, collapsed_heads, estimate_cost
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import top_k

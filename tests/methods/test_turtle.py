@@ -22,8 +22,6 @@ from rayclust.methods.turtle import (
     Runs,
     SpaceMap,
     Turtle,
-    TurtleConfig,
-    TurtleSetting,
     balance,
     generalization_score,
     keyed_rows,
@@ -32,6 +30,7 @@ from rayclust.methods.turtle import (
     sparsemax,
     task_weights,
 )
+from rayclust.methods.turtle_settings import TurtleConfig, TurtleSetting
 from rayclust.metrics.external import accuracy
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows

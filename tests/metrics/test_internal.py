@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
 
-from rayclust.clustering.spectral import SpectralOptions, partition
+from rayclust.clustering.settings import SpectralOptions
+from rayclust.clustering.spectral import partition
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics import internal
 from rayclust.metrics.internal import (

@@ -10,7 +10,7 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import build
-from rayclust.methods.kmeans import KMeansConfig
+from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.encoder import encoder_shape, load_run_encoder, weights_stamp, worker_device
 from rayclust.runtime.models import load_method, save_method
 from rayclust.store.manifest import Manifest, Output, write_manifest

@@ -13,7 +13,7 @@ import torch
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeaturesConfig
-from rayclust.methods.base import EMBEDDINGS
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.runtime.rows import (
     StoredRows,
     cache_folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayclust.methods.base import BaseMethodConfig
+from rayclust.methods.settings import BaseMethodConfig
 from rayclust.runtime import cluster, driver
 from rayclust.stages import train
 

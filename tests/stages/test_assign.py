@@ -12,7 +12,8 @@ import torch
 
 from rayclust.errors import ConfigError
 from rayclust.methods import build
-from rayclust.methods.kmeans import KMeans, KMeansConfig
+from rayclust.methods.kmeans import KMeans
+from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.stages import assign as stage
 from rayclust.stages.assign import assign

@@ -12,7 +12,7 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.methods.base import EMBEDDINGS
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.rows import transform_of
 from rayclust.stages import encode

@@ -13,6 +13,7 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans
+from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import content_digest, run_all, run_stage
 from rayclust.stages import figures
 from rayclust.stages.figures import (
@@ -98,6 +99,7 @@ class OneDirection(KMeans):
 def own_space(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A copy of the run by a method that has a space of its own."""
     monkeypatch.setitem(METHODS, "kmeans", f"{__name__}:OneDirection")
+    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
     shutil.copytree(vectors_run.folder, tmp_path / "run")
     groups = {"method": {"clusters": 2}, "features": {"center": False}, "neighbors": {"k": 2}}
     return validate(tree(str(tmp_path / "run"), vectors_run.config.images.uri, **groups))

@@ -19,7 +19,8 @@ import rayclust as rc
 from rayclust import methods
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
-from rayclust.methods.base import BaseMethodConfig, BaseTrainer, Method, Rows
+from rayclust.methods.base import BaseTrainer, Method, Rows
+from rayclust.methods.settings import BaseMethodConfig
 from rayclust.runtime.pipeline import Manifests, run_all, run_stage
 from rayclust.runtime.preflight import check
 from rayclust.runtime.rows import StoredRows

@@ -14,7 +14,8 @@ from torch import Tensor
 from rayclust import distributed
 from rayclust.errors import ArtefactError, ConfigError, DataError, RayclustError
 from rayclust.methods import build, load
-from rayclust.methods.base import EMBEDDINGS, BaseMethodConfig, Batch, CheckpointInterval, Method, Plan, TrainedConfig
+from rayclust.methods.base import Batch, CheckpointInterval, Method
+from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig, Plan, TrainedConfig
 from rayclust.methods.temi import Temi, TemiConfig
 from rayclust.methods.temi_init import ComponentRows, principal_axes
 from rayclust.training import loop

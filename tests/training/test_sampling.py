@@ -10,7 +10,8 @@ import torch
 from rayclust import distributed
 from rayclust.distributed import ProcessGroup, data_parallel
 from rayclust.errors import ConfigError, DataError, ShapeError
-from rayclust.methods.base import Batch, Pairing, Plan, Source, TrainedConfig
+from rayclust.methods.base import Batch, Pairing, Source
+from rayclust.methods.settings import Plan, TrainedConfig
 from rayclust.training import sampling
 from rayclust.training.sampling import (
     ArrayRows,

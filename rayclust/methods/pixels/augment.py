@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -66,7 +66,6 @@ FAMILIES = {
     "simclr": SIMCLR, "simclr_blur": SIMCLR_BLUR, "simclr_small": SIMCLR_SMALL, "byol": BYOL, "weak": WEAK,
 }  # fmt: skip
 """Two views by name."""
-Family = Literal["simclr", "simclr_blur", "simclr_small", "byol", "weak"]
 RATIO = (3 / 4, 4 / 3)
 """Bounds of a crop's width relative to its height."""
 BLUR = (0.1, 2.0)

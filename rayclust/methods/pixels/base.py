@@ -12,21 +12,23 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import gmm, kmeans
+from rayclust.clustering.settings import GmmOptions, KMeansOptions
 from rayclust.distributed import all_reduce, data_group, differentiable_all_gather
 from rayclust.kernels.pair_softmax import accum_dtype
-from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Plan, Rows, TrainedConfig
+from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Rows
 from rayclust.methods.heads import ema_update, matmul_dtype
-from rayclust.methods.pixels.augment import FAMILIES, Family, SquareImages, batch_view, keyed_seed
+from rayclust.methods.pixels.augment import FAMILIES, SquareImages, batch_view, keyed_seed
 from rayclust.methods.pixels.backbones import build_backbone
+from rayclust.methods.pixels.settings import PixelConfig
+from rayclust.methods.settings import Plan
 
 BLOCK = 512
 """Images that go through a network at once outside of training."""
@@ -35,100 +37,10 @@ MIXTURE = ("weights", "means", "variances")
 TEMPERATURE = 0.1
 """Of the probabilities when assigning: the softmax of cosines to the centres divided by it."""
 
-SHORT_STEPS, SHORT_RATE, SHORT_AVERAGE = 1_000, 4e-3, 16
-"""Of `preset: short`: steps where the config counts none, rate per 256 rows, and into how many parts a training is cut
-of which a copy averages the last."""
-
-SHORT_PREDICTION = {"optimizer": "sgd", "learning_rate": 0.2, "weight_decay": 5e-4, "final_weight_decay": 5e-4}
-"""Of short trainings by prediction without negatives: SGD as published, four times as fast, in smaller batches and with
-a predictor ten times faster, since they learn only as well as the predictor follows."""
-
 
 def accumulated(x: Tensor) -> Tensor:
     """Return a network's rows in the dtype in which losses are computed: float32 or wider."""
     return x.to(accum_dtype(x.dtype))
-
-
-class PixelConfig(TrainedConfig):
-    """Settings of every method that learns from pixels; defaults are those of ProPos on CIFAR-10."""
-
-    revision: ClassVar[int] = 2
-    cosine_over_all: ClassVar[bool] = True
-    reads_pixels: ClassVar[bool] = True
-    short_batch: ClassVar[int] = 128
-    """Rows of a step of a short training."""
-    preset: Literal["none", "short"] = "none"
-    """none: the defaults, of the papers' 78,000 steps and more. short: for hundreds to some thousand steps, with which
-    a set of thousands of images is learnt from in minutes."""
-    backbone: str = "resnet18"
-    """small (for CPUs), resnet18, resnet34, resnet50, preact_resnet18, or timm/<architecture>; always from random
-    weights. Residual networks have the stem for small images up to 64 pixels."""
-    augmentation: Family = "simclr"
-    """Family of the two views; simclr_blur for images from some 96 pixels on, simclr_small for small ones, with crops
-    from a fifth of the area. weak: crops and mirrors alone."""
-    features: int = Field(256, ge=2)
-    """d, width of the space in which rows are compared and clustered."""
-    reassign: int = Field(1, ge=1)
-    """Epochs between two E-steps; the last epoch always ends with one."""
-    e_step: Literal["kmeans", "mixture"] = "kmeans"
-    """What clusters the features: spherical k-means, or a mixture of Gaussians, one variance each, that starts from
-    it."""
-    restarts: int = Field(10, ge=1)
-    """Starts of the E-step's k-means."""
-    warm_start: bool = True
-    """Whether E-steps but the first and the last go on from the centres of the one before, in place of `restarts`
-    starts; published: none does."""
-    accumulation: int = Field(1, ge=1)
-    """Parts of a worker's batch that go through the network one after another, for batches beyond a GPU's memory. Batch
-    norm, and losses that compare the images of a batch, then see a part."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the network's products in training. auto: bf16 where the processor multiplies it fast."""
-    epochs: int = Field(1000, ge=1)
-    """Passes over the rows; not used when `steps` is set."""
-    learning_rate: float = Field(0.05, gt=0)
-    """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
-    min_learning_rate: float = Field(0.0, ge=0)
-    """What the cosine falls to, per 256 rows of batch as well; it is counted over all epochs, warm-up included."""
-    warmup_epochs: int = Field(50, ge=0)
-    """Epochs in which the learning rate rises linearly from 0."""
-    optimizer: Literal["adamw", "sgd", "lars"] = "sgd"
-    """adamw (0.9, 0.999), sgd and lars with momentum 0.9."""
-    weight_decay: float = Field(5e-4, ge=0)
-    """Decay of all parameters; with lars biases and norms have none."""
-    final_weight_decay: float = Field(5e-4, ge=0)
-    """Decay at the end of a cosine."""
-
-    def resolved(self, count: int) -> Self:
-        """Return this config with its preset written out for N = `count` rows; `preset` is then `none`."""
-        written = {key: getattr(self, key) for key in self.model_fields_set}
-        return type(self).model_validate(self.preset_settings(count) | written | {"preset": "none"})
-
-    def preset_settings(self, count: int) -> dict[str, Any]:
-        """Return what the preset stands for: for `short` what few steps need, whatever the images.
-
-        AdamW in place of SGD, whose published rates move little in few steps; the whole of a cosine to 0, a tenth of it
-        warm-up; and a copy that averages the last sixteenth of the steps, at most as many as published.
-        """
-        if self.preset != "short":
-            return {}
-        batch = self.batch_size if "batch_size" in self.model_fields_set else self.short_batch
-        per_epoch = max(1, count // min(batch, count))
-        epochs = self.epochs if "epochs" in self.model_fields_set else math.ceil(SHORT_STEPS / per_epoch)
-        epochs = epochs if self.steps is None else math.ceil(self.steps / per_epoch)
-        settings = {
-            "batch_size": batch, "epochs": epochs, "warmup_epochs": epochs // 10, "augmentation": "simclr_small",
-            "optimizer": "adamw", "learning_rate": SHORT_RATE, "min_learning_rate": 0.0,
-            "weight_decay": 0.01, "final_weight_decay": 0.01,
-        }  # fmt: skip
-        return settings | self.short_settings(count, self.steps or epochs * per_epoch)
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return the method's own settings of a short training of N = `count` rows."""
-        return {}
-
-    def short_momentum(self, steps: int, published: float) -> float:
-        """Return the momentum of a copy that averages a sixteenth of the steps, or fewer if so published."""
-        return max(0.0, min(published, 1 - SHORT_AVERAGE / steps))
 
 
 class PixelMethod(Method):
@@ -144,7 +56,6 @@ class PixelMethod(Method):
         ConfigError: D is not that of square images with 1 or 3 channels.
     """
 
-    reads = "pixels"
     config_type: ClassVar[type[PixelConfig]]
     config: PixelConfig
     mean: Tensor
@@ -276,14 +187,14 @@ class PixelMethod(Method):
 
     def _cut(self, z: Tensor, *, goes_on: bool) -> Tensor:
         """Cluster this worker's features by k-means; return their labels."""
-        options = kmeans.KMeansOptions(clusters=self.config.clusters, restarts=self.config.restarts)
+        options = KMeansOptions(clusters=self.config.clusters, restarts=self.config.restarts)
         result = kmeans.fit(lambda: [z], options, seed=self.seed, init=self.centers if goes_on else None)
         self.centers.copy_(result.centers)
         return kmeans.assign(z, self.centers)[0]
 
     def _mix(self, z: Tensor, *, goes_on: bool) -> Tensor:
         """Fit the mixture to this worker's features; return their most probable components."""
-        options = gmm.GmmOptions(clusters=self.config.clusters, covariance="spherical", restarts=self.config.restarts)
+        options = GmmOptions(clusters=self.config.clusters, covariance="spherical", restarts=self.config.restarts)
         mixture = self.mixture() if goes_on else gmm.start(lambda: [z], options, self.seed)
         for reached in gmm.advance(lambda: [z], options, mixture):
             mixture = reached

@@ -8,48 +8,16 @@ copy moves before each step instead of after the loss, and all workers' rows sha
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from rayclust.losses.representation import alignment
 from rayclust.methods.base import Batch
 from rayclust.methods.pixels.backbones import mlp
-from rayclust.methods.pixels.base import SHORT_PREDICTION, MomentumMethod, PixelConfig, accumulated
-
-
-class PredictorConfig(PixelConfig):
-    """Settings of BYOL and of what is built on it."""
-
-    short_batch: ClassVar[int] = 64
-    hidden: int = Field(4096, ge=1)
-    """Width of the hidden layer of projector and predictor."""
-    momentum: float = Field(0.996, ge=0, le=1)
-    """Of the copy, at the first step."""
-    final_momentum: float = Field(0.996, ge=0, le=1)
-    """Of the copy at the end of half a cosine; published: 1 or, for CIFAR-10, as at the start."""
-    predictor_rate: float = Field(10.0, gt=0)
-    """Learning rate of the predictor relative to the others'."""
-    joint_views: bool = False
-    """Whether both views go through the network as one batch, whose statistics they then share."""
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return narrower heads, and a copy that follows to the end."""
-        momentum = self.short_momentum(steps, 0.996)
-        return SHORT_PREDICTION | {"hidden": 1024, "momentum": momentum, "final_momentum": momentum}
-
-
-class ByolConfig(PredictorConfig):
-    """BYOL (arXiv 2006.07733), clustered by k-means."""
-
-    name: Literal["byol"] = "byol"
-    """Prediction of a slowly moving copy of the network."""
-    final_momentum: float = Field(1.0, ge=0, le=1)
-    """Of the copy at the end of half a cosine."""
-    reassign: int = Field(10, ge=1)
-    """Epochs between two E-steps, which BYOL does not learn from."""
+from rayclust.methods.pixels.base import MomentumMethod, accumulated
+from rayclust.methods.pixels.settings import ByolConfig, PixelConfig, PredictorConfig
 
 
 class Byol(MomentumMethod):

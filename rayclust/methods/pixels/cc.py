@@ -8,10 +8,8 @@ Source: arXiv 2009.09687. Clusters are the cluster head's, as in the paper; ProP
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,40 +18,8 @@ from rayclust.losses.contrastive import cluster_contrast
 from rayclust.losses.representation import nt_xent
 from rayclust.methods.base import Batch
 from rayclust.methods.pixels.backbones import mlp
-from rayclust.methods.pixels.base import PixelConfig, PixelMethod, accumulated
-
-
-class CcConfig(PixelConfig):
-    """Contrastive clustering (arXiv 2009.09687)."""
-
-    name: Literal["cc"] = "cc"
-    """Contrast of images and of clusters."""
-    features: int = Field(128, ge=2)
-    """d, width of the space in which images are compared."""
-    temperature: float = Field(0.5, gt=0)
-    """T_I, of the images' cosines."""
-    cluster_temperature: float = Field(1.0, gt=0)
-    """T_C, of the columns' cosines."""
-    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
-    """adamw (0.9, 0.999) without decay is the paper's Adam; sgd and lars with momentum 0.9."""
-    learning_rate: float = Field(3e-4, gt=0)
-    """Learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
-    min_learning_rate: float = Field(3e-4, ge=0)
-    """Learning rate at the end of the cosine; published: no decay."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decay of all parameters."""
-    final_weight_decay: float = Field(0.0, ge=0)
-    """Decay at the end of a cosine."""
-    batch_size: int = Field(256, ge=2)
-    """Rows per step over all workers; a smaller set is taken whole."""
-    warmup_epochs: int = Field(0, ge=0)
-    """Epochs in which the learning rate rises linearly from 0."""
-    reassign: int = Field(10, ge=1)
-    """Epochs between two E-steps, which CC does not learn from."""
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return a lower temperature, which weighs near negatives more."""
-        return {"temperature": 0.2}
+from rayclust.methods.pixels.base import PixelMethod, accumulated
+from rayclust.methods.pixels.settings import CcConfig
 
 
 class Cc(PixelMethod):

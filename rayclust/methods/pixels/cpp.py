@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rayclust.encoders.base import TorchEncoder
@@ -23,50 +22,16 @@ from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.methods.base import Batch, MethodState, Rows
-from rayclust.methods.cpp import Cpp, CppConfig
+from rayclust.methods.cpp import Cpp
 from rayclust.methods.heads import matmul_dtype
-from rayclust.methods.pixels.augment import FAMILIES, Family, SquareImages, batch_view, keyed_seed
+from rayclust.methods.pixels.augment import FAMILIES, SquareImages, batch_view, keyed_seed
+from rayclust.methods.pixels.settings import CppPixelsConfig
 from rayclust.store import storage
 
 BLOCK = 256
 """Images that go through the backbone at once outside of training."""
 BACKBONE = "backbone."
 """Prefix of the trained blocks' tensors in a state."""
-
-
-class CppPixelsConfig(CppConfig):
-    """CPP on images (arXiv 2306.05272): a pretrained network inside, frozen or with its last blocks trained."""
-
-    revision: ClassVar[int] = 1
-    name: Literal["cpp_pixels"] = "cpp_pixels"  # type: ignore[assignment]
-    """CPP with its backbone inside."""
-    backbone: str = "open_clip/ViT-L-14"
-    """open_clip/<architecture> or timm/<architecture>; `.<tag>` may follow, as in `encoder.name`."""
-    pretrained: str | None = None
-    """Its weights, as in `encoder.pretrained`: a tag, a path or a URI. A fitted model holds no more of them than the
-    trained blocks, so that they must stay where they are."""
-    augmentation: Literal["none"] | Family = "none"
-    """Family of the random view that a step sees of each image; none, as published: the image."""
-    tune: Literal["none", "last_blocks"] = "none"
-    """none, as published: the backbone is frozen. last_blocks: the last `tuned_blocks` of its longest stage train."""
-    tuned_blocks: int = Field(1, ge=1)
-    """Blocks that train with `tune: last_blocks`."""
-    tune_rate: float = Field(0.1, gt=0)
-    """Learning rate of the trained blocks relative to the others'."""
-
-    @model_validator(mode="after")
-    def _is_a_network(self) -> CppPixelsConfig:
-        if self.encoder(1).family not in ("open_clip", "timm"):
-            raise ValueError(f"backbone = {self.backbone}: must be open_clip/<architecture> or timm/<architecture>")
-        if self.tune == "none" and {"tuned_blocks", "tune_rate"} & self.model_fields_set - {"tune"}:
-            raise ValueError("tuned_blocks, tune_rate: have no effect with tune: none; set tune: last_blocks")
-        return self
-
-    def encoder(self, side: int) -> EncoderConfig:
-        """Return the settings of the backbone as an encoder of images of that side, in pixels."""
-        return EncoderConfig(
-            name=self.backbone, pretrained=self.pretrained, image_size=side, normalize=False, precision="fp32"
-        )
 
 
 class CppPixels(Cpp):
@@ -82,8 +47,6 @@ class CppPixels(Cpp):
         ConfigError: D is not that of square colour images, or the backbone's weights are missing or do not take them.
     """
 
-    reads = "pixels"
-    pixel_settings: ClassVar[dict[str, Any]] = {"image_size": 224, "resize": "crop"}
     config_type = CppPixelsConfig
     config: CppPixelsConfig
     mean: Tensor

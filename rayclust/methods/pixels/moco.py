@@ -6,46 +6,17 @@ norm is one of all workers' rows, in place of shuffling rows between workers; on
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rayclust.losses.representation import queue_contrast
 from rayclust.methods.base import Batch
 from rayclust.methods.pixels.backbones import mlp
-from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelConfig, accumulated
-
-
-class QueueConfig(PixelConfig):
-    """Settings of MoCo and of what is built on it."""
-
-    features: int = Field(128, ge=2)
-    """d, width of the space in which rows are compared and clustered."""
-    momentum: float = Field(0.999, ge=0, le=1)
-    """Of the copy."""
-    temperature: float = Field(0.07, gt=0)
-    """Of the cosines."""
-    queue: int = Field(65_536, ge=1)
-    """Keys that are kept."""
-    symmetric: bool = True
-    """Whether either view is query once."""
-    reassign: int = Field(10, ge=1)
-    """Epochs between two E-steps."""
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return MoCo v2's temperature on ImageNet, a queue of at most half the rows, and a copy that follows."""
-        momentum = self.short_momentum(steps, type(self).model_fields["momentum"].default)
-        return {"temperature": 0.2, "queue": max(1, min(4096, count // 2)), "momentum": momentum}
-
-
-class MoCoConfig(QueueConfig):
-    """MoCo v2 (arXiv 2003.04297), clustered by k-means."""
-
-    name: Literal["moco"] = "moco"
-    """Contrast with a queue of keys."""
+from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, accumulated
+from rayclust.methods.pixels.settings import MoCoConfig, PixelConfig, QueueConfig
 
 
 class MoCo(MomentumMethod):

@@ -7,45 +7,18 @@ Source: arXiv 2005.04966, with the settings of ProPos' experiments (arXiv 2111.1
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.distributed import all_reduce, data_group
 from rayclust.losses.representation import concentration, prototype_contrast
 from rayclust.methods.base import Batch
-from rayclust.methods.pixels.base import PixelConfig
-from rayclust.methods.pixels.moco import MoCo, QueueConfig
-
-
-class PclConfig(QueueConfig):
-    """PCL (arXiv 2005.04966): contrast with prototypes. Defaults are its record on CIFAR-20."""
-
-    name: Literal["pcl"] = "pcl"
-    """MoCo with prototypes."""
-    prototypes: tuple[int, ...] = (250, 500, 1000)
-    """Numbers of clusters of the E-steps that are learnt from; those above half the rows are left out."""
-    prototype_weight: float = Field(0.01, ge=0)
-    """w, on the prototypes' loss; 0 in the warm-up."""
-    momentum: float = Field(0.99, ge=0, le=1)
-    """Of the copy."""
-    temperature: float = Field(1.0, gt=0)
-    """Of the cosines, and the mean of the concentrations."""
-    queue: int = Field(4096, ge=1)
-    """Keys that are kept; as many prototypes are negatives."""
-    learning_rate: float = Field(0.1, gt=0)
-    """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
-    batch_size: int = Field(128, ge=2)
-    """Rows per step over all workers; a smaller set is taken whole."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Decay of all parameters."""
-    final_weight_decay: float = Field(1e-4, ge=0)
-    """Decay at the end of a cosine."""
-    reassign: int = Field(1, ge=1)
-    """Epochs between two E-steps."""
+from rayclust.methods.pixels.moco import MoCo
+from rayclust.methods.pixels.settings import PclConfig, PixelConfig
 
 
 class Pcl(MoCo):
@@ -107,7 +80,7 @@ class Pcl(MoCo):
         for m in self.granularities:
             before = self.get_buffer(f"prototypes_{m}")
             init = before if self.config.warm_start and bool(before.any()) else None
-            options = kmeans.KMeansOptions(clusters=m, restarts=1)
+            options = KMeansOptions(clusters=m, restarts=1)
             result = kmeans.fit(lambda: [z], options, seed=self.seed, init=init)
             labels, squares = kmeans.assign(z, result.centers)
             labels = data_group().all_gather_cat(labels, self.count)

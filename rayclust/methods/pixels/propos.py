@@ -11,74 +11,17 @@ ones are left out instead of getting the logit −10, and the gradient does not 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust.losses.representation import class_prototypes, prototype_scattering
 from rayclust.methods.base import Batch, Pairing
-from rayclust.methods.pixels.base import KeyQueue, PixelConfig, accumulated
-from rayclust.methods.pixels.byol import Byol, PredictorConfig
-
-CIFAR20 = {"batch_size": 256, "final_momentum": 1.0, "joint_views": True, "resample": True}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "cifar10_r18": {"batch_size": 512},
-    "cifar20_r18": CIFAR20,
-    "cifar20_r34": CIFAR20 | {"backbone": "resnet34"},
-    "imagenetdogs_r34": CIFAR20 | {"backbone": "resnet34", "augmentation": "simclr_blur"},
-    "imagenet_r50": {
-        "backbone": "resnet50", "epochs": 200, "batch_size": 4096, "learning_rate": 0.3, "optimizer": "lars",
-        "momentum": 0.99, "final_momentum": 1.0, "scatter_weight": 0.001, "noise": 1e-4, "augmentation": "byol",
-        "weight_decay": 1e-6, "final_weight_decay": 1e-6, "warmup_epochs": 10, "predictor_rate": 1.0,
-        "queue": 10_240, "reassign": 10, "accumulation": 16,
-    },
-}  # fmt: skip
-"""Settings of the published configurations, where they are not the defaults."""
-OURS: dict[str, dict[str, Any]] = {
-    "stl10": CIFAR20 | {"backbone": "resnet34", "augmentation": "simclr_blur"},
-    "imagenet10": CIFAR20 | {"backbone": "resnet34", "augmentation": "simclr_blur"},
-    "tiny_imagenet": CIFAR20 | {"backbone": "resnet34"},
-}
-"""Recipes for sets of which no configuration was published, after the nearest one that was."""
-
-
-class ProPosConfig(PredictorConfig):
-    """ProPos (arXiv 2111.11821): BYOL with prototype scattering. A key that is written wins over the preset."""
-
-    name: Literal["propos"] = "propos"
-    """BYOL with prototypes that scatter."""
-    preset: Literal[
-        "none",
-        "short",
-        "cifar10_r18",
-        "cifar20_r18",
-        "cifar20_r34",
-        "imagenetdogs_r34",
-        "imagenet_r50",
-        "stl10",
-        "imagenet10",
-        "tiny_imagenet",
-    ] = "none"  # type: ignore[assignment]
-    """The published configurations, and recipes after them for stl10, imagenet10 and tiny_imagenet. none: the defaults,
-    those of CIFAR-10. short: see the other methods."""
-    scatter_weight: float = Field(0.1, ge=0)
-    """λ, on the prototypes' loss. Effective in full whatever the number of workers; the published runs on 4 GPUs
-    had a quarter of it."""
-    noise: float = Field(0.001, ge=0)
-    """σ, deviation of the noise on the embedding before the predictor."""
-    temperature: float = Field(0.5, gt=0)
-    """Of the prototypes' loss."""
-    queue: int = Field(0, ge=0)
-    """Keys of earlier batches that count in the prototypes; for batches with few rows of each cluster."""
-    resample: bool = False
-    """Whether epochs draw each cluster equally often."""
-
-    def preset_settings(self, count: int) -> dict[str, Any]:
-        """Return what the preset stands for."""
-        return (PUBLISHED | OURS).get(self.preset) or super().preset_settings(count)
+from rayclust.methods.pixels.base import KeyQueue, accumulated
+from rayclust.methods.pixels.byol import Byol
+from rayclust.methods.pixels.settings import PixelConfig, ProPosConfig
 
 
 class ProPos(Byol):

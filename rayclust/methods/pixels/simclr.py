@@ -5,33 +5,14 @@ Source: arXiv 2002.05709, with the head of ProPos' experiments (arXiv 2111.11821
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust.losses.representation import nt_xent
 from rayclust.methods.base import Batch
 from rayclust.methods.pixels.backbones import mlp
-from rayclust.methods.pixels.base import PixelConfig, PixelMethod, accumulated
-
-
-class SimClrConfig(PixelConfig):
-    """SimCLR (arXiv 2002.05709), clustered by k-means."""
-
-    name: Literal["simclr"] = "simclr"
-    """Contrast of all images of a batch."""
-    features: int = Field(128, ge=2)
-    """d, width of the space in which rows are compared and clustered."""
-    temperature: float = Field(1.0, gt=0)
-    """Of the cosines; the program's default, the paper takes 0.5 on small images."""
-    reassign: int = Field(10, ge=1)
-    """Epochs between two E-steps, which SimCLR does not learn from."""
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return a lower temperature, which weighs near negatives more."""
-        return {"temperature": 0.2}
+from rayclust.methods.pixels.base import PixelMethod, accumulated
+from rayclust.methods.pixels.settings import SimClrConfig
 
 
 class SimClr(PixelMethod):
