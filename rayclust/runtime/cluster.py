@@ -15,24 +15,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import torch
 import yaml
 
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, RayclustError
 from rayclust.resources import PlacementConfig, format_labels
-from rayclust.runtime.driver import OWN, has_idle_gpu, in_driver, may_use_driver, threads
+from rayclust.runtime.driver import OWN, has_idle_gpu, in_driver, may_use_driver, sees_gpu, threads
 from rayclust.runtime.progress import timed_section
 
 logger = logging.getLogger(__name__)
 
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """Description of a cluster that `ray up` has started, on its head."""
-_IDLE_GPU = f"a GPU of this machine lies idle: torch {torch.__version__} sees no CUDA device; install a CUDA build"
+_IDLE_GPU = "a GPU of this machine lies idle: torch {} sees no CUDA device; install a CUDA build"
 CONNECT_SECONDS = 10.0
 """How long a server may take to accept a connection."""
 task_labels: ContextVar[dict[str, dict[str, str]]] = ContextVar("task_labels", default={})  # noqa: B039 - stays as it is
@@ -208,13 +208,13 @@ def with_gpus(config: RunConfig, kind: Literal["encode", "train", "trials"]) -> 
         return config
     if may_use_driver(config):  # no cluster is looked for, and torch sees no GPU here
         if has_idle_gpu():
-            _warn_once(_IDLE_GPU)
+            _warn_once(_IDLE_GPU.format(version("torch")))
         return config.model_copy(update={"resources": resources.model_copy(update={"gpus_per_worker": 0.0})})
     connect()
     nodes = live_nodes(labels)
     has_gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
-    if has_gpus and is_own() and not torch.cuda.is_available():
-        _warn_once(_IDLE_GPU)
+    if has_gpus and is_own() and not sees_gpu():
+        _warn_once(_IDLE_GPU.format(version("torch")))
         has_gpus = False
     count = float(has_gpus or ((not nodes or not labels) and _may_add_gpus()))
     return config.model_copy(update={"resources": resources.model_copy(update={"gpus_per_worker": count})})

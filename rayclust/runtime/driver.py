@@ -1,7 +1,8 @@
 """Small work in the driver's own process: starting Ray and its workers would take longer than the work.
 
 Which work is small follows from the config and from counts alone. It gets as many threads as a Ray worker has, so that
-the results are the same, to the bit, wherever it runs.
+the results are the same, to the bit, wherever it runs. torch is imported where it is asked: not by a run with nothing
+to do.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-
-import torch
 
 from rayclust.config import RunConfig
 
@@ -37,7 +36,7 @@ def may_use_driver(config: RunConfig) -> bool:
         return False
     if ray is not None and ray.is_initialized() and ray.get_runtime_context().namespace != OWN:
         return False
-    return not (torch.cuda.is_available() if resources.gpus_per_worker == "auto" else resources.gpus)
+    return not (sees_gpu() if resources.gpus_per_worker == "auto" else resources.gpus)
 
 
 def is_small(rows: int, dimension: int) -> bool:
@@ -47,7 +46,14 @@ def is_small(rows: int, dimension: int) -> bool:
 
 def has_idle_gpu() -> bool:
     """Return whether this machine has a GPU that torch does not see."""
-    return not torch.cuda.is_available() and any(Path("/dev").glob("nvidia[0-9]*"))
+    return any(Path("/dev").glob("nvidia[0-9]*")) and not sees_gpu()
+
+
+def sees_gpu() -> bool:
+    """Return whether torch sees a GPU in this process."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @contextmanager
@@ -75,6 +81,7 @@ def cores() -> int:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Compute in the block with the threads that Ray gives a worker of so many CPUs; the process's own come back."""
+    import torch
     from threadpoolctl import threadpool_limits
 
     given, before = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()

@@ -220,15 +220,3 @@ def refuse_other_width(config: RunConfig, width: int, settings: EncoderConfig | 
                 f"encoder.name = {settings.name}: has {expected} values an image, the embeddings of "
                 f"{source} have {width}; name the encoder that made them, or unknown"
             )
-
-
-def weights_stamp(config: RunConfig, settings: EncoderConfig | None = None) -> str:
-    """Return a string that changes with an encoder's weights: a hub tag, or a file's size and time, or its ETag."""
-    settings = config.encoder if settings is None else settings
-    uri = settings.weights_uri
-    if uri is None:
-        return str(settings.pretrained)
-    found = storage.stat(uri)
-    if found is None:
-        raise ConfigError(f"encoder.pretrained = {uri}: no such file; give a tag, a path or a URI")
-    return found.stamp

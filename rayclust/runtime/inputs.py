@@ -13,7 +13,6 @@ from rayclust.config import RunConfig
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.runtime import datasets
-from rayclust.runtime.encoder import weights_stamp
 from rayclust.runtime.spaces import ReadySpace, digest_of_ready, plan_ready
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
@@ -180,3 +179,15 @@ def _with_encoders(config: RunConfig) -> RunConfig:
             )
         encoders.append(encoder.model_copy(update={"name": "unknown"}) if encoder.name == "auto" else encoder)
     return config.model_copy(update={"encoders": tuple(encoders)})
+
+
+def weights_stamp(config: RunConfig, settings: EncoderConfig | None = None) -> str:
+    """Return a string that changes with an encoder's weights: a hub tag, or a file's size and time, or its ETag."""
+    settings = config.encoder if settings is None else settings
+    uri = settings.weights_uri
+    if uri is None:
+        return str(settings.pretrained)
+    found = storage.stat(uri)
+    if found is None:
+        raise ConfigError(f"encoder.pretrained = {uri}: no such file; give a tag, a path or a URI")
+    return found.stamp

@@ -23,7 +23,8 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.methods.base import ManyHeads
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import content_digest
-from rayclust.runtime.rows import StoredRows, mapped, part_features, row_starts, transform_of
+from rayclust.runtime.rows import part_features, row_starts, transform_of
+from rayclust.runtime.tensors import StoredRows, mapped
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, digest_of, read_manifest
 from rayclust.store.run import Run, parts

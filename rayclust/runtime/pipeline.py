@@ -112,16 +112,14 @@ class Stage:
 
 
 class _Registry(Mapping[str, Stage]):
-    """Stages by name, in order. Each file is imported when its stage is first asked for: most bring torch."""
+    """Stages by name, in order. They lie above, in `stages/registry.py`, and are imported when first asked for."""
 
     def __getitem__(self, name: str) -> Stage:
-        if name not in iter(self):
-            raise KeyError(name)
-        stage: Stage = importlib.import_module(f"rayclust.stages.{name.replace('-', '_')}").STAGE
+        stage: Stage = importlib.import_module("rayclust.stages.registry").STAGES[name]
         return stage
 
     def __iter__(self) -> Iterator[str]:
-        return iter(importlib.import_module("rayclust.stages").NAMES)
+        return iter(importlib.import_module("rayclust.stages.registry").STAGES)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -1,10 +1,8 @@
-"""Embeddings of a run as features, and as the tensors that methods train on."""
+"""Embeddings of a run as features, without torch; `tensors.py` has them as methods train on them."""
 
 from __future__ import annotations
 
 import base64
-import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -15,19 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
-from rayclust.errors import ConfigError, DataError
+from rayclust.errors import ConfigError
 from rayclust.features import FeaturesConfig, FeatureTransform, SpaceTransforms
-from rayclust.methods.settings import EMBEDDINGS, NO_NEIGHBOR
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs, Manifest
 from rayclust.store.run import Run
 from rayclust.store.sources.base import prefetch
 
-BLOCK = 8192
-"""Rows that a method is given at once."""
 READ_AHEAD = 8
 """Parts that are read at once."""
 
@@ -94,25 +88,6 @@ def part_features(run: Run, index: int, transform: SpaceTransforms) -> np.ndarra
     return transform(part_embeddings(run, index, transform.transforms))
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Scale rows to length 1 whatever `features` left them at: neighbours are by cosine."""
-    return torch.nn.functional.normalize(x, dim=1)
-
-
-def blocks(
-    run: Run, starts: list[int], transform: SpaceTransforms, aside: np.ndarray | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield Float32[B D] unit features and Int64[B] rows of every part that has rows, in order.
-
-    Rows kept aside, Bool[N], are left out; None leaves out none.
-    """
-    for part, (start, stop) in enumerate(pairwise(starts)):
-        rows = np.arange(start, stop) if aside is None else start + np.flatnonzero(~aside[start:stop])
-        if len(rows):
-            features = torch.from_numpy(part_features(run, part, transform)[rows - start])
-            yield unit_rows(features), torch.from_numpy(rows)
-
-
 def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each part that holds some of the rows, Int64[n] sorted, with their positions in it."""
     for part, (first, end) in enumerate(pairwise(np.searchsorted(rows, starts).tolist())):
@@ -152,180 +127,6 @@ def places_at(run: Run, starts: list[int], rows: np.ndarray) -> np.ndarray:
         table = tables.read_table(run.map(part), ["x", "y"])
         found.append(np.stack([table[axis].to_numpy()[local] for axis in "xy"], axis=1))
     return np.concatenate(found)
-
-
-class StoredRows:
-    """Rows of a run that are not kept aside, for the methods (`methods.base.Rows`), mapped from a file on the node.
-
-    The first worker on a node copies the rows into the file; all workers of the node map it, so that rows beyond memory
-    stream from disk and the page cache is shared.
-
-    Args:
-        run: the run.
-        encode: manifest of its embeddings.
-        features: settings of the features.
-        cache: folder for this training's files on this node.
-        worker, workers: rank of this worker, and their number.
-    """
-
-    def __init__(
-        self, run: Run, encode: Manifest, features: FeaturesConfig, cache: Path, worker: int = 0, workers: int = 1
-    ) -> None:
-        self._run, self._cache = run, cache
-        self._transform = transform_of(encode, features)
-        self._starts = row_starts(encode)
-        self._worker, self._workers = worker, workers
-        self._aside = kept_aside(run, encode.outputs_of(EncodeOutputs))
-        self.count = fitted_count(encode)
-        """Number of rows, N."""
-        self.dimensions = space_widths(encode.outputs_of(EncodeOutputs))
-        """D of each space, by its name."""
-        self.spaces = tuple(self.dimensions)
-        """Names of the spaces."""
-        self.dimension = sum(self.dimensions.values())
-        """Width of a row, D, of all spaces side by side."""
-
-    def tensor(self, space: str | None = None) -> Tensor:
-        """Return Float32[N D], mapped: all spaces side by side, or one."""
-        if space is None:
-            path, width, transform = self._cache / "features.npy", self.dimension, self._transform
-        else:
-            path, width = self._cache / f"features-{space}.npy", self.dimensions[space]
-            transform = self._transform.only(space)
-        parts = range(len(self._starts) - 1)
-        features = (self._fitted(part, part_features(self._run, part, transform)) for part in parts)
-        return mapped(path, (self.count, width), np.float32, features)
-
-    def _fitted(self, part: int, values: np.ndarray) -> np.ndarray:
-        """Return the values of a part's rows that are not kept aside."""
-        start, stop = self._starts[part : part + 2]
-        return values if self._aside is None else values[~self._aside[start:stop]]
-
-    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
-        """Yield Float32[B D] blocks of this worker's contiguous share of the rows, of all spaces or of one."""
-        yield from self.own_blocks(self.tensor(space))
-
-    def own_blocks(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield this worker's contiguous share of the rows of a tensor [N D], block by block."""
-        first = self.count * self._worker // self._workers
-        end = self.count * (self._worker + 1) // self._workers
-        for start in range(first, end, BLOCK):
-            yield x[start : min(start + BLOCK, end)]
-
-    def neighbors(self) -> Tensor:
-        """Return Int64[N M], mapped."""
-        return self.mapped_neighbors("neighbors.npy", self._run.neighbors)
-
-    def mapped_neighbors(self, name: str, uri_of: Callable[[int], str]) -> Tensor:
-        """Return Int64[N M] of the fitted rows, mapped from a file of that name, read from a table of each part."""
-        uris = [uri_of(part) for part in range(len(self._starts) - 1)]
-        width = tables.read_table(uris[0], ["neighbors"]).schema.field("neighbors").type.list_size
-        read = (tables.matrix(tables.read_table(uri, ["neighbors"])["neighbors"]) for uri in uris)
-        found = (self._fitted(part, neighbors) for part, neighbors in enumerate(read))
-        if self._aside is not None:  # neighbours are fitted rows as well: number them among these
-            positions = np.cumsum(~self._aside) - 1
-            found = (np.where(neighbors < 0, NO_NEIGHBOR, positions[neighbors]) for neighbors in found)
-        return mapped(self._cache / name, (self.count, width), np.int64, found)
-
-    def members(self) -> Sequence[Tensor] | None:
-        """Return None: rows alone have no other partitions; see `members.RowsWithMembers`."""
-        return None
-
-    def nouns(self) -> Tensor:
-        """Return Float32[V D], the nouns that were chosen for the run (`methods.tac.WordedRows`).
-
-        Raises:
-            ArtefactError: none were.
-        """
-        column = tables.read_table(self._run.nouns, ["embedding"])["embedding"]
-        return torch.from_numpy(tables.matrix(column).copy())
-
-    def counterparts(self) -> StoredCounterparts:
-        """Return the rows' counterparts in text."""
-        return StoredCounterparts(self)
-
-    def text_tensor(self) -> Tensor:
-        """Return Float32[N D], the rows' counterparts in text, mapped."""
-        uris = [self._run.counterparts(part) for part in range(len(self._starts) - 1)]
-        read = (tables.matrix(tables.read_table(uri, ["embedding"])["embedding"]) for uri in uris)
-        found = (self._fitted(part, texts) for part, texts in enumerate(read))
-        return mapped(self._cache / "counterparts.npy", (self.count, self.dimension), np.float32, found)
-
-    def text_neighbors(self) -> Tensor:
-        """Return Int64[N M], neighbours of the counterparts, mapped."""
-        return self.mapped_neighbors("text-neighbors.npy", self._run.text_neighbors)
-
-
-class StoredCounterparts:
-    """Counterparts in text of the fitted rows of a run, in their order, as rows of a space of their own.
-
-    Args:
-        rows: the rows.
-    """
-
-    def __init__(self, rows: StoredRows) -> None:
-        self._rows = rows
-        self.count, self.dimension = rows.count, rows.dimension
-        self.spaces, self.dimensions = (EMBEDDINGS,), {EMBEDDINGS: rows.dimension}
-
-    def tensor(self, space: str | None = None) -> Tensor:
-        """Return Float32[N D], mapped."""
-        return self._rows.text_tensor()
-
-    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
-        """Yield Float32[B D] blocks of this worker's rows, the same rows as `StoredRows.blocks`."""
-        yield from self._rows.own_blocks(self.tensor())
-
-    def neighbors(self) -> Tensor:
-        """Return Int64[N M], mapped."""
-        return self._rows.text_neighbors()
-
-    def members(self) -> Sequence[Tensor] | None:
-        """Return None."""
-        return None
-
-
-def mapped(path: Path, shape: tuple[int, ...], dtype: type, blocks: Iterable[np.ndarray]) -> Tensor:
-    """Map a tensor from a file, which the first process to call fills while the others wait.
-
-    Args:
-        path: the file; it exists only once it is complete.
-        shape: of the tensor.
-        dtype: of its elements, numpy's.
-        blocks: its rows, in order; taken only by the process that fills the file.
-
-    Raises:
-        DataError: the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            for left in path.parent.glob(f"{path.stem}.*.unfinished"):  # by a process that was killed with the lock
-                left.unlink(missing_ok=True)
-            unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-            array = np.lib.format.open_memmap(unfinished, "w+", dtype, shape)
-            try:
-                # A mapped file that finds the disk full later kills its process: take all bytes now.
-                with unfinished.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, unfinished.stat().st_size)
-            except OSError as error:
-                # Other errors: this file system cannot reserve.
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    unfinished.unlink(missing_ok=True)
-                    raise DataError(
-                        f"{unfinished}: no space left for the rows of the training; free some, or set RAYCLUST_SCRATCH "
-                        "to another disk"
-                    ) from error
-            start = 0
-            for block in blocks:
-                array[start : start + len(block)] = block
-                start += len(block)
-            array.flush()
-            del array
-            unfinished.replace(path)
-    # Copy-on-write: torch wants writable memory, and nothing written there reaches the file.
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
 def cache_folder(digest: str) -> Path:

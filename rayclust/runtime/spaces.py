@@ -17,6 +17,10 @@ from rayclust.store.manifest import digest_of
 from rayclust.store.run import Run
 from rayclust.store.sources import Rows, Shard, plan_shards, read_rows
 
+ENCODER, OWN = "encoder", "z"
+"""The spaces that a run can be searched in."""
+ENCODER_INDEX, OWN_INDEX = "encoder.faiss", "z.faiss"
+"""Files of the indexes: of the encoder's space, the first of several, and of the method's own."""
 NUMBERED = ("parquet", "embeddings_parquet", "embeddings_npy", "embeddings_pt")
 """Kinds of input whose rows are named by their numbers in the file where it gives no keys."""
 
@@ -161,3 +165,8 @@ class SpaceTables:
         for name, start, end in zip(self.encoded, ends[:-1], ends[1:], strict=True):
             found[name] = embeddings[:, start:end]
         return {name: found[name] for name in self.names}
+
+
+def index_file(space: str | None, spaces: Sequence[str]) -> str:
+    """Return the name of the file with the index over an encoder's space; None is the first of a run's spaces."""
+    return ENCODER_INDEX if space is None or space == spaces[0] else f"{space}.faiss"

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-import torch
-
 from rayclust.errors import ArtefactError
 from rayclust.runtime.artefacts import FileListing, Outputs
 from rayclust.runtime.cluster import connect, cpus, live_nodes, plain_errors, task_options
@@ -183,6 +181,8 @@ def run_tasks(
         started = time.monotonic()
         result = run_and_mark(run.shard_manifest(task.index, stage), task, lambda: function(task))
         if gpus:
+            import torch
+
             torch.cuda.empty_cache()  # this process waits for more tasks, and others may need the memory
         return result, time.monotonic() - started, worker_name()
 

@@ -6,22 +6,25 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayclust.config import RunConfig, VocabularyKind, kind_of
-from rayclust.encoders.base import Encoder
 from rayclust.errors import ConfigError, DataError
 from rayclust.language import vocabulary
 from rayclust.language.naming import encode_words
 from rayclust.language.vocabulary import Candidates, Vocabulary
-from rayclust.runtime.encoder import load_run_encoder, weights_stamp
+from rayclust.runtime.inputs import weights_stamp
 from rayclust.runtime.pipeline import content_digest
 from rayclust.store import storage, tables
 from rayclust.store.manifest import digest_of, read_manifest
 from rayclust.store.run import PART, Run
+
+if TYPE_CHECKING:  # brings torch
+    from rayclust.encoders.base import Encoder
 
 
 def cluster_names(run: Run) -> dict[int, str | None]:
@@ -181,6 +184,8 @@ class WordBank:
 @lru_cache(1)
 def _kept_encoder(config: str) -> Encoder:
     """Load the encoder of a config, JSON, once for the blocks that a worker encodes."""
+    from rayclust.runtime.encoder import load_run_encoder
+
     found = RunConfig.model_validate_json(config)
     return load_run_encoder(found, settings=found.text_encoder)
 
@@ -240,6 +245,8 @@ def word_embeddings(config: RunConfig, words: Candidates) -> np.ndarray:
             "label.vocabulary: some lists come with embeddings and some are read by the encoder: say with label.space "
             "(encoder or features) where both lie"
         )
+    from rayclust.runtime.encoder import load_run_encoder
+
     encoder = load_run_encoder(config, settings=config.text_encoder)
     rows = encode_words(encoder.encode_texts, missing, config.label.templates)
     if not words.has_row.any():

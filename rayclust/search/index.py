@@ -9,13 +9,10 @@ from typing import Any, Literal
 
 import faiss
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.search.ivf import list_count
-from rayclust.search.knn import RunningTopK
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +97,11 @@ def build_index(
             raise DataError("index: there are no rows")
         faiss_index = faiss.IndexIDMap2(faiss.IndexFlatIP(first[0].shape[1]))
     else:
+        import torch  # for inverted lists alone: a search goes without
+
+        from rayclust.search.ivf import list_count
+        from rayclust.search.knn import RunningTopK
+
         # 1. Train the lists' centres on a sample.
         nlist = list_count(count)
         training, _ = _sampled(stream, rng, count, _TRAINING_ROWS_PER_LIST * nlist)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.models import load_method, method_inputs
-from rayclust.runtime.pipeline import Manifests, Stage, StageContext, StageResult, content_digest, settings_of
+from rayclust.runtime.pipeline import Manifests, StageContext, StageResult, content_digest
 from rayclust.runtime.rows import part_embeddings, row_starts, rows_by_part, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
@@ -137,11 +136,3 @@ def assign(method: Method, features: np.ndarray | dict[str, np.ndarray]) -> tupl
     with torch.inference_mode():
         probability, cluster = method.predict_proba(x if isinstance(features, dict) else x[EMBEDDINGS]).max(dim=1)
     return cluster.cpu().numpy().astype(np.int32), probability.float().cpu().numpy()
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    levels = {"levels": config.assign.levels, "seed": config.seed} if config.assign.levels else {}
-    return {"features": settings_of(config.features)} | levels
-
-
-STAGE = Stage("assign", _settings, run, needs=("encode", "train"), revision=2, on_gpu="train", outputs=AssignOutputs)

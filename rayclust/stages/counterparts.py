@@ -27,28 +27,15 @@ from rayclust.methods.tac_settings import TacConfig
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import (
-    features_at,
-    fitted_count,
-    kept_aside,
-    part_features,
-    row_starts,
-    transform_of,
-    unit_rows,
-)
+from rayclust.runtime.pipeline import StageContext, StageResult
+from rayclust.runtime.rows import features_at, fitted_count, kept_aside, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, search_task_rows
-from rayclust.runtime.vocabularies import WordBank, noun_lists, read_lists, word_stamps
+from rayclust.runtime.tensors import unit_rows
+from rayclust.runtime.vocabularies import WordBank, noun_lists, read_lists
 from rayclust.search.knn import RunningTopK
 from rayclust.store import storage, tables
-from rayclust.store.manifest import CounterpartsOutputs, EncodeOutputs, Manifest, digest_of
+from rayclust.store.manifest import EncodeOutputs, Manifest, digest_of
 from rayclust.store.run import Run
-
-OF_NOUNS = (
-    "preset", "train", "templates", "normalize_prompts", "verbatim", "centers", "center_restarts", "center_rows",
-    "nouns_per_center", "retrieval_temperature", "retrieval_nouns", "neighbors",
-)  # fmt: skip
-"""Keys of the method on which the stage depends."""
 
 
 @dataclass(frozen=True)
@@ -225,25 +212,3 @@ def run(context: StageContext) -> StageResult:
     outputs |= {path: file for result in results for path, file in result.outputs.items()}
     summary = f"{counts['nouns']:,} of {counts['words']:,} words chosen by {counts['centers']:,} centres"
     return StageResult(outputs, {"rows": count} | counts, counts, summary)
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    method = config.method
-    names = getattr(method, "vocabulary", None)
-    names = config.label.lists if names is None else (names,) if isinstance(names, str) else names
-    clusters = (
-        settings_of(config.select_k, "candidates", "least", "most") if config.needs_selection else method.clusters
-    )
-    return {
-        "method": {key: value for key, value in settings_of(method).items() if key in OF_NOUNS},
-        "clusters": clusters,
-        "set": sorted(method.model_fields_set.intersection(OF_NOUNS)),
-        "vocabulary": list(names),
-        "words": word_stamps(names),
-        "features": settings_of(config.features),
-        "encoder": settings_of(config.text_encoder),
-        "seed": config.seed,
-    }
-
-
-STAGE = Stage("counterparts", _settings, run, needs=("encode",), on_gpu="train", outputs=CounterpartsOutputs)

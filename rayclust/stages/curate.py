@@ -54,22 +54,13 @@ from rayclust.errors import DataError
 from rayclust.features import SpaceTransforms
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import on_every_node, run_remotely
-from rayclust.runtime.pipeline import CURATE, Stage, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import (
-    BLOCK,
-    blocks,
-    cache_folder,
-    drop_cache,
-    kept_aside,
-    mapped,
-    part_embeddings,
-    transform_of,
-    unit_transform,
-)
+from rayclust.runtime.pipeline import CURATE, StageContext, StageResult, settings_of
+from rayclust.runtime.rows import cache_folder, drop_cache, kept_aside, part_embeddings, transform_of, unit_transform
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
+from rayclust.runtime.tensors import BLOCK, blocks, mapped
 from rayclust.search.ivf import train_centers
 from rayclust.store import storage, tables
-from rayclust.store.manifest import CurateOutputs, EncodeOutputs, digest_of, versions
+from rayclust.store.manifest import EncodeOutputs, digest_of, versions
 from rayclust.store.run import PART, Run
 
 logger = logging.getLogger(__name__)
@@ -583,19 +574,3 @@ def _examples(decision: Decision, columns: Columns) -> dict[str, Any]:
 
 _read_scratch = lru_cache(3)(tables.read_table)
 """Cached: a worker does many tasks. The URIs hold the stage's digest."""
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    values = config.curate.duplicates.values
-    stamp = storage.stat(storage.absolute(values)) if values else None
-    return {
-        "curate": settings_of(config.curate),
-        "features": settings_of(config.features),
-        "space": config.neighbors.features,
-        "exact_rows": config.neighbors.exact_rows,
-        "seed": config.seed,
-        "values": stamp.stamp if stamp else None,
-    }
-
-
-STAGE = Stage(CURATE, _settings, run, needs=("encode", "neighbors", "assign"), outputs=CurateOutputs)

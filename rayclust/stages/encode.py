@@ -34,7 +34,7 @@ from rayclust.report.formats import duration
 from rayclust.resources import are_disjoint
 from rayclust.runtime import progress
 from rayclust.runtime.artefacts import drop_stale_parts
-from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, with_gpus, worker_count
+from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, worker_count
 from rayclust.runtime.driver import cores, in_driver, may_use_driver, threads, use_driver
 from rayclust.runtime.encoder import (
     MEASURED_FROM,
@@ -46,8 +46,7 @@ from rayclust.runtime.encoder import (
     with_engines,
     worker_device,
 )
-from rayclust.runtime.inputs import plan_inputs, with_encoder
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
+from rayclust.runtime.pipeline import StageContext, StageResult
 from rayclust.runtime.progress import Progress, worker_name
 from rayclust.runtime.shards import MomentsInOrder, Split, renumber, write_shard
 from rayclust.runtime.spaces import SpaceTables
@@ -62,7 +61,6 @@ from rayclust.runtime.tasks import (
     run_tasks,
 )
 from rayclust.store import storage
-from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
 from rayclust.store.sources import Shard, prefetch, read_records, read_rows
 
@@ -569,27 +567,3 @@ class ShardWriter:
             embeddings = self._spaces.divide(embeddings, [record["key"] for record in records], start)
         write = partial(write_shard, self._run, shard, start, records, embeddings, rejects, split=split)
         run_and_mark(self._run.shard_manifest(shard.index), shard, write)
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    names = ["format", "labels", "columns", "classes", "shard_size", "max_bytes", "max_pixels"]
-    names += [name for name in ("split", "test") if getattr(config.images, name) is not None]
-    settings: dict[str, Any] = {"images": settings_of(config.images, *names)}
-    if config.encoders:  # their features decide nothing here
-        encoders = (encoder.model_copy(update={"features": None}) for encoder in config.encoders)
-        settings["encoders"] = [settings_of(encoder) for encoder in encoders]
-    else:
-        settings["encoder"] = settings_of(config.encoder)
-    return settings | ({} if config.images.split is None else {"seed": config.seed})
-
-
-STAGE = Stage(
-    "encode",
-    _settings,
-    run,
-    revision=2,
-    outputs=EncodeOutputs,
-    on_gpu="encode",
-    resolve=lambda config: with_encoder(config, lambda: with_gpus(config, "encode").resources.gpus > 0),
-    plan=lambda config: plan_inputs(config, _settings(config)),
-)

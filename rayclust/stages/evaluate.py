@@ -18,7 +18,7 @@ from rayclust.methods.base import Membership, Transform
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
+from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
 from rayclust.runtime.rows import features_at, kept_aside, row_starts, transform_of
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs
@@ -244,17 +244,3 @@ def _columns(run: Run, starts: list[int], levels: Sequence[int] = ()) -> tuple[n
 def _sample(count: int, wanted: int, seed: int) -> np.ndarray:
     """Draw at most `wanted` of `count` rows, Int64[n], sorted."""
     return np.sort(np.random.default_rng(seed).choice(count, min(wanted, count), replace=False))
-
-
-STAGE = Stage(
-    "evaluate",
-    lambda config: {
-        "evaluate": settings_of(config.evaluate),
-        "features": settings_of(config.features),
-        "seed": config.seed,
-    },
-    run,
-    needs=("encode", "neighbors", "assign"),
-    own_space_needs=("train",),
-    revision=3,
-)

@@ -32,12 +32,10 @@ from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import (
     SELECT_K,
     Manifests,
-    Stage,
     StageContext,
     StageResult,
     content_digest,
     run_stage,
-    settings_of,
 )
 from rayclust.runtime.rows import features_at, labels_at, places_at, row_starts, transform_of
 from rayclust.store import storage, tables
@@ -348,12 +346,3 @@ def _selection(selection: Mapping[str, Any]) -> Drawing:
     )
     drawn = charts.criteria(shown, int(selection["chosen"]), title)
     return Drawing(key="selection", title=title, text=text, svg=drawn, is_wide=True)
-
-
-STAGE = Stage(
-    "figures",
-    lambda config: {"features": settings_of(config.features), "seed": config.seed},
-    run,
-    needs=("encode", "train", "assign", "map"),
-    revision=3,
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,18 +16,16 @@ from rayclust.features import FeatureTransform, SpaceTransforms
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
-from rayclust.runtime.rows import blocks, features_at, part_features, row_starts, transform_of, unit_transform
+from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.rows import features_at, part_features, row_starts, transform_of, unit_transform
+from rayclust.runtime.spaces import ENCODER, OWN, OWN_INDEX, index_file
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
+from rayclust.runtime.tensors import blocks
 from rayclust.search.index import build_index
 from rayclust.store import storage, tables
-from rayclust.store.manifest import EncodeOutputs, IndexOutputs, digest_of
+from rayclust.store.manifest import EncodeOutputs, digest_of
 from rayclust.store.run import Run
 
-ENCODER, OWN = "encoder", "z"
-"""The spaces that a run can be searched in."""
-ENCODER_INDEX, OWN_INDEX = "encoder.faiss", "z.faiss"
-"""Files of the indexes: of the encoder's space, the first of several, and of the method's own."""
 RETRIEVAL = "retrieval.json"
 """A few rows with their nearest others in either space."""
 QUERIES, SHOWN = 4, 8
@@ -70,11 +68,6 @@ def run(context: StageContext) -> StageResult:
         outputs |= more | put_json(run, storage.join(run.index_folder, RETRIEVAL), found)
         summary += f"; in {OWN}: {extra[OWN]['kind']}{_recall(extra[OWN])}"
     return StageResult(outputs, {"rows": starts[-1]}, extra, summary)
-
-
-def index_file(space: str | None, spaces: Sequence[str]) -> str:
-    """Return the name of the file with the index over an encoder's space; None is the first of a run's spaces."""
-    return ENCODER_INDEX if space is None or space == spaces[0] else f"{space}.faiss"
 
 
 def _recall(extra: dict[str, Any]) -> str:
@@ -151,13 +144,3 @@ class _Indexing:
             for some, near, query in zip(ids, similarity, self.queries, strict=True)
         ]
         return outputs, {"kind": kind, "recall": index.recall}, nearest
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    features = {"features": settings_of(config.features)} if config.method.has_own_space else {}
-    return {"index": settings_of(config.index), "seed": config.seed} | features
-
-
-STAGE = Stage(
-    "index", _settings, run, needs=("encode",), own_space_needs=("train",), on_gpu="train", outputs=IndexOutputs
-)

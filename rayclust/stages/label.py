@@ -26,12 +26,12 @@ from rayclust.language.vocabulary import merged, same_name
 from rayclust.methods.settings import EMBEDDINGS
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
+from rayclust.runtime.pipeline import StageContext, StageResult
 from rayclust.runtime.rows import part_embeddings, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
-from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings, word_stamps
+from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import storage, tables
-from rayclust.store.manifest import LabelOutputs, digest_of
+from rayclust.store.manifest import digest_of
 from rayclust.store.run import Run
 
 FEW_WORDS = 5000
@@ -337,17 +337,3 @@ def _names(context: StageContext, work: Labeling) -> tuple[dict[str, list[Cluste
     storage.remove_tree(context.run.at("manifests", "label"))
     storage.remove_tree(context.run.at("label"))
     return names, facts
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    groups = {name: settings_of(getattr(config, name)) for name in ("label", "features")}
-    groups["encoder"] = settings_of(config.text_encoder)
-    # Runs of before had no such keys, and `unique` in place of the last two.
-    own = {name: groups["label"].pop(name) for name in ("encoder_space", "distinct", "specificity")}
-    groups["label"] |= {"encoder_space": own["encoder_space"]} if own["encoder_space"] is not None else {}
-    groups["label"] |= {k: own[k] for k in ("distinct", "specificity")} if own["distinct"] else {"unique": False}
-    stamps = word_stamps(config.label.lists)
-    return groups | ({"words": stamps} if stamps else {}) | {"seed": config.seed}
-
-
-STAGE = Stage("label", _settings, run, needs=("encode", "assign"), outputs=LabelOutputs)

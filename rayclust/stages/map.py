@@ -20,12 +20,13 @@ from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.models import load_method, transform_rows
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, content_digest, settings_of
-from rayclust.runtime.rows import features_at, part_features, row_starts, transform_of, unit_rows
+from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
+from rayclust.runtime.rows import features_at, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, search_task_rows
+from rayclust.runtime.tensors import unit_rows
 from rayclust.search.knn import RunningTopK
 from rayclust.store import storage, tables
-from rayclust.store.manifest import EncodeOutputs, MapOutputs
+from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
 
 BLOCK = 2048
@@ -148,18 +149,3 @@ def _read_sample(uri: str) -> _Sample:
     """Read the sample once in a worker that does many tasks; its URI holds the stage's digest."""
     with np.load(io.BytesIO(storage.read_bytes(uri))) as found:
         return _Sample(found["rows"], torch.from_numpy(found["x"]), torch.from_numpy(found["places"]))
-
-
-STAGE = Stage(
-    "map",
-    lambda config: {
-        "map": settings_of(config.map),
-        "features": settings_of(config.features),
-        "seed": config.seed,
-    },
-    run,
-    needs=("encode",),
-    own_space_needs=("train",),
-    on_gpu="train",
-    outputs=MapOutputs,
-)

@@ -14,22 +14,14 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.features import SpaceTransforms
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors
 from rayclust.runtime.encoder import worker_device
-from rayclust.runtime.pipeline import Stage, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import (
-    blocks,
-    fitted_count,
-    kept_aside,
-    part_features,
-    row_starts,
-    transform_of,
-    unit_rows,
-    unit_transform,
-)
+from rayclust.runtime.pipeline import StageContext, StageResult
+from rayclust.runtime.rows import fitted_count, kept_aside, part_features, row_starts, transform_of, unit_transform
 from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, search_task_rows
+from rayclust.runtime.tensors import blocks, unit_rows
 from rayclust.search.knn import RunningTopK, agreeing_neighbors
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage
-from rayclust.store.manifest import EncodeOutputs, NeighborsOutputs
+from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
 
 _OLD_INDEX = "ivf.faiss"
@@ -102,15 +94,3 @@ def _search_exactly(
         found = (rows[some], neighbors[some], similarity[some])
         outputs |= put_neighbors(run, run.neighbors(part), *(column.numpy() for column in found))
     return TaskResult(outputs, {"rows": len(rows)})
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    neighbors = settings_of(config.neighbors)
-    if config.neighbors.features == "run":  # runs of before had no other
-        del neighbors["features"]
-    if config.neighbors.spaces == "joint":
-        del neighbors["spaces"]
-    return {"neighbors": neighbors, "features": settings_of(config.features)}
-
-
-STAGE = Stage("neighbors", _settings, run, needs=("encode",), revision=2, on_gpu="train", outputs=NeighborsOutputs)

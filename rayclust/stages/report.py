@@ -9,18 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayclust.config import RunConfig
 from rayclust.report import model
 from rayclust.report.formats import last_part, percent
 from rayclust.report.page import write
 from rayclust.runtime.api import as_yaml, load_run
 from rayclust.runtime.artefacts import Outputs, put_bytes
-from rayclust.runtime.edits import overlay_digest, shown_clusters
-from rayclust.runtime.pipeline import CURATE, SELECT_K, Stage, StageContext, StageResult, settings_of, stages_of
+from rayclust.runtime.edits import shown_clusters
+from rayclust.runtime.pipeline import CURATE, SELECT_K, StageContext, StageResult, stages_of
+from rayclust.runtime.spaces import ENCODER, OWN
 from rayclust.runtime.trackers import Trackers
 from rayclust.stages.curate import FACTS, FOLDER
 from rayclust.stages.figures import PRECISION_AT, TITLES, drawings, numbers
-from rayclust.stages.index import ENCODER, OWN, RETRIEVAL
+from rayclust.stages.index import RETRIEVAL
 from rayclust.stages.report_rows import ShownRows, map_points, nearest_clusters, show_rows
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, read_json_output, read_manifest
@@ -332,20 +332,3 @@ def _rejects(run: Run, encode: Manifest) -> list[model.RejectGroup]:
     return [
         model.RejectGroup(reason=reason, count=count, examples=tuple(examples[reason])) for reason, count in ordered
     ]
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    edits = overlay_digest(Run(config.run))
-    return {"report": settings_of(config.report)} | ({"overlay": edits} if edits else {})
-
-
-STAGE = Stage(
-    "report",
-    _settings,
-    run,
-    needs=("encode", "neighbors", "train", "assign", "label", "evaluate", "map", "figures"),
-    own_space_needs=("index",),
-    needs_choice=True,
-    needs_curation=True,
-    revision=4,
-)

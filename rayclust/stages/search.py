@@ -6,27 +6,27 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from rayclust.arrays import require_matrix, unit_rows
 from rayclust.config import RunConfig
-from rayclust.encoders.base import Encoder
-from rayclust.encoders.decode import Undecodable, decode
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.report.formats import abbreviate, shorten
 from rayclust.runtime.edits import shown_clusters
-from rayclust.runtime.encoder import load_run_encoder
-from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import Manifests, content_digest
 from rayclust.runtime.rows import row_starts, rows_by_part, space_widths, transform_of
+from rayclust.runtime.spaces import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX, index_file
 from rayclust.search.index import VectorIndex, load_index
-from rayclust.stages.index import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX, index_file
 from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, Manifest, read_manifest, read_output
 from rayclust.store.run import Run
+
+if TYPE_CHECKING:  # brings torch
+    from rayclust.encoders.base import Encoder
 
 _COLUMN_WIDTH = 60
 """Letters of a column where two spaces stand side by side."""
@@ -140,6 +140,8 @@ class Searcher:
 
         Raise `DataError`, with the name, if it is no image.
         """
+        from rayclust.encoders.decode import Undecodable, decode
+
         try:
             rows = [
                 encoder.encode_images(decode(data, encoder.preprocess)[None]) for _, encoder in self._encoders_of(space)
@@ -161,6 +163,8 @@ class Searcher:
         if space != OWN or train is None:
             query = unit_rows(query)
         else:
+            from rayclust.runtime.models import load_method, transform_rows
+
             method = load_method(self.config.run, content_digest(train))
             query = transform_rows(method, transform_of(encode, self.config.features)(query))
         if space not in self._indexes:
@@ -177,6 +181,8 @@ class Searcher:
         every = list(enumerate(self.config.each_encoder))
         named = [(i, each) for i, each in every if getattr(each, "space", None) == space] or every[:1]
         chosen = every if space == OWN else named
+        from rayclust.runtime.encoder import load_run_encoder  # torch comes with the first encoder
+
         for place, settings in chosen:
             if place not in self._encoders:
                 self._encoders[place] = load_run_encoder(self.config, settings=settings)

@@ -37,19 +37,18 @@ from rayclust.runtime.models import read_method
 from rayclust.runtime.pipeline import (
     CHOSEN,
     SELECT_K,
-    Stage,
     StageContext,
     StageResult,
     content_digest,
-    method_settings,
-    settings_of,
 )
 from rayclust.runtime.progress import Progress
-from rayclust.runtime.rows import BLOCK, StoredRows, cache_folder, drop_cache, fitted_count
+from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
 from rayclust.runtime.tasks import Task, TaskResult, done_marks, finished_tasks, read_mark, report_resume, run_and_mark
+from rayclust.runtime.tensors import BLOCK, StoredRows
+from rayclust.stages.registry import candidate_settings
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, SelectKOutputs, digest_of
+from rayclust.store.manifest import Manifest, digest_of
 from rayclust.store.run import Run
 from rayclust.training.loop import Trainer
 
@@ -423,29 +422,3 @@ def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
         # A trial that outlives its killed driver for a moment may save once more what another has finished.
         drop_checkpoints(search, k)
     return dict(sorted(tried.items())), choice
-
-
-def candidate_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that one candidate depends on besides its number of clusters; not the other candidates."""
-    method = method_settings(config)
-    method["all"].pop("clusters")
-    method["set"] = [key for key in method["set"] if key != "clusters"]
-    measured = settings_of(config.select_k, "seeds", "rows", "distortion")
-    return {"method": method, "measured": measured, "features": settings_of(config.features), "seed": config.seed}
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    search = settings_of(config.select_k, "candidates", "least", "most", "rounds", "rule")
-    return {"candidate": candidate_settings(config), "search": search}
-
-
-STAGE = Stage(
-    SELECT_K,
-    _settings,
-    run,
-    needs=("encode", "neighbors"),
-    word_needs=("counterparts",),
-    revision=3,
-    on_gpu="trials",
-    outputs=SelectKOutputs,
-)

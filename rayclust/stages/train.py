@@ -31,9 +31,9 @@ from rayclust.methods.base import CheckpointInterval, Method
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
 from rayclust.runtime.cluster import connect, cores_per_worker, on_every_node, plain_errors, require_label, worker_range
 from rayclust.runtime.driver import cores, in_driver, threads
-from rayclust.runtime.members import RowsWithMembers, plan_members
+from rayclust.runtime.members import RowsWithMembers
 from rayclust.runtime.models import save_method
-from rayclust.runtime.pipeline import CHOSEN, SELECT_K, Stage, StageContext, StageResult, method_settings, settings_of
+from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
 from rayclust.runtime.trackers import Trackers
@@ -291,17 +291,3 @@ def _watch_metrics(progress: Progress) -> Iterator[Callable[[dict[str, Any]], No
     finally:
         over.set()
         thread.join(timeout=5)
-
-
-STAGE = Stage(
-    "train",
-    lambda config: {"method": method_settings(config), "features": settings_of(config.features), "seed": config.seed},
-    run,
-    needs=("encode",),
-    pair_needs=("neighbors",),
-    word_needs=("counterparts",),
-    needs_choice=True,
-    reads_entry={SELECT_K: CHOSEN},
-    on_gpu="train",
-    plan=plan_members,
-)

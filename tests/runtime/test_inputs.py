@@ -11,14 +11,14 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
 from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.inputs import InputPlan, with_encoder
-from rayclust.runtime.pipeline import save_config
-from rayclust.stages.encode import STAGE
+from rayclust.runtime.pipeline import STAGES, save_config
 from tests.stages.runs import tree, write_folder, write_tars
 
 
 def plan_inputs(settings: RunConfig) -> InputPlan:
-    assert STAGE.plan is not None
-    found: InputPlan = STAGE.plan(settings)
+    plan = STAGES["encode"].plan
+    assert plan is not None
+    found: InputPlan = plan(settings)
     return found
 
 

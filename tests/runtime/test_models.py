@@ -11,7 +11,8 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import build
 from rayclust.methods.settings import KMeansConfig
-from rayclust.runtime.encoder import encoder_shape, load_run_encoder, weights_stamp, worker_device
+from rayclust.runtime.encoder import encoder_shape, load_run_encoder, worker_device
+from rayclust.runtime.inputs import weights_stamp
 from rayclust.runtime.models import load_method, save_method
 from rayclust.store.manifest import Manifest, Output, write_manifest
 from rayclust.store.run import Run

@@ -383,12 +383,12 @@ def test_equal_configs_keep_the_digests_of_earlier_versions(name: str):
     assert found == PINNED[name]["digests"]
 
 
-def test_declarations_of_stages_bring_neither_ray_nor_scipy():
+def test_declarations_of_stages_bring_neither_torch_nor_ray_nor_scipy():
     """`status` and a run with nothing to do read every declaration."""
     code = (
         "import sys; from rayclust.runtime.pipeline import STAGES\n"
         "list(STAGES.values())\n"
-        "print([name for name in ('ray', 'scipy', 'sklearn', 'matplotlib') if name in sys.modules])"
+        "print([name for name in ('torch', 'ray', 'scipy', 'sklearn', 'matplotlib') if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"

@@ -15,17 +15,15 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeaturesConfig
 from rayclust.methods.settings import EMBEDDINGS
 from rayclust.runtime.rows import (
-    StoredRows,
     cache_folder,
     drop_cache,
     features_at,
     labels_at,
-    mapped,
     part_features,
     row_starts,
     transform_of,
-    unit_rows,
 )
+from rayclust.runtime.tensors import StoredRows, mapped, unit_rows
 from rayclust.store import tables
 from tests.sealed import LABELS, VECTORS, Sealed
 

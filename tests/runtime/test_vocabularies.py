@@ -11,6 +11,7 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
 from rayclust.language.vocabulary import Vocabulary, merged
+from rayclust.runtime import encoder as run_encoder
 from rayclust.runtime import vocabularies as words_module
 from rayclust.runtime.vocabularies import check_classes, cluster_names, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import storage
@@ -121,7 +122,7 @@ def test_names_without_rows_are_read_by_the_encoder_where_that_is_one_space(monk
         def encode_texts(texts: list[str]) -> np.ndarray:
             return np.array([[0.0, 0.0, len(text)] for text in texts], np.float32)
 
-    monkeypatch.setattr(words_module, "load_run_encoder", lambda config, **options: Reader())
+    monkeypatch.setattr(run_encoder, "load_run_encoder", lambda config, **options: Reader())
     both = merged([ROWS, Vocabulary(("Dog", "eel"))])
     found = word_embeddings(config(["a.parquet", "b.txt"], "open_clip/ViT-B-32", space="encoder"), both)
     np.testing.assert_allclose(found, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])

@@ -18,9 +18,10 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
 from rayclust.language import nouns
 from rayclust.metrics.external import accuracy
+from rayclust.runtime import encoder as run_encoder
 from rayclust.runtime import vocabularies
 from rayclust.runtime.pipeline import run_all, run_stage, stages_of
-from rayclust.runtime.rows import StoredRows
+from rayclust.runtime.tensors import StoredRows
 from rayclust.runtime.vocabularies import WordBank, noun_lists
 from rayclust.search.knn import nearest_others
 from rayclust.stages.predict import predict
@@ -141,7 +142,7 @@ def test_words_of_a_list_are_encoded_block_by_block_once(
             asked.extend(texts)
             return around(np.array([int(text.split()[-1].rstrip(".")) % WIDTH for text in texts]), 0.0, 0)
 
-    monkeypatch.setattr(vocabularies, "load_run_encoder", lambda config, settings: Reader())
+    monkeypatch.setattr(run_encoder, "load_run_encoder", lambda config, settings: Reader())
     monkeypatch.setattr(vocabularies, "weights_stamp", lambda config, settings: "stamp")
     monkeypatch.setattr(vocabularies, "WORDS_PER_BLOCK", 16)
     vocabularies._kept_encoder.cache_clear()

@@ -10,8 +10,9 @@ import torch
 from rayclust.config import IndexConfig, RunConfig, validate
 from rayclust.methods.kmeans import KMeans
 from rayclust.runtime.pipeline import run_stage
+from rayclust.runtime.spaces import ENCODER_INDEX, OWN_INDEX
 from rayclust.search.index import load_index
-from rayclust.stages.index import ENCODER_INDEX, OWN_INDEX, QUERIES, RETRIEVAL, SHOWN
+from rayclust.stages.index import QUERIES, RETRIEVAL, SHOWN
 from rayclust.store import storage
 from rayclust.store.run import Run
 from tests.stages.conftest import VECTORS, Sealed

@@ -23,7 +23,7 @@ from rayclust.methods.base import BaseTrainer, Method, Rows
 from rayclust.methods.settings import BaseMethodConfig
 from rayclust.runtime.pipeline import Manifests, run_all, run_stage
 from rayclust.runtime.preflight import check
-from rayclust.runtime.rows import StoredRows
+from rayclust.runtime.tensors import StoredRows
 from rayclust.stages.predict import predict
 from rayclust.stages.search import search
 from rayclust.store import tables

@@ -16,8 +16,9 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.runtime import tasks
 from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import run_all, run_stage
-from rayclust.runtime.rows import StoredRows, transform_of
+from rayclust.runtime.rows import transform_of
 from rayclust.runtime.shards import Split
+from rayclust.runtime.tensors import StoredRows
 from rayclust.stages import assign, neighbors
 from rayclust.stages.predict import predict
 from rayclust.store import tables
