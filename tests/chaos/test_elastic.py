@@ -26,7 +26,7 @@ from rayclust.store.storage import MissingError
 from rayclust.training.sampling import RowSource
 from tests.chaos.nodes import Nodes, start
 from tests.stages.in_process import without_ray
-from tests.stages.runs import files, kill, tree, write_yaml
+from tests.stages.runs import files, kill, tree, write_folder, write_yaml
 from tests.workers import on_two_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -54,10 +54,29 @@ def prepared(table: Path, run: Path, **resources: Any) -> Path:
     method |= {"steps": STEPS, "batch_size": BATCH, "learning_rate": 5e-4}
     resources = {"workers": 2, "checkpoint_seconds": 1e-6} | resources
     line = write_yaml(run.with_suffix(".yaml"), tree(str(run), str(table), method=method, resources=resources))
+    run_in_process(line, "neighbors")
+    return line
+
+
+def learning_from_pixels(images: Path, run: Path) -> Path:
+    """The config of a run that learns from pixels next, 9 steps an epoch."""
+    method = {"name": "propos", "clusters": 3, "backbone": "small", "features": 8, "hidden": 16, "batch_size": 20}
+    method |= {"epochs": 12, "warmup_epochs": 2, "restarts": 1}
+    resources = {"workers": 2, "checkpoint_seconds": 1e-6}
+    content = tree(str(run), str(images), method=method, resources=resources)
+    content |= {"encoder": {"name": "pixels", "image_size": 8, "normalize": False}, "features": {"normalize": False}}
+    line = write_yaml(run.with_suffix(".yaml"), content)
+    run_in_process(line, "encode")
+    return line
+
+
+def run_in_process(line: Path, last: str, *, workers: bool = False) -> None:
+    """Run stages without a cluster; a training with `workers` in two processes."""
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        run_all(parse(line.read_text()), stop_after="neighbors")
-    return line
+        if workers:
+            patch.setattr(train, "_work", lambda settings: on_two_workers(work, settings["job"])[0])
+        run_all(parse(line.read_text()), stop_after=last)
 
 
 def work(rank: int, world: int, job: train.Job) -> Any:
@@ -68,11 +87,7 @@ def work(rank: int, world: int, job: train.Job) -> Any:
 def undisturbed(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two workers do without a cluster."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    line = prepared(table, run)
-    with pytest.MonkeyPatch.context() as patch:
-        without_ray(patch)
-        patch.setattr(train, "_work", lambda settings: on_two_workers(work, settings["job"])[0])
-        run_all(parse(line.read_text()), stop_after="train")
+    run_in_process(prepared(table, run), "train", workers=True)
     return run
 
 
@@ -137,17 +152,16 @@ def weights(run: Path) -> np.ndarray:
     return np.concatenate([loaded[name].ravel() for name in sorted(loaded)])
 
 
-def test_a_worker_killed_in_mid_epoch_is_replaced_and_the_weights_are_the_same(
-    nodes: Nodes, table: Path, undisturbed: Path, tmp_path: Path
-):
-    run = tmp_path / "run"
-    process = start(nodes, prepared(table, run), "train")
-    step = int(wait(process, run, in_mid_epoch)["step"])
+def test_a_worker_killed_in_mid_epoch_is_replaced_and_the_weights_are_the_same(nodes: Nodes, tmp_path: Path):
+    images, run, other = write_folder(tmp_path / "images", 60, size=8), tmp_path / "run", tmp_path / "undisturbed"
+    run_in_process(learning_from_pixels(images, other), "train", workers=True)
+    process = start(nodes, learning_from_pixels(images, run), "train")
+    step = int(wait(process, run, lambda state: state["step"] >= 40 and state["step"] % 9 > 0)["step"])
     workers = [pid for pid, title in nodes.processes().items() if title.startswith("ray::RayTrainWorker")]
     assert len(workers) == 2
     kill(workers[step % 2])
     finish(process)
-    assert files(run, "model/*") == files(undisturbed, "model/*")
+    assert files(run, "model/*") == files(other, "model/*")
 
 
 def test_a_node_lost_for_good_in_mid_epoch_leaves_one_worker_with_the_same_batches(
