@@ -368,6 +368,7 @@ def kmeans(small: bool) -> None:
 
     from rayclust.clustering import kmeans as library
     from rayclust.clustering.row_stats import compute
+    from rayclust.clustering.seeding import kmeans_plusplus
     from rayclust.clustering.settings import KMeansOptions
 
     rates = matmul_rates(small)
@@ -401,7 +402,7 @@ def kmeans(small: bool) -> None:
         print(f"  assign       {milliseconds(times)} ms: {shares(operations, times[0], rates)}", flush=True)
         sample = x[: max(65_536, 32 * clusters)]
         start = time.perf_counter()
-        library.kmeans_plusplus(sample, clusters, [(0, 0)])
+        kmeans_plusplus(sample, clusters, [(0, 0)])
         wait()
         print(f"  k-means++ of {len(sample):,} rows, 1 restart: {time.perf_counter() - start:.2f} s", flush=True)
 

@@ -22,21 +22,18 @@ import uuid
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rayclust.errors import ArtefactError, DataError
 from rayclust.store.failures import MissingError, UnreadableError, names, translate, translated
+from rayclust.store.remote import FileStat, check_scheme, filesystem, info_of, list_objects, remote_stat
 
-__all__ = ["MissingError", "UnreadableError"]
+__all__ = ["FileStat", "MissingError", "UnreadableError"]
 
 logger = logging.getLogger(__name__)
 
-SCHEMES = ("s3", "gs", "abfs", "hf", "memory")
-"""Schemes of remote storage. The extras of rayclust that bring `gs`, `abfs` and `hf` are named after them."""
 IGNORED_NAMES = frozenset(
     {
         *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found"),
@@ -62,20 +59,6 @@ _REFUSED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412",
 """Answers to a conditional put whose condition does not hold."""
 
 
-@dataclass(frozen=True)
-class FileStat:
-    """One file or object as a listing shows it."""
-
-    key: str
-    """Path relative to the folder that was listed, with `/` between its parts."""
-    uri: str
-    """Where to read it."""
-    size: int
-    """Bytes; `CLOSED_FOLDER` for a folder that may not be listed."""
-    stamp: str
-    """Changes whenever the content does: size with the ETag, or with the time of change in nanoseconds."""
-
-
 def is_hidden(key: str) -> bool:
     """Return whether listings leave `key` out: a part starts with a dot or is one of `IGNORED_NAMES`."""
     parts = (part for part in key.split("/") if part not in {".", ".."})
@@ -91,7 +74,7 @@ def is_remote(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """Return `uri` without a trailing `/`, and a local one as an absolute path, which means the same from anywhere."""
     if is_remote(uri):
-        _check_scheme(uri)
+        check_scheme(uri)
         return uri.rstrip("/") if not uri.rstrip("/").endswith(":") else uri
     path = os.path.abspath(to_path(uri))  # noqa: PTH100 - resolves `..` without following links
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -126,8 +109,8 @@ def to_path(uri: str) -> Path:
 def stat(uri: str) -> FileStat | None:
     """Return the file at `uri`, or None where there is none; a folder has none."""
     if is_remote(uri):
-        info, name = _info(uri), uri.rpartition("/")[2]
-        return _remote_stat(name, uri, info) if info and info["type"] == "file" and name else None
+        info, name = info_of(uri), uri.rpartition("/")[2]
+        return remote_stat(name, uri, info) if info and info["type"] == "file" and name else None
     path = to_path(uri)
     with translated(uri, "read"):
         try:
@@ -139,7 +122,7 @@ def stat(uri: str) -> FileStat | None:
 
 def exists(uri: str) -> bool:
     """Return whether `uri` is a file, or a folder (in object storage: one with something in it)."""
-    return _info(uri) is not None if is_remote(uri) else to_path(uri).exists()
+    return info_of(uri) is not None if is_remote(uri) else to_path(uri).exists()
 
 
 def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
@@ -183,10 +166,10 @@ def write_bytes(uri: str, data: bytes) -> str:
     """
     if is_remote(uri):
         with translated(uri, "write"):
-            fs, where = _filesystem(uri)
+            fs, where = filesystem(uri)
             answer = fs.pipe_file(where, data)
             info = {**answer, "size": len(data)} if uri.startswith("s3://") else fs.info(where)
-        return _remote_stat("", uri, info).stamp
+        return remote_stat("", uri, info).stamp
     with _replacing_local(uri) as file:
         file.write(data)
         file.flush()
@@ -210,7 +193,7 @@ def replacing(uri: str) -> Iterator[BinaryIO]:
             with path.open("wb") as file:
                 yield file
             with translated(uri, "write"):
-                fs, where = _filesystem(uri)
+                fs, where = filesystem(uri)
                 fs.put_file(str(path), where)
         return
     with _replacing_local(uri) as file:
@@ -265,7 +248,7 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
             if folder is None:
                 temporary.unlink(missing_ok=True)
         with translated(uri, "write"):
-            fs, where = _filesystem(uri)
+            fs, where = filesystem(uri)
             fs.put_file(str(temporary), where)
 
 
@@ -308,7 +291,7 @@ def put_if_match(uri: str, data: bytes, version: str | None) -> str | None:
             return None
     condition = {"mode": "create"} if version is None else {"IfMatch": version} if uri.startswith("s3://") else {}
     with translated(uri, "write"):
-        fs, path = _filesystem(uri)
+        fs, path = filesystem(uri)
         try:
             answer = fs.pipe_file(path, data, **condition)
         except Exception as error:
@@ -426,7 +409,7 @@ def remove(uri: str) -> None:
         if not is_remote(uri):
             to_path(uri).unlink(missing_ok=True)
             return
-        fs, path = _filesystem(uri)
+        fs, path = filesystem(uri)
         try:
             fs.rm_file(path)
         except FileNotFoundError as error:
@@ -440,7 +423,7 @@ def remove_tree(uri: str) -> None:
         if not uri.partition("://")[2].partition("/")[2].strip("/"):
             raise DataError(f"{uri}: a whole bucket is not removed; name a folder in it")
         remove(uri.rstrip("/"))
-        below = _list(uri)
+        below = list_objects(uri)
         with ThreadPoolExecutor(_DELETES) as threads:
             while batch := [found.uri for found in islice(below, 1000)]:
                 list(threads.map(remove, batch))
@@ -464,7 +447,7 @@ def check_writable(uri: str) -> None:
     probe = f".rayclust-{uuid.uuid4().hex}.tmp"
     if is_remote(uri):
         with translated(uri, "write"):
-            _filesystem(uri)  # refuses a URI without a bucket
+            filesystem(uri)  # refuses a URI without a bucket
         write_bytes(join(uri, probe), b"")
         remove(join(uri, probe))
         return
@@ -492,7 +475,7 @@ def _read(uri: str, start: int = 0, end: int | None = None, stamp: str = "-") ->
         if is_remote(uri):
             if end is not None and end <= start:
                 return b"", ""
-            fs, path = _filesystem(uri)
+            fs, path = filesystem(uri)
             try:
                 if uri.startswith("s3://"):
                     etag = stamp.partition("-")[2]
@@ -602,77 +585,10 @@ def _list_local(path: bytes) -> tuple[tuple[int, int], list[bytes]]:
     return (found.st_dev, found.st_ino), sorted(below, reverse=True)
 
 
-# Object storage.
-
-
-def _check_scheme(uri: str) -> None:
-    scheme, _, path = uri.partition("://")
-    bucket = path.partition("/")[0]
-    if scheme not in SCHEMES:
-        raise DataError(
-            f"{uri}: {scheme}:// is not supported; only local paths, file://, s3://, gs://, abfs:// and hf:// are"
-        )
-    if scheme == "s3" and ("@" in bucket or ":" in bucket):  # not repeated in the message: it may hold a secret
-        raise DataError("s3://…@…: a bucket's name holds no login; credentials come from the AWS variables and files")
-
-
-def _filesystem(uri: str) -> tuple[Any, str]:
-    """Return the fsspec filesystem of a remote URI and the path in it."""
-    _check_scheme(uri)
-    scheme, _, path = uri.partition("://")
-    if not path.partition("/")[0]:
-        raise DataError(f"{uri}: names no bucket; write {scheme}://bucket/path")
-    if scheme == "s3":
-        from rayclust.store import s3  # takes every process half a second, so only where there is S3
-
-        variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        return s3.connect(os.getpid(), tuple(sorted(variables.items()))), path
-    import fsspec
-
-    try:
-        fs = fsspec.filesystem(scheme, use_listings_cache=False)  # another worker may have written since
-    except ImportError as error:
-        raise DataError(f"{uri}: install rayclust[{scheme}] to use {scheme}://") from error
-    return fs, fs._strip_protocol(uri)
-
-
-def _info(uri: str) -> dict[str, Any] | None:
-    """Return fsspec's properties of a remote file or folder; None where there is neither."""
-    with translated(uri, "read"):
-        fs, path = _filesystem(uri)
-        try:
-            return cast(dict[str, Any], fs.info(path))
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in names(error):
-                raise
-            return None
-
-
-def _remote_stat(key: str, uri: str, info: dict[str, Any]) -> FileStat:
-    version = next((info[name] for name in ("ETag", "etag", "blob_id", "created") if info.get(name)), "")
-    version = version.timestamp() if isinstance(version, datetime) else str(version).strip('"')
-    return FileStat(key, uri, int(info["size"]), f"{info['size']}-{version}")
-
-
-def _list(uri: str) -> Iterator[FileStat]:
-    """Yield every object below a remote folder in order of the keys' UTF-8 bytes, as S3 lists them."""
-    base = uri.rstrip("/")
-    with translated(uri, "list"):
-        fs, folder = _filesystem(base)
-        if base.startswith("s3://"):
-            found = fs.list_objects(folder)
-        else:
-            found = iter(sorted(fs.find(folder, detail=True).items(), key=lambda item: item[0].encode()))
-        for path, info in found:
-            if path.startswith(f"{folder}/"):
-                key = path[len(folder) + 1 :]
-                yield _remote_stat(key, f"{base}/{key}", info)
-
-
 def _walk_remote(uri: str) -> Iterator[FileStat]:
     """Yield visible files, or the one at `uri`."""
     is_missing = "/" in uri.partition("://")[2].rstrip("/")  # an empty bucket is there
-    for found in _list(uri):
+    for found in list_objects(uri):
         is_missing = False
         if found.key and not found.key.endswith("/") and not is_hidden(found.key):
             yield found

@@ -6,8 +6,9 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from rayclust.clustering import kmeans, row_stats
-from rayclust.clustering.kmeans import KMeansResult, Partitions, half_squares, in_parts, kmeans_plusplus, nearest
+from rayclust.clustering import kmeans, row_stats, seeding
+from rayclust.clustering.kmeans import KMeansResult, Partitions, half_squares, in_parts, nearest
+from rayclust.clustering.seeding import kmeans_plusplus
 from rayclust.clustering.settings import KMeansOptions, Metric
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.features import FeatureTransform
@@ -318,7 +319,7 @@ def grouped(count: int = 120, offset: float = 0.0) -> Tensor:
 
 @pytest.mark.parametrize("clusters", [1, 2, 8, 30])
 def test_seeds_agree_with_the_slow_form(clusters: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kmeans, "_SEEDING_DISTANCES_AT_ONCE", 500)
+    monkeypatch.setattr(seeding, "_DISTANCES_AT_ONCE", 500)
     x = grouped()
     found = kmeans_plusplus(x, clusters, [0, (1, 2), 3])
     expected = [greedy_seeds(x.double().numpy(), clusters, seed) for seed in (0, (1, 2), 3)]
