@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+mp.set_forkserver_preload(["pytest", "tests.workers", "rayclust.estimators"])
+
 
 def on_two_workers(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(rank, 2, *arguments)` returns on each of two workers; a failure of either is raised here."""
@@ -22,12 +24,15 @@ def on_two_workers(function: Callable[..., Any], *arguments: Any) -> list[Any]:
 def on_workers(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """As `on_two_workers`, on `count` of them."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, args=(count, folder, function, arguments), nprocs=count)
+        # Forked from one process of the session, which has imported torch and forks on request: that takes seconds.
+        torch.save((function, arguments), Path(folder) / "work.pt")  # tensors as arguments would be shared memory
+        mp.start_processes(_work, (count, folder), nprocs=count, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-def _work(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
+    function, arguments = torch.load(Path(folder) / "work.pt", weights_only=False)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
     torch.save(function(rank, world, *arguments), Path(folder) / f"{rank}.pt")
     dist.barrier()  # none leaves while another still waits for what it sends

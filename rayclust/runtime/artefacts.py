@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedReader
 from typing import Any, cast
 
@@ -38,22 +38,28 @@ def put_json(run: Run, uri: str, value: Any) -> Outputs:
     return put_bytes(run, uri, storage.canonical_json(value).encode())
 
 
-def put_neighbors(run: Run, uri: str, rows: np.ndarray, neighbors: np.ndarray, similarity: np.ndarray) -> Outputs:
-    """Write the neighbours of one part.
+def put_neighbors(
+    run: Run, uris: Mapping[int, str], starts: Sequence[int], neighbors: np.ndarray, similarity: np.ndarray
+) -> Outputs:
+    """Write the neighbours of consecutive parts, a table for each.
 
     Args:
         run: the run.
-        uri: of the table, such as `run.neighbors(part)`.
-        rows: Int64[B].
-        neighbors: Int[B M], rows of the neighbours.
+        uris: of the tables, by part, such as `run.neighbors(part)`.
+        starts: first row of each part of the run, and N.
+        neighbors: Int[B M], neighbours of all rows of these parts.
         similarity: Float[B M], cosines; stored as float16.
     """
-    columns = [
-        pa.array(rows),
-        tables.fixed_list(neighbors.astype(np.int64)),
-        tables.fixed_list(similarity.astype(np.float16)),
-    ]
-    return put_table(run, uri, pa.table(columns, schema=tables.NEIGHBORS(neighbors.shape[1])))
+    outputs, first = Outputs(), starts[min(uris)]
+    for part, uri in uris.items():
+        start, stop = starts[part : part + 2]
+        columns = [
+            pa.array(np.arange(start, stop)),
+            tables.fixed_list(neighbors[start - first : stop - first].astype(np.int64)),
+            tables.fixed_list(similarity[start - first : stop - first].astype(np.float16)),
+        ]
+        outputs |= put_table(run, uri, pa.table(columns, schema=tables.NEIGHBORS(neighbors.shape[1])))
+    return outputs
 
 
 def drop_stale_parts(folder: str, count: int) -> None:

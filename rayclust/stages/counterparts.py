@@ -160,11 +160,8 @@ class Guidance:
             if len(kept):
                 best.update(self._texts(part)[kept], torch.from_numpy(start + kept))
         neighbors, similarity = (found.cpu() for found in best.result())
-        outputs: Outputs = {}
-        for part in task.payload:
-            some = slice(*(starts[place] - starts[task.payload[0]] for place in (part, part + 1)))
-            found = (column[some].numpy() for column in (rows, neighbors, similarity))
-            outputs |= put_neighbors(self.run, self.run.text_neighbors(part), *found)
+        uris = {part: self.run.text_neighbors(part) for part in task.payload}
+        outputs = put_neighbors(self.run, uris, starts, neighbors.numpy(), similarity.numpy())
         return TaskResult(outputs, {"rows": len(rows)})
 
     def _texts(self, part: int) -> Tensor:

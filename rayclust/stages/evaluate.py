@@ -171,11 +171,10 @@ class _Scoring:
         rows = known[_sample(len(known), SPACE_ROWS, self.config.seed)]
         with torch.inference_mode():
             z = method.transform(torch.from_numpy(features_at(self.run, self.starts, self.transform, rows))).double()
-        shares = z.var(dim=0, correction=0)
-        spectrum = torch.linalg.svdvals(z - z.mean(0)).square()
-        spectrum = spectrum / spectrum.sum().clamp(min=torch.finfo(spectrum.dtype).tiny)
-        found = {"space_std": float(shares.sqrt().mean()) * z.shape[1] ** 0.5}
-        found["space_rank"] = float(torch.special.entr(spectrum).sum().exp())
+        found = {"space_std": float(z.std(dim=0, correction=0).mean()) * z.shape[1] ** 0.5}
+        variances = torch.linalg.svdvals(z - z.mean(0)).square()
+        shares = variances / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)
+        found["space_rank"] = float(torch.special.entr(shares).sum().exp())
         if is_labelled and len(rows) > 1:
             similarity, neighbors = (
                 (z @ z.T).fill_diagonal_(-torch.inf).topk(min(self.config.evaluate.probe_neighbors, len(rows) - 1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.features import SpaceTransforms
-from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors
+from rayclust.runtime.artefacts import drop_stale_parts, put_neighbors
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.pipeline import StageContext, StageResult
 from rayclust.runtime.rows import fitted_count, kept_aside, part_features, row_starts, transform_of, unit_transform
@@ -88,9 +88,6 @@ def _search_exactly(
         most = min(2 * k, sum(encode.parts) - sum(encode.test) - 1)
         lists = [nearest(transform.only(space), most) for space in transform.transforms]
         neighbors, similarity = agreeing_neighbors([ids for ids, _ in lists], [cosines for _, cosines in lists], k)
-    outputs: Outputs = {}
-    for part in task.payload:
-        some = slice(*(starts[place] - starts[task.payload[0]] for place in (part, part + 1)))
-        found = (rows[some], neighbors[some], similarity[some])
-        outputs |= put_neighbors(run, run.neighbors(part), *(column.numpy() for column in found))
+    uris = {part: run.neighbors(part) for part in task.payload}
+    outputs = put_neighbors(run, uris, starts, neighbors.numpy(), similarity.numpy())
     return TaskResult(outputs, {"rows": len(rows)})

@@ -469,14 +469,10 @@ def collect(layout: IvfLayout, summary: dict[str, Any], files: Sequence[SortedFi
     first, end = layout.span(group)
     if not np.array_equal(records["row"], np.arange(first, end)):
         raise ArtefactError(f"neighbors: {len(records)} rows are there for the rows {first} to {end - 1}; run it again")
-    outputs: Outputs = {}
-    for part in layout.groups[group]:
-        some = records[layout.starts[part] - first : layout.starts[part + 1] - first]
-        neighbors, similarity = unpack_keys(torch.from_numpy(some["keys"].copy()))
-        cosine = similarity.clamp(-1, 1)  # float16 makes some rows a little longer than 1
-        outputs |= put_neighbors(
-            layout.run, layout.run.neighbors(part), some["row"].copy(), neighbors.numpy(), cosine.numpy()
-        )
+    neighbors, similarity = unpack_keys(torch.from_numpy(records["keys"].copy()))
+    cosine = similarity.clamp(-1, 1)  # float16 makes some rows a little longer than 1
+    uris = {part: layout.run.neighbors(part) for part in layout.groups[group]}
+    outputs = put_neighbors(layout.run, uris, layout.starts, neighbors.numpy(), cosine.numpy())
     return TaskResult(outputs, {"rows": end - first}, summary)
 
 

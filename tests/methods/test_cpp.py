@@ -21,6 +21,7 @@ from rayclust.metrics.external import accuracy
 from rayclust.training.loop import LOSS_SCALE, Stepper, Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows
 from tests import references
+from tests.stores import MemoryStore
 from tests.workers import on_workers
 
 
@@ -322,49 +323,31 @@ def test_training_ends_where_the_loss_no_longer_falls():
     assert not build(CppConfig.model_validate({**SMALL, **settings}), D, 240, seed=0).stop
 
 
-class Store:
-    """Keeps checkpoints in memory and fails after one."""
-
-    def __init__(self) -> None:
-        self.kept: list[Any] = []
-        self.fails = False
-
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        self.kept.append((tensors, {**state, "history": list(state["history"])}))
-        if self.fails:
-            raise KeyboardInterrupt
-
-    def latest(self) -> Any:
-        return self.kept[-1] if self.kept else None
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_training_stopped_and_gone_on_with_ends_in_the_same_bits(precision: str):
     x, _ = planted()
     settings = {"steps": 12, "batch_size": 120, "variant": "two_head", "patience": 4, "precision": precision}
 
-    def run(store: Store) -> Cpp:
+    def run(store: MemoryStore) -> Cpp:
         made = build(CppConfig.model_validate({**SMALL, **settings}), D, 240, seed=0)
         assert isinstance(made, Cpp)
         made.fit(ArrayRows(x), Trainer(0, store=store))
         return made
 
-    whole, store = run(Store()), Store()
-    store.fails = True
-    for _ in range(2):
+    whole, store = run(MemoryStore()), MemoryStore()
+    for store.stop_after in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             run(store)
     assert [state["step"] for _, state in store.kept] == [2, 4]
-    store.fails = False
     gone_on = run(store)
     for name, value in whole.state().tensors.items():
         assert torch.equal(gone_on.state().tensors[name], value), name
 
 
-def stopped(rank: int, world: int, x: torch.Tensor, store: Store) -> Store:
+def stopped(rank: int, world: int, x: torch.Tensor) -> MemoryStore:
+    store = MemoryStore(stop_after=1)
     with pytest.raises(KeyboardInterrupt):
         method_of(x).fit(ArrayRows(x), Trainer(0, store=store))
-    store.fails = False
     return store
 
 
@@ -375,11 +358,10 @@ def method_of(x: torch.Tensor) -> Cpp:
 
 
 def test_one_worker_goes_on_where_two_were():
-    x, store = planted()[0].double(), Store()
-    store.fails = True
+    x = planted()[0].double()
     alone, gone_on = method_of(x), method_of(x)
     alone.fit(ArrayRows(x), Trainer(0))
-    gone_on.fit(ArrayRows(x), Trainer(0, store=on_workers(2, stopped, x, store)[0]))
+    gone_on.fit(ArrayRows(x), Trainer(0, store=on_workers(2, stopped, x)[0]))
     for name, value in alone.network.state_dict().items():
         torch.testing.assert_close(gone_on.network.state_dict()[name], value, rtol=0, atol=1e-8, msg=name)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rayclust.methods.kmeans import KMeans
 from rayclust.methods.settings import KMeansConfig
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
+from tests.stores import MemoryStore
 from tests.workers import on_two_workers
 
 
@@ -25,23 +27,8 @@ def planted(count: int = 400, clusters: int = 8) -> Tensor:
     return torch.from_numpy(x.astype(np.float32))
 
 
-class Memory:
-    """Checkpoints in memory; the process dies at the save after `survives` ones."""
-
-    def __init__(self, survives: int = 10**9) -> None:
-        self.survives, self.kept = survives, list[tuple[dict[str, Tensor], dict[str, Any]]]()
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        if len(self.kept) == self.survives:
-            raise KeyboardInterrupt
-        self.kept.append((tensors, {**state, "history": list(state["history"])}))
-
-    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.kept[-1] if self.kept else None
-
-
 def fitted(
-    x: Tensor, store: Memory | None = None, every: CheckpointInterval | None = None, **options: Any
+    x: Tensor, store: MemoryStore | None = None, every: CheckpointInterval | None = None, **options: Any
 ) -> tuple[KMeans, list[dict[str, Any]]]:
     config = KMeansConfig(**{"clusters": 8, "restarts": 3, "tolerance": 0.0} | options)
     method = build(config, x.shape[1], len(x), seed=4)
@@ -90,17 +77,13 @@ def test_length_of_rows_plays_no_part_for_cosine():
 
 def test_killed_anywhere_it_goes_on_to_the_same_end():
     x = planted()
-    whole, history = fitted(x, store := Memory())
+    whole, history = fitted(x, store := MemoryStore())
     assert len(store.kept) == len(history) - 1
-    for survives in (0, 1, 2, len(store.kept) - 1, len(store.kept)):
-        memory = Memory(survives)
-        if survives < len(store.kept):
-            with pytest.raises(KeyboardInterrupt):
-                fitted(x, memory)
-            memory.survives = 10**9
-        else:
-            fitted(x, memory)
-        again, rows = fitted(x, memory)
+    for stop_after in (1, 2, len(store.kept) - 1, None):
+        kept = MemoryStore(stop_after)
+        with pytest.raises(KeyboardInterrupt) if stop_after else nullcontext():
+            fitted(x, kept)
+        again, rows = fitted(x, kept)
         assert torch.allclose(again.centers, whole.centers, atol=1e-6)
         assert [row["inertia"] for row in rows] == pytest.approx([row["inertia"] for row in history])
 
@@ -114,7 +97,7 @@ def test_keeps_checkpoints_by_the_clock_or_by_the_count():
         CheckpointInterval(None, seconds=1e9),
         CheckpointInterval(None),
     ):
-        fitted(planted(), store := Memory(), every)
+        fitted(planted(), store := MemoryStore(), every)
         kept[every] = len(store.kept)
     passes, halves, always, late, never = kept.values()
     assert passes == always > 1
@@ -123,7 +106,7 @@ def test_keeps_checkpoints_by_the_clock_or_by_the_count():
 
 
 def test_refuses_a_checkpoint_of_other_sizes():
-    store = Memory()
+    store = MemoryStore()
     fitted(planted(), store)
     with pytest.raises(ArtefactError, match="does not hold"):
         fitted(planted(), store, clusters=5)
@@ -138,7 +121,7 @@ def test_a_loaded_state_assigns_the_same():
 
 
 def worker_fit(rank: int, world: int, x: Tensor) -> Tensor:
-    return fitted(x, Memory())[0].centers
+    return fitted(x, MemoryStore())[0].centers
 
 
 def test_two_workers_equal_one():
@@ -148,12 +131,11 @@ def test_two_workers_equal_one():
         assert torch.allclose(centers, alone.centers, atol=1e-6)
 
 
-def stopped(rank: int, world: int, x: Tensor) -> Memory:
-    memory = Memory(survives=2)
+def stopped(rank: int, world: int, x: Tensor) -> MemoryStore:
+    store = MemoryStore(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
-        fitted(x, memory)
-    memory.survives = 10**9
-    return memory
+        fitted(x, store)
+    return store
 
 
 def test_one_worker_goes_on_where_two_were():

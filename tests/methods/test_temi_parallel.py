@@ -15,6 +15,7 @@ from rayclust.methods.base import CheckpointInterval
 from rayclust.methods.temi import Temi, TemiConfig
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
+from tests.stores import MemoryStore
 from tests.workers import on_two_workers, on_workers
 
 D, K, B, H, STEPS = 6, 4, 9, 5, 5
@@ -31,20 +32,6 @@ def _put_back(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sizes, "cpu", sizes["cpu"])
 
 
-class MemoryStore:
-    def __init__(self, first: Kept | None) -> None:
-        self.first, self.kept = first, list[Kept]()
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.kept.append((tensors, {**state, "history": list(state["history"])}))
-
-    def latest(self) -> Kept | None:
-        if self.first is None:
-            return None
-        # Spawned workers are given tensors in memory that they share.
-        return {name: tensor.clone() for name, tensor in self.first[0].items()}, self.first[1]
-
-
 def _config(**settings: Any) -> TemiConfig:
     written = {"clusters": K, "preset": "none", "heads": H, "hidden": 8, "bottleneck": 5, "batch_size": B}
     written |= {"epochs": STEPS, "neighbors": 3, "learning_rate": 0.3, "warmup_epochs": 1, "weight_decay": 0.1}
@@ -55,7 +42,8 @@ def _trained(form: str, start: Kept | None = None, **settings: Any) -> dict[str,
     """Train for five epochs of one step each; return metrics of every step, all checkpoints, and all fitted heads."""
     information.CHUNK_BYTES["cpu"], information.KEPT_BYTES["cpu"] = FORMS[form]
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    method, store = build(_config(**settings), D, B, seed=0).double(), MemoryStore(start)
+    method, store = build(_config(**settings), D, B, seed=0).double(), MemoryStore()
+    store.kept += [start] if start else []
     trainer = Trainer(3, store=store, every=CheckpointInterval(epochs=2))
     method.fit(ArrayRows(x, (torch.arange(B)[:, None] + torch.arange(1, 4)) % B), trainer)
     history = [{k: v for k, v in row.items() if "second" not in k} for row in trainer.history]

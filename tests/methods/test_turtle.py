@@ -34,6 +34,7 @@ from rayclust.methods.turtle_settings import TurtleConfig, TurtleSetting
 from rayclust.metrics.external import accuracy
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
+from tests.stores import MemoryStore
 from tests.workers import on_workers
 
 LIKE = torch.zeros(0, dtype=torch.float64)
@@ -390,28 +391,13 @@ def test_any_number_of_workers_takes_the_same_steps():
                 assert each[name].allclose(value, rtol=0, atol=1e-10), name
 
 
-class Kept:
-    """Checkpoints in memory; a training is killed after one of them."""
-
-    def __init__(self, last: int) -> None:
-        self.last, self.content = last, None
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.content = (tensors, {**state, "history": list(state["history"])})
-        if step == self.last:
-            raise KeyboardInterrupt
-
-    def latest(self) -> Any:
-        return self.content
-
-
 @pytest.mark.parametrize("start", ["cold", "warm"])
 def test_a_resumed_training_ends_at_the_same_bits(start: str):
     x, _ = planted(count=300, clusters=3)
     settings: dict[str, Any] = {"clusters": 3, "steps": 60, "batch_size": 100, "start": start, "inner_rate": 1e-2}
     settings |= {"outer_rate": 1e-2, "seeds": 2}
     whole = fitted(x, **settings)
-    store = Kept(last=40)
+    store = MemoryStore(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
         fitted(x, trainer=Trainer(0, store=store, every=CheckpointInterval(epochs=1)), **settings)
     trainer = Trainer(0, store=store)

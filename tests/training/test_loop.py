@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import math
 from typing import Any
@@ -221,7 +220,6 @@ def _with_some_workers(
     rank: int, world: int, parallel: str, store: MemoryStore
 ) -> tuple[MemoryStore, dict[str, Tensor], list[dict[str, Any]]]:
     """Checkpoints in every step, up to the store's end or the training's."""
-    store = copy.deepcopy(store)  # tensors handed to processes are in memory that these share
     loop.CLOCK_STEPS = 1
     method = _method(parallel=parallel, steps=10, noise=0.1, batch_norm=True)
     trainer = Trainer(7, store=store, every=CheckpointInterval(seconds=0.0))
