@@ -12,6 +12,7 @@ import torch
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.methods.kmeans import KMeans
+from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.runtime.rows import row_starts
 from rayclust.stages import evaluate
@@ -79,6 +80,7 @@ def test_rows_each_alone_and_no_sample_are_no_errors(
 @pytest.fixture
 def copied(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A copy of the run by a method with a space of its own."""
+    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
     monkeypatch.setattr(KMeans, "width", 1, raising=False)
     monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
     shutil.copytree(vectors_run.folder, tmp_path / "run")
