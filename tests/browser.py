@@ -7,8 +7,8 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +70,13 @@ class Page:
         while (found := await self.run(script)) != wanted:
             assert time.monotonic() < deadline, f"{script}: {found!r} instead of {wanted!r}"
             await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def tab(endpoint: str, url: str) -> AsyncIterator[Page]:
+    """Open an address in a tab of its own, which is closed afterwards."""
+    async with aiohttp.ClientSession() as session, session.ws_connect(endpoint, max_msg_size=0) as socket:
+        page = Page(socket)
+        await page.open(url)
+        yield page
+        await page.call("Page.close")

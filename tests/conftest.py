@@ -210,6 +210,17 @@ def nodes() -> Any:
     return found
 
 
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One headless browser for all tests of pages; the value is the address of its protocol."""
+    from tests.browser import CHROMIUM, WITHOUT, chromium
+
+    if CHROMIUM is None:
+        pytest.skip(WITHOUT)
+    with chromium(tmp_path_factory.mktemp("chromium")) as endpoint:
+        yield endpoint
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages work in this process instead of a cluster."""

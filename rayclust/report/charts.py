@@ -412,6 +412,72 @@ def criteria(found: Sequence[Criterion], chosen: int | None, title: str) -> Mark
     return write(figure, title)
 
 
+@dataclass(frozen=True)
+class Flow:
+    """What goes from a group at the left to one at the right, given by their places."""
+
+    source: int
+    target: int
+    count: int
+    hue: int | None = None
+    """Place in `HUES`; None is grey."""
+    is_faint: bool = False
+    url: str = ""
+    """Where a click leads; empty makes it no link."""
+
+
+@styled
+def sankey(flows: Sequence[Flow], sources: Sequence[str], targets: Sequence[str], title: str) -> Markup:
+    """Draw how groups at the left divide among groups at the right: bands as thick as their counts.
+
+    Args:
+        flows: at most one for each pair of groups.
+        sources: names of the groups at the left, from the top.
+        targets: names of those at the right.
+        title: what is drawn, for screen readers.
+    """
+    from matplotlib.patches import PathPatch, Rectangle
+    from matplotlib.path import Path
+
+    across, margin, bar, gap, line = 820.0, 200.0, 10.0, 5.0, 15.0
+    totals = np.zeros((len(sources), len(targets)), np.int64)
+    for flow in flows:
+        totals[flow.source, flow.target] += flow.count
+    thickness = 380 / max(1, int(totals.sum()))  # of one of what is counted
+    # 1. Each group has room for its name; the shorter side stands in the middle.
+    rooms = [np.maximum(totals.sum(axis) * thickness, line) + gap for axis in (1, 0)]
+    height = max(room.sum() for room in rooms) + gap
+    figure = new_figure(across, height)
+    axes = add_axes(figure, 0, 0, across, height, x=(0, across), y=(height, 0))
+    free = list[FloatArray]()
+    for axis, room, names in zip((1, 0), rooms, (sources, targets), strict=True):
+        middles = (height - room.sum()) / 2 + np.cumsum(room) - room / 2
+        sizes = totals.sum(axis)
+        free.append(middles - sizes * thickness / 2)
+        x, out = (margin, -6) if axis else (across - margin - bar, bar + 6)
+        for name, size, top, middle in zip(names, sizes.tolist(), free[-1], middles, strict=True):
+            look = {"color": INK, "lw": 0, "gid": tooltip(f"{name}: {count(size)}")}
+            axes.add_artist(Rectangle((x, top), bar, size * thickness, **look))
+            place = {"ha": "right" if axis else "left", "va": "center_baseline", "color": INK}
+            axes.text(x + out, middle, f"{one_line(name, 20)} · {count(size)}", **place)
+    # 2. Bands in the order of the groups at both ends, so that those of a group do not cross there; faint ones below.
+    left, right = margin + bar, across - margin - bar
+    half = (left + right) / 2
+    for flow in sorted(flows, key=lambda flow: (flow.source, flow.target)):
+        a, b, thick = free[0][flow.source], free[1][flow.target], flow.count * thickness
+        free[0][flow.source] += thick
+        free[1][flow.target] += thick
+        upper = [(left, a), (half, a), (half, b), (right, b)]
+        lower = [(right, b + thick), (half, b + thick), (half, a + thick), (left, a + thick)]
+        codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
+        band = PathPatch(Path([*upper, *lower, upper[0]], codes), lw=0, alpha=0.25 if flow.is_faint else 0.65)
+        tip = tooltip(f"{sources[flow.source]} → {targets[flow.target]}: {count(flow.count)}")
+        band.set(color=GREY if flow.hue is None else HUES[flow.hue], gid=tip, url=flow.url or None)
+        band.set_zorder(0.5 if flow.is_faint else 1)
+        axes.add_artist(band)
+    return write(figure, title)
+
+
 def _columns(
     counts: Sequence[int], labels: Sequence[str], marks: Mapping[float, str], *, title: str, x_label: str, unit: str
 ) -> Markup:

@@ -1,9 +1,9 @@
 """matplotlib's figures as SVG that any page can inline, in the colours of a light or a dark theme.
 
-matplotlib is imported when the first chart is drawn. `write` rewrites its SVG: no ids, inline styles, scripts or
-references, coordinates in two decimals, tooltips as `title` elements. A colour is set twice: as an attribute, so that
-a chart stands alone, and as a class (`fg`, `muted`, `grid`, `hue-0` …), so that a style sheet, which wins over
-attributes, can follow the theme.
+matplotlib is imported when the first chart is drawn. `write` rewrites its SVG: no ids, inline styles or scripts, no
+references but the links of shapes, coordinates in two decimals, tooltips as `title` elements. A colour is set twice: as
+an attribute, so that a chart stands alone, and as a class (`fg`, `muted`, `grid`, `hue-0` …), so that a style sheet,
+which wins over attributes, can follow the theme.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHADES = 16
 HALO = "halo"
 """`gid` of a text with an outline in the colour of the ground."""
 
-_TIP = "tip:"
+_TIP, _HREF = "tip:", "{http://www.w3.org/1999/xlink}href"
 _FILLS = {INK: "fg", GREY: "muted", ON_HUE: "on-series"} | {hue: f"hue-{i}" for i, hue in enumerate(HUES)}
 _STROKES = {GREY: "grid"} | {hue: f"line-hue-{i}" for i, hue in enumerate(HUES)}
 _ATTRIBUTES = (
@@ -163,7 +163,10 @@ def tooltip(text: str) -> str:
 
 
 def write(figure: Figure, title: str) -> Markup:
-    """Return a figure as one `svg` element that scales to its container, titled for screen readers."""
+    """Return a figure as one `svg` element that scales to its container, titled for screen readers.
+
+    Shapes that have a URL become links.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
@@ -173,6 +176,8 @@ def write(figure: Figure, title: str) -> Markup:
     root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size, **_ROOT, "stroke-linejoin": "round"})
     ET.SubElement(root, "title").text = shorten(clean(title), 300)
     root.extend(_inlined(ET.fromstring(buffer.getvalue())))  # noqa: S314 - our own text
+    if root.find("a") is not None:
+        root.set("role", "group")  # of an image screen readers skip the parts
     return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - ElementTree escapes every string
 
 
@@ -185,13 +190,17 @@ def standalone(chart: str, description: str = "") -> str:
 
 
 def _inlined(node: ET.Element) -> list[ET.Element]:
-    """Return the shapes, texts and images of an element; groups dissolve, and their ids become tooltips or classes."""
+    """Return an element's shapes, texts, images and links; groups dissolve, their ids become tooltips or classes."""
     tag, group = node.tag.rpartition("}")[2], node.get("id", "")
     if tag in ("path", "text", "image"):
         return [_inlined_shape(node, tag)]
-    if tag not in ("svg", "g"):
+    if tag not in ("svg", "g", "a"):
         return []
     shapes = [shape for inner in node for shape in _inlined(inner)]
+    if tag == "a":
+        link = ET.Element("a", {"href": node.attrib[_HREF]})
+        link.extend(shapes)
+        return [link]
     if group.startswith(_TIP):
         for shape in shapes[:1]:
             ET.SubElement(shape, "title").text = group.removeprefix(_TIP)
@@ -223,7 +232,7 @@ def _inlined_shape(node: ET.Element, tag: str) -> ET.Element:
 def _small_image(node: ET.Element) -> dict[str, str]:
     """Return the attributes of a heat-map's image in half a byte a pixel; matplotlib takes four."""
     # 1. Levels, from the alpha channel of matplotlib's image.
-    encoded = node.attrib["{http://www.w3.org/1999/xlink}href"].partition(",")[2]
+    encoded = node.attrib[_HREF].partition(",")[2]
     alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).getchannel("A"))
     step, buffer = 255 // (SHADES - 1), io.BytesIO()
     # 2. The same levels as a palette of one colour with 16 opacities.

@@ -257,8 +257,10 @@ class Explorer:
 
     def flow(self, source: int, target: int, *, offset: int = 0, limit: int = 100) -> dict[str, Any]:
         """Return images of a page of those in one cluster here and in another in the other run, and their number."""
-        rows = np.flatnonzero((self._now() == source) & (self._other().clusters == target))
-        return {"total": len(rows), "images": self._records(rows[offset : offset + limit])}
+        other = self._other()
+        rows = np.flatnonzero((self._now() == source) & (other.clusters == target))
+        names = {"from_name": self._state.shown.names.get(source), "to_name": other.names.get(target)}
+        return {"total": len(rows), "images": self._records(rows[offset : offset + limit])} | names
 
     def selections(self) -> dict[str, int]:
         """Return the number of images of each saved selection, by name."""

@@ -51,6 +51,30 @@ def test_confidence_histogram_names_its_bins() -> None:
     assert words(root)[:7] == ["0%", "20%", "40%", "60%", "80%", "100%", "confidence of the assignment"]
 
 
+# Flows
+
+
+def test_bands_are_as_thick_as_their_counts_stacked_in_order_and_lead_where_they_say() -> None:
+    flows = [charts.Flow(0, 0, 6, 1, url="#a"), charts.Flow(0, 1, 2, 1), charts.Flow(1, 0, 12, is_faint=True)]
+    root = chart(charts.sankey(flows, ["x", "y"], ["u", "v"], "t"))
+    assert sorted(words(root)) == ["u · 18", "v · 2", "x · 8", "y · 12"]
+    found = {tip: path for path in shapes(root, "path") for tip in tips(path)}
+    [link] = shapes(root, "a")
+    assert link.attrib == {"href": "#a"}
+    assert tips(link) == ["x → u: 6"]
+    [first], second, third = shapes(link, "path"), found["x → v: 2"], found["y → u: 12"]
+    # M start, C three points to the upper end, L lower end, C back: ends at both sides as (top, bottom).
+    ends = [[float(y) for y in re.findall(r"[-\d.]+ ([-\d.]+)", band.attrib["d"])] for band in (first, second, third)]
+    unit = 380 / 20
+    for (start, *_, lower), count in zip(((e[0], e[7]) for e in ends), (6, 2, 12), strict=True):
+        assert lower - start == pytest.approx(count * unit, abs=0.02)
+    assert ends[1][0] == pytest.approx(ends[0][7], abs=0.02), "below each other at the left"
+    assert ends[2][3] == pytest.approx(ends[0][4], abs=0.02), "and at the right"
+    assert [band.attrib.get("class") for band in (first, second, third)] == ["hue-1", "hue-1", "muted"]
+    assert float(third.attrib["opacity"]) < float(first.attrib["opacity"])
+    assert chart(charts.sankey([], [], [], "t")).attrib["role"] == "img"
+
+
 # Curves
 
 

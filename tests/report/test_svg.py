@@ -28,6 +28,7 @@ def everything(text: str) -> list[str]:
         charts.scatter(np.eye(2), np.arange(2), {0: text, 1: "b"}, title=text),
         charts.spectra([spectrum], text),
         charts.criteria([charts.Criterion(text, {2: 0.0, 900: 1.0}, spread={2: 0.1})], 2, text),
+        charts.sankey([charts.Flow(0, 0, 3, url="#/flow/0/0"), charts.Flow(0, 1, 1)], [text], [text, "b"], text),
     ]
 
 
@@ -35,19 +36,19 @@ def everything(text: str) -> list[str]:
 def test_hostile_strings_stay_text(text: str) -> None:
     for drawn, plain in zip(everything(text), everything("plain"), strict=True):
         nodes = list(chart(drawn).iter())
-        assert {node.tag.removeprefix(SVG) for node in nodes} <= {"svg", "title", "text", "path", "image"}
+        assert {node.tag.removeprefix(SVG) for node in nodes} <= {"svg", "title", "text", "path", "image", "a"}
         assert len(nodes) == len(list(chart(plain).iter()))
 
 
 def test_a_page_can_inline_every_chart() -> None:
     for drawn in everything("a"):
         root = chart(drawn)
-        assert root.attrib["role"] == "img"
+        assert root.attrib["role"] == ("group" if "<a " in drawn else "img")
         assert root[0].tag == f"{SVG}title"
         assert root.attrib["viewBox"] == f"0 0 {root.attrib['width']} {root.attrib['height']}"
         for node in root.iter():
             assert {"id", "style", "clip-path"}.isdisjoint(node.attrib)
-            assert node.attrib.get("href", "data:image/png;base64,").startswith("data:image/png;base64,")
+            assert node.attrib.get("href", "#").startswith(("data:image/png;base64,", "#"))
         assert "url(" not in drawn
 
 
@@ -122,12 +123,13 @@ def test_a_file_of_its_own_has_a_ground_and_both_themes() -> None:
 
 
 def test_the_page_and_files_agree_on_colours() -> None:
-    """A figure looks the same on the page and in a file, in either theme."""
-    page = resources.files("rayclust.report").joinpath("templates", "page.css").read_text(encoding="utf-8")
-    light, dark = page.split("prefers-color-scheme: dark")[:2]
-    for place, (hue, on_dark) in enumerate(zip(svg.HUES, svg.DARK_HUES, strict=True)):
-        assert f"--h{place}: {hue};" in light
-        assert f"--h{place}: {on_dark};" in dark
+    """A figure looks the same on the page, in the explorer and in a file, in either theme."""
+    for package, *place in (("rayclust.report", "templates", "page.css"), ("rayclust.web", "static", "style.css")):
+        page = resources.files(package).joinpath(*place).read_text(encoding="utf-8")
+        light, dark = page.split("prefers-color-scheme: dark")[:2]
+        for number, (hue, on_dark) in enumerate(zip(svg.HUES, svg.DARK_HUES, strict=True)):
+            assert f"--h{number}: {hue};" in light
+            assert f"--h{number}: {on_dark};" in dark
 
 
 def test_what_is_imported_when() -> None:

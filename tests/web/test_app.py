@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from rayclust.store.run import Run
 from rayclust.store.sources import fetch_many
 from rayclust.web import app as web
 from rayclust.web.app import Opening, create_app, is_loopback
+from rayclust.web.comparison import DRAWN, _Flows
 from rayclust.web.explorer import Explorer
 from tests.sealed import Sealed
 
@@ -303,12 +305,30 @@ def test_two_runs_are_compared_image_by_image(config: RunConfig, tmp_path: Path)
         assert [places for places, flow in flows.items() if flow["moved"]] == [(0, 3)]
         assert (flows[0, 3]["to_name"], flows[0, 3]["share"], flows[0, 3]["share_of_other"]) == ("two", 0.25, 1.0)
         moved = get(page, "/api/compare/0/3")
-        assert moved["total"] == 2
+        assert (moved["total"], moved["from_name"], moved["to_name"]) == (2, None, "two")
+        assert sorted(re.findall(r'href="(.*?)"', found["drawing"])) == [f"#/flow/{a}/{b}" for a, b in sorted(flows)]
         assert {image["key"] for image in moved["images"]} == set(keys)
         # An edit here counts at once.
         rows = [image["row"] for image in moved["images"]]
         post(page, "/api/edits", {"do": "split", "cluster": 0, "rows": rows})
         assert not any(flow["moved"] for flow in get(page, "/api/compare")["flows"])
+
+
+def test_what_moved_is_drawn_and_the_other_clusters_are_one_group():
+    """Of 60 clusters of 10 one gives three images to one, and 30 give one each to another."""
+    own = np.repeat(np.arange(60), 10)
+    other = own.copy()
+    other[70:73], other[300::10] = 58, 20
+    drawing = _Flows.between(own, other).drawn({7: "seven"}, {20: "twenty"})
+    links = [tuple(map(int, pair)) for pair in re.findall(r'href="#/flow/(\d+)/(\d+)"', drawing)]
+    assert {(7, 7), (7, 58), (30, 30), (30, 20), (20, 20), (58, 20)} <= set(links)
+    assert len({a for a, _ in links}) == len({b for _, b in links}) == DRAWN
+    assert set(re.findall(r">(seven|twenty|\d+ more) · (\d+)<", drawing)) == {
+        ("seven", "10"), ("twenty", "40"), (f"{60 - DRAWN} more", "18"),
+    }  # fmt: skip
+    everything = _Flows.between(own, own).drawn({}, {})
+    assert everything.count("href=") == DRAWN
+    assert "more" not in everything, "nothing goes between what is drawn and the rest"
 
 
 def test_runs_without_a_common_image_and_none_to_compare_with_are_one_line(

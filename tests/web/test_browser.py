@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pyarrow.parquet as pq
 import pytest
 import uvicorn
@@ -23,7 +22,7 @@ from rayclust.export.rows import RunRows
 from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import run_all
 from rayclust.web.app import serve
-from tests.browser import CHROMIUM, WITHOUT, Page, chromium
+from tests.browser import Page, tab
 from tests.stages.in_process import without_ray
 from tests.stages.runs import tree
 
@@ -40,7 +39,7 @@ def served(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     monkeypatch.setattr(uvicorn, "Server", Server)
     thread = threading.Thread(
-        target=serve, args=(config,), kwargs={"host": "127.0.0.1", "port": 0, "show": shown.append}
+        target=serve, args=(config,), kwargs={"host": "127.0.0.1", "port": 0, "show": shown.append, "against": config}
     )
     thread.start()
     try:
@@ -86,41 +85,49 @@ async def walk(page: Page) -> None:
     await page.run(f"{others}.forEach(card => card.querySelector('input').click())")
     await page.run("document.querySelector('[name=merge]').click()")
     await page.until("document.querySelectorAll('.tile img').length", 16)
-    # 5. On a telephone nothing is wider than the screen.
+    # 5. Beside the run as it was: what was two clusters is one; a band leads to its images.
+    await page.run("location.hash = '#/compare'")
+    await page.until("document.querySelectorAll('.flows a').length", 3)
+    await page.until("document.querySelector('[data-facts]').textContent.includes('66.7% of the images')")
+    follow = "new MouseEvent('click', { bubbles: true, cancelable: true })"
+    await page.run(f"document.querySelector('.flows a').dispatchEvent({follow})")
+    await page.until("document.querySelectorAll('.tile img').length", 8)
+    await page.until("document.querySelector('main h2').textContent.startsWith('8 images in ')")
+    # 6. On a telephone nothing is wider than the screen.
     await page.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=False)
     await page.until("document.documentElement.scrollWidth <= innerWidth")
     await page.run("location.hash = '#/'")
     await page.until("document.querySelectorAll('.card').length", 2)
     await page.until("document.documentElement.scrollWidth <= innerWidth")
+    await page.run("location.hash = '#/compare'")
+    await page.until("document.querySelectorAll('.flows a').length", 3)
+    await page.until("document.documentElement.scrollWidth <= innerWidth")
 
 
-def in_browser(config: RunConfig, folder: Path, patch: pytest.MonkeyPatch, walk: Walk) -> None:
-    """Walk through a run's page in a browser of its own; nothing may fail there, or ask elsewhere."""
+def in_browser(endpoint: str, config: RunConfig, folder: Path, walk: Walk) -> None:
+    """Walk through a run's page, beside itself as another run; nothing may fail there, or ask elsewhere."""
 
-    async def done(url: str, endpoint: str) -> Page:
-        async with aiohttp.ClientSession() as session, session.ws_connect(endpoint, max_msg_size=0) as socket:
-            page = Page(socket)
-            downloads = {"behavior": "allow", "downloadPath": str(folder)}
-            await page.call("Browser.setDownloadBehavior", **downloads)
-            await page.open(url)
+    async def done(url: str) -> Page:
+        async with tab(endpoint, url) as page:
+            await page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
             await walk(page)
             return page
 
-    with served(config, patch) as url, chromium(folder) as endpoint:
-        page = asyncio.run(done(url, endpoint))
+    with pytest.MonkeyPatch.context() as patch, served(config, patch) as url:
+        page = asyncio.run(done(url))
     assert page.errors == []
     assert page.requests
     assert {asked for asked in page.requests if not asked.startswith((url, f"blob:{url}"))} == set()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
-def test_the_persons_walk_in_a_browser(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    in_browser(config, tmp_path, monkeypatch, walk)
+def test_the_persons_walk_in_a_browser(
+    browser: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    in_browser(browser, config, tmp_path, walk)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
 def test_a_person_who_has_never_seen_it_takes_home_a_table_of_photographs(
-    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    browser: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Three classes of real photographs by a real encoder: find, rename, merge, save a selection, take a CSV home."""
     # 1. The run.
@@ -180,7 +187,7 @@ def test_a_person_who_has_never_seen_it_takes_home_a_table_of_photographs(
         while not list(tmp_path.glob("cluster-*.csv")) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
 
-    in_browser(validate(given | {"encoder": encoder}), tmp_path, monkeypatch, walk)
+    in_browser(browser, validate(given | {"encoder": encoder}), tmp_path, walk)
     [file] = tmp_path.glob("cluster-*.csv")
     with file.open(newline="") as opened:
         table = list(csv.DictReader(opened))

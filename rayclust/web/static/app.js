@@ -5,10 +5,12 @@ const dialog = document.getElementById("image");
 const TILE = 148;    // pixels of a tile with its gap
 const PAGE = 100;    // images of one request
 const KEPT = 30;     // pages of a grid that stay in memory
+const MOST = 500;    // images of one request where all are wanted
 let run = {};
 
 const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
-const title = (c) => c.name || `Cluster ${c.number}`;
+const named = (name, number) => name || `Cluster ${number}`;
+const title = (c) => named(c.name, c.number);
 const picture = (row, size) => `/api/images/${row}/picture?size=${size}`;
 const copy = (id) => document.getElementById(id).content.firstElementChild.cloneNode(true);
 
@@ -260,14 +262,24 @@ async function openCluster(number) {
   await images();
 }
 
-function openFound(heading, found) {
+// A page of some images, which can be saved; all of them are read for that.
+function openImages(heading, total, pageOf) {
   const section = copy("found");
+  const rows = async () => {
+    const found = [];
+    for (let at = 0; at < total; at += MOST) found.push(...(await pageOf(at, MOST)).map((image) => image.row));
+    return found;
+  };
   section.querySelector("h2").textContent = heading;
-  section.querySelector("[name=csv-rows]").onclick = () => saveTable({ rows: found.map((image) => image.row) }, "found");
-  section.querySelector("[name=save]").onclick = () => saveSelection(found.map((image) => image.row));
+  section.querySelector(".tools").hidden = !total;
+  section.querySelector("[name=csv-rows]").onclick = async () => saveTable({ rows: await rows() }, "found");
+  section.querySelector("[name=save]").onclick = async () => saveSelection(await rows());
   main.replaceChildren(section);
-  grid(section.querySelector(".grid"), found.length, async (offset, limit) => found.slice(offset, offset + limit));
+  grid(section.querySelector(".grid"), total, pageOf);
 }
+
+const openFound = (heading, found) =>
+  openImages(heading, found.length, async (offset, limit) => found.slice(offset, offset + limit));
 
 async function saveSelection(rows) {
   const name = prompt("Save these images as a selection called");
@@ -300,19 +312,24 @@ async function openCompare() {
     `${found.other}: adjusted Rand index ${found.ari} over ${count(found.images, "image")}` +
     (found.absent ? `, ${count(found.absent, "image")} are only here` : "") +
     `; ${percent(found.together)} of the images went where most of their cluster did`;
+  // The drawing's links lead to the images.
+  const drawing = new DOMParser().parseFromString(found.drawing, "image/svg+xml").documentElement;
+  section.querySelector(".flows").append(document.adoptNode(drawing));
   function draw() {
     const shown = found.flows.filter((flow) => flow.moved || !moved.checked);
     rows.replaceChildren(...shown.map((flow) => {
-      const from = make("a", { href: `#/cluster/${flow.from}`, textContent: flow.from_name || `Cluster ${flow.from}` });
+      const from = make("a", { href: `#/cluster/${flow.from}`, textContent: named(flow.from_name, flow.from) });
       const images = make("a", { href: `#/flow/${flow.from}/${flow.to}`, textContent: flow.images.toLocaleString("en") });
+      images.setAttribute("aria-label", `${count(flow.images, "image")} of ${from.textContent} in ${named(flow.to_name, flow.to)}`);
       const bar = (share) => {
         const meter = make("meter", { value: share, max: 1 });
         meter.setAttribute("aria-hidden", "true");
         return make("td", {}, meter, ` ${percent(share)}`);
       };
-      return make("tr", {}, make("td", {}, from), make("td", { textContent: flow.to_name || `Cluster ${flow.to}` }),
+      return make("tr", {}, make("td", {}, from), make("td", { textContent: named(flow.to_name, flow.to) }),
         make("td", {}, images), bar(flow.share), bar(flow.share_of_other));
     }));
+    if (!shown.length) rows.append(make("tr", {}, make("td", { colSpan: 5, textContent: "No image left its cluster." })));
   }
   moved.onchange = draw;
   draw();
@@ -320,12 +337,10 @@ async function openCompare() {
 }
 
 async function openFlow(from, to) {
-  const pageOf = async (offset, limit) => (await get(`/api/compare/${from}/${to}`, { offset, limit })).images;
-  const { total } = await get(`/api/compare/${from}/${to}`, { limit: 1 });
-  const element = make("div", { className: "grid" });
-  element.setAttribute("role", "list");
-  main.replaceChildren(make("section", {}, make("h2", { textContent: `${count(total, "image")} of cluster ${from} here and ${to} there` }), element));
-  grid(element, total, pageOf);
+  const path = `/api/compare/${from}/${to}`;
+  const { total, from_name, to_name } = await get(path, { limit: 1 });
+  const heading = `${count(total, "image")} in ${named(from_name, from)} here and in ${named(to_name, to)} in the other run`;
+  openImages(heading, total, async (offset, limit) => (await get(path, { offset, limit })).images);
 }
 
 // How far a run is that still works.
@@ -369,7 +384,7 @@ async function openProgress() {
 async function openImage(row) {
   const image = await get(`/api/images/${row}`);
   const facts = make("dl", {});
-  const link = make("a", { href: `#/cluster/${image.cluster}`, textContent: image.name || `Cluster ${image.cluster}` });
+  const link = make("a", { href: `#/cluster/${image.cluster}`, textContent: named(image.name, image.cluster) });
   link.onclick = () => dialog.close();
   const values = { key: image.key, row: image.row, cluster: link, confidence: image.confidence, label: image.label, at: image.uri };
   for (const [name, value] of Object.entries(values)) {
