@@ -26,6 +26,9 @@ THUMBNAIL = 128
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """An image in a table, as Hugging Face's datasets and embedding-atlas read it."""
 
+ATLAS_COLUMNS = ("--x", "x", "--y", "y", "--neighbors", "neighbors", "--image", "image")
+"""What embedding-atlas is told of the table."""
+
 
 def write_table(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     """Write one parquet or csv, a line per image."""
@@ -38,7 +41,8 @@ def write_table(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
 def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     """Write one parquet with places on the plane and neighbours, as embedding-atlas takes them.
 
-    `neighbors` holds row numbers, which are the places in the table, and cosine distances.
+    `neighbors` holds row numbers, which are the places in the table, and cosine distances, nearest first; as many for
+    each row, since embedding-atlas stacks them: a row that has fewer is its own neighbour.
     """
     if not out.endswith(".parquet"):
         raise ConfigError(f"--out {out}: must end in .parquet")
@@ -53,9 +57,13 @@ def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
                 near = stored.read_table(rows.run.neighbors(part), ["neighbors", "similarity"])
                 ids = stored.matrix(near["neighbors"])
                 distances = (1 - stored.matrix(near["similarity"]).astype(np.float32)).clip(min=0)
-                known = ids >= 0  # some rows have fewer
-                ends = pa.array(np.concatenate([[0], known.sum(axis=1).cumsum()]), pa.int32())
-                lists = [pa.ListArray.from_arrays(ends, pa.array(values[known])) for values in (ids, distances)]
+                known = ids >= 0
+                ids = np.where(known, ids, table["row"].to_numpy()[:, None])
+                distances = np.where(known, distances, 0).astype(np.float32)
+                order = np.argsort(distances, axis=1, kind="stable")
+                ends = pa.array(np.arange(0, ids.size + 1, ids.shape[1]), pa.int32())
+                columns = [np.take_along_axis(values, order, axis=1).ravel() for values in (ids, distances)]
+                lists = [pa.ListArray.from_arrays(ends, pa.array(values)) for values in columns]
                 table = table.append_column("neighbors", pa.StructArray.from_arrays(lists, ["ids", "distances"]))
             if images:
                 small = list(rows.images(table["uri"].to_pylist()))
@@ -82,8 +90,7 @@ def open_atlas(config: RunConfig, host: str, port: int) -> None:
     with tempfile.TemporaryDirectory(prefix="rayclust-") as folder:
         file = str(Path(folder) / "atlas.parquet")
         write_atlas(RunRows(config), file, images=True)
-        columns = ["--x", "x", "--y", "y", "--neighbors", "neighbors", "--image", "image"]
-        ended = subprocess.run([program, file, *columns, "--host", host, "--port", str(port)], check=False)  # noqa: S603
+        ended = subprocess.run([program, file, *ATLAS_COLUMNS, "--host", host, "--port", str(port)], check=False)  # noqa: S603
     if ended.returncode:
         raise DataError(f"embedding-atlas: ended with exit code {ended.returncode}")
 

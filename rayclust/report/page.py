@@ -215,8 +215,8 @@ def _charts(report: ReportData) -> dict[str, list[tuple[str, Markup]]]:
     drawn: dict[str, list[tuple[str, Markup]]] = {"scores": [], "sizes": [], "training": []}
     table = report.contingency
     if table is not None and 0 < len(table.classes) <= CLASSES_DRAWN and 0 < len(table.clusters) <= CLUSTERS_DRAWN:
-        titles = {cluster.id: cluster.title for cluster in report.clusters}
-        names = [titles.get(cluster, f"#{cluster}") for cluster in table.clusters]
+        titles = {cluster.id: cluster.name for cluster in report.clusters}
+        names = [titles.get(cluster) or f"#{cluster}" for cluster in table.clusters]
         caption = "True classes (rows) against clusters (columns), in percent of each class"
         drawn["scores"].append((caption, charts.contingency(table.counts, table.classes, names)))
     if report.clusters:

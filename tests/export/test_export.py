@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from rayclust.cli import run_command
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.export import export
+from rayclust.export.rows import RunRows
+from rayclust.export.tables import ATLAS_COLUMNS, write_atlas
 from rayclust.runtime.api import load_run
 from rayclust.runtime.edits import edit_clusters
 from rayclust.store import storage, tables
@@ -125,6 +130,30 @@ def test_the_atlas_opens_in_embedding_atlas(
     monkeypatch.setenv("CODE", "3")
     assert run_command(["explore", config.run, "--atlas"]) == 2
     assert "exit code 3" in capsys.readouterr().err
+
+
+def test_embedding_atlas_itself_reads_the_atlas(config: RunConfig, tmp_path: Path):
+    """As `explore --atlas` starts it, but to a file. One row has a single neighbour."""
+    pytest.importorskip("embedding_atlas", reason="embedding-atlas is not installed")
+    shutil.copytree(config.run, tmp_path / "run")
+    part = tables.read_table(Run(str(tmp_path / "run")).neighbors(0))
+    ids = tables.matrix(part["neighbors"]).copy()
+    ids[3, 1:] = -1
+    place = part.column_names.index("neighbors")
+    lists = pa.array(list(ids), part.schema.field("neighbors").type)
+    tables.write_table(Run(str(tmp_path / "run")).neighbors(0), part.set_column(place, "neighbors", lists))
+    write_atlas(RunRows(load_run(str(tmp_path / "run"))), str(tmp_path / "a.parquet"), images=True)
+    line = [sys.executable, "-m", "embedding_atlas.cli", str(tmp_path / "a.parquet"), *ATLAS_COLUMNS]
+    subprocess.run([*line, "--export-application", str(tmp_path / "atlas.zip")], check=True, timeout=120)
+    with zipfile.ZipFile(tmp_path / "atlas.zip") as archive:
+        shown = json.loads(archive.read("data/metadata.json"))["props"]["data"]
+        table = pq.read_table(io.BytesIO(archive.read("data/dataset.parquet")))
+    assert shown["projection"] == {"x": "x", "y": "y"}
+    assert shown["neighbors"] == "neighbors"
+    assert table["row"].to_pylist() == list(range(24))
+    near = table["neighbors"].to_pylist()[3]
+    assert near["ids"] == [*[3] * (len(near["ids"]) - 1), ids[3, 0]]
+    assert near["distances"][:-1] == [0.0] * (len(near["ids"]) - 1)
 
 
 def test_hugging_face_reads_the_folder(config: RunConfig, wanted: list[dict[str, Any]], tmp_path: Path):

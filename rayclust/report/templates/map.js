@@ -18,18 +18,19 @@
     for (let i = 0; i < CELLS * CELLS; i++) starts[i + 1] += starts[i];
     const next = starts.slice();
     for (let i = 0; i < N; i++) order[next[cell(ys[i]) * CELLS + cell(xs[i])]++] = i;
-    // Names stand at the median of the largest clusters' points.
+    // Names stand at the median of the largest clusters' points, or above those that they would hide.
     const found = new Map();
     for (let i = 0; i < N; i++) if (clusters[i] < NAMES) (found.get(clusters[i]) ?? found.set(clusters[i], []).get(clusters[i])).push(i);
-    const median = (some, values) => Float64Array.from(some, (i) => values[i]).sort()[some.length >> 1];
-    names = [...found].sort((a, b) => a[0] - b[0]).map(([place, some]) => ({ place, x: median(some, xs), y: median(some, ys) }));
+    const quantile = (some, values, share) => Float64Array.from(some, (i) => values[i]).sort()[Math.floor(share * (some.length - 1))];
+    names = [...found].sort((a, b) => a[0] - b[0])
+      .map(([place, some]) => ({ place, x: quantile(some, xs, 0.5), y: quantile(some, ys, 0.5), top: quantile(some, ys, 0.95) }));
   };
   const px = (x) => view.x + x * fit * view.scale, py = (y) => view.y + (SIDE - y) * fit * view.scale;
 
   // 2. Drawing: pixels are set one by one, which for 200,000 points takes some milliseconds.
   const draw = () => {
-    if (!xs) return;
     const { width, height } = canvas, context = canvas.getContext("2d");
+    if (!xs || !width || !height) return; // not loaded, or not on the screen
     const image = context.createImageData(width, height), pixels = new Uint32Array(image.data.buffer);
     const size = Math.max(2, Math.round(ratio * Math.min(7, Math.sqrt(view.scale) * (N > 50000 ? 1.2 : N > 5000 ? 2 : 4))));
     const places = chosen === null ? null : chosen;
@@ -56,7 +57,8 @@
     context.lineWidth = 4 * ratio; context.strokeStyle = style.getPropertyValue("--card"); context.fillStyle = style.getPropertyValue("--ink");
     for (const name of names) {
       if (chosen !== null && chosen !== name.place) continue;
-      const text = title(name.place).slice(0, 28), x = px(name.x) * ratio, y = py(name.y) * ratio, w = context.measureText(text).width / 2 + 4;
+      const small = py(name.y) - py(name.top) < 24;
+      const text = title(name.place).slice(0, 28), x = px(name.x) * ratio, y = (small ? py(name.top) - 14 : py(name.y)) * ratio, w = context.measureText(text).width / 2 + 4;
       if (x < w || x > width - w || taken.some((box) => Math.abs(box[0] - x) < box[2] + w && Math.abs(box[1] - y) < 18 * ratio)) continue;
       taken.push([x, y, w]);
       context.strokeText(text, x, y);

@@ -157,7 +157,9 @@ const page = (() => {
     list.style.setProperty("--item-width", `${state.width}px`);
     list.style.setProperty("--item-height", `${state.height}px`);
     list.classList.toggle("rows", rows);
-    items.style.height = `${Math.max(0, Math.ceil(state.items.length / state.columns) * (state.height + gap()) - gap())}px`;
+    const height = Math.max(0, Math.ceil(state.items.length / state.columns) * (state.height + gap()) - gap());
+    items.style.height = `${height}px`;
+    list.classList.toggle("whole", height < 1.5 * innerHeight); // a short one needs no scrolling of its own
     for (const node of state.nodes.values()) node.remove();
     state.nodes.clear();
     fill();
@@ -253,7 +255,8 @@ const page = (() => {
       shelf("Typical", "Nearest to the middle of the cluster.", found.typical, place),
       shelf("Borderline", "Least certain, with neighbours in one other cluster.", found.borderline, place),
       shelf("Outliers", "Least certain, and near to no other cluster.", found.outliers, place),
-      found.nearest.length ? el("section", {}, el("h3", { textContent: "Nearest clusters" }), near) : null,
+      found.nearest.length ? el("section", {}, el("h3", { textContent: "Nearest clusters" }),
+        el("p", { className: "hint", textContent: "By the cosine between their typical images." }), near) : null,
     ].filter(Boolean));
     for (const [id, cosine] of found.nearest) {
       const other = placeOf.get(id);
@@ -287,7 +290,8 @@ const page = (() => {
     const near = el("ul", { className: "near" });
     const figure = el("div", { className: "large" }, small);
     $("picture-page").replaceChildren(close(viewer), el("h2", { id: "picture-title", className: "hidden", textContent: "Picture" }), figure, facts);
-    if (neighbors.length) $("picture-page").append(el("h3", { textContent: "Neighbours" }), near);
+    if (neighbors.length) $("picture-page").append(el("h3", { textContent: "Nearest images" }),
+      el("p", { className: "hint", textContent: "By the cosine of their embeddings. Those without a picture here are in the run's tables." }), near);
     if (!viewer.open) viewer.showModal();
     // The original in place of the thumbnail, where the page was opened from a disk that has it.
     if (href?.startsWith("file:") && location.protocol === "file:" && picture[6]) {
