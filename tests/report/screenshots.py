@@ -3,7 +3,7 @@
     python benchmarks/readme_picture.py --data DATA --out docs/clusters.jpg --work WORK
     python -m tests.report.screenshots WORK docs
 
-The explorer compares that run with one of two clusters less, which is made beside it.
+The explorer compares that run with one of more clusters, which is made beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.browser import Page, chromium, tab
 
 WIDTH, HEIGHT, QUALITY = 1280, 800, 82
-OTHER = 8
+OTHER = 13
 """Clusters of the run to compare with."""
 
 

@@ -236,18 +236,19 @@ const page = (() => {
     }, thumbnail(picture), caption(picture, place))))));
   const showCluster = async (place) => {
     const body = $("cluster-page");
-    const item = single(place);
+    const item = single(place), said = facts(item);
+    said.lastChild.remove(); // its number, which stands above
     const map = index.points ? el("button", { type: "button", textContent: "Show on the map", onclick: () => { dialog.close(); page.onmap(place); } }) : null;
     body.replaceChildren(close(dialog), el("h2", { id: "cluster-title" }, el("bdi", { textContent: item.title })),
       el("p", { className: "hint", textContent: `Cluster #${index.id[place]}, ${plural(item.size, "image")}, ${Number((100 * item.size / Math.max(1, index.images)).toPrecision(2))}% of all` }),
-      facts(item), map ?? "");
+      said, map ?? "");
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
     let found;
     try { found = await details(place); } catch { body.append(el("p", { className: "note", textContent: "Its pictures are missing." })); return; }
     const names = el("p", { className: "names" });
     const named = (pair) => [el("bdi", { textContent: pair[0] }), pair[1] === null ? "" : ` (${pair[1]})`];
-    if (found.score !== null) names.append(`Name score ${found.score}. `);
+    if (found.score !== null) names.append(`The name's score, larger for a better fit: ${found.score}. `);
     if (found.runners.length) names.append("Next best names: ", ...found.runners.flatMap((pair, i) => [i ? ", " : "", ...named(pair)]), ".");
     if (found.blind) names.append(" Without the classes' names: ", ...named(found.blind), ".");
     const near = el("ul", { className: "near" }), levels = el("p", { className: "names" });

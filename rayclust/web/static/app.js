@@ -7,10 +7,15 @@ const PAGE = 100;    // images of one request
 const KEPT = 30;     // pages of a grid that stay in memory
 const MOST = 500;    // images of one request where all are wanted
 let run = {};
+let leaving = new AbortController(); // ends what a page asks for when another is opened
 
 const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const named = (name, number) => name || `Cluster ${number}`;
 const title = (c) => named(c.name, c.number);
+const percent = (share) => `${Math.floor(100 * share)}%`;
+const sure = (c) => `${percent(c.confidence)} sure`;
+const purity = (c) => `${percent(c.purity)} ${c.label}`;
+const lastPart = (uri) => uri.replace(/\/+$/, "").split("/").pop() || uri;
 const picture = (row, size) => `/api/images/${row}/picture?size=${size}`;
 const copy = (id) => document.getElementById(id).content.firstElementChild.cloneNode(true);
 
@@ -38,7 +43,8 @@ async function ask(path, options) {
   return answer;
 }
 
-const get = async (path, values) => (await ask(`${path}?${new URLSearchParams(values || {})}`)).json();
+const get = async (path, values) =>
+  (await ask(`${path}?${new URLSearchParams(values || {})}`, { signal: leaving.signal })).json();
 const post = (path, body) => ask(path, { method: "POST", body: JSON.stringify(body) });
 
 async function edit(change, said) {
@@ -57,11 +63,11 @@ async function saveTable(wanted, name) {
 // What is said of the whole run.
 function show(facts) {
   run = facts;
-  const name = facts.run.split("/").pop();
+  const name = lastPart(facts.run);
   document.title = `${name} · rayclust`;
   document.querySelector("h1 a").textContent = name;
   document.getElementById("about").textContent =
-    `${count(facts.images, "image")} in ${count(facts.clusters, "cluster")}, ${facts.method}, ${facts.encoder}`;
+    `${count(facts.images, "image")} in ${count(facts.clusters, "cluster")}, by the method ${facts.method} from ${facts.encoder}`;
   document.getElementById("undo").hidden = !facts.edits;
   document.getElementById("against").hidden = !facts.against;
   document.getElementById("words").disabled = !facts.reads_text;
@@ -110,8 +116,8 @@ async function openList() {
     element.querySelector("b").textContent = title(cluster);
     element.querySelector(".pictures").append(...cluster.typical.map((row) =>
       make("img", { src: picture(row, 160), alt: "", loading: "lazy" })));
-    const facts = [`#${cluster.number}`, count(cluster.size, "image"), `confidence ${cluster.confidence}`];
-    if (cluster.label !== null) facts.push(`mostly ${cluster.label} (${Math.round(100 * cluster.purity)}%)`);
+    const facts = [`#${cluster.number}`, count(cluster.size, "image"), sure(cluster)];
+    if (cluster.label !== null) facts.push(purity(cluster));
     if (cluster.mark) facts.push(`marked ${cluster.mark}`);
     element.querySelector("p").textContent = facts.join(" · ");
     const box = element.querySelector("input");
@@ -184,7 +190,7 @@ function grid(element, total, pageOf, selected, onSelect) {
     const image = (await page(Math.floor(place / PAGE)))[place % PAGE];
     if (!image || !tile.isConnected) return;
     const open = make("button", { type: "button" }, make("img", { src: picture(image.row, 160), alt: image.key }));
-    open.title = `${image.key}, confidence ${image.confidence}`;
+    open.title = `${image.key}, ${sure(image)}`;
     open.onclick = () => openImage(image.row);
     tile.append(open);
     if (selected) {
@@ -211,9 +217,9 @@ async function openCluster(number) {
     section.querySelector("h2").textContent = title(found);
     part("name").value = found.name || "";
     part("mark").value = found.mark || "";
-    const facts = [`#${found.number}`, count(found.size, "image"), `confidence ${found.confidence}`];
-    if (found.label !== null) facts.push(`mostly ${found.label} (${Math.round(100 * found.purity)}%)`);
-    if (found.runners_up.length) facts.push(`else ${found.runners_up.join(", ")}`);
+    const facts = [`#${found.number}`, count(found.size, "image"), sure(found)];
+    if (found.label !== null) facts.push(purity(found));
+    if (found.runners_up.length) facts.push(`next best names: ${found.runners_up.join(", ")}`);
     section.querySelector("[data-facts]").textContent = facts.join(" · ");
   }
 
@@ -304,14 +310,18 @@ async function openSelections() {
 
 // Two runs over the same images: which went where.
 async function openCompare() {
+  say("Comparing …");
   const found = await get("/api/compare");
+  say("");
   const section = copy("compare");
   const rows = section.querySelector("tbody"), moved = section.querySelector("[name=moved]");
-  const percent = (share) => `${(100 * share).toFixed(1)}%`;
+  const tenths = (share) => `${(100 * share).toFixed(1)}%`;
+  section.querySelector("h2").textContent = `Beside the run ${lastPart(found.other)}`;
+  section.querySelector("h2").title = found.other;
   section.querySelector("[data-facts]").textContent =
-    `${found.other}: adjusted Rand index ${found.ari} over ${count(found.images, "image")}` +
-    (found.absent ? `, ${count(found.absent, "image")} are only here` : "") +
-    `; ${percent(found.together)} of the images went where most of their cluster did`;
+    `Adjusted Rand index ${found.ari} over ${count(found.images, "image")} (1: the same clusters, 0: chance). ` +
+    `${tenths(found.together)} of the images went where most of their cluster did.` +
+    (found.absent ? ` The other run lacks ${count(found.absent, "image")}.` : "");
   // The drawing's links lead to the images.
   const drawing = new DOMParser().parseFromString(found.drawing, "image/svg+xml").documentElement;
   section.querySelector(".flows").append(document.adoptNode(drawing));
@@ -324,7 +334,7 @@ async function openCompare() {
       const bar = (share) => {
         const meter = make("meter", { value: share, max: 1 });
         meter.setAttribute("aria-hidden", "true");
-        return make("td", {}, meter, ` ${percent(share)}`);
+        return make("td", {}, meter, ` ${tenths(share)}`);
       };
       return make("tr", {}, make("td", {}, from), make("td", { textContent: named(flow.to_name, flow.to) }),
         make("td", {}, images), bar(flow.share), bar(flow.share_of_other));
@@ -386,7 +396,7 @@ async function openImage(row) {
   const facts = make("dl", {});
   const link = make("a", { href: `#/cluster/${image.cluster}`, textContent: named(image.name, image.cluster) });
   link.onclick = () => dialog.close();
-  const values = { key: image.key, row: image.row, cluster: link, confidence: image.confidence, label: image.label, at: image.uri };
+  const values = { key: image.key, row: image.row, cluster: link, confidence: percent(image.confidence), class: image.label, original: image.uri };
   for (const [name, value] of Object.entries(values)) {
     if (value !== null) facts.append(make("dt", { textContent: name }), make("dd", {}, value instanceof Node ? value : String(value)));
   }
@@ -406,6 +416,11 @@ async function openImage(row) {
 
 async function route() {
   const [, place, value, second] = location.hash.split("/");
+  for (const link of document.querySelectorAll("nav a")) {
+    link.ariaCurrent = link.hash === `#/${place ?? ""}` ? "page" : null;
+  }
+  leaving.abort();
+  leaving = new AbortController();
   dialog.close();
   scrollTo(0, 0);
   say("");
@@ -447,6 +462,7 @@ document.getElementById("undo").onclick = async () => {
   route();
 };
 addEventListener("hashchange", () => route().catch(() => {}));
+addEventListener("unhandledrejection", (event) => { if (event.reason.name === "AbortError") event.preventDefault(); });
 get("/api/run").then(show).then(route).catch((error) => {
   if (run.run) say(error.message, true); else openProgress().then(() => say("")).catch(() => {});
 });
