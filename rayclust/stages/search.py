@@ -89,7 +89,8 @@ class Searcher:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.run, self.manifests = config, Run(config.run, config.spaces), Manifests(config)
-        self._indexes, self._encoders = dict[str, VectorIndex](), dict[int, Encoder]()
+        self._indexes = dict[str, VectorIndex]()
+        self._encoders: dict[int, Encoder] = {}
 
     @property
     def encode(self) -> Manifest:
