@@ -6,9 +6,10 @@ Claim: over three seeds of each set the consensus is nowhere more than 0.3 point
 modularity on the graph of 15 neighbours, and above it on average.
 
 Sets, variants and features are those of `defaults.py`; labels only score. Members: 16 partitions of k-means from random
-rows on 64 principal components, one start each; or the 16 heads of a TEMI training of the preset `auto`. `mean` and
-`max` are of the members (the largest is what labels would choose), `best` is the member of largest modularity, `medoid`
-that on which the voters agree most, `vote` the vote of the better half, `kept` what the method keeps.
+rows on 64 principal components, one start each; or the heads of a TEMI training of the preset `auto` with
+16 of them. `mean` and `max` are of the members (the largest is what labels would choose), `best` is the member of
+largest modularity, `medoid` that on which the voters agree most, `vote` the vote of the better half, `kept` what the
+method keeps.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def members_of(kind: str, case: Case, seed: int) -> list[torch.Tensor]:
     x = torch.from_numpy(case.x)
     if kind == "kmeans":
         return kmeans_members(x, case.clusters, 16, 1000 * seed)
-    config = TemiConfig(clusters=case.clusters, keep_heads=True)
+    config = TemiConfig(clusters=case.clusters, heads=16, keep_heads=True)
     temi = fit_arrays(x, nearest_others(x, min(50, len(x) - 1)), config, seed)
     return list(temi.predict_heads(x))  # type: ignore[operator]
 

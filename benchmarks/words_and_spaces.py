@@ -10,8 +10,8 @@ Features are of two MobileNetV2 (a and b) that were trained WITH ImageNet labels
 score. A method is a function of (features a, features b, words, K, seed) that returns labels, or None where it lacks
 something: a set may have no features b. Words are vectors in the space of features a. One line in METHODS adds one.
 What is measured is kept in the file of results, and not measured again; `--reports` brings in cells of this script's
-earlier reports, with the seeds of those, where nothing was measured. TEMI has 4 heads and 100 steps here, not 16 and
-300. Every number is that of the last step: no step, head or start is chosen by labels.
+earlier reports, with the seeds of those, where nothing was measured. Every number is that of the last step: no step,
+head or start is chosen by labels.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def tac_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Lab
 
 
 def temi_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Labels | None:
-    """TEMI, preset auto with 4 heads instead of 16 and 100 steps instead of 300, on features a."""
-    return rc.TEMI(clusters, n_heads=4, max_steps=100, random_state=seed, device="cpu").fit_predict(a)
+    """TEMI, preset auto, on features a."""
+    return rc.TEMI(clusters, random_state=seed, device="cpu").fit_predict(a)
 
 
 def cpp_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Labels | None:
@@ -111,7 +111,7 @@ METHODS: dict[str, Callable[[Rows, Rows | None, Rows, int, int], Labels | None]]
     "k-means a": kmeans_a,
     "k-means b": kmeans_b,
     "k-means a+b": kmeans_ab,
-    "TEMI a, short": temi_a,
+    "TEMI a": temi_a,
     "CPP a": cpp_a,
     "TURTLE a": turtle_a,
     "TURTLE b": turtle_b,

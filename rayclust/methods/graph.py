@@ -20,6 +20,12 @@ def sample_ids(count: int, clusters: int, seed: int) -> Tensor:
     return even_sample(count, max(SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER * clusters), seed)
 
 
+def sample_rows(rows: Rows, clusters: int, seed: int, like: Tensor) -> Tensor:
+    """Return those rows, Float[n D], with dtype and device of `like`."""
+    x = rows.tensor()
+    return x[sample_ids(rows.count, clusters, seed).to(x.device)].to(like)
+
+
 def sample_with_neighbors(rows: Rows, clusters: int, columns: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return a sample of the rows and each one's nearest others in it, the same on all workers.
 

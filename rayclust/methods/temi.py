@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -29,11 +30,14 @@ from rayclust.methods.heads import Heads, HeadShape, Precision, ema_update
 from rayclust.methods.settings import Plan, TrainedConfig
 from rayclust.methods.temi_init import (
     ComponentRows,
+    Start,
     StartOptions,
     best_by_modularity,
+    choose_start,
     may_replace_start,
     principal_axes,
     start_from_kmeans,
+    start_from_partition,
 )
 
 logger = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ WHOLE_STATE = ("best_head", "head_losses", "basis")
 class TemiConfig(TrainedConfig):
     """TEMI (arXiv 2303.17896). A key that is written wins over the preset."""
 
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
     draws_pairs: ClassVar[bool] = True
     name: Literal["temi"] = "temi"
     """Teacher ensemble-weighted pointwise mutual information."""
@@ -59,7 +63,8 @@ class TemiConfig(TrainedConfig):
     """auto: chosen from N, D and K without labels. readme, paper: the published settings, but that a training of fewer
     than 3,000 steps starts from k-means unless `warm_start: none` is written. none: the defaults below."""
     heads: int = Field(16, ge=1)
-    """H, heads trained side by side; `selection` says which one is kept."""
+    """H, heads trained side by side; `selection` says which one is kept. auto: 2 for at most 65,536 rows in at most 64
+    clusters, else 16; a vote of heads by `consensus` wants 16 of them, written."""
     neighbors: int = Field(50, ge=1)
     """Nearest neighbours of a row among which its partner is drawn."""
     loss: Literal["temi", "pmi", "wmi", "scan"] = "temi"
@@ -88,7 +93,7 @@ class TemiConfig(TrainedConfig):
     """Epochs at the start in which the last layer is not trained."""
     components: int = Field(0, ge=0)
     """Leading principal components on which heads train; the first layer takes rows again after it. 0, or not less than
-    the rows' width: the rows as they are."""
+    the rows' width: the rows as they are. auto: 128 where it takes 2 heads, else 0."""
     hidden: int = Field(512, ge=1)
     """Width of the hidden layers of a head."""
     bottleneck: int = Field(256, ge=1)
@@ -292,6 +297,10 @@ MAX_SPEED = 10.0
 """Largest factor on the published rate, and divisor of the published horizon of the teacher."""
 START_LIMIT = 2e13
 """Multiplications of one k-means partition above which heads start from random weights."""
+FEW_HEADS, FEW_COMPONENTS, MANY_HEADS = 2, 128, 16
+"""Heads that all start at one partition find much the same; from random weights they do not."""
+FEW_ROWS = 65_536
+"""Rows up to which heads are few: those that the start sees. Measured up to 10,000, in up to 20 clusters."""
 
 
 def auto_settings(count: int, dimension: int, clusters: int, config: TemiConfig) -> dict[str, Any]:
@@ -321,8 +330,11 @@ def auto_settings(count: int, dimension: int, clusters: int, config: TemiConfig)
     columns = max(1, min(round(min(50.0, max(3.0, math.sqrt(count / clusters)))), count - 1))
     # 6. β: 1 for partitions finer than classes, as published from random heads; warm ones need less push to evenness.
     beta = 1.0 if is_overclustered(count, clusters) else 0.8 if warm else 0.6
+    # 7. Heads: few of them on leading components, twice as many as clusters at least; else many on whole rows.
+    few = warm and count <= FEW_ROWS and 2 * clusters <= FEW_COMPONENTS
     return {
-        "heads": 16,
+        "heads": FEW_HEADS if few else MANY_HEADS,
+        "components": FEW_COMPONENTS if few else 0,
         "steps": steps,
         "batch_size": batch,
         "learning_rate": rate,
@@ -516,7 +528,8 @@ class Temi(Method):
         self.register_buffer("head_losses", torch.zeros(config.heads, dtype=torch.float64))
 
     def _build_heads(self, mesh: distributed.DeviceMesh) -> None:
-        """Build the part of the heads that this worker trains in a mesh."""
+        """Build the part of the heads that this worker trains in a mesh, anew where there are some."""
+        before = getattr(self, "student", None)
         config, self.mesh = self.config, mesh
         self._own_heads = distributed.even_slices(config.heads, mesh.heads.size)[mesh.heads.rank]
         first, last = self._own_heads.start, self._own_heads.stop
@@ -525,6 +538,8 @@ class Temi(Method):
         self.student = Heads(shape, self.seed, config.precision)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.marginal = Marginal(shape.heads, shape.clusters, config.marginal_momentum)
+        if before is not None:
+            self.to(before.direction.device, before.direction.dtype)
 
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Start warm, where asked for, take the plan's steps, and choose a head; then every worker holds all heads.
@@ -533,22 +548,19 @@ class Temi(Method):
         """
         c = self.config
         if c.trained_width(self.dimension) < self.dimension:
-            # Heads for the leading components alone: the first layer's products are most of a step.
-            checkpoint, like = trainer.restore(), self.student.direction
-            if checkpoint is None:
-                basis = principal_axes(rows, c.components, c.clusters, self.seed, like)
-            else:
-                basis = checkpoint[0]["method.basis"].to(like)
-            self.basis, rows = basis, ComponentRows(rows, basis)
-            self._build_heads(self.mesh)
-            self.to(like.device, like.dtype)
-        source: Literal["kmeans", "auto"] = "auto" if c.warm_start == "auto" else "kmeans"
-        options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds, source)
+            rows = self._on_components(rows, trainer)
+
+        @cache  # what the heads start from is also what the guard compares with
+        def start() -> Start:
+            return choose_start(rows, c.clusters, c.start_neighbors, self.seed, self.student.direction)
 
         def warm_start() -> None:
-            if c.warm_start != "none":
+            if c.warm_start == "auto":
+                start_from_partition(self.student, rows, start(), self.seed)
+            elif c.warm_start == "kmeans":
+                options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds)
                 start_from_kmeans(self.student, rows, options, self.seed)
-                self.teacher.load_state_dict(self.student.state_dict())
+            self.teacher.load_state_dict(self.student.state_dict())
 
         with distributed.data_parallel(self.mesh.data):
             trainer.fit(self, rows, start=warm_start)
@@ -557,23 +569,38 @@ class Temi(Method):
                 self.best_head.fill_(best)
                 logger.info("best head: %d, modularity %.3f", best, float(values[best]))
         if self.mesh.heads.size > 1:
-            state, like = self.gather_state(self.state_dict()), self.student.direction
+            state = self.gather_state(self.state_dict())
             self._build_heads(distributed.DeviceMesh(data=distributed.world()))
-            self.to(like.device, like.dtype).load_state_dict(state)
-        if source == "auto" and not may_replace_start(self.teacher, int(self.best_head), rows, options, self.seed):
+            self.load_state_dict(state)
+        best = int(self.best_head)
+        if c.warm_start == "auto" and not may_replace_start(self.teacher, best, rows, start(), self.seed):
             logger.warning("temi: training has left the neighbour graph's clusters; the start is kept")
-            like = self.student.direction
             self._build_heads(self.mesh)
-            self.to(like.device, like.dtype)
             warm_start()
             self.best_head.zero_()
         if self.basis is not None:
-            # ⟨w, Vᵀx⟩ = ⟨Vw, x⟩: the same heads on rows.
-            for heads in (self.student, self.teacher):
-                weight = heads.weights[0]
-                heads.weights[0] = nn.Parameter((weight @ self.basis.T).detach(), weight.requires_grad)
-                heads.shape = replace(heads.shape, dimension=self.dimension)
-            self.basis = None
+            self._on_rows(self.basis)
+
+    def _on_components(self, rows: Rows, trainer: BaseTrainer) -> Rows:
+        """Build heads for the leading components alone, and return the rows on them.
+
+        The first layer's products are most of a step's. A resumed training keeps its checkpoint's axes.
+        """
+        checkpoint, like = trainer.restore(), self.student.direction
+        if checkpoint is None:
+            self.basis = principal_axes(rows, self.config.components, self.config.clusters, self.seed, like)
+        else:
+            self.basis = checkpoint[0]["method.basis"].to(like)
+        self._build_heads(self.mesh)
+        return ComponentRows(rows, self.basis)
+
+    def _on_rows(self, basis: Tensor) -> None:
+        """Fold the axes V into the first layers: ⟨w, Vᵀx⟩ = ⟨Vw, x⟩, the same heads on rows."""
+        for heads in (self.student, self.teacher):
+            weight = heads.weights[0]
+            heads.weights[0] = nn.Parameter((weight @ basis.T).detach(), weight.requires_grad)
+            heads.shape = replace(heads.shape, dimension=self.dimension)
+        self.basis = None
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the mean of all heads' losses, this worker's part of it; and of each head loss and agreement.

@@ -11,20 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.candidates import Bounds, choose, evidence, is_supported, leading_components, make_candidates
+from rayclust.clustering.candidates import (
+    Bounds,
+    Candidate,
+    choose,
+    evidence,
+    is_supported,
+    leading_components,
+    make_candidates,
+)
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.row_stats import even_sample
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
 from rayclust.methods.base import Rows
-from rayclust.methods.graph import sample_ids, sample_with_neighbors
+from rayclust.methods.graph import sample_ids, sample_rows, sample_with_neighbors
 from rayclust.methods.heads import Heads
 from rayclust.methods.settings import EMBEDDINGS
 
@@ -54,8 +61,15 @@ class StartOptions:
     """Nearest neighbours that are averaged and counted."""
     rounds: int
     """How often rows are averaged with their neighbours; 0 takes them as they are."""
-    source: Literal["kmeans", "auto"] = "kmeans"
-    """kmeans: the best of `restarts` partitions. auto: the one that the method `auto` chooses, for all heads."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The partition that the method `auto` chooses, of a sample of the rows."""
+
+    neighbors: Tensor
+    """Int64[n M], nearest others in the sample, −1 where a row has fewer."""
+    partition: Candidate
 
 
 @torch.no_grad()
@@ -127,11 +141,6 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
     # 1. A sample of the rows with their neighbours in it, the same on all workers.
     K, columns = options.clusters, options.columns
     x, neighbors = sample_with_neighbors(rows, K, columns, seed, heads.direction)
-    if options.source == "auto":
-        # 2. The partition that the default method chooses, for all heads.
-        labels = choose(make_candidates(x.float(), neighbors, K, seed)).labels.expand(heads.shape.heads, -1)
-        _solve(heads, x, labels)
-        return
     # 2. k-means of rows averaged with their neighbours, from each seed; workers share the rows.
     smoothed = smooth(x, neighbors, options.rounds)
     settings = KMeansOptions(clusters=K, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3)
@@ -147,7 +156,36 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
 
 
 @torch.no_grad()
-def may_replace_start(heads: Heads, head: int, rows: Rows, options: StartOptions, seed: int) -> bool:
+def choose_start(rows: Rows, clusters: int, columns: int, seed: int, like: Tensor) -> Start:
+    """Choose the partition at which all heads start, as the method `auto` chooses it.
+
+    Args:
+        rows: read once.
+        clusters: K.
+        columns: M, nearest neighbours that count.
+        seed: of the sample and of all candidates.
+        like: gives dtype and device.
+    """
+    x, neighbors = sample_with_neighbors(rows, clusters, columns, seed, like)
+    return Start(neighbors, choose(make_candidates(x.float(), neighbors, clusters, seed)))
+
+
+@torch.no_grad()
+def start_from_partition(heads: Heads, rows: Rows, start: Start, seed: int) -> None:
+    """Set each head's layers before the last logits so that its clusters are those of `start`.
+
+    Args:
+        heads: on any device, changed in place.
+        rows: those of the start.
+        start: the same on all workers.
+        seed: of the start.
+    """
+    x = sample_rows(rows, heads.shape.clusters, seed, heads.direction)
+    _solve(heads, x, start.partition.labels.expand(heads.shape.heads, -1))
+
+
+@torch.no_grad()
+def may_replace_start(heads: Heads, head: int, rows: Rows, start: Start, seed: int) -> bool:
     """Return whether a head's clusters may replace the partition that the heads started from.
 
     Training pulls towards even sizes and can leave classes that the start had found.
@@ -155,14 +193,19 @@ def may_replace_start(heads: Heads, head: int, rows: Rows, options: StartOptions
     Args:
         heads: all of them, the same on all workers.
         head: its number.
-        rows: read once.
-        options: of the start, with `source: auto`.
+        rows: those of the start.
+        start: what the heads started from.
         seed: of the start.
+
+    Returns:
+        The first worker's answer, on all workers.
     """
-    x, neighbors = sample_with_neighbors(rows, options.clusters, options.columns, seed, heads.direction)
-    start = choose(make_candidates(x.float(), neighbors, options.clusters, seed))
+    K = heads.shape.clusters
+    x = sample_rows(rows, K, seed, heads.direction)
     labels = torch.cat([heads(part, head=head)[0].argmax(1) for part in torch.split(x, _BLOCK)])
-    return is_supported(evidence(x, labels, neighbors, options.clusters), start.evidence, options.clusters, GUARD)
+    found = evidence(x, labels, start.neighbors, K)
+    is_kept = is_supported(found, start.partition.evidence, K, GUARD)
+    return bool(data_group().broadcast(torch.tensor(int(is_kept), device=x.device)))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.losses.information import Marginal
-from rayclust.methods import AnyMethodConfig, build, load
+from rayclust.methods import AnyMethodConfig, build, load, temi_init
 from rayclust.methods.base import Batch
 from rayclust.methods.heads import Heads, HeadShape
 from rayclust.methods.settings import EMBEDDINGS, Plan
@@ -188,6 +188,13 @@ def test_neighbours_and_steps_by_hand():
     assert [_resolved(n, 64, k).neighbors for n, k in sizes] == [32, 17, 50, 3, 2, 1]
     assert [_resolved(n, 64, k).steps for n, k in ((3_000, 10), (3_000, 2), (50_000, 100))] == [300, 200, 3_000]
     assert _resolved(1_281_167, 768, 25_000).steps == 200 * (1_281_167 // 1024)
+
+
+def test_few_heads_are_for_small_sets_in_few_clusters_that_start_warm():
+    sizes = ((3_000, 1280, 10), (3_000, 64, 64), (3_000, 1280, 65), (70_000, 768, 10), (1_281_167, 768, 25_000))
+    found = [_resolved(*size) for size in sizes]
+    assert [(c.heads, c.components) for c in found] == [(2, 128), (2, 128), (16, 0), (16, 0), (16, 0)]
+    assert [c.trained_width(size[1]) for c, size in zip(found, sizes, strict=True)] == [128, 64, 1280, 768, 768]
 
 
 PUBLISHED = HeadShape(heads=16, dimension=768, clusters=25_000), Plan(1024, 1250, 1250, 0)
@@ -486,12 +493,17 @@ def test_planted_clusters_are_found_whatever_their_sizes(sizes: list[int], seed:
     assert accuracy(labels, method.predict_proba(rows).argmax(1).numpy()) > 0.97
 
 
-def test_a_training_that_goes_astray_leaves_the_start(caplog: pytest.LogCaptureFixture):
+def test_a_training_that_goes_astray_leaves_the_start(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     x, labels = _planted([80, 40, 20], 16, 0.35, 0)
-    rows, ids = torch.from_numpy(x), torch.arange(len(x))
+    rows, ids, made = torch.from_numpy(x), torch.arange(len(x)), list[int]()
     neighbors, _ = top_k(rows, rows, 20, query_ids=ids, database_ids=ids)
     fast = {"learning_rate": 30.0, "min_learning_rate": 30.0, "teacher_momentum": 0.0, "final_teacher_momentum": 0.0}
     config = TemiConfig(clusters=3, heads=2, steps=20, hidden=32, bottleneck=16, **fast)
+    make = temi_init.make_candidates
+    monkeypatch.setattr(temi_init, "make_candidates", lambda *a: made.append(1) or make(*a))
     method = fit_arrays(rows, neighbors, config, 0)
     assert "the start is kept" in caplog.text
     assert accuracy(labels, method.predict_proba(rows).argmax(1).numpy()) > 0.97
+    assert len(made) == 1  # start, guard and return share the candidates

@@ -10,7 +10,14 @@ from rayclust import distributed
 from rayclust.clustering.neighborhood import modularity, modularity_terms
 from rayclust.methods import graph, temi_init
 from rayclust.methods.heads import Heads, HeadShape
-from rayclust.methods.temi_init import StartOptions, best_by_modularity, may_replace_start, start_from_kmeans
+from rayclust.methods.temi_init import (
+    StartOptions,
+    best_by_modularity,
+    choose_start,
+    may_replace_start,
+    start_from_kmeans,
+    start_from_partition,
+)
 from rayclust.search.knn import top_k
 from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers
@@ -94,11 +101,11 @@ def test_choice_is_the_modularity_of_all_rows_when_they_are_few():
 def test_a_head_replaces_the_start_unless_the_graph_speaks_against_it():
     """One head says what the start says; another, left at chance, cuts through neighbours."""
     _, rows = planted()
-    options = replace(OPTIONS, source="auto")
     chance, started = new_heads(), new_heads()
-    start_from_kmeans(started, rows, options, seed=0)
-    assert may_replace_start(started, 0, rows, options, seed=0)
-    assert not may_replace_start(chance, 0, rows, options, seed=0)
+    start = choose_start(rows, K, OPTIONS.columns, 0, started.direction)
+    start_from_partition(started, rows, start, seed=0)
+    assert may_replace_start(started, 0, rows, start, seed=0)
+    assert not may_replace_start(chance, 0, rows, start, seed=0)
 
 
 def test_rows_that_are_all_alike_leave_heads_as_they_are():
