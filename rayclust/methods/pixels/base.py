@@ -64,6 +64,8 @@ class PixelMethod(Method):
     labels: Tensor
     epochs_done: Tensor
     projector: nn.Module
+    reads_first_clusters: bool = False
+    """Whether steps read clusters before the first E-step that an epoch ends with."""
     exported: ClassVar[tuple[str, ...]] = ("backbone.", "projector.")
     """Prefixes of the networks that `embed` needs; a fitted method holds no others."""
 
@@ -208,11 +210,6 @@ class PixelMethod(Method):
         weights, means, variances = (self.get_buffer(f"mixture_{name}").double() for name in MIXTURE)
         return gmm.Mixture(weights, means, variances)
 
-    @property
-    def reads_first_clusters(self) -> bool:
-        """Whether steps read clusters before the first E-step that an epoch ends with."""
-        return False
-
     def after_e_step(self, z: Tensor) -> None:
         """Take this worker's features of the E-step, unit rows Float[n d]."""
 
@@ -227,7 +224,8 @@ class PixelMethod(Method):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return all parameters with decay; for lars those with one axis are exempt. A predictor has its own rate."""
-        scales = {id(p): self.predictor_rate for p in getattr(self, "predictor", nn.Identity()).parameters()}
+        rate: float = getattr(self.config, "predictor_rate", 1.0)
+        scales = {id(p): rate for p in getattr(self, "predictor", nn.Identity()).parameters()}
         groups: dict[tuple[float, bool], dict[str, Any]] = {}
         for parameter in self.parameters():
             if parameter.requires_grad:
@@ -237,11 +235,6 @@ class PixelMethod(Method):
                 if not decays:
                     group["weight_decay"] = 0.0
         return list(groups.values())
-
-    @property
-    def predictor_rate(self) -> float:
-        """Learning rate of a predictor relative to the others'."""
-        return 1.0
 
     # A fitted method.
 

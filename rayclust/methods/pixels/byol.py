@@ -44,11 +44,6 @@ class Byol(MomentumMethod):
                     nn.init.normal_(layer.weight, std=0.01)
                     nn.init.zeros_(layer.bias)
 
-    @property
-    def predictor_rate(self) -> float:
-        """Learning rate of the predictor relative to the others'."""
-        return self.config.predictor_rate
-
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the loss of one worker's part of a batch, of both orders of the views.
 

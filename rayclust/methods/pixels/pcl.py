@@ -38,6 +38,8 @@ class Pcl(MoCo):
         super().__init__(config, dimension, count, seed)
         config = self.config  # with the preset written out
         self.granularities = [m for m in config.prototypes if m <= count // 2]
+        # Prototypes are learnt from before the first E-step that is due.
+        self.reads_first_clusters = config.warmup_epochs < config.reassign
         for m in self.granularities:
             self.register_buffer(f"prototypes_{m}", torch.zeros(m, config.features))
             self.register_buffer(f"labels_{m}", torch.zeros(count, dtype=torch.long))
@@ -62,11 +64,6 @@ class Pcl(MoCo):
             "instance": instance,
             "prototype": prototype,
         }
-
-    @property
-    def reads_first_clusters(self) -> bool:
-        """Whether prototypes are learnt from before the first E-step that is due."""
-        return self.config.warmup_epochs < self.config.reassign
 
     def _negatives(self, own: Tensor, clusters: int, step: int) -> Tensor:
         """Draw Int64[Q] clusters, with repeats, that are no row's own in the batch of all workers."""

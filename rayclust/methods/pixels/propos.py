@@ -42,11 +42,8 @@ class ProPos(Byol):
         config = self.config  # with the preset written out
         self.queue = KeyQueue(config.queue, config.features) if config.queue else None
         self.pairing = Pairing(epoch_order=self.epoch_order)
-
-    @property
-    def reads_first_clusters(self) -> bool:
-        """Whether the first epochs draw by cluster, or prototypes scatter before the first E-step that is due."""
-        return self.config.resample or self.config.warmup_epochs < self.config.reassign
+        # The first epochs draw by cluster, or prototypes scatter before the first E-step that is due.
+        self.reads_first_clusters = config.resample or config.warmup_epochs < config.reassign
 
     def epoch_order(self, epoch: int) -> Tensor | None:
         """Return the rows of an epoch where clusters are drawn equally often: Int64[N], with repeats."""

@@ -36,11 +36,6 @@ class SimSiam(PixelMethod):
             self.projector = mlp(self.backbone_width, *hidden, bias=False, last_norm=True)
             self.predictor = mlp(config.features, config.bottleneck, config.features)
 
-    @property
-    def predictor_rate(self) -> float:
-        """Learning rate of the predictor relative to the others'."""
-        return self.config.predictor_rate
-
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute ½ D(p₁, z₂) + ½ D(p₂, z₁), both views in one batch of the norms.
 
