@@ -315,6 +315,9 @@ def status(run_uri: str, *, as_json: bool) -> None:
 @click.argument("run_uri", metavar="RUN")
 @click.option("--image", default=None, help="An image file or URI to search with.")
 @click.option("--text", default=None, help="Words to search with, for encoders that read text.")
+@click.option(
+    "--like", default=None, metavar="KEY", help="One of the run's images to search with: no encoder is loaded."
+)
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Images to show.")
 @click.option("--space", default="encoder", show_default=True, help="encoder, z, both, or one of several encoders.")
 @_JSON

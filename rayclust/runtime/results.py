@@ -130,13 +130,20 @@ class RunTables:
         return [Image.open(io.BytesIO(found[uri] or b"")) for uri in uris]
 
     def search(
-        self, text: str | None = None, *, image: str | Path | None = None, top: int = 10, space: str = "encoder"
+        self,
+        text: str | None = None,
+        *,
+        image: str | Path | None = None,
+        like: str | None = None,
+        top: int = 10,
+        space: str = "encoder",
     ) -> pd.DataFrame:
         """Return the images nearest to words or to an image, nearest first, as the command `search` does.
 
         Args:
             text: words, for encoders that read text; or
-            image: a path or URI.
+            image: a path or URI; or
+            like: the key of one of the run's images, which needs no encoder.
             top: how many.
             space: `encoder`, or `z` for methods that learn a space of their own; of several encoders the name of one.
 
@@ -149,7 +156,7 @@ class RunTables:
         # Stages lie above this module, so they are imported by name, as the pipeline does.
         stage = import_module("rayclust.stages.search")
         image = None if image is None else str(image)
-        [hits] = stage.search(self.config, image=image, text=text, top=top, space=space).values()
+        [hits] = stage.search(self.config, image=image, text=text, like=like, top=top, space=space).values()
         names = [field.name for field in fields(stage.Hit)]
         return pa.table({name: [getattr(hit, name) for hit in hits] for name in names}).to_pandas()
 

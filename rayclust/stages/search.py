@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayclust.arrays import require_matrix, unit_rows
 from rayclust.config import RunConfig
@@ -18,7 +19,7 @@ from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.report.formats import abbreviate, shorten
 from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.pipeline import Manifests, content_digest
-from rayclust.runtime.rows import row_starts, rows_by_part, space_widths, transform_of
+from rayclust.runtime.rows import part_embeddings, row_starts, rows_by_part, space_widths, transform_of
 from rayclust.runtime.spaces import ENCODER, ENCODER_INDEX, OWN, OWN_INDEX, index_file
 from rayclust.search.index import VectorIndex, load_index
 from rayclust.store import storage, tables
@@ -48,14 +49,21 @@ class Hit:
 
 
 def search(
-    config: RunConfig, *, image: str | None, text: str | None, top: int, space: str = ENCODER
+    config: RunConfig,
+    *,
+    image: str | None = None,
+    text: str | None = None,
+    like: str | None = None,
+    top: int,
+    space: str = ENCODER,
 ) -> dict[str, list[Hit]]:
     """Return the `top` nearest images, nearest first, by space.
 
     Args:
         config: the run's.
         image: a path or URI of an image; or
-        text: words, for encoders that read text.
+        text: words, for encoders that read text; or
+        like: the key of one of the run's images, which is left out; no encoder is needed for it.
         top: how many.
         space: `encoder`, of several the first, or the name of one of them; `z` for methods that learn a space of their
             own; `both` gives one list for `encoder` and one for `z`.
@@ -67,15 +75,19 @@ def search(
     """
     searcher = Searcher(config)
     spaces = searcher.resolve(space, has_text=text is not None)
-    if (image is None) == (text is None):
-        raise ConfigError("search: give either --image FILE or --text WORDS")
+    if sum(given is not None for given in (image, text, like)) != 1:
+        raise ConfigError("search: give one of --image FILE, --text WORDS and --like KEY")
     data, found = b"" if image is None else storage.read_bytes(image), {}
+    own = None if like is None else searcher.row_of(like)
     for wanted in spaces:
-        if text is not None:
+        if own is not None:
+            query = searcher.embedding(own, wanted)
+        elif text is not None:
             query = searcher.encode_text(text, wanted)
         else:
             query = searcher.encode_image(data, wanted, f"--image {image}")
-        found[wanted] = searcher.nearest(query, wanted, top)
+        near = searcher.nearest(query, wanted, top + (own is not None))
+        found[wanted] = dict([(row, cosine) for row, cosine in near.items() if row != own][:top])
     is_assigned = searcher.manifests.of("assign") is not None
     hits = _hits(searcher.run, searcher.encode, set().union(*found.values()), is_assigned=is_assigned)
     return {
@@ -150,6 +162,21 @@ class Searcher:
         except Undecodable as error:
             raise DataError(f"{name}: {error.reason}: {error.detail}") from None
         return np.concatenate(rows, axis=1)
+
+    def row_of(self, key: str) -> int:
+        """Return the first row that has a key; raise `ConfigError` if none has it."""
+        for part, (start, stop) in enumerate(pairwise(row_starts(self.encode))):
+            if stop > start:
+                keys = tables.read_table(self.run.rows(part), ["key"])["key"]
+                if (place := pc.index(keys, key).as_py()) >= 0:
+                    return start + int(place)
+        raise ConfigError(f"--like {key}: no image of the run has this key; `rayclust export --to keys` lists them")
+
+    def embedding(self, row: int, space: str) -> np.ndarray:
+        """Return the embedding of a row, Float[1 D]; for the own space those of all encoders, side by side."""
+        [(part, places)] = rows_by_part(row_starts(self.encode), np.array([row]))
+        named = () if space == OWN or not self.run.spaces else (self.run.spaces[0] if space == ENCODER else space,)
+        return part_embeddings(self.run, part, named)[places]
 
     def nearest(self, query: np.ndarray, space: str, top: int) -> dict[int, float]:
         """Return cosines by row, nearest first, of a space that was resolved.

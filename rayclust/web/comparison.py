@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from rayclust.errors import DataError
 from rayclust.export.rows import RunRows
-from rayclust.metrics.external import ari
 from rayclust.report.charts import Flow, sankey
 from rayclust.report.svg import HUES
 from rayclust.runtime.edits import ShownClusters
@@ -62,6 +61,8 @@ class Comparison:
             the images, their share of either cluster, and whether most of the cluster went elsewhere (`moved`); the
             drawing of what moved, as SVG.
         """
+        from rayclust.metrics.external import ari  # scipy and scikit-learn: a server without comparison goes without
+
         common = self.clusters != ABSENT
         a, b = own[common].astype(np.int64), self.clusters[common].astype(np.int64)
         flows = _Flows.between(a, b)

@@ -26,6 +26,7 @@ from rayclust.store import storage, tables
 from rayclust.store.overlay import parse_edit
 from rayclust.store.sources import fetch_many
 from rayclust.web.comparison import Comparison
+from rayclust.web.encoding import QueryEncoder
 from rayclust.web.rows import RowIndex, without
 
 SIZES = (160, 1024)
@@ -78,7 +79,7 @@ class Explorer:
         if not self._rows.is_labelled:
             raise ArtefactError(f"{self._run.uri}: is not labelled: run `rayclust label RUN.yaml` first")
         self._index = RowIndex(self._rows)
-        self._searcher = Searcher(config)
+        self._searcher, self._encoder = Searcher(config), QueryEncoder(config)
         self._pictures = OrderedDict[tuple[int, int], bytes]()
         self._lock, self._searching = threading.Lock(), threading.Lock()
         self._neighbors = lru_cache(4)(self._read_neighbors)
@@ -182,10 +183,7 @@ class Explorer:
         """
         with self._searching:  # one encoder, and its memory, at a time
             [space] = self._searcher.resolve("encoder", has_text=text is not None)
-            if text is not None:
-                query = self._searcher.encode_text(text, space)
-            else:
-                query = self._searcher.encode_image(data or b"", space, "the image")
+            query = self._encoder.encode(data or b"" if text is None else text, space)
             near = self._searcher.nearest(query, space, top)
         records = self._records(np.array(list(near), np.int64))
         return [record | {"similarity": round(near[record["row"]], 4)} for record in records]

@@ -44,6 +44,13 @@ def test_the_image_itself_comes_first_then_its_like(pictures_run: Sealed, query:
     assert all(dict(fetch_many(hit.uri for hit in hits)).values())
 
 
+def test_an_image_of_the_run_is_searched_with_by_its_key_and_left_out(pictures_run: Sealed, query: str):
+    by_image = find(pictures_run.config, image=query, top=8)
+    by_key = find(pictures_run.config, like="shard-001/00003", top=7)
+    assert {hit.row for hit in by_key} == {hit.row for hit in by_image} - {15}
+    assert [hit.similarity for hit in by_key] == pytest.approx([hit.similarity for hit in by_image[1:]], abs=2e-3)
+
+
 def test_asking_for_more_than_there_are_gives_all(pictures_run: Sealed, query: str):
     hits = find(pictures_run.config, image=query, top=10_000)
     assert sorted(hit.row for hit in hits) == list(range(24))
@@ -53,10 +60,11 @@ def test_asking_for_more_than_there_are_gives_all(pictures_run: Sealed, query: s
 @pytest.mark.parametrize(
     ("given", "error", "wanted"),
     [
-        ({}, ConfigError, "either --image FILE or --text"),
-        ({"image": "a.png", "text": "a"}, ConfigError, "either --image FILE or --text"),
+        ({}, ConfigError, "one of --image FILE, --text"),
+        ({"image": "a.png", "like": "a"}, ConfigError, "one of --image FILE, --text"),
         ({"text": "a dog"}, ConfigError, "no text tower"),
         ({"image": "/nowhere/a.png"}, DataError, "/nowhere/a.png"),
+        ({"like": "shard-009/00003"}, ConfigError, "no image of the run has this key"),
         ({"image": "/nowhere/a.png", "space": "z"}, ConfigError, "no space of its own"),
     ],
 )
