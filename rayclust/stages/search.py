@@ -173,10 +173,10 @@ class Searcher:
         raise ConfigError(f"--like {key}: no image of the run has this key; `rayclust export --to keys` lists them")
 
     def embedding(self, row: int, space: str) -> np.ndarray:
-        """Return the embedding of a row, Float[1 D]; for the own space those of all encoders, side by side."""
+        """Return the embedding of a row, Float32[1 D]; for the own space those of all encoders, side by side."""
         [(part, places)] = rows_by_part(row_starts(self.encode), np.array([row]))
         named = () if space == OWN or not self.run.spaces else (self.run.spaces[0] if space == ENCODER else space,)
-        return part_embeddings(self.run, part, named)[places]
+        return part_embeddings(self.run, part, named)[places].astype(np.float32)
 
     def nearest(self, query: np.ndarray, space: str, top: int) -> dict[int, float]:
         """Return cosines by row, nearest first, of a space that was resolved.

@@ -9,6 +9,7 @@ import torch
 
 from rayclust.config import IndexConfig, RunConfig, validate
 from rayclust.methods.kmeans import KMeans
+from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.spaces import ENCODER_INDEX, OWN_INDEX
 from rayclust.search.index import load_index
@@ -47,6 +48,7 @@ def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind:
     """The own space here is one direction: rows of colour 0 lie on one side, all others on the other."""
     monkeypatch.setattr(KMeans, "width", 1, raising=False)
     monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
+    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
     settings = copied.model_copy(update={"index": IndexConfig(kind=kind)})
     manifest = run_stage("index", settings)
     assert set(manifest.outputs) == {f"index/{name}" for name in (ENCODER_INDEX, OWN_INDEX, RETRIEVAL)}
@@ -68,6 +70,7 @@ def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind:
 def test_pages_show_both_searches_side_by_side(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(KMeans, "width", 1, raising=False)
     monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
+    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
     for stage in ("index", "evaluate", "map", "figures", "report"):
         run_stage(stage, copied, force=stage == "figures")
     page = storage.read_bytes(Run(copied.run).report).decode()

@@ -10,6 +10,7 @@ import torch
 
 from rayclust.config import RunConfig, validate
 from rayclust.methods.kmeans import KMeans
+from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import content_digest, run_stage
 from rayclust.runtime.rows import places_at
 from rayclust.store import tables
@@ -68,6 +69,7 @@ def test_a_space_of_the_methods_own_is_what_is_mapped(config: RunConfig, monkeyp
     """The own space here is one direction: rows of colour 0 lie on one side, all others on the other."""
     monkeypatch.setattr(KMeans, "width", 1, raising=False)
     monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
+    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
     run_stage("map", config)
     places = places_at(Run(config.run), STARTS, np.arange(24))
     sides = places[:, 0] > 0

@@ -10,6 +10,7 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods.kmeans import KMeans
+from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import run_stage
 from rayclust.stages.search import Hit, as_lines, search
 from rayclust.store import storage
@@ -123,6 +124,7 @@ def own_space(copied: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setattr(KMeans, "width", 192, raising=False)
     flipped = lambda self, x: torch.nn.functional.normalize(x.flip(1), dim=1)  # noqa: E731
     monkeypatch.setattr(KMeans, "transform", flipped, raising=False)
+    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
     run_stage("index", copied)
     return copied
 
@@ -133,6 +135,8 @@ def test_both_spaces_are_searched_side_by_side(own_space: RunConfig, query: str)
     assert {hits[0].row for hits in found.values()} == {15}
     assert found["z"][0].similarity == pytest.approx(1, abs=1e-3)
     assert found["z"] == find(own_space, image=query, top=5, space="z")
+    liked = find(own_space, like="shard-001/00003", top=4, space="z")
+    assert {hit.row for hit in liked} == {hit.row for hit in found["z"]} - {15}
     assert found["encoder"] == find(own_space, image=query, top=5)
     # Centred features tell colours apart further than the encoder's rows, which all are bright.
     assert found["z"][-1].similarity < found["encoder"][-1].similarity
