@@ -24,12 +24,11 @@ from rayclust.encoders.decode import Preprocess, decode
 from rayclust.errors import ConfigError
 from rayclust.runtime import driver
 from rayclust.runtime.inputs import InputPlan
-from rayclust.runtime.pipeline import StageContext, run_all, run_stage
+from rayclust.runtime.pipeline import STAGES, StageContext, run_all, run_stage
 from rayclust.runtime.tasks import Task, read_mark
 from rayclust.stages.encode import (
     CHUNK,
     CPU_CHUNK,
-    STAGE,
     ActorPools,
     EncodeChunks,
     ReadAndDecode,
@@ -51,7 +50,7 @@ def images(tmp_path: Path) -> Path:
 
 def planned(images: Path) -> tuple[StageContext, list[Task]]:
     config = validate(tree(str(images.parent / "run"), str(images)))
-    listed = STAGE.plan(config)
+    listed = STAGES["encode"].plan(config)
     units = [Task(shard.index, digest, shard) for shard, digest in zip(listed.shards, listed.digests, strict=True)]
     return StageContext(config, Run(config.run), "digest", {}, listed), units
 
@@ -328,7 +327,7 @@ def test_few_images_stay_in_the_driver(
     shards = [Shard(0, "folder", "/images", "a", "stamp", count=images)]
     plan = InputPlan("digest", tuple(shards), ("digest",), (b"",))
     settings = config(encoder={"name": encoder, "image_size": None})
-    assert STAGE.run(StageContext(settings, Run(settings.run), "digest", {}, plan)) == in_driver
+    assert STAGES["encode"].run(StageContext(settings, Run(settings.run), "digest", {}, plan)) == in_driver
 
 
 # Chunks come in any order and more than once; the shard is written once, with each record in its place.
