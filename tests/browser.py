@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import axe_core_python
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+AXE = Path(axe_core_python.__file__).with_name("axe.min.js")
 WITHOUT = "there is no Chromium on this machine"
 """Why a test skips where `CHROMIUM` is None."""
 
@@ -80,3 +82,16 @@ async def tab(endpoint: str, url: str) -> AsyncIterator[Page]:
         await page.open(url)
         yield page
         await page.call("Page.close")
+
+
+async def serious(page: Page) -> list[tuple[str, str]]:
+    """What axe finds that is serious: rule and element."""
+    if await page.run("typeof axe") == "undefined":
+        await page.run(AXE.read_text() + "; 0")
+    found = await page.run("axe.run(document, { resultTypes: ['violations'] }).then((found) => found.violations)")
+    return [
+        (each["id"], node["html"][:200])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]

@@ -15,6 +15,8 @@ from rayclust.store.run import Run
 
 POINTS = 300
 """Most points of a curve."""
+NO_CURVES = {"seconds", "chosen"}
+"""Metrics of a training that say nothing over its steps."""
 _HEADER = struct.Struct("<QI")
 _FOOTER = 4
 """Bytes of the checksum behind a record."""
@@ -32,7 +34,7 @@ def progress(run_uri: str) -> dict[str, Any]:
             curves.setdefault(name, {})[step] = value
     found: dict[str, list[list[float]]] = {}
     for name, values in curves.items():
-        if "/" in name or len(values) < 2:  # one of many heads, or no curve
+        if "/" in name or name in NO_CURVES or len(values) < 2:  # one of many heads, or no curve
             continue
         steps = np.array(sorted(values))
         shown = steps[np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))]

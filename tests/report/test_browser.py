@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import axe_core_python
-
-from tests.browser import Page, tab
+from tests.browser import Page, serious, tab
 from tests.report import synthetic
 from tests.report.pages import photo
 from tests.sealed import Sealed
 
-AXE = Path(axe_core_python.__file__).with_name("axe.min.js")
 SOON, FIRST_PAINT = 500, 2000
 """Milliseconds that an answer, and a page, may take."""
 SIZES = [(1440, "light"), (1440, "dark"), (390, "light"), (390, "dark")]
@@ -53,20 +50,8 @@ async def size(page: Page, width: int, height: int, scheme: str = "light") -> No
     await page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
 
-async def serious(page: Page) -> list[tuple[str, str]]:
-    """What axe finds that is serious: rule and element."""
-    found = await page.run("axe.run(document, { resultTypes: ['violations'] }).then((found) => found.violations)")
-    return [
-        (each["id"], node["html"][:200])
-        for each in found
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    ]
-
-
 async def looks(page: Page, sizes: Sequence[tuple[int, str]]) -> list[Any]:
     """Faults of the page as it is, at some widths and in some schemes of colours."""
-    await page.run(AXE.read_text() + "; 0")
     found = list[Any]()
     for width, scheme in sizes:
         await size(page, width, 900, scheme)

@@ -22,7 +22,7 @@ from rayclust.export.rows import RunRows
 from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import run_all
 from rayclust.web.app import serve
-from tests.browser import Page, tab
+from tests.browser import Page, serious, tab
 from tests.stages.in_process import without_ray
 from tests.stages.runs import tree
 
@@ -89,6 +89,7 @@ async def walk(page: Page) -> None:
     await page.run("location.hash = '#/compare'")
     await page.until("document.querySelectorAll('.flows a').length", 3)
     await page.until("document.querySelector('[data-facts]').textContent.includes('66.7% of the images')")
+    assert await serious(page) == []
     follow = "new MouseEvent('click', { bubbles: true, cancelable: true })"
     await page.run(f"document.querySelector('.flows a').dispatchEvent({follow})")
     await page.until("document.querySelectorAll('.tile img').length", 8)
@@ -99,6 +100,7 @@ async def walk(page: Page) -> None:
     await page.run("location.hash = '#/'")
     await page.until("document.querySelectorAll('.card').length", 2)
     await page.until("document.documentElement.scrollWidth <= innerWidth")
+    assert await serious(page) == []
     await page.run("location.hash = '#/compare'")
     await page.until("document.querySelectorAll('.flows a').length", 3)
     await page.until("document.documentElement.scrollWidth <= innerWidth")

@@ -66,8 +66,9 @@ function show(facts) {
   const name = lastPart(facts.run);
   document.title = `${name} · rayclust`;
   document.querySelector("h1 a").textContent = name;
+  const source = facts.encoder === "unknown" ? "ready embeddings" : facts.encoder;
   document.getElementById("about").textContent =
-    `${count(facts.images, "image")} in ${count(facts.clusters, "cluster")}, by the method ${facts.method} from ${facts.encoder}`;
+    `${count(facts.images, "image")} in ${count(facts.clusters, "cluster")}, by the method ${facts.method} from ${source}`;
   document.getElementById("undo").hidden = !facts.edits;
   document.getElementById("against").hidden = !facts.against;
   document.getElementById("words").disabled = !facts.reads_text;
@@ -463,6 +464,6 @@ document.getElementById("undo").onclick = async () => {
 };
 addEventListener("hashchange", () => route().catch(() => {}));
 addEventListener("unhandledrejection", (event) => { if (event.reason.name === "AbortError") event.preventDefault(); });
-get("/api/run").then(show).then(route).catch((error) => {
+ask("/api/run").then((answer) => answer.json()).then(show).then(route).catch((error) => {
   if (run.run) say(error.message, true); else openProgress().then(() => say("")).catch(() => {});
 });
