@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits
 
 from rayclust.methods.settings import AutoConfig, SpectralConfig
 from rayclust.methods.spectral import SpectralClustering
-from rayclust.methods.temi import TemiConfig
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.metrics.external import accuracy
 from rayclust.metrics.probes import class_mean_accuracy
 from rayclust.search.knn import nearest_others

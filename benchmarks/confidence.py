@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from rayclust.methods.settings import AutoConfig, KMeansConfig
-from rayclust.methods.temi import TemiConfig
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.metrics.calibration import calibrate, link_inputs, measure
 from rayclust.metrics.external import contingency
 from rayclust.search.knn import nearest_others

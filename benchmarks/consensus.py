@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from rayclust.clustering.consensus import consensus
 from rayclust.methods.consensus import Consensus, kmeans_members
 from rayclust.methods.settings import ConsensusConfig
-from rayclust.methods.temi import TemiConfig
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.search.knn import nearest_others
 from rayclust.training.loop import fit_arrays
 

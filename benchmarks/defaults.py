@@ -48,7 +48,7 @@ from rayclust.clustering.candidates import Bounds, Candidate, choose, make_candi
 from rayclust.features import FeatureTransform
 from rayclust.methods.cpp_settings import CppConfig
 from rayclust.methods.settings import AutoConfig
-from rayclust.methods.temi import TemiConfig
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.metrics.external import accuracy, nmi
 from rayclust.search.knn import top_k
 from rayclust.training.loop import fit_arrays

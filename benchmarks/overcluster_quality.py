@@ -29,7 +29,8 @@ from temi_accuracy import FILES, NEIGHBORS, Case, cases
 from temi_step import processor
 from threadpoolctl import threadpool_limits
 
-from rayclust.methods.temi import Temi, TemiConfig
+from rayclust.methods.temi import Temi
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.metrics import external
 from rayclust.search.knn import top_k
 from rayclust.training.loop import fit_arrays

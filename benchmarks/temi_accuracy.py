@@ -32,7 +32,8 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from threadpoolctl import threadpool_limits
 
 from rayclust.features import FeatureTransform
-from rayclust.methods.temi import Temi, TemiConfig
+from rayclust.methods.temi import Temi
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.metrics.external import accuracy, ari, nmi
 from rayclust.search.knn import top_k
 from rayclust.training.loop import fit_arrays

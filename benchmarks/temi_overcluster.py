@@ -39,7 +39,9 @@ from rayclust.losses import information
 from rayclust.methods import build
 from rayclust.methods.base import Batch
 from rayclust.methods.settings import EMBEDDINGS, Plan
-from rayclust.methods.temi import Cost, Layout, Temi, TemiConfig, estimate_cost
+from rayclust.methods.temi import Temi
+from rayclust.methods.temi_layout import Cost, Layout, estimate_cost
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.training.loop import Stepper
 
 IMAGENET_ROWS = 1_281_167

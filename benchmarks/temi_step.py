@@ -30,7 +30,7 @@ import torch
 from published_temi import PublishedTemi
 
 from rayclust.methods import build
-from rayclust.methods.temi import TemiConfig
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.training.loop import Stepper
 from rayclust.training.sampling import ArrayRows, RowSource
 

@@ -250,9 +250,11 @@ for _name in STAGE_COMMANDS:
 def check(config: str, overrides: tuple[str, ...], *, as_json: bool) -> int:
     """Refuse a bad run before it costs money: config, access, encoder, a sample of inputs, estimates."""
     from rayclust.runtime.api import load_config
-    from rayclust.runtime.preflight import check as run_check
 
-    findings = run_check(load_config(config, overrides))
+    settings = load_config(config, overrides)
+    from rayclust.runtime.preflight import check as run_check  # torch comes only where the config is good
+
+    findings = run_check(settings)
     if as_json:
         _print_json([vars(finding) for finding in findings])
     bad = sum(not finding.good for finding in findings)

@@ -29,6 +29,9 @@ for command in (
     ["status", run],
     ["export", run, "--to", "table", "--out", str(folder / "table.csv")],
     ["export", run, "--to", "keys", "--out", str(folder / "keys")],
+    ["init", str(folder / "new.yaml"), "--images", run, "--method", "temi"],
+    ["schema"],
+    ["check", str(folder / "RUN.yaml"), "method.clusters=1"],
     ["search", run, "--like", "shard-001/00003", "--top", "3"],
 ):
     codes[" ".join(command[:1])] = run_command(command)
@@ -55,7 +58,7 @@ def test_commands_that_print_facts_and_the_explorer_do_without_torch(pictures_ru
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["codes"] == dict.fromkeys(("run", "status", "export", "search"), 0)
+    assert found["codes"] == {"check": 2} | dict.fromkeys(("run", "status", "export", "init", "schema", "search"), 0)
     assert (found["before"], found["after"]) == ([], []), "the encoder is in a process of its own"
     assert found["images"] > 3
     assert found["picture"] > 100

@@ -26,7 +26,7 @@ from rayclust.methods import build
 from rayclust.methods.cpp_settings import CppConfig
 from rayclust.methods.settings import AutoConfig, ConsensusConfig
 from rayclust.methods.tac_settings import TacConfig
-from rayclust.methods.temi import TemiConfig
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.methods.turtle_settings import TurtleConfig
 from rayclust.metrics import internal, selection
 from rayclust.metrics.selection import geometric_grid

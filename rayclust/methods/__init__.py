@@ -43,6 +43,7 @@ METHODS = {
 CONFIGS = {
     "auto": "rayclust.methods.settings:AutoConfig",
     "kmeans": "rayclust.methods.settings:KMeansConfig",
+    "temi": "rayclust.methods.temi_settings:TemiConfig",
     "cpp": "rayclust.methods.cpp_settings:CppConfig",
     "gmm": "rayclust.methods.settings:GmmConfig",
     "tac": "rayclust.methods.tac_settings:TacConfig",

@@ -9,8 +9,6 @@ Source: arXiv 2303.17896, section 3.3; the layout of the projection head is arXi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,41 +19,7 @@ from rayclust.distributed import all_reduce, differentiable_all_reduce
 from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.kernels.screening import has_fast_bf16
 from rayclust.losses.information import LastLayer
-
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Sizes and parts of H equal heads."""
-
-    heads: int
-    """H."""
-    dimension: int
-    """D, the width of the rows that come in."""
-    clusters: int
-    """K, the logits that come out."""
-    hidden: int = 512
-    """Width of the hidden layers."""
-    bottleneck: int = 256
-    """Width of the unit rows before the last layer."""
-    layers: int = 2
-    """Linear layers before the last one, at least 1; 1 is a single map to the bottleneck."""
-    batch_norm: bool = False
-    """Whether hidden layers are batch-normalised."""
-    dropout: float = 0.0
-    """Share of hidden units dropped in training."""
-    final_gelu: bool = False
-    """Whether a GELU follows the bottleneck."""
-    learn_scale: bool = True
-    """Whether g is learnt; otherwise it stays 1."""
-    first: int = 0
-    """Number of the first head, where other workers hold those before it."""
-
-    @property
-    def widths(self) -> list[int]:
-        """Input and output widths of the layers before the last."""
-        return [self.dimension, *[self.hidden] * (self.layers - 1), self.bottleneck]
+from rayclust.methods.temi_layout import HeadShape, Precision
 
 
 def matmul_dtype(precision: Precision, x: Tensor) -> torch.dtype:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from rayclust.errors import ShapeError
-from rayclust.methods.heads import Heads, HeadShape, Precision, ema_update, matmul_dtype
+from rayclust.methods.heads import Heads, ema_update, matmul_dtype
+from rayclust.methods.temi_layout import HeadShape, Precision
 from tests import references
 from tests.workers import on_two_workers
 

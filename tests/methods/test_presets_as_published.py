@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rayclust.config import RunConfig, parse
 from rayclust.methods.cpp_settings import CppConfig
 from rayclust.methods.settings import Plan
-from rayclust.methods.temi import TemiConfig
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.methods.turtle_settings import TurtleConfig
 from tests.cluster_configs import rendered
 

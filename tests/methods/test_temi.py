@@ -13,9 +13,11 @@ from rayclust.errors import ConfigError, ShapeError
 from rayclust.losses.information import Marginal
 from rayclust.methods import AnyMethodConfig, build, load, temi_init
 from rayclust.methods.base import Batch
-from rayclust.methods.heads import Heads, HeadShape
+from rayclust.methods.heads import Heads
 from rayclust.methods.settings import EMBEDDINGS, Plan
-from rayclust.methods.temi import Layout, Temi, TemiConfig, auto_settings, choose_layout, collapsed_heads, estimate_cost
+from rayclust.methods.temi import Temi, collapsed_heads
+from rayclust.methods.temi_layout import HeadShape, Layout, choose_layout, estimate_cost
+from rayclust.methods.temi_settings import TemiConfig, auto_settings
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import top_k
 from rayclust.settings import format_error

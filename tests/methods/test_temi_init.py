@@ -9,7 +9,7 @@ from torch import Tensor
 from rayclust import distributed
 from rayclust.clustering.neighborhood import modularity, modularity_terms
 from rayclust.methods import graph, temi_init
-from rayclust.methods.heads import Heads, HeadShape
+from rayclust.methods.heads import Heads
 from rayclust.methods.temi_init import (
     StartOptions,
     best_by_modularity,
@@ -18,6 +18,7 @@ from rayclust.methods.temi_init import (
     start_from_kmeans,
     start_from_partition,
 )
+from rayclust.methods.temi_layout import HeadShape
 from rayclust.search.knn import top_k
 from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers

@@ -12,7 +12,8 @@ from rayclust import distributed
 from rayclust.losses import information
 from rayclust.methods import build, temi
 from rayclust.methods.base import CheckpointInterval
-from rayclust.methods.temi import Temi, TemiConfig
+from rayclust.methods.temi import Temi
+from rayclust.methods.temi_settings import TemiConfig
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.stores import MemoryStore
