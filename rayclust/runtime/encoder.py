@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TypeVar
@@ -110,13 +110,20 @@ class RunEncoders:
     Args:
         config: of the run.
         device: see `load_run_encoder`.
+        loaded: encoders on that device that are there already, by the digest of their settings; see `with_engines`.
 
     Raises:
         ConfigError: weights are missing.
     """
 
-    def __init__(self, config: RunConfig, device: str | None = None) -> None:
-        self.encoders = tuple(load_run_encoder(config, device, settings) for settings in encoding(config))
+    def __init__(
+        self, config: RunConfig, device: str | None = None, loaded: Mapping[str, Encoder] | None = None
+    ) -> None:
+        known = loaded or {}
+        self.encoders = tuple(
+            known.get(digest_of(settings.model_dump(mode="json"))) or load_run_encoder(config, device, settings)
+            for settings in encoding(config)
+        )
         self.preprocesses = tuple(dict.fromkeys(encoder.preprocess for encoder in self.encoders))
         """Each kind of pixels once: encoders with one preprocessing share them."""
         self.dimension = sum(encoder.dimension for encoder in self.encoders)
@@ -157,7 +164,15 @@ def seconds_per_image(encoder: Encoder) -> float:
     return time.monotonic() - started
 
 
-def with_engines(config: RunConfig, run: Run, count: int, *, is_begun: bool) -> RunConfig:
+def with_engines(
+    config: RunConfig,
+    run: Run,
+    count: int,
+    *,
+    is_begun: bool,
+    callers: int = 1,
+    loaded: dict[str, Encoder] | None = None,
+) -> RunConfig:
     """Return the config with each encoder's engine: the one that has made the run's rows, else the fastest here.
 
     The choice is kept below the run, by the encoder's settings, so that all rows come from one engine.
@@ -167,6 +182,8 @@ def with_engines(config: RunConfig, run: Run, count: int, *, is_begun: bool) -> 
         run: it.
         count: images to encode. For fewer than `MEASURED_FROM` torch is done before another engine would begin.
         is_begun: some rows are there already; without a choice that was kept, torch has made them.
+        callers: threads that will encode at once.
+        loaded: gets the encoders that were measured, for `RunEncoders`: compiling one takes seconds.
     """
     uri = run.at("manifests", "encode", "engines.json")
     if config.resources.gpus:
@@ -185,8 +202,13 @@ def with_engines(config: RunConfig, run: Run, count: int, *, is_begun: bool) -> 
         if key not in kept and may_choose and not settings.compile and openvino.is_installed():
             encoder = load_run_encoder(config, "cpu", settings)
             if isinstance(encoder, TorchEncoder):
-                kept[key] = _fastest_engine(encoder)
+                encoder.callers = callers
+                kept[key] = encoder.engine = _fastest_engine(encoder)
                 storage.write_json(uri, kept)
+                if loaded is not None:
+                    loaded[digest_of(settings.model_copy(update={"engine": kept[key]}).model_dump(mode="json"))] = (
+                        encoder
+                    )
         return settings.model_copy(update={"engine": kept.get(key, "torch")})
 
     if config.encoders:

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayclust.config import RunConfig
-from rayclust.encoders.base import GPU_BATCH
+from rayclust.encoders.base import GPU_BATCH, Encoder
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.encoders.settings import SpaceConfig
 from rayclust.errors import ArtefactError, DataError
@@ -207,16 +207,17 @@ def _encode_images(context: StageContext, tasks: list[Task], moments: MomentsInO
     report_resume("encode", len(tasks), len(done))
     # What is not counted before it is read may be many.
     images = sum(task.size if task.payload.count else MEASURED_FROM for task in tasks)
-    config = with_engines(context.config, context.run, images, is_begun=bool(done))
+    callers, loaded = driver_threads(context.config) if in_driver() else 1, dict[str, Encoder]()
+    config = with_engines(context.config, context.run, images, is_begun=bool(done), callers=callers, loaded=loaded)
     context = replace(context, config=config)
     chunks: Callable[..., Iterator[Mapping[str, Any]]]
     if len(done) < len(tasks):
         # Loaded here first: weights that are missing are one line at once, not many workers' failures.
         if in_driver():
-            worker = EncodeChunks(config, [])
+            worker = EncodeChunks(config, [], loaded)
             for encoder in worker.encoders.encoders:
-                encoder.callers = driver_threads(config)
-            seconds, count = sum(map(seconds_per_image, worker.encoders.encoders)), driver_threads(config)
+                encoder.callers = callers
+            seconds, count = sum(map(seconds_per_image, worker.encoders.encoders)), callers
             chunks = partial(chunks_in_driver, worker)
         else:
             shapes = [encoder_shape(config, encoder) for encoder in encoding(config)]
@@ -484,8 +485,8 @@ class ReadAndDecode:
 class EncodeChunks:
     """Ray Data operator: chunks of pixels to embeddings, sent to the writer of their shard; gives counts and times."""
 
-    def __init__(self, config: RunConfig, writers: list[Any]) -> None:
-        self.encoders = RunEncoders(config, worker_device(config))
+    def __init__(self, config: RunConfig, writers: list[Any], loaded: Mapping[str, Encoder] | None = None) -> None:
+        self.encoders = RunEncoders(config, worker_device(config), loaded)
         self.writers = writers
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -20,7 +20,7 @@ from rayclust.encoders.decode import Preprocess
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.runtime import encoder as run_encoder
-from rayclust.runtime.encoder import with_engines
+from rayclust.runtime.encoder import RunEncoders, with_engines
 from rayclust.runtime.pipeline import settings_of
 from rayclust.store.run import Run
 from tests.encoders.networks import noise, tiny_clip, tiny_timm
@@ -106,6 +106,15 @@ def test_the_fastest_engine_is_taken_once_and_kept_with_the_run(choice: Choice):
     ]
     assert choice.of(image_size=64) == "torch", "another preprocessing"
     assert choice.measured == 2
+
+
+def test_an_encoder_that_was_measured_is_not_loaded_again(choice: Choice):
+    loaded = dict[str, Any]()
+    found = with_engines(choice.config(), choice.run, 1000, is_begun=False, callers=2, loaded=loaded)
+    [encoder] = loaded.values()
+    assert (encoder.engine, encoder.callers) == ("openvino", 2)
+    assert RunEncoders(found, "cpu", loaded).encoders == (encoder,)
+    assert RunEncoders(choice.config(engine="torch"), "cpu", loaded).encoders != (encoder,)
 
 
 def test_rows_that_torch_has_begun_stay_its_own(choice: Choice):
