@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rayclust.encoders.base import TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
@@ -44,9 +45,27 @@ class ClipEncoder(TorchEncoder):
         with self._inference():
             for start in range(0, len(texts), _TEXT_BATCH):
                 tokens = self._tokenize(list(texts[start : start + _TEXT_BATCH])).to(self._device)
-                encoded = self._to_rows(self._network.encode_text(tokens))
+                encoded = self._to_rows(self._encode_tokens(tokens))
                 rows[start : start + len(tokens)] = encoded.cpu().numpy()
         return rows
+
+    def _encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Return rows of phrases; of one alone, a query, in the time that its own tokens take.
+
+        In a causal network that reads its row at the end token, nothing behind that token counts.
+        """
+        network = self._network
+        is_causal = isinstance(network, open_clip.CLIP) and network.text_pool_type == "argmax"
+        if len(tokens) != 1 or not is_causal or network.attn_mask is None:
+            encoded: Tensor = network.encode_text(tokens)
+            return encoded
+        length = int(tokens.argmax(dim=1)) + 1  # the end token has the largest number
+        cut = {
+            "network.positional_embedding": network.positional_embedding[:length],
+            "network.attn_mask": network.attn_mask[:length, :length],
+        }
+        short: Tensor = functional_call(_TextTower(network), cut, (tokens[:, :length],))
+        return short
 
     @cached_property
     def _tokenize(self) -> Callable[[list[str]], Tensor]:
@@ -59,6 +78,18 @@ class ClipEncoder(TorchEncoder):
                 f"it into the hub's cache, or set label.vocabulary: none"
             ) from error
         return tokenizer
+
+
+class _TextTower(nn.Module):
+    """A network whose forward pass is that of its text tower, for `functional_call`."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        encoded: Tensor = self.network.encode_text(tokens)
+        return encoded
 
 
 def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder:

@@ -55,6 +55,12 @@ def test_phrases_give_open_clips_own_rows(weights: Path) -> None:
     assert np.allclose(rows, wanted, atol=1e-6)
     assert np.allclose(encoder.encode_texts(PHRASES * 40)[-4:], rows, atol=1e-6)
     assert encoder.encode_texts([]).shape == (0, 16)
+    # A phrase alone has the same row, from its own tokens: start, "a", "dog", end.
+    seen = list[int]()
+    encoder._network.transformer.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    alone = np.concatenate([encoder.encode_texts([phrase]) for phrase in PHRASES])
+    assert np.allclose(alone, rows, atol=1e-6)
+    assert seen == [7, 4, 77, 2]
 
 
 def test_all_kinds_of_files_give_the_same_bytes(tmp_path: Path, weights: Path) -> None:
