@@ -44,8 +44,9 @@ import torch
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
-from rayclust.clustering.candidates import Bounds, Candidate, choose, make_candidates
+from rayclust.clustering.candidates import LEARNT, Bounds, Candidate, choose
 from rayclust.features import FeatureTransform
+from rayclust.methods.auto import Auto
 from rayclust.methods.cpp_settings import CppConfig
 from rayclust.methods.settings import AutoConfig
 from rayclust.methods.temi_settings import TemiConfig
@@ -96,6 +97,9 @@ HELD_OUT = [
 ]
 GRID = [
     Bounds(*each) for each in itertools.product((0.0, 0.0025, 0.005, 0.01, 0.02), (0.02, 0.05, 1.0), (0.05, 0.1, 1.0))
+]
+TRAINED_GRID = [
+    Bounds(*each) for each in itertools.product((0.0, 0.01, 0.02, 0.03), (-0.01, -0.005, 0.0, 0.005, 0.05), (0.1,))
 ]
 BOUND = -0.5
 TRAINED: dict[str, type[TemiConfig | CppConfig]] = {"temi": TemiConfig, "cpp": CppConfig}
@@ -198,9 +202,10 @@ def run(case: Case, seed: int) -> None:
     baseline = sklearn.cluster.KMeans(case.clusters, n_init=10, random_state=seed).fit_predict(case.x)
     start = time.process_time()
     config, x = AutoConfig(clusters=case.clusters), torch.from_numpy(case.x)
-    candidates = make_candidates(x, graph(x, config.neighbors), case.clusters, seed)
+    method = fit_arrays(x, graph(x, config.neighbors), config, seed)
+    assert isinstance(method, Auto)
     seconds = time.process_time() - start
-    scored = [(candidate, score(case, candidate.labels.numpy())) for candidate in candidates]
+    scored = [(candidate, score(case, candidate.labels.numpy())) for candidate in method.candidates]
     case.runs.append((score(case, baseline), scored, seconds))
 
 
@@ -219,6 +224,11 @@ def measured(name: str, data: Path, seeds: int, threads: int, results: Path | No
     return case
 
 
+def untrained(candidates: list[Candidate]) -> list[Candidate]:
+    """Those that need no training."""
+    return [candidate for candidate in candidates if not candidate.is_trained]
+
+
 def gain(case: Case, pick: Callable[[list[Candidate]], Candidate]) -> np.ndarray:
     """Mean over seeds of the gain in ACC and NMI of the candidates that `pick` picks."""
     gains = []
@@ -228,29 +238,32 @@ def gain(case: Case, pick: Callable[[list[Candidate]], Candidate]) -> np.ndarray
     return np.mean(gains, axis=0)
 
 
-def left_out(cases: list[Case]) -> dict[str, Bounds]:
+def left_out(cases: list[Case], grid: list[Bounds], pick: Callable[..., Candidate]) -> dict[str, Bounds]:
     """Bounds for each group of sets, chosen on all others: most gain, each point below -0.5 counting five times."""
-    table = {bounds: np.array([gain(case, lambda c, b=bounds: choose(c, b)) for case in cases]) for bounds in GRID}
+    table = {bounds: np.array([gain(case, lambda c, b=bounds: pick(c, b)) for case in cases]) for bounds in grid}
     groups = np.array([case.group for case in cases])
 
     def worth(gains: np.ndarray) -> float:
         return float(gains.mean() + 5 * np.minimum(gains - BOUND, 0).mean())
 
     if len(set(groups)) == 1:
-        return {case.group: Bounds() for case in cases}
-    return {group: max(GRID, key=lambda b: worth(table[b][groups != group])) for group in dict.fromkeys(groups)}
+        return {}
+    return {group: max(grid, key=lambda b: worth(table[b][groups != group])) for group in dict.fromkeys(groups)}
 
 
 def report(cases: list[Case]) -> None:
     """The table of gains, and its summary."""
-    bounds = left_out(cases)
+    bounds = left_out(cases, GRID, lambda c, b: choose(untrained(c), b))
+    trained_bounds = left_out(cases, TRAINED_GRID, lambda c, b: choose(c, trained=b))
     picks: dict[str, Callable[[Case], Callable[[list[Candidate]], Candidate]]] = {
         "k-means": lambda _: lambda c: c[0],
         "refined": lambda _: lambda c: c[1],
         "consensus": lambda _: lambda c: c[2],
         "with spectral": lambda _: lambda c: c[3],
+        "nothing trained": lambda _: lambda c: choose(untrained(c)),
+        "learnt space": lambda _: lambda c: c[-1] if c[-1].name == LEARNT else choose(c),
         "auto": lambda _: choose,
-        "auto, left out": lambda case: lambda c: choose(c, bounds[case.group]),
+        "auto, left out": lambda case: lambda c: choose(c, bounds.get(case.group), trained_bounds.get(case.group)),
     }
     print("\nGain over scikit-learn's k-means, ACC / NMI in points, mean of seeds\n")
     print("| set | rows, D, K | scikit-learn | " + " | ".join(picks) + " | kept by seed | CPU s |")
@@ -276,10 +289,9 @@ def report(cases: list[Case]) -> None:
         ):
             if chosen.any():
                 print(f"| {title}, {chosen.sum()} {part} | " + " | ".join(rule(gains[n][chosen]) for n in picks) + " |")
-    print(
-        "\nbounds chosen without each set: "
-        + ", ".join(f"{group} {tuple(vars(b).values())}" for group, b in bounds.items())
-    )
+    for title, chosen in {"bounds": bounds, "bounds of the learnt space": trained_bounds}.items():
+        each = ", ".join(f"{group} {tuple(vars(b).values())}" for group, b in chosen.items())
+        print(f"\n{title} chosen without each set: {each}")
 
 
 def trained(cases: list[Case], names: Sequence[str], results: Path | None) -> None:

@@ -1,10 +1,11 @@
-"""Candidates for a partition: k-means from many starts, its refinement, two consensuses; and the choice by evidence.
+"""Candidates for a partition: k-means, its refinement, two consensuses, a learnt space; and the choice by evidence.
 
 The partitions of k-means from starts in three views of the rows (their leading components, the same at length 1, and
 the same averaged over nearest neighbours) and in the spectral embedding of the neighbour graph are members. The floor
 is the one of least inertia; the second candidate refines it without another structure; the third and the fourth are
-votes of refined members, so that no single local optimum decides. All but the floor end in a linear classifier that is
-fitted to the surest rows of each cluster. benchmarks/defaults.py has the sets on which the constants were found.
+votes of refined members, so that no single local optimum decides. The fifth goes on from the best of these in a space
+that a caller may learn. All but the floor end in a linear classifier that is fitted to the surest rows of each cluster.
+benchmarks/defaults.py has the sets on which the constants were found.
 
 Parts: k-means++ (Arthur and Vassilvitskii 2007), spectral clustering (Ng, Jordan and Weiss 2001), consensus by
 alternating alignment (Strehl and Ghosh 2002), label propagation (Zhou et al. 2004), modularity (Newman, Girvan 2004).
@@ -13,8 +14,8 @@ alternating alignment (Strehl and Ghosh 2002), label propagation (Zhou et al. 20
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from rayclust.clustering import kmeans
 from rayclust.clustering.consensus import ridge_classifier, surest_rows, vote
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.settings import KMeansOptions
-from rayclust.clustering.spectral import leading_eigenpairs
+from rayclust.clustering.spectral import leading_eigenpairs, unit_means
 from rayclust.distributed import data_group
 
+LEARNT = "k-means in a learnt space"
+"""Name of the candidate that a training makes."""
 COMPONENTS, COMPONENTS_PER_CLUSTER = 128, 2
 """Leading principal components that are kept, at least; all there are if fewer."""
 OPERATIONS = 6e12
@@ -60,6 +63,20 @@ MIN_OCCUPIED = 0.75
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """What the neighbour graph may say against a candidate before the one before it is kept."""
+
+    modularity_loss: float = MAX_MODULARITY_LOSS
+    agreement_loss: float = MAX_AGREEMENT_LOSS
+    evenness_gain: float = MAX_EVENNESS_GAIN
+
+
+TRAINED = Bounds(modularity_loss=0.02, agreement_loss=0.0)
+"""For what a training has made of a partition: it must keep more neighbours together. Modularity may fall, as it does
+where clusters are right to become uneven."""
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A partition with a linear classifier that gives it, and the evidence for it."""
 
@@ -72,15 +89,8 @@ class Candidate:
     """Float[K]."""
     evidence: dict[str, float]
     """`inertia` per row, `modularity` and `neighbor_agreement` on the raw graph, `size_entropy` / ln K, `occupied`."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What the neighbour graph may say against a candidate before the one before it is kept."""
-
-    modularity_loss: float = MAX_MODULARITY_LOSS
-    agreement_loss: float = MAX_AGREEMENT_LOSS
-    evenness_gain: float = MAX_EVENNESS_GAIN
+    is_trained: bool = False
+    """Whether it comes from a learnt space."""
 
 
 def is_supported(
@@ -106,26 +116,36 @@ def is_supported(
     )
 
 
-def choose(candidates: Sequence[Candidate], bounds: Bounds | None = None) -> Candidate:
+def choose(candidates: Sequence[Candidate], bounds: Bounds | None = None, trained: Bounds | None = None) -> Candidate:
     """Return the last candidate that may replace the one kept without it.
 
     A vote of many partitions is right more often than one of them: nothing need speak for it, only nothing against.
 
     Args:
         candidates: the floor first.
-        bounds: on the evidence.
+        bounds: on the evidence; None takes those above.
+        trained: for what comes from a learnt space; None takes `TRAINED`.
     """
     chosen = candidates[0]
     for candidate in candidates[1:]:
-        if is_supported(candidate.evidence, chosen.evidence, candidate.weight.shape[-1], bounds):
+        limits = (trained or TRAINED) if candidate.is_trained else bounds
+        if is_supported(candidate.evidence, chosen.evidence, candidate.weight.shape[-1], limits):
             chosen = candidate
     return chosen
 
 
 def make_candidates(
-    x: Tensor, neighbors: Tensor, clusters: int, seed: int, *, restarts: int = 16, rounds: int = 2, rivals: bool = True
+    x: Tensor,
+    neighbors: Tensor,
+    clusters: int,
+    seed: int,
+    *,
+    restarts: int = 16,
+    rounds: int = 2,
+    rivals: bool = True,
+    learn: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Candidate]:
-    """Make the floor, its refinement and the votes; the floor alone where more would take too long.
+    """Make the floor, its refinement, the votes and the learnt space; the floor alone where more would take too long.
 
     Workers share the passes of k-means; all else is made from the same numbers on each.
 
@@ -137,6 +157,8 @@ def make_candidates(
         restarts: starts of k-means in each view; fewer where they would take long.
         rounds: how often rows are averaged with their neighbours in the smoothed view.
         rivals: whether there is more than the floor.
+        learn: called with the leading principal axes of the rows, Float[D d]; trains on the rows' components along them
+            and returns unit rows Float[n L] of a space in which clusters are apart. None: there is none.
     """
     K, space = clusters, _Space(x, neighbors, clusters)
     p, n = space.p, len(x)
@@ -173,6 +195,9 @@ def make_candidates(
         cut, cut_inertia = kmeans.fit_all(embedded, options, seeds[3])
         others = [space.refined("", cut[place], graph).labels for place in _better_half(cut_inertia)]
         candidates.append(space.voted("consensus with spectral clusters", voters[::2] + others))
+    # 6. The best of these, moved by k-means in the learnt space.
+    if learn is not None:
+        candidates.append(space.moved(LEARNT, choose(candidates).labels, learn(space.basis)))
     return candidates
 
 
@@ -188,8 +213,8 @@ class _Space:
     def __init__(self, x: Tensor, neighbors: Tensor, clusters: int) -> None:
         self._mean, self._neighbors, self._clusters = x.mean(0), neighbors, clusters
         width = max(COMPONENTS, COMPONENTS_PER_CLUSTER * clusters)
-        self._basis = leading_components(x - self._mean, width)
-        self.p = (x - self._mean) @ self._basis
+        self.basis = leading_components(x - self._mean, width)
+        self.p = (x - self._mean) @ self.basis
 
     def nearest_means(self, name: str, labels: Tensor) -> Candidate:
         """Return the classifier that compares |p − c|², less |p|², with the clusters' means c."""
@@ -208,13 +233,22 @@ class _Space:
         result = vote(voters, self._clusters, voters[0])
         return self._classified(name, result.labels, result.confidence, result.margin)
 
+    def moved(self, name: str, labels: Tensor, learnt: Tensor) -> Candidate:
+        """Go on with k-means among unit rows Float[n L] of a learnt space, and classify by the surest rows."""
+        options = KMeansOptions(clusters=self._clusters, metric="euclidean", max_iterations=MAX_ITERATIONS)
+        own = kmeans.fit_all(learnt, options, 0, unit_means(learnt, labels, self._clusters))[0][0]
+        distances = kmeans.squared_distances(learnt, unit_means(learnt, own, self._clusters)).clamp(min=0).sqrt()
+        nearest = distances.topk(2, dim=1, largest=False).values
+        moved = self._classified(name, own, -nearest[:, 0], nearest[:, 1] - nearest[:, 0])
+        return replace(moved, is_trained=True)
+
     def _classified(self, name: str, labels: Tensor, confidence: Tensor, margin: Tensor) -> Candidate:
         kept = surest_rows(labels, confidence, margin, SUREST_SHARE).to(self.p.device)
         penalty = RIDGE * int(kept.sum())
         return self._measured(name, *ridge_classifier(self.p[kept], labels[kept], self._clusters, penalty))
 
     def _measured(self, name: str, weight: Tensor, bias: Tensor) -> Candidate:
-        labels, folded = (self.p @ weight + bias).argmax(1), self._basis @ weight
+        labels, folded = (self.p @ weight + bias).argmax(1), self.basis @ weight
         found = evidence(self.p, labels, self._neighbors, self._clusters)
         return Candidate(name, labels, folded, bias - self._mean @ folded, found)
 

@@ -308,6 +308,13 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
     return block
 
 
+def unit_means(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
+    """Return the means of unit rows Float[N D] in clusters Int64[N]: Float[K D]; far from all rows for an empty one."""
+    sizes = torch.bincount(labels, minlength=clusters)[:, None]
+    sums = x.new_zeros((clusters, x.shape[1])).index_add_(0, labels, x)
+    return torch.where(sizes > 0, sums / sizes.clamp(min=1), 2.0)
+
+
 @dataclass(frozen=True)
 class Spectral:
     """A spectral partition, which assigns rows to clusters for any K up to the one it was made for.
@@ -358,6 +365,11 @@ class Spectral:
         partition = self if seed is None or seed == self.seed else replace(self, seed=seed, centers={})
         partition.labels(clusters)
         return partition
+
+    def cut_from(self, labels: Tensor, clusters: int) -> None:
+        """Keep the centres of K clusters that k-means of the sites reaches from clusters Int64[S] of theirs."""
+        rows = functional.normalize(self.functions[:, :clusters], dim=1)
+        self._fit_centers(rows, self.seed, unit_means(rows, labels.to(rows.device), clusters))
 
     @torch.no_grad()
     def assign(self, codes: Tensor, clusters: int) -> Tensor:
@@ -422,16 +434,20 @@ class Spectral:
             raise ConfigError(f"clusters = {clusters}: from 1 to {self.max_clusters}, what the partition was made for")
         cached = self.centers.get(clusters) if seed == self.seed else None
         if cached is None:
-            rows = functional.normalize(self.functions[:, :clusters], dim=1)
-            own = rows[distributed.own_slice(len(rows))]
-            settings = KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
-            result = kmeans.fit(lambda: [own], settings, seed=seed)
-            mean = max(result.inertia / len(rows), torch.finfo(torch.float32).eps)
-            cached = torch.cat([result.centers, result.centers.new_full((1, clusters), mean)])
-            if seed == self.seed:
-                self.centers[clusters] = cached
+            cached = self._fit_centers(functional.normalize(self.functions[:, :clusters], dim=1), seed, None)
         cached = cached.to(self.functions.device)
         return cached[:-1], cached[-1, 0]
+
+    def _fit_centers(self, rows: Tensor, seed: int, init: Tensor | None) -> Tensor:
+        """Run k-means of the sites' rows Float32[S K]; return what `centers` holds, and keep it for the own seed."""
+        clusters, own = rows.shape[1], rows[distributed.own_slice(len(rows))]
+        settings = KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
+        result = kmeans.fit(lambda: [own], settings, seed=seed, init=init)
+        mean = max(result.inertia / len(rows), torch.finfo(torch.float32).eps)
+        centers = torch.cat([result.centers, result.centers.new_full((1, clusters), mean)])
+        if seed == self.seed:
+            self.centers[clusters] = centers
+        return centers
 
 
 def partition(blocks: Blocks, max_clusters: int, options: SpectralOptions, seed: int = 0) -> Spectral:

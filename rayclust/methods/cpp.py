@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
-from rayclust.clustering import spectral
+from rayclust.clustering import row_stats, spectral
+from rayclust.clustering.candidates import TRAINED, choose, evidence, is_supported, make_candidates
+from rayclust.clustering.consensus import match_confidence
+from rayclust.clustering.row_stats import Blocks, even_sample, gather_rows
 from rayclust.clustering.spectral import Spectral
 from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.losses.coding_rate import CompressionOptions, coding_rate, compression_rate, membership_energy
@@ -28,6 +31,7 @@ from rayclust.methods.cpp_settings import CppConfig
 from rayclust.methods.heads import StackedNorm, matmul_dtype
 from rayclust.methods.settings import Plan
 from rayclust.methods.spectral import SpectralMethod
+from rayclust.search.knn import nearest_others
 
 __all__ = ["Cpp", "CppConfig", "CppNetwork"]
 
@@ -40,8 +44,10 @@ LOW_RANK = 0.1
 """Standard deviation, relative to the largest, up to which a component does not count as separating clusters."""
 UNUSED_SCALE = 1e-2
 """Scale of the random weights of those outputs for which the rows have no principal component."""
-SPECTRAL = "spectral."
-"""Prefix of the partition's tensors in a state."""
+SPECTRAL, KEPT = "spectral.", "kept."
+"""Prefixes of the partition's and of the kept start's tensors in a state."""
+EVIDENCE_NEIGHBORS = 10
+"""Nearest neighbours of a row that speak for or against its cluster."""
 
 
 class CppNetwork(nn.Module):
@@ -178,6 +184,8 @@ class Cpp(SpectralMethod):
     config_type = CppConfig
     config: CppConfig
     progress: Tensor
+    kept: tuple[Tensor, Tensor] | None = None
+    """Float[D K] and Float[K] of the linear classifier that gives the clusters, where the start was kept."""
 
     def __init__(self, config: CppConfig, dimension: int, count: int, seed: int) -> None:
         config = config.resolved(count)
@@ -260,8 +268,25 @@ class Cpp(SpectralMethod):
             self.config.spectral_options(),
             self.seed,
         )
+        if self.config.final_start == "auto":
+            self._go_on_from_auto(fitted, blocks)
         self.partition = fitted.cut(clusters)
         logger.info("spectral clusters: %d of %d rows", clusters, self.count)
+
+    @torch.no_grad()
+    def _go_on_from_auto(self, fitted: Spectral, blocks: Blocks) -> None:
+        """Start the final k-means at `auto`'s partition; keep that one where the graph speaks against the result."""
+        K, stats = self.config.clusters, row_stats.compute(blocks, "euclidean")
+        x = gather_rows(stats, even_sample(stats.count, self.config.dense_rows, self.seed)).float()
+        neighbors = nearest_others(x, min(EVIDENCE_NEIGHBORS, len(x) - 1))
+        start = choose(make_candidates(x, neighbors, K, self.seed))
+        fitted.cut_from(start.labels, K)
+        if not is_supported(evidence(x, fitted.labels(K), neighbors, K), start.evidence, K, TRAINED):
+            logger.warning(
+                "cpp: the neighbour graph speaks against the learnt clusters, those of %s are kept", start.name
+            )
+            sharpness = match_confidence(x @ start.weight + start.bias, start.evidence["neighbor_agreement"])
+            self.kept = start.weight / sharpness, start.bias / sharpness
 
     def read(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """Return what the network reads of rows Float[B D]: the rows.
@@ -302,7 +327,22 @@ class Cpp(SpectralMethod):
 
     def predict_proba(self, x: Tensor) -> Tensor:
         """Return probabilities of the clusters: Float[B D] to Float[B K]; each row's depend on it alone."""
+        if self.kept is not None:
+            require_matrix(x, "x", self.dimension)
+            weight, bias = (part.to(self.device) for part in self.kept)
+            return (self.read(x).to(weight) @ weight + bias).softmax(dim=1)
         return self.fitted().assign(self._infer(x)[1], self.config.clusters)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Map rows to their place among the membership's K leading eigenvectors: Float[B D] to unit rows Float[B K]."""
+        return functional.normalize(self.fitted().embed(self._infer(x)[1])[:, : self.config.clusters], dim=1)
+
+    def recut(self, clusters: int, seed: int | None = None) -> Self:
+        """Return the same eigenvectors cut into another number of clusters, or from another seed; see `Recuttable`."""
+        other = super().recut(clusters, seed)
+        if clusters != self.config.clusters or seed not in (None, self.seed):
+            other.kept = None
+        return other
 
     def prototypes(self) -> Tensor:
         """Return the clusters' centres among the membership's eigenvectors: unit rows Float[K K]."""
@@ -310,14 +350,18 @@ class Cpp(SpectralMethod):
         return functional.normalize(self.fitted().centers[clusters][:clusters], dim=1)
 
     def state(self) -> MethodState:
-        """Return network and spectral partition."""
+        """Return network and spectral partition, and the start where that was kept."""
         tensors = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
         tensors |= {SPECTRAL + name: value for name, value in self.fitted().tensors().items()}
         tensors["seed"] = torch.tensor(self.fitted().seed)
+        if self.kept is not None:
+            tensors |= {KEPT + name: x.cpu() for name, x in zip(("weight", "bias"), self.kept, strict=True)}
         return MethodState(self._settings(), tensors)
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.seed = int(tensors.pop("seed"))
         partition = {n.removeprefix(SPECTRAL): value for n, value in tensors.items() if n.startswith(SPECTRAL)}
+        weight, bias = tensors.pop(KEPT + "weight", None), tensors.pop(KEPT + "bias", None)
+        self.kept = None if weight is None or bias is None else (weight, bias)
         self.network.load_state_dict({n: value for n, value in tensors.items() if not n.startswith(SPECTRAL)})
         self.partition = Spectral.from_tensors(partition, self.config.spectral_options(), self.seed)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rayclust.clustering.settings import SpectralOptions
-from rayclust.methods.settings import TrainedConfig
+from rayclust.methods.settings import Plan, TrainedConfig
 
 PUBLISHED_RATE = 1e-4
 """Learning rate of every data set, whatever its batch."""
@@ -39,12 +39,14 @@ AUTO_WIDTHS = (32, 128)
 """Bounds of d: it leaves each cluster some three dimensions."""
 AUTO_STEPS, AUTO_EPOCHS = (75, 2_000), 4
 """Bounds of the steps, and the epochs that they are counted from; the loss may end them earlier."""
+KERNEL_PRODUCTS = 20
+"""Blocks of about 2 K + 10 vectors that the sites' kernel is multiplied with, about."""
 
 
 class CppConfig(SpectralOptions, TrainedConfig):
     """CPP (arXiv 2306.05272): rate reduction on frozen embeddings. A key that is written wins over the preset."""
 
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     has_own_space: ClassVar[bool] = True
     name: Literal["cpp"] = "cpp"
     """Clustering by the principle of rate reduction with pretrained models."""
@@ -103,6 +105,10 @@ class CppConfig(SpectralOptions, TrainedConfig):
     """η of the membership of all rows that is cut into clusters; None is the training's."""
     final_half_steps: int | None = Field(None, ge=1)
     """Sinkhorn half-steps of that membership, odd (published: 5); None goes on until rows and columns sum to 1."""
+    final_start: Literal["kmeans", "auto"] = "kmeans"
+    """kmeans: the final k-means has `restarts` starts of its own. auto: it starts at the partition that the method
+    `auto` chooses without training; that one is kept where the neighbour graph of the rows speaks against the result.
+    Only for `clusters`: another number that the eigenvectors are cut into, as in `select-k`, has its own starts."""
 
     @model_validator(mode="after")
     def _codes_have_a_head(self) -> CppConfig:
@@ -111,6 +117,8 @@ class CppConfig(SpectralOptions, TrainedConfig):
         for name in ("code_rate", "code_weight_decay") if variant == "single_head" else ():
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} = {value:g}: there is no cluster head, set variant: two_head")
+        if self.final_start == "auto" and self.beyond == "tiles":
+            raise ValueError("final_start = auto: looks at a sample of the rows, set beyond: sample")
         return self
 
     def resolved(self, count: int) -> CppConfig:
@@ -140,6 +148,7 @@ class CppConfig(SpectralOptions, TrainedConfig):
                 "patience": 25,
                 "improvement": 0.1,
                 "final_temperature": 0.1,
+                "final_start": "auto" if self.beyond == "sample" else "kmeans",
             }
         written = {key: getattr(self, key) for key in self.model_fields_set}
         values = preset | written | {"preset": "none"}
@@ -151,6 +160,19 @@ class CppConfig(SpectralOptions, TrainedConfig):
         """Return the settings of the final partition, which has its own η and half-steps."""
         own = {"temperature": self.final_temperature or self.temperature, "half_steps": self.final_half_steps}
         return SpectralOptions.model_validate(self.model_dump(include=set(SpectralOptions.model_fields)) | own)
+
+    def multiplications(self, count: int, dimension: int) -> float:
+        """Return about how many multiplications a fit of `count` rows of width `dimension` takes.
+
+        In each step three products with the network's weights, R_c's sums of outer products with their gradients, and
+        for each column of Π some four factorisations; then two passes of all rows, and the products with the kernel.
+        """
+        c = self.resolved(count)
+        B, d, sites = min(c.batch_size, count), c.width, min(c.dense_rows, count)
+        weights = float(dimension * c.hidden + c.hidden**2 + c.hidden * d)
+        step = 3.0 * B * weights + 1.5 * B * B * d * d + 4.0 * B * d**3
+        kernel = float(sites * sites * (d + KERNEL_PRODUCTS * (2 * c.clusters + 10)))
+        return Plan.of(c, count).steps * step + 2.0 * count * weights + kernel
 
     @property
     def last_expansion_step(self) -> int:

@@ -125,9 +125,9 @@ class Plan:
 
 
 class AutoConfig(BaseMethodConfig):
-    """A consensus of k-means and spectral partitions; k-means where unlabelled evidence speaks against it."""
+    """A consensus of k-means and spectral partitions, or clusters of a learnt space; k-means where evidence says so."""
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     draws_pairs: ClassVar[bool] = True
     name: Literal["auto"] = "auto"
     """The default: never a partition that the neighbour graph speaks against."""
@@ -139,6 +139,9 @@ class AutoConfig(BaseMethodConfig):
     """How often rows are averaged with their neighbours in the smoothed view."""
     candidates: bool = True
     """Whether candidates are made at all; without, the result is k-means."""
+    budget: float = Field(40.0, ge=0)
+    """Seconds of one core that training may take: CPP is a candidate where it takes no more. It is a count of
+    multiplications and no clock, so that a run gives the same on any machine. 0 trains nothing."""
 
 
 class KMeansConfig(KMeansOptions, BaseMethodConfig):

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from rayclust import methods
 from rayclust.clustering import candidates
-from rayclust.clustering.candidates import Candidate, choose, make_candidates
+from rayclust.clustering.candidates import LEARNT, Candidate, choose, make_candidates
 from rayclust.methods import graph
 from rayclust.methods.auto import Auto
 from rayclust.methods.settings import AutoConfig
@@ -79,18 +79,67 @@ def test_a_candidate_is_kept_unless_the_evidence_speaks_against_it(changed: dict
     assert (choose([floor, rival]) is rival) == taken
 
 
-def test_the_report_has_a_row_for_each_candidate_and_one_is_chosen():
-    x, _, neighbors = planted()
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [
+        ({}, False),
+        ({"neighbor_agreement": 0.91}, True),
+        ({"neighbor_agreement": 0.91, "modularity": 0.485}, True),
+        ({"neighbor_agreement": 0.91, "modularity": 0.475}, False),
+    ],
+)
+def test_what_was_trained_must_keep_more_neighbours_together(changed: dict[str, float], taken: bool):
+    empty = torch.zeros(4)
+    floor = Candidate("a", empty, empty, empty, evidence())
+    rival = Candidate("b", empty, empty, empty, evidence(**changed), is_trained=True)
+    assert (choose([floor, rival]) is rival) == taken
+
+
+@pytest.mark.parametrize("count", [240, 400])
+def test_the_report_has_a_row_for_each_candidate_and_one_is_chosen(count: int):
+    x, _, neighbors = planted(count)
     rows: list[dict[str, object]] = []
     method = methods.build(AutoConfig(clusters=4), 16, len(x), 0)
     method.fit(ArrayRows(x, neighbors), Trainer(0, torch.device("cpu"), rows.append))
+    rows = [row for row in rows if "candidate" in row]  # what CPP's training reports comes before
     assert [row["candidate"] for row in rows] == [
         "k-means",
         "refined k-means",
         "consensus",
         "consensus with spectral clusters",
+        LEARNT,
     ]
     assert sum(float(row["chosen"]) for row in rows) == 1
+    assert rows[-1].get("note") == ("left out: fewer than 400 rows" if count < 400 else None)
+    assert ("modularity" in rows[-1]) == (count >= 400)
+
+
+def test_a_space_in_which_clusters_are_apart_moves_the_best_candidate():
+    x, labels, neighbors = planted(noise=0.6)
+
+    def learn(basis: Tensor) -> Tensor:
+        """A space in which the last tenth of the rows has no place of its own."""
+        assert basis.shape == (16, 16)
+        return functional.normalize(torch.eye(4)[labels] + torch.rand(len(x), 1).gt(0.9) * 1.0, dim=1)
+
+    *others, learnt = make_candidates(x, neighbors, 4, 0, learn=learn)
+    assert learnt.is_trained
+    assert accuracy(labels, learnt.labels) > max(accuracy(labels, other.labels) for other in others)
+    assert (x @ learnt.weight + learnt.bias).argmax(1).equal(learnt.labels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "reason"),
+    [
+        ({}, 3_000, ""),
+        ({}, 399, "fewer than 400 rows"),
+        ({"budget": 0}, 3_000, "budget = 0"),
+        ({"budget": 1}, 3_000, "some 3 s of one core, of 1"),
+        ({}, 10_000_000, "some 301 s of one core, of 40"),
+    ],
+)
+def test_what_takes_longer_than_the_budget_is_not_trained(settings: dict[str, float], count: int, reason: str):
+    assert Auto(AutoConfig.model_validate({"clusters": 10, **settings}), 1_280, count, 0).refusal() == reason
 
 
 def test_without_candidates_it_is_k_means():

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from rayclust.clustering import spectral
+from rayclust.clustering.candidates import choose, make_candidates
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.losses.coding_rate import coding_rate
-from rayclust.methods import build, cpp, load
+from rayclust.methods import build, cpp, cpp_settings, load
 from rayclust.methods.base import Batch, Membership, Prototypes, Recuttable, Transform
 from rayclust.methods.cpp import Cpp, CppNetwork
 from rayclust.methods.cpp_settings import CppConfig
 from rayclust.methods.settings import EMBEDDINGS, Plan
 from rayclust.metrics.external import accuracy
+from rayclust.search.knn import nearest_others
 from rayclust.training.loop import LOSS_SCALE, Stepper, Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows
 from tests import references
@@ -272,6 +274,37 @@ def test_finds_planted_clusters_and_new_rows_of_them(variant: str):
     assert isinstance(fitted, Transform)
     assert fitted.width == fitted.transform(x).shape[1] == 12
     torch.testing.assert_close(fitted.transform(x[:1]), fitted.transform(x)[:1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_the_final_clusters_go_on_from_autos_and_give_way_to_them_on_evidence(
+    is_right: bool, monkeypatch: pytest.MonkeyPatch
+):
+    x, labels = planted(240)
+    settings = {"steps": 3, "learning_rate": 0.05, "min_learning_rate": 0.05, "start": "principal", "clusters": 3}
+    monkeypatch.setattr(cpp, "is_supported", lambda *_: is_right)
+    made = fit_arrays(x, None, CppConfig.model_validate({**SMALL, **settings, "final_start": "auto"}))
+    assert isinstance(made, Cpp)
+    found = made.predict_proba(x)
+    assert found.sum(1).allclose(torch.ones(240))
+    assert accuracy(labels.numpy(), found.argmax(1).numpy()) > 0.9
+    assert (made.kept is None) == is_right
+    assert load(made.state()).predict_proba(x).allclose(found, atol=1e-5)
+    again = made.recut(3).predict_proba(x)
+    assert again.equal(found)
+    assert made.recut(2).predict_proba(x).shape == (240, 2)
+    if not is_right:
+        neighbors = nearest_others(x, 10)
+        start = choose(make_candidates(x, neighbors, 3, 0))
+        assert found.argmax(1).equal(start.labels)
+
+
+def test_multiplications_by_hand():
+    config = CppConfig(clusters=2, preset="none", hidden=4, width=2, batch_size=8, steps=3, dense_rows=5)
+    weights = 6 * 4 + 4 * 4 + 4 * 2
+    step = 3 * 8 * weights + 1.5 * 8 * 8 * 2 * 2 + 4 * 8 * 2**3
+    wanted = 3 * step + 2 * 20 * weights + 5 * 5 * (2 + cpp_settings.KERNEL_PRODUCTS * 14)
+    assert config.multiplications(20, 6) == wanted
 
 
 @pytest.fixture(scope="module")
