@@ -304,7 +304,7 @@ def _candidates(history: pa.Table) -> Iterator[dict[str, Any]]:
         shown = {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
         for row in rows:
             evidence = {title: row[name] for name, title in shown.items()}
-            note = {"note": row["note"]} if "note" in row else {}
+            note = {"note": row["note"]} if row.get("note") else {}
             yield {"name": row["candidate"], "chosen": bool(row["chosen"]), "evidence": evidence} | note
 
 
