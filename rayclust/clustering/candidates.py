@@ -71,7 +71,7 @@ class Bounds:
     evenness_gain: float = MAX_EVENNESS_GAIN
 
 
-TRAINED = Bounds(modularity_loss=0.02, agreement_loss=0.0)
+TRAINED = Bounds(modularity_loss=0.01, agreement_loss=-0.01)
 """For what a training has made of a partition: it must keep more neighbours together. Modularity may fall, as it does
 where clusters are right to become uneven."""
 

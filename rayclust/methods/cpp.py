@@ -20,7 +20,7 @@ from torch.nn import functional
 from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.clustering import row_stats, spectral
-from rayclust.clustering.candidates import TRAINED, choose, evidence, is_supported, make_candidates
+from rayclust.clustering.candidates import Bounds, choose, evidence, is_supported, make_candidates
 from rayclust.clustering.consensus import match_confidence
 from rayclust.clustering.row_stats import Blocks, even_sample, gather_rows
 from rayclust.clustering.spectral import Spectral
@@ -46,6 +46,8 @@ UNUSED_SCALE = 1e-2
 """Scale of the random weights of those outputs for which the rows have no principal component."""
 SPECTRAL, KEPT = "spectral.", "kept."
 """Prefixes of the partition's and of the kept start's tensors in a state."""
+GUARD = Bounds(modularity_loss=0.02, agreement_loss=0.0)
+"""What the neighbour graph may say against the final clusters before the partition that they started from is kept."""
 EVIDENCE_NEIGHBORS = 10
 """Nearest neighbours of a row that speak for or against its cluster."""
 
@@ -281,7 +283,7 @@ class Cpp(SpectralMethod):
         neighbors = nearest_others(x, min(EVIDENCE_NEIGHBORS, len(x) - 1))
         start = choose(make_candidates(x, neighbors, K, self.seed))
         fitted.cut_from(start.labels, K)
-        if not is_supported(evidence(x, fitted.labels(K), neighbors, K), start.evidence, K, TRAINED):
+        if not is_supported(evidence(x, fitted.labels(K), neighbors, K), start.evidence, K, GUARD):
             logger.warning(
                 "cpp: the neighbour graph speaks against the learnt clusters, those of %s are kept", start.name
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -46,6 +46,10 @@ class BaseMethodConfig(Config):
     def partitions(self) -> tuple[str, ...]:
         """Return where other partitions of the rows lie that a fit reads (`Rows.members`): URIs; none by default."""
         return ()
+
+    def for_selection(self) -> Self:
+        """Return the settings of the fits in `select-k`; where they differ, train fits the chosen number anew."""
+        return self
 
     def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
         """Describe in a few words how the rows will be fitted; may be empty.
@@ -142,6 +146,10 @@ class AutoConfig(BaseMethodConfig):
     budget: float = Field(40.0, ge=0)
     """Seconds of one core that training may take: CPP is a candidate where it takes no more. It is a count of
     multiplications and no clock, so that a run gives the same on any machine. 0 trains nothing."""
+
+    def for_selection(self) -> Self:
+        """Return the settings with nothing trained: there are many fits."""
+        return self.model_copy(update={"budget": 0.0})
 
 
 class KMeansConfig(KMeansOptions, BaseMethodConfig):

@@ -158,7 +158,7 @@ def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple
         return
     device = "cuda" if search.gpus else "cpu"
     for seed in range(config.select_k.seeds):
-        method = build_for(rows, config.method, config.seed + seed)
+        method = build_for(rows, config.method.for_selection(), config.seed + seed)
         store = StoredCheckpoints(search.run, _fit_digest(search, clusters, seed))
         every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
         trainer = Trainer(config.seed + seed, device, None, store, every)

@@ -57,7 +57,7 @@ def run(context: StageContext) -> StageResult:
     rows = fitted_count(encode)
     if rows < config.method.clusters:  # refused here, not after every worker has tried
         raise ConfigError(f"method.clusters = {config.method.clusters}: must be at most the number of rows, {rows}")
-    if SELECT_K in context.inputs:
+    if SELECT_K in context.inputs and config.method.for_selection() == config.method:
         # The chosen candidate's model has the same settings and seed.
         chosen, outputs = context.inputs[SELECT_K].extra[CHOSEN], Outputs()
         for path, digest in chosen["outputs"].items():

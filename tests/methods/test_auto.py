@@ -83,9 +83,10 @@ def test_a_candidate_is_kept_unless_the_evidence_speaks_against_it(changed: dict
     ("changed", "taken"),
     [
         ({}, False),
-        ({"neighbor_agreement": 0.91}, True),
-        ({"neighbor_agreement": 0.91, "modularity": 0.485}, True),
-        ({"neighbor_agreement": 0.91, "modularity": 0.475}, False),
+        ({"neighbor_agreement": 0.905}, False),
+        ({"neighbor_agreement": 0.915}, True),
+        ({"neighbor_agreement": 0.915, "modularity": 0.495}, True),
+        ({"neighbor_agreement": 0.915, "modularity": 0.485}, False),
     ],
 )
 def test_what_was_trained_must_keep_more_neighbours_together(changed: dict[str, float], taken: bool):
@@ -200,3 +201,9 @@ def _fitted(rank: int, workers: int) -> Tensor:
     method = fit_arrays(x, neighbors, AutoConfig(clusters=4))
     assert isinstance(method, Auto)
     return method.weight
+
+
+def test_nothing_is_trained_while_a_number_of_clusters_is_chosen():
+    assert AutoConfig(clusters=3).for_selection().budget == 0
+    config = AutoConfig(clusters=3, budget=0)
+    assert config.for_selection() == config
