@@ -58,8 +58,9 @@
     for (const name of names) {
       if (chosen !== null && chosen !== name.place) continue;
       const small = py(name.y) - py(name.top) < 24;
-      const text = title(name.place).slice(0, 28), x = px(name.x) * ratio, y = (small ? py(name.top) - 14 : py(name.y)) * ratio, w = context.measureText(text).width / 2 + 4;
-      if (x < w || x > width - w || taken.some((box) => Math.abs(box[0] - x) < box[2] + w && Math.abs(box[1] - y) < 18 * ratio)) continue;
+      const text = title(name.place).slice(0, 28), w = context.measureText(text).width / 2 + 4, at = px(name.x) * ratio;
+      const x = Math.min(Math.max(at, w), width - w), y = (small ? py(name.top) - 14 : py(name.y)) * ratio;
+      if (at < 0 || at > width || taken.some((box) => Math.abs(box[0] - x) < box[2] + w && Math.abs(box[1] - y) < 18 * ratio)) continue;
       taken.push([x, y, w]);
       context.strokeText(text, x, y);
       context.fillText(text, x, y);
