@@ -1,11 +1,9 @@
-"""The explorer's measures: a query over a million rows, and scrolling through a cluster of 100,000 images.
+"""A query of the explorer over a million rows; `explorer_scroll.py` scrolls.
 
 Claims: with index and encoder in memory a query by words over 1 M × 512 rows takes less than 100 ms on one core, with
-the encoding of the words; while every image of a cluster of 100,000 is scrolled past, the server grows by less than
-300 MB, and stays there.
+the encoding of the words.
 
     python benchmarks/explorer.py query [--rows 1000000] [--width 512] [--lists 4000]
-    python benchmarks/explorer.py scroll [--images 100000]
 
 `query`: rows lie around as many planted centres as an inverted file of the stage index has lists (4·√N); the centres
 stand for those that its k-means finds, which is not measured here. Times are of one query on one thread, the median
@@ -13,20 +11,13 @@ of 30, through `VectorIndex.search` as the explorer calls it, by the number of l
 what `index.kind: auto` takes up to 200,000 rows. Recall is that of the ten nearest rows by the flat index, for queries
 beside rows and for such in random directions: words lie far from all images, and their neighbours in many lists. The
 words go through the text tower of ViT-B/32 with random weights, which take as long as trained ones.
-
-`scroll`: a run of ready embeddings, whose pictures are placeholders, made up to the stage label; all pages of its
-largest cluster are asked for in order, with every tenth picture, as a page that is scrolled fast does.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import platform
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -117,67 +108,18 @@ def query(rows: int, width: int, lists: int) -> None:
         line(f"{lists:,} lists of float16, {probes} probed", ivf, rows * width * 2, recalls)
 
 
-def resident() -> dict[str, int]:
-    """Memory of this process in MB: all of it, and what is its own and no file's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = {
-        line.split(":")[0]: int(line.split()[1]) // 1024 for line in lines if line.startswith(("VmRSS", "RssAnon"))
-    }
-    return {"all": found["VmRSS"], "own": found["RssAnon"]}
-
-
-def scroll(images: int) -> None:
-    """Ask for every page of a large cluster and for the pictures on it."""
-    from rayclust.config import validate
-    from rayclust.runtime.api import load_run
-    from rayclust.runtime.pipeline import run_all
-    from rayclust.web.explorer import Explorer
-
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        x = np.concatenate([np.eye(8)[np.zeros(images, int)], np.eye(8)[np.full(images // 100, 4)]])
-        np.save(f"{folder}/rows.npy", (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32))
-        groups = {"method": {"name": "kmeans", "clusters": 2}, "neighbors": {"k": 2}, "label": {"vocabulary": "none"}}
-        config = validate({"run": f"{folder}/run", "images": {"uri": f"{folder}/rows.npy"}, **groups})
-        run_all(config, stop_after="label")
-        gc.collect()
-        before = resident()
-        explorer = Explorer(load_run(config.run))
-        [first, *_] = explorer.clusters()["clusters"]
-        opened, started, most = resident(), time.perf_counter(), 0
-        slowest = 0.0
-        for offset in range(0, first["size"], 100):
-            asked = time.perf_counter()
-            page = explorer.images(first["number"], offset=offset, limit=100)
-            slowest = max(slowest, time.perf_counter() - asked)
-            for image in page["images"][:: 10 if offset else 1]:
-                explorer.picture(image["row"], 160)
-            most = max(most, resident()["all"]) if offset % 5000 == 0 else most
-        taken, after = time.perf_counter() - started, resident()
-        print(f"{first['size']:,} images in the cluster; MB of the process, all (its own):")
-        for name, found in (("before it opens the run", before), ("opened", opened), ("all scrolled", after)):
-            print(f"  {name}: {found['all']:,} ({found['own']:,})")
-        print(f"  most while scrolling: {most:,}; grown by {most - opened['all']:,}")
-        print(f"{taken:.1f} s for all pages; the slowest took {1e3 * slowest:.0f} ms")
-        print(json.dumps({"images": first["size"], "grown_mb": most - opened["all"]}))
-
-
 def main() -> None:
-    """Run one of the two parts."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["query", "scroll"])
+    parser.add_argument("part", choices=["query"])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--lists", type=int, default=4000)
-    parser.add_argument("--images", type=int, default=100_000)
     given = parser.parse_args()
     torch.set_num_threads(1)
     versions = f"faiss {faiss.__version__}, numpy {np.__version__}, torch {torch.__version__}"
     print(f"{platform.machine()}, Python {platform.python_version()}, {versions}, one thread")
-    if given.part == "query":
-        query(given.rows, given.width, given.lists)
-    else:
-        scroll(given.images)
+    query(given.rows, given.width, given.lists)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rayclust.runtime.api import as_yaml
 from tests.sealed import Sealed
 
 CODE = """
-import json, sys
+import json, multiprocessing, sys, time
 from pathlib import Path
 
 from rayclust.cli import run_command
@@ -41,9 +41,14 @@ images = explorer.images(number)["images"]
 picture = explorer.picture(images[0]["row"], 160)
 before = [name for name in heavy if name in sys.modules]
 [(_, data)] = fetch_many([explorer.image(15)["uri"]])
+explorer._encoder._idle = 0.1
 hits = explorer.search(data=data, top=2)
+started = time.monotonic()
+while multiprocessing.active_children() and time.monotonic() < started + 30:
+    time.sleep(0.05)
 after = [name for name in heavy if name in sys.modules]
-found = {"codes": codes, "images": len(images), "picture": len(picture), "hit": hits[0]["row"]}
+left = len(multiprocessing.active_children())
+found = {"left": left, "codes": codes, "images": len(images), "picture": len(picture), "hit": hits[0]["row"]}
 (folder / "found.json").write_text(json.dumps(found | {"before": before, "after": after}))
 """
 
@@ -60,6 +65,7 @@ def test_commands_that_print_facts_and_the_explorer_do_without_torch(pictures_ru
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["codes"] == {"check": 2} | dict.fromkeys(("run", "status", "export", "init", "schema", "search"), 0)
     assert (found["before"], found["after"]) == ([], []), "the encoder is in a process of its own"
+    assert found["left"] == 0, "which has ended"
     assert found["images"] > 3
     assert found["picture"] > 100
     assert found["hit"] == 15

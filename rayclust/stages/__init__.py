@@ -1,4 +1,4 @@
-"""The stages of a run: one file each, which ends with its `STAGE`."""
+"""The stages of a run: one file each with its `run`; `registry.py` declares them."""
 
 NAMES = (
     "encode",
