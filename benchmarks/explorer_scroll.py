@@ -38,7 +38,9 @@ def scroll(images: int) -> tuple[str, int]:
     """Make a run with a large cluster, scroll through it in another process; return what it says, and its exit code."""
     from rayclust.config import validate
     from rayclust.runtime.pipeline import run_all
+    from rayclust.stages import encode
 
+    encode.DRIVER_ROWS = 1 << 20  # made in this process: what is measured is the explorer
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         x = np.concatenate([np.eye(8)[np.zeros(images, int)], np.eye(8)[np.full(images // 100, 4)]])
