@@ -99,7 +99,8 @@ def test_the_base_installation_has_estimators_and_says_what_commands_need():
     assert {"ray", "click", "PIL", "yaml", "pyarrow"} <= set(blocked)
     code = f"""import sys
 sys.modules.update(dict.fromkeys({blocked}))
-import numpy as np, rayclust as rc
+import logging, numpy as np, rayclust as rc
+logging.getLogger("rayclust").setLevel("ERROR")  # fits of a few steps are warned of
 x = np.repeat(np.eye(3, 4), 20, axis=0) + 0.1 * np.random.default_rng(0).normal(size=(60, 4))
 rc.KMeans(3).fit(x), rc.TEMI(3, max_steps=4, n_heads=2).fit(x).predict(x), rc.CPP(3, max_steps=4).fit(x).score(x)
 try:

@@ -61,7 +61,7 @@ def prepared(table: Path, run: Path, **resources: Any) -> Path:
 def learning_from_pixels(images: Path, run: Path) -> Path:
     """The config of a run that learns from pixels next, 9 steps an epoch."""
     method = {"name": "propos", "clusters": 3, "backbone": "small", "features": 8, "hidden": 16, "batch_size": 20}
-    method |= {"epochs": 12, "warmup_epochs": 2, "restarts": 1}
+    method |= {"epochs": 8, "warmup_epochs": 2, "restarts": 1}
     resources = {"workers": 2, "checkpoint_seconds": 1e-6}
     content = tree(str(run), str(images), method=method, resources=resources)
     content |= {"encoder": {"name": "pixels", "image_size": 8, "normalize": False}, "features": {"normalize": False}}
@@ -156,7 +156,7 @@ def test_a_worker_killed_in_mid_epoch_is_replaced_and_the_weights_are_the_same(n
     images, run, other = write_folder(tmp_path / "images", 60, size=8), tmp_path / "run", tmp_path / "undisturbed"
     run_in_process(learning_from_pixels(images, other), "train", workers=True)
     process = start(nodes, learning_from_pixels(images, run), "train")
-    step = int(wait(process, run, lambda state: state["step"] >= 40 and state["step"] % 9 > 0)["step"])
+    step = int(wait(process, run, lambda state: state["step"] >= 20 and state["step"] % 9 > 0)["step"])
     workers = [pid for pid, title in nodes.processes().items() if title.startswith("ray::RayTrainWorker")]
     assert len(workers) == 2
     kill(workers[step % 2])

@@ -102,7 +102,7 @@ def workers(process: subprocess.Popen[str], *titles: str) -> list[int]:
     ]
 
 
-def test_killed_workers_are_replaced_and_a_killed_driver_and_session_go_on_where_they_were(
+def test_killed_workers_are_replaced_and_a_run_goes_on_where_its_killed_session_was(
     inputs: Path, undisturbed: Path, tmp_path: Path
 ):
     run = tmp_path / "run"
@@ -115,7 +115,7 @@ def test_killed_workers_are_replaced_and_a_killed_driver_and_session_go_on_where
     kill(*encoders)
     before = markers(run)
     wait_until(lambda: markers(run) > before, first)
-    kill(first.pid)
+    kill(first.pid, *descendants(first.pid))
     first.wait()
     assert markers(run) < 3 * PER_CLASS // 16
 
@@ -124,16 +124,9 @@ def test_killed_workers_are_replaced_and_a_killed_driver_and_session_go_on_where
     trainers = workers(second, "RayTrainWorker")
     assert trainers
     kill(*trainers)
-    reached = newest(run)
-    wait_until(lambda: newest(run) > reached, second)
-    kill(second.pid, *descendants(second.pid))
-    output = second.communicate()[0]
+    output = second.communicate(timeout=240)[0]
+    assert second.returncode == 0, output
     assert "parts were finished before" in output
-
-    third = command(*line)
-    assert third.returncode == 0, third.stderr
-    assert "encode: done before, skipped" in third.stderr
-    assert "neighbors: done before, skipped" in third.stderr
     assert_same(run, undisturbed)
 
 
