@@ -56,7 +56,7 @@ def config(inputs: Path, run: Path) -> Path:
             "std": [0.5, 0.5, 0.5],
         },
         method={"name": "temi", "clusters": 3, "preset": "none", "heads": 2, "hidden": 16}
-        | {"steps": 2000, "batch_size": 32},
+        | {"steps": 600, "batch_size": 32},
         resources={"checkpoint_seconds": 0.1, "workers": 1, "decode_workers": 1, "in_driver": "never"},
     )
     return write_yaml(run.with_suffix(".yaml"), content)
