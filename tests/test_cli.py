@@ -190,18 +190,9 @@ def test_importing_the_package_is_light():
 
 
 def test_the_first_word_comes_while_libraries_load(tmp_path: Path):
-    line = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "rayclust",
-        "quick",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    shown = subprocess.run([*line, "--clusters", "1"], capture_output=True, text=True, check=False).stderr
+    line = ["-m", "rayclust", "quick", str(tmp_path), "--out", str(tmp_path / "run"), "--clusters", "1"]
+    watched = [sys.executable, "-X", "importtime", *line]
+    shown = subprocess.run(watched, capture_output=True, text=True, check=False).stderr
     before, word, after = shown.partition("quick: loading libraries\n")  # among lines of modules
     heavy = ("torch", "ray", "scipy", "sklearn", "timm")
     assert word
