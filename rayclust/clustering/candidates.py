@@ -212,8 +212,7 @@ class _Space:
 
     def __init__(self, x: Tensor, neighbors: Tensor, clusters: int) -> None:
         self._mean, self._neighbors, self._clusters = x.mean(0), neighbors, clusters
-        width = max(COMPONENTS, COMPONENTS_PER_CLUSTER * clusters)
-        self.basis = leading_components(x - self._mean, width)
+        self.basis = leading_components(x - self._mean, component_count(clusters))
         self.p = (x - self._mean) @ self.basis
 
     def nearest_means(self, name: str, labels: Tensor) -> Candidate:
@@ -257,6 +256,11 @@ def _better_half(inertia: Tensor) -> list[int]:
     """Return the numbers of the partitions of least inertia, best first."""
     order: list[int] = inertia.argsort(stable=True).tolist()
     return order[: max(1, int(VOTING_SHARE * len(order)))]
+
+
+def component_count(clusters: int) -> int:
+    """Return how many leading components of the rows are looked at for K clusters, where there are as many."""
+    return max(COMPONENTS, COMPONENTS_PER_CLUSTER * clusters)
 
 
 def leading_components(x: Tensor, width: int) -> Tensor:

@@ -27,7 +27,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """An image in a table, as Hugging Face's datasets and embedding-atlas read it."""
 
 ATLAS_COLUMNS = ("--x", "x", "--y", "y", "--neighbors", "neighbors", "--image", "image")
-"""What embedding-atlas is told of the table."""
+"""Arguments of embedding-atlas that name the table's columns."""
 
 
 def write_table(rows: RunRows, out: str, images: bool) -> dict[str, Any]:

@@ -14,20 +14,18 @@ import torch
 from torch import Tensor
 
 from rayclust.clustering.candidates import (
-    COMPONENTS,
-    COMPONENTS_PER_CLUSTER,
     LEARNT,
     Candidate,
     choose,
+    component_count,
     make_candidates,
 )
 from rayclust.clustering.consensus import match_confidence
 from rayclust.methods.base import BaseTrainer, Pairing, Rows
 from rayclust.methods.cpp import Cpp, CppConfig
-from rayclust.methods.graph import sample_with_neighbors
+from rayclust.methods.graph import ComponentRows, sample_with_neighbors
 from rayclust.methods.linear import LinearMethod
 from rayclust.methods.settings import AutoConfig
-from rayclust.methods.temi_init import ComponentRows
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +58,14 @@ class Auto(LinearMethod):
 
     def refusal(self) -> str:
         """Return why CPP is not trained as a candidate; empty where it is."""
-        c, width = self.config, max(COMPONENTS, COMPONENTS_PER_CLUSTER * self.config.clusters)
+        c = self.config
         if c.budget == 0:
             return "budget = 0"
         if self.count < MIN_ROWS:
             return f"fewer than {MIN_ROWS} rows"
-        training = CppConfig(clusters=c.clusters).multiplications(self.count, min(width, self.dimension))
+        training = CppConfig(clusters=c.clusters).multiplications(
+            self.count, min(component_count(c.clusters), self.dimension)
+        )
         seconds = training / MULTIPLICATIONS
         return f"some {seconds:,.0f} s of one core, of {c.budget:g}" if seconds > c.budget else ""
 

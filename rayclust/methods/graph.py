@@ -1,18 +1,24 @@
-"""A sample of the rows with its nearest neighbours, which methods look at before or instead of a training.
+"""Rows as methods look at them before or instead of a training: a sample with its neighbours, components along axes.
 
-A file of its own, because TEMI's start and the default method share it.
+A file of its own, because TEMI and the default method share it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import torch
 from torch import Tensor
 
 from rayclust.clustering.row_stats import even_sample
 from rayclust.methods.base import Rows
+from rayclust.methods.settings import EMBEDDINGS
 from rayclust.search.knn import nearest_others
 
 SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER = 65_536, 64
 """Rows that are looked at, at most, and for each cluster, at least."""
+_BLOCK = 16_384
+"""Rows that are mapped to components at once."""
 
 
 def sample_ids(count: int, clusters: int, seed: int) -> Tensor:
@@ -22,8 +28,8 @@ def sample_ids(count: int, clusters: int, seed: int) -> Tensor:
 
 def sample_rows(rows: Rows, clusters: int, seed: int, like: Tensor) -> Tensor:
     """Return those rows, Float[n D], with dtype and device of `like`."""
-    x = rows.tensor()
-    return x[sample_ids(rows.count, clusters, seed).to(x.device)].to(like)
+    ids, x = sample_ids(rows.count, clusters, seed), rows.tensor()
+    return (x if len(ids) == rows.count else x[ids.to(x.device)]).to(like)
 
 
 def sample_with_neighbors(rows: Rows, clusters: int, columns: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,8 +45,43 @@ def sample_with_neighbors(rows: Rows, clusters: int, columns: int, seed: int, li
     Returns:
         Float[n D]; Int64[n M], −1 where a row has fewer.
     """
-    ids, x = sample_ids(rows.count, clusters, seed), rows.tensor()
-    if len(ids) == rows.count:
-        return x.to(like), rows.neighbors()[:, :columns].to(like.device).long()
-    x = x[ids.to(x.device)].to(like)
+    x = sample_rows(rows, clusters, seed, like)
+    if len(x) == rows.count:
+        return x, rows.neighbors()[:, :columns].to(like.device).long()
     return x, nearest_others(x, columns)
+
+
+class ComponentRows:
+    """Rows along a few axes, as `Rows` of one space.
+
+    Args:
+        rows: the rows.
+        basis: Float[D P], orthonormal axes.
+    """
+
+    def __init__(self, rows: Rows, basis: Tensor) -> None:
+        self.count, self.dimension = rows.count, basis.shape[1]
+        self.spaces: tuple[str, ...] = (EMBEDDINGS,)
+        self.dimensions = {EMBEDDINGS: self.dimension}
+        self._rows, self._basis = rows, basis
+        parts = [self._on_axes(block) for block in torch.split(rows.tensor(), _BLOCK)]
+        self._x = torch.cat(parts)
+
+    def _on_axes(self, x: Tensor) -> Tensor:
+        return x.to(self._basis) @ self._basis
+
+    def tensor(self, space: str | None = None) -> Tensor:
+        """Return Float[N P]."""
+        return self._x
+
+    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
+        """Yield Float[B P] blocks of this worker's rows."""
+        yield from map(self._on_axes, self._rows.blocks())
+
+    def neighbors(self) -> Tensor:
+        """Return those of the rows."""
+        return self._rows.neighbors()
+
+    def members(self) -> Sequence[Tensor] | None:
+        """Return those of the rows."""
+        return self._rows.members()

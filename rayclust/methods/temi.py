@@ -22,10 +22,10 @@ from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.losses.information import InformationOptions, Marginal, information_losses, log_probabilities
 from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Pairing, Rows, cosine_schedule
+from rayclust.methods.graph import ComponentRows
 from rayclust.methods.heads import Heads, ema_update
 from rayclust.methods.settings import Plan
 from rayclust.methods.temi_init import (
-    ComponentRows,
     Start,
     StartOptions,
     best_by_modularity,

@@ -9,7 +9,6 @@ A file of its own, because none of it is in TEMI's paper (arXiv 2303.17896).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,6 @@ from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
 from rayclust.methods.base import Rows
 from rayclust.methods.graph import sample_ids, sample_rows, sample_with_neighbors
 from rayclust.methods.heads import Heads
-from rayclust.methods.settings import EMBEDDINGS
 
 RIDGE = 0.01
 """Ridge penalty, relative to the mean variance of a hidden unit."""
@@ -88,42 +86,6 @@ def principal_axes(rows: Rows, width: int, clusters: int, seed: int, like: Tenso
     """
     x, ids = rows.tensor(), even_sample(rows.count, max(_AXES_ROWS, clusters), seed)
     return leading_components(x[ids.to(x.device)].float(), width).to(like)
-
-
-class ComponentRows:
-    """Rows along a few axes, as `Rows` of one space.
-
-    Args:
-        rows: the rows.
-        basis: Float[D P], orthonormal axes.
-    """
-
-    def __init__(self, rows: Rows, basis: Tensor) -> None:
-        self.count, self.dimension = rows.count, basis.shape[1]
-        self.spaces: tuple[str, ...] = (EMBEDDINGS,)
-        self.dimensions = {EMBEDDINGS: self.dimension}
-        self._rows, self._basis = rows, basis
-        parts = [self._on_axes(block) for block in torch.split(rows.tensor(), _AXES_ROWS)]
-        self._x = torch.cat(parts)
-
-    def _on_axes(self, x: Tensor) -> Tensor:
-        return x.to(self._basis) @ self._basis
-
-    def tensor(self, space: str | None = None) -> Tensor:
-        """Return Float[N P]."""
-        return self._x
-
-    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
-        """Yield Float[B P] blocks of this worker's rows."""
-        yield from map(self._on_axes, self._rows.blocks())
-
-    def neighbors(self) -> Tensor:
-        """Return those of the rows."""
-        return self._rows.neighbors()
-
-    def members(self) -> Sequence[Tensor] | None:
-        """Return those of the rows."""
-        return self._rows.members()
 
 
 @torch.no_grad()

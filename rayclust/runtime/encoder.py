@@ -121,8 +121,7 @@ class RunEncoders:
     ) -> None:
         known = loaded or {}
         self.encoders = tuple(
-            known.get(digest_of(settings.model_dump(mode="json"))) or load_run_encoder(config, device, settings)
-            for settings in encoding(config)
+            known.get(_digest(settings)) or load_run_encoder(config, device, settings) for settings in encoding(config)
         )
         self.preprocesses = tuple(dict.fromkeys(encoder.preprocess for encoder in self.encoders))
         """Each kind of pixels once: encoders with one preprocessing share them."""
@@ -164,6 +163,10 @@ def seconds_per_image(encoder: Encoder) -> float:
     return time.monotonic() - started
 
 
+def _digest(settings: EncoderConfig) -> str:
+    return digest_of(settings.model_dump(mode="json"))
+
+
 def with_engines(
     config: RunConfig,
     run: Run,
@@ -198,7 +201,7 @@ def with_engines(
     def resolved(settings: AnyEncoder) -> AnyEncoder:
         if settings.engine != "auto" or getattr(settings, "embeddings", None) is not None:
             return settings
-        key = digest_of(settings.model_dump(mode="json"))
+        key = _digest(settings)
         if key not in kept and may_choose and not settings.compile and openvino.is_installed():
             encoder = load_run_encoder(config, "cpu", settings)
             if isinstance(encoder, TorchEncoder):
@@ -206,9 +209,7 @@ def with_engines(
                 kept[key] = encoder.engine = _fastest_engine(encoder)
                 storage.write_json(uri, kept)
                 if loaded is not None:
-                    loaded[digest_of(settings.model_copy(update={"engine": kept[key]}).model_dump(mode="json"))] = (
-                        encoder
-                    )
+                    loaded[_digest(settings.model_copy(update={"engine": kept[key]}))] = encoder
         return settings.model_copy(update={"engine": kept.get(key, "torch")})
 
     if config.encoders:
