@@ -14,9 +14,10 @@ from rayclust import distributed
 from rayclust.errors import ArtefactError, ConfigError, DataError, RayclustError
 from rayclust.methods import build, load
 from rayclust.methods.base import Batch, CheckpointInterval, Method
+from rayclust.methods.graph import ComponentRows
 from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig, Plan, TrainedConfig
 from rayclust.methods.temi import Temi
-from rayclust.methods.temi_init import ComponentRows, principal_axes
+from rayclust.methods.temi_init import principal_axes
 from rayclust.methods.temi_settings import TemiConfig
 from rayclust.training import loop
 from rayclust.training.loop import (
