@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 
 from rayclust.config import validate
-from rayclust.encoders.base import TorchEncoder
 from rayclust.encoders.decode import Preprocess, decode
+from rayclust.encoders.network import TorchEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.runtime.pipeline import run_stage
 

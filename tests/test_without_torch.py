@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rayclust.cli import run_command
 from rayclust.runtime.api import load_run
+from rayclust.stages import encode  # which actors of Ray load
 from rayclust.store import storage
 from rayclust.store.sources import fetch_many
 from rayclust.web.explorer import Explorer

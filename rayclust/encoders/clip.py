@@ -17,8 +17,8 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rayclust.encoders.base import TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.network import TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.encoders.weights import HubFile, load_into, load_state
 from rayclust.errors import ConfigError

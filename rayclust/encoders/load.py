@@ -11,7 +11,7 @@ from rayclust.errors import ConfigError
 
 
 def load_encoder(config: EncoderConfig, *, weights: Path | None = None, device: str = "cpu") -> Encoder:
-    """Build the encoder that the settings describe, with its weights.
+    """Build the encoder that the settings describe, with its weights; torch computes it, whatever `engine` is.
 
     Args:
         config: the settings.

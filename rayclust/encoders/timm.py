@@ -20,8 +20,8 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rayclust.encoders.base import TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.network import TorchEncoder, network_errors, unknown_architecture
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.encoders.weights import HubFile, load_into, load_state, without_prefix
 from rayclust.errors import ConfigError

@@ -2,7 +2,7 @@
 
 Which work is small follows from the config and from counts alone. It gets as many threads as a Ray worker has, so that
 the results are the same, to the bit, wherever it runs. torch is imported where it is asked: not by a run with nothing
-to do.
+to do, nor by work that needs none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ OWN = "rayclust-own"
 """Namespace of a cluster that this process has started on its machine: no node will ever join it."""
 SMALL = 2**37
 """Products N²·D in the comparison of all rows with each other, up to which a run is small: seconds of one core."""
+
+_GPU_DEVICES = ("nvidia*", "nvhost*", "kfd", "dxg")
+"""Files in /dev that are there with a GPU: of NVIDIA, of its boards, of AMD, of Windows below Linux."""
 
 _in_driver: ContextVar[bool] = ContextVar("in_driver", default=False)
 
@@ -50,7 +53,9 @@ def has_idle_gpu() -> bool:
 
 
 def sees_gpu() -> bool:
-    """Return whether torch sees a GPU in this process."""
+    """Return whether torch sees a GPU in this process; it is not loaded to say so where the machine has none."""
+    if "torch" not in sys.modules and not any(next(Path("/dev").glob(kind), None) for kind in _GPU_DEVICES):
+        return False
     import torch
 
     return torch.cuda.is_available()
@@ -81,18 +86,20 @@ def cores() -> int:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Compute in the block with the threads that Ray gives a worker of so many CPUs; the process's own come back."""
-    import torch
     from threadpoolctl import threadpool_limits
 
-    given, before = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+    given, torch = os.environ.get("OMP_NUM_THREADS"), sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else cores()
     wanted = int(given) if given and given.isdecimal() else count
-    # The variable is for libraries that are first loaded in the block.
+    # The variable is for libraries that are first loaded in the block, which may be torch.
     os.environ["OMP_NUM_THREADS"] = str(wanted)
     try:
         with threadpool_limits(wanted):
-            torch.set_num_threads(wanted)
+            if torch:
+                torch.set_num_threads(wanted)
             yield
     finally:
-        torch.set_num_threads(before)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(before)
         if given is None:
             del os.environ["OMP_NUM_THREADS"]

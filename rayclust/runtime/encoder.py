@@ -1,28 +1,38 @@
-"""Load a run's encoder on the device that `resources` gives, and compute the stamp of its weights."""
+"""Load a run's encoder on the device that `resources` gives, by the engine that the run has chosen.
+
+torch comes with the first encoder that it computes: not with pixels, nor with a network that OpenVINO computes and that
+was converted on this machine before.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TypeVar
+from importlib import metadata
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
-import torch
 
 from rayclust.config import RunConfig
 from rayclust.encoders import openvino
-from rayclust.encoders.base import Encoder, TorchEncoder
+from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.encoders.load import dimension_of, load_encoder
 from rayclust.encoders.pixels import PixelEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError
+from rayclust.runtime.driver import sees_gpu
+from rayclust.runtime.inputs import weights_stamp
+from rayclust.runtime.rows import scratch_folder
 from rayclust.store import storage
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import digest_of, versions
 from rayclust.store.run import Run
+
+if TYPE_CHECKING:  # brings torch
+    from rayclust.encoders.network import TorchEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +41,8 @@ MEASURED_FROM = 1000
 """Images from which on engines are measured, which takes some seconds."""
 WORTH_IT = 1.2
 """OpenVINO is taken where it is so many times as fast as torch; it is far from that bound on most networks."""
+_NOT_IN_GRAPH = {"engine", "precision", "normalize", "threads", "compile"}
+"""Settings of an encoder that its converted network does not depend on."""
 
 
 def load_run_encoder(config: RunConfig, device: str | None = None, settings: EncoderConfig | None = None) -> Encoder:
@@ -42,7 +54,7 @@ def load_run_encoder(config: RunConfig, device: str | None = None, settings: Enc
         ConfigError: its weights are missing; the message names the file and where to put it.
     """
     if device is None:
-        device = "cuda" if config.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
+        device = "cuda" if config.resources.gpus_per_worker != 0 and sees_gpu() else "cpu"
     settings = config.encoder if settings is None else settings
     if settings.name == "unknown":
         key = "encoder.name" if not config.encoders else f"encoders: the name of {getattr(settings, 'space', '')}"
@@ -53,24 +65,49 @@ def load_run_encoder(config: RunConfig, device: str | None = None, settings: Enc
     if device == "cpu" and settings.precision == "fp16" and config.resources.gpus_per_worker != 0:
         # The run's GPUs are elsewhere: one query, or the words, on a machine without.
         settings = settings.model_copy(update={"precision": "fp32"})
-    uri = settings.weights_uri
-    if settings.family == "run":
-        return _limited(_network_of_run(settings, device), config)
-    with storage.local_copy(uri) if uri is not None else nullcontext() as path:
-        encoder = load_encoder(settings, weights=path, device=device)
-    return _limited(encoder, config)
-
-
-def _limited(encoder: Encoder, config: RunConfig) -> Encoder:
-    """Return an encoder with the run's limits on images."""
-    images = config.images
+    uri, images = settings.weights_uri, config.images
+    encoder: Encoder
+    is_graph = settings.engine == "openvino" and device == "cpu" and settings.precision != "fp16"
+    if is_graph and settings.family != "pixels":
+        encoder = _graph_encoder(config, settings)
+    elif settings.family == "run":
+        encoder = _network_of_run(settings, device)
+    else:
+        with storage.local_copy(uri) if uri is not None else nullcontext() as path:
+            encoder = load_encoder(settings, weights=path, device=device)
     encoder.preprocess = replace(encoder.preprocess, max_bytes=images.max_bytes, max_pixels=images.max_pixels)
     return encoder
+
+
+def _graph_encoder(
+    config: RunConfig, settings: EncoderConfig, loaded: TorchEncoder | None = None
+) -> openvino.GraphEncoder:
+    """Read an encoder's network as it was converted before on this machine; else convert it, and keep it for later.
+
+    `loaded` is the encoder that torch computes, where it is there already.
+    """
+
+    def load_whole() -> TorchEncoder:
+        plain = settings.model_copy(update={"engine": "torch"})
+        return cast("TorchEncoder", load_run_encoder(config, "cpu", plain))
+
+    openvino.library()  # or one line says that it is not installed
+    made_by = versions() | {"openvino": metadata.version("openvino")}
+    fields = EncoderConfig.model_fields.keys() - _NOT_IN_GRAPH
+    key = [settings.model_dump(mode="json", include=fields), weights_stamp(config, settings), made_by]
+    folder = scratch_folder() / "graphs" / digest_of(key)
+    graph = openvino.Graph.read(folder)
+    if graph is None:
+        converted = (loaded or load_whole()).to_graph()
+        converted.write(folder)
+        graph = openvino.Graph.read(folder) or converted
+    return openvino.GraphEncoder(graph, settings, load_whole)
 
 
 def _network_of_run(settings: EncoderConfig, device: str) -> Encoder:
     """Load the network that a run has learnt from pixels, without the projector in whose space it was compared."""
     # Only such runs need torchvision's networks.
+    from rayclust.encoders.network import TorchEncoder
     from rayclust.methods.pixels.base import PixelMethod
     from rayclust.methods.pixels.cpp import CppPixels
     from rayclust.runtime.models import read_method
@@ -91,9 +128,9 @@ def worker_device(config: RunConfig) -> str:
     """Return the device of an encode worker, "cpu" or "cuda"; raise `ConfigError` if torch does not see its GPU."""
     if not config.resources.gpus:
         return "cpu"
-    if not torch.cuda.is_available():
+    if not sees_gpu():
         raise ConfigError(
-            f"resources.gpus_per_worker = {config.resources.gpus:g}: torch {torch.__version__} sees no CUDA "
+            f"resources.gpus_per_worker = {config.resources.gpus:g}: torch {metadata.version('torch')} sees no CUDA "
             "device in this worker; install a CUDA build and driver on the node, or set it to 0"
         )
     return "cuda"
@@ -154,13 +191,15 @@ def encoder_shape(config: RunConfig, settings: EncoderConfig | None = None) -> t
     return encoder.preprocess, encoder.dimension, seconds_per_image(encoder)
 
 
-def seconds_per_image(encoder: Encoder) -> float:
-    """Measure the seconds that one image takes an encoder."""
-    black = np.zeros((1, *encoder.preprocess.shape), np.uint8)
+def seconds_per_image(encoder: Encoder, clock: Callable[[], float] = time.monotonic) -> float:
+    """Measure the seconds that one image takes an encoder, the least of three, by a clock."""
+    black, times = np.zeros((1, *encoder.preprocess.shape), np.uint8), list[float]()
     encoder.encode_images(black)  # only the first call allocates
-    started = time.monotonic()
-    encoder.encode_images(black)
-    return time.monotonic() - started
+    for _ in range(3):
+        started = clock()
+        encoder.encode_images(black)
+        times.append(clock() - started)
+    return min(times)
 
 
 def _digest(settings: EncoderConfig) -> str:
@@ -196,20 +235,18 @@ def with_engines(
     except (storage.MissingError, ArtefactError):
         kept = {}
 
-    may_choose = count >= MEASURED_FROM and not is_begun
+    may_choose = count >= MEASURED_FROM and not is_begun and openvino.is_installed()
 
     def resolved(settings: AnyEncoder) -> AnyEncoder:
         if settings.engine != "auto" or getattr(settings, "embeddings", None) is not None:
             return settings
         key = _digest(settings)
-        if key not in kept and may_choose and not settings.compile and openvino.is_installed():
-            encoder = load_run_encoder(config, "cpu", settings)
-            if isinstance(encoder, TorchEncoder):
-                encoder.callers = callers
-                kept[key] = encoder.engine = _fastest_engine(encoder)
-                storage.write_json(uri, kept)
-                if loaded is not None:
-                    loaded[_digest(settings.model_copy(update={"engine": kept[key]}))] = encoder
+        if key not in kept and may_choose and not settings.compile and settings.family != "pixels":
+            encoder = _fastest_engine(config, settings, callers)
+            kept[key] = "openvino" if isinstance(encoder, openvino.GraphEncoder) else "torch"
+            storage.write_json(uri, kept)
+            if loaded is not None:
+                loaded[_digest(settings.model_copy(update={"engine": kept[key]}))] = encoder
         return settings.model_copy(update={"engine": kept.get(key, "torch")})
 
     if config.encoders:
@@ -217,17 +254,26 @@ def with_engines(
     return config.model_copy(update={"encoder": resolved(config.encoder)})
 
 
-def _fastest_engine(encoder: TorchEncoder) -> str:
-    """Return OpenVINO if it is worth it on this machine, else torch."""
+def with_run_engines(config: RunConfig) -> RunConfig:
+    """Return the config with OpenVINO where it is installed here and has made the run's rows; else unchanged."""
+    found = with_engines(config, Run(config.run), 0, is_begun=True) if openvino.is_installed() else config
+    return found if any(encoder.engine == "openvino" for encoder in found.each_encoder) else config
+
+
+def _fastest_engine(config: RunConfig, settings: EncoderConfig, callers: int) -> Encoder:
+    """Return the encoder with OpenVINO if that is worth it on this machine, else with torch."""
+    encoder = load_run_encoder(config, "cpu", settings)
     try:
-        seconds = encoder.measure_engines()
+        graph = _graph_encoder(config, settings, cast("TorchEncoder", encoder))
     except ConfigError as error:
-        logger.info("encode: torch computes %s: %s", encoder.name, error)
-        return "torch"
-    ratio = seconds["torch"] / seconds["openvino"]
+        logger.info("encode: torch computes %s: %s", settings.name, error)
+        return encoder
+    graph.preprocess, graph.callers = encoder.preprocess, callers
+    # CPU seconds: other programs change them less.
+    ratio = seconds_per_image(encoder, time.process_time) / seconds_per_image(graph, time.process_time)
     engine = "openvino" if ratio >= WORTH_IT else "torch"
-    logger.info("encode: %s computes %s; OpenVINO takes 1/%.1f of torch's time here", engine, encoder.name, ratio)
-    return engine
+    logger.info("encode: %s computes %s; OpenVINO takes 1/%.1f of torch's time here", engine, settings.name, ratio)
+    return graph if engine == "openvino" else encoder
 
 
 def refuse_other_width(config: RunConfig, width: int, settings: EncoderConfig | None = None) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.encoders.decode import Undecodable
+from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import DataError, RayclustError
 from rayclust.language.vocabulary import merged
 from rayclust.methods import is_recuttable
@@ -186,8 +187,6 @@ class _Checks:
 
     def _ready_width(self, firsts: Mapping[str, Shard], ready: Sequence[ReadySpace]) -> int:
         """Return the width of ready embeddings, of which the first shard of each input is read."""
-        from rayclust.encoders.weights import load_tensors
-
         widths = list[int]()
         for source, shard in firsts.items():
             rows = read_rows(shard, load_tensors=load_tensors)

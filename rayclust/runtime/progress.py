@@ -8,11 +8,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from rich.console import Console
@@ -137,6 +137,11 @@ class Progress:
             self.total = total if total is not None else self.total
             self._show(note)
 
+    def show_metrics(self, row: dict[str, Any]) -> None:
+        """Show a row of a training's metrics: its step, the number of steps where it has one, and its loss."""
+        loss = {} if row.get("loss") is None else {"loss": float(row["loss"])}
+        self.at(int(row.get("step", 0)), row.get("steps"), f"loss {loss['loss']:.4f}" if loss else "", **loss)
+
     def rate(self) -> float:
         """Return units per second since the stage began, without those of earlier runs."""
         return (self.done - self._resumed) / max(time.monotonic() - self._started, 1e-9)
@@ -245,3 +250,47 @@ def timed_section(name: str, workers: int = 0, unit: str = "rows") -> Iterator[T
 def worker_name() -> str:
     """Return host and process id, which name this process within the cluster."""
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class MetricsActor:
+    """Ray actor to which worker 0 of a training reports its newest row of metrics; here, because it needs no torch."""
+
+    _row: dict[str, Any] | None = None
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Replace the row."""
+        self._row = row
+
+    def latest(self) -> dict[str, Any] | None:
+        """Return the newest row."""
+        return self._row
+
+
+def _send(metrics: Any, row: dict[str, Any]) -> None:
+    metrics.report.remote(row)
+
+
+@contextmanager
+def watch_metrics(progress: Progress) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield what sends a worker's rows of metrics here, where a thread shows the newest until the block ends."""
+    import ray
+
+    metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(1.0):
+            try:
+                row = ray.get(metrics.latest.remote(), timeout=5)
+            except ray.exceptions.RayError:
+                continue
+            if row:
+                progress.show_metrics(row)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield partial(_send, metrics)
+    finally:
+        over.set()
+        thread.join(timeout=5)

@@ -26,7 +26,7 @@ from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime import log
 from rayclust.runtime.api import load_config, load_run, with_absolute_paths
 from rayclust.runtime.edits import shown_clusters
-from rayclust.runtime.encoder import RunEncoders
+from rayclust.runtime.encoder import RunEncoders, with_run_engines
 from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import content_digest, run_all
 from rayclust.runtime.rows import transform_of
@@ -207,7 +207,8 @@ class RunTables:
 
     def _encode(self, uris: Sequence[str], width: int) -> tuple[NDArray[np.float32], list[str | None]]:
         """Encode single images: rows Float32[B D] of those that can be read, and why each of the others cannot."""
-        encoders, rows, reasons = RunEncoders(self.config), list[NDArray[np.float32]](), list[str | None]()
+        encoders = RunEncoders(with_run_engines(self.config))
+        rows, reasons = list[NDArray[np.float32]](), list[str | None]()
         for uri in uris:
             try:
                 pixels = encoders.decode(storage.read_bytes(uri))

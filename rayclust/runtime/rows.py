@@ -130,20 +130,25 @@ def places_at(run: Run, starts: list[int], rows: np.ndarray) -> np.ndarray:
 
 
 def cache_folder(digest: str) -> Path:
-    """Return this user's folder on this node for the files of one training.
+    """Return this user's folder on this node for the files of one training; see `scratch_folder`."""
+    return scratch_folder() / "rows" / digest
+
+
+def scratch_folder() -> Path:
+    """Return this user's folder on this node, `RAYCLUST_SCRATCH` where it is set.
 
     Raises:
         ConfigError: it lies below the shared temporary folder, and other users own it or can write to it.
     """
     root = os.environ.get("RAYCLUST_SCRATCH")
     if root:
-        return Path(root) / "rows" / digest
+        return Path(root)
     path = Path(tempfile.gettempdir()) / f"rayclust-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise ConfigError(f"{path}: belongs to somebody else, or others may write there: set RAYCLUST_SCRATCH")
-    return path / "rows" / digest
+    return path
 
 
 def drop_cache(digest: str) -> None:

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from rayclust.config import RunConfig
+from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import DataError
 from rayclust.runtime import datasets
 from rayclust.store import tables
@@ -103,8 +104,6 @@ class ReadySpace:
 @lru_cache(2)
 def _read(shard: str, width: int | None) -> Rows:
     """Read a shard, JSON. Cached: the run's parts may be smaller than the shards of its ready embeddings."""
-    from rayclust.encoders.weights import load_tensors
-
     return read_rows(Shard.from_json(json.loads(shard)), load_tensors=load_tensors, width=width)
 
 

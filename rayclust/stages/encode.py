@@ -29,6 +29,7 @@ from rayclust.config import RunConfig
 from rayclust.encoders.base import GPU_BATCH, Encoder
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.encoders.settings import SpaceConfig
+from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import ArtefactError, DataError
 from rayclust.report.formats import duration
 from rayclust.resources import are_disjoint
@@ -172,8 +173,6 @@ def _drop_stale(run: Run, count: int) -> None:
 
 def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrder) -> list[TaskResult]:
     """Copy tables of ready embeddings, shard by shard; all must be as wide as the first that holds a usable row."""
-    from rayclust.encoders.weights import load_tensors
-
     run, split = context.run, Split.of(context.config)
     for shard in context.plan.shards:
         first = read_rows(shard, load_tensors=load_tensors)

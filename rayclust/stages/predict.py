@@ -12,6 +12,7 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime.datasets import SCHEME
 from rayclust.runtime.edits import ShownClusters, shown_clusters
+from rayclust.runtime.encoder import with_run_engines
 from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
 from rayclust.runtime.rows import part_embeddings, transform_of
@@ -70,7 +71,7 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
         )
     folder = storage.join(config.run, "predict", digest_of([uri, labels] if evaluate else uri))
     scratch = Run(folder, config.spaces)
-    tree = config.model_dump(mode="json", exclude_unset=True)
+    tree = with_run_engines(config).model_dump(mode="json", exclude_unset=True)
     limits = {key: tree["images"][key] for key in ("shard_size", "max_bytes", "max_pixels") if key in tree["images"]}
     tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": labels, "max_reject_share": 1.0} | limits}
     encoded = run_stage("encode", validate(tree))

@@ -206,14 +206,15 @@ class Searcher:
 
     def _encoders_of(self, space: str) -> list[tuple[EncoderConfig, Encoder]]:
         """Return the encoder of a space, or all for the method's own; each is loaded once."""
-        every = list(enumerate(self.config.each_encoder))
+        from rayclust.runtime.encoder import load_run_encoder, with_run_engines  # torch may come with an encoder
+
+        config = with_run_engines(self.config)
+        every = list(enumerate(config.each_encoder))
         named = [(i, each) for i, each in every if getattr(each, "space", None) == space] or every[:1]
         chosen = every if space == OWN else named
-        from rayclust.runtime.encoder import load_run_encoder  # torch comes with the first encoder
-
         for place, settings in chosen:
             if place not in self._encoders:
-                self._encoders[place] = load_run_encoder(self.config, settings=settings)
+                self._encoders[place] = load_run_encoder(config, settings=settings)
         return [(settings, self._encoders[place]) for place, settings in chosen]
 
     def _not_indexed(self) -> ArtefactError:

@@ -10,12 +10,10 @@ import hashlib
 import logging
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -34,7 +32,7 @@ from rayclust.runtime.driver import cores, in_driver, threads
 from rayclust.runtime.members import RowsWithMembers
 from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
-from rayclust.runtime.progress import Progress
+from rayclust.runtime.progress import Progress, watch_metrics
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
 from rayclust.runtime.trackers import Trackers
 from rayclust.store import manifest, storage
@@ -95,10 +93,10 @@ def fit(job: Job) -> dict[str, Any]:
     with drop_rows_on_error(job.digest), plain_errors(), Progress(job.stage, "steps") as progress:
         if in_driver():
             with threads(cores()):
-                result = _work({"job": job, "report": partial(_show, progress), "threads": cores()}) or {}
+                result = _work({"job": job, "report": progress.show_metrics, "threads": cores()}) or {}
         else:
             connect()
-            with _watch_metrics(progress) as report:
+            with watch_metrics(progress) as report:
                 result = _fit(job, report)
     storage.remove_tree(Run(job.config.run).checkpoints(job.digest))
     return result
@@ -242,52 +240,3 @@ class StoredCheckpoints:
         """Return the steps with a state, in order."""
         files = storage.walk(self._folder, suffixes=("state.json",), missing_ok=True)
         return sorted(int(file.key[5:14]) for file in files)
-
-
-class MetricsActor:
-    """Ray actor to which worker 0 reports its newest row of metrics."""
-
-    _row: dict[str, Any] | None = None
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Replace the row."""
-        self._row = row
-
-    def latest(self) -> dict[str, Any] | None:
-        """Return the newest row."""
-        return self._row
-
-
-def _send(metrics: Any, row: dict[str, Any]) -> None:
-    metrics.report.remote(row)
-
-
-def _show(progress: Progress, row: dict[str, Any]) -> None:
-    loss = {} if row.get("loss") is None else {"loss": float(row["loss"])}
-    progress.at(int(row.get("step", 0)), row.get("steps"), f"loss {loss['loss']:.4f}" if loss else "", **loss)
-
-
-@contextmanager
-def _watch_metrics(progress: Progress) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield what sends a worker's rows of metrics here, where a thread shows the newest until the block ends."""
-    import ray
-
-    metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
-    over = threading.Event()
-
-    def follow() -> None:
-        while not over.wait(1.0):
-            try:
-                row = ray.get(metrics.latest.remote(), timeout=5)
-            except ray.exceptions.RayError:
-                continue
-            if row:
-                _show(progress, row)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield partial(_send, metrics)
-    finally:
-        over.set()
-        thread.join(timeout=5)

@@ -6,8 +6,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from rayclust.encoders.base import TorchEncoder, unknown_architecture
 from rayclust.encoders.decode import Preprocess
+from rayclust.encoders.network import TorchEncoder, unknown_architecture
 from rayclust.encoders.pixels import PixelEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError, ShapeError

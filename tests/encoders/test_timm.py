@@ -15,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models import vision_transformer as torchvision_vit
 
-from rayclust.encoders.base import TorchEncoder
 from rayclust.encoders.clip import clip_hub_file
 from rayclust.encoders.decode import decode
+from rayclust.encoders.network import TorchEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.encoders.timm import build_timm, fold_batch_norms, from_torchvision, timm_hub_file
 from rayclust.errors import ConfigError

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rayclust.encoders import weights
-from rayclust.encoders.weights import HubFile, hub_answers, load_into, load_state, load_tensors, without_prefix
+from rayclust.encoders.tensors import load_tensors
+from rayclust.encoders.weights import HubFile, hub_answers, load_into, load_state, without_prefix
 from rayclust.errors import ConfigError, DataError
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.0, 2.0])}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from rayclust.runtime import progress
-from rayclust.runtime.progress import FIRST_LINE, LOG_INTERVAL, Progress, duration
+from rayclust.runtime.progress import FIRST_LINE, LOG_INTERVAL, MetricsActor, Progress, duration
 from rayclust.store import storage
 from rayclust.store.run import Run
 
@@ -194,3 +194,11 @@ def test_outside_of_a_stage_nothing_is_kept():
 
 def test_a_worker_is_named_by_machine_and_process():
     assert progress.worker_name().endswith(f":{os.getpid()}")
+
+
+def test_the_newest_row_is_read_any_number_of_times():
+    metrics = MetricsActor()
+    assert metrics.latest() is None
+    metrics.report({"step": 1})
+    metrics.report({"step": 2})
+    assert metrics.latest() == metrics.latest() == {"step": 2}

@@ -18,7 +18,6 @@ from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.stages.train import (
     CHECKPOINTS_KEPT,
     Job,
-    MetricsActor,
     StoredCheckpoints,
     _check_every_worker_count,
 )
@@ -192,11 +191,3 @@ def test_a_refused_training_or_search_leaves_no_rows_in_scratch(
     with pytest.raises(RayclustError, match="loss = nan"):
         run_all(validate(content))
     assert not list((tmp_path / "scratch").rglob("*.npy"))
-
-
-def test_the_newest_row_is_read_any_number_of_times():
-    metrics = MetricsActor()
-    assert metrics.latest() is None
-    metrics.report({"step": 1})
-    metrics.report({"step": 2})
-    assert metrics.latest() == metrics.latest() == {"step": 2}

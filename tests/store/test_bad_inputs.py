@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rayclust.encoders.weights import load_tensors
+from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import ConfigError, DataError
 from rayclust.store.sources import Shard, plan_shards, read_records, read_rows
 from tests.store.bad_inputs import BadInput, all_cases

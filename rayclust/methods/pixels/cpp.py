@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rayclust.encoders.base import TorchEncoder
 from rayclust.encoders.load import load_encoder
+from rayclust.encoders.network import TorchEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.kernels.pair_softmax import accum_dtype
