@@ -191,19 +191,21 @@ def quick(images: str, overrides: tuple[str, ...], *, out: str, as_json: bool, *
 @_VERBOSE
 def init(config: str, **settings: str) -> None:
     """Write CONFIG (RUN.yaml) with every key as a comment, and its JSON schema for editors beside it."""
-    from rayclust.config import RunConfig
+    from rayclust.config import RunConfig, parse
     from rayclust.methods import METHODS
-    from rayclust.runtime.api import SCHEMA_FILE, load_config, starter
+    from rayclust.runtime.api import SCHEMA_FILE, starter, with_absolute_paths
+    from rayclust.store import storage
 
     path = Path(config)
     if path.exists():
         raise ConfigError(f"{config}: is there already; name another file")
     if settings["method"] not in METHODS:
         raise ConfigError(f"--method {settings['method']}: must be one of {', '.join(METHODS)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(starter(**settings), encoding="utf-8")
-    load_config(config)
-    path.with_name(SCHEMA_FILE).write_text(json.dumps(RunConfig.model_json_schema(), indent=2), encoding="utf-8")
+    text = starter(**settings)
+    with_absolute_paths(parse(text, source=config))
+    storage.write_bytes(config, text.encode())
+    schema = json.dumps(RunConfig.model_json_schema(), indent=2)
+    storage.write_bytes(str(path.with_name(SCHEMA_FILE)), schema.encode())
     click.echo(f"{config} is written; next: rayclust check {config}, then rayclust run {config}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,6 +19,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -26,6 +28,7 @@ from rayclust.clustering.curation import CurateConfig
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig, SpaceConfig, normalize_encoders
 from rayclust.errors import ConfigError
 from rayclust.features import FeaturesConfig
+from rayclust.language.vocabulary import Template
 from rayclust.methods import AnyMethodConfig, config_type, config_types, reads_pixels
 from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig
 from rayclust.metrics.selection import SelectKConfig, denormalize_clusters, normalize_clusters
@@ -50,7 +53,7 @@ class ImagesConfig(Config):
     classes: tuple[str, ...] | str | None = None
     """Keep only these classes: a list of names (ImageNet: wnids), a text file with one a line, or the published subset
     imagenet-10, imagenet-dogs, imagenet-50, imagenet-100 or imagenet-200. None keeps all."""
-    split: Annotated[float, Field(gt=0, lt=1)] | str | tuple[str, ...] | None = None
+    split: Annotated[float, Field(gt=0, lt=1)] | str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Rows kept aside as the test split: methods are fitted on the others and scored on both. Patterns of keys or files
     ("test/*", "*/val-*.tar"), or a share of all rows, drawn by the run's seed. None fits and scores on all rows."""
     test: str | None = None
@@ -93,9 +96,16 @@ class NeighborsConfig(Config):
 class AssignConfig(Config):
     """Clusters of rows, and levels above them."""
 
-    levels: tuple[int, ...] = ()
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = ()
     """Numbers of clusters of coarser levels, finest first: [1000, 50] puts each cluster into one of 1,000 and each of
     those into one of 50, by their prototypes. K itself may stand at the start."""
+
+    @field_validator("levels")
+    @classmethod
+    def _fall(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if any(after >= before for before, after in pairwise(levels)):
+            raise ValueError("should fall, the finest level first")
+        return levels
 
 
 VocabularyKind = Literal["auto", "none", "imagenet", "classes", "embeddings", "text", "wordnet"]
@@ -112,7 +122,7 @@ class LabelConfig(Config):
     `auto` is ImageNet's names when the encoder reads text, else none. `classes` are the true names of the run's labels:
     what is named by them says so, and beside other lists every cluster is named without them as well.
     """
-    templates: tuple[str, ...] = ("a photo of a {}",)
+    templates: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of a {}",)
     """Prompts around each name; their embeddings are averaged."""
     scale: float = Field(100, gt=0)
     """What cosines between images and words are multiplied by before the softmax; CLIP's own is 100."""
@@ -278,6 +288,13 @@ class RunConfig(Config):
                 f"method.name = {name}: learns from pixels: leave `encoder` and `features` out, or set encoder.name: "
                 "pixels, encoder.normalize: false and features: {center: false, normalize: false}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_clusters_for_levels(self) -> RunConfig:
+        levels, clusters = self.assign.levels, self.method.clusters
+        if levels and not self.needs_selection and levels[0] > clusters:
+            raise ValueError(f"assign.levels = {list(levels)}: must be at most method.clusters, {clusters}")
         return self
 
     @model_validator(mode="after")
@@ -489,10 +506,14 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+        problem = getattr(error, "problem", None) or "not YAML"
+        if isinstance(error, yaml.reader.ReaderError):
+            problem = f"{error.reason}; a RUN.yaml is text in UTF-8"
         raise ConfigError(f"{source}{where}: {problem}") from None
-    except (ConfigError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{source}: {str(error) or 'nested too deeply'}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply") from None
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}") from None
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else f"a {type(tree).__name__}"
         raise ConfigError(f"{source}: {found} where a mapping of keys is needed, such as `run: …`")

@@ -34,23 +34,42 @@ def format_error(error: ValidationError, known: Sequence[str]) -> str:
     """
     problems: list[Any] = error.errors(include_url=False)
     problem = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-
-    # 1. The dotted key, without pydantic's names for the branches of unions.
-    branches = {"int", "str", "float", "bool", "constrained-str"}
-    path = [str(part) for part in problem["loc"] if isinstance(part, int) or ("[" not in part and part not in branches)]
-    key, kind, value = ".".join(path), problem["type"], problem["input"]
-
-    # 2. The message for each kind of error.
+    path, kind, value = _path(problem), problem["type"], problem["input"]
+    key, others = ".".join(path), len({tuple(_path(each)) for each in problems}) - 1
+    more = f" (and {others} more)" if others else ""
     if kind == "extra_forbidden":
         return f"{key}: unknown key{_suggest_key(path, known)}{more}"
     if kind == "missing":
         return f"{key}: this key is required{more}"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    # Each branch of a union has a problem of its own: the value should be what one of them says.
+    messages = list(dict.fromkeys(_message(each) for each in problems if _path(each) == path))
+    message = ", or ".join([messages[0], *(each.removeprefix("should be ") for each in messages[1:])])
     if kind == "value_error" and isinstance(value, dict):  # a group's own check names the key below it
         return f"{key}.{message}{more}" if key else f"{message}{more}"
     shown = repr(value) if isinstance(value, str) else str(value)
     return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}{more}"
+
+
+def _path(problem: Any) -> list[str]:
+    """Return the parts of the dotted key, without pydantic's names for the branches of unions."""
+    branches = {"int", "str", "float", "bool"}
+    is_key = (
+        isinstance(p, int) or not ("[" in p or p in branches or p.startswith("constrained-")) for p in problem["loc"]
+    )
+    return [str(part) for part, kept in zip(problem["loc"], is_key, strict=True) if kept]
+
+
+def _message(problem: Any) -> str:
+    """Return what is wrong with a value, in the words of RUN.yaml."""
+    kind: str = problem["type"]
+    text: str = problem["msg"]
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "should be a group of keys"
+    if kind in ("tuple_type", "list_type"):
+        return "should be a list, such as [a, b]"
+    for start in ("Value error, ", "Input ", "String ", "Tuple "):
+        text = text.removeprefix(start)
+    return text.partition(", unable to parse")[0]
 
 
 def _suggest_key(path: list[str], known: Sequence[str]) -> str:
@@ -58,6 +77,8 @@ def _suggest_key(path: list[str], known: Sequence[str]) -> str:
     prefix = "".join(part + "." for part in path[:-1])
     fields = sorted({key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)})
     elsewhere = [key for key in known if key.split(".")[-1] == path[-1]]
+    if ".".join(path) in known:
+        return "; only other methods have it"
     if (near := closest(path[-1], fields)) or not (elsewhere or fields):
         return near
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(fields)}"

@@ -123,6 +123,10 @@ def test_init_writes_a_config_in_which_every_key_can_be_set(
     assert load_config("all.yaml").model_dump() == config.model_dump()
     assert run_command(["init", "--images", "photos"]) == 2
     assert "is there already" in capsys.readouterr().err
+    for clusters in ("[", "many"):
+        assert run_command(["init", "other.yaml", "--images", "photos", "--clusters", clusters]) == 2
+    assert not (tmp_path / "other.yaml").exists()
+    assert run_command(["init", "RUN.yaml/below.yaml", "--images", "photos"]) == 2
 
 
 def test_methods_and_encoders_are_completed():

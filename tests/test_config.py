@@ -57,6 +57,10 @@ BAD_FILES = {
     "run is a list": (GOOD.replace("runs/photos", "[a]"), "run ="),
     "images is text": (GOOD.replace("{uri: photos}", "photos"), "images = 'photos'"),
     "anchors without end": ("a: &a [*a]", "a"),
+    "nested without end": ("run: " + "[" * 1200, "nested too deeply"),
+    "a table": ("PAR1\x00\x15", "a RUN.yaml is text in UTF-8"),
+    "a group that is a list": (GOOD + "features: [center]\n", "features = ['center']: should be a group of keys"),
+    "an empty group": (GOOD + "features:\n", "features = None: should be a group of keys"),
 }
 
 
@@ -122,6 +126,17 @@ BAD_VALUES = {
     "epochs=5": ["epochs: unknown key", "method.epochs"],
     "encoder.image_size=-3": ["encoder.image_size = -3"],
     "label.exemplars=-1": ["label.exemplars = -1"],
+    "label.voters=some": ["label.voters = 'some': should be a valid integer, or 'auto' or 'all'"],
+    "label.templates=['no place']": ["label.templates.0 = 'no place'", "should hold {} once"],
+    "label.templates=[]": ["label.templates = []", "at least 1"],
+    "images.split=0": ["images.split = 0: should be greater than 0, or a valid string, or a list"],
+    "images.split=[]": ["images.split = []"],
+    "assign.levels=[3,5]": ["assign.levels = [3, 5]", "should fall"],
+    "assign.levels=[30,5]": ["assign.levels = [30, 5]", "at most method.clusters, 10"],
+    "assign.levels=[1]": ["assign.levels.0 = 1", "greater than or equal to 2"],
+    "curate.duplicates.epsilon=0.01": ["curate.duplicates: has no effect without a preset"],
+    "curate={preset: list, sample: {rows: 9, levels: [5, 10]}}": ["curate.sample.levels = [5, 10]", "should fall"],
+    "method.vocabulary=words.txt": ["method.vocabulary: unknown key; only other methods have it"],
     "report.thumbnail=1": ["report.thumbnail = 1"],
     "method.learning_rate=0": ["method.learning_rate = 0"],
     "method.heads=0": ["method.heads = 0"],
@@ -423,7 +438,7 @@ def test_one_encoder_in_a_list_is_the_encoder():
             {"encoders": ["pixels", {"image_size": 3}]},
             "encoders.1.space: is missing; an encoder without a name needs one",
         ),
-        ({"encoders": ["pixels", {"name": "pixels", "space": "B"}]}, r"encoders.1.space = 'B': String should match"),
+        ({"encoders": ["pixels", {"name": "pixels", "space": "B"}]}, r"encoders.1.space = 'B': should match"),
         (
             {"encoders": ["pixels", {"name": "pixels", "space": "z"}]},
             "encoders: space = z: is taken for something else",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import sklearn.cluster
+import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV
@@ -18,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import rayclust as rc
-from rayclust.errors import ConfigError, ShapeError
+from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics.external import accuracy
 
 TINY_TEMI = rc.TEMI(
@@ -100,6 +101,10 @@ def test_refuses_what_cannot_be():
         "n_init = 0: should be": rc.KMeans(2, n_init=0),
         "n_heads = 0: should be": rc.TEMI(2, n_heads=0),
         "headz: unknown key; did you mean heads": rc.TEMI(2, settings={"headz": 3}),
+        "n_clusters = '2': should be a whole number": rc.TEMI("2"),
+        "n_clusters = None: should be a whole number": rc.Auto(None),
+        "device = 'gpu': should be 'auto', 'cpu' or 'cuda'": rc.KMeans(2, device="gpu"),
+        **({} if torch.cuda.is_available() else {"device = 'cuda': torch sees no GPU": rc.TEMI(2, device="cuda")}),
     }
     for message, estimator in wrong.items():
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
@@ -148,6 +153,8 @@ def test_features_are_those_of_the_fitted_rows():
     found = rc.KMeans(4, center=True, standardize=True, random_state=0).fit(x * 10 ** np.arange(8) + 5)
     assert accuracy(labels, found.labels_) > 0.97
     assert np.array_equal(found.predict((x * 10 ** np.arange(8) + 5)[:1]), found.labels_[:1])
+    with pytest.raises(ValueError, match="too far above those of the fitted rows"):
+        found.predict(x * 1e200)
 
 
 @pytest.mark.slow
@@ -321,6 +328,14 @@ def test_a_consensus_takes_labels_and_probabilities_of_others():
     assert [row["candidate"] for row in found.members_[:4]] == [f"member {place}" for place in range(4)]
     assert [row["clusters"] for row in found.members_[:4]] == [4, 4, 7, 4]
     assert accuracy(labels, found.labels_) > 0.9
+    # Labels of any kind: names, missing ones, numbers far above the rows.
+    names = np.where(labels == 0, None, labels.astype(str))
+    kinds = [names, np.where(labels == 0, np.nan, labels), labels * 500_000_007, labels]
+    found = rc.Consensus(4, random_state=0).fit(x, members=kinds)
+    assert [row["clusters"] for row in found.members_[:4]] == [3, 3, 4, 4]
+    assert accuracy(labels, found.labels_) > 0.9
+    with pytest.raises(DataError, match="no probabilities"):
+        rc.Consensus(4).fit(x, members=[np.full((300, 4), np.nan)])
     with pytest.raises(ShapeError, match=r"members\.0 has shape"):
         rc.Consensus(4).fit(x, members=[labels[1:]])
     with pytest.raises(TypeError, match="partitions"):

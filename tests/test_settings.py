@@ -51,10 +51,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a key from elsewhere": ({"init": 1}, "init: unknown key; did you mean method.init?"),
     "no key like it": ({"group": {"zzz": 1}}, "group.zzz: unknown key; known here: size, workers"),
     "a group's own check": ({"group": {"size": 13}}, "group.size = 13: must not be 13"),
-    "a branch of a union": ({"group": {"workers": [1]}}, "group.workers = [1]: should be a valid integer (and 1 more)"),
+    "a branch of a union": ({"group": {"workers": [1]}}, "group.workers = [1]: should be a valid integer, or 'auto'"),
     "a key of a method": (
         {"method": {"name": "cpp", "clusters": 2, "epochs": "x"}},
         "method.epochs = 'x': should",
+    ),
+    "another method's key": (
+        {"method": {"name": "cpp", "clusters": 2, "init": 1}},
+        "method.init: unknown key; only other",
     ),
     "a key that a method needs": ({"method": {"name": "cpp"}}, "method.clusters: this key is required"),
     "an unknown method": (
@@ -62,7 +66,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         "method.name = 'tmei': must be one of auto, byol, cc, consensus, cpp, cpp_pixels, gmm, kmeans, moco, pcl, "
         "propos, simclr, simsiam, spectral, tac, temi, turtle; did you mean temi?",
     ),
-    "a method that is text": ({"method": "temi"}, "method = 'temi': should be a valid dictionary"),
+    "a method that is text": ({"method": "temi"}, "method = 'temi': should be a group of keys"),
     "an unknown key comes first": (
         {"group": {"size": 0}, "rnu": 1},
         "rnu: unknown key; did you mean run? (and 1 more)",

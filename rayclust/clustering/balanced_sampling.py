@@ -130,7 +130,9 @@ def fit_levels(
     Source: arXiv 2405.15613, section 3; each centroid of level t − 1 is one point of level t.
     """
     if not clusters or any(not 1 <= after <= before for before, after in pairwise([len(points), *clusters])):
-        raise ConfigError(f"levels = {list(clusters)}: must fall, finest level first, from at most {len(points)} rows")
+        raise ConfigError(
+            f"curate.sample.levels = {list(clusters)}: must fall, finest level first, from at most {len(points)} rows"
+        )
     found: list[Partition] = []
     counts: Any = np.ones(len(points))
     for level, (count, resamples) in enumerate(zip(clusters, steps, strict=True)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayclust.settings import Config
 
@@ -104,6 +104,13 @@ class SampleConfig(Config):
     copies: int = Field(1, ge=1, le=32_767)
     """Times that one row may be drawn."""
 
+    @field_validator("levels")
+    @classmethod
+    def _fall(cls, levels: tuple[int, ...] | str) -> tuple[int, ...] | str:
+        if isinstance(levels, tuple) and sorted(levels, reverse=True) != list(levels):
+            raise ValueError("should fall, the finest level first")
+        return levels
+
 
 class CurateConfig(Config):
     """The stage curate, in runs that name a preset; settings that are given win over the preset's."""
@@ -131,6 +138,9 @@ class CurateConfig(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> CurateConfig:
+        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.preset == "none" and changed:
+            raise ValueError(f"{changed[0]}: has no effect without a preset; name one, such as preset: list")
         if self.preset == "hierarchical" and self.sample.rows is None:
             raise ValueError("sample.rows: this key is required by the preset hierarchical, the rows to draw")
         if self.duplicates.keep_share is None and self.duplicates.epsilon > self.duplicates.largest_epsilon:

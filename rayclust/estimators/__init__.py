@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
+from rayclust.clustering.consensus import as_member
 from rayclust.clustering.row_stats import even_sample
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError, ShapeError
@@ -183,9 +184,10 @@ class Consensus(
     ) -> Self:
         """Cluster rows X, Float[N D]; `y` is not used, and a `sample_weight` is refused.
 
-        `members` are partitions of the rows: labels Int[N], −1 for no opinion, or probabilities Float[N K].
+        `members` are partitions of the rows: labels [N] of any kind, −1, None or NaN for no opinion, or probabilities
+        Float[N K].
         """
-        self._members = None if members is None else [torch.as_tensor(np.asarray(member)) for member in members]
+        self._members = None if members is None else [as_member(np.asarray(member)) for member in members]
         try:
             super().fit(X, y, **unsupported)
         finally:

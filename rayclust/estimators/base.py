@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, Signature
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -21,7 +22,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from rayclust.errors import ConfigError
+from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeatureTransform
 from rayclust.metrics import internal
 from rayclust.search.knn import nearest_others
@@ -127,6 +128,8 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     def _fit_rows(self, X: ArrayLike) -> NDArray[Any]:
         """Check the rows and return them, Float[N D], times a power of two where they are far from 1."""
         x = validate_data(self, X, dtype=[np.float64, np.float32])
+        if self.n_clusters != "auto" and not isinstance(self.n_clusters, Real):
+            raise ConfigError(f"n_clusters = {self.n_clusters!r}: should be a whole number")
         if self.n_clusters != "auto" and self.n_clusters > len(x):
             raise ConfigError(f"n_clusters = {self.n_clusters}: at most the number of rows, n_samples = {len(x)}")
         # Squares of numbers far from 1 overflow or vanish in float32; a power of two costs no digits.
@@ -139,7 +142,10 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         """Check new rows and return them as `_fit_rows` does."""
         check_is_fitted(self)
         x = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return np.asarray(x if self._scale == 1 else x * self._scale)
+        rows = np.asarray(x if self._scale == 1 else x * self._scale)
+        if np.abs(rows).max() > np.finfo(np.float32).max:
+            raise DataError("X: values are too far above those of the fitted rows to be compared with them")
+        return rows
 
     def _features(self, X: ArrayLike) -> Tensor:
         rows = self._rows(X)
@@ -194,8 +200,12 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _device(self) -> torch.device:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(auto if self.device == "auto" else self.device)
+        sees_gpu, name = torch.cuda.is_available(), str(self.device)
+        if name not in ("auto", "cpu") and not name.startswith("cuda"):
+            raise ConfigError(f"device = {self.device!r}: should be 'auto', 'cpu' or 'cuda'")
+        if name.startswith("cuda") and not sees_gpu:
+            raise ConfigError(f"device = {self.device!r}: torch sees no GPU; 'auto' takes one where there is one")
+        return torch.device(("cuda" if sees_gpu else "cpu") if name == "auto" else self.device)
 
 
 class Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):  # type: ignore[misc]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rayclust.language.vocabulary import Template
 from rayclust.methods.settings import TrainedConfig
 
 TEMPLATES = (
@@ -59,7 +60,7 @@ class TacConfig(TrainedConfig):
     """The trained head that assigns rows. Published: image."""
     vocabulary: str | tuple[str, ...] | None = None
     """The nouns to choose from, as `label.vocabulary` names them; None takes that one."""
-    templates: tuple[str, ...] = TEMPLATES
+    templates: Annotated[tuple[Template, ...], Field(min_length=1)] = TEMPLATES
     """Prompts around each noun; their embeddings are averaged."""
     normalize_prompts: bool = False
     """Whether prompts count as unit rows in that mean, as CLIP's authors do; published: as they are."""

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from rayclust.config import RunConfig, kind_of, parse, validate
+from rayclust.config import RunConfig, kind_of, parse, validate, yaml_value
 from rayclust.errors import ArtefactError
 from rayclust.methods import reads_pixels
 from rayclust.runtime.pipeline import run_all
@@ -67,7 +67,12 @@ def starter(*, run: str, images: str, method: str, clusters: str) -> str:
         method: its name; its own keys are listed.
         clusters: a number, `auto`, or candidates in brackets.
     """
-    given = {"run": run, "images.uri": images, "method.name": method, "method.clusters": yaml.safe_load(clusters)}
+    given = {
+        "run": run,
+        "images.uri": images,
+        "method.name": method,
+        "method.clusters": yaml_value("method.clusters", clusters),
+    }
     # The number of clusters changes no other default.
     config = validate({"run": run, "images": {"uri": images}, "method": {"name": method, "clusters": 2}})
     lines = [

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from rayclust.arrays import IntArray
+from rayclust.clustering.consensus import as_member
 from rayclust.config import RunConfig, validate
-from rayclust.errors import ConfigError, DataError
+from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods.base import ManyHeads
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import content_digest
@@ -117,8 +118,8 @@ def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:
     if uri.endswith(".parquet"):
         try:
             table = tables.read_table(uri, ["key", "cluster"])
-            keys, cluster = table["key"].cast(pa.string()), table["cluster"].cast(pa.int32()).fill_null(-1)
-        except (pa.ArrowException, KeyError) as error:
+            keys, cluster = table["key"].cast(pa.string()), table["cluster"].cast(pa.int64()).fill_null(-1)
+        except (pa.ArrowException, ArtefactError) as error:
             raise DataError(
                 f"method.members: {uri}: needs columns key and cluster of whole numbers ({error})"
             ) from error
@@ -140,7 +141,7 @@ def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:
             )
         positions = found.to_numpy()
     for column in columns:
-        labels = np.asarray(column).astype(np.int32)
+        labels = as_member(np.asarray(column)).numpy().astype(np.int32)
         yield labels if positions is None else labels[positions]
 
 

@@ -280,7 +280,7 @@ class _Checks:
 
     def cost(self) -> str:
         if not self.config.prices:
-            return "not known: give prices, such as prices.g6.4xlarge: {dollars_per_hour: …, cpus: 16, gpus: 1}"
+            return "not known: give prices, such as prices: {g6.4xlarge: {dollars_per_hour: …, cpus: 16, gpus: 1}}"
         if self.sample is None:
             return "nothing is encoded"
         each = "" if self.images else ", each 1,000 images"

@@ -123,7 +123,7 @@ class RunTables:
         """
         wanted = [int(row) for row in rows]
         uris = self.table("rows", ["uri"])["uri"].take(pa.array(wanted, pa.int64())).to_pylist()
-        found = dict(fetch_many(uris))
+        found = dict(fetch_many(uris, self.config.images.columns))
         for uri in uris:
             if found.get(uri) is None:
                 raise DataError(f"{uri}: no image is there now: was it moved, or is the run of ready embeddings?")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayclust.config import RunConfig, VocabularyKind, kind_of
@@ -200,14 +201,22 @@ def _read_embeddings(uri: str, verbatim: bool = False) -> Vocabulary:
     if missing:
         have = ", ".join(table.column_names)
         raise DataError(f"label.vocabulary = {uri}: needs the columns word and embedding; it has {have}")
+    # Flat, without a Python object for each number: 120,000 words of width 512 would take gigabytes.
     try:
-        rows = np.array(table["embedding"].to_pylist(), np.float32)
-    except ValueError:
-        raise DataError(f"label.vocabulary = {uri}: the embeddings are not numbers of one width") from None
-    if rows.ndim != 2:
-        raise DataError(f"label.vocabulary = {uri}: the column embedding must hold lists of numbers, at least one")
-    hypernyms = table["hypernyms"].to_pylist() if "hypernyms" in table.column_names else None
-    words = [str(word) for word in table["word"].to_pylist()]
+        [width] = pc.unique(pc.list_value_length(table["embedding"])).to_pylist()
+        rows = pc.list_flatten(table["embedding"]).cast(pa.float32()).to_numpy().reshape(-1, width)
+    except (pa.ArrowException, ValueError, TypeError):
+        raise DataError(
+            f"label.vocabulary = {uri}: the column embedding must hold lists of numbers of one width, at least one"
+        ) from None
+    hypernyms = None
+    if "hypernyms" in table.column_names:
+        try:
+            lists = table["hypernyms"].cast(pa.list_(pa.string())).to_pylist()
+        except pa.ArrowException:
+            raise DataError(f"label.vocabulary = {uri}: the column hypernyms must hold lists of words") from None
+        hypernyms = [[name for name in names or () if name] for names in lists]
+    words = [None if word is None else str(word) for word in table["word"].to_pylist()]
     return vocabulary.from_rows(words, rows, uri, hypernyms=hypernyms, verbatim=verbatim)
 
 

@@ -50,7 +50,7 @@ from rayclust.clustering.duplicates import (
 )
 from rayclust.clustering.row_stats import even_sample
 from rayclust.config import RunConfig
-from rayclust.errors import DataError
+from rayclust.errors import ArtefactError, DataError
 from rayclust.features import SpaceTransforms
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import on_every_node, run_remotely
@@ -394,12 +394,17 @@ class Curation:
         if options.values is None:
             is_first = options.keep == "first"
             return ranks(None if is_first else columns.distance, count, largest_first=options.keep == "hard")
-        table = tables.read_table(storage.absolute(options.values), ["key", options.keep])
-        places = [pc.index_in(keys, value_set=table["key"]) for keys in self._part_columns("key", columns.rows)]
+        try:
+            table = tables.read_table(storage.absolute(options.values), ["key", options.keep])
+            names, numbers = table["key"].cast(pa.string()), table[options.keep].cast(pa.float64())
+        except (ArtefactError, pa.ArrowException) as error:
+            text = f"must be a table of key and numbers called {options.keep} ({error})"
+            raise DataError(f"curate.duplicates.values = {options.values}: {text}") from None
+        places = [pc.index_in(keys, value_set=names) for keys in self._part_columns("key", columns.rows)]
         values = pa.chunked_array([chunk for place in places for chunk in place.chunks], pa.int32())
         if values.null_count == count:
             raise DataError(f"curate.duplicates.values = {options.values}: has none of the run's keys")
-        found = table[options.keep].combine_chunks().cast(pa.float64()).take(values.combine_chunks())
+        found = numbers.combine_chunks().take(values.combine_chunks())
         return ranks(np.nan_to_num(found.fill_null(-np.inf).to_numpy(zero_copy_only=False), nan=-np.inf), count)
 
     def _sample(self, x: Tensor, columns: Columns, left: IntArray, hashes: NDArray[np.uint64]) -> Sample:
@@ -444,7 +449,7 @@ class Curation:
         left = np.flatnonzero((columns.reason == 0) | (columns.reason == 5))
         copies[left], place[left] = sample.copies, np.arange(len(left))
         outputs: Outputs = {}
-        kept, removed = list[str](), list[str]()
+        kept, removed, broken = list[str](), list[str](), 0
         standing = np.unique(decision.keeper[sizes[group] > 1])
         standing_keys = self._keys_of(rows, standing)  # they lie in any part
         spans = [np.searchsorted(rows, span) for span in pairwise(self.starts)]
@@ -483,7 +488,14 @@ class Curation:
                 table = pa.table(content).replace_schema_metadata({"digest": self.digest})
                 outputs |= put_table(self.run, self.at(name, PART.format(part)), table)
             for key, number in zip(names.to_pylist(), columns.reason[own].tolist(), strict=True):
+                if "\n" in key or "\r" in key:  # would be two lines
+                    broken += 1
+                    continue
                 (removed if number else kept).append(f"{key}\t{REASONS[number]}\n" if number else f"{key}\n")
+        if broken:
+            logger.warning(
+                "curate: %d keys hold line breaks and are in the tables alone, not in the .txt files", broken
+            )
         outputs |= put_bytes(self.run, self.at("kept.txt"), "".join(kept).encode())
         outputs |= put_bytes(self.run, self.at("removed.txt"), "".join(removed).encode())
         outputs |= put_table(self.run, self.at("levels.parquet"), sample.table())

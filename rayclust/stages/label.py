@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayclust.config import RunConfig
+from rayclust.errors import DataError
 from rayclust.features import SpaceTransforms
 from rayclust.language.naming import (
     ClusterName,
@@ -74,7 +75,12 @@ class Labeling:
         words = merged(read_lists(self.config, lambda: {name for names in distinct for name in names}))
         classes = [place for place, kind in enumerate(vocabulary_kinds(self.config).values()) if kind == "classes"]
         is_blind = [bool(sources - set(classes)) for sources in words.sources]
-        rows = tables.fixed_list(np.asarray(word_embeddings(self.config, words), np.float32))
+        found = np.asarray(word_embeddings(self.config, words), np.float32)
+        space = getattr(self.config.text_encoder, "space", EMBEDDINGS)
+        width = dict(zip(self.transform.transforms, self.transform.widths, strict=True))[space]
+        if found.shape[1] != width:
+            raise DataError(f"label.vocabulary: words have {found.shape[1]} values, the rows {width}")
+        rows = tables.fixed_list(found)
         above = pa.array([words.hypernyms.get(word.casefold(), ()) for word in words.words], pa.list_(pa.string()))
         columns = {"word": list(words.words), "embedding": rows, "all": [True] * len(words.words), "hypernyms": above}
         tables.write_table(self._at("words.parquet"), pa.table(columns | {WITHOUT_CLASSES: is_blind}))

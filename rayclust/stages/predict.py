@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
     ]
 )
 """One line per image; an image that cannot be read has a reason instead of a cluster."""
+_KEPT = ("columns", "shard_size", "max_bytes", "max_pixels")
+"""Settings of the run's own images that hold for new ones."""
 
 
 def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
     encode, train = manifests.of("encode"), manifests.of("train")
     if encode is None or train is None:
         raise ArtefactError(f"{run.uri}: is not trained: run `rayclust run RUN.yaml` first")
-    # A scratch run of the new images: the run's encoder and limits, no classes, and labels only to score.
+    # A scratch run of the new images: the run's encoder, columns and limits, no classes, and labels only to score.
     uri = images if images.startswith(SCHEME) else storage.absolute(images)
     labels = config.images.labels if evaluate and config.images.labels != "none" else "auto" if evaluate else "none"
     ready = [encoder.space for encoder in config.encoders if encoder.embeddings is not None]
@@ -72,8 +74,8 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
     folder = storage.join(config.run, "predict", digest_of([uri, labels] if evaluate else uri))
     scratch = Run(folder, config.spaces)
     tree = with_run_engines(config).model_dump(mode="json", exclude_unset=True)
-    limits = {key: tree["images"][key] for key in ("shard_size", "max_bytes", "max_pixels") if key in tree["images"]}
-    tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": labels, "max_reject_share": 1.0} | limits}
+    kept = {name: tree["images"][name] for name in _KEPT if name in tree["images"]}
+    tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": labels, "max_reject_share": 1.0} | kept}
     encoded = run_stage("encode", validate(tree))
     given, wanted = int(encoded.extra["dimension"]), int(encode.extra["dimension"])
     if given != wanted:

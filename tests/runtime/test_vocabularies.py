@@ -42,9 +42,15 @@ def test_auto_asks_for_names_where_the_encoder_reads_text(vocabulary: str, encod
 
 def test_words_with_rows_keep_them(tmp_path: Path):
     path = tmp_path / "words.parquet"
-    pq.write_table(pa.table({"embedding": [[3.0, 4.0], [0.0, 2.0]], "word": ["ä dog", "cat"], "more": [1, 2]}), path)
+    pq.write_table(
+        pa.table(
+            {"embedding": [[3, 4], [1, 1], [0, 2]], "word": ["ä dog", None, "cat"], "hypernyms": [[None, 7], [], None]}
+        ),
+        path,
+    )
     [words] = read_lists(config(str(path)))
     assert words.words == ("ä dog", "cat")
+    assert words.hypernyms == {"ä dog": ("7",), "": (), "cat": ()}
     rows = word_embeddings(config(str(path)), merged([words]))
     assert rows.dtype == np.float32
     cosines = rows @ np.array([[3.0, 4.0], [0.0, 2.0]]).T
@@ -55,9 +61,12 @@ BAD_WORDS = {
     "no such file": (None, "none"),
     "not parquet": (b"words", "is not a readable parquet file"),
     "no embeddings": (pa.table({"word": ["a"], "vector": [[1.0]]}), "needs the columns word and embedding"),
-    "two widths": (pa.table({"word": ["a", "b"], "embedding": [[1.0], [1.0, 2.0]]}), "not numbers of one width"),
-    "text for numbers": (pa.table({"word": ["a"], "embedding": [["x"]]}), "not numbers of one width"),
+    "two widths": (pa.table({"word": ["a", "b"], "embedding": [[1.0], [1.0, 2.0]]}), "lists of numbers of one width"),
+    "text for numbers": (pa.table({"word": ["a"], "embedding": [["x"]]}), "lists of numbers"),
     "numbers for lists": (pa.table({"word": ["a", "b"], "embedding": [1.0, 2.0]}), "must hold lists of numbers"),
+    "a word without numbers": (pa.table({"word": ["a", "b"], "embedding": [[1.0], None]}), "of one width"),
+    "no number in a list": (pa.table({"word": ["a"], "embedding": [[]]}), "at least one"),
+    "hypernyms that are words": (pa.table({"word": ["a"], "embedding": [[1.0]], "hypernyms": ["b"]}), "lists of words"),
     "no words": (pa.table({"word": [], "embedding": []}), "at least one"),
 }
 

@@ -173,6 +173,21 @@ def test_rows_are_kept_by_a_column_of_a_file(folder: Path):
     pq.write_table(pa.table({"key": ["another"], "pixels": [1.0]}), folder / "sizes.parquet")
     with pytest.raises(DataError, match="none of the run's keys"):
         run_stage("curate", config(folder, preset="list", duplicates=duplicates))
+    for columns in ({"key": ["a"], "size": [1.0]}, {"key": ["a"], "pixels": ["large"]}, {"key": [1], "pixels": [[1]]}):
+        pq.write_table(pa.table(columns), folder / "sizes.parquet")
+        with pytest.raises(DataError, match="must be a table of key and numbers called pixels"):
+            run_stage("curate", config(folder, preset="list", duplicates=duplicates))
+
+
+def test_keys_with_line_breaks_are_in_the_tables_alone(tmp_path: Path, in_process: None, caplog: Any):
+    (tmp_path / "table").mkdir()
+    keys = ["a\nb", *(f"k{place}" for place in range(19))]
+    pq.write_table(
+        pa.table({"embedding": list(rows()[::8].astype(np.float32)), "key": keys}), tmp_path / "table/a.parquet"
+    )
+    run_all(config(tmp_path, preset="list"), stop_after="curate")
+    assert lines(tmp_path, "kept.txt") == sorted(keys[1:])
+    assert "1 keys hold line breaks" in caplog.text
 
 
 def test_a_split_keeps_its_test_rows_out(folder: Path):

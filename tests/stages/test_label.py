@@ -128,6 +128,9 @@ def test_words_that_cannot_be_used_are_one_line(named: RunConfig, tmp_path: Path
         run_stage("label", vocabulary("imagenet"))
     with pytest.raises(DataError, match=r"none\.parquet"):
         run_stage("label", vocabulary(str(tmp_path / "none.parquet")))
+    pq.write_table(pa.table({"word": ["east"], "embedding": [[0.7, 0.7, 0.1]]}), tmp_path / "wide.parquet")
+    with pytest.raises(DataError, match="words have 3 values, the rows 2"):
+        run_stage("label", vocabulary(str(tmp_path / "wide.parquet")))
 
 
 def test_true_class_names_say_so_and_names_without_them_stand_beside(named: RunConfig):

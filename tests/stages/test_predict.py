@@ -11,6 +11,8 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
+from rayclust.runtime.api import load_run
+from rayclust.runtime.pipeline import run_all
 from rayclust.stages.predict import SCHEMA, predict
 from rayclust.store import storage
 from rayclust.store.run import Run
@@ -72,6 +74,26 @@ def test_the_limits_of_the_run_hold_for_new_images(frozen: RunConfig, tmp_path: 
     with pytest.raises(ArtefactError, match="is not trained"):
         predict(limited, str(tmp_path / "photos"), str(tmp_path / "t.csv"))
     assert predict(frozen, str(tmp_path / "photos"), str(tmp_path / "t.csv"))["rejects"] == 0
+
+
+def test_columns_that_the_run_names_are_those_of_new_tables(tmp_path: Path):
+    x = np.random.default_rng(0).normal(size=(2, 20, 4))
+    columns = {
+        "embedding": x[1].tolist(),
+        "vec": x[0].tolist(),
+        "id": list(range(20)),
+        "photo": list("abcdefghijklmnopqrst"),
+    }
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "rows" / "a.parquet")
+    named = {"columns": {"embedding": "vec", "key": "photo", "label": "photo"}}
+    method = {"name": "kmeans", "clusters": 3}
+    config = validate(tree(str(tmp_path / "run"), str(tmp_path / "rows"), images=named, method=method))
+    run_all(config, stop_after="assign")
+    config = load_run(config.run)
+    predict(config, str(tmp_path / "rows"), str(tmp_path / "t.parquet"))
+    found, own = pq.read_table(tmp_path / "t.parquet"), pq.read_table(Run(config.run).assignments(0))
+    assert found.select(["key", "cluster"]).to_pylist() == own.select(["key", "cluster"]).to_pylist()
 
 
 def test_nothing_usable_is_one_line_with_the_reasons(frozen: RunConfig, tmp_path: Path):

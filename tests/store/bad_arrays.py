@@ -118,6 +118,11 @@ def _tensors() -> Iterator[BadInput]:
         yield BadInput(f"tensor/{name}", lambda data=data: {"x.pt": data}, error=error)
     odd = values.clone()
     odd[1, 0] = float("nan")
-    for name, value in [("nan", odd), ("bfloat16", odd.bfloat16()), ("listed", [odd, torch.arange(4)])]:
+    for name, value in [
+        ("nan", odd),
+        ("bfloat16", odd.bfloat16()),
+        ("listed", [odd, torch.arange(4)]),
+        ("with_gradient", torch.nn.Parameter(odd)),
+    ]:
         lost = (("x/00000001", "not_finite"),)
         yield BadInput(f"tensor/{name}", lambda value=value: {"x.pt": saved(value)}, rows("x", 0, 2, 3), lost)

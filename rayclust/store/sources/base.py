@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -157,6 +158,12 @@ def escape_invalid(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def enumerated(names: Iterable[str], most: int = 12) -> str:
+    """Return names with commas between them; of very many the first, and how many more there are."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
 def label_text(value: Any, names: Sequence[str] | None = None) -> str | None:
     """Convert a label to text.
 
@@ -174,7 +181,7 @@ def label_text(value: Any, names: Sequence[str] | None = None) -> str | None:
         return escape_invalid(value.strip("\ufeff \t\r\n\f\v").strip()) or None
     if isinstance(value, bool | np.bool_):
         return str(bool(value)).lower()
-    if isinstance(value, float | np.floating) and float(value).is_integer():
+    if isinstance(value, float | np.floating | Decimal) and float(value).is_integer():
         value = int(value)
     if not isinstance(value, int | np.integer) or value == -1:
         return None

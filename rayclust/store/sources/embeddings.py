@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rayclust.errors import DataError
 from rayclust.store import storage
 from rayclust.store.sources import parquet
-from rayclust.store.sources.base import Rows, Shard, escape_invalid, label_text, prefetch
+from rayclust.store.sources.base import Rows, Shard, enumerated, escape_invalid, label_text, prefetch
 from rayclust.store.sources.parquet import EMBEDDING_NAMES, Columns, Footer, RowNames, describe_columns
 from rayclust.store.storage import FileStat, UnreadableError
 from rayclust.store.tables import in_storage
@@ -381,7 +381,7 @@ def _tensor_rows(shard: Shard, load_tensors: LoadTensors) -> tuple[RowNames, Emb
     matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
     named = [tensors[name] for name in TENSOR_NAMES if name in tensors]
     if not named and len(matrices) != 1:
-        have = ", ".join(f"{name or 'a tensor'} {tensor.shape}" for name, tensor in tensors.items()) or "no tensors"
+        have = enumerated(f"{name or 'a tensor'} {tensor.shape}" for name, tensor in tensors.items()) or "no tensors"
         raise DataError(f"{shard.uri}: no tensor `embeddings` of N rows × D columns; it has {have}")
     values = named[0] if named else matrices[0]
     # 2. Labels by name, else the only vector as long as the embeddings, else a file beside.
@@ -412,6 +412,7 @@ def _walk_tensors(value: Any, name: str = "") -> Iterator[tuple[str, NDArray[Any
         for key, item in value.items():
             yield from _walk_tensors(item, str(key))
     elif hasattr(value, "shape"):
+        value = value.detach() if hasattr(value, "detach") else value
         try:
             array = np.asarray(value)
         except TypeError:  # bfloat16, which numpy does not have

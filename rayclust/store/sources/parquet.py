@@ -25,6 +25,7 @@ from rayclust.store.sources.base import (
     TOO_LARGE,
     Record,
     Shard,
+    enumerated,
     escape_invalid,
     folder_label,
     label_text,
@@ -91,8 +92,9 @@ class Columns:
         if label_source not in (None, "auto", "folder", *schema.names):
             have = describe_columns(schema)
             raise DataError(f"images.labels = {label_source}: {where} has no such column; it has {have}")
-        # Bytes under a name of embeddings are packed numbers, not images.
-        images = [field for field in schema if _is_image(field.type) and field.name.lower() not in EMBEDDING_NAMES]
+        # Bytes under a name of embeddings are packed numbers, under one of labels text; not images.
+        no_images = (*EMBEDDING_NAMES, *LABEL_NAMES)
+        images = [field for field in schema if _is_image(field.type) and field.name.lower() not in no_images]
         vectors = [field for field in schema if _is_vector(field.type)]
         image = _first(images, IMAGE_NAMES) or (images[0].name if len(images) == 1 else None)
         embedding = _first(vectors, EMBEDDING_NAMES)
@@ -133,7 +135,7 @@ def describe_columns(schema: pa.Schema) -> str:
     """Return names and types of the columns, for messages."""
     if not len(schema):
         return "no columns"
-    return "the columns " + ", ".join(f"{field.name} ({field.type})" for field in schema)
+    return "the columns " + enumerated(f"{field.name} ({field.type})" for field in schema)
 
 
 def _is_image(kind: pa.DataType) -> bool:

@@ -181,7 +181,8 @@ def plan_shards(
     root = storage.absolute(uri)
     kept = read_classes(classes)
     named = dict(columns or {})
-    labels = named.pop("label", labels) if labels == "auto" else labels
+    label_column = named.pop("label", "auto")
+    labels = label_column if labels == "auto" else labels
     format = detect_format(root, named) if format == "auto" else format  # noqa: A001
     kept_classes = None if kept is None else tuple(sorted(kept))
     template = Shard(0, "", root, "", "", labels=labels, columns=named, classes=kept_classes)

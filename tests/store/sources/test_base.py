@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import asdict
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -47,6 +48,7 @@ def test_where_labels_are_looked_for() -> None:
         ("\ud800", "\\ud800"), (3, "3"),
         (np.int64(3), "3"), (np.float32(3), "3"), (3.0, "3"), (True, "true"), (np.bool_(False), "false"), (0, "0"),
         (-1, None), (-1.0, None), ("", None), ("  ", None), (None, None), (3.5, None), (float("nan"), None),
+        (Decimal(3), "3"), (Decimal("3.5"), None), (Decimal("nan"), None),
         (float("inf"), None), ([1], None), ({"a": 1}, None), ((), None),
     ],
 )  # fmt: skip

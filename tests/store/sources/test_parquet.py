@@ -227,6 +227,7 @@ NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"a\xff"]).buffers())
         ([0, 1, -1, None], "auto", ["cat", "dog", None, None]), ([1.0, np.nan, 2.5], "label", ["dog", None, None]),
         (pa.array(["a", None, "b"]).dictionary_encode(), "auto", ["a", None, "b"]),
         ([{"a": 1}, {"a": 2}], "label", [None, None]), ([1, 2], None, [None, None]), (NOT_UTF8, "auto", ["a\\xff"]),
+        ([b"a", None, b"\xff"], "auto", ["a", None, "\\xff"]),
     ],
 )  # fmt: skip
 def test_labels_of_every_type(column: object, source: str | None, labels: list[str | None]) -> None:
