@@ -40,8 +40,7 @@ from rayclust.methods import build
 from rayclust.methods.base import Batch
 from rayclust.methods.settings import EMBEDDINGS, Plan
 from rayclust.methods.temi import Temi
-from rayclust.methods.temi_layout import Cost, Layout, estimate_cost
-from rayclust.methods.temi_settings import TemiConfig
+from rayclust.methods.temi_settings import Cost, Layout, TemiConfig, estimate_cost
 from rayclust.training.loop import Stepper
 
 IMAGENET_ROWS = 1_281_167

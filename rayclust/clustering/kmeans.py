@@ -214,7 +214,10 @@ def finish(stats: RowStats, state: KMeansState) -> KMeansResult:
     scores = bias.new_zeros(len(bias), dtype=torch.float64)
     place = 0
     for part in in_parts(stats.blocks, len(bias) if rounded else bias.numel()):
-        scores += stats.weigh(nearest(part, centers, bias, rounded)[0], place).sum(0, dtype=torch.float64)
+        found = nearest(part, centers, bias, rounded)[0]
+        if stats.weights is not None:
+            found = found * stats.weights[place : place + len(part), None]
+        scores += found.sum(0, dtype=torch.float64)
         place += len(part)
     inertias = (stats.scatter - 2.0 * distributed.all_reduce(scores)).clamp(min=0)
     best = int(inertias.argmin())

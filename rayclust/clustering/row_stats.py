@@ -42,10 +42,6 @@ class RowStats:
     weights: Tensor | None = None
     """Float64[N'] above 0, of this worker's rows; None weighs all rows 1."""
 
-    def weigh(self, values: Tensor, start: int) -> Tensor:
-        """Multiply values of this worker's rows, Float[B R], the first of them its row `start`, by their weights."""
-        return values if self.weights is None else values * self.weights[start : start + len(values), None]
-
 
 def compute(blocks: Blocks, metric: Metric, weights: Tensor | None = None) -> RowStats:
     """Compute the statistics of all workers' rows in one pass; in two if rows for cosine are not of unit length.

@@ -24,6 +24,8 @@ from rayclust.store.sources.base import IMAGE_SUFFIXES
 
 FIFTYONE = "0.25.0"
 """Version of FiftyOne whose fields are written; later ones migrate them when they import."""
+_SIZES = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6, "1M<n<10M": 10**7}
+"""Size categories of a card, with the numbers of rows below which they hold."""
 
 
 def write_hf(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def write_hf(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     _refuse_none(rows, missing if images else 0)
     names = sum(name is not None for name in rows.shown.names.values())
     card = _CARD.format(
-        size=_size_category(rows.count),
+        size=next((name for name, bound in _SIZES.items() if rows.count < bound), "n>10M"),
         run=rows.run.uri.rpartition("/")[2],
         count=rows.count,
         clusters=len(rows.shown.edited.shown),
@@ -199,11 +201,6 @@ def _refuse_none(rows: RunRows, missing: int) -> None:
 
 def _dtype(kind: pa.DataType) -> str:
     return {"float": "float32"}.get(str(kind), str(kind))
-
-
-def _size_category(count: int) -> str:
-    bounds = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6, "1M<n<10M": 10**7}
-    return next((name for name, bound in bounds.items() if count < bound), "n>10M")
 
 
 def _field(name: str, kind: str, **more: Any) -> dict[str, Any]:

@@ -279,7 +279,11 @@ def name_distinctly(
             continue
         free = [other for other in scores[cluster] if other < len(words) and other not in taken]
         own = containers[cluster] if word >= len(words) else words[word].casefold()
-        rivals = [scores[cluster][other] for other in free if not taxonomy.are_related(own, words[other].casefold())]
+        names = {other: words[other].casefold() for other in free}
+        unrelated = (
+            o for o, name in names.items() if name not in taxonomy.above(own) and own not in taxonomy.above(name)
+        )
+        rivals = [scores[cluster][other] for other in unrelated]
         margins[cluster] = scores[cluster][word] - max(rivals) if rivals else None
         # Without hypernyms nobody knows which words are related: a pump beside a gas pump does not speak against it.
         if null is not None and hypernyms and rivals and scores[cluster][word] - max(rivals) < null.margin:
@@ -397,10 +401,6 @@ class _Taxonomy:
             new = {more for one in new for more in self._hypernyms.get(one, ())} - found
         return found
 
-    def are_related(self, one: str, other: str) -> bool:
-        """Return whether one of two words is more general than the other."""
-        return other in self.above(one) or one in self.above(other)
-
     def mass(self, ranked: list[tuple[int, float]], name: str) -> float:
         """Return a cluster's sum of mean probabilities of a word and of those below it."""
         below = self._below.get(name, ())
@@ -433,7 +433,9 @@ class _Taxonomy:
         while True:
             name = self._words[word].casefold()
             below = {other for other in self._below.get(name, ()) if other in shares and other != word}
-            below = {other for other in below if name not in self._below_names(other)}
+            # Of words that are below each other neither counts.
+            lower = {o: {self._words[x].casefold() for x in self._below[self._words[o].casefold()]} for o in below}
+            below = {other for other in below if name not in lower[other]}
             mass = {other: self.mass(ranked, self._words[other].casefold()) for other in below}
             total = sum(shares[other] for other in below)
             wanted = [other for other in below if 2 * mass[other] > total and total >= NARROWED * shares[word]]
@@ -441,10 +443,6 @@ class _Taxonomy:
                 return word
             # The most general of them: the next step looks below that.
             word = max(wanted, key=lambda other: (len(self._below[self._words[other].casefold()]), -other))
-
-    def _below_names(self, word: int) -> set[str]:
-        """Return the names of the words below a word."""
-        return {self._words[other].casefold() for other in self._below[self._words[word].casefold()]}
 
     def told_apart(self, cluster: int, shares: list[list[tuple[int, float]]], containers: Mapping[int, str]) -> str:
         """Return a cluster's more general word; where others have it, with the word of the largest contrast to them."""

@@ -19,7 +19,7 @@ from rayclust.distributed import all_reduce, differentiable_all_reduce
 from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.kernels.screening import has_fast_bf16
 from rayclust.losses.information import LastLayer
-from rayclust.methods.temi_layout import HeadShape, Precision
+from rayclust.methods.temi_settings import HeadShape, Precision
 
 
 def matmul_dtype(precision: Precision, x: Tensor) -> torch.dtype:

@@ -31,7 +31,7 @@ from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import content_digest, run_all
 from rayclust.runtime.rows import transform_of
 from rayclust.store import storage, tables
-from rayclust.store.manifest import read_json_output, read_manifest
+from rayclust.store.manifest import EncodeOutputs, read_json_output, read_manifest
 from rayclust.store.run import Run, parts
 from rayclust.store.sources import fetch_many
 
@@ -182,13 +182,13 @@ class RunTables:
         encode, train = read_manifest(self._run, "encode"), read_manifest(self._run, "train")
         if encode is None or train is None:
             raise ArtefactError(f"{self._run.uri}: is not trained: run `rayclust run RUN.yaml` first")
-        uris, reasons = None, list[str | None]()
+        uris, reasons, dimension = None, list[str | None](), encode.outputs_of(EncodeOutputs).dimension
         if isinstance(images, np.ndarray):
             rows = images
         else:
             uris = [str(path) for path in images]
-            rows, reasons = self._encode(uris, int(encode.extra["dimension"]))
-        require_matrix(rows, "images", int(encode.extra["dimension"]))
+            rows, reasons = self._encode(uris, dimension)
+        require_matrix(rows, "images", dimension)
         method = load_method(self._run.uri, content_digest(train))
         features = method_inputs(method, transform_of(encode, self.config.features), rows)
         stage = import_module("rayclust.stages.assign")

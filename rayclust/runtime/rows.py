@@ -52,7 +52,7 @@ def unit_transform(encode: EncodeOutputs, space: str | None = None) -> SpaceTran
 
 def row_starts(encode: Manifest) -> list[int]:
     """Return the row at which each part begins, and N at the end."""
-    return [0, *np.cumsum(encode.outputs_of(EncodeOutputs).parts, dtype=np.int64).tolist()]
+    return encode.outputs_of(EncodeOutputs).starts
 
 
 def fitted_count(encode: Manifest) -> int:
@@ -112,21 +112,17 @@ def features_at(run: Run, starts: list[int], transform: SpaceTransforms, rows: n
     return np.concatenate([transform(part_embeddings(run, part, transform.transforms)[local]) for part, local in parts])
 
 
-def labels_at(run: Run, starts: list[int], rows: np.ndarray) -> list[str | None]:
-    """Return the labels of some rows, Int64[n] sorted; None for a row without one."""
-    found: list[str | None] = []
-    for part, local in rows_by_part(starts, rows):
-        found += tables.read_table(run.rows(part), ["label"])["label"].take(pa.array(local)).to_pylist()
-    return found
+def part_clusters(run: Run, part: int) -> np.ndarray:
+    """Return the clusters of the rows of one part, Int32[B]."""
+    return tables.read_table(run.assignments(part), ["cluster"])["cluster"].to_numpy()
 
 
-def places_at(run: Run, starts: list[int], rows: np.ndarray) -> np.ndarray:
-    """Return Float32[n 2], the places on the map of some rows, Int64[n] sorted."""
-    found = [np.zeros((0, 2), np.float32)]
-    for part, local in rows_by_part(starts, rows):
-        table = tables.read_table(run.map(part), ["x", "y"])
-        found.append(np.stack([table[axis].to_numpy()[local] for axis in "xy"], axis=1))
-    return np.concatenate(found)
+def all_clusters(run: Run, starts: list[int]) -> np.ndarray:
+    """Return the clusters of all rows, Int32[N]."""
+    clusters = np.empty(starts[-1], np.int32)
+    for part, (start, stop) in enumerate(pairwise(starts)):
+        clusters[start:stop] = part_clusters(run, part)
+    return clusters
 
 
 def cache_folder(digest: str) -> Path:

@@ -25,7 +25,7 @@ from rayclust.runtime.pipeline import Manifests, StageContext, StageResult, cont
 from rayclust.runtime.rows import part_embeddings, row_starts, rows_by_part, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
-from rayclust.store.manifest import AssignOutputs, Manifest, digest_of
+from rayclust.store.manifest import AssignOutputs, EncodeOutputs, Manifest, digest_of
 from rayclust.store.run import Run
 
 CALIBRATION_PARTS = 64
@@ -47,7 +47,10 @@ def run(context: StageContext) -> StageResult:
     calibration: Calibration = run_remotely(calibrated, context.run, row_starts(encode), transform, model)
     # 3. The parts.
     work = partial(_assign_part, config, transform, model, levels, calibration)
-    tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(encode.extra["parts"])]
+    tasks = [
+        Task(i, digest_of([context.digest, i]), size=rows)
+        for i, rows in enumerate(encode.outputs_of(EncodeOutputs).parts)
+    ]
     sizes = np.zeros(clusters, np.int64)
     results = run_tasks(
         context.run,

@@ -55,7 +55,15 @@ from rayclust.features import SpaceTransforms
 from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import on_every_node, run_remotely
 from rayclust.runtime.pipeline import CURATE, StageContext, StageResult, settings_of
-from rayclust.runtime.rows import cache_folder, drop_cache, kept_aside, part_embeddings, transform_of, unit_transform
+from rayclust.runtime.rows import (
+    cache_folder,
+    drop_cache,
+    kept_aside,
+    part_clusters,
+    part_embeddings,
+    transform_of,
+    unit_transform,
+)
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.tensors import BLOCK, blocks, mapped
 from rayclust.search.ivf import train_centers
@@ -143,11 +151,6 @@ class Curation:
     by_neighbors: bool
     """Whether near pairs are those of the table of neighbours."""
 
-    @property
-    def starts(self) -> list[int]:
-        """First row of each part, and N."""
-        return [0, *np.cumsum(self.encode.parts, dtype=np.int64).tolist()]
-
     def at(self, *names: str) -> str:
         """Return the URI of one of the stage's files."""
         return self.run.at(FOLDER, *names)
@@ -161,11 +164,11 @@ class Curation:
         """Find identical rows and, without the neighbours, sort the others into clusters; return ranges of these."""
         torch.set_num_threads(1)
         aside, hashes = kept_aside(self.run, self.encode), []
-        for part, (start, stop) in enumerate(pairwise(self.starts)):
+        for part, (start, stop) in enumerate(pairwise(self.encode.starts)):
             rows = part_embeddings(self.run, part)
             hashes.append(row_hashes(rows if aside is None else rows[~aside[start:stop]]))
         first = first_of_equal(np.concatenate(hashes))
-        rows = np.arange(self.starts[-1]) if aside is None else np.flatnonzero(~aside)
+        rows = np.arange(self.encode.starts[-1]) if aside is None else np.flatnonzero(~aside)
         tables.write_table(self._scratch("rows.parquet"), pa.table({"row": rows, "first": first}))
         if self.by_neighbors:
             return []
@@ -183,7 +186,7 @@ class Curation:
     def _rows(self, rows: IntArray) -> Tensor:
         """Return Float32[N D] unit rows, mapped from a file on this node."""
         aside = kept_aside(self.run, self.encode)
-        found = (block.numpy() for block, _ in blocks(self.run, self.starts, self.transform, aside))
+        found = (block.numpy() for block, _ in blocks(self.run, self.encode.starts, self.transform, aside))
         return mapped(cache_folder(self.digest) / "unit.npy", (len(rows), self.encode.dimension), np.float32, found)
 
     # 2. Searching.
@@ -220,11 +223,11 @@ class Curation:
         Returns:
             Places; Int64[n k] first rows identical to each neighbour; Float16[n k] similarities.
         """
-        low, high = np.searchsorted(rows, self.starts[part : part + 2])
+        low, high = np.searchsorted(rows, self.encode.starts[part : part + 2])
         own = np.arange(low, high)
         own = own[first[low:high] == own]
         table = tables.read_table(self.run.neighbors(part), ["neighbors", "similarity"])
-        local = rows[own] - self.starts[part]
+        local = rows[own] - self.encode.starts[part]
         neighbors, similarity = (tables.matrix(table[name])[local] for name in ("neighbors", "similarity"))
         return own, first[np.searchsorted(rows, neighbors)], similarity
 
@@ -279,6 +282,8 @@ class Curation:
         left = np.flatnonzero(columns.reason == 0)
         sample = self._sample(x, columns, left, hashes[left])
         columns.reason[left[sample.copies == 0]] = 5
+        sizes = np.bincount(decision.group)
+        groups = sizes[sizes > 1]
         tally = {name: int((columns.reason == code).sum()) for code, name in enumerate(REASONS) if code}
         counts = {
             "rows": len(rows),
@@ -293,7 +298,7 @@ class Curation:
             "counts": counts,
             "epsilon": decision.epsilon,
             "curve": list(decision.curve),
-            "groups": _group_facts(decision),
+            "groups": {"count": len(groups), "rows": int(groups.sum()), "largest": int(groups.max(initial=0))},
             "unscored": int(np.isnan(columns.scores["knn"]).sum()),
             "examples": _examples(decision, columns),
             **searched,
@@ -303,14 +308,14 @@ class Curation:
 
     def _part_columns(self, name: str, rows: IntArray) -> Iterator[pa.ChunkedArray]:
         """Yield a column of the rows, part by part, of the rows that are curated."""
-        for part, (start, stop) in enumerate(pairwise(self.starts)):
+        for part, (start, stop) in enumerate(pairwise(self.encode.starts)):
             low, high = np.searchsorted(rows, [start, stop])
             yield tables.read_table(self.run.rows(part), [name])[name].take(pa.array(rows[low:high] - start))
 
     def _keys_of(self, rows: IntArray, places: IntArray) -> pa.ChunkedArray:
         """Return the keys of sorted places among the rows, in one pass over the parts."""
         found = list[pa.Array]()
-        for keys, (start, stop) in zip(self._part_columns("key", rows), pairwise(self.starts), strict=True):
+        for keys, (start, stop) in zip(self._part_columns("key", rows), pairwise(self.encode.starts), strict=True):
             low, high = np.searchsorted(rows, [start, stop])
             found += keys.take(pa.array(places[(places >= low) & (places < high)] - low)).chunks
         return pa.chunked_array(found, pa.string())
@@ -321,10 +326,9 @@ class Curation:
 
         # 1. Mean directions of the clusters, Float32[K D], in one pass; in a second angles to the nearest two.
         found, K = [], self.config.method.clusters
-        for part, (start, stop) in enumerate(pairwise(self.starts)):
+        for part, (start, stop) in enumerate(pairwise(self.encode.starts)):
             low, high = np.searchsorted(rows, [start, stop])
-            table = tables.read_table(self.run.assignments(part), ["cluster"])
-            found.append(table["cluster"].to_numpy()[rows[low:high] - start])
+            found.append(part_clusters(self.run, part)[rows[low:high] - start])
         clusters = np.concatenate(found)
         sums: Any = np.zeros((K, x.shape[1]))
         for start in range(0, len(rows), BLOCK):
@@ -452,7 +456,7 @@ class Curation:
         kept, removed, broken = list[str](), list[str](), 0
         standing = np.unique(decision.keeper[sizes[group] > 1])
         standing_keys = self._keys_of(rows, standing)  # they lie in any part
-        spans = [np.searchsorted(rows, span) for span in pairwise(self.starts)]
+        spans = [np.searchsorted(rows, span) for span in pairwise(self.encode.starts)]
         for part, (keys, (low, high)) in enumerate(zip(self._part_columns("key", rows), spans, strict=True)):
             names, own = keys.combine_chunks(), np.arange(low, high)
             # 1. Duplicates: rows in groups of two or more.
@@ -556,12 +560,6 @@ def _counted(own: IntArray, near: IntArray) -> NDArray[np.bool_]:
     counted = np.empty(near.shape, bool)
     np.put_along_axis(counted, order, is_new, axis=1)
     return counted & (near != own[:, None])
-
-
-def _group_facts(decision: Decision) -> dict[str, int]:
-    sizes = np.bincount(decision.group)
-    groups = sizes[sizes > 1]
-    return {"count": len(groups), "rows": int(groups.sum()), "largest": int(groups.max(initial=0))}
 
 
 def _examples(decision: Decision, columns: Columns) -> dict[str, Any]:

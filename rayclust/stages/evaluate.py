@@ -21,7 +21,7 @@ from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
 from rayclust.runtime.rows import features_at, kept_aside, row_starts, transform_of
 from rayclust.store import tables
-from rayclust.store.manifest import EncodeOutputs
+from rayclust.store.manifest import AssignOutputs, EncodeOutputs
 from rayclust.store.run import Run
 
 SPACE_ROWS = 2000
@@ -34,15 +34,14 @@ EDGE = 0.1
 
 def run(context: StageContext) -> StageResult:
     """Score the run in one worker, which holds two integers per row and one more for each coarser level."""
-    encode, assign = context.inputs["encode"], context.inputs["assign"]
+    encode, assigned = context.inputs["encode"], context.inputs["assign"].outputs_of(AssignOutputs)
     starts = row_starts(encode)
-    levels = tuple(assign.extra.get("levels", ()))
     model = content_digest(context.inputs["train"]) if "train" in context.inputs else None
     transform = transform_of(encode, context.config.features)
     metrics: dict[str, Any]
-    scoring = _Scoring(context.run, encode.outputs_of(EncodeOutputs), transform, context.config, levels, model)
+    scoring = _Scoring(context.run, encode.outputs_of(EncodeOutputs), transform, context.config, assigned.levels, model)
     metrics, counts = run_remotely(scoring.score)
-    outputs = put_json(context.run, context.run.metrics, metrics | {"sizes": assign.extra["sizes"]})
+    outputs = put_json(context.run, context.run.metrics, metrics | {"sizes": assigned.sizes})
     if counts is not None:
         outputs |= put_table(context.run, context.run.contingency, counts)
     scores = metrics | metrics.get("test", {})
@@ -63,16 +62,11 @@ class _Scoring:
     model: str | None
     """Digest of the method, if its membership is to be measured."""
 
-    @property
-    def starts(self) -> list[int]:
-        """First row of each part, and N."""
-        return [0, *np.cumsum(self.encode.parts, dtype=np.int64).tolist()]
-
     def score(self) -> tuple[dict[str, Any], pa.Table | None]:
         """Return the metrics, and the contingency table where there are labels."""
         from rayclust.metrics import external, internal
 
-        levels, codes, classes = _columns(self.run, self.starts, self.levels)
+        levels, codes, classes = _columns(self.run, self.encode.starts, self.levels)
         clusters, labelled, is_labelled = levels[0], codes >= 0, len(classes) > 1
         metrics: dict[str, Any] = {"rows": len(clusters), "clusters": self.config.method.clusters}
         counts, aside = None, kept_aside(self.run, self.encode)
@@ -96,7 +90,7 @@ class _Scoring:
             (metrics if aside is None else metrics["test"]).update(self._probes(codes, aside))
         sample = _sample(len(clusters), self.config.evaluate.silhouette_rows, self.config.seed)
         if len(sample) and len(np.unique(clusters[sample])) > 1:
-            features = features_at(self.run, self.starts, self.transform, sample)
+            features = features_at(self.run, self.encode.starts, self.transform, sample)
             metrics["silhouette"] = internal.silhouette(features, clusters[sample])
             metrics["silhouette_rows"] = len(sample)
         if self.model is not None:
@@ -140,12 +134,12 @@ class _Scoring:
             sides = [rng.choice(side, min(options.linear_probe_rows, len(side)), replace=False) for side in sides]
         if all(map(len, sides)):
             own, others = (np.sort(side) for side in sides)
-            x, z = (features_at(self.run, self.starts, self.transform, rows) for rows in (own, others))
+            x, z = (features_at(self.run, self.encode.starts, self.transform, rows) for rows in (own, others))
             found["linear_probe"] = probes.linear_probe_accuracy(x, codes[own], z, codes[others])
         # 2. The vote. Neighbours are fitted rows; those with a label vote.
         scored = codes >= 0 if aside is None else (codes >= 0) & aside
         tops, right = {"knn_accuracy": 1, "knn_accuracy_top5": 5}, defaultdict[str, float](float)
-        for part, (start, stop) in enumerate(pairwise(self.starts)):
+        for part, (start, stop) in enumerate(pairwise(self.encode.starts)):
             asked = np.flatnonzero(scored[start:stop])
             if len(asked):
                 table = tables.read_table(self.run.neighbors(part), ["neighbors", "similarity"])
@@ -170,7 +164,9 @@ class _Scoring:
         known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
         rows = known[_sample(len(known), SPACE_ROWS, self.config.seed)]
         with torch.inference_mode():
-            z = method.transform(torch.from_numpy(features_at(self.run, self.starts, self.transform, rows))).double()
+            z = method.transform(
+                torch.from_numpy(features_at(self.run, self.encode.starts, self.transform, rows))
+            ).double()
         found = {"space_std": float(z.std(dim=0, correction=0).mean()) * z.shape[1] ** 0.5}
         variances = torch.linalg.svdvals(z - z.mean(0)).square()
         shares = variances / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)
@@ -192,7 +188,7 @@ class _Scoring:
         known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
         rows = known[_sample(len(known), MEMBERSHIP_ROWS, self.config.seed)]
         with torch.inference_mode():
-            found = method.membership(torch.from_numpy(features_at(self.run, self.starts, self.transform, rows)))
+            found = method.membership(torch.from_numpy(features_at(self.run, self.encode.starts, self.transform, rows)))
         matrix, least = found.double().numpy(), EDGE / len(rows)
         scores = geometry.membership_scores(matrix, codes[rows] if is_labelled else None, least)
         return {f"membership_{name}": value for name, value in scores.items()}

@@ -9,7 +9,6 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from rayclust.runtime.pipeline import (
     content_digest,
     run_stage,
 )
-from rayclust.runtime.rows import features_at, labels_at, places_at, row_starts, transform_of
+from rayclust.runtime.rows import all_clusters, features_at, row_starts, table_at, transform_of
 from rayclust.store import storage, tables
 from rayclust.store.manifest import read_json_output
 from rayclust.store.run import Run
@@ -120,9 +119,7 @@ def _measure(
     run: Run, config: RunConfig, starts: list[int], transform: SpaceTransforms, model: str
 ) -> tuple[Outputs, dict[str, Any]]:
     torch.set_num_threads(1)
-    clusters = np.empty(starts[-1], np.int32)
-    for part, (start, stop) in enumerate(pairwise(starts)):
-        clusters[start:stop] = tables.read_table(run.assignments(part), ["cluster"])["cluster"]
+    clusters = all_clusters(run, starts)
     # 1. Draw rows, and give them in every space; from here on `spread` and `members` are places among them.
     drawn = sample(clusters, config.seed)
     rows = drawn.rows
@@ -151,9 +148,9 @@ def _measure(
     matrices["membership"] = kernel if codes is None else codes.double().numpy()
     heat |= {name: tables.fixed_list(matrix.astype(np.float16)) for name, matrix in matrices.items()}
     # 3. The map, with the share of neighbours in it that have a row's own class.
-    flat = places_at(run, starts, drawn.spread)
-    dots = {"row": drawn.spread, "cluster": clusters[drawn.spread], "x": flat[:, 0], "y": flat[:, 1]}
-    labels = labels_at(run, starts, drawn.spread)
+    flat = table_at(run.map, starts, drawn.spread, ["x", "y"])
+    dots = {"row": drawn.spread, "cluster": clusters[drawn.spread], "x": flat["x"], "y": flat["y"]}
+    labels = table_at(run.rows, starts, drawn.spread, ["label"])["label"].to_pylist()
     known = np.array([label is not None for label in labels])
     precision = {}
     if known.sum() > 1:

@@ -58,7 +58,7 @@ def run(context: StageContext) -> StageResult:
         summary += f"; in {space}: {found['kind']}{_recall(found)}"
     if model:
         # All rows in the method's own space part by part, then their index in one worker.
-        tasks = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(encode.extra["parts"])]
+        tasks = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(work.encode.parts)]
         run_tasks(run, "index", tasks, work.represent)
         more, extra[OWN], own_nearest = run_remotely(work.index_own, gpus=gpus)
         # Marks first: without marks the rows are made again, marks without rows would be wrong.
@@ -89,18 +89,13 @@ class _Indexing:
     folder: str
     """Scratch folder of rows in the own space, part by part: building the index may read them three times."""
 
-    @property
-    def starts(self) -> list[int]:
-        """First row of each part, and N."""
-        return [0, *np.cumsum(self.encode.parts, dtype=np.int64).tolist()]
-
     def index_encoder(self, space: str | None) -> tuple[Outputs, dict[str, Any], Nearest]:
         """Build the index over an encoder's space, None for the only one, and search it for the queries."""
         unit = unit_transform(self.encode, space)
         return self._build(
-            lambda: ((block.numpy(), ids.numpy()) for block, ids in blocks(self.run, self.starts, unit)),
+            lambda: ((block.numpy(), ids.numpy()) for block, ids in blocks(self.run, self.encode.starts, unit)),
             index_file(space, self.run.spaces),
-            features_at(self.run, self.starts, unit, self.queries),
+            features_at(self.run, self.encode.starts, unit, self.queries),
         )
 
     def represent(self, task: Task) -> TaskResult:
@@ -113,11 +108,11 @@ class _Indexing:
 
     def index_own(self) -> tuple[Outputs, dict[str, Any], Nearest]:
         """Build the index over the own space and search it for the queries."""
-        features = features_at(self.run, self.starts, self.transform, self.queries)
+        features = features_at(self.run, self.encode.starts, self.transform, self.queries)
         return self._build(
             lambda: (
                 (UNIT(tables.matrix(tables.read_table(self._at(part), ["z"])["z"])), np.arange(start, stop))
-                for part, (start, stop) in enumerate(pairwise(self.starts))
+                for part, (start, stop) in enumerate(pairwise(self.encode.starts))
                 if stop > start
             ),
             OWN_INDEX,
@@ -131,8 +126,8 @@ class _Indexing:
         """Build and write the index `name` over Float32[B d] unit rows, and search it for queries, Float32[q d]."""
         kind = self.config.index.kind
         if kind == "auto":
-            kind = "ivf" if self.starts[-1] > self.config.index.flat_rows else "flat"
-        index = build_index(stream, count=self.starts[-1], kind=kind, seed=self.config.seed, k=10)
+            kind = "ivf" if self.encode.starts[-1] > self.config.index.flat_rows else "flat"
+        index = build_index(stream, count=self.encode.starts[-1], kind=kind, seed=self.config.seed, k=10)
         outputs = put_bytes(self.run, storage.join(self.run.index_folder, name), index.to_bytes())
         ids, similarity = index.search(queries, SHOWN + 1)
         nearest = [

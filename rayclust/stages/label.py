@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,11 @@ from rayclust.methods.settings import EMBEDDINGS
 from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.pipeline import StageContext, StageResult
-from rayclust.runtime.rows import part_embeddings, part_features, row_starts, transform_of
+from rayclust.runtime.rows import all_clusters, part_clusters, part_embeddings, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import storage, tables
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import AssignOutputs, EncodeOutputs, digest_of
 from rayclust.store.run import Run
 
 FEW_WORDS = 5000
@@ -167,8 +166,7 @@ class Labeling:
         votes, clusters = [], [np.empty(0, np.int32)]
         for part in range(len(self.starts) - 1):
             places = self._places("shuffled.parquet", part)
-            assigned = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
-            clusters.append(assigned[places])
+            clusters.append(part_clusters(self.run, part)[places])
             table = tables.read_table(self._at(f"{naming}-images-{part:05d}.parquet"))
             place = (table["image"].to_numpy(), table["word"].to_numpy())
             votes.append(sparse.csr_array((table["mass"].to_numpy(), place), shape=(len(places), words)))
@@ -181,7 +179,7 @@ class Labeling:
             column = tables.read_table(self.run.rows(part), ["label"])["label"]
             labels = column.combine_chunks().dictionary_encode()
             codes = labels.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-            clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
+            clusters = part_clusters(self.run, part)
             known = codes >= 0
             labelled += int(known.sum())
             pairs, counts = np.unique(np.stack([clusters[known], codes[known]]), axis=1, return_counts=True)
@@ -240,7 +238,7 @@ class Labeling:
 
     def _clusters(self, part: int) -> np.ndarray:
         """Return the clusters of one part, Int32[B], −1 for rows that do not vote."""
-        clusters = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
+        clusters = part_clusters(self.run, part)
         if storage.stat(self._at("voters.parquet")) is None:
             return clusters
         voters = self._places("voters.parquet", part)
@@ -263,10 +261,7 @@ class Labeling:
 
     def _sample(self, most: int) -> np.ndarray:
         """Return a seeded sample of at most so many rows of each cluster, Int64[n], sorted."""
-        clusters = np.empty(self.starts[-1], np.int32)
-        for part, (start, stop) in enumerate(pairwise(self.starts)):
-            clusters[start:stop] = tables.read_table(self.run.assignments(part), ["cluster"])["cluster"].to_numpy()
-        return sample_of_each(clusters, most, self.config.seed)
+        return sample_of_each(all_clusters(self.run, self.starts), most, self.config.seed)
 
     def _at(self, name: str) -> str:
         return storage.join(self.folder, name)
@@ -305,7 +300,9 @@ def run(context: StageContext) -> StageResult:
             "margin": named.margin,
             "changed": named.is_changed,
         }
-        for cluster, (size, named) in enumerate(zip(context.inputs["assign"].extra["sizes"], names["all"], strict=True))
+        for cluster, (size, named) in enumerate(
+            zip(context.inputs["assign"].outputs_of(AssignOutputs).sizes, names["all"], strict=True)
+        )
     ]
     schema = pa.schema([*tables.CLUSTERS, *tables.NAMING]) if config.label.distinct else tables.CLUSTERS
     outputs = put_table(context.run, context.run.clusters, pa.Table.from_pylist(rows, schema=schema))
@@ -331,7 +328,7 @@ def _names(context: StageContext, work: Labeling) -> tuple[dict[str, list[Cluste
     if not kinds:
         return {"all": [ClusterName(None, None, ())] * work.config.method.clusters}, {}
     words = run_remotely(work.prepare)
-    parts = context.inputs["encode"].extra["parts"]
+    parts = context.inputs["encode"].outputs_of(EncodeOutputs).parts
     tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
     run_tasks(context.run, "label", tasks, work.vote)
     names, voters = run_remotely(work.count)

@@ -69,7 +69,7 @@ def _search_exactly(
     With a split all rows find theirs among the rows that are not kept aside.
     """
     torch.set_num_threads(1)
-    run, starts, device = Run(config.run, config.spaces), [0, *np.cumsum(encode.parts).tolist()], worker_device(config)
+    run, starts, device = Run(config.run, config.spaces), encode.starts, worker_device(config)
     rows = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in task.payload])
     aside = kept_aside(run, encode)
 

@@ -18,7 +18,7 @@ from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
 from rayclust.runtime.rows import part_embeddings, transform_of
 from rayclust.stages.assign import assign, calibration_of
 from rayclust.store import storage, tables
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import EncodeOutputs, digest_of
 from rayclust.store.run import Run, parts
 
 SCHEMA = pa.schema(
@@ -77,7 +77,7 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
     kept = {name: tree["images"][name] for name in _KEPT if name in tree["images"]}
     tree |= {"run": scratch.uri, "images": {"uri": uri, "labels": labels, "max_reject_share": 1.0} | kept}
     encoded = run_stage("encode", validate(tree))
-    given, wanted = int(encoded.extra["dimension"]), int(encode.extra["dimension"])
+    given, wanted = (found.outputs_of(EncodeOutputs).dimension for found in (encoded, encode))
     if given != wanted:
         raise DataError(f"{images}: embeddings of {given} values; the run's have {wanted}")
     if evaluate and not encoded.counts["labelled"]:

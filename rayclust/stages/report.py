@@ -23,7 +23,14 @@ from rayclust.stages.figures import PRECISION_AT, TITLES, drawings, numbers
 from rayclust.stages.index import RETRIEVAL
 from rayclust.stages.report_rows import ShownRows, map_points, nearest_clusters, show_rows
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, read_json_output, read_manifest
+from rayclust.store.manifest import (
+    AssignOutputs,
+    EncodeOutputs,
+    LabelOutputs,
+    Manifest,
+    read_json_output,
+    read_manifest,
+)
 from rayclust.store.run import Run, parts
 
 EXAMPLES = 20
@@ -51,7 +58,9 @@ def run(context: StageContext) -> StageResult:
     curated: dict[str, Any] = {}
     if CURATE in context.inputs:
         curated = read_json_output(run, CURATE, run.at(FOLDER, FACTS))
-        wanted |= _rows_of(curated["examples"])
+        examples = curated["examples"]
+        wanted |= {row for group in examples["groups"] for row in group["rows"]} | set(examples["outliers"])
+        wanted |= {row for near in examples["pairs"] for pair in near["pairs"] for row in pair[:2]}
     shown = show_rows(context, np.array(sorted(wanted.union(near.get("rows", ()))), np.int64))
     # 2. Classes against clusters, where there are labels.
     counts = None
@@ -65,11 +74,11 @@ def run(context: StageContext) -> StageResult:
         title=last_part(config.images.uri),
         images=metrics["rows"],
         encoder=" + ".join(encoder.name for encoder in config.each_encoder),
-        dimension=int(encode.extra["dimension"]),
+        dimension=encode.outputs_of(EncodeOutputs).dimension,
         methods=tuple(_methods(context, metrics)),
         clusters=tuple(_clusters(context, clusters, extremes, shown, {} if counts is None else _majorities(counts))),
         gallery=lambda cluster: shown.gallery(*extremes.get(cluster, ((), ()))),
-        levels=tuple(context.inputs["assign"].extra.get("levels", ())),
+        levels=context.inputs["assign"].outputs_of(AssignOutputs).levels,
         points=_points(context, shown),
         classes=metrics.get("classes"),
         stages=tuple(_stage_time(name, manifest) for name, manifest in stages.items() if name != "report"),
@@ -77,7 +86,7 @@ def run(context: StageContext) -> StageResult:
         config=as_yaml(written),
         curves=tuple(_curves(history)),
         candidates=tuple(_candidates(history)),
-        confidence=tuple(label.extra["confidence"]),
+        confidence=label.outputs_of(LabelOutputs).confidence,
         contingency=None if counts is None else _contingency(counts, len(clusters)),
         drawings=tuple(drawn for drawn in drawings(run, selection) if drawn.key != "map"),
         retrieval=tuple(_retrieval(near, shown)),
@@ -137,7 +146,7 @@ def _stage_time(name: str, manifest: Manifest) -> model.StageTime:
 def _notes(context: StageContext, history: pa.Table) -> Iterator[str]:
     """Yield what the reader should know first."""
     yield from _health(history)
-    if context.inputs["label"].extra.get("true_names"):
+    if context.inputs["label"].outputs_of(LabelOutputs).true_names:
         yield (
             "The names of the clusters were chosen among words that hold the data set's own class names "
             "(label.vocabulary: classes). They don't show what would be found without labels."
@@ -195,12 +204,6 @@ def _retrieval(near: dict[str, Any], shown: ShownRows) -> Iterator[model.Retriev
         yield model.Retrieval(query=shown.picture(row), found=nearest)
 
 
-def _rows_of(examples: dict[str, Any]) -> set[int]:
-    """Return the rows that curate wants to be shown."""
-    rows = {row for group in examples["groups"] for row in group["rows"]} | set(examples["outliers"])
-    return rows | {row for near in examples["pairs"] for pair in near["pairs"] for row in pair[:2]}
-
-
 def _curation(facts: dict[str, Any], shown: ShownRows) -> model.Curation:
     """Return what curate found, with its examples as pictures."""
     examples = facts["examples"]
@@ -231,8 +234,8 @@ def _clusters(
     """Convert the rows of `clusters.parquet` to clusters of the page."""
     typical = {k: rows for k, (rows, _) in extremes.items() if rows}
     nearest = nearest_clusters(context, typical)
-    columns = [tables.level_column(size) for size in context.inputs["assign"].extra.get("levels", ())]
-    confidence = context.inputs["label"].extra["mean_confidence"]
+    columns = [tables.level_column(size) for size in context.inputs["assign"].outputs_of(AssignOutputs).levels]
+    confidence = context.inputs["label"].outputs_of(LabelOutputs).mean_confidence
     for cluster in clusters:
         k = cluster["cluster"]
         majority, purity = majorities.get(k, (None, None))
@@ -319,7 +322,7 @@ def _health(history: pa.Table) -> list[str]:
 
 def _rejects(run: Run, encode: Manifest) -> list[model.RejectGroup]:
     """Return reasons with their counts and the first examples; parts are read only until every reason has enough."""
-    reasons: dict[str, int] = encode.extra["reasons"]
+    reasons = encode.outputs_of(EncodeOutputs).reasons
     examples: dict[str, list[dict[str, str]]] = {reason: [] for reason in reasons}
     for _, uri in parts(run.rejects_folder):
         if all(len(examples[reason]) >= min(EXAMPLES, count) for reason, count in reasons.items()):

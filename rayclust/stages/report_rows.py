@@ -22,7 +22,7 @@ from rayclust.runtime.pipeline import StageContext
 from rayclust.runtime.rows import part_features, row_starts, rows_by_part, space_widths, table_at, transform_of
 from rayclust.search.knn import top_k
 from rayclust.store import tables
-from rayclust.store.manifest import EncodeOutputs
+from rayclust.store.manifest import AssignOutputs, EncodeOutputs
 from rayclust.store.sources import fetch_many
 from rayclust.store.sources.base import prefetch
 
@@ -115,7 +115,7 @@ class ShownRows:
 def show_rows(context: StageContext, rows: NDArray[np.int64]) -> ShownRows:
     """Gather what the page says of rows, Int64[n] sorted, and fetch their images."""
     run, starts = context.run, row_starts(context.inputs["encode"])
-    levels = [tables.level_column(size) for size in context.inputs["assign"].extra.get("levels", ())]
+    levels = [tables.level_column(size) for size in context.inputs["assign"].outputs_of(AssignOutputs).levels]
     records = table_at(run.rows, starts, rows, ["key", "uri", "label"])
     assigned = table_at(run.assignments, starts, rows, ["cluster", "confidence", *levels])
     for name in assigned.column_names:

@@ -36,7 +36,7 @@ from rayclust.runtime.progress import Progress, watch_metrics
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
 from rayclust.runtime.trackers import Trackers
 from rayclust.store import manifest, storage
-from rayclust.store.manifest import Manifest, read_unchanged
+from rayclust.store.manifest import EncodeOutputs, Manifest, read_unchanged
 from rayclust.store.run import Run
 from rayclust.training.loop import Trainer
 
@@ -150,7 +150,7 @@ def _fit(job: Job, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
 
 def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
     """Refuse settings that some of the possible numbers of workers cannot fit, before a worker is lost."""
-    rows, dimension = fitted_count(job.encode), int(job.encode.extra["dimension"])
+    rows, dimension = fitted_count(job.encode), job.encode.outputs_of(EncodeOutputs).dimension
     device = "cuda" if job.config.resources.gpus else "cpu"
     for count in range(fewest, most + 1):
         try:

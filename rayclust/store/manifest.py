@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -93,6 +94,11 @@ class EncodeOutputs(StageOutputs):
     """Of all embeddings that are not kept aside, the spaces side by side."""
     reasons: dict[str, int]
     """Rejects by reason."""
+
+    @property
+    def starts(self) -> list[int]:
+        """The row at which each part begins, and N at the end."""
+        return [0, *accumulate(self.parts)]
 
 
 class NeighborsOutputs(StageOutputs):

@@ -6,7 +6,7 @@ from torch import nn
 
 from rayclust.errors import ShapeError
 from rayclust.methods.heads import Heads, ema_update, matmul_dtype
-from rayclust.methods.temi_layout import HeadShape, Precision
+from rayclust.methods.temi_settings import HeadShape, Precision
 from tests import references
 from tests.workers import on_two_workers
 

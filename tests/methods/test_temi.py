@@ -16,8 +16,7 @@ from rayclust.methods.base import Batch
 from rayclust.methods.heads import Heads
 from rayclust.methods.settings import EMBEDDINGS, Plan
 from rayclust.methods.temi import Temi, collapsed_heads
-from rayclust.methods.temi_layout import HeadShape, Layout, choose_layout, estimate_cost
-from rayclust.methods.temi_settings import TemiConfig, auto_settings
+from rayclust.methods.temi_settings import HeadShape, Layout, TemiConfig, auto_settings, choose_layout, estimate_cost
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import top_k
 from rayclust.settings import format_error

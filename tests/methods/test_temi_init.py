@@ -18,7 +18,7 @@ from rayclust.methods.temi_init import (
     start_from_kmeans,
     start_from_partition,
 )
-from rayclust.methods.temi_layout import HeadShape
+from rayclust.methods.temi_settings import HeadShape
 from rayclust.search.knn import top_k
 from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers

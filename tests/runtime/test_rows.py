@@ -18,9 +18,9 @@ from rayclust.runtime.rows import (
     cache_folder,
     drop_cache,
     features_at,
-    labels_at,
     part_features,
     row_starts,
+    table_at,
     transform_of,
 )
 from rayclust.runtime.tensors import StoredRows, mapped, unit_rows
@@ -42,15 +42,14 @@ def test_parts_with_no_rows_start_where_the_next_one_does(pictures_run: Sealed):
     assert part_features(pictures_run.run, 1, transform).shape == (0, 192)
 
 
-def testfeatures_at_rows_across_parts_come_in_order(vectors_run: Sealed):
+def test_features_of_rows_across_parts_come_in_order(vectors_run: Sealed):
     encode = vectors_run.manifest("encode")
     transform = transform_of(encode, vectors_run.config.features)
     found = features_at(vectors_run.run, row_starts(encode), transform, np.array([1, 2, 3, 6]))
     x = VECTORS[[1, 2, 3, 6]]
     np.testing.assert_allclose(found, x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-3)
-    np.testing.assert_array_equal(
-        labels_at(vectors_run.run, row_starts(encode), np.array([0, 1, 6])), LABELS[:2] + LABELS[6:]
-    )
+    labels = table_at(vectors_run.run.rows, row_starts(encode), np.array([0, 1, 6]), ["label"])["label"]
+    assert labels.to_pylist() == LABELS[:2] + LABELS[6:]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 40])

@@ -12,7 +12,7 @@ from rayclust.config import RunConfig, validate
 from rayclust.methods.kmeans import KMeans
 from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import content_digest, run_stage
-from rayclust.runtime.rows import places_at
+from rayclust.runtime.rows import table_at
 from rayclust.store import tables
 from rayclust.store.run import Run
 from tests.sealed import Sealed
@@ -20,6 +20,12 @@ from tests.stages.runs import tree
 
 STARTS = [0, 12, 12, 24]
 """First row of each part of the run, and N."""
+
+
+def _places(run: Run, rows: np.ndarray) -> np.ndarray:
+    """The places on the map of some rows, sorted: Float32[n 2]."""
+    table = table_at(run.map, STARTS, rows, ["x", "y"])
+    return np.stack([table["x"], table["y"]], axis=1)
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ def test_every_row_has_a_place_part_by_part(pictures_run: Sealed):
     assert whole["row"].to_pylist() == list(range(24))
     assert np.abs(np.stack([whole["x"], whole["y"]])).max() == 1
     assert pictures_run.manifest("map").extra["rows"] == 24
-    some = places_at(pictures_run.run, STARTS, np.array([3, 20]))
+    some = _places(pictures_run.run, np.array([3, 20]))
     np.testing.assert_array_equal(some[1], [whole["x"][20].as_py(), whole["y"][20].as_py()])
 
 
@@ -45,7 +51,7 @@ def test_rows_beyond_the_bound_lie_among_those_that_were_drawn(config: RunConfig
     assert (manifest.extra["rows"], manifest.counts["rows"]) == (10, 24)
     run = Run(config.run)
     assert not list(Path(config.run).glob("map/scratch*"))
-    places = places_at(run, STARTS, np.arange(24))
+    places = _places(run, np.arange(24))
     drawn = np.sort(np.random.default_rng(config.seed).choice(24, 10, replace=False, shuffle=False))
     low, high = places[drawn].min(0), places[drawn].max(0)
     assert (places >= low - 1e-6).all()
@@ -71,7 +77,7 @@ def test_a_space_of_the_methods_own_is_what_is_mapped(config: RunConfig, monkeyp
     monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
     monkeypatch.setattr(KMeansConfig, "has_own_space", True)
     run_stage("map", config)
-    places = places_at(Run(config.run), STARTS, np.arange(24))
+    places = _places(Run(config.run), np.arange(24))
     sides = places[:, 0] > 0
     assert np.unique(places[:, 1]).size == 1
     assert (sides == sides[0]).sum() in (8, 16)
