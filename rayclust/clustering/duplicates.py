@@ -35,6 +35,8 @@ _ROWS_AT_ONCE = 4096
 _PAIRS_AT_ONCE = 2**20
 _SLACK = 1e-6
 """What a float32 product of unit rows may be wrong by; pairs so close to the bound are decided in float64."""
+_HALVINGS = 24
+"""Of the interval in which an ε is searched."""
 _ROUNDS = 64
 """Parallel rounds of the greedy policy; a chain in order would need one for every second row."""
 
@@ -351,19 +353,18 @@ def ranks(values: FloatArray | None, count: int, *, largest_first: bool = True) 
     return rank
 
 
-def find_epsilon(share_kept: Callable[[float], float], share: float, largest: float, steps: int = 24) -> float:
+def find_epsilon(share_kept: Callable[[float], float], share: float, largest: float) -> float:
     """Return the ε at which a share of the rows is kept, by bisection.
 
     Args:
         share_kept: from ε to the share that is kept; falls with ε.
         share: wanted, in (0, 1].
         largest: where the search begins; returned if more than `share` is kept even there.
-        steps: halvings of the interval [0, largest].
     """
     low, high = 0.0, largest
     if share_kept(high) > share:
         return largest
-    for _ in range(steps):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if share_kept(middle) <= share else (middle, high)
     return high

@@ -144,20 +144,6 @@ def cluster_votes(
     return votes
 
 
-def image_votes(
-    embeddings: FloatArray,
-    nouns: FloatArray,
-    *,
-    transform: FeatureTransform | None = None,
-    scale: float = SCALE,
-    top: int = TOP,
-) -> sparse.csr_array:
-    """Return each image's votes by itself: Float64[B V], sparse; see `cluster_votes`."""
-    return cluster_votes(
-        embeddings, np.arange(len(embeddings)), nouns, len(embeddings), transform=transform, scale=scale, top=top
-    )
-
-
 def name_clusters(
     votes: sparse.csr_array, sizes: IntArray, words: Sequence[str], *, runners_up: int = 5
 ) -> list[ClusterName]:

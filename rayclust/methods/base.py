@@ -135,6 +135,7 @@ class Rows(Protocol):
 
         Each is Int[N], −1 where it has no opinion, or Float[N K], probabilities.
         """
+        return None
 
 
 def blocks_on(rows: Rows, device: torch.device) -> Iterator[Tensor]:

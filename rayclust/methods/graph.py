@@ -51,8 +51,8 @@ def sample_with_neighbors(rows: Rows, clusters: int, columns: int, seed: int, li
     return x, nearest_others(x, columns)
 
 
-class ComponentRows:
-    """Rows along a few axes, as `Rows` of one space.
+class ComponentRows(Rows):
+    """Rows along a few axes, as rows of one space.
 
     Args:
         rows: the rows.

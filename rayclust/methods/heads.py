@@ -21,6 +21,9 @@ from rayclust.kernels.screening import has_fast_bf16
 from rayclust.losses.information import LastLayer
 from rayclust.methods.temi_settings import HeadShape, Precision
 
+NORM_MOMENTUM, NORM_EPSILON = 0.1, 1e-5
+"""Of batch norm: weight of a batch in the running statistics, and what is added to variances; torch's own."""
+
 
 def matmul_dtype(precision: Precision, x: Tensor) -> torch.dtype:
     """Return the dtype that matrix products on `x` take in.
@@ -60,16 +63,13 @@ class StackedNorm(nn.Module):
     Args:
         heads: H.
         width: F.
-        momentum: of the running statistics.
-        epsilon: added to variances.
     """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, heads: int, width: int, momentum: float = 0.1, epsilon: float = 1e-5) -> None:
+    def __init__(self, heads: int, width: int) -> None:
         super().__init__()
-        self.momentum, self.epsilon = momentum, epsilon
         self.gains = nn.Parameter(torch.ones(heads, width))
         self.biases = nn.Parameter(torch.zeros(heads, width))
         self.register_buffer("running_mean", torch.zeros(heads, width))
@@ -83,9 +83,9 @@ class StackedNorm(nn.Module):
             mean = differentiable_all_reduce(x.sum(1)) / rows
             var = differentiable_all_reduce((x - mean[:, None]).square().sum(1)) / rows
             with torch.no_grad():  # the running variance is the unbiased one
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * rows / (rows - 1).clamp(min=1), self.momentum)
-        scale = self.gains[heads] * torch.rsqrt(var + self.epsilon)
+                self.running_mean.lerp_(mean, NORM_MOMENTUM)
+                self.running_var.lerp_(var * rows / (rows - 1).clamp(min=1), NORM_MOMENTUM)
+        scale = self.gains[heads] * torch.rsqrt(var + NORM_EPSILON)
         return x * scale[:, None] + (self.biases[heads] - mean * scale)[:, None]
 
 

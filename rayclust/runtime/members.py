@@ -102,10 +102,10 @@ class RowsWithMembers(StoredRows):
         if not self._partitions:
             return None
         count = sum(_head_count(uri) if uri.endswith(HEADS) else 1 for uri in self._partitions)
-        own = _keys(self._run, len(self._starts) - 1)
+        own = _keys(self.run, len(self.starts) - 1)
         fitted = slice(None) if self._aside is None else ~self._aside
         found = (labels[fitted][None] for uri in self._partitions for labels in read_member(uri, own))
-        return list(mapped(self._cache / "members.npy", (count, self.count), np.int32, found))
+        return list(mapped(self.cache / "members.npy", (count, self.count), np.int32, found))
 
 
 def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:

@@ -18,6 +18,9 @@ from rayclust.store import storage
 from rayclust.store.manifest import read_manifest, read_unchanged
 from rayclust.store.run import Run
 
+BLOCK = 4096
+"""Rows that are mapped at once."""
+
 
 def save_method(run: Run, state: MethodState, folder: str) -> Outputs:
     """Write a fitted method to a folder below the run: safetensors and JSON, never a pickle."""
@@ -60,10 +63,10 @@ def method_inputs(
     return transform.split(embeddings) if method.spaces is None else transform(embeddings)
 
 
-def transform_rows(method: Method, features: np.ndarray, block: int = 4096) -> np.ndarray:
-    """Return Float32[B d], rows in the method's own space, from features Float32[B D], `block` rows at once."""
+def transform_rows(method: Method, features: np.ndarray) -> np.ndarray:
+    """Return Float32[B d], rows in the method's own space, from features Float32[B D], block by block."""
     if not isinstance(method, Transform):
         raise ConfigError(f"method.name = {method.config.name}: has no space of its own")
     with torch.inference_mode():
-        rows = [method.transform(part).float().numpy() for part in torch.from_numpy(features).split(block)]
+        rows = [method.transform(part).float().numpy() for part in torch.from_numpy(features).split(BLOCK)]
     return np.concatenate(rows) if rows else np.zeros((0, method.width), np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayclust.errors import DataError
 from rayclust.features import FeaturesConfig, SpaceTransforms
+from rayclust.methods.base import Rows
 from rayclust.methods.settings import EMBEDDINGS, NO_NEIGHBOR
 from rayclust.runtime.rows import fitted_count, kept_aside, part_features, row_starts, space_widths, transform_of
 from rayclust.store import tables
@@ -44,8 +45,8 @@ def blocks(
             yield unit_rows(features), torch.from_numpy(rows)
 
 
-class StoredRows:
-    """Rows of a run that are not kept aside, for the methods (`methods.base.Rows`), mapped from a file on the node.
+class StoredRows(Rows):
+    """Rows of a run that are not kept aside, for the methods, mapped from a file on the node.
 
     The first worker on a node copies the rows into the file; all workers of the node map it, so that rows beyond memory
     stream from disk and the page cache is shared.
@@ -61,9 +62,9 @@ class StoredRows:
     def __init__(
         self, run: Run, encode: Manifest, features: FeaturesConfig, cache: Path, worker: int = 0, workers: int = 1
     ) -> None:
-        self._run, self._cache = run, cache
+        self.run, self.cache = run, cache
         self._transform = transform_of(encode, features)
-        self._starts = row_starts(encode)
+        self.starts = row_starts(encode)
         self._worker, self._workers = worker, workers
         self._aside = kept_aside(run, encode.outputs_of(EncodeOutputs))
         self.count = fitted_count(encode)
@@ -78,17 +79,17 @@ class StoredRows:
     def tensor(self, space: str | None = None) -> Tensor:
         """Return Float32[N D], mapped: all spaces side by side, or one."""
         if space is None:
-            path, width, transform = self._cache / "features.npy", self.dimension, self._transform
+            path, width, transform = self.cache / "features.npy", self.dimension, self._transform
         else:
-            path, width = self._cache / f"features-{space}.npy", self.dimensions[space]
+            path, width = self.cache / f"features-{space}.npy", self.dimensions[space]
             transform = self._transform.only(space)
-        parts = range(len(self._starts) - 1)
-        features = (self._fitted(part, part_features(self._run, part, transform)) for part in parts)
+        parts = range(len(self.starts) - 1)
+        features = (self.fitted(part, part_features(self.run, part, transform)) for part in parts)
         return mapped(path, (self.count, width), np.float32, features)
 
-    def _fitted(self, part: int, values: np.ndarray) -> np.ndarray:
+    def fitted(self, part: int, values: np.ndarray) -> np.ndarray:
         """Return the values of a part's rows that are not kept aside."""
-        start, stop = self._starts[part : part + 2]
+        start, stop = self.starts[part : part + 2]
         return values if self._aside is None else values[~self._aside[start:stop]]
 
     def blocks(self, space: str | None = None) -> Iterator[Tensor]:
@@ -104,22 +105,18 @@ class StoredRows:
 
     def neighbors(self) -> Tensor:
         """Return Int64[N M], mapped."""
-        return self.mapped_neighbors("neighbors.npy", self._run.neighbors)
+        return self.mapped_neighbors("neighbors.npy", self.run.neighbors)
 
     def mapped_neighbors(self, name: str, uri_of: Callable[[int], str]) -> Tensor:
         """Return Int64[N M] of the fitted rows, mapped from a file of that name, read from a table of each part."""
-        uris = [uri_of(part) for part in range(len(self._starts) - 1)]
+        uris = [uri_of(part) for part in range(len(self.starts) - 1)]
         width = tables.read_table(uris[0], ["neighbors"]).schema.field("neighbors").type.list_size
         read = (tables.matrix(tables.read_table(uri, ["neighbors"])["neighbors"]) for uri in uris)
-        found = (self._fitted(part, neighbors) for part, neighbors in enumerate(read))
+        found = (self.fitted(part, neighbors) for part, neighbors in enumerate(read))
         if self._aside is not None:  # neighbours are fitted rows as well: number them among these
             positions = np.cumsum(~self._aside) - 1
             found = (np.where(neighbors < 0, NO_NEIGHBOR, positions[neighbors]) for neighbors in found)
-        return mapped(self._cache / name, (self.count, width), np.int64, found)
-
-    def members(self) -> Sequence[Tensor] | None:
-        """Return None: rows alone have no other partitions; see `members.RowsWithMembers`."""
-        return None
+        return mapped(self.cache / name, (self.count, width), np.int64, found)
 
     def nouns(self) -> Tensor:
         """Return Float32[V D], the nouns that were chosen for the run (`methods.tac.WordedRows`).
@@ -127,26 +124,15 @@ class StoredRows:
         Raises:
             ArtefactError: none were.
         """
-        column = tables.read_table(self._run.nouns, ["embedding"])["embedding"]
+        column = tables.read_table(self.run.nouns, ["embedding"])["embedding"]
         return torch.from_numpy(tables.matrix(column).copy())
 
     def counterparts(self) -> StoredCounterparts:
         """Return the rows' counterparts in text."""
         return StoredCounterparts(self)
 
-    def text_tensor(self) -> Tensor:
-        """Return Float32[N D], the rows' counterparts in text, mapped."""
-        uris = [self._run.counterparts(part) for part in range(len(self._starts) - 1)]
-        read = (tables.matrix(tables.read_table(uri, ["embedding"])["embedding"]) for uri in uris)
-        found = (self._fitted(part, texts) for part, texts in enumerate(read))
-        return mapped(self._cache / "counterparts.npy", (self.count, self.dimension), np.float32, found)
 
-    def text_neighbors(self) -> Tensor:
-        """Return Int64[N M], neighbours of the counterparts, mapped."""
-        return self.mapped_neighbors("text-neighbors.npy", self._run.text_neighbors)
-
-
-class StoredCounterparts:
+class StoredCounterparts(Rows):
     """Counterparts in text of the fitted rows of a run, in their order, as rows of a space of their own.
 
     Args:
@@ -160,7 +146,11 @@ class StoredCounterparts:
 
     def tensor(self, space: str | None = None) -> Tensor:
         """Return Float32[N D], mapped."""
-        return self._rows.text_tensor()
+        rows, run = self._rows, self._rows.run
+        uris = [run.counterparts(part) for part in range(len(rows.starts) - 1)]
+        read = (tables.matrix(tables.read_table(uri, ["embedding"])["embedding"]) for uri in uris)
+        found = (rows.fitted(part, texts) for part, texts in enumerate(read))
+        return mapped(rows.cache / "counterparts.npy", (self.count, self.dimension), np.float32, found)
 
     def blocks(self, space: str | None = None) -> Iterator[Tensor]:
         """Yield Float32[B D] blocks of this worker's rows, the same rows as `StoredRows.blocks`."""
@@ -168,11 +158,7 @@ class StoredCounterparts:
 
     def neighbors(self) -> Tensor:
         """Return Int64[N M], mapped."""
-        return self._rows.text_neighbors()
-
-    def members(self) -> Sequence[Tensor] | None:
-        """Return None."""
-        return None
+        return self._rows.mapped_neighbors("text-neighbors.npy", self._rows.run.text_neighbors)
 
 
 def mapped(path: Path, shape: tuple[int, ...], dtype: type, blocks: Iterable[np.ndarray]) -> Tensor:

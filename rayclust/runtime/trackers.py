@@ -90,30 +90,26 @@ def _warn(name: str, error: Exception) -> None:
     logger.warning("tracking.to = %s: %s; no more is sent there", name, " ".join(str(error).split()))
 
 
-def flat_numbers(values: Mapping[Any, Any]) -> dict[str, float]:
-    """Return the numbers in a mapping, those of mappings in it as name/name."""
-    found = dict[str, float]()
+def flat(values: Mapping[Any, Any], separator: str) -> dict[str, Any]:
+    """Return a mapping with those in it laid out flat, names joined by a separator."""
+    found = dict[str, Any]()
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}/{key}": number for key, number in flat_numbers(value).items()}
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[str(name)] = float(value)
+            found |= {f"{name}{separator}{key}": each for key, each in flat(value, separator).items()}
+        else:
+            found[str(name)] = value
     return found
+
+
+def flat_numbers(values: Mapping[Any, Any]) -> dict[str, float]:
+    """Return the numbers in a mapping, those of mappings in it as name/name."""
+    numbers = flat(values, "/").items()
+    return {k: float(v) for k, v in numbers if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
     """Return every setting of a run by its full key, as in RUN.yaml."""
-    found = dict[str, Any]()
-
-    def visit(prefix: str, tree: Mapping[str, Any]) -> None:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                visit(f"{prefix}{name}.", value)
-            else:
-                found[prefix + name] = value
-
-    visit("", config.model_dump(mode="json"))
-    return found
+    return flat(config.model_dump(mode="json"), ".")
 
 
 def _tracking_id(run: Run, fit: str) -> str:

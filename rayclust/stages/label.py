@@ -16,7 +16,6 @@ from rayclust.language.naming import (
     ClusterName,
     TopRows,
     cluster_votes,
-    image_votes,
     name_clusters,
     name_distinctly,
     shuffled_null,
@@ -115,7 +114,14 @@ class Labeling:
             result.outputs |= put_table(self.run, self._at(f"{naming}-{task.index:05d}.parquet"), pa.table(columns))
             if label.distinct:
                 places = self._places("shuffled.parquet", task.index)
-                votes = image_votes(embeddings[places], nouns[some], transform=transform, scale=label.scale)
+                votes = cluster_votes(
+                    embeddings[places],
+                    np.arange(len(places)),
+                    nouns[some],
+                    len(places),
+                    transform=transform,
+                    scale=label.scale,
+                )
                 cells = votes.tocoo()
                 columns = {"image": cells.coords[0], "word": some[cells.coords[1]], "mass": cells.data}
                 uri = self._at(f"{naming}-images-{task.index:05d}.parquet")

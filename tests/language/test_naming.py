@@ -19,7 +19,6 @@ from rayclust.language.naming import (
     TopRows,
     cluster_votes,
     encode_words,
-    image_votes,
     name_clusters,
     name_distinctly,
     shuffled_null,
@@ -291,7 +290,7 @@ def test_real_clusters_get_their_classes_names_and_shuffled_ones_none(
     labels, x = labels[::3], x[::3]
     transform = FeatureTransform.fitted(x, center=True, standardize=False, normalize=True)
     assert words.embeddings is not None
-    votes = image_votes(x, words.embeddings, transform=transform)
+    votes = cluster_votes(x, np.arange(len(x)), words.embeddings, len(x), transform=transform)
 
     def named(clusters: np.ndarray) -> list[str | None]:
         null, sizes = shuffled_null(votes, clusters, 10), np.bincount(clusters, minlength=10)
