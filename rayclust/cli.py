@@ -323,7 +323,11 @@ def status(run_uri: str, *, as_json: bool) -> None:
     "--like", default=None, metavar="KEY", help="One of the run's images to search with: no encoder is loaded."
 )
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Images to show.")
-@click.option("--space", default="encoder", show_default=True, help="encoder, z, both, or one of several encoders.")
+@click.option(
+    "--space",
+    default=None,
+    help="encoder (default; z where pixels were learnt from), z, both, or one of several encoders.",
+)
 @_JSON
 @_VERBOSE
 def search(run_uri: str, *, as_json: bool, **query: Any) -> None:

@@ -34,8 +34,9 @@ from rayclust.report.svg import (
     write,
 )
 
-WIDTH, HEIGHT = 560.0, 240.0
-"""Units of most charts; one is a pixel where the page has room."""
+WIDTH, HEIGHT = 420.0, 220.0
+"""Units of most charts; one is a pixel where the page has room. None is much wider: on a phone, where four fifths of it
+fit, letters can still be read. Panels stand below each other."""
 LABELLED_BARS = 30
 """Up to so many clusters each have a bar of their own; more are counted by size."""
 CURVE_POINTS = 400
@@ -156,8 +157,8 @@ def contingency(counts: IntArray, classes: Sequence[str], clusters: Sequence[str
     best = shares.argmax(axis=0) if shares.size else np.zeros(len(clusters), int)
     largest = shares.max(axis=0, initial=0)
     order = np.lexsort((-largest, best)).tolist()
-    cell = min(34.0, max(7.0, 430.0 / max(len(classes), len(clusters), 1)))
     left, rows, columns = 126.0, max(1, len(classes)), max(1, len(clusters))
+    cell = min(34.0, max(4.0, (WIDTH - left - 12) / max(rows, columns)))
     figure = new_figure(max(WIDTH, left + columns * cell + 12), 6 + rows * cell + (78 if cell >= 14 else 32))
     axes = add_axes(figure, left, 6, columns * cell, rows * cell, x=(0, columns), y=(rows, 0))
     if cell >= 11:
@@ -192,7 +193,7 @@ class Group:
 
 @styled
 def heatmap(panels: Mapping[str, FloatArray], groups: Sequence[Group], *, ceiling: float, title: str) -> Markup:
-    """Draw matrices side by side over the same rows, with the groups' names at the left and one scale below.
+    """Draw matrices over the same rows below each other, with the groups' names at the left and one scale below.
 
     Args:
         panels: title to Float[n n], 0 and above; one or two.
@@ -205,10 +206,10 @@ def heatmap(panels: Mapping[str, FloatArray], groups: Sequence[Group], *, ceilin
         require_matrix(values, name, size)
         if len(values) != size:
             raise ShapeError(f"{name} has {len(values)} rows: {size} are needed")
-    left, top, gap, strip, line = 124.0, 30.0, 26.0, 5.0, 13.0
-    side = 330.0 if len(panels) > 1 else 400.0
-    right = left + len(panels) * (side + gap) - gap
-    figure = new_figure(right + 8, top + side + 44)
+    left, top, strip, line = 124.0, 30.0, 5.0, 13.0
+    side = WIDTH - left - 8
+    bottom = len(panels) * (top + side)
+    figure = new_figure(WIDTH, bottom + 44)
     unit = max(1, size) / side  # rows per pixel
     counts = np.array([group.count for group in groups])
     starts = np.cumsum(counts) - counts
@@ -219,12 +220,11 @@ def heatmap(panels: Mapping[str, FloatArray], groups: Sequence[Group], *, ceilin
             named[float(middle)], free = one_line(group.name, 17), middle / unit + line / 2
     look = {"align": "edge", "color": [HUES[group.hue] for group in groups]}
     for place, (name, values) in enumerate(panels.items()):
-        axes = add_axes(figure, left + place * (side + gap), top, side, side, x=(0, size or 1), y=(size or 1, 0))
+        axes = add_axes(figure, left, top + place * (top + side), side, side, x=(0, size or 1), y=(size or 1, 0))
         shade(axes, values / ceiling)
         axes.set_title(one_line(name, 60), pad=12)
-        if not place:
-            axes.set_yticks(list(named), labels=list(named.values()), color=INK)
-            axes.tick_params(axis="y", pad=strip + 6)
+        axes.set_yticks(list(named), labels=list(named.values()), color=INK)
+        axes.tick_params(axis="y", pad=strip + 6)
         # Each group's colour along the upper and the left edge, and faint lines between groups.
         across = axes.bar(starts, -strip * unit, counts, bottom=-2 * unit, **look)
         down = axes.barh(starts, -strip * unit, counts, left=-2 * unit, **look)
@@ -233,7 +233,7 @@ def heatmap(panels: Mapping[str, FloatArray], groups: Sequence[Group], *, ceilin
                 bar.set_gid(tooltip(f"{group.name}: {group.count} rows"))
         for start in starts[1:].tolist():
             axes.plot([0, size, np.nan, start, start], [start, start, np.nan, 0, size], color=GREY, lw=1, alpha=0.25)
-    scale = add_axes(figure, right - 150, top + side + 12, 150, 9, x=(0, 1), y=(1, 0))
+    scale = add_axes(figure, left + side - 150, bottom + 12, 150, 9, x=(0, 1), y=(1, 0))
     shade(scale, np.linspace(0, 1, SHADES)[None])
     scale.text(0, 2.6, "0")
     scale.text(1, 2.6, f"≥ {number(ceiling, 2)}", ha="right")
@@ -316,27 +316,28 @@ class Spectrum:
     name: str
     hue: int
     whole: FloatArray | None = None
-    """Float[r] of all rows; None draws nothing at the left."""
+    """Float[r] of all rows; None draws nothing above."""
     clusters: FloatArray | None = None
-    """Float[3 R]: low quantile, median and high quantile over clusters; None draws nothing at the right."""
+    """Float[3 R]: low quantile, median and high quantile over clusters; None draws nothing below."""
     is_dashed: bool = False
 
 
 @styled
 def spectra(series: Sequence[Spectrum], title: str) -> Markup:
-    """Draw singular values over their logarithmic places: of all rows at the left, cluster by cluster at the right."""
+    """Draw singular values over their logarithmic places: of all rows above, cluster by cluster below."""
     from matplotlib.ticker import LogLocator
 
-    width, height, top = 330.0, 200.0, 28.0
-    figure = new_figure(48 + 2 * width + 60 + 16, top + height + 66)
+    left, height, top, below = 48.0, 160.0, 28.0, 46.0
+    panel = top + height + below
+    figure = new_figure(WIDTH, 2 * panel + 16 * len(series))
     whole = [(s, None if s.whole is None else s.whole[None]) for s in series]
     legend, dashes = {}, {"linestyle": (0, (2.5, 2)), "dash_capstyle": "butt"}
     halves = ("all rows", whole), ("cluster by cluster", [(s, s.clusters) for s in series])
     for place, (head, drawn) in enumerate(halves):
         lines = [(s, values) for s, values in drawn if values is not None and values.size]
         longest = max([2, *(values.shape[1] for _, values in lines)])
-        left = 48 + place * (width + 60)
-        axes = add_axes(figure, left, top, width, height, x=(1, longest), y_ticks=ticks(0, 1, 6), is_log=True)
+        size = (WIDTH - left - 20, height)
+        axes = add_axes(figure, left, top + place * panel, *size, x=(1, longest), y_ticks=ticks(0, 1, 6), is_log=True)
         axes.set_title(head, pad=10)
         axes.set_xlabel("place of the singular value")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if longest < 200 else (1, 3), numticks=99))
@@ -350,7 +351,7 @@ def spectra(series: Sequence[Spectrum], title: str) -> Markup:
             gid = tooltip(f"{s.name}: median" if place else s.name)
             [legend[s.name]] = axes.plot(at, middle, color=HUES[s.hue], gid=gid, **dashes if s.is_dashed else {})
     if legend:
-        corner = {"loc": "lower left", "bbox_to_anchor": (0.05, 0), "ncols": len(legend), "handlelength": 1.6}
+        corner = {"loc": "lower left", "bbox_to_anchor": (0.05, 0), "handlelength": 1.6}
         figure.legend(legend.values(), [one_line(name, 60) for name in legend], **corner)
     return write(figure, title)
 
@@ -373,7 +374,7 @@ class Criterion:
 @styled
 def criteria(found: Sequence[Criterion], chosen: int | None, title: str) -> Markup:
     """Draw the criteria in a grid over one axis, the number of clusters; a line marks the one that was chosen."""
-    columns, width, height, row, column = 3, 186.0, 104.0, 178.0, 258.0
+    columns, width, height, row, column = 2, 150.0, 104.0, 172.0, WIDTH / 2
     shown = [(c, {k: v for k, v in sorted(c.values.items()) if math.isfinite(v)}) for c in found]
     shown = [(c, values) for c, values in shown if values]
     ks = sorted({k for c, _ in shown for k in c.values})
@@ -391,9 +392,9 @@ def criteria(found: Sequence[Criterion], chosen: int | None, title: str) -> Mark
         xs, ys = np.array(list(values), float), np.array(list(values.values()), float)
         deviation = np.array([(criterion.spread or {}).get(k, 0.0) for k in values])
         y_ticks = ticks((ys - deviation).min(), (ys + deviation).max(), 4)
-        left, top = 58 + place % columns * column, 26 + place // columns * row
+        left, top = 48 + place % columns * column, 26 + place // columns * row
         axes = add_axes(figure, left, top, width, height, x=span, y_ticks=y_ticks, is_log=is_log)
-        axes.set_title(one_line(criterion.name, 40), loc="left", pad=10)
+        axes.set_title(one_line(criterion.name, 32), loc="left", x=-44 / width, pad=10)
         axes.set_xticks(marks, labels=[count(k) for k in marks])
         axes.set_xlabel("clusters")
         if chosen is not None and span[0] <= chosen <= span[1]:
@@ -439,7 +440,7 @@ def sankey(flows: Sequence[Flow], sources: Sequence[str], targets: Sequence[str]
     from matplotlib.patches import PathPatch, Rectangle
     from matplotlib.path import Path
 
-    across, margin, bar, gap, line = 820.0, 200.0, 10.0, 5.0, 15.0
+    across, margin, bar, gap, line = 600.0, 150.0, 10.0, 5.0, 15.0
     totals = np.zeros((len(sources), len(targets)), np.int64)
     for flow in flows:
         totals[flow.source, flow.target] += flow.count
@@ -459,7 +460,7 @@ def sankey(flows: Sequence[Flow], sources: Sequence[str], targets: Sequence[str]
             look = {"color": INK, "lw": 0, "gid": tooltip(f"{name}: {count(size)}")}
             axes.add_artist(Rectangle((x, top), bar, size * thickness, **look))
             place = {"ha": "right" if axis else "left", "va": "center_baseline", "color": INK}
-            axes.text(x + out, middle, f"{one_line(name, 20)} · {count(size)}", **place)
+            axes.text(x + out, middle, f"{one_line(name, 15)} · {count(size)}", **place)
     # 2. Bands in the order of the groups at both ends, so that those of a group do not cross there; faint ones below.
     left, right = margin + bar, across - margin - bar
     half = (left + right) / 2

@@ -148,8 +148,6 @@ class Drawing:
     title: str
     text: str
     svg: Markup
-    is_wide: bool = False
-    """Whether it needs the width of the page."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ class RunTables:
         image: str | Path | None = None,
         like: str | None = None,
         top: int = 10,
-        space: str = "encoder",
+        space: str | None = None,
     ) -> pd.DataFrame:
         """Return the images nearest to words or to an image, nearest first, as the command `search` does.
 
@@ -146,12 +146,13 @@ class RunTables:
             like: the key of one of the run's images, which needs no encoder.
             top: how many.
             space: `encoder`, or `z` for methods that learn a space of their own; of several encoders the name of one.
+                None is `z` for methods that learn from pixels, `encoder` for others.
 
         Returns:
             Columns row, similarity (cosine), key, uri, cluster and name.
         """
         known = ("encoder", *self.config.spaces)
-        if space not in (*known, "z"):
+        if space not in (*known, "z", None):
             raise ConfigError(f"space = {space!r}: must be {', '.join(map(repr, known))} or 'z'")
         # Stages lie above this module, so they are imported by name, as the pipeline does.
         stage = import_module("rayclust.stages.search")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,10 +14,13 @@ from rayclust.config import RunConfig
 from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import DataError
 from rayclust.runtime import datasets
-from rayclust.store import tables
-from rayclust.store.manifest import digest_of
+from rayclust.store import storage, tables
+from rayclust.store.manifest import digest_of, read_manifest, read_output
 from rayclust.store.run import Run
 from rayclust.store.sources import Rows, Shard, plan_shards, read_rows
+
+if TYPE_CHECKING:
+    from rayclust.search.index import VectorIndex
 
 ENCODER, OWN = "encoder", "z"
 """The spaces that a run can be searched in."""
@@ -164,6 +168,19 @@ class SpaceTables:
         for name, start, end in zip(self.encoded, ends[:-1], ends[1:], strict=True):
             found[name] = embeddings[:, start:end]
         return {name: found[name] for name in self.names}
+
+
+def learnt_index(config: RunConfig) -> VectorIndex | None:
+    """Return the index over what the run's method has learnt from pixels; None for other methods, or before `index`.
+
+    Their encoder's rows are the pixels themselves: what is near there need not be alike.
+    """
+    run = Run(config.run)
+    if not config.method.reads_pixels or read_manifest(run, "index") is None:
+        return None
+    from rayclust.search.index import load_index  # brings faiss
+
+    return load_index(read_output(run, "index", storage.join(run.index_folder, OWN_INDEX)))
 
 
 def index_file(space: str | None, spaces: Sequence[str]) -> str:

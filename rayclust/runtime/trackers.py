@@ -11,7 +11,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,10 +67,17 @@ class Trackers:
         numbers = flat_numbers(values | {key: dict(enumerate(value)) for key, value in lists.items()})
         self._each(lambda tracker: tracker.log(numbers, int(row.get("step", 0))))
 
-    def finish(self, scores: Mapping[str, Any], page: str) -> None:
-        """Send the run's scores, each below `final/`, and its page in HTML; then close."""
-        numbers = flat_numbers({"final": scores})
-        self._each(lambda tracker: tracker.finish(numbers, page))
+    def finish(self, scores: Mapping[str, Any], report: str) -> None:
+        """Send the run's scores, each below `final/`, and its page at a URI, with the files beside it; then close."""
+        numbers, folder = flat_numbers({"final": scores}), report.rpartition("/")[0]
+
+        def files() -> Iterator[tuple[str, str]]:
+            """Yield name and text of each file of the report, one in memory at a time, the page first."""
+            yield "index.html", storage.read_bytes(report).decode()
+            for file in storage.walk(storage.join(folder, "data"), missing_ok=True):
+                yield f"data/{file.key}", storage.read_bytes(file.uri).decode()
+
+        self._each(lambda tracker: tracker.finish(numbers, files()))
         self.close()
 
     def close(self) -> None:
@@ -130,8 +137,8 @@ class _Tracker(NamedTuple):
 
     log: Callable[[dict[str, float], int], Any]
     """Takes numbers by name, and the step."""
-    finish: Callable[[dict[str, float], str], Any]
-    """Takes the final scores by name, and the page."""
+    finish: Callable[[dict[str, float], Iterator[tuple[str, str]]], Any]
+    """Takes the final scores by name, and the report's files by name, the page first."""
     close: Callable[[], Any]
 
 
@@ -159,7 +166,7 @@ def _tensorboard(library: Any, config: RunConfig, tracking_id: str) -> _Tracker:
         if time.monotonic() - uploaded >= UPLOAD_SECONDS:
             upload()
 
-    def finish(numbers: dict[str, float], page: str) -> None:
+    def finish(numbers: dict[str, float], files: Iterator[tuple[str, str]]) -> None:
         settings = {
             key: value if isinstance(value, int | float | str) else str(value)
             for key, value in flat_settings(config).items()
@@ -184,9 +191,15 @@ def _wandb(library: Any, config: RunConfig, tracking_id: str) -> _Tracker:
     # A training that is resumed sends some steps again, which W&B's own count would refuse.
     run.define_metric("*", step_metric="step")
 
-    def finish(numbers: dict[str, float], page: str) -> None:
+    def finish(numbers: dict[str, float], files: Iterator[tuple[str, str]]) -> None:
         run.summary.update(numbers)
-        run.log({"report": library.Html(page, inject=False)})
+        artifact = library.Artifact(f"report-{tracking_id}", "report")
+        for name, text in files:
+            if name == "index.html":  # shown beside the curves, without what lies beside it
+                run.log({"report": library.Html(text, inject=False)})
+            with artifact.new_file(name, mode="w", encoding="utf-8") as file:
+                file.write(text)
+        run.log_artifact(artifact)
 
     return _Tracker(lambda numbers, step: run.log(numbers | {"step": step}), finish, run.finish)
 
@@ -203,9 +216,10 @@ def _mlflow(library: Any, config: RunConfig, tracking_id: str) -> _Tracker:
         library.log_params(flat_settings(config))  # they are for good: resumed runs keep the first
     send = partial(library.log_metrics, run_id=run.info.run_id)
 
-    def finish(numbers: dict[str, float], page: str) -> None:
+    def finish(numbers: dict[str, float], files: Iterator[tuple[str, str]]) -> None:
         send(numbers)
-        library.log_text(page, "report/index.html")
+        for name, text in files:
+            library.log_text(text, f"report/{name}")
 
     return _Tracker(lambda numbers, step: send(numbers, step=step), finish, library.end_run)
 

@@ -53,6 +53,17 @@ class VectorIndex:
         similarity, ids = self.faiss_index.search(np.ascontiguousarray(vectors, dtype=np.float32), top)
         return ids, np.where(ids < 0, np.float32(-np.inf), similarity)
 
+    def vectors(self, rows: IntArray) -> NDArray[np.float32]:
+        """Return the vectors of some rows, Int64[B], as the index holds them: Float32[B D]."""
+        if isinstance(self.faiss_index, faiss.IndexIVF):
+            self.faiss_index.make_direct_map()  # once; nothing is done where there is one
+        found: NDArray[np.float32] = self.faiss_index.reconstruct_batch(np.asarray(rows, np.int64))
+        return found
+
+    def neighbors(self, rows: IntArray, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the `k` nearest others of some rows, Int64[B]: Int64[B k] and Float32[B k], as `search` does."""
+        return without_self(*self.search(self.vectors(rows), k + 1), rows)
+
     def to_bytes(self) -> bytes:
         """Return the index as the bytes of a faiss file."""
         return bytes(faiss.serialize_index(self.faiss_index).tobytes())

@@ -6,15 +6,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from rayclust.arrays import unit_rows
 from rayclust.config import RunConfig
 from rayclust.features import SpaceTransforms
-from rayclust.methods.base import Membership, Transform
+from rayclust.methods.base import Membership
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method
@@ -24,10 +25,16 @@ from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs, EncodeOutputs
 from rayclust.store.run import Run
 
+if TYPE_CHECKING:  # they bring torchvision
+    from rayclust.methods.pixels.base import PixelMethod
+    from rayclust.methods.pixels.cpp import CppPixels
+
 SPACE_ROWS = 2000
-"""Rows of the seeded sample on which a space that was learnt from pixels is probed."""
+"""Rows of the seeded samples on which a space that was learnt from pixels is probed: of each side of a probe."""
 MEMBERSHIP_ROWS = 1000
 """Rows of the seeded sample on which a method's Π is measured."""
+VOTES = {"knn_accuracy": 1, "knn_accuracy_top5": 5}
+"""How many classes of the nearest neighbours' vote count, by score."""
 EDGE = 0.1
 """Entries of Π, n × n, count as non-zero above this share of 1/n, the value of a uniform Π."""
 
@@ -85,21 +92,24 @@ class _Scoring:
                 commonest = external.majority_map(codes[known], clusters[known])
                 held_out = external.mapped_accuracy(codes[asked], clusters[asked], commonest)
                 metrics["test"]["accuracy_held_out"] = held_out
-        # 2. The embedding, by probes and by how far the clusters are apart.
-        if is_labelled:
-            (metrics if aside is None else metrics["test"]).update(self._probes(codes, aside))
-        sample = _sample(len(clusters), self.config.evaluate.silhouette_rows, self.config.seed)
-        if len(sample) and len(np.unique(clusters[sample])) > 1:
-            features = features_at(self.run, self.encode.starts, self.transform, sample)
-            metrics["silhouette"] = internal.silhouette(features, clusters[sample])
-            metrics["silhouette_rows"] = len(sample)
+        # 2. The embedding, by probes and by how far the clusters are apart; for pixels, what was learnt from them.
+        method: Any = None
         if self.model is not None:
             torch.set_num_threads(1)
             method = load_method(self.run.uri, self.model)
-            if isinstance(method, Membership):
-                metrics |= self._membership(method, codes, is_labelled=is_labelled)
-            if method.config.reads_pixels and isinstance(method, Transform):
-                metrics |= self._learnt_space(method, codes, is_labelled=is_labelled)
+        if self.config.method.reads_pixels:
+            measured, found = self._learnt_space(method, clusters, codes if is_labelled else None, aside)
+            metrics |= measured
+        else:
+            found = self._probes(codes, aside) if is_labelled else {}
+            sample = _sample(len(clusters), self.config.evaluate.silhouette_rows, self.config.seed)
+            if len(sample) and len(np.unique(clusters[sample])) > 1:
+                features = features_at(self.run, self.encode.starts, self.transform, sample)
+                metrics["silhouette"] = internal.silhouette(features, clusters[sample])
+                metrics["silhouette_rows"] = len(sample)
+        (metrics if aside is None else metrics["test"]).update(found)
+        if isinstance(method, Membership):
+            metrics |= self._membership(method, codes, is_labelled=is_labelled)
         return metrics, counts
 
     def _partition(
@@ -138,7 +148,7 @@ class _Scoring:
             found["linear_probe"] = probes.linear_probe_accuracy(x, codes[own], z, codes[others])
         # 2. The vote. Neighbours are fitted rows; those with a label vote.
         scored = codes >= 0 if aside is None else (codes >= 0) & aside
-        tops, right = {"knn_accuracy": 1, "knn_accuracy_top5": 5}, defaultdict[str, float](float)
+        right = defaultdict[str, float](float)
         for part, (start, stop) in enumerate(pairwise(self.encode.starts)):
             asked = np.flatnonzero(scored[start:stop])
             if len(asked):
@@ -147,39 +157,59 @@ class _Scoring:
                 ids = np.where((ids >= 0) & (codes[ids] >= 0), ids, -1)
                 order = np.argsort(ids < 0, axis=1, kind="stable")  # those that vote first, still the nearest first
                 ids, similarity = (np.take_along_axis(values, order, axis=1) for values in (ids, similarity))
-                for name, top in tops.items():
+                for name, top in VOTES.items():
                     truth, k = codes[start + asked], options.probe_neighbors
                     right[name] += len(asked) * probes.knn_accuracy(ids, similarity, codes, truth, k=k, top=top)
-        return found | {name: right[name] / scored.sum() for name in tops if scored.any()}
+        return found | {name: right[name] / scored.sum() for name in VOTES if scored.any()}
 
-    def _learnt_space(self, method: Transform, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
-        """Probe the space that a method has learnt from pixels on a sample, labelled rows where there are.
+    def _learnt_space(
+        self, method: PixelMethod | CppPixels, clusters: np.ndarray, codes: np.ndarray | None, aside: np.ndarray | None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Measure what a method has learnt from pixels, on a sample of rows: labelled ones, Int32[N] codes, if given.
 
-        "space_std" is 1 where z fills all directions and 0 where it has collapsed to a point; "space_rank" is the
-        exponential of the entropy of its shares of variance: directions that it uses, of d. With labels also the vote
-        of a row's nearest others in the sample, and a linear probe of one half on the other.
+        Returns:
+            Of its space z: "space_std", 1 where z fills all directions and 0 where it has collapsed to a point;
+            "space_rank", the exponential of the entropy of its shares of variance: directions that it uses, of d; and
+            the silhouette. Then, with labels, the probes of `_probes`: the vote in z, the linear probe on the rows of
+            the network below the projector, as encoders of other runs give them.
         """
-        from rayclust.metrics import probes
+        from rayclust.metrics import internal, probes
 
-        known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
-        rows = known[_sample(len(known), SPACE_ROWS, self.config.seed)]
+        options, seed = self.config.evaluate, self.config.seed
+        # 1. Rows to learn from, and with a split rows to be asked.
+        known = np.arange(len(clusters)) if codes is None else np.flatnonzero(codes >= 0)
+        sides = (known,) if aside is None else (known[~aside[known]], known[aside[known]])
+        rows = np.sort(np.concatenate([side[_sample(len(side), SPACE_ROWS, seed)] for side in sides]))
+        votes = np.ones(len(rows), bool) if aside is None else ~aside[rows]
+        asked = votes if aside is None else ~votes
+        x = torch.from_numpy(features_at(self.run, self.encode.starts, self.transform, rows))
         with torch.inference_mode():
-            z = method.transform(
-                torch.from_numpy(features_at(self.run, self.encode.starts, self.transform, rows))
-            ).double()
-        found = {"space_std": float(z.std(dim=0, correction=0).mean()) * z.shape[1] ** 0.5}
+            z, features = method.transform(x).double(), unit_rows(method.read(x).numpy())
+        # 2. Whether the space has collapsed, and how far the clusters are apart in it.
         variances = torch.linalg.svdvals(z - z.mean(0)).square()
         shares = variances / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)
-        found["space_rank"] = float(torch.special.entr(shares).sum().exp())
-        if is_labelled and len(rows) > 1:
-            similarity, neighbors = (
-                (z @ z.T).fill_diagonal_(-torch.inf).topk(min(self.config.evaluate.probe_neighbors, len(rows) - 1))
-            )
-            found["space_knn"] = probes.knn_accuracy(neighbors.numpy(), similarity.numpy(), codes[rows])
-            order, half = np.random.default_rng(self.config.seed).permutation(len(rows)), len(rows) // 2
-            x, truth = z.numpy()[order], codes[rows][order]
-            found["space_linear_probe"] = probes.linear_probe_accuracy(x[:half], truth[:half], x[half:], truth[half:])
-        return found
+        measured = {
+            "space_std": float(z.std(dim=0, correction=0).mean()) * z.shape[1] ** 0.5,
+            "space_rank": float(torch.special.entr(shares).sum().exp()),
+        }
+        if options.silhouette_rows and len(np.unique(clusters[rows])) > 1:
+            measured |= {"silhouette": internal.silhouette(z.numpy(), clusters[rows]), "silhouette_rows": len(rows)}
+        # 3. Probes.
+        if codes is None or votes.sum() < 2 or not asked.any():
+            return measured, {}
+        truth, cosines = codes[rows], z[asked] @ z[votes].T
+        if aside is None:
+            cosines.fill_diagonal_(-torch.inf)  # a row has no vote on itself
+        similarity, neighbors = cosines.topk(min(options.probe_neighbors, int(votes.sum()) - 1))
+        found = {
+            name: probes.knn_accuracy(neighbors.numpy(), similarity.numpy(), truth[votes], truth[asked], top=top)
+            for name, top in VOTES.items()
+        }
+        own, others = np.flatnonzero(votes), np.flatnonzero(asked)
+        if aside is None:
+            own, others = np.array_split(np.random.default_rng(seed).permutation(len(rows)), 2)
+        probed = probes.linear_probe_accuracy(features[own], truth[own], features[others], truth[others])
+        return measured, found | {"linear_probe": probed}
 
     def _membership(self, method: Membership, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
         """Measure the membership Π of a sample of rows (labelled ones where there are)."""

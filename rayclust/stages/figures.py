@@ -274,7 +274,7 @@ def _heat_maps(heat: pa.Table, summary: Mapping[str, Any], groups: Sequence[char
         lot = f" of {count(len(groups))} clusters, drawn by lot from {count(summary['clusters'])}"
     spaces = {space: tables.matrix(heat[space]).astype(np.float64) for space in summary["spaces"]}
     beside = (
-        "Left: what the encoder gives. Right: the method's own space z."
+        "Above: what the encoder gives. Below: the method's own space z."
         if OWN in spaces
         else "The method has no space of its own: these are the features that it saw."
     )
@@ -297,7 +297,7 @@ def _heat_maps(heat: pa.Table, summary: Mapping[str, Any], groups: Sequence[char
     matrix = tables.matrix(heat["membership"]).astype(np.float64) * heat.num_rows
     membership = charts.heatmap({"n Π": matrix}, groups, ceiling=_ceiling([matrix]), title=title)
     return [
-        Drawing(key="gram", title=gram_title, text=gram_text, svg=gram, is_wide=len(panels) > 1),
+        Drawing(key="gram", title=gram_title, text=gram_text, svg=gram),
         Drawing(key="membership", title=title, text=text, svg=membership),
     ]
 
@@ -322,10 +322,10 @@ def _spectra_drawing(lines: pa.Table, summary: Mapping[str, Any]) -> Drawing:
     title = "Singular values, over the largest"
     needed = ", ".join(f"{TITLES[space]} {n}" for space, n in summary["directions"].items())
     text = (
-        "The faster a line falls, the fewer directions the rows take up. At the right the median over clusters, with "
+        "The faster a line falls, the fewer directions the rows take up. Below the median over clusters, with "
         f"the band that holds four fifths of them. Directions that hold 90% of the energy of all rows: {needed}."
     )
-    return Drawing(key="singular-values", title=title, text=text, svg=charts.spectra(series, title), is_wide=True)
+    return Drawing(key="singular-values", title=title, text=text, svg=charts.spectra(series, title))
 
 
 def _selection(selection: Mapping[str, Any]) -> Drawing:
@@ -342,4 +342,4 @@ def _selection(selection: Mapping[str, Any]) -> Drawing:
         "which end is better, large orange dots are each criterion's own best, a large green one is the knee."
     )
     drawn = charts.criteria(shown, int(selection["chosen"]), title)
-    return Drawing(key="selection", title=title, text=text, svg=drawn, is_wide=True)
+    return Drawing(key="selection", title=title, text=text, svg=drawn)

@@ -146,6 +146,11 @@ def _index_settings(config: RunConfig) -> dict[str, Any]:
     return {"index": settings_of(config.index), "seed": config.seed} | features
 
 
+def _evaluate_settings(config: RunConfig) -> dict[str, Any]:
+    learnt = {"learnt_space": 2} if config.method.reads_pixels else {}  # 2: probes of what was learnt, not of pixels
+    return _seeded("evaluate", "features")(config) | learnt
+
+
 def _report_settings(config: RunConfig) -> dict[str, Any]:
     edits = overlay_digest(Run(config.run))
     return {"report": settings_of(config.report)} | ({"overlay": edits} if edits else {})
@@ -210,7 +215,7 @@ _DECLARED = (
     ),
     _stage(
         "evaluate",
-        _seeded("evaluate", "features"),
+        _evaluate_settings,
         needs=("encode", "neighbors", "assign"),
         own_space_needs=("train",),
         revision=3,

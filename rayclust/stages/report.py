@@ -101,7 +101,7 @@ def run(context: StageContext) -> StageResult:
         if run.path(file.uri) not in outputs:
             storage.remove(file.uri)
     if config.tracking.to:
-        Trackers(config, context.inputs["train"].digest).finish(metrics, storage.read_bytes(run.report).decode())
+        Trackers(config, context.inputs["train"].digest).finish(metrics, run.report)
     size = f"{sum(each['size'] for each in outputs.values()) / 1e6:.1f} MB in {len(outputs)} files"
     return StageResult(outputs, {"clusters": len(clusters), "pictures": len(shown.rows)}, {}, f"{size}, {run.report}")
 

@@ -19,10 +19,11 @@ from rayclust.arrays import IntArray, unit_rows
 from rayclust.report import model
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.pipeline import StageContext
-from rayclust.runtime.rows import part_features, row_starts, rows_by_part, space_widths, table_at, transform_of
+from rayclust.runtime.rows import part_features, row_starts, rows_by_part, table_at, transform_of
+from rayclust.runtime.spaces import learnt_index
 from rayclust.search.knn import top_k
 from rayclust.store import tables
-from rayclust.store.manifest import AssignOutputs, EncodeOutputs
+from rayclust.store.manifest import AssignOutputs
 from rayclust.store.sources import fetch_many
 from rayclust.store.sources.base import prefetch
 
@@ -121,8 +122,13 @@ def show_rows(context: StageContext, rows: NDArray[np.int64]) -> ShownRows:
     for name in assigned.column_names:
         records = records.append_column(name, assigned[name])
     # Neighbours and their clusters.
-    table = table_at(run.neighbors, starts, rows, ["neighbors", "similarity"])
-    near, cosines = (tables.matrix(table[name])[:, :NEIGHBORS] for name in ("neighbors", "similarity"))
+    near: NDArray[np.int64]
+    cosines: NDArray[np.floating[Any]]
+    if (learnt := learnt_index(context.config)) is not None:
+        near, cosines = learnt.neighbors(rows, NEIGHBORS)
+    else:
+        table = table_at(run.neighbors, starts, rows, ["neighbors", "similarity"])
+        near, cosines = (tables.matrix(table[name])[:, :NEIGHBORS] for name in ("neighbors", "similarity"))
     others = np.unique(near[near >= 0])
     of = table_at(run.assignments, starts, others, ["cluster"])["cluster"].to_numpy()
     clusters = np.full(near.shape, -1, np.int32)
@@ -166,13 +172,19 @@ def nearest_clusters(context: StageContext, typical: dict[int, list[int]]) -> di
     order = rows.argsort()
     rows, owners = rows[order], owners[order]
     # 1. Mean directions, Float32[K D].
-    transform, done = transform_of(encode, context.config.features), 0
-    width = sum(space_widths(encode.outputs_of(EncodeOutputs)).values())
-    means = np.zeros((len(ids), width), np.float32)
-    for part, local in rows_by_part(row_starts(encode), rows):
-        features = part_features(context.run, part, transform)[local]
-        np.add.at(means, owners[done : done + len(local)], unit_rows(features))
-        done += len(local)
+    learnt = learnt_index(context.config)
+    if learnt is not None:
+        blocks = iter([learnt.vectors(rows)])
+    else:
+        transform = transform_of(encode, context.config.features)
+        parts = rows_by_part(row_starts(encode), rows)
+        blocks = (part_features(context.run, part, transform)[local] for part, local in parts)
+    means, done = np.zeros(0, np.float32), 0
+    for features in blocks:
+        if not done:
+            means = np.zeros((len(ids), features.shape[1]), np.float32)
+        np.add.at(means, owners[done : done + len(features)], unit_rows(features))
+        done += len(features)
     # 2. The nearest others.
     unit = torch.from_numpy(unit_rows(means).astype(np.float32))
     found, cosines = top_k(unit, unit, min(NEAREST, len(ids) - 1), query_ids=torch.arange(len(ids)))

@@ -55,7 +55,7 @@ def search(
     text: str | None = None,
     like: str | None = None,
     top: int,
-    space: str = ENCODER,
+    space: str | None = None,
 ) -> dict[str, list[Hit]]:
     """Return the `top` nearest images, nearest first, by space.
 
@@ -66,7 +66,8 @@ def search(
         like: the key of one of the run's images, which is left out; no encoder is needed for it.
         top: how many.
         space: `encoder`, of several the first, or the name of one of them; `z` for methods that learn a space of their
-            own; `both` gives one list for `encoder` and one for `z`.
+            own; `both` gives one list for `encoder` and one for `z`. None is `z` for methods that learn from pixels,
+            whose encoder gives the pixels themselves, and `encoder` for all others.
 
     Raises:
         ArtefactError: the run is not indexed.
@@ -112,7 +113,7 @@ class Searcher:
             raise self._not_indexed()
         return found
 
-    def resolve(self, space: str, *, has_text: bool) -> tuple[str, ...]:
+    def resolve(self, space: str | None, *, has_text: bool) -> tuple[str, ...]:
         """Return the spaces that a query searches; see `search`.
 
         Raises:
@@ -120,6 +121,8 @@ class Searcher:
             ConfigError: there is no such space, or words do not live in it.
         """
         config, method = self.config, self.config.method.name
+        if space is None:
+            space = OWN if config.method.reads_pixels and not has_text else ENCODER
         if space not in (ENCODER, OWN, "both", *config.spaces):
             raise ConfigError(f"--space {space}: must be one of {', '.join((ENCODER, OWN, 'both', *config.spaces))}")
         if space == ENCODER and has_text and config.encoders:

@@ -21,6 +21,7 @@ from rayclust.errors import ArtefactError, ConfigError
 from rayclust.export.rows import RunRows
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.edits import ShownClusters, edit_clusters, shown_clusters, undo_edit
+from rayclust.runtime.spaces import learnt_index
 from rayclust.stages.search import Searcher
 from rayclust.store import storage, tables
 from rayclust.store.overlay import parse_edit
@@ -83,6 +84,7 @@ class Explorer:
         self._pictures = OrderedDict[tuple[int, int], bytes]()
         self._lock, self._searching = threading.Lock(), threading.Lock()
         self._neighbors = lru_cache(4)(self._read_neighbors)
+        self._learnt = learnt_index(config)
         self._own = tables.read_table(self._run.clusters).to_pylist()
         self._labels = self._count_labels()
         self._state = self._load(self._rows.shown)
@@ -156,7 +158,7 @@ class Explorer:
         return {"total": len(rows), "images": self._records(np.array(rows[offset : offset + limit]))}
 
     def image(self, row: int) -> dict[str, Any]:
-        """Return one image with its neighbours, nearest first, by the stage neighbors.
+        """Return one image with its neighbours, nearest first: by the stage neighbors or in what pixels taught.
 
         Raises:
             ConfigError: there is no such row.
@@ -164,13 +166,15 @@ class Explorer:
         self._check(row)
         [found] = self._records(np.array([row]))
         part = int(np.searchsorted(self._rows.starts, row, side="right")) - 1
-        near: list[dict[str, Any]] = []
-        if self._rows.neighbors is not None:
+        ids, similarity = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if self._learnt is not None:
+            ids, similarity = (column[0] for column in self._learnt.neighbors(np.array([row]), NEIGHBORS))
+        elif self._rows.neighbors is not None:
             ids, similarity = (column[row - self._rows.starts[part]][:NEIGHBORS] for column in self._neighbors(part))
-            near = [
-                record | {"similarity": round(float(s), 4)}
-                for record, s in zip(self._records(np.array(ids[ids >= 0])), similarity[ids >= 0], strict=True)
-            ]
+        near = [
+            record | {"similarity": round(float(s), 4)}
+            for record, s in zip(self._records(np.array(ids[ids >= 0])), similarity[ids >= 0], strict=True)
+        ]
         return found | {"neighbors": near}
 
     def search(self, *, text: str | None = None, data: bytes | None = None, top: int = 100) -> list[dict[str, Any]]:
@@ -182,7 +186,7 @@ class Explorer:
             RayclustError: the run is not indexed.
         """
         with self._searching:  # one encoder, and its memory, at a time
-            [space] = self._searcher.resolve("encoder", has_text=text is not None)
+            [space] = self._searcher.resolve(None, has_text=text is not None)
             query = self._encoder.encode(data or b"" if text is None else text, space)
             near = self._searcher.nearest(query, space, top)
         records = self._records(np.array(list(near), np.int64))

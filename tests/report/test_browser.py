@@ -56,6 +56,7 @@ async def looks(page: Page, sizes: Sequence[tuple[int, str]]) -> list[Any]:
     for width, scheme in sizes:
         await size(page, width, 900, scheme)
         await page.until("document.documentElement.scrollWidth <= innerWidth")
+        await page.until("[...document.querySelectorAll('.chart')].every((one) => one.scrollWidth <= one.clientWidth)")
         found += [(width, scheme, *fault) for fault in await serious(page)]
     await size(page, 1440, 900)
     return found

@@ -161,25 +161,25 @@ def test_rows_are_sorted_under_their_names_and_strips() -> None:
     strips = [node for node in shapes(root, "path") if tips(node)]
     assert [tips(node)[0] for node in strips] == ["cat: 3 rows", "dog: 1 rows"] * 2
     assert [node.attrib["class"] for node in strips] == ["hue-0", "hue-1"] * 2
-    assert [bottom - top for _, top, _, bottom in map(box, strips[2:])] == pytest.approx([300, 100])
+    assert [bottom - top for _, top, _, bottom in map(box, strips[2:])] == pytest.approx([216, 72])
     names = [float(node.attrib["y"]) for node in shapes(root, "text")[:2]]
     middles = [(top + bottom) / 2 for _, top, _, bottom in map(box, strips[2:])]
     assert names == pytest.approx(middles, abs=6)
     [image, _] = shapes(root, "image")
-    assert [float(image.attrib[side]) for side in ("width", "height")] == [400, 400]
+    assert [float(image.attrib[side]) for side in ("width", "height")] == [288, 288]
 
 
-def test_two_matrices_share_names_and_scale() -> None:
-    panels = {"left": np.eye(4), "right": np.ones((4, 4))}
+def test_two_matrices_below_each_other_share_a_scale() -> None:
+    panels = {"upper": np.eye(4), "lower": np.ones((4, 4))}
     text = charts.heatmap(panels, GROUPS, ceiling=1, title="t")
-    assert words(chart(text)) == ["cat", "dog", "left", "right", "0", "≥ 1"]
+    assert words(chart(text)) == ["cat", "dog", "upper", "cat", "dog", "lower", "0", "≥ 1"]
     assert [picture.size for picture in pictures(text)] == [(4, 4), (4, 4), (charts.SHADES, 1)]
 
 
 def test_names_that_would_touch_are_left_to_tooltips() -> None:
     groups = [Group(f"c{i}", 1, 0) for i in range(100)]
     shown = words(chart(charts.heatmap({"p": np.eye(100)}, groups, ceiling=1, title="t")))
-    assert 25 <= len(shown) - 3 <= 31
+    assert 18 <= len(shown) - 3 <= 23
 
 
 def test_noise_of_four_hundred_rows_stays_a_small_file() -> None:
@@ -256,7 +256,7 @@ def test_three_thousand_dots_are_a_small_file() -> None:
 FALLING = np.array([1.0, 0.5, 0.25])
 
 
-def test_all_rows_at_the_left_and_clusters_with_a_band_at_the_right() -> None:
+def test_all_rows_above_and_clusters_with_a_band_below() -> None:
     series = [
         Spectrum("features", 0, FALLING, np.stack([0.5 * FALLING, FALLING, FALLING])),
         Spectrum("z", 1, FALLING**2, np.stack([FALLING] * 3)),
@@ -281,8 +281,8 @@ def test_long_lines_are_thinned_evenly_on_the_logarithmic_axis_and_keep_their_en
     line = points(next(node for node in shapes(root, "path") if tips(node)))
     assert len(line) <= charts.LINE_POINTS
     assert line[0] == (48, 28)
-    assert line[1] == pytest.approx((48 + 330 * math.log(2) / math.log(5000), 128), abs=0.01)
-    assert line[-1][0] == 48 + 330
+    assert line[1] == pytest.approx((48 + 352 * math.log(2) / math.log(5000), 108), abs=0.01)
+    assert line[-1][0] == 48 + 352 == WIDTH - 20
     assert words(root)[:8] == ["1", "3", "10", "30", "100", "300", "1,000", "3,000"]
 
 

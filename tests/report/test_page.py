@@ -57,7 +57,7 @@ def drawings(name: str) -> tuple[Drawing, ...]:
     heat = charts.heatmap(panels, [charts.Group(name, 3)], ceiling=1, title=name)
     dots = charts.scatter(np.eye(2), np.arange(2), {0: name, 1: "b"}, title=name)
     return (
-        Drawing(key="gram", title=name, text=name, svg=heat, is_wide=True),
+        Drawing(key="gram", title=name, text=name, svg=heat),
         Drawing(key="map", title=name, text=name, svg=dots),
     )
 
@@ -205,7 +205,6 @@ def test_figures_and_searches_have_sections_and_load_nothing() -> None:
     assert_self_contained(root)
     [figures] = root.find("section", id="figures")
     assert [chart.find("figcaption")[0].words() for chart in figures.find("figure", class_="chart")] == ["ship", "ship"]
-    assert len(figures.find("figure", class_="broad")) == 1
     assert all(node.attributes["href"].startswith("data:image/png;base64,") for node in figures.find("image"))
     [search] = root.find("section", id="retrieval")
     assert [head.words() for head in search.find("h3")] == ["Image", "Encoder", "z"]

@@ -16,6 +16,7 @@ from rayclust.runtime import trackers as module
 from rayclust.runtime.trackers import Trackers, flat_numbers, flat_settings, refuse_missing
 from rayclust.store import storage
 from rayclust.store.manifest import read_manifest
+from rayclust.store.run import Run
 from tests.sealed import Sealed
 from tests.stages.runs import tree
 
@@ -24,6 +25,7 @@ NUMBERS = {"loss": 0.5, "head_losses/0": 0.25, "head_losses/1": 0.75}
 SCORES = {"accuracy": 0.9, "rows": 24, "sizes": [8, 8, 8], "test": {"accuracy": 0.8, "sizes": [1]}, "name": "text"}
 FINAL = {"final/accuracy": 0.9, "final/rows": 24, "final/test/accuracy": 0.8}
 PAGE = "<!doctype html><title>Clusters</title>"
+FILES = {"index.html": PAGE, "data/points.js": 'rayclust("points",[]);'}
 
 
 def _config(folder: Path, *to: str) -> RunConfig:
@@ -36,7 +38,10 @@ def _track(config: RunConfig) -> None:
         trackers = Trackers(config, "fit")
         trackers.log(ROW | {"step": step})
         trackers.close()
-    Trackers(config, "fit").finish(SCORES, PAGE)
+    run = Run(config.run)
+    for name, text in FILES.items():
+        storage.write_bytes(run.at("report", *name.split("/")), text.encode())
+    Trackers(config, "fit").finish(SCORES, run.report)
 
 
 def test_settings_have_the_keys_of_a_config(tmp_path: Path):
@@ -86,8 +91,8 @@ def test_mlflows_store_has_one_run_with_settings_losses_scores_and_page(
     assert run.data.metrics == NUMBERS | FINAL
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(40, 0.5), (80, 0.5)]
-    page = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="report/index.html"))
-    assert page.read_text() == PAGE
+    folder = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="report"))
+    assert {name: (folder / name).read_text() for name in FILES} == FILES
     Trackers(config, "another fit").close()
     assert len(mlflow.search_runs(experiment_names=["rayclust"], output_format="list")) == 2
 
@@ -96,7 +101,8 @@ def test_wandbs_offline_files_have_one_run_with_settings_losses_scores_and_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("wandb")
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+    folders = dict.fromkeys(("DIR", "CACHE_DIR", "DATA_DIR"), str(tmp_path))
+    for name, value in ({"MODE": "offline", "SILENT": "true"} | folders).items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     config = _config(tmp_path, "wandb")
     _track(config)
@@ -123,6 +129,8 @@ def test_wandbs_offline_files_have_one_run_with_settings_losses_scores_and_page(
     assert {name: float(summary[name]) for name in FINAL} == FINAL
     [page] = tmp_path.glob("wandb/offline-run-*/files/media/html/report_*.html")
     assert page.read_text() == PAGE
+    [artifact] = [each.artifact for each in records if each.WhichOneof("record_type") == "artifact"]
+    assert {entry.path for entry in artifact.manifest.contents} == set(FILES), "the page and what lies beside it"
 
 
 def _wandb_records(file: Path) -> list[Any]:

@@ -10,12 +10,19 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError
+from rayclust.metrics.internal import silhouette
 from rayclust.runtime.encoder import load_run_encoder
+from rayclust.runtime.models import read_method, transform_rows
 from rayclust.runtime.pipeline import run_all
+from rayclust.runtime.rows import features_at, row_starts, table_at, transform_of
+from rayclust.stages import evaluate
 from rayclust.stages.figures import numbers
 from rayclust.stages.predict import predict
+from rayclust.stages.search import search
 from rayclust.store import storage, tables
+from rayclust.store.manifest import EncodeOutputs, read_manifest
 from rayclust.store.run import Run
+from rayclust.web.explorer import Explorer
 from tests.stages.runs import tree, write_folder
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -38,14 +45,35 @@ def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: 
     metrics = storage.read_json(Run(config.run).metrics)
     assert metrics["rows"] == 36
     assert metrics["nmi"] > 0.5
-    # Its space is probed, it has a map, and the table of the training tells a collapse.
-    assert metrics["space_knn"] > 0.8
-    assert 0 < metrics["space_linear_probe"] <= 1
+    # What was learnt is measured and not the pixels, it has a map, and the table of the training tells a collapse.
+    assert metrics["knn_accuracy"] > 0.8
+    assert metrics["knn_accuracy_top5"] == 1
+    assert 0 < metrics["linear_probe"] <= 1
+    run, manifest = Run(config.run), read_manifest(Run(config.run), "encode")
+    assert manifest is not None
+    transform, method = transform_of(manifest, config.features), read_method(run.model_folder, "train")
+    starts = row_starts(manifest)
+    x = features_at(run, starts, transform, np.arange(36))
+    clusters = table_at(run.assignments, starts, np.arange(36), ["cluster"])["cluster"].to_numpy()
+    assert metrics["silhouette"] == pytest.approx(silhouette(transform_rows(method, x), clusters), abs=1e-5)
+    assert metrics["silhouette_rows"] == 36
     assert 0.1 < metrics["space_std"] <= 1
     assert 1 <= metrics["space_rank"] <= 8
     trained = pq.read_table(Run(config.run).at("model", "metrics.parquet"))
     assert trained["feature_std"].to_pylist()[-1] == pytest.approx(metrics["space_std"], abs=0.05)
     assert len(tables.read_table(numbers(Run(config.run), "map.parquet"))) == 36
+    # Search, explorer and report look there for what is near.
+    z = transform_rows(method, x)
+    nearest = (z[5] @ z.T).argsort()[::-1]
+    [found] = search(config, like=Explorer(config).image(5)["key"], top=3).items()
+    assert (found[0], {hit.row for hit in found[1]}) == ("z", set(nearest[:4].tolist()) - {5})
+    assert {each["row"] for each in Explorer(config).image(5)["neighbors"]} == set(nearest[:25].tolist()) - {5}
+    # With a split, rows aside are asked and have no vote.
+    codes, aside = np.repeat([0, 1, 2, -1], 9), np.arange(36) % 3 == 0
+    scoring = evaluate._Scoring(run, manifest.outputs_of(EncodeOutputs), transform, config, (), None)
+    measured, probes = scoring._learnt_space(method, clusters, np.where(aside, codes, 7), aside)
+    assert probes == {"knn_accuracy": 0, "knn_accuracy_top5": 0, "linear_probe": 0}, "no row of class 7 is asked"
+    assert measured["silhouette_rows"] == np.sum(~aside | (codes >= 0))
     # New images go the same way.
     assert predict(config, str(images), str(tmp_path / "t.parquet"))["rows"] == 36
     assigned = pq.read_table(Run(config.run).assignments(0))["cluster"].to_pylist()

@@ -239,6 +239,11 @@ class PixelMethod(Method):
     # A fitted method.
 
     @torch.no_grad()
+    def read(self, x: Tensor) -> Tensor:
+        """Map images to the rows of the network below the projector: Float[B D] to Float[B F]."""
+        return torch.cat([accumulated(self.trunk(images)) for images in self.normalized_parts(x)])
+
+    @torch.no_grad()
     def transform(self, x: Tensor) -> Tensor:
         """Map images to features: Float[B D] to unit rows Float[B d]."""
         parts = [accumulated(self.embed(images)) for images in self.normalized_parts(x)]
