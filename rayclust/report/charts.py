@@ -327,9 +327,9 @@ def spectra(series: Sequence[Spectrum], title: str) -> Markup:
     """Draw singular values over their logarithmic places: of all rows above, cluster by cluster below."""
     from matplotlib.ticker import LogLocator
 
-    left, height, top, below = 48.0, 160.0, 28.0, 46.0
+    left, height, top, below = 48.0, 160.0, 28.0, 44.0
     panel = top + height + below
-    figure = new_figure(WIDTH, 2 * panel + 16 * len(series))
+    figure = new_figure(WIDTH, 2 * panel + 17 * len(series) + 4)
     whole = [(s, None if s.whole is None else s.whole[None]) for s in series]
     legend, dashes = {}, {"linestyle": (0, (2.5, 2)), "dash_capstyle": "butt"}
     halves = ("all rows", whole), ("cluster by cluster", [(s, s.clusters) for s in series])

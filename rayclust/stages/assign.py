@@ -20,7 +20,7 @@ from rayclust.metrics.calibration import Calibration, calibrate, sample_size
 from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
-from rayclust.runtime.models import load_method, method_inputs
+from rayclust.runtime.models import load_method, method_inputs, transform_rows
 from rayclust.runtime.pipeline import Manifests, StageContext, StageResult, content_digest
 from rayclust.runtime.rows import part_embeddings, row_starts, rows_by_part, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
@@ -95,7 +95,10 @@ def calibrated(run: Run, starts: list[int], transform: SpaceTransforms, model: s
     blocks = np.array_split(embeddings, -(-len(embeddings) // 4096))
     found = [assign(method, method_inputs(method, transform, block)) for block in blocks]
     labels, probability = (torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True))
-    return calibrate(torch.from_numpy(transform(embeddings)), labels.long(), probability, clusters)
+    features = transform(embeddings)
+    if method.config.reads_pixels:  # what is near among bare pixels tells nothing
+        features = transform_rows(method, features)
+    return calibrate(torch.from_numpy(features), labels.long(), probability, clusters)
 
 
 def calibration_of(config: RunConfig, encode: Manifest, train: Manifest) -> Calibration:

@@ -139,7 +139,7 @@ def _measure(
     places = np.concatenate(list(groups.values()))
     with torch.inference_mode():
         codes = method.membership(torch.from_numpy(features[places])) if isinstance(method, Membership) else None
-    kernel = geometry.kernel_membership(features[places], KERNEL_TEMPERATURE)
+    kernel = geometry.kernel_membership(last[places], KERNEL_TEMPERATURE)
     heat: dict[str, Any] = {
         "row": rows[places],
         "cluster": np.concatenate([np.full(len(group), k, np.int32) for k, group in groups.items()]),
@@ -283,10 +283,11 @@ def _heat_maps(heat: pa.Table, summary: Mapping[str, Any], groups: Sequence[char
         f"Absolute cosines between {count(heat.num_rows)} images{lot}. {beside} "
         "Blocks that stand out on the diagonal are clusters in directions of their own."
     )
+    seen = TITLES[summary["spaces"][-1]]
     source = (
         "by entropic optimal transport between the method's codes"
         if summary["membership"] == "codes"
-        else f"for want of codes, by a softmax of cosine / {KERNEL_TEMPERATURE} of the features over each row"
+        else f"for want of codes, by a softmax of cosine / {KERNEL_TEMPERATURE} of {seen} over each row"
     )
     text = (
         f"How much each image belongs with each other one, {source}; 1 is what chance gives. "

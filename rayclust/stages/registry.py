@@ -146,9 +146,12 @@ def _index_settings(config: RunConfig) -> dict[str, Any]:
     return {"index": settings_of(config.index), "seed": config.seed} | features
 
 
-def _evaluate_settings(config: RunConfig) -> dict[str, Any]:
-    learnt = {"learnt_space": 2} if config.method.reads_pixels else {}  # 2: probes of what was learnt, not of pixels
-    return _seeded("evaluate", "features")(config) | learnt
+def _in_learnt_space(settings: Callable[[RunConfig], dict[str, Any]]) -> Callable[[RunConfig], dict[str, Any]]:
+    """Return the settings of a stage that measures, for methods that learn from pixels, what was learnt.
+
+    Their revision is one of its own, so that a change there leaves all other runs as they are.
+    """
+    return lambda config: settings(config) | ({"learnt_space": 2} if config.method.reads_pixels else {})
 
 
 def _report_settings(config: RunConfig) -> dict[str, Any]:
@@ -202,7 +205,14 @@ _DECLARED = (
         on_gpu="train",
         plan=_plan_members,
     ),
-    _stage("assign", _assign_settings, needs=("encode", "train"), revision=2, on_gpu="train", outputs=AssignOutputs),
+    _stage(
+        "assign",
+        _in_learnt_space(_assign_settings),
+        needs=("encode", "train"),
+        revision=2,
+        on_gpu="train",
+        outputs=AssignOutputs,
+    ),
     _stage("label", _label_settings, needs=("encode", "assign"), outputs=LabelOutputs),
     _stage(CURATE, _curate_settings, needs=("encode", "neighbors", "assign"), outputs=CurateOutputs),
     _stage(
@@ -215,7 +225,7 @@ _DECLARED = (
     ),
     _stage(
         "evaluate",
-        _evaluate_settings,
+        _in_learnt_space(_seeded("evaluate", "features")),
         needs=("encode", "neighbors", "assign"),
         own_space_needs=("train",),
         revision=3,
@@ -228,7 +238,7 @@ _DECLARED = (
         on_gpu="train",
         outputs=MapOutputs,
     ),
-    _stage("figures", _seeded("features"), needs=("encode", "train", "assign", "map"), revision=3),
+    _stage("figures", _in_learnt_space(_seeded("features")), needs=("encode", "train", "assign", "map"), revision=3),
     _stage(
         "report",
         _report_settings,

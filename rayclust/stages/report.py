@@ -285,13 +285,18 @@ def _curves(history: pa.Table) -> list[model.Curve]:
     """Return the training curves that are worth drawing."""
     titles = {"loss": "Loss", "inertia": "Inertia", "marginal_entropy": "Entropy of the clusters' shares, nats"}
     titles |= {"live_clusters": "Live clusters of the best head", "agreement": "Agreement of the best head's teacher"}
+    titles |= {"feature_std": "Spread of the learnt features: 1 in all directions, 0 has collapsed"}
     if "candidate" in history.column_names:
         history = history.filter(pc.is_null(history["candidate"]))
     curves: list[model.Curve] = []
     for name, title in titles.items():
         if name in history.column_names and history.num_rows > 1:
-            values = [float("nan") if value is None else value for value in history[name].to_pylist()]
-            curves.append(model.Curve(title=title, series={name: values}))
+            values = np.array([float("nan") if value is None else value for value in history[name].to_pylist()])
+            known = np.flatnonzero(np.isfinite(values))
+            if 1 < len(known) < len(values) and history[name].null_count:  # of some epochs: a line
+                between = np.interp(np.arange(known[0], known[-1] + 1), known, values[known])
+                values[known[0] : known[-1] + 1] = between
+            curves.append(model.Curve(title=title, series={name: values.tolist()}))
     return curves
 
 
