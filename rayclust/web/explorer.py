@@ -40,6 +40,8 @@ TYPICAL = 6
 """Pictures of a cluster in the list."""
 NEIGHBORS = 24
 """Neighbours of an image that are shown."""
+LOOKED_AT = 3
+"""Images that are tried to know whether a run has any."""
 CSV_ROWS = 2000
 """Rows of a table that are made at once."""
 SELECTIONS = "selections"
@@ -85,6 +87,9 @@ class Explorer:
         self._lock, self._searching = threading.Lock(), threading.Lock()
         self._neighbors = lru_cache(4)(self._read_neighbors)
         self._learnt = learnt_index(config)
+        some = self._index.records(np.unique(np.linspace(0, self._rows.count - 1, LOOKED_AT, dtype=np.int64)))
+        found = fetch_many([record["uri"] for record in some], config.images.columns)
+        self._has_pictures = any(data is not None for _, data in found)
         self._own = tables.read_table(self._run.clusters).to_pylist()
         self._labels = self._count_labels()
         self._state = self._load(self._rows.shown)
@@ -101,6 +106,7 @@ class Explorer:
             "clusters": len(state.clusters),
             "reads_text": self.config.text_encoder.family == "open_clip",
             "has_labels": bool(self._labels),
+            "has_pictures": self._has_pictures,
             "against": None if self._comparison is None else self._comparison.uri,
             "edits": len(state.shown.overlay.edits),
             "unfit": [

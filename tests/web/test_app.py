@@ -377,3 +377,8 @@ def test_a_run_at_work_shows_its_progress_until_it_has_clusters(config: RunConfi
         [file] = Path(run.at("tensorboard")).iterdir()
         file.write_bytes(file.read_bytes()[:-3])
         assert len(get(page, "/api/progress")["curves"]["loss"]) in (4, 5), "the end may be missing"
+
+
+def test_a_run_without_images_is_known_as_one(page: TestClient, vectors_run: Sealed):
+    assert get(page, "/api/run")["has_pictures"]
+    assert not Explorer(vectors_run.config).facts()["has_pictures"]

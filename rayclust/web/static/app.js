@@ -31,6 +31,11 @@ function make(tag, properties, ...children) {
   return element;
 }
 
+// An image; where the run has none, its key.
+const shot = (row, key, size) => run.has_pictures
+  ? make("img", { src: picture(row, size), alt: key, loading: "lazy" })
+  : make("span", { className: "bare", textContent: lastPart(key || `row ${row.toLocaleString("en")}`) });
+
 async function ask(path, options) {
   const answer = await fetch(path, { ...options, headers: { "x-rayclust": "1" } });
   if (!answer.ok) {
@@ -74,6 +79,7 @@ function show(facts) {
   document.getElementById("words").disabled = !facts.reads_text;
   document.getElementById("words").placeholder =
     facts.reads_text ? "Search images by words" : "This encoder reads no words";
+  document.getElementById("search").hidden = facts.encoder === "unknown"; // nothing could read words or an image
   const unfit = document.getElementById("unfit");
   unfit.hidden = !facts.unfit.length;
   unfit.querySelector("summary").textContent = `${count(facts.unfit.length, "edit")} no longer fit these clusters`;
@@ -115,8 +121,7 @@ async function openList() {
     const link = element.querySelector("a");
     link.href = `#/cluster/${cluster.number}`;
     element.querySelector("b").textContent = title(cluster);
-    element.querySelector(".pictures").append(...cluster.typical.map((row) =>
-      make("img", { src: picture(row, 160), alt: "", loading: "lazy" })));
+    element.querySelector(".pictures").append(...cluster.typical.map((row) => shot(row, "", 160)));
     const facts = [`#${cluster.number}`, count(cluster.size, "image"), sure(cluster)];
     if (cluster.label !== null) facts.push(purity(cluster));
     if (cluster.mark) facts.push(`marked ${cluster.mark}`);
@@ -190,7 +195,7 @@ function grid(element, total, pageOf, selected, onSelect) {
     element.append(tile);
     const image = (await page(Math.floor(place / PAGE)))[place % PAGE];
     if (!image || !tile.isConnected) return;
-    const open = make("button", { type: "button" }, make("img", { src: picture(image.row, 160), alt: image.key }));
+    const open = make("button", { type: "button" }, shot(image.row, image.key, 160));
     open.title = `${image.key}, ${sure(image)}`;
     open.onclick = () => openImage(image.row);
     tile.append(open);
@@ -403,13 +408,13 @@ async function openImage(row) {
   }
   const near = make("div", { className: "near" }, ...image.neighbors.map((other) => {
     const button = make("button", { type: "button", title: `${other.key}, cosine ${other.similarity}` },
-      make("img", { src: picture(other.row, 160), alt: other.key }));
+      shot(other.row, other.key, 160));
     button.onclick = () => openImage(other.row);
     return button;
   }));
   const close = make("button", { type: "button", textContent: "Close", onclick: () => dialog.close() });
   dialog.replaceChildren(make("div", {},
-    make("div", { className: "large" }, make("img", { src: picture(row, 1024), alt: image.key })),
+    make("div", { className: "large", hidden: !run.has_pictures }, shot(row, image.key, 1024)),
     make("div", { className: "beside" }, close, facts, make("h2", { textContent: "Nearest images" }), near)));
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
