@@ -97,6 +97,8 @@ SCORES = (
         "How much closer images lie to their own cluster than to the next one, on a sample. -1 to 1. Needs no labels.",
         is_share=False,
     ),
+    Score("space_std", "Spread", "Of the learnt features: 1 fills all directions, 0 has collapsed.", is_share=False),
+    Score("space_rank", "Directions", "That the learnt features use, of their width.", is_share=False),
     Score(
         "coding_length",
         "Coding length",
