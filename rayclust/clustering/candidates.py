@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from rayclust.clustering.settings import KMeansOptions
 from rayclust.clustering.spectral import leading_eigenpairs, unit_means
 from rayclust.distributed import data_group
 
-LEARNT = "k-means in a learnt space"
-"""Name of the candidate that a training makes."""
+HEADS, LEARNT = "trained heads", "k-means in a learnt space"
+"""Names of the candidates that trainings make."""
 COMPONENTS, COMPONENTS_PER_CLUSTER = 128, 2
 """Leading principal components that are kept, at least; all there are if fewer."""
 OPERATIONS = 6e12
@@ -52,9 +52,9 @@ MIN_NEIGHBORS, MIN_SPECTRAL_NEIGHBORS = 3, 5
 spectral embedding takes more at least, so that the graph holds together."""
 SPECTRAL_LIMIT, SPECTRAL_TOLERANCE = 6e9, 1e-3
 """n·K² above which there is no spectral embedding; residual of its eigenvectors."""
-MAX_MODULARITY_LOSS = 0.005
+MAX_MODULARITY_LOSS = 0.01
 """Modularity that a candidate may have less than the one before it."""
-MAX_AGREEMENT_LOSS = 0.05
+MAX_AGREEMENT_LOSS = 0.03
 """Share of neighbour pairs that a candidate may keep less than the one before it."""
 MAX_EVENNESS_GAIN = 0.1
 """Entropy of the sizes, relative to ln K, by which a candidate may be more even than the one before it."""
@@ -71,9 +71,15 @@ class Bounds:
     evenness_gain: float = MAX_EVENNESS_GAIN
 
 
-TRAINED = Bounds(modularity_loss=0.01, agreement_loss=-0.01)
-"""For what a training has made of a partition: it must keep more neighbours together. Modularity may fall, as it does
-where clusters are right to become uneven."""
+FEW_ROWS, FEW = 400, Bounds(modularity_loss=-0.015, agreement_loss=0.0)
+"""Rows below which a partition must speak for itself: modularity of some hundred rows scatters by as much."""
+TRAINED = {
+    HEADS: Bounds(modularity_loss=0.005, agreement_loss=0.0),
+    LEARNT: Bounds(modularity_loss=0.005, agreement_loss=-0.02),
+}
+"""For what a training has made of a partition, by its name. Heads must keep neighbours together as well as what they
+start from; a learnt space, which may move most rows, two points better. Modularity may fall a little, as it does where
+clusters are right to become uneven."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,6 @@ class Candidate:
     """Float[K]."""
     evidence: dict[str, float]
     """`inertia` per row, `modularity` and `neighbor_agreement` on the raw graph, `size_entropy` / ln K, `occupied`."""
-    is_trained: bool = False
-    """Whether it comes from a learnt space."""
 
 
 def is_supported(
@@ -116,19 +120,20 @@ def is_supported(
     )
 
 
-def choose(candidates: Sequence[Candidate], bounds: Bounds | None = None, trained: Bounds | None = None) -> Candidate:
+def choose(candidates: Sequence[Candidate], bounds: Mapping[str, Bounds] | None = None) -> Candidate:
     """Return the last candidate that may replace the one kept without it.
 
-    A vote of many partitions is right more often than one of them: nothing need speak for it, only nothing against.
+    A vote of many partitions is right more often than one of them: nothing need speak for it, only nothing against,
+    unless rows are few.
 
     Args:
         candidates: the floor first.
-        bounds: on the evidence; None takes those above.
-        trained: for what comes from a learnt space; None takes `TRAINED`.
+        bounds: on the evidence, by name; candidates that have none take those above.
     """
-    chosen = candidates[0]
+    chosen, given = candidates[0], TRAINED | dict(bounds or {})
+    usual = FEW if len(chosen.labels) < FEW_ROWS else Bounds()
     for candidate in candidates[1:]:
-        limits = (trained or TRAINED) if candidate.is_trained else bounds
+        limits = given.get(candidate.name, usual)
         if is_supported(candidate.evidence, chosen.evidence, candidate.weight.shape[-1], limits):
             chosen = candidate
     return chosen
@@ -143,9 +148,10 @@ def make_candidates(
     restarts: int = 16,
     rounds: int = 2,
     rivals: bool = True,
+    heads: Callable[[Tensor, Candidate], Tensor] | None = None,
     learn: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Candidate]:
-    """Make the floor, its refinement, the votes and the learnt space; the floor alone where more would take too long.
+    """Make the floor, its refinement, the votes and what trainings add; the floor alone where more takes too long.
 
     Workers share the passes of k-means; all else is made from the same numbers on each.
 
@@ -157,8 +163,10 @@ def make_candidates(
         restarts: starts of k-means in each view; fewer where they would take long.
         rounds: how often rows are averaged with their neighbours in the smoothed view.
         rivals: whether there is more than the floor.
-        learn: called with the leading principal axes of the rows, Float[D d]; trains on the rows' components along them
-            and returns unit rows Float[n L] of a space in which clusters are apart. None: there is none.
+        heads: called with the leading principal axes of the rows, Float[D d], and the best of these; trains heads that
+            start there on the rows' components and returns their clusters, Int64[n]. None: none are.
+        learn: called with these axes; trains on the components and returns unit rows Float[n L] of a space in which
+            clusters are apart. None: there is none.
     """
     K, space = clusters, _Space(x, neighbors, clusters)
     p, n = space.p, len(x)
@@ -195,7 +203,9 @@ def make_candidates(
         cut, cut_inertia = kmeans.fit_all(embedded, options, seeds[3])
         others = [space.refined("", cut[place], graph).labels for place in _better_half(cut_inertia)]
         candidates.append(space.voted("consensus with spectral clusters", voters[::2] + others))
-    # 6. The best of these, moved by k-means in the learnt space.
+    # 6. The best of these as heads trained on pairs of neighbours have it, and moved by k-means in a learnt space.
+    if heads is not None:
+        candidates.append(space.distilled(HEADS, heads(space.basis, choose(candidates))))
     if learn is not None:
         candidates.append(space.moved(LEARNT, choose(candidates).labels, learn(space.basis)))
     return candidates
@@ -238,8 +248,11 @@ class _Space:
         own = kmeans.fit_all(learnt, options, 0, unit_means(learnt, labels, self._clusters))[0][0]
         distances = kmeans.squared_distances(learnt, unit_means(learnt, own, self._clusters)).clamp(min=0).sqrt()
         nearest = distances.topk(2, dim=1, largest=False).values
-        moved = self._classified(name, own, -nearest[:, 0], nearest[:, 1] - nearest[:, 0])
-        return replace(moved, is_trained=True)
+        return self._classified(name, own, -nearest[:, 0], nearest[:, 1] - nearest[:, 0])
+
+    def distilled(self, name: str, labels: Tensor) -> Candidate:
+        """Classify by all rows: labels that are near linear already lose some by the surest alone."""
+        return self._measured(name, *ridge_classifier(self.p, labels, self._clusters, RIDGE * len(self.p)))
 
     def _classified(self, name: str, labels: Tensor, confidence: Tensor, margin: Tensor) -> Candidate:
         kept = surest_rows(labels, confidence, margin, SUREST_SHARE).to(self.p.device)

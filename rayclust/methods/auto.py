@@ -1,4 +1,4 @@
-"""The default: a consensus of k-means and spectral partitions, moved in a space that CPP learns; k-means in doubt.
+"""The default: a consensus of k-means and spectral partitions, moved by what TEMI and CPP learn; k-means in doubt.
 
 k-means is the start and the floor. A candidate of `clustering/candidates.py` replaces it unless it keeps the
 neighbour graph of the raw rows less well. docs/methods.md says what to expect of it. This is not a paper's method, and
@@ -8,12 +8,15 @@ no label is read anywhere.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rayclust.clustering.candidates import (
+    FEW_ROWS,
+    HEADS,
     LEARNT,
     Candidate,
     choose,
@@ -21,18 +24,64 @@ from rayclust.clustering.candidates import (
     make_candidates,
 )
 from rayclust.clustering.consensus import match_confidence
-from rayclust.methods.base import BaseTrainer, Pairing, Rows
+from rayclust.methods.base import BaseTrainer, Method, Pairing, Rows
 from rayclust.methods.cpp import Cpp, CppConfig
 from rayclust.methods.graph import ComponentRows, sample_with_neighbors
 from rayclust.methods.linear import LinearMethod
 from rayclust.methods.settings import AutoConfig
+from rayclust.methods.temi import Temi
+from rayclust.methods.temi_init import Start
+from rayclust.methods.temi_settings import TemiConfig
 
 logger = logging.getLogger(__name__)
 
 MULTIPLICATIONS = 3e10
 """Multiplications of a training that count as a second of one core; a Xeon with amx_bf16 does 1.6e10 to 3.5e10."""
-MIN_ROWS = 400
-"""Rows below which nothing is trained."""
+MAX_BATCH, MIN_BATCH = 256, 64
+"""Pairs in a batch of TEMI's; a quarter of the rows between these."""
+MAX_PARTNERS = 10
+"""Nearest neighbours of a row among which its partner is drawn, at most."""
+
+M = TypeVar("M", bound=Method)
+
+
+@dataclass(frozen=True)
+class _Trainings:
+    """What is trained on the leading components of all rows, and looked at on the sample."""
+
+    config: AutoConfig
+    rows: Rows
+    x: Tensor
+    """Float[n D], the sample."""
+    neighbors: Tensor
+    """Int64[n M], its neighbours."""
+    trainer: BaseTrainer
+
+    def heads(self, basis: Tensor, start: Candidate) -> Tensor:
+        """Train a head of TEMI that starts at a partition; return the sample's clusters."""
+        config = heads_config(self.config, self.rows.count)
+        temi = Temi(config, basis.shape[1], self.rows.count, self.trainer.seed)
+        temi.start = Start(self.neighbors, start)
+        return self._fitted(temi, basis).predict_proba(self.x @ basis).argmax(1)
+
+    def space(self, basis: Tensor) -> Tensor:
+        """Train CPP; return the sample among the leading eigenvectors of its membership."""
+        config = CppConfig(clusters=self.config.clusters, final_start="kmeans")
+        cpp = Cpp(config, basis.shape[1], self.rows.count, self.trainer.seed)
+        return self._fitted(cpp, basis).embed(self.x @ basis)
+
+    def _fitted(self, method: M, basis: Tensor) -> M:
+        with torch.enable_grad():
+            method.fit(ComponentRows(self.rows, basis), self.trainer.without_checkpoints())
+        return method
+
+
+def heads_config(config: AutoConfig, count: int) -> TemiConfig:
+    """Return the settings with which TEMI's head is trained on components of `count` rows."""
+    quarter = 1 << max(0, (count // 4).bit_length() - 1)
+    columns = round(min(max(3.0, (count / config.clusters) ** 0.5), MAX_PARTNERS, config.neighbors))
+    batch = max(MIN_BATCH, min(MAX_BATCH, quarter))
+    return TemiConfig(clusters=config.clusters, heads=1, components=0, batch_size=batch, neighbors=columns)
 
 
 class Auto(LinearMethod):
@@ -56,18 +105,19 @@ class Auto(LinearMethod):
         super().__init__(config, dimension, count, seed)
         self.pairing = Pairing(columns=config.neighbors)
 
-    def refusal(self) -> str:
-        """Return why CPP is not trained as a candidate; empty where it is."""
-        c = self.config
-        if c.budget == 0:
-            return "budget = 0"
-        if self.count < MIN_ROWS:
-            return f"fewer than {MIN_ROWS} rows"
-        training = CppConfig(clusters=c.clusters).multiplications(
-            self.count, min(component_count(c.clusters), self.dimension)
-        )
-        seconds = training / MULTIPLICATIONS
-        return f"some {seconds:,.0f} s of one core, of {c.budget:g}" if seconds > c.budget else ""
+    def refusals(self) -> dict[str, str]:
+        """Return the candidates that are not trained, each with the reason."""
+        c, width = self.config, min(component_count(self.config.clusters), self.dimension)
+        if c.budget == 0 or self.count < FEW_ROWS:
+            return dict.fromkeys((HEADS, LEARNT), "budget = 0" if c.budget == 0 else f"fewer than {FEW_ROWS} rows")
+        reasons, left = {}, c.budget
+        for name, training in ((HEADS, heads_config(c, self.count)), (LEARNT, CppConfig(clusters=c.clusters))):
+            seconds = training.multiplications(self.count, width) / MULTIPLICATIONS
+            if seconds > left:
+                reasons[name] = f"some {seconds:,.0f} s of one core, of {left:.3g}"
+            else:
+                left -= seconds
+        return reasons
 
     @torch.no_grad()
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
@@ -75,29 +125,27 @@ class Auto(LinearMethod):
 
         Reports a row of metrics for each candidate; `chosen` is 1 for the one that is kept.
         """
-        c = self.config
+        c, refused = self.config, self.refusals()
         x, neighbors = sample_with_neighbors(rows, c.clusters, c.neighbors, self.seed, self.weight.to(trainer.device))
-
-        def learn(basis: Tensor) -> Tensor:
-            """Train CPP on all rows; return the sample among the leading eigenvectors of its membership."""
-            components = ComponentRows(rows, basis)
-            config = CppConfig(clusters=c.clusters, final_start="kmeans")
-            method = Cpp(config, components.dimension, rows.count, self.seed)
-            with torch.enable_grad():
-                method.fit(components, trainer)
-            return method.embed(x @ basis)
-
-        refused, options = self.refusal(), {"restarts": c.restarts, "rounds": c.rounds}
+        trainings = _Trainings(c, rows, x, neighbors, trainer)
         self.candidates = make_candidates(
-            x, neighbors, c.clusters, self.seed, **options, rivals=c.candidates, learn=None if refused else learn
+            x,
+            neighbors,
+            c.clusters,
+            self.seed,
+            restarts=c.restarts,
+            rounds=c.rounds,
+            rivals=c.candidates,
+            heads=None if HEADS in refused else trainings.heads,
+            learn=None if LEARNT in refused else trainings.space,
         )
         chosen = choose(self.candidates)
         self.report = [
             {"candidate": candidate.name, "chosen": float(candidate is chosen)} | candidate.evidence
             for candidate in self.candidates
         ]
-        if refused and c.candidates:
-            self.report.append({"candidate": LEARNT, "chosen": 0.0, "note": f"left out: {refused}"})
+        for name, reason in refused.items() if c.candidates else ():
+            self.report.append({"candidate": name, "chosen": 0.0, "note": f"left out: {reason}"})
         for place, row in enumerate(self.report):
             loss = row.get("inertia", chosen.evidence["inertia"])
             trainer.report({"epoch": place, "step": place + 1, "loss": loss, "seconds": trainer.seconds()} | row)

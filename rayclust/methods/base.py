@@ -6,6 +6,7 @@ what is declared here. What only some methods can do are protocols that callers 
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -232,6 +233,12 @@ class BaseTrainer:
             start: called before the first step, and not on a resume.
         """
         raise NotImplementedError
+
+    def without_checkpoints(self) -> Self:
+        """Return one that shares its metrics and keeps no checkpoints, for a training of seconds within a fit."""
+        other = copy.copy(self)
+        other.store = None
+        return other
 
     def report(self, row: dict[str, Any]) -> None:
         """Take one row of metrics: numbers, and lists of numbers."""

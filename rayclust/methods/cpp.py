@@ -46,8 +46,9 @@ UNUSED_SCALE = 1e-2
 """Scale of the random weights of those outputs for which the rows have no principal component."""
 SPECTRAL, KEPT = "spectral.", "kept."
 """Prefixes of the partition's and of the kept start's tensors in a state."""
-GUARD = Bounds(modularity_loss=0.02, agreement_loss=0.0)
-"""What the neighbour graph may say against the final clusters before the partition that they started from is kept."""
+GUARD = Bounds(modularity_loss=0.01, agreement_loss=-0.01)
+"""What the final clusters must have for them: a point more neighbours together than the partition that they started
+from, which is kept else, at little modularity."""
 EVIDENCE_NEIGHBORS = 10
 """Nearest neighbours of a row that speak for or against its cluster."""
 

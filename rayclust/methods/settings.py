@@ -129,9 +129,9 @@ class Plan:
 
 
 class AutoConfig(BaseMethodConfig):
-    """A consensus of k-means and spectral partitions, or clusters of a learnt space; k-means where evidence says so."""
+    """A consensus of k-means and spectral partitions, moved by what trainings find where evidence says so."""
 
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     draws_pairs: ClassVar[bool] = True
     name: Literal["auto"] = "auto"
     """The default: never a partition that the neighbour graph speaks against."""
@@ -144,7 +144,7 @@ class AutoConfig(BaseMethodConfig):
     candidates: bool = True
     """Whether candidates are made at all; without, the result is k-means."""
     budget: float = Field(40.0, ge=0)
-    """Seconds of one core that training may take: CPP is a candidate where it takes no more. It is a count of
+    """Seconds of one core that trainings may take: a head of TEMI, then CPP, where they fit in. It is a count of
     multiplications and no clock, so that a run gives the same on any machine. 0 trains nothing."""
 
     def for_selection(self) -> Self:

@@ -77,6 +77,8 @@ class Temi(Method):
     best_head: Tensor
     head_losses: Tensor
     basis: Tensor | None
+    start: Start | None = None
+    """What heads start from with `warm_start: auto`, on the sample of that seed; None: what `auto` chooses."""
 
     def __init__(self, config: TemiConfig, dimension: int, count: int, seed: int) -> None:
         config = config.resolved(count, dimension)
@@ -115,7 +117,7 @@ class Temi(Method):
 
         @cache  # what the heads start from is also what the guard compares with
         def start() -> Start:
-            return choose_start(rows, c.clusters, c.start_neighbors, self.seed, self.student.direction)
+            return self.start or choose_start(rows, c.clusters, c.start_neighbors, self.seed, self.student.direction)
 
         def warm_start() -> None:
             if c.warm_start == "auto":

@@ -37,7 +37,7 @@ RIDGE = 0.01
 """Ridge penalty, relative to the mean variance of a hidden unit."""
 ROUNDING = 1e-6
 """Variance of hidden units, relative to their squared mean, that counts as none."""
-GUARD = Bounds(modularity_loss=0.02)
+GUARD = Bounds(modularity_loss=0.02, agreement_loss=0.05)
 """What the neighbour graph may say against a training; it fills clusters that a vote had left empty, at some cost."""
 _BLOCK = 2048
 _MAX_LOGITS = 1 << 28

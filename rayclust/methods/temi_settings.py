@@ -191,7 +191,7 @@ def choose_layout(
 class TemiConfig(TrainedConfig):
     """TEMI (arXiv 2303.17896). A key that is written wins over the preset."""
 
-    revision: ClassVar[int] = 5
+    revision: ClassVar[int] = 6
     draws_pairs: ClassVar[bool] = True
     name: Literal["temi"] = "temi"
     """Teacher ensemble-weighted pointwise mutual information."""
@@ -338,6 +338,12 @@ class TemiConfig(TrainedConfig):
         shape, plan = self.head_shape(self.trained_width(dimension)), Plan.of(self, count)
         layout = choose_layout(shape, plan, workers, self.parallel, self.worker_memory * GIGABYTE)
         return layout if self.clip_norm is None else Layout(1, workers)
+
+    def multiplications(self, count: int, dimension: int) -> float:
+        """Return about how many multiplications the steps for `count` rows of width `dimension` take."""
+        config = self.resolved(count, dimension)
+        plan, shape = Plan.of(config, count), config.head_shape(config.trained_width(dimension))
+        return 0.5 * plan.steps * estimate_cost(shape, plan, Layout(1, 1), "cpu").operations
 
     def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
         """Describe the layout and its costs in a line; see `BaseMethodConfig`."""

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from rayclust import methods
 from rayclust.clustering import candidates
-from rayclust.clustering.candidates import LEARNT, Candidate, choose, make_candidates
+from rayclust.clustering.candidates import HEADS, LEARNT, Candidate, choose, make_candidates
 from rayclust.methods import graph
 from rayclust.methods.auto import Auto
 from rayclust.methods.settings import AutoConfig
@@ -65,35 +65,52 @@ def evidence(**changed: float) -> dict[str, float]:
     ("changed", "taken"),
     [
         ({}, True),
-        ({"modularity": 0.496}, True),
-        ({"modularity": 0.49}, False),
-        ({"modularity": 0.51, "neighbor_agreement": 0.84}, False),
+        ({"modularity": 0.491}, True),
+        ({"modularity": 0.489}, False),
+        ({"modularity": 0.51, "neighbor_agreement": 0.86}, False),
         ({"modularity": 0.51, "size_entropy": 1.01}, False),
         ({"modularity": 0.51, "occupied": 3.0}, True),
         ({"modularity": 0.51, "occupied": 2.0}, False),
     ],
 )
 def test_a_candidate_is_kept_unless_the_evidence_speaks_against_it(changed: dict[str, float], taken: bool):
-    empty = torch.zeros(4)
-    floor, rival = (Candidate(name, empty, empty, empty, evidence(**e)) for name, e in (("a", {}), ("b", changed)))
-    assert (choose([floor, rival]) is rival) == taken
+    assert replaces("rival", changed) == taken
+
+
+def replaces(name: str, changed: dict[str, float], rows: int = 400) -> bool:
+    """Whether a candidate of that name replaces the floor."""
+    labels, empty = torch.zeros(rows), torch.zeros(4)
+    floor, rival = (Candidate(n, labels, empty, empty, evidence(**e)) for n, e in (("floor", {}), (name, changed)))
+    return choose([floor, rival]) is rival
 
 
 @pytest.mark.parametrize(
-    ("changed", "taken"),
+    ("name", "changed", "taken"),
     [
-        ({}, False),
-        ({"neighbor_agreement": 0.905}, False),
-        ({"neighbor_agreement": 0.915}, True),
-        ({"neighbor_agreement": 0.915, "modularity": 0.495}, True),
-        ({"neighbor_agreement": 0.915, "modularity": 0.485}, False),
+        (HEADS, {}, False),
+        (HEADS, {"neighbor_agreement": 0.901, "modularity": 0.496}, True),
+        (HEADS, {"neighbor_agreement": 0.901, "modularity": 0.494}, False),
+        (LEARNT, {"neighbor_agreement": 0.919}, False),
+        (LEARNT, {"neighbor_agreement": 0.921, "modularity": 0.496}, True),
+        (LEARNT, {"neighbor_agreement": 0.921, "modularity": 0.494}, False),
     ],
 )
-def test_what_was_trained_must_keep_more_neighbours_together(changed: dict[str, float], taken: bool):
-    empty = torch.zeros(4)
-    floor = Candidate("a", empty, empty, empty, evidence())
-    rival = Candidate("b", empty, empty, empty, evidence(**changed), is_trained=True)
-    assert (choose([floor, rival]) is rival) == taken
+def test_what_was_trained_must_keep_more_neighbours_together(name: str, changed: dict[str, float], taken: bool):
+    assert replaces(name, changed) == taken
+
+
+def test_a_partition_of_few_rows_must_speak_for_itself():
+    for modularity, taken in ((0.5, False), (0.514, False), (0.516, True)):
+        assert replaces("rival", {"modularity": modularity, "neighbor_agreement": 0.91}, rows=399) == taken
+
+
+class NoCheckpoints:
+    """A store for one training, where a fit has two: a resumed one would take the other's checkpoint."""
+
+    def save(self, *_: object) -> None:
+        raise AssertionError
+
+    latest = save
 
 
 @pytest.mark.parametrize("count", [240, 400])
@@ -101,18 +118,20 @@ def test_the_report_has_a_row_for_each_candidate_and_one_is_chosen(count: int):
     x, _, neighbors = planted(count)
     rows: list[dict[str, object]] = []
     method = methods.build(AutoConfig(clusters=4), 16, len(x), 0)
-    method.fit(ArrayRows(x, neighbors), Trainer(0, torch.device("cpu"), rows.append))
-    rows = [row for row in rows if "candidate" in row]  # what CPP's training reports comes before
+    method.fit(ArrayRows(x, neighbors), Trainer(0, torch.device("cpu"), rows.append, NoCheckpoints()))
+    rows = [row for row in rows if "candidate" in row]  # what the trainings report comes before
     assert [row["candidate"] for row in rows] == [
         "k-means",
         "refined k-means",
         "consensus",
         "consensus with spectral clusters",
+        HEADS,
         LEARNT,
     ]
     assert sum(float(row["chosen"]) for row in rows) == 1
-    assert rows[-1].get("note") == ("left out: fewer than 400 rows" if count < 400 else None)
-    assert ("modularity" in rows[-1]) == (count >= 400)
+    for row in rows[-2:]:
+        assert row.get("note") == ("left out: fewer than 400 rows" if count < 400 else None)
+        assert ("modularity" in row) == (count >= 400)
 
 
 def test_a_space_in_which_clusters_are_apart_moves_the_best_candidate():
@@ -124,23 +143,41 @@ def test_a_space_in_which_clusters_are_apart_moves_the_best_candidate():
         return functional.normalize(torch.eye(4)[labels] + torch.rand(len(x), 1).gt(0.9) * 1.0, dim=1)
 
     *others, learnt = make_candidates(x, neighbors, 4, 0, learn=learn)
-    assert learnt.is_trained
+    assert learnt.name == LEARNT
     assert accuracy(labels, learnt.labels) > max(accuracy(labels, other.labels) for other in others)
     assert (x @ learnt.weight + learnt.bias).argmax(1).equal(learnt.labels)
 
 
+def test_heads_start_at_the_best_candidate_and_are_told_by_a_linear_classifier():
+    x, labels, neighbors = planted(noise=0.6)
+    starts: list[Candidate] = []
+
+    def train(basis: Tensor, start: Candidate) -> Tensor:
+        starts.append(start)
+        return labels
+
+    *others, heads = make_candidates(x, neighbors, 4, 0, heads=train)
+    assert (heads.name, starts) == (HEADS, [choose(others)])
+    assert accuracy(labels, heads.labels) > max(accuracy(labels, other.labels) for other in others)
+    assert (x @ heads.weight + heads.bias).argmax(1).equal(heads.labels)
+
+
 @pytest.mark.parametrize(
-    ("settings", "count", "reason"),
+    ("settings", "count", "heads", "space"),
     [
-        ({}, 3_000, ""),
-        ({}, 399, "fewer than 400 rows"),
-        ({"budget": 0}, 3_000, "budget = 0"),
-        ({"budget": 1}, 3_000, "some 3 s of one core, of 1"),
-        ({}, 10_000_000, "some 301 s of one core, of 40"),
+        ({}, 3_000, None, None),
+        ({}, 399, "fewer than 400 rows", "fewer than 400 rows"),
+        ({"budget": 0}, 3_000, "budget = 0", "budget = 0"),
+        ({"budget": 1}, 3_000, "some 4 s of one core, of 1", "some 3 s of one core, of 1"),
+        ({"budget": 5}, 3_000, None, "some 3 s of one core, of 1.26"),
+        ({}, 10_000_000, None, "some 301 s of one core, of 36.3"),
     ],
 )
-def test_what_takes_longer_than_the_budget_is_not_trained(settings: dict[str, float], count: int, reason: str):
-    assert Auto(AutoConfig.model_validate({"clusters": 10, **settings}), 1_280, count, 0).refusal() == reason
+def test_what_takes_longer_than_the_budget_is_not_trained(
+    settings: dict[str, float], count: int, heads: str | None, space: str | None
+):
+    refused = Auto(AutoConfig.model_validate({"clusters": 10, **settings}), 1_280, count, 0).refusals()
+    assert (refused.get(HEADS), refused.get(LEARNT)) == (heads, space)
 
 
 def test_without_candidates_it_is_k_means():
@@ -185,7 +222,7 @@ def test_few_rows_and_equal_rows_end_without_an_error(count: int):
 def test_a_sample_is_fitted_where_there_are_many_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(graph, "SAMPLE_ROWS", 100)
     monkeypatch.setattr(graph, "SAMPLE_ROWS_PER_CLUSTER", 10)
-    x, labels, neighbors = planted(count=400, noise=0.25)
+    x, labels, neighbors = planted(count=380, noise=0.25)
     method = fit_arrays(x, neighbors, AutoConfig(clusters=4))
     assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.95
 
