@@ -118,7 +118,7 @@ class Auto(
     fields={"n_init": "restarts", "n_neighbors": "neighbors"},
     defaults={"center": True},
 ):
-    """The default: k-means, replaced by a consensus of its partitions where unlabelled evidence supports that.
+    """The default: k-means, replaced by a consensus of partitions and by trainings where unlabelled evidence allows it.
 
     Args:
         n_clusters: K, or `auto`: the middle of what several criteria choose among k-means partitions.

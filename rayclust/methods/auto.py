@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 MULTIPLICATIONS = 3e10
 """Multiplications of a training that count as a second of one core; a Xeon with amx_bf16 does 1.6e10 to 3.5e10."""
+SPACE_ROWS = 80
+"""Rows for each cluster below which no space is learnt: from fewer it gained and lost equally often."""
 MAX_BATCH, MIN_BATCH = 256, 64
 """Pairs in a batch of TEMI's; a quarter of the rows between these."""
 MAX_PARTNERS = 10
@@ -113,7 +115,9 @@ class Auto(LinearMethod):
         reasons, left = {}, c.budget
         for name, training in ((HEADS, heads_config(c, self.count)), (LEARNT, CppConfig(clusters=c.clusters))):
             seconds = training.multiplications(self.count, width) / MULTIPLICATIONS
-            if seconds > left:
+            if name == LEARNT and self.count < SPACE_ROWS * c.clusters:
+                reasons[name] = f"fewer than {SPACE_ROWS} rows a cluster"
+            elif seconds > left:
                 reasons[name] = f"some {seconds:,.0f} s of one core, of {left:.3g}"
             else:
                 left -= seconds

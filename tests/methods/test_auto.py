@@ -167,6 +167,7 @@ def test_heads_start_at_the_best_candidate_and_are_told_by_a_linear_classifier()
     [
         ({}, 3_000, None, None),
         ({}, 399, "fewer than 400 rows", "fewer than 400 rows"),
+        ({}, 799, None, "fewer than 80 rows a cluster"),
         ({"budget": 0}, 3_000, "budget = 0", "budget = 0"),
         ({"budget": 1}, 3_000, "some 4 s of one core, of 1", "some 3 s of one core, of 1"),
         ({"budget": 5}, 3_000, None, "some 3 s of one core, of 1.26"),
