@@ -1,11 +1,11 @@
-"""Candidates for a partition: k-means, its refinement, two consensuses, a learnt space; and the choice by evidence.
+"""Candidates for a partition: k-means, its refinement, two consensuses, what trainings add; and the choice by evidence.
 
 The partitions of k-means from starts in three views of the rows (their leading components, the same at length 1, and
 the same averaged over nearest neighbours) and in the spectral embedding of the neighbour graph are members. The floor
 is the one of least inertia; the second candidate refines it without another structure; the third and the fourth are
-votes of refined members, so that no single local optimum decides. The fifth goes on from the best of these in a space
-that a caller may learn. All but the floor end in a linear classifier that is fitted to the surest rows of each cluster.
-benchmarks/defaults.py has the sets on which the constants were found.
+votes of refined members, so that no single local optimum decides. A caller may train heads that start at the best of
+these, and a space in which k-means goes on. All but the floor end in a linear classifier, fitted to the surest rows of
+each cluster, or to all where heads say it. benchmarks/defaults.py has the sets on which the constants were found.
 
 Parts: k-means++ (Arthur and Vassilvitskii 2007), spectral clustering (Ng, Jordan and Weiss 2001), consensus by
 alternating alignment (Strehl and Ghosh 2002), label propagation (Zhou et al. 2004), modularity (Newman, Girvan 2004).
