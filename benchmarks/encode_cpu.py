@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,17 @@ import torch
 from PIL import Image
 
 from rayclust.config import validate
+from rayclust.encoders.base import Encoder
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.encoders.network import TorchEncoder
+from rayclust.encoders.openvino import GraphEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.runtime.pipeline import run_stage
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenette_val3k" / "images.parquet"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ENGINES = {"torch": {}, "openvino": {"engine": "openvino"}}
-ENGINES |= {f"{name}, bf16": settings | {"precision": "bf16"} for name, settings in ENGINES.items()}
-ENGINES = {"torch eager": {}} | ENGINES
+ENGINES = {"torch eager": {}, "torch": {}, "openvino": {}}
+ENGINES |= {f"{name}, bf16": {"precision": "bf16"} for name in ("torch", "openvino")}
 SMALL = 40
 FLOORS = {"mobilenetv2": 2.5, "vit_b_32": 1.5}
 """Times the rate of torch with the network as its library builds it, that OpenVINO reaches at least, in float32."""
@@ -90,11 +93,13 @@ def engines(name: str, files: list[bytes], rounds: int) -> tuple[list[str], bool
     """Images a CPU second of each engine, one thread, and the least cosine to torch in float32."""
     preprocess, (plain, built) = Preprocess(224), network(name)
     pixels = np.stack([decode(file, preprocess) for file in files])
-    encoders, rates, rows = {}, dict[str, list[float]](), {}
+    encoders, rates, rows = dict[str, Encoder](), dict[str, list[float]](), {}
     for engine, settings in ENGINES.items():
         config = EncoderConfig(name=f"timm/{name}", **settings)
         run = plain if engine == "torch eager" else built
-        encoders[engine] = TorchEncoder(run, config, preprocess, mean=MEAN, std=STD, device="cpu")
+        encoder = TorchEncoder(run, config, preprocess, mean=MEAN, std=STD, device="cpu")
+        is_graph = engine.startswith("openvino")
+        encoders[engine] = GraphEncoder(encoder.to_graph(), config, lambda e=encoder: e) if is_graph else encoder
         rows[engine] = encoders[engine].encode_images(pixels)
     for _ in range(rounds):
         for engine, encoder in encoders.items():
@@ -126,7 +131,10 @@ def decoders(files: list[bytes], rounds: int) -> list[str]:
 
 
 def stage(files: list[bytes], rounds: int) -> tuple[list[str], bool]:
-    """The stage with one and two workers beside the bare loop: decode, encode, one image after the other."""
+    """The stage with one and two workers beside the bare loop: decode, encode, one image after the other.
+
+    Two bare loops at once say what two cores of the machine give.
+    """
     import timm
     from safetensors.torch import save_file
 
@@ -143,7 +151,7 @@ def stage(files: list[bytes], rounds: int) -> tuple[list[str], bool]:
         for engine in ("torch", "openvino"):
             slopes = dict[str, list[tuple[float, float]]]()
             for number in range(rounds):
-                for way in ("bare loop", "1 worker", "2 workers"):
+                for way in ("bare loop", "1 worker", "two bare loops", "2 workers"):
                     costs = []
                     for size in ("small", "large"):
                         run = str(folder / f"{engine}-{way}-{size}-{number}")
@@ -155,28 +163,39 @@ def stage(files: list[bytes], rounds: int) -> tuple[list[str], bool]:
                         tree |= {"method": {"name": "kmeans", "clusters": 2}, "label": {"vocabulary": "none"}}
                         tree["resources"] = {"workers": 1 if way == "1 worker" else "auto"}
                         config = validate(tree)
-                        work = (lambda c=config, s=size: _bare(c, folder / s)) if way == "bare loop" else None
-                        costs.append(measured(work or (lambda c=config: run_stage("encode", c))))
+                        loops = {"bare loop": 1, "two bare loops": 2}.get(way, 0)
+                        work = (
+                            partial(_bare, config, folder / size, loops)
+                            if loops
+                            else partial(run_stage, "encode", config)
+                        )
+                        costs.append(measured(work))
                     seconds, cpu = (large - small for small, large in zip(*costs, strict=True))
                     slopes.setdefault(way, []).append(((len(files) - SMALL) / seconds, (len(files) - SMALL) / cpu))
-            bare = np.median(slopes["bare loop"], axis=0)
+            plain = np.median(slopes["bare loop"], axis=0)
             for way, found in slopes.items():
                 by_second, by_cpu = np.median(found, axis=0)
                 lines.append(
-                    f"{engine:<14}{way:<18}{by_second:>12.1f}{by_second / bare[0]:>9.2f}{by_cpu:>12.1f}"
-                    f"{by_cpu / bare[1]:>9.2f}"
+                    f"{engine:<14}{way:<18}{by_second:>12.1f}{by_second / plain[0]:>9.2f}{by_cpu:>12.1f}"
+                    f"{by_cpu / plain[1]:>9.2f}"
                 )
-                fair &= way != "1 worker" or by_cpu >= STAGE_FLOOR * bare[1]
+                fair &= way != "1 worker" or by_cpu >= STAGE_FLOOR * plain[1]
     return lines, bool(fair)
 
 
-def _bare(config: Any, folder: Path) -> None:
-    """What a user would write: one file after the other through decoder and network."""
+def _bare(config: Any, folder: Path, loops: int) -> None:
+    """What a user would write: one file after the other through decoder and network, in one thread or two."""
     from rayclust.runtime.encoder import RunEncoders
 
-    encoders = RunEncoders(config, "cpu")
-    for path in sorted(folder.iterdir()):
-        encoders.encode([pixels[None] for pixels in encoders.decode(path.read_bytes())])
+    encoders, files = RunEncoders(config, "cpu"), sorted(folder.iterdir())
+    encoders.encoders[0].callers = loops
+
+    def loop(own: list[Path]) -> None:
+        for path in own:
+            encoders.encode([pixels[None] for pixels in encoders.decode(path.read_bytes())])
+
+    with ThreadPoolExecutor(loops) as threads:
+        list(threads.map(loop, (files[start::loops] for start in range(loops))))
 
 
 def main() -> None:
@@ -186,6 +205,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--networks", nargs="*", default=list(FLOORS), choices=list(FLOORS))
     parser.add_argument("--no-stage", action="store_true")
+    parser.add_argument("--no-decoders", action="store_true")
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -205,7 +225,8 @@ def main() -> None:
         table, is_met = engines(name, files[: 64 if name == "mobilenetv2" else 12], arguments.rounds)
         lines, good = lines + table, good and is_met
         print("\n".join(table), flush=True)
-    lines += ["", *decoders(files[:64], arguments.rounds)]
+    if not arguments.no_decoders:
+        lines += ["", *decoders(files[:64], arguments.rounds)]
     if not arguments.no_stage:
         table, is_met = stage(files, arguments.rounds)
         heads = f"{'encode, MobileNetV2':<32}{'images/s':>12}{'× bare':>9}{'by CPU s':>12}{'× bare':>9}"

@@ -1,7 +1,7 @@
 """A paper plan for very many images: bytes, requests, time and cost of each stage as it is written today.
 
 Claim: none; nothing of this size has been run. What is not an input is arithmetic on what the stages do, except the
-driver's bytes for each shard, which are measured here.
+driver's bytes for each shard, and how close the lists lie that a shard opens, which are measured here.
 
     python benchmarks/plan_scale.py [--set KEY=VALUE ...]
 
@@ -17,10 +17,11 @@ import tracemalloc
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import torch
 
 from rayclust.runtime.shards import moments_of
 from rayclust.runtime.tasks import LARGEST_TASK_BYTES, Task, TaskResult, search_task_rows
-from rayclust.search.ivf import list_count
+from rayclust.search.ivf import list_count, ranked_lists, train_centers
 from rayclust.stages.neighbors_ivf import FAN_IN, QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
 from rayclust.store.manifest import Output
 from rayclust.store.sources import Shard
@@ -75,6 +76,10 @@ class Inputs:
     halo: float = 58
     """Rows that a unit reads from other shards for each of its own when it searches (assumed; at most 4 * probes). 85
     for units of 256 MB, times 0.68 for units four times as large, as 100,000 planted rows show."""
+    lists_a_get: float = 1.49
+    """Lists of other shards that one GET reads, as planted rows show (printed below the table)."""
+    gaps: float = 0.11
+    """What these GETs read besides, between the lists, as a share of the lists; the same."""
     request_rate: float = 100_000
     """GETs a second that storage answers (assumed)."""
     stream_bytes: float = 60_000
@@ -148,11 +153,16 @@ def neighbors(i: Inputs) -> list[Cost]:
     read_sample = SAMPLED_PARTS * i.shard_images * 2 * i.dimension
     alone = flops["centres"] / i.cpu_flops + read_sample / i.fill_rate
     probing = (bounds + nearest) / i.fill_rate
-    halo = i.images * i.halo * row
+    halo = i.images * i.halo * row * (1 + i.gaps)
     return [
         Cost("neighbors: centres", read_sample, lists * i.dimension * 4, SAMPLED_PARTS, 2, alone, "one CPU"),
         spread(
-            i, "sorting", (i.rows_bytes, i.images * row + bounds + nearest), (i.shards, 3 * groups), flops["sorting"]
+            i,
+            "sorting",
+            (i.rows_bytes, i.images * row + bounds + nearest),
+            (i.shards, 3 * groups),
+            flops["sorting"],
+            groups,
         ),
         Cost("neighbors: probing", bounds + nearest, 0, 2 * groups, 2, probing, "one worker reads"),
         *exchange(i, ("merging", "sharding"), i.images * row + bounds, i.images * row, (groups, units)),
@@ -160,8 +170,9 @@ def neighbors(i: Inputs) -> list[Cost]:
             i,
             "searching",
             (i.images * row + halo, i.images * found),
-            (units * (1 + i.halo * unit * lists / i.images), 2 * units),
+            (units * (1 + i.halo * unit * lists / i.images / i.lists_a_get), 2 * units),
             flops["searching"],
+            units,
         ),
         *exchange(
             i,
@@ -189,20 +200,22 @@ def exchange(
     """
     count, tasks = files
     if count <= FAN_IN:
-        return [spread(i, names[1], (read, written), (2 * count * tasks, 2 * tasks + more), 0)]
+        return [spread(i, names[1], (read, written), (2 * count * tasks, 2 * tasks + more), 0, tasks)]
     step = math.isqrt(count)
     batches, ranges = math.ceil(count / step), math.ceil(tasks / math.isqrt(tasks))
     merged = batches * ranges
     return [
-        spread(i, names[0], (read, read), (2 * step * merged, 2 * merged), 0),
-        spread(i, names[1], (read, written), (2 * batches * tasks, 2 * tasks + more), 0),
+        spread(i, names[0], (read, read), (2 * step * merged, 2 * merged), 0, merged),
+        spread(i, names[1], (read, written), (2 * batches * tasks, 2 * tasks + more), 0, tasks),
     ]
 
 
-def spread(i: Inputs, name: str, moved: tuple[float, float], requests: tuple[float, float], flops: float) -> Cost:
-    """A phase of neighbors over all CPUs: bytes read and written, GETs and PUTs, products."""
+def spread(
+    i: Inputs, name: str, moved: tuple[float, float], requests: tuple[float, float], flops: float, tasks: float
+) -> Cost:
+    """A phase of neighbors over all CPUs, or as many as it has tasks: bytes moved, GETs and PUTs, products."""
     times = {
-        "products on CPUs": flops / (i.cpu_flops * i.cpus * i.nodes),
+        "products on CPUs": flops / (i.cpu_flops * min(i.cpus * i.nodes, tasks)),
         "network": sum(moved) / (i.network * i.nodes),
         "GETs": requests[0] / i.request_rate,
     }
@@ -267,6 +280,32 @@ def driver_bytes(width: int, *, with_moments: bool, count: int = 2000) -> float:
     return found / len(kept)
 
 
+def closeness(rows: int = 300_000, lists: int = 20_000, shards: int = 10) -> tuple[float, float, float]:
+    """How close the lists lie that shards of a tenth of a parent's lists open in others, on planted rows.
+
+    Returns:
+        Lists of others for each of a shard's own, lists that one GET reads, and what it reads besides, as a share.
+    """
+    random = np.random.default_rng(0)
+    planted = random.normal(size=(1000, 64)).astype(np.float32)[random.integers(1000, size=rows)]
+    x = torch.from_numpy(planted + 0.5 * random.standard_normal(planted.shape, np.float32))
+    x /= x.norm(dim=1, keepdim=True)
+    trained = train_centers(x, lists)
+    homes = trained.assign(x)
+    sizes, order = torch.bincount(homes, minlength=len(trained.centers)), homes.argsort(stable=True)
+    bounds, own = [0, *sizes.cumsum(0).tolist()], len(trained.centers) // len(trained.parents) // 10
+    opened = gets = between = 0
+    for first in random.integers(0, len(trained.centers) - own, shards).tolist():
+        found = set[int]()
+        for home in range(first, first + own):
+            some = x[order[bounds[home] : bounds[home + 1]]]
+            near, is_open = ranked_lists(trained.centers, sizes, some, home, k=50, reach=256, nprobe=64)
+            found.update(near[is_open].tolist())
+        steps = np.diff(sorted(found - set(range(first, first + own))))
+        opened, gets, between = opened + len(steps) + 1, gets + 1 + (steps > 2).sum(), between + (steps == 2).sum()
+    return opened / (own * shards), opened / gets, between / opened
+
+
 def cost_table(i: Inputs) -> None:
     """A row for each stage, and their sum."""
     titles = "stage read,_TB written,_TB GETs PUTs requests/s hours node_dollars request_dollars bound_by"
@@ -290,6 +329,11 @@ def show(i: Inputs) -> None:
     print(f"neighbors: {list_count(int(i.images)):,} lists, {math.ceil(i.images / unit):,} shards of {unit:,} rows")
     gets = sum(cost.gets for cost in neighbors(i))
     print(f"neighbors: {gets / 1e6:.1f} million GETs")
+    around, together, between = closeness()
+    print(
+        f"Planted rows: a shard opens {around:.0f} lists of others for each of its own; a GET reads {together:.2f} of "
+        f"them, and {between:.2f} times as much between them"
+    )
     print(f"Its scratch files, until it is sealed: {(3 * rows + 2 * found) / TERA:.1f} TB")
     without, held = (driver_bytes(int(i.dimension), with_moments=kept) for kept in (False, True))
     print(f"{i.shards:,.0f} shards; a listing takes {math.ceil(i.shards / 1000):,} requests")

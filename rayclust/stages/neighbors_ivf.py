@@ -46,7 +46,9 @@ from rayclust.store.run import Run
 THREADS = 16
 """Ranges that a worker reads at once."""
 BLOCK_BYTES = 2**25
-"""Rows that are read at once from other shards."""
+"""Rows of other shards that are compared at once."""
+READ_BYTES = 2**27
+"""Rows of other shards that are read at once."""
 PAIRS_AT_ONCE = 2**22
 """Pairs of a row and a list that a worker keeps."""
 QUERIES_AT_ONCE = 2**14
@@ -420,7 +422,9 @@ def _read(layout: IvfLayout, low: int, high: int) -> _Block:
 def _blocks(
     layout: IvfLayout, own: _Block, places: Tensor, lists: Tensor, bounds: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the rows of lists with the rows that probe them; adjacent lists of another shard are read together.
+    """Yield the rows of lists with the rows that probe them; lists of another shard that lie close are read together.
+
+    Close are lists with at most one between them: some requests fewer are worth a list that nobody probes.
 
     Args:
         layout: of the rows.
@@ -434,7 +438,8 @@ def _blocks(
     """
     opened, counts = lists.unique_consecutive(return_counts=True)
     spans = torch.stack([bounds[opened], bounds[opened + 1]], dim=1).tolist()
-    most = max(1, BLOCK_BYTES // row_records(layout.width).itemsize)
+    is_close = ((opened.diff() > 0) & (opened.diff() <= 2)).tolist()
+    most, ahead = (max(1, size // row_records(layout.width).itemsize) for size in (BLOCK_BYTES, READ_BYTES))
     other = _Block(0, own.rows[:0], own.units[:0])
     for index, some in enumerate(places.split(counts.tolist())):
         first, end = spans[index]
@@ -443,12 +448,12 @@ def _blocks(
             holders = (block for block in (own, other) if block.low <= low and high <= block.low + len(block.rows))
             block = next(holders, None)
             if block is None:
-                # Lists that follow at once are read with this one.
-                stop = high
-                for following, behind in spans[index + 1 :]:
-                    if following != stop or behind > low + most:
+                stop, following = min(end, max(high, low + ahead)), index
+                while stop == spans[following][1] and following < len(is_close) and is_close[following]:
+                    following += 1
+                    if spans[following][1] > low + ahead:
                         break
-                    stop = behind
+                    stop = spans[following][1]
                 block = other = _read(layout, low, stop)
             part = slice(low - block.low, high - block.low)
             yield some, block.rows[part], block.units[part].float()

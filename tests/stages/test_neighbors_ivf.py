@@ -458,6 +458,7 @@ def test_each_pair_of_a_row_and_a_list_sees_all_rows_of_the_list(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(neighbors_ivf, "BLOCK_BYTES", block * row_records(WIDTH).itemsize)
+    monkeypatch.setattr(neighbors_ivf, "READ_BYTES", 5 * row_records(WIDTH).itemsize)
     homes = HOMES["spread"]
     layout, lists = sorted_groups(tmp_path, homes, 13)
     for shard in range(layout.shards):
@@ -476,16 +477,17 @@ def test_each_pair_of_a_row_and_a_list_sees_all_rows_of_the_list(
     assert seen == {pair: np.flatnonzero(homes == pair[1]).tolist() for pair in pairs}
 
 
-def test_lists_side_by_side_are_read_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("some", [[0, 1, 2, 5], [0, 2, 5]])
+def test_lists_that_lie_close_are_read_in_one_go(some: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     layout, lists = sorted_groups(tmp_path, HOMES["spread"], 13)
     for shard in range(layout.shards):
         lists.shard(by_list(layout), shard)
     reads, read = [], neighbors_ivf._read
     monkeypatch.setattr(neighbors_ivf, "_read", lambda *arguments: reads.append(arguments[1:]) or read(*arguments))
     bounds = kept_tensors(layout.at("lists"), lists.digest)["bounds"]
-    opened = torch.tensor([0, 1, 2, 5])
     own = read(layout, *layout.places(4))
-    assert len(list(neighbors_ivf._blocks(layout, own, torch.zeros(4).long(), opened, bounds))) == 4
+    blocks = list(neighbors_ivf._blocks(layout, own, torch.zeros(len(some)).long(), torch.tensor(some), bounds))
+    assert [len(rows) for _, rows, _ in blocks] == [int(bounds[i + 1] - bounds[i]) for i in some]
     assert reads == [(int(bounds[0]), int(bounds[3])), (int(bounds[5]), int(bounds[6]))]
 
 
