@@ -284,7 +284,7 @@ def name_distinctly(
         name: str | None = None
         share: float | None = None
         if word is not None and word >= len(words):
-            name = taxonomy.told_apart(cluster, shares, containers)
+            name = taxonomy.distinguished(cluster, shares, containers)
             share = taxonomy.mass(ranked, containers[cluster])
         elif word is not None and narrow is not None:
             is_free = wanted[narrow] == 1 and holders[narrow] == int(narrow == word)
@@ -301,11 +301,11 @@ def _largest(logits: FloatArray, top: int) -> tuple[IntArray, IntArray, FloatArr
     least = np.partition(logits, -top, axis=1)[:, -top]
     row, column = np.nonzero(logits >= least[:, None])
     level = logits[row, column] == least[row]
-    # Where more words than room share the last place, the first of them get it.
-    room = top - np.bincount(row[~level], minlength=len(logits))
+    # Where more words share the last place than there are places left, the first of them get it.
+    free = top - np.bincount(row[~level], minlength=len(logits))
     before = np.concatenate([[0], np.cumsum(level)])
     place = before[:-1] - before[np.searchsorted(row, row)]
-    kept = ~level | (place < room[row])
+    kept = ~level | (place < free[row])
     row, column = row[kept], column[kept]
     mass = np.exp(logits - logits.max(1, keepdims=True))
     return row, column, mass[row, column].astype(np.float64) / mass.sum(1, dtype=np.float64)[row]
@@ -430,7 +430,7 @@ class _Taxonomy:
             # The most general of them: the next step looks below that.
             word = max(wanted, key=lambda other: (len(self._below[self._words[other].casefold()]), -other))
 
-    def told_apart(self, cluster: int, shares: list[list[tuple[int, float]]], containers: Mapping[int, str]) -> str:
+    def distinguished(self, cluster: int, shares: list[list[tuple[int, float]]], containers: Mapping[int, str]) -> str:
         """Return a cluster's more general word; where others have it, with the word of the largest contrast to them."""
         name = containers[cluster]
         rivals = [dict(shares[other]) for other, shared in containers.items() if other != cluster and shared == name]

@@ -145,12 +145,12 @@ class _CompressionRate(torch.autograd.Function):
         top = options.top
         if top is not None and float(truncated_mass(membership, top)) > options.max_truncated:
             top = None
-        room = options.memory // z.element_size()
+        workspace = options.memory // z.element_size()
         for jitter in JITTERS:
             if top is not None:
-                terms = by_top(groups, min(top, count), room, jitter)
+                terms = by_top(groups, min(top, count), workspace, jitter)
             else:
-                terms = (by_rows if prefers_rows(count, width) else by_width)(groups, room, jitter)
+                terms = (by_rows if prefers_rows(count, width) else by_width)(groups, workspace, jitter)
             if bool(terms.logs.isfinite().all()):
                 break
         if with_gradient:
@@ -198,12 +198,12 @@ def prefers_rows(count: int, width: int) -> bool:
     return 2 * count**3 < 3 * count * width**2 + 2 * width**3
 
 
-def by_width(groups: Groups, room: int, jitter: float) -> Terms:
+def by_width(groups: Groups, workspace: int, jitter: float) -> Terms:
     """Compute the terms exactly, with d × d matrices.
 
     Args:
         groups: rows, memberships and factors.
-        room: numbers that working arrays may hold, about.
+        workspace: numbers that working arrays may hold, about.
         jitter: added to diagonals.
     """
     terms = Terms(groups)
@@ -211,10 +211,10 @@ def by_width(groups: Groups, room: int, jitter: float) -> Terms:
     width, count = columns.shape
     half, row = width // 2, width + 1  # of a rectangle
     pulls = torch.zeros_like(columns)
-    # Outer products of all rows, twice over, take half of the room: they are made in slabs of the rectangles' rows.
-    slabs = list(_slices(half, room // 2 // (2 * count * row)))
+    # Outer products of all rows, twice over, take half of the workspace: they come in slabs of the rectangles' rows.
+    slabs = list(_slices(half, workspace // 2 // (2 * count * row)))
     kept = outer_products(columns, slabs[0]) if len(slabs) == 1 else None
-    for some in _slices(groups.membership.shape[1], room // 2 // (WORK_FACTOR * half * row)):
+    for some in _slices(groups.membership.shape[1], workspace // 2 // (WORK_FACTOR * half * row)):
         share = groups.membership[:, some]
         rectangles = share.new_empty(share.shape[1], half, row)
         parts = [rectangles.flatten(1)[:, slab.start * row : slab.stop * row] for slab in slabs]
@@ -230,12 +230,13 @@ def by_width(groups: Groups, room: int, jitter: float) -> Terms:
     return terms
 
 
-def by_rows(groups: Groups, room: int, jitter: float) -> Terms:
+def by_rows(groups: Groups, workspace: int, jitter: float) -> Terms:
     """Compute the terms exactly, with n × n matrices; arguments as in `by_width`."""
     terms = Terms(groups)
     gram = groups.z @ groups.z.T
     pairs = torch.zeros_like(gram)
-    for some in _slices(groups.membership.shape[1], min(room // (WORK_FACTOR * gram.numel()), _batch_of(len(gram)))):
+    at_once = min(workspace // (WORK_FACTOR * gram.numel()), _batch_of(len(gram)))
+    for some in _slices(groups.membership.shape[1], at_once):
         share = groups.membership[:, some].T.clamp(min=MIN_SHARE)
         terms.logs[some], coupling = _couplings(gram, share, groups.scales[some], jitter)
         if groups.with_gradient:
@@ -246,12 +247,12 @@ def by_rows(groups: Groups, room: int, jitter: float) -> Terms:
     return terms
 
 
-def by_top(groups: Groups, top: int, room: int, jitter: float) -> Terms:
+def by_top(groups: Groups, top: int, workspace: int, jitter: float) -> Terms:
     """Compute the terms of the `top` largest entries of each column, the others as zeros in M_j but not in t_j."""
     terms = Terms(groups)
     shares, rows = groups.membership.topk(top, dim=0)
     each = WORK_FACTOR * top * top + 2 * top * groups.z.shape[1]
-    for some in _slices(shares.shape[1], min(room // each, _batch_of(top))):
+    for some in _slices(shares.shape[1], min(workspace // each, _batch_of(top))):
         share, chosen = shares[:, some].T.clamp(min=MIN_SHARE), rows[:, some].T
         z = groups.z[chosen]
         gram = torch.bmm(z, z.mT)

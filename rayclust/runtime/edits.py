@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rayclust.arrays import IntArray
 from rayclust.errors import ArtefactError
 from rayclust.runtime.pipeline import content_digest
-from rayclust.runtime.rows import row_starts, rows_by_part
+from rayclust.runtime.rows import row_starts, table_at
 from rayclust.runtime.vocabularies import cluster_names
 from rayclust.store import storage, tables
 from rayclust.store.manifest import AssignOutputs, Manifest, digest_of, read_manifest
@@ -85,11 +85,8 @@ def edit_clusters(run: Run, edit: Edit) -> None:
     ends = {int(edited.final[k]) for k in edit.named}
     wanted = {each["cluster"]: each["exemplars"] for each in exemplars if int(edited.final[each["cluster"]]) in ends}
     rows = np.unique(np.array([row for some in wanted.values() for row in some], np.int64))
-    keys = dict[int, str]()
-    starts = row_starts(encode)
-    for part, positions in rows_by_part(starts, rows):
-        found = tables.read_table(run.rows(part), ["key"])["key"].take(pa.array(positions)).to_pylist()
-        keys |= dict(zip((starts[part] + positions).tolist(), found, strict=True))
+    found = table_at(run.rows, row_starts(encode), rows, ["key"])["key"].to_pylist()
+    keys = dict(zip(rows.tolist(), found, strict=True))
     typical = {cluster: [keys[row] for row in some] for cluster, some in wanted.items()}
     write_overlay(run, add(overlay, edit, typical), version)
 

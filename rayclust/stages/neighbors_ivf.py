@@ -570,7 +570,7 @@ def drop_scratch(run: Run, tasks: int) -> None:
 
     Marks go first: without marks the files are made again, marks without files would be wrong.
     """
-    markers = storage.walk(run.at("manifests", "neighbors"), suffixes=(".json",), missing_ok=True)
-    stale = [file.uri for file in markers if file.key.startswith("part-") and int(file.key[5:-5]) >= tasks]
+    marks = storage.walk(run.at("manifests", "neighbors"), suffixes=(".json",), missing_ok=True)
+    stale = [file.uri for file in marks if file.key.startswith("part-") and int(file.key[5:-5]) >= tasks]
     map_threads(storage.remove, stale)
     storage.remove_tree(run.at("neighbors", "scratch"))

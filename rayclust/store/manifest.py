@@ -272,7 +272,7 @@ def versions() -> dict[str, str]:
 
 
 def write_checked(uri: str, content: dict[str, Any]) -> None:
-    """Write JSON with its own checksum: a manifest or marker, whose damage would pass for truth.
+    """Write JSON with its own checksum: a manifest or mark, whose damage would pass for truth.
 
     Raises:
         DataError: it cannot be written.
@@ -320,7 +320,7 @@ def read_manifest(run: Run, stage: str) -> Manifest | None:
         return None
     except (ArtefactError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        logger.warning("%s: is not a manifest (%s); the work that it sealed counts as not done", uri, reason)
+        logger.warning("%s: is not a manifest (%s); the stage counts as not done", uri, reason)
         return None
 
 

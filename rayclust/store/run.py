@@ -122,7 +122,7 @@ class Run:
         return self.at("manifests", f"{stage}.json")
 
     def shard_manifest(self, index: int, stage: str = "encode") -> str:
-        """Return the marker of one input shard within a stage."""
+        """Return the mark of one finished task of a stage."""
         return self.at("manifests", stage, f"part-{index:05d}.json")
 
 

@@ -156,11 +156,11 @@ def test_a_run_that_was_copied_is_read_once_and_not_made_again(works: list[Work]
     assert artefacts(str(run)) == work.expected
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_over_a_store_that_has_accidents_the_bytes_are_the_same(
     seed: int, works: list[Work], flaky: str, s3_bucket: str
 ):
-    work, run = works[seed % 3], f"{s3_bucket}/run"
+    work, run = works[seed], f"{s3_bucket}/run"
     control(flaky, {"seed": seed, "rate": 0.15, "cut_at": 40 + 20 * seed, "cut_seconds": 1.0})
     run_all(work.config(run), stop_after=LAST)
     happened = control(flaky)["happened"]

@@ -11,10 +11,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_interpreted(module: str) -> None:
-    """Runs a test module's `main` where kernels are interpreted: that is asked for before they are read."""
+def run_interpreted(*modules: str) -> None:
+    """Runs the `main` of test modules where kernels are interpreted: that is asked for before they are read."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", module]
+    lines = "".join(f"import {module}; {module}.main()\n" for module in modules)
+    command = [sys.executable, "-W", "ignore", "-c", lines]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
