@@ -115,7 +115,7 @@ def hard_labels(member: Tensor | SoftLabels) -> Tensor:
 
 
 def match_clusters(overlaps: sparse.csr_array) -> IntArray:
-    """Name each of a member's clusters after the reference's cluster so that most rows agree.
+    """Match each of a member's clusters to one of the reference's so that most rows agree.
 
     With at most as many clusters as the reference, no two have the same name (maximum-weight matching); with more, each
     has the name that most of its rows have.
@@ -294,7 +294,7 @@ def agreements(members: Sequence[Tensor]) -> Tensor:
 
 
 def gate(members: Sequence[Tensor], clusters: int, neighbors: Tensor, shared: Tensor) -> list[MemberEvidence]:
-    """Say which members vote: no copies, none that has lost clusters, and of the rest the upper half by modularity.
+    """Choose the members that vote: no copies, none with lost clusters, and of the rest the upper half by modularity.
 
     Where no member passes the bounds on clusters, they are not applied.
 
@@ -345,7 +345,7 @@ class ConsensusResult:
 def consensus(
     members: Sequence[Tensor | SoftLabels], clusters: int, neighbors: Tensor, seed: int = 0
 ) -> ConsensusResult:
-    """Pass members through the gate, and let the others vote from two starts; the larger agreement wins.
+    """Filter members by `gate`, and let the rest vote from two starts; the larger agreement wins.
 
     The starts are the voter of largest modularity and the medoid, of those with K clusters; where none has K, the
     clusters of all voters are themselves clustered.

@@ -119,7 +119,7 @@ class Marginal(nn.Module):
 
     @torch.no_grad()
     def update(self, sums: Tensor, rows: int) -> Tensor:
-        """Take in a batch and return ln p̂.
+        """Update the running shares with a batch and return ln p̂.
 
         Args:
             sums: Float[H K], the teacher's probabilities summed over this worker's rows and views.

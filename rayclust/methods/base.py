@@ -173,7 +173,7 @@ class CheckpointStore(Protocol):
     """Keeps checkpoints of one training."""
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Keep a checkpoint; called by every worker at the same step with equal content, so that the first may write.
+        """Store a checkpoint; called by every worker at the same step with equal content, so that the first may write.
 
         Args:
             step: steps done.
@@ -241,7 +241,7 @@ class BaseTrainer:
         return other
 
     def report(self, row: dict[str, Any]) -> None:
-        """Take one row of metrics: numbers, and lists of numbers."""
+        """Record one row of metrics: numbers, and lists of numbers."""
         self.history.append(row)
         logger.debug("epoch %d, step %d: loss %.4g, %.1f s", row["epoch"], row["step"], row["loss"], row["seconds"])
         if self._on_row is not None:
@@ -268,7 +268,7 @@ class BaseTrainer:
         return bool(everyone.all_reduce(torch.tensor(int(due), device=self.device)))
 
     def save(self, step: int, tensors: dict[str, Tensor], **state: Any) -> None:
-        """Keep a checkpoint with history and seconds; called by all workers with equal content.
+        """Save a checkpoint with history and seconds; called by all workers with equal content.
 
         Args:
             step: steps done.
@@ -282,7 +282,7 @@ class BaseTrainer:
         self._saved = time.monotonic()
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the newest checkpoint's tensors and state, if any, and take back its history and seconds."""
+        """Return the newest checkpoint's tensors and state, if any, and restore its history and seconds."""
         checkpoint = self.store.latest() if self.store is not None else None
         self._started = self._saved = time.monotonic()
         if checkpoint is not None:
@@ -335,7 +335,7 @@ class Method(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters and buffers are; the CPU if it has none."""
+        """Device of its parameters and buffers; the CPU if it has none."""
         return next((tensor.device for tensor in self.state_dict().values()), torch.device("cpu"))
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -433,7 +433,7 @@ class Method(nn.Module):
         return {"config": self.config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take the tensors of a state."""
+        """Load the tensors of a state."""
         self.load_state_dict(tensors)
 
 

@@ -35,7 +35,7 @@ class LinearMethod(Method):
         self.register_buffer("temperature", torch.ones(()))
 
     def keep(self, device: torch.device, weight: Tensor, bias: Tensor, centers: Tensor, temperature: Tensor) -> None:
-        """Take the fitted classifier; called by all workers together.
+        """Store the fitted classifier; called by all workers together.
 
         Args:
             device: where the method goes.

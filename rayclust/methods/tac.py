@@ -133,7 +133,7 @@ class Tac(Method):
             self.partition = KMeans(options, 2 * dimension, count, seed)
 
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
-        """Take the nouns that were chosen for the rows, then train the heads or run k-means.
+        """Read the nouns that were chosen for the rows, then train the heads or run k-means.
 
         Raises:
             DataError: no nouns were chosen for the rows.

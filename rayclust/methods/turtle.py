@@ -166,7 +166,7 @@ class Adam:
         return cls(value, torch.zeros_like(value), torch.zeros_like(value))
 
     def step(self, gradient: Tensor, rates: Tensor, steps: Tensor) -> None:
-        """Take a step in place: rates and numbers of this step, from 1, are Float[R 1 1]."""
+        """Update in place; rates, and the number of the step from 1, are Float[R 1 1]."""
         beta_1, beta_2, eps = ADAM
         self.first.lerp_(gradient, 1 - beta_1)
         self.second.mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
@@ -276,7 +276,7 @@ class Runs:
         }
 
     def load(self, tensors: Mapping[str, Tensor], taken: int) -> None:
-        """Take back what `tensors` gave after so many steps.
+        """Restore what `tensors` gave after so many steps.
 
         Raises:
             ArtefactError: it is of other runs.

@@ -43,7 +43,7 @@ class MembersPlan:
 
 
 def plan_members(config: RunConfig) -> MembersPlan | None:
-    """Look at the partitions that the method reads; None if it reads none.
+    """Digest the partitions that the method reads; None if it reads none.
 
     Raises:
         ConfigError: the number of clusters is open.

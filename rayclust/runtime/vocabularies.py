@@ -157,7 +157,7 @@ class WordBank:
 
     @cached_property
     def digest(self) -> str:
-        """Of encoder, weights, prompts and words."""
+        """Digest of encoder, weights, prompts and words."""
         encoder = self.config.text_encoder
         made_by = [encoder.name, weights_stamp(self.config, encoder), list(self.templates), self.normalize_each]
         return digest_of([made_by, list(self.words)])

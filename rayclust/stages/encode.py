@@ -269,7 +269,7 @@ def _most_frequent(reasons: dict[str, int]) -> str:
 
 
 def _number_rows(run: Run, results: Sequence[TaskResult]) -> list[TaskResult]:
-    """Give every part its first row; only parts that guessed it wrong are written again."""
+    """Assign every part its first row; only parts that guessed it wrong are written again."""
     starts = np.cumsum([0, *[result.counts["rows"] for result in results]]).tolist()
     numbered = list(results)
     wrong = [i for i, result in enumerate(results) if result.extra["row_start"] != starts[i] and result.counts["rows"]]

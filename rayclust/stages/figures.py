@@ -85,7 +85,7 @@ class Sample:
 
     @property
     def rows(self) -> np.ndarray:
-        """All of them, sorted, each once."""
+        """All rows, sorted, each once."""
         return np.unique(np.concatenate([self.spread, *self.members.values()]))
 
 

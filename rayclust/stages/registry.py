@@ -160,7 +160,7 @@ def _report_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _plan_members(config: RunConfig) -> Any:
-    """Look at the partitions that the method reads; None if it reads none."""
+    """Digest the partitions that the method reads; None if it reads none."""
     if not config.method.partitions():
         return None
     from rayclust.runtime.members import plan_members  # which brings torch

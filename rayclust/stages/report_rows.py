@@ -50,7 +50,7 @@ class Thumbnails:
         self._end = 0
 
     def add(self, row: int, data: bytes) -> None:
-        """Keep the thumbnail of a row."""
+        """Store the thumbnail of a row."""
         self._file.seek(self._end)
         self._file.write(data)
         self._spans[row] = slice(self._end, self._end + len(data))

@@ -121,7 +121,7 @@ class RunLock:
         self._thread = threading.Thread(target=self._renew_regularly, name="lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the run, as `run_lock`; where another process had it, wait until it is seen whether that still works."""
+        """Acquire the lock, as `run_lock`; where another process had it, watch first whether that still works."""
         while self._version is None:
             found = storage.read_versioned(self._uri)
             if found is None or _is_abandoned(self._uri, found):
@@ -130,7 +130,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Let go of the run."""
+        """Release the lock."""
         self._ended.set()
         self._thread.join()
         try:
@@ -188,7 +188,7 @@ _guard = threading.RLock()
 
 @contextmanager
 def run_lock(run: Run) -> Iterator[RunLock]:
-    """Hold the run for as long as the context lasts; the process that holds it may enter again.
+    """Hold the lock of a run while the context lasts; the process that holds it may enter again.
 
     Raises:
         HeldError: another process works on the run.
@@ -243,7 +243,7 @@ def check_conditional_puts(uri: str) -> None:
 
 
 def _is_abandoned(uri: str, found: tuple[bytes, str]) -> bool:
-    """Watch another's lock: True when it may be taken over, False when it has gone.
+    """Watch another's lock; return True when it may be taken over, False when it has gone.
 
     Raises:
         HeldError: its owner is at work.

@@ -439,7 +439,7 @@ def remove_tree(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Try to write below `uri`, and leave nothing behind.
+    """Check that something can be written below `uri`, and leave nothing behind.
 
     Raises:
         DataError: nothing can be written there.

@@ -189,17 +189,14 @@ def test_refuses_what_cannot_be():
         kmeans.assign(x, x[:2, :3])
 
 
-@pytest.mark.parametrize(
-    ("folder", "accuracy", "nmi"), [("cifar10_test", 0.455, 0.360), ("imagenette_val3k", 0.92, 0.865)]
-)
-def test_reaches_what_is_known_of_real_features(shared_data, folder: str, accuracy: float, nmi: float):
-    features = np.load(shared_data / folder / "features_mnv2a_f16.npy")
-    truth = np.load(shared_data / folder / "labels.npy")
+def test_reaches_what_is_known_of_real_features(shared_data):
+    features = np.load(shared_data / "imagenette_val3k" / "features_mnv2a_f16.npy")
+    truth = np.load(shared_data / "imagenette_val3k" / "labels.npy")
     x = torch.from_numpy(FeatureTransform.fitted(features, center=True, standardize=False, normalize=True)(features))
     result = fitted(x, clusters=10)
     labels = kmeans.assign(x, result.centers)[0].numpy()
-    assert external.accuracy(truth, labels) > accuracy
-    assert external.nmi(truth, labels) > nmi
+    assert external.accuracy(truth, labels) > 0.92
+    assert external.nmi(truth, labels) > 0.865
 
 
 ZERO = torch.zeros(4, dtype=torch.float64)

@@ -235,19 +235,13 @@ def _apart(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     return max(float((some[name].double() - value).abs().max()) for name, value in others.items())
 
 
-@pytest.mark.parametrize(
-    ("workers", "parallel", "later", "later_parallel"),
-    [(4, "2x2", 1, "data"), (3, "data", 2, "heads")],
-)
-def test_a_training_goes_on_with_another_number_of_workers_to_the_same_end(
-    workers: int, parallel: str, later: int, later_parallel: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_training_goes_on_with_another_number_of_workers_to_the_same_end(monkeypatch: pytest.MonkeyPatch):
     """Stopped in the second epoch of four steps: state and rows of metrics, that epoch's means among them."""
     monkeypatch.setattr(loop, "CLOCK_STEPS", loop.CLOCK_STEPS)
     _, state, history = _with_some_workers(0, 1, "auto", MemoryStore())
-    store = on_workers(workers, _with_some_workers, parallel, MemoryStore(stop_after=6))[0][0]
+    store = on_workers(4, _with_some_workers, "2x2", MemoryStore(stop_after=6))[0][0]
     assert store.kept[-1][1]["step"] == 6
-    for _, found, rows in on_workers(later, _with_some_workers, later_parallel, store):
+    for _, found, rows in on_two_workers(_with_some_workers, "heads", store):
         assert _apart(found, state) < 1e-8
         for row, expected in zip(rows, history, strict=True):
             for name, value in expected.items():
