@@ -94,7 +94,7 @@ def test_edits_of_clusters_that_are_not_there_are_refused(edits: tuple[Edit, ...
         ({"do": "merge", "clusters": [1]}, "at least 2 items"),
         ({"do": "mark", "cluster": -1, "mark": "x"}, "greater than or equal to 0"),
         ({"do": "rename", "cluster": 1, "name": "x", "path": "/etc"}, "unknown key"),
-        ("rename", "dictionary"),
+        ("rename", "should be a group of keys"),
     ],
 )
 def test_what_is_no_edit_is_one_line(content: object, wanted: str):
