@@ -327,7 +327,7 @@ class SimSiamConfig(PixelConfig):
 class CppPixelsConfig(CppConfig):
     """CPP on images (arXiv 2306.05272): a pretrained network inside, frozen or with its last blocks trained."""
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     reads_pixels: ClassVar[bool] = True
     pixel_settings: ClassVar[Mapping[str, Any]] = {"image_size": 224, "resize": "crop"}
     name: Literal["cpp_pixels"] = "cpp_pixels"  # type: ignore[assignment]
