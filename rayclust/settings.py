@@ -47,7 +47,8 @@ def format_error(error: ValidationError, known: Sequence[str]) -> str:
     if kind == "value_error" and isinstance(value, dict):  # a group's own check names the key below it
         return f"{key}.{message}{more}" if key else f"{message}{more}"
     shown = repr(value) if isinstance(value, str) else str(value)
-    return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}{more}"
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return f"{key} = {shown}: {message}{more}" if key else f"{shown}: {message}{more}"
 
 
 def _path(problem: Any) -> list[str]:

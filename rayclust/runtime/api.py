@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from rayclust.config import RunConfig, kind_of, parse, validate, yaml_value
-from rayclust.errors import ArtefactError
+from rayclust.errors import ArtefactError, ConfigError
 from rayclust.methods import reads_pixels
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
@@ -48,7 +48,12 @@ def load_run(uri: str) -> RunConfig:
         tree = storage.read_json(Run(run).config)
     except storage.MissingError:
         raise ArtefactError(f"{uri}: no run there: give the folder or URI that RUN.yaml names as `run`") from None
-    return validate(tree | {"run": run})
+    try:
+        return validate(dict(tree) | {"run": run})
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"{Run(run).config}: is no config of a run ({error}); run it from its RUN.yaml again"
+        ) from None
 
 
 def as_yaml(config: RunConfig) -> str:

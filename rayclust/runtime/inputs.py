@@ -97,9 +97,9 @@ def refuse_misplaced(config: RunConfig) -> None:
             raise ConfigError(f"images.{key} = {uri}: is written by run = {config.run}; choose another run")
     if images.test is not None and within(images.test, images.uri):
         inside = images.test.removeprefix(images.uri).strip("/")
+        mend = f"set images.split: {inside}/* instead" if inside else "set images.split to keep some of its rows aside"
         raise ConfigError(
-            f"images.test = {images.test}: lies within images.uri, so that its rows would be read twice; set "
-            f"images.split: {inside}/* instead"
+            f"images.test = {images.test}: lies within images.uri, so that its rows would be read twice; {mend}"
         )
 
 

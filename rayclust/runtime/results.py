@@ -173,6 +173,7 @@ class RunTables:
 
         Raises:
             ArtefactError: the run is not trained.
+            DataError: an embedding is zero or not finite.
             ShapeError: embeddings are no matrix of the run's width.
         """
         if isinstance(images, str | Path):
@@ -186,10 +187,13 @@ class RunTables:
         uris, reasons, dimension = None, list[str | None](), encode.outputs_of(EncodeOutputs).dimension
         if isinstance(images, np.ndarray):
             rows = images
+            require_matrix(rows, "images", dimension)
+            is_usable = np.isfinite(rows).all(axis=1) & rows.any(axis=1)
+            if not is_usable.all():
+                raise DataError(f"images: row {is_usable.argmin()} is zero or not finite, and belongs to no cluster")
         else:
             uris = [str(path) for path in images]
             rows, reasons = self._encode(uris, dimension)
-        require_matrix(rows, "images", dimension)
         method = load_method(self._run.uri, content_digest(train))
         features = method_inputs(method, transform_of(encode, self.config.features), rows)
         stage = import_module("rayclust.stages.assign")

@@ -181,7 +181,9 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
             refuse_other_width(context.config, width)
             break
     else:
-        raise DataError(f"images.uri = {context.config.images.uri}: no table there holds a usable embedding")
+        images = context.config.images
+        of_classes = "" if images.classes is None else " of the classes in images.classes"
+        raise DataError(f"images.uri = {images.uri}: no table there holds a usable embedding{of_classes}")
 
     spaces = SpaceTables(run.spaces, {run.spaces[0]: width}, context.plan.ready) if run.spaces else None
 

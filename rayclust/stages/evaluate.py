@@ -227,12 +227,11 @@ class _Scoring:
 def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     from rayclust.metrics import external
 
-    overclustered = len(np.unique(clusters)) > len(np.unique(codes))
-    mapped = {
-        "accuracy_held_out": external.halves_accuracy(codes, clusters),
-        "accuracy_in_sample": external.in_sample_accuracy(codes, clusters),
-    }
-    return (mapped if overclustered else {}) | external.scores(codes, clusters)
+    found = external.scores(codes, clusters)
+    if len(np.unique(clusters)) > len(np.unique(codes)):
+        found["accuracy_held_out"] = external.halves_accuracy(codes, clusters)
+        found["accuracy_in_sample"] = external.in_sample_accuracy(codes, clusters)
+    return found
 
 
 def _contingency(codes: np.ndarray, clusters: np.ndarray, classes: list[str]) -> pa.Table:

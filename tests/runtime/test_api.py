@@ -127,6 +127,13 @@ def test_a_run_is_found_by_its_folder_from_anywhere(pictures_run: Sealed, monkey
         load_run("runs")
 
 
+def test_a_config_that_is_none_is_named(tmp_path: Path):
+    for content in ([1], {"run": "x", "nope": 1}):
+        storage.write_json(str(tmp_path / "config.json"), content)
+        with pytest.raises(ArtefactError, match=r"config\.json: is no config of a run"):
+            load_run(str(tmp_path))
+
+
 def test_a_run_that_was_moved_lies_where_it_lies_now(pictures_run: Sealed, tmp_path: Path):
     storage.write_json(str(tmp_path / "config.json"), storage.read_json(pictures_run.run.config))
     assert load_run(str(tmp_path)).run == str(tmp_path)

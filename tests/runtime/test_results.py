@@ -72,6 +72,9 @@ def test_new_images_by_folder_by_path_and_by_embedding(pictures_run: Sealed, tmp
     frame = found.predict(embeddings[rows])
     assert (list(frame), frame["cluster"].tolist()) == (["cluster", "name", "confidence"], wanted)
     assert len(found.predict(embeddings[:0])) == 0
+    for value in (0.0, np.nan):
+        with pytest.raises(DataError, match="row 1 is zero or not finite"):
+            found.predict(np.stack([embeddings[0], np.full_like(embeddings[0], value)]))
     with pytest.raises(ShapeError, match="width 2"):
         found.predict(VECTORS)
 

@@ -16,7 +16,7 @@ from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.runtime.rows import row_starts
 from rayclust.stages import evaluate
-from rayclust.stages.evaluate import _columns, _contingency, _sample
+from rayclust.stages.evaluate import _against_labels, _columns, _contingency, _sample
 from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
 
@@ -48,6 +48,12 @@ def test_columns_join_the_parts_and_a_missing_label_is_minus_one(vectors_run: Se
     assert (clusters == clusters[0]).tolist() == [True, True, False, False, False, True, True]
     _, codes, names = _columns(pictures_run.run, row_starts(pictures_run.manifest("encode")))
     assert [names[code] for code in codes] == ["amber", "blue", "green"] * 8
+
+
+def test_a_single_row_with_a_label_is_scored():
+    found = _against_labels(np.zeros(1, np.int32), np.zeros(1, np.int32))
+    assert found["accuracy"] == 1
+    assert "accuracy_held_out" not in found
 
 
 def test_the_contingency_holds_the_cells_that_are_not_empty():

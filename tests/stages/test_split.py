@@ -185,6 +185,10 @@ def test_what_cannot_be_parted_is_refused(tmp_path: Path, in_process: None):
     inside = {"split": None, "test": str(tmp_path / "table" / "more")}
     with pytest.raises(ConfigError, match=r"lies within images.uri.*images.split: more/\*"):
         run_stage("encode", config_of(tmp_path, images=inside))
+    with pytest.raises(ConfigError, match=r"set images.split to keep some of its rows aside"):
+        run_stage("encode", config_of(tmp_path, images={"split": None, "test": str(tmp_path / "table")}))
+    with pytest.raises(DataError, match=r"usable embedding of the classes in images.classes"):
+        run_stage("encode", config_of(tmp_path, images={"split": None, "classes": ["nobody"]}))
     with pytest.raises(ConfigError, match=r"^neighbors.method = ivf: .*exact"):
         config_of(tmp_path, images={"split": 0.3}, neighbors={"method": "ivf"})
 
