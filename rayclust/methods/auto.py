@@ -30,7 +30,7 @@ from rayclust.methods.graph import ComponentRows, sample_with_neighbors
 from rayclust.methods.linear import LinearMethod
 from rayclust.methods.settings import AutoConfig
 from rayclust.methods.temi import Temi
-from rayclust.methods.temi_init import Start
+from rayclust.methods.temi_heads import Start
 from rayclust.methods.temi_settings import TemiConfig
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.losses.coding_rate import CompressionOptions, coding_rate, compression_rate, membership_energy
 from rayclust.methods.base import BaseTrainer, Batch, MethodState, Rows
 from rayclust.methods.cpp_settings import CppConfig
-from rayclust.methods.heads import StackedNorm, matmul_dtype
+from rayclust.methods.layers import StackedNorm, matmul_dtype
 from rayclust.methods.settings import Plan
 from rayclust.methods.spectral import SpectralMethod
 from rayclust.search.knn import nearest_others

@@ -15,6 +15,8 @@ from pydantic import Field
 from rayclust.clustering.settings import GmmOptions, KMeansOptions, SpectralOptions
 from rayclust.settings import Config
 
+Precision = Literal["auto", "fp32", "bf16"]
+"""Of matrix products in training. auto: bf16 where the processor multiplies it fast, else float32."""
 NO_NEIGHBOR = -1
 """Neighbour number that stands behind the last neighbour of a row that has fewer than M."""
 EMBEDDINGS = "embeddings"

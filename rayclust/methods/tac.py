@@ -27,8 +27,8 @@ from rayclust.errors import DataError
 from rayclust.language.nouns import counterparts
 from rayclust.losses.contrastive import agreement_loss, balance, cluster_contrast
 from rayclust.methods.base import BaseTrainer, Batch, Method, Pairing, Rows
-from rayclust.methods.heads import StackedNorm
 from rayclust.methods.kmeans import KMeans
+from rayclust.methods.layers import StackedNorm
 from rayclust.methods.settings import EMBEDDINGS, KMeansConfig, Plan
 from rayclust.methods.tac_settings import TacConfig
 

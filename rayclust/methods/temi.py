@@ -23,9 +23,10 @@ from rayclust.arrays import require_matrix
 from rayclust.losses.information import InformationOptions, Marginal, information_losses, log_probabilities
 from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Pairing, Rows, cosine_schedule
 from rayclust.methods.graph import ComponentRows
-from rayclust.methods.heads import Heads, ema_update
+from rayclust.methods.layers import ema_update
 from rayclust.methods.settings import Plan
-from rayclust.methods.temi_init import (
+from rayclust.methods.temi_heads import (
+    Heads,
     Start,
     StartOptions,
     best_by_modularity,

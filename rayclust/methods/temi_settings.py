@@ -14,9 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayclust.errors import ConfigError
-from rayclust.methods.settings import Plan, TrainedConfig
-
-Precision = Literal["auto", "fp32", "bf16"]
+from rayclust.methods.settings import Plan, Precision, TrainedConfig
 
 
 @dataclass(frozen=True)

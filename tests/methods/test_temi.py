@@ -11,11 +11,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.losses.information import Marginal
-from rayclust.methods import AnyMethodConfig, build, load, temi_init
+from rayclust.methods import AnyMethodConfig, build, load, temi_heads
 from rayclust.methods.base import Batch
-from rayclust.methods.heads import Heads
 from rayclust.methods.settings import EMBEDDINGS, Plan
 from rayclust.methods.temi import Temi, collapsed_heads
+from rayclust.methods.temi_heads import Heads
 from rayclust.methods.temi_settings import HeadShape, Layout, TemiConfig, auto_settings, choose_layout, estimate_cost
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import top_k
@@ -502,8 +502,8 @@ def test_a_training_that_goes_astray_leaves_the_start(
     neighbors, _ = top_k(rows, rows, 20, query_ids=ids, database_ids=ids)
     fast = {"learning_rate": 30.0, "min_learning_rate": 30.0, "teacher_momentum": 0.0, "final_teacher_momentum": 0.0}
     config = TemiConfig(clusters=3, heads=2, steps=20, hidden=32, bottleneck=16, **fast)
-    make = temi_init.make_candidates
-    monkeypatch.setattr(temi_init, "make_candidates", lambda *a: made.append(1) or make(*a))
+    make = temi_heads.make_candidates
+    monkeypatch.setattr(temi_heads, "make_candidates", lambda *a: made.append(1) or make(*a))
     method = fit_arrays(rows, neighbors, config, 0)
     assert "the start is kept" in caplog.text
     assert accuracy(labels, method.predict_proba(rows).argmax(1).numpy()) > 0.97

@@ -17,7 +17,7 @@ from rayclust.methods.base import Batch, CheckpointInterval, Method
 from rayclust.methods.graph import ComponentRows
 from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig, Plan, TrainedConfig
 from rayclust.methods.temi import Temi
-from rayclust.methods.temi_init import principal_axes
+from rayclust.methods.temi_heads import principal_axes
 from rayclust.methods.temi_settings import TemiConfig
 from rayclust.training import loop
 from rayclust.training.loop import (

@@ -24,7 +24,7 @@ from rayclust.clustering.settings import GmmOptions, KMeansOptions
 from rayclust.distributed import all_reduce, data_group, differentiable_all_gather
 from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Rows
-from rayclust.methods.heads import ema_update, matmul_dtype
+from rayclust.methods.layers import ema_update, matmul_dtype
 from rayclust.methods.pixels.augment import FAMILIES, SquareImages, batch_view, keyed_seed
 from rayclust.methods.pixels.backbones import build_backbone
 from rayclust.methods.pixels.settings import PixelConfig

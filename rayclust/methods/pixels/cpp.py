@@ -23,7 +23,7 @@ from rayclust.errors import ConfigError
 from rayclust.kernels.pair_softmax import accum_dtype
 from rayclust.methods.base import Batch, MethodState, Rows
 from rayclust.methods.cpp import Cpp
-from rayclust.methods.heads import matmul_dtype
+from rayclust.methods.layers import matmul_dtype
 from rayclust.methods.pixels.augment import FAMILIES, SquareImages, batch_view, keyed_seed
 from rayclust.methods.pixels.settings import CppPixelsConfig
 from rayclust.store import storage

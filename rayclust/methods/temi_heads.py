@@ -1,20 +1,26 @@
-"""k-means start of TEMI's heads, and the choice among heads by the neighbour graph.
+"""TEMI's heads: H small networks side by side, in one set of matrix products; their start, and the choice among them.
 
-Random heads need thousands of steps before they cluster at all, and most settle where two classes share a cluster.
-Here k-means is run from many seeds on rows averaged over their neighbours; the partitions that keep most neighbours
-together are kept; and each head's last hidden layer is solved, by ridge regression, to predict one of them.
+Head h is Linear → GELU → … → Linear(bottleneck) → unit rows → a weight-normalised linear layer without bias, so that
+logit_c = g_c · ⟨ŵ_c, x̂⟩ and |logit_c| ≤ |g_c|. The parameters of all heads are stacked along axis H.
 
-A file of its own, because none of it is in TEMI's paper (arXiv 2303.17896).
+The start and the choice are not the paper's. Random heads need thousands of steps before they cluster at all, and most
+settle where two classes share a cluster. Here k-means is run from many seeds on rows averaged over their neighbours;
+the partitions that keep most neighbours together are kept; and each head's last hidden layer is solved, by ridge
+regression, to predict one of them.
+
+Source: arXiv 2303.17896, section 3.3; the layout of the projection head is arXiv 2104.14294's (DINO).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.candidates import (
     Bounds,
@@ -29,9 +35,13 @@ from rayclust.clustering.neighborhood import modularity, modularity_terms, smoot
 from rayclust.clustering.row_stats import even_sample
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
+from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.losses.information import LastLayer
 from rayclust.methods.base import Rows
 from rayclust.methods.graph import sample_ids, sample_rows, sample_with_neighbors
-from rayclust.methods.heads import Heads
+from rayclust.methods.layers import StackedNorm, matmul_dtype, stacked_affine
+from rayclust.methods.settings import Precision
+from rayclust.methods.temi_settings import HeadShape
 
 RIDGE = 0.01
 """Ridge penalty, relative to the mean variance of a hidden unit."""
@@ -45,6 +55,92 @@ _MAX_LOGITS = 1 << 28
 _ANCHORS = 16_384
 _ITERATIONS = 100
 _AXES_ROWS = 16_384
+
+
+class Heads(nn.Module):
+    """H heads with stacked parameters.
+
+    Args:
+        shape: sizes and parts.
+        seed: of the initial weights; head h gets the same ones whatever H is.
+        precision: of the matrix products in training; see `matmul_dtype`.
+    """
+
+    def __init__(self, shape: HeadShape, seed: int, precision: Precision = "auto") -> None:
+        super().__init__()
+        self.shape, self.precision = shape, precision
+        pairs = list(zip(shape.widths, shape.widths[1:], strict=False))
+        self.weights = nn.ParameterList(torch.empty(shape.heads, o, i) for i, o in pairs)
+        self.biases = nn.ParameterList(torch.zeros(shape.heads, o) for _, o in pairs)
+        norms = [StackedNorm(shape.heads, shape.hidden) for _ in pairs[1:]] if shape.batch_norm else []
+        self.norms = nn.ModuleList(norms)
+        self.direction = nn.Parameter(torch.empty(shape.heads, shape.clusters, shape.bottleneck))
+        self.scale = nn.Parameter(torch.ones(shape.heads, shape.clusters), requires_grad=shape.learn_scale)
+        bound = 1.0 / math.sqrt(shape.bottleneck)
+        with torch.no_grad():
+            for head in range(shape.heads):
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + shape.first + head) % 2**63)
+                for weight in self.weights:
+                    nn.init.trunc_normal_(weight[head], std=0.02, a=-2.0, b=2.0, generator=generator)
+                nn.init.uniform_(self.direction[head], -bound, bound, generator=generator)
+
+    def forward(self, x: Tensor, training: bool = False, head: int | None = None) -> Tensor:
+        """Return logits, before any temperature.
+
+        Args:
+            x: Float[R D].
+            training: whether dropout drops and batch norm looks at the batch.
+            head: the only head to evaluate; None evaluates all.
+
+        Returns:
+            Float[H R K], or Float[1 R K] for one head. Their dtype is that of the products.
+
+        Raises:
+            ShapeError: `x` is not a matrix of width D.
+        """
+        heads = slice(None) if head is None else slice(head, head + 1)
+        bottleneck, dtype = self._bottleneck(x, training, heads)
+        last = functional.normalize(self.direction[heads], dim=-1) * self.scale[heads, :, None]
+        return stacked_affine(bottleneck, last, None, dtype)
+
+    def last_layer(self, x: Tensor, temperature: float) -> LastLayer:
+        """Return the inputs and weights of the training logits, which are not computed yet.
+
+        Args:
+            x: Float[V B D], all views.
+            temperature: divides the logits.
+        """
+        bottleneck, dtype = self._bottleneck(x.flatten(0, 1), True, slice(None))
+        units = bottleneck.view(len(bottleneck), len(x), -1, bottleneck.shape[2])
+        return LastLayer(units, self.direction, self.scale, temperature, dtype)
+
+    def _bottleneck(self, x: Tensor, training: bool, heads: slice) -> tuple[Tensor, torch.dtype]:
+        """Return unit rows, Float[H R 256] in float32 or wider, and the dtype of the products."""
+        require_matrix(x, "x", self.shape.dimension)
+        dtype = matmul_dtype(self.precision, x) if training else x.dtype
+        x = self.hidden(x, training, heads, dtype)
+        x = stacked_affine(x, self.weights[-1][heads], self.biases[-1][heads], dtype)
+        if self.shape.final_gelu:
+            x = functional.gelu(x)
+        return functional.normalize(x.to(accum_dtype(dtype)), dim=-1), dtype
+
+    def hidden(
+        self, x: Tensor, training: bool = False, heads: slice = slice(None), dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Apply all layers before the bottleneck's: linear, batch norm if any, GELU, dropout if any.
+
+        Returns:
+            Float[H R 512] for Float[R D], in `dtype` or as the rows; where there are no such layers, the rows.
+        """
+        dtype = dtype or x.dtype
+        for layer in range(len(self.weights) - 1):
+            x = stacked_affine(x, self.weights[layer][heads], self.biases[layer][heads], dtype)
+            if self.shape.batch_norm:
+                x = self.norms[layer](x.to(accum_dtype(x.dtype)), training, heads).to(x.dtype)
+            x = functional.gelu(x)
+            if self.shape.dropout:
+                x = functional.dropout(x, self.shape.dropout, training)
+        return x
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from rayclust import distributed
 from rayclust.clustering.neighborhood import modularity, modularity_terms
-from rayclust.methods import graph, temi_init
-from rayclust.methods.heads import Heads
-from rayclust.methods.temi_init import (
+from rayclust.methods import graph, temi_heads
+from rayclust.methods.temi_heads import (
+    Heads,
     StartOptions,
     best_by_modularity,
     choose_start,
@@ -71,7 +71,7 @@ def test_heads_start_from_the_partitions_of_highest_modularity(monkeypatch: pyte
     """Two partitions, the true one and one that cuts across it; the one head takes the first."""
     labels, rows = planted()
     found = [torch.arange(len(labels)).flip(0) % 7 % K, labels]
-    monkeypatch.setattr(temi_init.kmeans, "assign", lambda x, centers: (found.pop(0), x.new_zeros(len(x))))
+    monkeypatch.setattr(temi_heads.kmeans, "assign", lambda x, centers: (found.pop(0), x.new_zeros(len(x))))
     heads = Heads(HeadShape(1, 8, K, hidden=32, bottleneck=16), seed=0).double()
     start_from_kmeans(heads, rows, StartOptions(K, 2, 5, 2), seed=0)
     assert not found
@@ -145,7 +145,7 @@ def _parts_of_heads(rank: int, world: int) -> list[Tensor]:
 
 def test_two_workers_with_parts_of_the_heads_choose_as_one(monkeypatch: pytest.MonkeyPatch):
     alone = _parts_of_heads(0, 1)
-    monkeypatch.setattr(temi_init, "_MAX_LOGITS", 7 * 3 * K)  # seven rows at once
+    monkeypatch.setattr(temi_heads, "_MAX_LOGITS", 7 * 3 * K)  # seven rows at once
     for found in (*on_two_workers(_parts_of_heads), _parts_of_heads(0, 1)):
         for one, other in zip(alone, found, strict=True):
             assert other.allclose(one, rtol=0, atol=1e-10)
@@ -156,9 +156,9 @@ def test_the_best_partitions_start_the_heads(monkeypatch: pytest.MonkeyPatch):
     labels, rows = planted()
     bad = torch.arange(len(labels)) // (len(labels) // K)  # cuts through all planted clusters
     partitions = iter([bad, bad, labels, bad, bad.flip(0), bad])
-    monkeypatch.setattr(temi_init.kmeans, "assign", lambda x, centers: (next(partitions), x.new_zeros(len(x))))
+    monkeypatch.setattr(temi_heads.kmeans, "assign", lambda x, centers: (next(partitions), x.new_zeros(len(x))))
     chosen: list[Tensor] = []
-    monkeypatch.setattr(temi_init, "_solve", lambda heads, x, labels: chosen.append(labels))
+    monkeypatch.setattr(temi_heads, "_solve", lambda heads, x, labels: chosen.append(labels))
     start_from_kmeans(new_heads(), rows, OPTIONS, seed=0)
     assert chosen[0][0].equal(labels)
     assert all(not one.equal(labels) for one in chosen[0][1:])
@@ -170,10 +170,10 @@ def test_the_solved_layer_is_that_of_a_plain_ridge_regression():
     labels, rows = planted()
     heads, x = new_heads(layers=1), rows.tensor() + 0.5  # a mean far from zero, so that the bias counts
     length = heads.weights[0][0].norm()
-    temi_init._solve(heads, x, labels.expand(3, -1))
+    temi_heads._solve(heads, x, labels.expand(3, -1))
     centered, members = x - x.mean(0), torch.nn.functional.one_hot(labels, K).double()
     gram = centered.mT @ centered / len(x)
-    ridge = temi_init.RIDGE * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)
+    ridge = temi_heads.RIDGE * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)
     scores = torch.linalg.solve(gram + ridge, centered.mT @ (members - members.mean(0)) / len(x))
     weight = torch.nn.functional.normalize(heads.direction[0], dim=1).mT @ scores.mT
     weight = weight * length / weight.norm()
