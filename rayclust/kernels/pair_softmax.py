@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rayclust.kernels.screening import accum_dtype
+
 try:
     import triton
     import triton.language as tl
@@ -52,11 +54,6 @@ class PairLossInputs:
     """Factor on each ordered pair of views."""
     positive: bool = False
     """Whether pairs whose information is negative cost nothing."""
-
-
-def accum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over values of a dtype are taken: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def padded_columns(clusters: int, device_type: str) -> int:

@@ -1,5 +1,7 @@
 """Largest inner products of float32 rows: bf16 products screen the pairs, and the few that may be largest are exact.
 
+Beside them stand the dtypes of fast products and of sums.
+
 Processors with bf16 units multiply bf16 some ten times as fast as float32. Rounding a row x to x̂ moves its product with
 y by at most |x − x̂||y| + |x̂||y − ŷ|, so that a pair whose rounded product lies further than that below a bound that the
 exact ones must reach is not among them. All others are multiplied again in float32: the result is that of float32.
@@ -34,6 +36,11 @@ def has_fast_bf16(device_type: str) -> bool:
         return torch.cuda.get_device_capability() >= (8, 0)
     # Without tiles, AVX-512's own bf16 products still take about half the time of float32's.
     return device_type == "cpu" and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over values of a dtype are taken: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.errors import ShapeError
-from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.kernels.screening import accum_dtype
 
 GROUP_OFFSET = 1e-8
 """Added to every t_j, as published."""

@@ -15,7 +15,7 @@ from torch.nn import functional
 from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.errors import ShapeError
-from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.kernels.screening import accum_dtype
 
 SMALLEST_SHARE = 1e-9
 """Share of a cluster below which it has no gradient in the balance, as in the published program."""

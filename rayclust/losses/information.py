@@ -24,7 +24,8 @@ from torch.nn import functional
 
 from rayclust.distributed import all_reduce, differentiable_all_reduce, even_slices
 from rayclust.kernels import pair_softmax
-from rayclust.kernels.pair_softmax import PairLossInputs, TeacherStats, accum_dtype, padded_columns
+from rayclust.kernels.pair_softmax import PairLossInputs, TeacherStats, padded_columns
+from rayclust.kernels.screening import accum_dtype
 from rayclust.kernels.weight_norm import scaled_rows, scaled_rows_backward
 
 LossName = Literal["temi", "pmi", "wmi", "scan"]

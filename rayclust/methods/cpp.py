@@ -24,7 +24,7 @@ from rayclust.clustering.candidates import Bounds, choose, evidence, is_supporte
 from rayclust.clustering.consensus import match_confidence
 from rayclust.clustering.row_stats import Blocks, even_sample, gather_rows
 from rayclust.clustering.spectral import Spectral
-from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.kernels.screening import accum_dtype
 from rayclust.losses.coding_rate import CompressionOptions, coding_rate, compression_rate, membership_energy
 from rayclust.methods.base import BaseTrainer, Batch, MethodState, Rows
 from rayclust.methods.cpp_settings import CppConfig

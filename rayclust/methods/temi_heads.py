@@ -35,7 +35,7 @@ from rayclust.clustering.neighborhood import modularity, modularity_terms, smoot
 from rayclust.clustering.row_stats import even_sample
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
-from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.kernels.screening import accum_dtype
 from rayclust.losses.information import LastLayer
 from rayclust.methods.base import Rows
 from rayclust.methods.graph import sample_ids, sample_rows, sample_with_neighbors

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from rayclust.distributed import all_reduce, data_group, differentiable_all_reduce
 from rayclust.errors import ConfigError
-from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.kernels.screening import accum_dtype
 
 SMALL_IMAGE = 64
 """Side up to which a residual network gets the stem for small images: 3×3 with stride 1, and no pooling."""

@@ -22,7 +22,7 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import gmm, kmeans
 from rayclust.clustering.settings import GmmOptions, KMeansOptions
 from rayclust.distributed import all_reduce, data_group, differentiable_all_gather
-from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.kernels.screening import accum_dtype
 from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Rows
 from rayclust.methods.layers import ema_update, matmul_dtype
 from rayclust.methods.pixels.augment import FAMILIES, SquareImages, batch_view, keyed_seed

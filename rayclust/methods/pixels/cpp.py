@@ -20,7 +20,7 @@ from rayclust.encoders.load import load_encoder
 from rayclust.encoders.network import TorchEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
-from rayclust.kernels.pair_softmax import accum_dtype
+from rayclust.kernels.screening import accum_dtype
 from rayclust.methods.base import Batch, MethodState, Rows
 from rayclust.methods.cpp import Cpp
 from rayclust.methods.layers import matmul_dtype
