@@ -50,6 +50,8 @@ class Measured:
 
     total: Cost
     first_line: float
+    first_rate: float
+    """Seconds until the first line with images a second; 0 where there was none."""
     stages: dict[str, Cost] = field(default_factory=dict)
 
 
@@ -76,9 +78,11 @@ def measure(*arguments: str) -> Measured:
     before, started = tree_cpu(), time.monotonic()
     command = [sys.executable, "-m", "rayclust", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    found, first, since = dict[str, Cost](), 0.0, (started, before)
+    found, first, rate, since = dict[str, Cost](), 0.0, 0.0, (started, before)
     for line in process.stderr or ():
         first = first or time.monotonic() - started
+        if "images a second" in line or "images/s" in line:
+            rate = rate or time.monotonic() - started
         for stage, separator, _ in [line.partition(": done in ")]:
             if separator:
                 now = time.monotonic(), tree_cpu()
@@ -90,7 +94,7 @@ def measure(*arguments: str) -> Measured:
     with suppress(ChildProcessError):
         while True:  # Ray's own processes end a moment after the driver
             os.waitpid(-1, 0)
-    return Measured(Cost(seconds, tree_cpu() - before), first, found)
+    return Measured(Cost(seconds, tree_cpu() - before), first, rate, found)
 
 
 def prepare(folder: Path) -> dict[str, Path]:
