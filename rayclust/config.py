@@ -297,6 +297,11 @@ class RunConfig(Config):
             raise ValueError(f"assign.levels = {list(levels)}: must be at most method.clusters, {clusters}")
         return self
 
+    @property
+    def learns_from_bytes(self) -> bool:
+        """Whether the method's rows are bytes over 255, and nothing else was done to them."""
+        return self.method.reads_pixels and self.encoder.mean is None and self.encoder.std is None
+
     @model_validator(mode="after")
     def _is_searchable(self) -> RunConfig:
         if self.neighbors.method == "ivf" and (self.images.split is not None or self.images.test is not None):

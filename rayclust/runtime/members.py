@@ -88,8 +88,8 @@ class RowsWithMembers(StoredRows):
         args: of `StoredRows`.
     """
 
-    def __init__(self, partitions: Sequence[str], *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, partitions: Sequence[str], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._partitions = partitions
 
     def members(self) -> list[Tensor] | None:

@@ -21,6 +21,7 @@ from rayclust.runtime.rows import fitted_count, kept_aside, part_features, row_s
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs, Manifest
 from rayclust.store.run import Run
+from rayclust.training.sampling import as_floats
 
 BLOCK = 8192
 """Rows that a method is given at once."""
@@ -57,15 +58,24 @@ class StoredRows(Rows):
         features: settings of the features.
         cache: folder for this training's files on this node.
         worker, workers: rank of this worker, and their number.
+        are_bytes: whether rows are bytes over 255, as those of the encoder `pixels`: the file then holds the bytes.
     """
 
     def __init__(
-        self, run: Run, encode: Manifest, features: FeaturesConfig, cache: Path, worker: int = 0, workers: int = 1
+        self,
+        run: Run,
+        encode: Manifest,
+        features: FeaturesConfig,
+        cache: Path,
+        worker: int = 0,
+        workers: int = 1,
+        *,
+        are_bytes: bool = False,
     ) -> None:
         self.run, self.cache = run, cache
         self._transform = transform_of(encode, features)
         self.starts = row_starts(encode)
-        self._worker, self._workers = worker, workers
+        self._worker, self._workers, self._are_bytes = worker, workers, are_bytes
         self._aside = kept_aside(run, encode.outputs_of(EncodeOutputs))
         self.count = fitted_count(encode)
         """Number of rows, N."""
@@ -77,7 +87,7 @@ class StoredRows(Rows):
         """Width of a row, D, of all spaces side by side."""
 
     def tensor(self, space: str | None = None) -> Tensor:
-        """Return Float32[N D], mapped: all spaces side by side, or one."""
+        """Return Float32[N D], mapped: all spaces side by side, or one; UInt8[N D] of bytes, see `as_floats`."""
         if space is None:
             path, width, transform = self.cache / "features.npy", self.dimension, self._transform
         else:
@@ -85,7 +95,9 @@ class StoredRows(Rows):
             transform = self._transform.only(space)
         parts = range(len(self.starts) - 1)
         features = (self.fitted(part, part_features(self.run, part, transform)) for part in parts)
-        return mapped(path, (self.count, width), np.float32, features)
+        if self._are_bytes:
+            features = (np.rint(255 * block).astype(np.uint8) for block in features)
+        return mapped(path, (self.count, width), np.uint8 if self._are_bytes else np.float32, features)
 
     def fitted(self, part: int, values: np.ndarray) -> np.ndarray:
         """Return the values of a part's rows that are not kept aside."""
@@ -101,7 +113,7 @@ class StoredRows(Rows):
         first = self.count * self._worker // self._workers
         end = self.count * (self._worker + 1) // self._workers
         for start in range(first, end, BLOCK):
-            yield x[start : min(start + BLOCK, end)]
+            yield as_floats(x[start : min(start + BLOCK, end)], torch.float32)
 
     def neighbors(self) -> Tensor:
         """Return Int64[N M], mapped."""

@@ -167,7 +167,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
     group = distributed.data_group()
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus else "cpu"
     cache, partitions = cache_folder(job.digest), config.method.partitions()
-    rows = RowsWithMembers(partitions, run, job.encode, config.features, cache, group.rank, group.size)
+    place = cache, group.rank, group.size
+    rows = RowsWithMembers(partitions, run, job.encode, config.features, *place, are_bytes=config.learns_from_bytes)
     method = build_for(rows, config.method, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config, job.digest) if group.rank == 0 and job.stage == "train" else None

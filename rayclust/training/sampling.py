@@ -268,7 +268,7 @@ class RowSource:
                 seed = derive_seed(self.seed, number) if number else self.seed
                 views = [rows, draw_neighbors(neighbors, rows.to(neighbors.device), seed, epoch).to(rows.device)]
             chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
-            x = gather_rows(tensor, chosen.to(tensor.device), self.device).to(self.dtype)
+            x = as_floats(gather_rows(tensor, chosen.to(tensor.device), self.device), self.dtype)
             x = x.view(-1, len(rows), x.shape[1])
             if self.pairing.noise:
                 # Noise is drawn for the whole batch, of which each worker takes its own rows.
@@ -315,6 +315,11 @@ def gather_rows(x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     chosen = torch.empty((len(rows), x.shape[1]), dtype=x.dtype, pin_memory=True)
     torch.index_select(x, 0, rows, out=chosen)
     return chosen.to(device, non_blocking=True)
+
+
+def as_floats(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows as numbers. Bytes stand for their 255ths, rounded to halves as the tables of a run hold them."""
+    return (x.float() / 255).half().to(dtype) if x.dtype == torch.uint8 else x.to(dtype)
 
 
 def free_host_bytes() -> int:

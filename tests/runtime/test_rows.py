@@ -13,7 +13,9 @@ import torch
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.features import FeaturesConfig
-from rayclust.methods.settings import EMBEDDINGS
+from rayclust.methods.base import Pairing
+from rayclust.methods.settings import EMBEDDINGS, Plan
+from rayclust.runtime import tensors
 from rayclust.runtime.rows import (
     cache_folder,
     drop_cache,
@@ -25,6 +27,7 @@ from rayclust.runtime.rows import (
 )
 from rayclust.runtime.tensors import StoredRows, mapped, unit_rows
 from rayclust.store import tables
+from rayclust.training.sampling import RowSource
 from tests.sealed import LABELS, VECTORS, Sealed
 
 
@@ -175,3 +178,19 @@ def test_zero_rows_stay_zero():
         [0, 0],
         [0.6000000238418579, 0.800000011920929],
     ]
+
+
+def test_bytes_are_kept_as_bytes_and_come_back_as_the_tables_have_them(pictures_run: Sealed, tmp_path: Path):
+    encode, features = pictures_run.manifest("encode"), FeaturesConfig(normalize=False)
+    stored = np.arange(24 * 192).reshape(24, 192) % 256
+    halves = (stored.astype(np.float32) / 255).astype(np.float16).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        starts = row_starts(encode)
+        patch.setattr(tensors, "part_features", lambda run, part, transform: halves[starts[part] : starts[part + 1]])
+        rows = StoredRows(pictures_run.run, encode, features, tmp_path, are_bytes=True)
+        assert rows.tensor().dtype == torch.uint8
+        np.testing.assert_array_equal(rows.tensor().numpy(), stored)
+        np.testing.assert_array_equal(torch.cat(list(rows.blocks())).numpy(), halves)
+        source = RowSource(rows, Pairing(), 0, torch.device("cpu"))
+        batch = next(source.batches(Plan(6, 1, 4, 0), 0))
+        np.testing.assert_array_equal(batch.x[0].numpy(), halves[batch.rows.numpy()])
