@@ -46,7 +46,7 @@ def plan_members(config: RunConfig) -> MembersPlan | None:
     """Digest the partitions that the method reads; None if it reads none.
 
     Raises:
-        ConfigError: the number of clusters is open.
+        ConfigError: the number of clusters is open, or a member is the run itself.
         DataError: a member is missing or not finished.
     """
     uris = config.method.partitions()
@@ -54,6 +54,8 @@ def plan_members(config: RunConfig) -> MembersPlan | None:
         return None
     if config.needs_selection:
         raise ConfigError(f"method.members = {list(uris)}: needs one number of clusters; set method.clusters")
+    if any(uri.removesuffix(HEADS).rstrip("/") == config.run.rstrip("/") for uri in uris):
+        raise ConfigError(f"method.members: {config.run} is this run itself, which each fit would change")
     return MembersPlan(digest_of([_content(uri) for uri in uris]))
 
 

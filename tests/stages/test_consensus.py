@@ -80,6 +80,7 @@ def test_members_that_cannot_vote_are_refused(tmp_path: Path, rows: Path, in_pro
 
     refused(DataError, "is missing", str(tmp_path / "none.parquet"))
     refused(DataError, "has finished its stage assign", str(tmp_path / "none"))
+    refused(ConfigError, "is this run itself", f"{tmp_path}/out#heads")
     run_all(settings(tmp_path, rows, "temi", **TEMI), stop_after="train")
     refused(ConfigError, "keep_heads: true", f"{tmp_path}/temi#heads")
     keys = keys_of(tmp_path / "temi")
