@@ -18,6 +18,7 @@ from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.export.rows import RunRows
 from rayclust.report.thumbnails import thumbnail
+from rayclust.runtime.spaces import learnt_index
 from rayclust.store import storage
 from rayclust.store import tables as stored
 
@@ -47,6 +48,7 @@ def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     if not out.endswith(".parquet"):
         raise ConfigError(f"--out {out}: must end in .parquet")
     found: dict[str, Any] = {"files": 1, "missing": 0}
+    learnt = learnt_index(rows.config)
 
     def tables() -> Iterator[pa.Table]:
         for part in rows.parts:
@@ -54,9 +56,14 @@ def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
             for column, name in enumerate("xy"):
                 table = table.append_column(name, pa.array(places[:, column]))
             if rows.neighbors is not None:
-                near = stored.read_table(rows.run.neighbors(part), ["neighbors", "similarity"])
-                ids = stored.matrix(near["neighbors"])
-                distances = (1 - stored.matrix(near["similarity"]).astype(np.float32)).clip(min=0)
+                if learnt is not None:
+                    ids, cosines = learnt.neighbors(
+                        table["row"].to_numpy(), min(rows.config.neighbors.k, rows.count - 1)
+                    )
+                else:
+                    near = stored.read_table(rows.run.neighbors(part), ["neighbors", "similarity"])
+                    ids, cosines = (stored.matrix(near[name]) for name in ("neighbors", "similarity"))
+                distances = (1 - cosines.astype(np.float32)).clip(min=0)
                 known = ids >= 0
                 ids = np.where(known, ids, table["row"].to_numpy()[:, None])
                 distances = np.where(known, distances, 0).astype(np.float32)

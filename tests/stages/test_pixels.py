@@ -10,6 +10,7 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError
+from rayclust.export import export
 from rayclust.metrics.internal import silhouette
 from rayclust.runtime.encoder import load_run_encoder
 from rayclust.runtime.models import read_method, transform_rows
@@ -62,12 +63,15 @@ def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: 
     trained = pq.read_table(Run(config.run).at("model", "metrics.parquet"))
     assert trained["feature_std"].to_pylist()[-1] == pytest.approx(metrics["space_std"], abs=0.05)
     assert len(tables.read_table(numbers(Run(config.run), "map.parquet"))) == 36
-    # Search, explorer and report look there for what is near.
+    # Search, explorer, exports and the report look there for what is near.
     z = transform_rows(method, x)
     nearest = (z[5] @ z.T).argsort()[::-1]
     [found] = search(config, like=Explorer(config).image(5)["key"], top=3).items()
     assert (found[0], {hit.row for hit in found[1]}) == ("z", set(nearest[:4].tolist()) - {5})
     assert {each["row"] for each in Explorer(config).image(5)["neighbors"]} == set(nearest[:25].tolist()) - {5}
+    export(config, "atlas", str(tmp_path / "atlas.parquet"))
+    near = pq.read_table(tmp_path / "atlas.parquet")["neighbors"][5]["ids"].as_py()
+    assert set(near) == set(nearest[: len(near) + 1].tolist()) - {5}
     # With a split, rows aside are asked and have no vote.
     codes, aside = np.repeat([0, 1, 2, -1], 9), np.arange(36) % 3 == 0
     scoring = evaluate._Scoring(run, manifest.outputs_of(EncodeOutputs), transform, config, (), None)
