@@ -137,6 +137,10 @@ def _encode(context: StageContext) -> StageResult:
         raise DataError(
             f"images.split = {given}: keeps {share} of {counts['rows']} aside; some must be left for either"
         )
+    labels = config.images.labels
+    labels = config.images.columns.get("label", labels) if labels == "auto" else labels
+    if labels not in ("auto", "none") and not counts["labelled"]:
+        logger.warning("images.labels = %s: gives no row a label; labels are text or whole numbers", labels)
     for space in listed.ready if config.images.classes is None else ():
         space.refuse_surplus(context.run, len(tasks), total)
     # 3. Row numbers, now that all counts are known.

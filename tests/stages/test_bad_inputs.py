@@ -9,6 +9,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.cli import run_command
+from rayclust.config import validate
+from rayclust.runtime.pipeline import run_stage
 from tests.encoders.odd_images import odd_images
 from tests.stages.runs import COLOURS, embeddings, picture, tree, write_yaml
 
@@ -153,6 +156,14 @@ def test_an_input_that_cannot_be_used_is_one_clear_line(
     assert len(lines) == 1
     assert wanted in lines[0]
     assert not (tmp_path / "run" / "manifests" / "encode.json").exists()
+
+
+def test_labels_that_are_asked_for_and_are_none_are_said(in_process: None, tmp_path: Path, caplog: Any):
+    (tmp_path / "images").mkdir()
+    parquet(tmp_path / "images" / "a.parquet", embedding=list(map(list, X)), share=[0.5] * 30)
+    config = tree(str(tmp_path / "run"), str(tmp_path / "images"), images={"labels": "share"})
+    run_stage("encode", validate(config))
+    assert "images.labels = share: gives no row a label" in caplog.text
 
 
 BAD_ROWS: dict[str, tuple[Callable[[Path], object], int, set[str]]] = {
