@@ -1,6 +1,6 @@
 """Fixed costs of commands on small sets: seconds and CPU seconds by stage, with Ray's workers and in the driver.
 
-    python benchmarks/fixed_costs.py [--rounds 2] [--routes never auto] [--report FILE]
+    python benchmarks/fixed_costs.py [--rounds 2] [--routes never auto] [--only k-means] [--report FILE]
 
 Rows are planted: 3,000 of width 128 around 20 directions; images are 30 coloured patches, whose network has random
 weights. Routes alternate, `resources.in_driver` never and auto. CPU seconds are of the command and of every process
@@ -32,6 +32,7 @@ ROWS, WIDTH, CLUSTERS = 3_000, 128, 20
 IMAGES = 30
 CANDIDATES = (5, 8, 12, 16, 20, 25, 30, 40)
 ROUTES = ("never", "auto")
+RUNS = ("k-means", "select-k", "images")
 PR_SET_CHILD_SUBREAPER = 36
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -145,7 +146,7 @@ def one_round(folder: Path, configs: dict[str, Path], route: str, number: int) -
             found["search, one image"] = measure("search", run, "--image", image)
             out = str(folder / "table.parquet")
             found[f"predict, {IMAGES} images"] = measure("predict", run, str(folder / "images"), "--out", out)
-    if route == "auto":
+    if route == "auto" and len(configs) == len(RUNS):
         found["demo"] = measure("demo", "--out", str(folder / f"demo-{number}"))
     return found
 
@@ -155,19 +156,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--routes", nargs="+", default=list(ROUTES), choices=ROUTES)
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     found: dict[str, dict[str, list[Measured]]] = defaultdict(lambda: {route: [] for route in ROUTES})
     with tempfile.TemporaryDirectory() as scratch:
-        configs = prepare(Path(scratch))
+        configs = {name: path for name, path in prepare(Path(scratch)).items() if name in arguments.only}
         for number in range(arguments.rounds):
             for route in arguments.routes:
                 for name, measured in one_round(Path(scratch), configs, route, number).items():
                     found[name][route].append(measured)
     lines = [
         described(),
-        f"python benchmarks/fixed_costs.py --rounds {arguments.rounds} --routes {' '.join(arguments.routes)}",
+        f"python benchmarks/fixed_costs.py --rounds {arguments.rounds} --routes {' '.join(arguments.routes)}"
+        f" --only {' '.join(arguments.only)}",
         f"{ROWS:,} planted rows of width {WIDTH}, K = {CLUSTERS}; {IMAGES} patches, MobileNetV2 of random weights",
         "",
         f"{'':<28}{'Ray workers':>24}{'driver':>24}",
