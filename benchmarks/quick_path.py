@@ -5,8 +5,8 @@
 Claim: `rayclust quick` on photographs ends, from Enter to the report, in at most 1.25 times the bare encode loop's time
 and 25 s. Images are the photographs of ../shared/data, evenly many of each of its ten classes, as JPEG files in a
 folder a class; the encoder is MobileNetV2 with the weights that lie there, by the engine that the run chose. Seconds
-are of a machine that other programs may share: the ratio of CPU seconds, of the command and all that it starts, says
-more. The search afterwards is by a photograph; the second run is the same line again.
+are the claim's on idle cores; on cores that other programs share the CPU seconds of the command and all that it starts
+say more, though they count both of its threads, where the bare loop has one. The search afterwards is by a photograph; the second run is the same line again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def lines_of(name: str, measured: Measured) -> list[str]:
 
 
 def main() -> None:
-    """Print the table, and write it; exit code 1 where the claim is missed by CPU seconds."""
+    """Print the table, and write it; exit code 1 where the claim is missed by seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--report", type=Path)
@@ -91,7 +91,7 @@ def main() -> None:
         few = measure("quick", str(Path(scratch) / "few"), *quick[2:-4], "--out", f"{run}-few", "--clusters", "10")
         bare, metrics = bare_loop(run, images), json.loads((run / "metrics.json").read_text())
     allowed = {kind: TIMES * getattr(bare, kind) + SECONDS for kind in ("seconds", "cpu")}
-    good = whole.total.cpu <= allowed["cpu"]
+    verdicts = {kind: getattr(whole.total, kind) <= most for kind, most in allowed.items()}
     lines = [
         described(),
         f"python benchmarks/quick_path.py --images {count}",
@@ -107,13 +107,13 @@ def main() -> None:
         f"{'bare loop, one thread':<28}{bare.seconds:>10.1f}{bare.cpu:>10.1f}",
         f"{f'{TIMES} x bare loop + {SECONDS:g} s':<28}{allowed['seconds']:>10.1f}{allowed['cpu']:>10.1f}",
         "",
-        f"by CPU seconds {'met' if good else 'MISSED'}; load {os.getloadavg()[0]:.1f} at the end",
+        *(f"by {kind}: {'met' if is_met else 'MISSED'}" for kind, is_met in verdicts.items()),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.report:
         arguments.report.write_text(text)
-    sys.exit(not good)
+    sys.exit(not verdicts["seconds"])
 
 
 if __name__ == "__main__":
