@@ -6,7 +6,8 @@ Claim: `rayclust quick` on photographs ends, from Enter to the report, in at mos
 and 25 s. Images are the photographs of ../shared/data, evenly many of each of its ten classes, as JPEG files in a
 folder a class; the encoder is MobileNetV2 with the weights that lie there, by the engine that the run chose. Seconds
 are the claim's on idle cores; on cores that other programs share the CPU seconds of the command and all that it starts
-say more, though they count both of its threads, where the bare loop has one. The search afterwards is by a photograph; the second run is the same line again.
+say more, though they count both of its threads, where the bare loop has one. The search afterwards is by a photograph;
+the second run is the same line again.
 """
 
 from __future__ import annotations
