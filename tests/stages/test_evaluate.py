@@ -7,18 +7,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
-from rayclust.methods.kmeans import KMeans
-from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.runtime.rows import row_starts
 from rayclust.stages import evaluate
 from rayclust.stages.evaluate import _against_labels, _columns, _contingency, _sample
 from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
+from tests.stages.own_space import AllAlike, EachAlone, OneDirection, use
 
 
 def metrics(sealed: Sealed) -> dict:
@@ -86,9 +84,7 @@ def test_rows_each_alone_and_no_sample_are_no_errors(
 @pytest.fixture
 def copied(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A copy of the run by a method with a space of its own."""
-    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
-    monkeypatch.setattr(KMeans, "width", 1, raising=False)
-    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
+    use(OneDirection, monkeypatch)
     shutil.copytree(vectors_run.folder, tmp_path / "run")
     return vectors_run.config.model_copy(update={"run": str(tmp_path / "run")})
 
@@ -100,7 +96,7 @@ def measured(config: RunConfig) -> dict[str, float]:
 
 
 def test_a_membership_is_measured_on_the_rows_with_labels(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.full((len(x), len(x)), 1 / len(x)), raising=False)
+    use(AllAlike, monkeypatch)
     assert measured(copied) == {
         "membership_nonzeros": 6,
         "membership_components": 1,
@@ -118,7 +114,7 @@ def test_without_labels_entries_and_components_are_left(copied: RunConfig, monke
 
     monkeypatch.setattr(evaluate, "_columns", unlabelled)
     monkeypatch.setattr(evaluate, "MEMBERSHIP_ROWS", 5)
-    monkeypatch.setattr(KMeans, "membership", lambda self, x: torch.eye(len(x)) + 1e-3, raising=False)
+    use(EachAlone, monkeypatch)
     assert measured(copied) == {"membership_nonzeros": 1, "membership_components": 5}
 
 

@@ -5,11 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from rayclust.config import IndexConfig, RunConfig, validate
-from rayclust.methods.kmeans import KMeans
-from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.spaces import ENCODER_INDEX, OWN_INDEX
 from rayclust.search.index import load_index
@@ -17,6 +14,7 @@ from rayclust.stages.index import QUERIES, RETRIEVAL, SHOWN
 from rayclust.store import storage
 from rayclust.store.run import Run
 from tests.stages.conftest import VECTORS, Sealed
+from tests.stages.own_space import OneDirection, use
 from tests.stages.runs import tree
 
 
@@ -45,10 +43,7 @@ def test_auto_takes_an_inverted_file_above_the_bound(copied: RunConfig, flat_row
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind: str, monkeypatch: pytest.MonkeyPatch):
-    """The own space here is one direction: rows of colour 0 lie on one side, all others on the other."""
-    monkeypatch.setattr(KMeans, "width", 1, raising=False)
-    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
-    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
+    use(OneDirection, monkeypatch)
     settings = copied.model_copy(update={"index": IndexConfig(kind=kind)})
     manifest = run_stage("index", settings)
     assert set(manifest.outputs) == {f"index/{name}" for name in (ENCODER_INDEX, OWN_INDEX, RETRIEVAL)}
@@ -68,9 +63,7 @@ def test_a_space_of_the_methods_own_has_an_index_beside(copied: RunConfig, kind:
 
 
 def test_pages_show_both_searches_side_by_side(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(KMeans, "width", 1, raising=False)
-    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
-    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
+    use(OneDirection, monkeypatch)
     for stage in ("index", "evaluate", "map", "figures", "report"):
         run_stage(stage, copied, force=stage == "figures")
     page = storage.read_bytes(Run(copied.run).report).decode()

@@ -6,16 +6,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from rayclust.config import RunConfig, validate
-from rayclust.methods.kmeans import KMeans
-from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import content_digest, run_stage
 from rayclust.runtime.rows import table_at
 from rayclust.store import tables
 from rayclust.store.run import Run
 from tests.sealed import Sealed
+from tests.stages.own_space import OneDirection, use
 from tests.stages.runs import tree
 
 STARTS = [0, 12, 12, 24]
@@ -72,10 +70,7 @@ def test_an_interrupted_map_goes_on_and_is_the_same(config: RunConfig):
 
 
 def test_a_space_of_the_methods_own_is_what_is_mapped(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    """The own space here is one direction: rows of colour 0 lie on one side, all others on the other."""
-    monkeypatch.setattr(KMeans, "width", 1, raising=False)
-    monkeypatch.setattr(KMeans, "transform", lambda self, x: torch.sign(x[:, :1]), raising=False)
-    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
+    use(OneDirection, monkeypatch)
     run_stage("map", config)
     places = _places(Run(config.run), np.arange(24))
     sides = places[:, 0] > 0

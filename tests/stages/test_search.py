@@ -5,18 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.methods.kmeans import KMeans
-from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.pipeline import run_stage
 from rayclust.stages.search import Hit, as_lines, search
 from rayclust.store import storage
 from rayclust.store.run import Run
 from rayclust.store.sources import fetch_many
 from tests.stages.conftest import Sealed
+from tests.stages.own_space import Flipped, use
 from tests.stages.runs import tree
 
 
@@ -121,10 +119,7 @@ def test_ready_embeddings_of_another_encoder_are_refused(vectors_run: Sealed, qu
 @pytest.fixture
 def own_space(copied: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """The run, indexed by a method whose own space is the features turned round."""
-    monkeypatch.setattr(KMeans, "width", 192, raising=False)
-    flipped = lambda self, x: torch.nn.functional.normalize(x.flip(1), dim=1)  # noqa: E731
-    monkeypatch.setattr(KMeans, "transform", flipped, raising=False)
-    monkeypatch.setattr(KMeansConfig, "has_own_space", True)
+    use(Flipped, monkeypatch)
     run_stage("index", copied)
     return copied
 
