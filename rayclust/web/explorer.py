@@ -164,7 +164,7 @@ class Explorer:
         return {"total": len(rows), "images": self._records(np.array(rows[offset : offset + limit]))}
 
     def image(self, row: int) -> dict[str, Any]:
-        """Return one image with its neighbours, nearest first: by the stage neighbors or in what pixels taught.
+        """Return one image with its neighbours, nearest first, in the learnt space if pixels were learnt from.
 
         Raises:
             ConfigError: there is no such row.
