@@ -59,6 +59,7 @@ class Page:
         self._session = (await self.call("Target.attachToTarget", targetId=target, flatten=True))["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             await self.call(f"{domain}.enable")
+        await self.call("Performance.enable", timeDomain="threadTicks")
         await self.call("Page.bringToFront")  # one behind others is not painted
         await self.call("Page.navigate", url=url)
 

@@ -45,7 +45,7 @@
         if (places !== null && (clusters[i] === places) !== (pass === 1)) continue;
         const left = Math.round(px(xs[i]) * ratio) - half, top = Math.round(py(ys[i]) * ratio) - half;
         if (left < 0 || top < 0 || left + size > width || top + size > height) continue;
-        const paint = picked && !picked.has(i) ? (paints[clusters[i]] & 0xffffff) | (40 << 24) : paints[clusters[i]];
+        const paint = picked && !picked[i] ? (paints[clusters[i]] & 0xffffff) | (40 << 24) : paints[clusters[i]];
         for (let y = top; y < top + size; y++) pixels.fill(paint, y * width + left, y * width + left + size);
       }
     }
@@ -152,14 +152,16 @@
       }
       if (odd) inside.push(i);
     }
-    picked = new Set(inside);
+    picked = new Uint8Array(N);
+    for (const i of inside) picked[i] = 1;
     redraw();
-    const sizes = new Map();
-    for (const i of inside) sizes.set(clusters[i], (sizes.get(clusters[i]) ?? 0) + 1);
-    const most = [...sizes].sort((a, b) => b[1] - a[1]).slice(0, 5).map(([place, size]) => `${title(place)} (${count(size)})`);
+    const counts = new Uint32Array(index.id.length);
+    for (const i of inside) counts[clusters[i]]++;
+    const sizes = [...counts.entries()].filter(([, size]) => size);
+    const most = sizes.sort((a, b) => b[1] - a[1]).slice(0, 5).map(([place, size]) => `${title(place)} (${count(size)})`);
     $("picked").hidden = false;
     $("copy").textContent = "Copy keys";
-    $("picked").querySelector("[role=status]").textContent = `${plural(inside.length, "image")} of ${plural(sizes.size, "cluster")}${most.length ? `: ${most.join(", ")}${sizes.size > 5 ? ", …" : ""}` : ""}`;
+    $("picked").querySelector("[role=status]").textContent = `${plural(inside.length, "image")} of ${plural(sizes.length, "cluster")}${most.length ? `: ${most.join(", ")}${sizes.length > 5 ? ", …" : ""}` : ""}`;
     const { each } = index.points, files = [...new Set(inside.map((i) => Math.floor(i / each)))];
     const read = new Map(await Promise.all(files.map(async (file) => [file, (await keysFrom(file * each)).key])));
     keys = inside.map((i) => read.get(Math.floor(i / each))[i % each]);
