@@ -2,26 +2,27 @@
 
 Claim: below 3 GB, over all workers of two cores, at any time.
 
-    python benchmarks/counterparts_scale.py [--rows 1000000] [--nouns 120000] [--phases choose retrieve]
+    python benchmarks/counterparts_scale.py [--rows 1000000] [--nouns 120000] [--phases choose retrieve] [--report FILE]
 
 The phases run as in the stage, each in a process of its own with one thread: one worker chooses the nouns on a sample
-of 64 rows for each of N / 300 centres, from one start; then two workers make the counterparts of parts of 8,192 rows.
-Of the latter only some rows are made, since memory does not depend on how many parts there are; their time for all rows
-is extrapolated, and said to be. Rows and nouns are drawn at random around common directions.
+of 64 rows for each of N / 300 centres, from one start; then two workers make the counterparts of all rows, in parts of
+8,192. With --measured they make those of some rows, and the time of all is extrapolated, and said to be. Rows and nouns
+are drawn at random around common directions, which counts in the time of the whole alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from fixed_costs import described
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,7 +31,7 @@ from rayclust.clustering.settings import KMeansOptions
 from rayclust.language import nouns
 
 WIDTH, PART, GROUPS = 512, 8192, 2000
-ROWS_PER_CENTER, PASSES = 64, 10
+ROWS_PER_CENTER = 64
 
 
 def drawn(count: int, seed: int) -> Tensor:
@@ -46,7 +47,7 @@ def choose(rows: int, words: int) -> dict[str, Any]:
     """Find the semantic centres, score all nouns, and choose."""
     centers = nouns.center_count(rows, 1)
     sample, vocabulary = drawn(min(rows, ROWS_PER_CENTER * centers), 1), drawn(words, 2)
-    options = KMeansOptions(clusters=centers, restarts=1, max_iterations=PASSES)
+    options = KMeansOptions(clusters=centers, restarts=1)
     started = time.perf_counter()
     result = kmeans.fit(lambda: [sample], options)
     found = time.perf_counter()
@@ -54,8 +55,8 @@ def choose(rows: int, words: int) -> dict[str, Any]:
     chosen = nouns.choose_nouns(scores)
     scored = time.perf_counter()
     return {
-        "centers": centers,
         "sample": len(sample),
+        "passes": result.n_iter,
         "chosen": len(chosen),
         "confidences": len(scores.confidence.unique()),
         "kmeans": found - started,
@@ -64,7 +65,7 @@ def choose(rows: int, words: int) -> dict[str, Any]:
 
 
 def retrieve(count: int, chosen: int) -> dict[str, Any]:
-    """Make counterparts, part by part."""
+    """Make the counterparts of so many rows, part by part."""
     words, spent = drawn(chosen, 3), 0.0
     for part in range(-(-count // PART)):
         x = drawn(PART, 10 + part)
@@ -102,31 +103,42 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--nouns", type=int, default=120_000)
     parser.add_argument("--phases", nargs="+", choices=["choose", "retrieve"], default=["choose", "retrieve"])
-    parser.add_argument("--measured", type=int, default=32_768, help="rows whose counterparts each worker makes")
+    parser.add_argument("--measured", type=int, help="rows whose counterparts are made; by default all")
+    parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, 1 thread a worker, Python {platform.python_version()}, torch {torch.__version__}")
-    print(f"python benchmarks/counterparts_scale.py {' '.join(sys.argv[1:])}\n")
-    centers, memory = nouns.center_count(arguments.rows, 1), []
-    print(f"{arguments.rows:,} rows × {WIDTH}, {arguments.nouns:,} nouns, {centers:,} centres")
+    lines = list[str]()
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    say(described().replace(" at the end", " at the start") + "; one thread a worker")
+    say(f"python benchmarks/counterparts_scale.py {' '.join(sys.argv[1:])}".rstrip() + "\n")
+    centers, memory, began = nouns.center_count(arguments.rows, 1), [], time.perf_counter()
+    say(f"{arguments.rows:,} rows × {WIDTH}, {arguments.nouns:,} nouns, {centers:,} centres")
     chosen = 5 * centers
     if "choose" in arguments.phases:
         [choice] = run(1, choose, arguments.rows, arguments.nouns)
         chosen, memory = choice["chosen"], [choice["memory"]]
-        print(
-            f"k-means of {choice['sample']:,} rows, {PASSES} passes: {choice['kmeans']:.0f} s; "
+        say(
+            f"k-means of {choice['sample']:,} rows, {choice['passes']} passes: {choice['kmeans']:.0f} s; "
             f"all nouns scored, {choice['confidences']:,} different confidences: {choice['score']:.0f} s; "
             f"{choice['memory']:.2f} GB"
         )
     if "retrieve" in arguments.phases:
-        parts = run(2, retrieve, arguments.measured, chosen)
+        made = arguments.measured or arguments.rows
+        parts = run(2, retrieve, made // 2, chosen)
+        made = sum(part["rows"] for part in parts)
         rate = sum(part["rows"] / part["seconds"] for part in parts)
         memory.append(sum(part["memory"] for part in parts))
-        print(
-            f"counterparts by {chosen:,} nouns, 2 workers: {rate:,.0f} rows/s, so that all rows take "
-            f"{arguments.rows / rate:.0f} s (extrapolated from {sum(part['rows'] for part in parts):,}); "
-            f"{memory[-1]:.2f} GB together"
+        extrapolated = "" if made >= arguments.rows else f" (extrapolated from {made:,})"
+        say(
+            f"counterparts by {chosen:,} nouns, 2 workers: {rate:,.0f} rows/s, all rows in "
+            f"{arguments.rows / rate:.0f} s{extrapolated}; {memory[-1]:.2f} GB together"
         )
-    print(f"below 3 GB: {max(memory) < 3}")
+    say(f"below 3 GB: {max(memory) < 3}; {time.perf_counter() - began:.0f} s in all, rows and nouns drawn")
+    if arguments.report:
+        arguments.report.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

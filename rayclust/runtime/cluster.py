@@ -35,6 +35,8 @@ BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 _IDLE_GPU = "a GPU of this machine lies idle: torch {} sees no CUDA device; install a CUDA build"
 CONNECT_SECONDS = 10.0
 """How long a server may take to accept a connection."""
+TaskKind = Literal["tasks", "train"]
+"""Key of `resources.placement` that says on which nodes a task runs."""
 task_labels: ContextVar[dict[str, dict[str, str]]] = ContextVar("task_labels", default={})  # noqa: B039 - stays as it is
 """Labels of the tasks that are submitted here, by kind; {} outside of `scheduling`."""
 
@@ -115,9 +117,9 @@ def scheduling(placement: PlacementConfig) -> Iterator[None]:
         task_labels.reset(token)
 
 
-def task_options(gpus: float) -> tuple[dict[str, Any], Mapping[str, str]]:
+def task_options(gpus: float, kind: TaskKind = "tasks") -> tuple[dict[str, Any], Mapping[str, str]]:
     """Return where Ray places a task, as options, and the labels: those of `train` are on the nodes with GPUs."""
-    kind = "train" if gpus else "tasks"
+    kind = "train" if gpus else kind
     labels = task_labels.get().get(kind, {})
     return label_selector(kind, labels), labels
 
@@ -266,30 +268,60 @@ def worker_range(config: RunConfig) -> tuple[int, int]:
     return (most, most) if fewest is None else (fewest, max(fewest, most))
 
 
-def run_remotely(function: Callable[..., Any], *arguments: Any, cpus: int = 1, gpus: float = 0) -> Any:
+def run_remotely(
+    function: Callable[..., Any],
+    *arguments: Any,
+    cpus: int = 1,
+    gpus: float = 0,
+    kind: TaskKind = "tasks",
+    retries: int = 5,
+) -> Any:
     """Return the result of one call in a Ray worker: nothing that grows with N runs in the driver; small work does.
 
-    The function may run twice, and must give the same result then; `cpus` and `gpus` are the worker's.
+    The function may run twice, and must give the same result then.
+
+    Args:
+        function: its name is that of the timing and of Ray's task.
+        arguments: of the call.
+        cpus: of the worker, and threads of the call.
+        gpus: of the worker, which sees no others.
+        kind: on which nodes the worker may be.
+        retries: times a lost worker is replaced.
     """
 
     def call() -> tuple[Any, float]:  # bound methods cannot be remote themselves
         started = time.monotonic()
-        return function(*arguments), time.monotonic() - started
+        with threads(cpus):  # a worker that has done other tasks keeps the threads of its first
+            result = function(*arguments)
+        if gpus:
+            free_cached_memory()
+        return result, time.monotonic() - started
 
     name = getattr(function, "__name__", "work").strip("_").replace("_", " ")
     with plain_errors(), timed_section(name, 1) as timing:
         if in_driver():
-            with threads(cpus):
-                result, timing.busy["working"] = call()
+            result, timing.busy["working"] = call()
             return result
         import ray
 
         connect()
         # max_calls: by default Ray ends a process after one task with a GPU.
-        options = {"max_retries": 5, "max_calls": 0, **task_options(gpus)[0]}
+        options = {"max_retries": retries, "max_calls": 0, **task_options(gpus, kind)[0]}
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **options)(call)
-        result, timing.busy["working"] = ray.get(remote.remote())
+        under_way = remote.options(name=name).remote()
+        try:
+            result, timing.busy["working"] = ray.get(under_way)
+        except KeyboardInterrupt:
+            ray.cancel(under_way)  # the process may go on, as a notebook does
+            raise
         return result
+
+
+def free_cached_memory() -> None:
+    """Give back the GPU memory that torch keeps: a worker waits for more tasks, and others may need the memory."""
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def on_every_node(function: Callable[..., Any], *arguments: Any) -> None:

@@ -89,8 +89,8 @@ def threads(count: int) -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     given, torch = os.environ.get("OMP_NUM_THREADS"), sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else cores()
-    wanted = int(given) if given and given.isdecimal() else count
+    own = int(given) if given and given.isdecimal() else None
+    before, wanted = torch.get_num_threads() if torch else own or cores(), own or count
     # The variable is for libraries that are first loaded in the block, which may be torch.
     os.environ["OMP_NUM_THREADS"] = str(wanted)
     try:

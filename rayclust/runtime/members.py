@@ -56,7 +56,11 @@ def plan_members(config: RunConfig) -> MembersPlan | None:
         raise ConfigError(f"method.members = {list(uris)}: needs one number of clusters; set method.clusters")
     if any(uri.removesuffix(HEADS).rstrip("/") == config.run.rstrip("/") for uri in uris):
         raise ConfigError(f"method.members: {config.run} is this run itself, which each fit would change")
-    return MembersPlan(digest_of([_content(uri) for uri in uris]))
+    return MembersPlan(_content_of_all(uris))
+
+
+def _content_of_all(uris: Sequence[str]) -> str:
+    return digest_of([_content(uri) for uri in uris])
 
 
 def _content(uri: str) -> Any:
@@ -107,7 +111,9 @@ class RowsWithMembers(StoredRows):
         own = _keys(self.run, len(self.starts) - 1)
         fitted = slice(None) if self._aside is None else ~self._aside
         found = (labels[fitted][None] for uri in self._partitions for labels in read_member(uri, own))
-        return list(mapped(self.cache / "members.npy", (count, self.count), np.int32, found))
+        # Named by its content: a fit that was killed may have read a member as it was before.
+        name = f"members-{_content_of_all(self._partitions)}.npy"
+        return list(mapped(self.cache / name, (count, self.count), np.int32, found))
 
 
 def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:

@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
+from uuid import uuid4
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -266,21 +267,34 @@ class MetricsActor:
         return self._row
 
 
-def _send(metrics: Any, row: dict[str, Any]) -> None:
-    metrics.report.remote(row)
+@lru_cache(1)
+def _metrics_actor(name: str) -> Any:
+    import ray
+
+    return ray.get_actor(name)
+
+
+def _send(name: str, row: dict[str, Any]) -> None:
+    with suppress(ValueError):  # nobody looks yet
+        _metrics_actor(name).report.remote(row)
 
 
 @contextmanager
 def watch_metrics(progress: Progress) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield what sends a worker's rows of metrics here, where a thread shows the newest until the block ends."""
+    """Yield what sends a worker's rows of metrics here, where a thread shows the newest until the block ends.
+
+    A block that is over within a second starts no actor, which would take the process that Ray has ready for a task.
+    """
     import ray
 
-    metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).remote()
-    over = threading.Event()
+    name, over = f"rayclust-metrics-{uuid4().hex}", threading.Event()
 
     def follow() -> None:
+        metrics = None
         while not over.wait(1.0):
             try:
+                if metrics is None:
+                    metrics = ray.remote(num_cpus=0, max_restarts=-1)(MetricsActor).options(name=name).remote()
                 row = ray.get(metrics.latest.remote(), timeout=5)
             except ray.exceptions.RayError:
                 continue
@@ -290,7 +304,7 @@ def watch_metrics(progress: Progress) -> Iterator[Callable[[dict[str, Any]], Non
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
-        yield partial(_send, metrics)
+        yield partial(_send, name)
     finally:
         over.set()
         thread.join(timeout=5)

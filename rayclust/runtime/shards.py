@@ -170,7 +170,7 @@ def write_shard(
 
 def renumber(run: Run, index: int, row_start: int) -> TaskResult:
     """Rewrite a part so that its rows begin at `row_start`; idempotent. Raise `ArtefactError` if it has no mark."""
-    mark_uri = run.shard_manifest(index)
+    mark_uri = run.mark(index)
     mark = read_mark(mark_uri)
     if mark is None:
         raise ArtefactError(f"{mark_uri}: is missing or damaged; run encode again")

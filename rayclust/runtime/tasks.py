@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from rayclust.errors import ArtefactError
 from rayclust.runtime.artefacts import FileListing, Outputs
-from rayclust.runtime.cluster import connect, cpus, live_nodes, plain_errors, task_options
+from rayclust.runtime.cluster import connect, cpus, free_cached_memory, live_nodes, plain_errors, task_options
 from rayclust.runtime.driver import in_driver, threads
 from rayclust.runtime.progress import Progress, timed_section, worker_name
 from rayclust.store import manifest, storage
@@ -136,7 +136,7 @@ def finished_tasks(
     `on_result` is called for each of them.
     """
     listing, results = FileListing(run), dict[int, TaskResult]()
-    uris = [run.shard_manifest(task.index, stage) for task in tasks]
+    uris = [run.mark(task.index, stage) for task in tasks]
     with ThreadPoolExecutor(STORAGE_THREADS) as threads:
         for task, mark in zip(tasks, threads.map(read_mark, uris), strict=True):
             if mark is None or mark[0] != task.digest:
@@ -179,11 +179,9 @@ def run_tasks(
 
     def timed(task: Task) -> tuple[TaskResult, float, str]:
         started = time.monotonic()
-        result = run_and_mark(run.shard_manifest(task.index, stage), task, lambda: function(task))
+        result = run_and_mark(run.mark(task.index, stage), task, lambda: function(task))
         if gpus:
-            import torch
-
-            torch.cuda.empty_cache()  # this process waits for more tasks, and others may need the memory
+            free_cached_memory()
         return result, time.monotonic() - started, worker_name()
 
     if todo:

@@ -572,4 +572,4 @@ class ShardWriter:
         if self._spaces is not None:
             embeddings = self._spaces.divide(embeddings, [record["key"] for record in records], start)
         write = partial(write_shard, self._run, shard, start, records, embeddings, rejects, split=split)
-        run_and_mark(self._run.shard_manifest(shard.index), shard, write)
+        run_and_mark(self._run.mark(shard.index), shard, write)

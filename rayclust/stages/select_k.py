@@ -147,7 +147,7 @@ def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple
     if is_recuttable(config.method.name):
         folder = search.run.selection_fit
         history = tables.read_table(storage.join(folder, "metrics.parquet")).to_pylist()
-        marked = read_mark(search.run.shard_manifest(FIT, SELECT_K))
+        marked = read_mark(search.run.mark(FIT, SELECT_K))
         digests = {path: written["digest"] for path, written in marked[1].outputs.items()} if marked else {}
         fitted = read_method(folder, SELECT_K, digests)
         if not isinstance(fitted, Recuttable):
@@ -287,7 +287,7 @@ def _trial(search: Search, space: dict[str, Any]) -> None:
 
 def _examine_and_mark(search: Search, clusters: int) -> None:
     task = search.task(clusters)
-    run_and_mark(search.run.shard_manifest(clusters, SELECT_K), task, lambda: examine(search, clusters))
+    run_and_mark(search.run.mark(clusters, SELECT_K), task, lambda: examine(search, clusters))
 
 
 def _trials_of_node(node: dict[str, float], cpus: float, gpus: float) -> int:
@@ -364,7 +364,7 @@ def run(context: StageContext) -> StageResult:
         done = finished_tasks(run, SELECT_K, [task])
         if not done:
             job = Job(SELECT_K, config.with_clusters(search.largest), task.digest, search.encode, run.selection_fit)
-            mark = run.shard_manifest(FIT, SELECT_K)
+            mark = run.mark(FIT, SELECT_K)
             done = {FIT: run_and_mark(mark, task, lambda: TaskResult(fit(job)["outputs"]))}
         outputs |= done[FIT].outputs
     tried, choice = _search(search, rows)
@@ -373,7 +373,7 @@ def run(context: StageContext) -> StageResult:
         if k != FIT and k not in tried and marked != search.task(k).digest:
             storage.remove_tree(run.candidate(k))
             storage.remove(run.candidate(k) + ".json")
-            storage.remove(run.shard_manifest(k, SELECT_K))
+            storage.remove(run.mark(k, SELECT_K))
     for result in tried.values():
         outputs |= result.outputs
     reason = {"rule": choice.rule, "reason": choice.reason}

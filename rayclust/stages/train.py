@@ -1,7 +1,8 @@
-"""Stage `train`: fit the method to the run's rows with Ray Train, one process per worker; a small set in the driver.
+"""Stage `train`: fit the method to the run's rows, in one Ray task or with Ray Train; a small set in the driver.
 
 Checkpoints are ours: safetensors and JSON below the run, written by worker 0. After the loss of a worker, the driver or
-the cluster, training resumes from the newest complete one. Ray Train only places, watches and replaces the workers.
+the cluster, training resumes from the newest complete one. Ray Train only places, watches and replaces several workers;
+a single one is a task, for which Ray has a process ready.
 """
 
 from __future__ import annotations
@@ -27,8 +28,16 @@ from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build_for
 from rayclust.methods.base import CheckpointInterval, Method
 from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
-from rayclust.runtime.cluster import connect, cores_per_worker, on_every_node, plain_errors, require_label, worker_range
-from rayclust.runtime.driver import cores, in_driver, threads
+from rayclust.runtime.cluster import (
+    connect,
+    cores_per_worker,
+    on_every_node,
+    plain_errors,
+    require_label,
+    run_remotely,
+    worker_range,
+)
+from rayclust.runtime.driver import cores, in_driver
 from rayclust.runtime.members import RowsWithMembers
 from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
@@ -92,8 +101,8 @@ def fit(job: Job) -> dict[str, Any]:
     """
     with drop_rows_on_error(job.digest), plain_errors(), Progress(job.stage, "steps") as progress:
         if in_driver():
-            with threads(cores()):
-                result = _work({"job": job, "report": progress.show_metrics, "threads": cores()}) or {}
+            settings = {"job": job, "report": progress.show_metrics, "threads": cores()}
+            result: dict[str, Any] = run_remotely(_train, settings, cpus=cores())
         else:
             connect()
             with watch_metrics(progress) as report:
@@ -113,23 +122,29 @@ def drop_rows_on_error(digest: str) -> Iterator[None]:
 
 
 def _fit(job: Job, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Fit on the cluster; `report` is called in worker 0 with its rows of metrics."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    """Fit on the cluster; `report` is called in worker 0 with its rows of metrics.
 
+    A single worker is a task: Ray Train would start a controller and a process of its own first, for seconds.
+    """
     resources, (fewest, workers) = job.config.resources, worker_range(job.config)
     if fewest < workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
         _check_every_worker_count(job, fewest, workers)
-    labels = resources.placement.train
-    require_label("train", labels)
-    gpus = resources.gpus
+    labels, gpus = resources.placement.train, resources.gpus
     cpus = 1 if gpus else cores_per_worker(workers, labels)
+    settings = {"job": job, "report": report, "threads": cpus}
+    if workers == 1:
+        retries = resources.max_failures
+        return dict(run_remotely(_train, settings, cpus=cpus, gpus=gpus, kind="train", retries=retries))
+    require_label("train", labels)
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     # Ray Train wants a folder for checkpoints; nothing is put there, ours lie below the run.
     with tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
-            _work,
-            train_loop_config={"job": job, "report": report, "threads": cpus},
+            _train,
+            train_loop_config=settings,
             scaling_config=ScalingConfig(
                 num_workers=(fewest, workers) if fewest < workers else workers,
                 use_gpu=bool(gpus),
@@ -159,7 +174,7 @@ def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
             raise ConfigError(f"resources.min_workers = {fewest}: {count} workers cannot go on ({error})") from None
 
 
-def _work(settings: dict[str, Any]) -> dict[str, Any] | None:
+def _train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Fit in one worker; worker 0 writes the model and returns the result."""
     job: Job = settings["job"]
     torch.set_num_threads(settings["threads"])

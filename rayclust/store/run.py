@@ -121,7 +121,7 @@ class Run:
         """Return the manifest of a stage."""
         return self.at("manifests", f"{stage}.json")
 
-    def shard_manifest(self, index: int, stage: str = "encode") -> str:
+    def mark(self, index: int, stage: str = "encode") -> str:
         """Return the mark of one finished task of a stage."""
         return self.at("manifests", stage, f"part-{index:05d}.json")
 

@@ -75,12 +75,12 @@ def run_in_process(line: Path, last: str, *, workers: bool = False) -> None:
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
         if workers:
-            patch.setattr(train, "_work", lambda settings: on_two_workers(work, settings["job"])[0])
+            patch.setattr(train, "_train", lambda settings: on_two_workers(work, settings["job"])[0])
         run_all(parse(line.read_text()), stop_after=last)
 
 
 def work(rank: int, world: int, job: train.Job) -> Any:
-    return train._work({"job": job, "report": [].append, "threads": 1})
+    return train._train({"job": job, "report": [].append, "threads": 1})
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,7 @@ def test_tasks_with_gpus_go_where_trainings_go(cluster_nodes: list[dict[str, Any
     in_namespace(monkeypatch, "anonymous")
     with cluster.scheduling(PlacementConfig(tasks=CPU, train=GPU)):
         assert cluster.task_options(0) == ({"label_selector": CPU}, CPU)
-        assert cluster.task_options(0.5) == ({"label_selector": GPU}, GPU)
+        assert cluster.task_options(0.5) == cluster.task_options(0, "train") == ({"label_selector": GPU}, GPU)
     assert cluster.task_options(1) == ({}, {})
 
 
@@ -287,15 +287,25 @@ def test_a_gpu_of_this_machine_is_used_where_torch_reports_it(
     assert ("lies idle" in caplog.text) == (not sees)
 
 
+TRAIN_AND_TELL = (
+    "from pathlib import Path; import ray; from rayclust.stages import train\n"
+    "fit, place = train._train, Path({place!r})\n"
+    "def _train(settings):\n"
+    "    place.write_text(ray.get_runtime_context().get_node_id())\n"
+    "    return fit(settings)\n"
+    "train._train = _train"
+)
+"""Lines of a driver: its training writes on which node it is, to `place`."""
 TELL_PLACES = (
     "import json, ray, ray._private.state\n"
     "pools = {node['NodeID']: node['Labels']['pool'] for node in ray.nodes()}\n"
     "own = ray.get_runtime_context().get_job_id()\n"
     "actors = [actor for actor in ray._private.state.actors().values() if actor['JobID'] == own]\n"
     "places = [[actor['ActorClassName'], pools.get(actor['Address']['NodeID'])] for actor in actors]\n"
+    "places.append(['training', pools[place.read_text()]])\n"
     "print('PLACES', json.dumps(places))"
 )
-"""Lines of a driver: where its actors were."""
+"""Lines of a driver: where its actors and its training were."""
 
 
 @pytest.mark.ray
@@ -306,12 +316,13 @@ def test_decoders_run_on_cpu_nodes_and_encoders_and_training_on_gpu_nodes(nodes:
     line = write_yaml(
         tmp_path / "run.yaml", tree(str(tmp_path / "run"), str(images), resources={"placement": placement})
     )
-    process = start(nodes, line, "train", after=TELL_PLACES)
+    before = TRAIN_AND_TELL.format(place=str(tmp_path / "place"))
+    process = start(nodes, line, "train", before=before, after=TELL_PLACES)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     [found] = [row.removeprefix("PLACES ") for row in output.splitlines() if row.startswith("PLACES ")]
     places = {(kind, pool) for kind, pool in json.loads(found)}
     assert {pool for kind, pool in places if "ReadAndDecode" in kind} == {"cpu"}
     assert {pool for kind, pool in places if "EncodeChunks" in kind} == {"gpu"}
-    assert {pool for kind, pool in places if "RayTrainWorker" in kind} == {"gpu"}
+    assert {pool for kind, pool in places if kind == "training"} == {"gpu"}
     assert {pool for kind, pool in places if "ShardWriter" in kind} == {"cpu"}

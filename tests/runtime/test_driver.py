@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ def test_the_driver_has_a_workers_threads_only_within_the_block(monkeypatch: pyt
         with threads(2):  # as Ray leaves the variable alone where it is set
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "torch")  # as where a worker's task brings it
+            with threads(2):
+                patch.setitem(sys.modules, "torch", torch)
+        assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
     assert cores() >= 1

@@ -207,7 +207,7 @@ def test_force_does_again_what_is_sealed_unit_by_unit_and_gives_the_same_bytes(c
 
 def test_killed_before_the_seal_only_the_unmarked_parts_are_done_again(copied: Sealed):
     Path(copied.run.manifest("assign")).unlink()
-    Path(copied.run.shard_manifest(2, "assign")).unlink()
+    Path(copied.run.mark(2, "assign")).unlink()
     times = [Path(copied.run.assignments(i)).stat().st_mtime_ns for i in (0, 2)]
     run_all(copied.config)
     assert Path(copied.run.assignments(0)).stat().st_mtime_ns == times[0]

@@ -69,7 +69,7 @@ def test_rejects_of_an_earlier_try_do_not_stay(run: Run):
 def marked_shard(run: Run, row_start: int) -> None:
     unit = Task(2, "digest")
     result = write_shard(run, unit, row_start, records("a", "b"), np.ones((2, 2), np.float16), [reject("c")])
-    write_mark(run.shard_manifest(2), unit, result)
+    write_mark(run.mark(2), unit, result)
 
 
 def without_stamps(result: TaskResult) -> TaskResult:
@@ -85,7 +85,7 @@ def test_a_renumbered_part_has_the_bytes_that_a_right_guess_would_have_had(run: 
     other = Run(str(tmp_path / "other"))
     marked_shard(other, 60)
     assert content == storage.read_bytes(other.embeddings(2))
-    marker, right = read_mark(run.shard_manifest(2)), read_mark(other.shard_manifest(2))
+    marker, right = read_mark(run.mark(2)), read_mark(other.mark(2))
     assert marker is not None
     assert right is not None
     assert marker == ("digest", first)
@@ -104,7 +104,7 @@ def test_renumbering_killed_half_way_leaves_a_marker_that_names_no_row(run: Run,
         patch.setattr("rayclust.runtime.shards.put_table", killed)
         with pytest.raises(KeyboardInterrupt):
             renumber(run, 2, 60)
-    marker = read_mark(run.shard_manifest(2))
+    marker = read_mark(run.mark(2))
     assert marker is not None
     assert marker[1].extra["row_start"] is None
     assert renumber(run, 2, 60).extra["row_start"] == 60

@@ -91,7 +91,7 @@ def test_a_stage_under_way_or_interrupted_says_how_far_it_is(tmp_path: Path):
         storage.write_json(run.progress, ENCODE)
         assert line() == "under way: 1,200 of 3,000 images (40%), 3 rejects, 85 a second, about 21 s left"
     assert line() == "stopped at 1,200 of 3,000 images (40%), 3 rejects"
-    storage.write_json(run.shard_manifest(0), {})
+    storage.write_json(run.mark(0), {})
     assert line() == "stopped at 1,200 of 3,000 images (40%), 3 rejects; 1 part is finished"
     assert facts(run.uri)["stages"][0]["progress"] == ENCODE
 

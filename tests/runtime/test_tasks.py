@@ -40,7 +40,7 @@ def work(run: Run, unit: Task) -> TaskResult:
 def marked(run: Run, *digests: str) -> list[Task]:
     units = [Task(i, digest, payload=i, size=i + 1) for i, digest in enumerate(digests)]
     for unit in units:
-        run_and_mark(run.shard_manifest(unit.index, "stage"), unit, lambda unit=unit: work(run, unit))
+        run_and_mark(run.mark(unit.index, "stage"), unit, lambda unit=unit: work(run, unit))
     return units
 
 
@@ -71,7 +71,7 @@ def test_finished_are_those_with_equal_digest_and_whole_outputs(run: Run):
     units[1] = Task(1, "changed")
     storage.remove(run.at("out", "2.bin"))
     storage.write_bytes(run.at("out", "3.bin"), b"longer than it was")
-    storage.remove(run.shard_manifest(4, "stage"))
+    storage.remove(run.mark(4, "stage"))
     assert list(finished_tasks(run, "stage", units)) == [0]
     assert finished_tasks(run, "another stage", units) == {}
 
@@ -84,13 +84,13 @@ def test_a_marker_of_other_work_is_gone_before_its_output_is_touched(run: Run):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_and_mark(run.shard_manifest(0, "stage"), Task(0, "digest-b"), killed_half_way)
+        run_and_mark(run.mark(0, "stage"), Task(0, "digest-b"), killed_half_way)
     assert finished_tasks(run, "stage", [unit]) == {}
 
 
 def test_the_same_work_again_keeps_its_marker_while_it_goes_on(run: Run):
     [unit] = marked(run, "digest-a")
-    marker = run.shard_manifest(0, "stage")
+    marker = run.mark(0, "stage")
 
     def look() -> TaskResult:
         assert storage.exists(marker)
@@ -101,7 +101,7 @@ def test_the_same_work_again_keeps_its_marker_while_it_goes_on(run: Run):
 
 def test_results_come_in_order_of_the_units_and_only_the_rest_is_done(in_process: None, run: Run):
     units = marked(run, "one", "two", "three")
-    storage.remove(run.shard_manifest(1, "stage"))
+    storage.remove(run.mark(1, "stage"))
     done = list[int]()
 
     def note(unit: Task) -> TaskResult:
@@ -138,7 +138,7 @@ def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(r
         if unit.payload == "bad":
             # Not before the others have ended: what is under way when a unit fails goes on writing.
             deadline = time.monotonic() + 60
-            while not all(storage.exists(run.shard_manifest(i, "stage")) for i in range(9)):
+            while not all(storage.exists(run.mark(i, "stage")) for i in range(9)):
                 assert time.monotonic() < deadline, "the others do not end"
                 time.sleep(0.02)
             raise DataError("the third part: cannot be used")
@@ -160,7 +160,7 @@ def test_over_a_cluster_every_unit_is_done_once_and_an_error_is_the_one_raised(r
 
 def test_what_is_taken_out_of_a_result_is_seen_once_a_call_and_not_held(in_process: None, run: Run):
     units = marked(run, "one", "two", "three")
-    storage.remove(run.shard_manifest(0, "stage"))
+    storage.remove(run.mark(0, "stage"))
     taken = dict[int, int]()
 
     def take(unit: Task, result: TaskResult) -> None:
@@ -170,7 +170,7 @@ def test_what_is_taken_out_of_a_result_is_seen_once_a_call_and_not_held(in_proce
     results = run_tasks(run, "stage", units, lambda unit: work(run, unit), on_result=take)
     assert taken == {0: 0, 1: 1, 2: 2}
     assert [result.extra for result in results] == [{}, {}, {}]
-    found = read_mark(run.shard_manifest(0, "stage"))
+    found = read_mark(run.mark(0, "stage"))
     assert found is not None
     assert found[1].extra == {"payload": 0}
 

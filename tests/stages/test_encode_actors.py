@@ -357,13 +357,13 @@ def test_every_order_of_chunks_gives_the_same_part(order: tuple[int, ...], tmp_p
     run = Run(str(tmp_path))
     writer = ShardWriter(run.uri)
     for place, number in enumerate(order):
-        assert read_mark(run.shard_manifest(0)) is None, place
+        assert read_mark(run.mark(0)) is None, place
         writer.add(unit(0, row_start=30), *CHUNKS[number])
     part = tables.read_table(run.embeddings(0))
     assert part["key"].to_pylist() == ["0-0", "0-1", "1-0", "1-1", "2-0"]
     assert part["row"].to_pylist() == [30, 31, 32, 33, 34]
     assert tables.matrix(part["embedding"]).tolist() == [[1, 1], [1, 2], [2, 1], [2, 2], [3, 1]]
-    digest, result = read_mark(run.shard_manifest(0)) or ("", None)
+    digest, result = read_mark(run.mark(0)) or ("", None)
     assert digest == "digest"
     assert result is not None
     assert result.counts == {"rows": 5, "rejects": 1, "labelled": 0}
@@ -387,7 +387,7 @@ def test_shards_do_not_mix(tmp_path: Path):
     writer = ShardWriter(run.uri)
     writer.add(unit(0), *CHUNKS[0])
     writer.add(unit(1), *writer_chunk(0, True))
-    assert read_mark(run.shard_manifest(0)) is None
+    assert read_mark(run.mark(0)) is None
     assert tables.read_table(run.embeddings(1)).num_rows == 2
     writer.add(unit(0), *CHUNKS[2])
     writer.add(unit(0), *CHUNKS[1])
@@ -401,7 +401,7 @@ def test_a_shard_of_rejects_alone_and_one_of_nothing_are_written(tmp_path: Path)
     writer.add(unit(1), *writer_chunk(0, True, rows=0))
     assert tables.read_table(run.rejects(0)).num_rows == 2
     assert tables.read_table(run.embeddings(1)).schema.equals(tables.EMBEDDINGS(2))
-    assert read_mark(run.shard_manifest(1)) is not None
+    assert read_mark(run.mark(1)) is not None
 
 
 def test_an_older_marker_is_gone_while_its_part_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -414,4 +414,4 @@ def test_an_older_marker_is_gone_while_its_part_is_replaced(tmp_path: Path, monk
     monkeypatch.setattr("rayclust.stages.encode.write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         ShardWriter(run.uri).add(unit(0, "new"), *writer_chunk(0, True))
-    assert read_mark(run.shard_manifest(0)) is None
+    assert read_mark(run.mark(0)) is None

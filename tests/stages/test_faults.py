@@ -121,7 +121,7 @@ def test_killed_workers_are_replaced_and_a_run_goes_on_where_its_killed_session_
 
     second = start(*line)
     wait_until(lambda: newest(run) > 0, second)
-    trainers = workers(second, "RayTrainWorker")
+    trainers = workers(second, "ray::train")
     assert trainers
     kill(*trainers)
     output = second.communicate(timeout=240)[0]

@@ -165,7 +165,7 @@ def test_force_tries_all_again_and_gives_the_same_bytes(copied: Sealed, examined
 def test_stopped_half_way_only_the_missing_candidates_are_tried(copied: Sealed, examined: list[int]):
     Path(copied.run.manifest("select-k")).unlink()
     for k in (3, 6):
-        Path(copied.run.shard_manifest(k, "select-k")).unlink()
+        Path(copied.run.mark(k, "select-k")).unlink()
     (copied.folder / "selection" / "k-00005" / "weights.safetensors").unlink()
     before = (copied.folder / "selection.json").read_bytes()
     run_all(copied.config)
@@ -255,7 +255,7 @@ def test_a_method_that_is_cut_is_fitted_once_with_the_largest_candidate(
     assert pq.read_table(tmp_path / "run" / metrics[0]).equals(pq.read_table(tmp_path / "run" / metrics[1]))
 
     Path(run.manifest("select-k")).unlink()
-    Path(run.shard_manifest(4, "select-k")).unlink()
+    Path(run.mark(4, "select-k")).unlink()
     run_all(settings)
     assert (fits, examined) == ([6], [2, 4, 6, 4])
     run_all(other(Sealed(settings), method={"clusters": [2, 4, 8]}))

@@ -20,7 +20,7 @@ def test_names_of_artefacts() -> None:
     assert run.index_folder == base + "index"
     assert run.checkpoints("abc") == base + "checkpoints/abc"
     assert run.manifest("train") == base + "manifests/train.json"
-    assert run.shard_manifest(3) == base + "manifests/encode/part-00003.json"
+    assert run.mark(3) == base + "manifests/encode/part-00003.json"
     assert run.path(run.embeddings(7)) == "embeddings/part-00007.parquet"
 
 
@@ -29,7 +29,7 @@ def test_no_two_artefacts_share_a_place() -> None:
     names = [run.config, run.lease, run.clusters, run.metrics, run.selection, run.report, run.rejects(0)]
     names += [run.embeddings(0), run.neighbors(0), run.assignments(0)]
     names += [run.model_folder, run.index_folder, run.checkpoints("x"), run.candidate(2), run.selection_fit]
-    names += [run.manifest(stage) for stage in ("encode", "train")] + [run.shard_manifest(0)]
+    names += [run.manifest(stage) for stage in ("encode", "train")] + [run.mark(0)]
     assert len(names) == len(set(names))
 
 
