@@ -233,7 +233,7 @@ def _clusters(
 ) -> Iterator[model.Cluster]:
     """Convert the rows of `clusters.parquet` to clusters of the page."""
     typical = {k: rows for k, (rows, _) in extremes.items() if rows}
-    nearest = nearest_clusters(context, typical)
+    nearest = nearest_clusters(context, typical, shown.learnt)
     columns = [tables.level_column(size) for size in context.inputs["assign"].outputs_of(AssignOutputs).levels]
     confidence = context.inputs["label"].outputs_of(LabelOutputs).mean_confidence
     for cluster in clusters:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs
 from rayclust.store.sources import fetch_many
 from rayclust.store.sources.base import prefetch
+
+if TYPE_CHECKING:
+    from rayclust.search.index import VectorIndex  # brings faiss
 
 NEIGHBORS = 6
 """Nearest images shown of each."""
@@ -79,6 +82,8 @@ class ShownRows:
     near_clusters: NDArray[np.int32]
     """… and Int32[n M], −1 for none."""
     thumbnails: Thumbnails
+    learnt: VectorIndex | None = None
+    """See `learnt_index`."""
 
     def picture(self, row: int) -> model.Picture:
         """Return one of the rows as the page shows it."""
@@ -136,7 +141,7 @@ def show_rows(context: StageContext, rows: NDArray[np.int64]) -> ShownRows:
     thumbnails = Thumbnails()
     for row, data in _thumbnails(context, rows, records["uri"]):
         thumbnails.add(row, data)
-    return ShownRows(rows, records, near, cosines, clusters, thumbnails)
+    return ShownRows(rows, records, near, cosines, clusters, thumbnails, learnt)
 
 
 def _thumbnails(context: StageContext, rows: IntArray, uris: pa.ChunkedArray) -> Iterator[tuple[int, bytes]]:
@@ -157,12 +162,15 @@ def _thumbnails(context: StageContext, rows: IntArray, uris: pa.ChunkedArray) ->
         yield from ((row, found[uri]) for uri, row in chunk if uri in found)
 
 
-def nearest_clusters(context: StageContext, typical: dict[int, list[int]]) -> dict[int, tuple[tuple[int, float], ...]]:
+def nearest_clusters(
+    context: StageContext, typical: dict[int, list[int]], learnt: VectorIndex | None
+) -> dict[int, tuple[tuple[int, float], ...]]:
     """Return (cluster, cosine) of the clusters nearest to each by the mean direction of their typical rows.
 
     Args:
         context: of the stage.
         typical: rows by cluster, without empty clusters.
+        learnt: of `learnt_index`.
     """
     ids, encode = np.array(sorted(typical)), context.inputs["encode"]
     if len(ids) < 2:
@@ -172,7 +180,6 @@ def nearest_clusters(context: StageContext, typical: dict[int, list[int]]) -> di
     order = rows.argsort()
     rows, owners = rows[order], owners[order]
     # 1. Mean directions, Float32[K D].
-    learnt = learnt_index(context.config)
     if learnt is not None:
         blocks = iter([learnt.vectors(rows)])
     else:

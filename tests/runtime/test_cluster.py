@@ -289,10 +289,11 @@ def test_a_gpu_of_this_machine_is_used_where_torch_reports_it(
 
 TRAIN_AND_TELL = (
     "from pathlib import Path; import ray; from rayclust.stages import train\n"
-    "fit, place = train._train, Path({place!r})\n"
+    "place = Path({place!r})\n"
     "def _train(settings):\n"
+    "    from rayclust.stages import train\n"
     "    place.write_text(ray.get_runtime_context().get_node_id())\n"
-    "    return fit(settings)\n"
+    "    return train._train(settings)\n"
     "train._train = _train"
 )
 """Lines of a driver: its training writes on which node it is, to `place`."""
