@@ -346,13 +346,17 @@ def search(run_uri: str, *, as_json: bool, **query: Any) -> None:
 @commands.command()
 @click.argument("run_uri", metavar="RUN")
 @click.option("--out", default=None, help="Folder or URI to write to.  [default: RUN/figures]")
+@_JSON
 @_VERBOSE
-def figures(run_uri: str, out: str | None) -> None:
+def figures(run_uri: str, out: str | None, *, as_json: bool) -> None:
     """Write the figures of RUN (a run, or its RUN.yaml) as SVG files, with the numbers behind them."""
     from rayclust.runtime.api import load_run
     from rayclust.stages.figures import export
 
-    for uri in export(load_run(run_uri), out):
+    found = list(export(load_run(run_uri), out))
+    if as_json:
+        _print_json(found)
+    for uri in () if as_json else found:
         click.echo(uri)
 
 
@@ -412,9 +416,10 @@ def explore(run_uri: str, *, host: str, port: int, against: str | None, atlas: b
 @click.option("--to", required=True, type=click.Choice(list(FORMATS)), help="Format.")
 @click.option("--out", required=True, help="File (atlas, table) or folder to write, a path or URI.")
 @click.option("--images", is_flag=True, help="Put the images in: thumbnails for atlas, the files for hf.")
+@click.option("--push", metavar="OWNER/NAME", help="With hf: upload it to Hugging Face's hub too, private if new.")
 @_JSON
 @_VERBOSE
-def export_run(run_uri: str, *, to: str, out: str, images: bool, as_json: bool) -> None:
+def export_run(run_uri: str, *, as_json: bool, **settings: Any) -> None:
     """Write the rows of RUN with their clusters, as they are named and edited, for other tools.
 
     See docs/explore.md for the formats.
@@ -422,12 +427,13 @@ def export_run(run_uri: str, *, to: str, out: str, images: bool, as_json: bool) 
     from rayclust.export import export
     from rayclust.runtime.api import load_run
 
-    found = export(load_run(run_uri), to, out, images=images)
+    found = export(load_run(run_uri), **settings)
     if as_json:
         _print_json(found)
         return
     missing = f"; {found['missing']:,} of their images cannot be read" if found.get("missing") else ""
-    click.echo(f"{found['rows']:,} images in {found['out']} ({found['files']:,} files){missing}")
+    pushed = f"; {found['pushed']}" if "pushed" in found else ""
+    click.echo(f"{found['rows']:,} images in {found['out']} ({found['files']:,} files){missing}{pushed}")
 
 
 @commands.command(short_help="K-means under several encoders, one table.")

@@ -23,7 +23,7 @@ FORMATS = {
 """Formats of `rayclust export`, each in a line."""
 
 
-def export(config: RunConfig, to: str, out: str, *, images: bool = False) -> dict[str, Any]:
+def export(config: RunConfig, to: str, out: str, *, images: bool = False, push: str | None = None) -> dict[str, Any]:
     """Write the rows of a run with their clusters as edited, part by part.
 
     Args:
@@ -31,14 +31,16 @@ def export(config: RunConfig, to: str, out: str, *, images: bool = False) -> dic
         to: one of `FORMATS`.
         out: file (`atlas`, `table`) or folder, a path or URI.
         images: put the images in: thumbnails for `atlas`, the files for `hf`; `webdataset` always has them.
+        push: OWNER/NAME of a data set of Hugging Face's hub to which `hf` is uploaded as well, private where it is new.
 
     Returns:
-        `format`, `out`, `rows`, `files` written, `missing` images where some were asked for, and what the format adds.
+        `format`, `out`, `rows`, `files` written, `missing` images where some were asked for, what the format adds, and
+        `pushed`, the address on the hub.
 
     Raises:
         ArtefactError: the run has no clusters yet.
         ConfigError: there is no such format, or `out` does not suit it.
-        DataError: the images cannot be read, none of them.
+        DataError: the images cannot be read, none of them, or the hub refuses them.
     """
     # The command line names the formats before anything heavy is loaded.
     from rayclust.export import datasets, tables
@@ -59,6 +61,9 @@ def export(config: RunConfig, to: str, out: str, *, images: bool = False) -> dic
         raise ConfigError(f"--to {to}: must be one of {', '.join(FORMATS)}{closest(to, FORMATS)}")
     if images and to not in ("atlas", "hf", "webdataset"):
         raise ConfigError(f"--images: the format {to} holds none; use atlas, hf or webdataset")
+    if push is not None and (to != "hf" or storage.is_remote(out)):
+        raise ConfigError("--push: uploads what --to hf writes to a local folder")
     rows = RunRows(config)
     found = writers[to](rows, storage.absolute(out), images)
-    return {"format": to, "out": storage.absolute(out), "rows": rows.count} | found
+    pushed = {} if push is None else {"pushed": datasets.push(storage.absolute(out), push)}
+    return {"format": to, "out": storage.absolute(out), "rows": rows.count} | found | pushed

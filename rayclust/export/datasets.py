@@ -71,6 +71,29 @@ def write_hf(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     return {"files": count + 1, "bytes": size} | ({"missing": missing} if images else {})
 
 
+def push(folder: str, name: str) -> str:
+    """Upload a folder that `hf` has written as a private data set of Hugging Face's hub, and return its address.
+
+    The hub's own client finds the token: in HF_TOKEN, or where `hf auth login` has left it.
+
+    Args:
+        folder: path of the folder.
+        name: OWNER/NAME of the data set; it is made where there is none.
+
+    Raises:
+        DataError: the hub cannot be reached, or refuses name or token.
+    """
+    from huggingface_hub import HfApi  # takes half a second
+
+    hub = HfApi()
+    try:
+        address = hub.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, repo_type="dataset", folder_path=folder, commit_message="Clusters by rayclust")
+    except Exception as error:
+        raise DataError(f"--push {name}: {' '.join(str(error).split())}; the files are in {folder}") from error
+    return str(address)
+
+
 def write_webdataset(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     """Write a tar for each part, of images that are called by their row, with all else in a .json beside each."""
     missing = 0

@@ -34,7 +34,7 @@ CHOICE = "selection"
 CONFIG_CHARACTERS = 100_000
 REJECTS, REASONS = 10, 50
 """Most examples for each reason, and reasons, the most frequent ones, in the table of rejects."""
-SCRIPTS = ("page.js", "map.js")
+SCRIPTS = ("map.js", "page.js")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayclust.report import formats, thumbnails
 from rayclust.report.model import Cluster, MapPoints, Picture, ReportData
@@ -95,12 +96,10 @@ def add_points(points: MapPoints, ranked: Sequence[Cluster], files: DataFiles) -
         What the list says of the map: number of points, keys in each file, title, text.
     """
     place_of = {cluster.id: place for place, cluster in enumerate(ranked)}
-    x, y = (np.asarray(values, np.float64) for values in (points.x, points.y))
-    span = max([1e-12, *(float(np.ptp(values)) for values in (x, y) if len(values))])
-    scaled = [(65_535 * (0.5 + (values - (values.min() + values.max()) / 2) / span)).round() for values in (x, y)]
     places = np.array([place_of[cluster] for cluster in points.cluster.tolist()], "<u4")
-    columns = {"x": scaled[0].astype("<u2"), "y": scaled[1].astype("<u2"), "cluster": places}
-    files.add("points", encode({name: base64.b64encode(column.tobytes()).decode() for name, column in columns.items()}))
+    files.add(
+        "points", encode(map_columns(np.asarray(points.x), np.asarray(points.y)) | {"cluster": base64_of(places)})
+    )
     rows = points.row.tolist()
     for start in range(0, len(rows), KEYS_EACH):
         some = slice(start, start + KEYS_EACH)
@@ -112,6 +111,21 @@ def add_points(points: MapPoints, ranked: Sequence[Cluster], files: DataFiles) -
         "title": _text(points.title),
         "text": formats.shorten(formats.clean(points.text), 900),
     }
+
+
+def map_columns(x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> dict[str, str]:
+    """Return places on the plane, Float[n] each, as the map's script reads them: little-endian UInt16[n] in base64."""
+    span = max([1e-12, *(float(np.ptp(values)) for values in (x, y) if len(values))])
+    columns = dict[str, str]()
+    for name, values in (("x", x.astype(np.float64)), ("y", y.astype(np.float64))):
+        middle = (values.min() + values.max()) / 2 if len(values) else 0.0
+        columns[name] = base64_of((65_535 * (0.5 + (values - middle) / span)).round().astype("<u2"))
+    return columns
+
+
+def base64_of(column: NDArray[Any]) -> str:
+    """Return the bytes of an array in base64."""
+    return base64.b64encode(column.tobytes()).decode()
 
 
 def index(report: ReportData, ranked: Sequence[Cluster], packs: list[int], points: dict[str, Any] | None) -> str:

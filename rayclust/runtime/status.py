@@ -27,10 +27,11 @@ def facts(uri: str) -> dict[str, Any]:
 
     Returns:
         run, method, clusters (None while select-k has not chosen), encoder; `stages`, in order, each with its state
-        (done, outdated, unfinished or missing), of a complete one seconds, counts, rejects by reason and what held it
-        up, of an unfinished one parts and `progress` (`progress.json`, and `checkpoint`, the last step of a training);
+        (done, outdated, unfinished or missing) and a `summary` in words, of a complete one seconds, counts, rejects by
+        reason and what held it up, of another one parts and `progress` (`progress.json`, and `checkpoint`, the last
+        step of a training);
         `occupied`, `largest_share` and `entropy` in nats once rows are assigned; `driver`, who works on the run, and
-        whether that has ended; `next`, the command that goes on.
+        whether that has ended; `next`, the command that goes on, None where nothing is left or somebody works on it.
     """
     config = load_run(uri)
     run, manifests = Run(config.run), Manifests(config)
@@ -80,9 +81,14 @@ def facts(uri: str) -> dict[str, Any]:
         found["entropy"] = float(-(shares * np.log(shares)).sum())
     holder = lock_owner(run)
     found |= {"driver": holder and str(holder), "driver_ended": holder is not None and holder.has_ended()}
-    is_done = all(stage["state"] == "done" for stage in found["stages"])
-    config_file = uri if uri.lower().endswith((".yaml", ".yml")) else "RUN.yaml"
-    found["next"] = None if is_done else f"rayclust run {config_file}"
+    is_at_work = holder is not None and not found["driver_ended"]
+    first_open = next((each["stage"] for each in found["stages"] if each["state"] != "done"), None)
+    for each in found["stages"]:
+        if each["state"] in ("unfinished", "missing"):
+            each["summary"] = _describe_unfinished(each, is_at_work and each["stage"] == first_open)
+    # A run that was started in one line has no RUN.yaml but the config that it keeps.
+    config_file = uri if uri.lower().endswith((".yaml", ".yml")) else run.config
+    found["next"] = None if first_open is None or is_at_work else f"rayclust run {config_file}"
     return found
 
 
@@ -95,15 +101,9 @@ def lines(uri: str) -> Iterator[str]:
     name = found["encoder"]
     encoder = "encoder unknown: no names, no search by text or image" if name == "unknown" else name
     yield f"{found['run']}: {found['method']}, {clusters}, {encoder}"
-    is_at_work = found["driver"] is not None and not found["driver_ended"]
-    first_open = next((each["stage"] for each in found["stages"] if each["state"] != "done"), None)
     for stage in found["stages"]:
-        if stage["state"] in ("unfinished", "missing"):
-            text = _describe_unfinished(stage, is_at_work and stage["stage"] == first_open)
-        else:
-            outdated = ", for another config or other inputs: runs again" if stage["state"] == "outdated" else ""
-            text = stage["summary"] + outdated
-        yield f"  {stage['stage']:<10} {text}"
+        outdated = ", for another config or other inputs: runs again" if stage["state"] == "outdated" else ""
+        yield f"  {stage['stage']:<10} {stage['summary']}{outdated}"
     if "occupied" in found:
         empty = found["sized"] - found["occupied"]
         yield (

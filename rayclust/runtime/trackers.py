@@ -149,8 +149,8 @@ def _tensorboard(library: Any, config: RunConfig, tracking_id: str) -> _Tracker:
     gets the place. Settings and scores are a row of its table of hyperparameters.
     """
     folder = tempfile.TemporaryDirectory(prefix="rayclust-tensorboard-", ignore_cleanup_errors=True)
-    # The suffix: files are named by the second, and a short training and its report may share one.
-    suffix = f".{uuid.uuid4().hex[:8]}"
+    # The suffix: whose curves they are, and a part of its own, since files are named by the second.
+    suffix = f".{tracking_id}.{uuid.uuid4().hex[:8]}"
     writer = library.SummaryWriter(folder.name, flush_secs=int(UPLOAD_SECONDS) // 2, filename_suffix=suffix)
     run, uploaded = Run(config.run), time.monotonic()
 

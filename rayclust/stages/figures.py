@@ -280,18 +280,18 @@ def _heat_maps(heat: pa.Table, summary: Mapping[str, Any], groups: Sequence[char
     )
     gram_title, title = "Cosines between images, sorted by cluster", "Membership Π, sorted by cluster"
     gram_text = (
-        f"Absolute cosines between {count(heat.num_rows)} images{lot}. {beside} "
+        f"Absolute cosines between {count(heat.num_rows)} images{lot}, whose unit rows are Z. {beside} "
         "Blocks that stand out on the diagonal are clusters in directions of their own."
     )
     seen = TITLES[summary["spaces"][-1]]
     source = (
-        "by entropic optimal transport between the method's codes"
+        "by entropic optimal transport between the codes that the method computes of them"
         if summary["membership"] == "codes"
-        else f"for want of codes, by a softmax of cosine / {KERNEL_TEMPERATURE} of {seen} over each row"
+        else f"here by a softmax of cosine / {KERNEL_TEMPERATURE} of {seen} over each row"
     )
     text = (
-        f"How much each image belongs with each other one, {source}; 1 is what chance gives. "
-        f"The same {count(heat.num_rows)} images{lot}."
+        f"Π is how much each image belongs with each other one, {source}. Shown is n Π, over the n = "
+        f"{count(heat.num_rows)} images of the other drawing{lot}: 1 is what chance gives."
     )
     panels = {f"|ZᵀZ| of {TITLES[space]}": matrix for space, matrix in spaces.items()}
     gram = charts.heatmap(panels, groups, ceiling=min(1.0, _ceiling(list(spaces.values()))), title=gram_title)

@@ -36,12 +36,13 @@ from rayclust.web.explorer import Explorer
 from rayclust.web.progress import progress
 
 STATIC = {
-    "": ("index.html", "text/html; charset=utf-8"),
-    "app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "style.css": ("style.css", "text/css; charset=utf-8"),
-    "icon.svg": ("icon.svg", "image/svg+xml"),
+    "": ("web/static/index.html", "text/html; charset=utf-8"),
+    "app.js": ("web/static/app.js", "text/javascript; charset=utf-8"),
+    "map.js": ("report/templates/map.js", "text/javascript; charset=utf-8"),
+    "style.css": ("web/static/style.css", "text/css; charset=utf-8"),
+    "icon.svg": ("web/static/icon.svg", "image/svg+xml"),
 }
-"""The files that are served, by name; there are no others."""
+"""The package's files that are served, by name; there are no others."""
 COOKIE = "rayclust_token"
 OWN_PAGE = "x-rayclust"
 """Header that the page sends with whatever changes something: pages of other sites cannot."""
@@ -139,6 +140,8 @@ def create_app(opening: Opening, *, hosts: set[str], token: str | None) -> ASGIA
         "/api/clusters": ("GET", _clusters),
         "/api/clusters/{number:int}": ("GET", _cluster),
         "/api/clusters/{number:int}/images": ("GET", _images),
+        "/api/records": ("GET", _records),
+        "/api/map": ("GET", lambda request, explorer, body: explorer.map()),
         "/api/images/{row:int}": ("GET", lambda request, explorer, body: explorer.image(_path(request, "row"))),
         "/api/images/{row:int}/picture": ("GET", _picture),
         "/api/search": ("GET", lambda request, explorer, body: explorer.search(text=_text(request), top=_top(request))),
@@ -246,7 +249,7 @@ async def _answer(request: Request, *, work: Callable[[Request, bytes], Any]) ->
 
 async def _static(request: Request) -> Response:
     name, kind = STATIC[request.url.path.removeprefix("/")]
-    text = resources.files("rayclust.web").joinpath("static", name).read_bytes()
+    text = resources.files("rayclust").joinpath(name).read_bytes()
     return Response(text, media_type=kind, headers={"cache-control": "no-cache"})
 
 
@@ -272,6 +275,13 @@ def _images(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]
         offset=_number(request, "offset", 0),
         limit=min(PAGE, _number(request, "limit", 100)),
     )
+
+
+def _records(request: Request, explorer: Explorer, body: bytes) -> list[dict[str, Any]]:
+    rows = request.query_params.get("rows", "").split(",")
+    if len(rows) > PAGE or not all(row.isascii() and row.isdigit() and len(row) < 16 for row in rows):
+        raise ConfigError(f"rows: must be at most {PAGE} numbers, separated by commas")
+    return explorer.records([int(row) for row in rows])
 
 
 def _picture(request: Request, explorer: Explorer, body: bytes) -> Response:

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.export.rows import RunRows
+from rayclust.report.payload import base64_of, map_columns
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.edits import ShownClusters, edit_clusters, shown_clusters, undo_edit
+from rayclust.runtime.rows import table_at
 from rayclust.runtime.spaces import learnt_index
 from rayclust.stages.search import Searcher
 from rayclust.store import storage, tables
@@ -41,7 +43,9 @@ TYPICAL = 6
 NEIGHBORS = 24
 """Neighbours of an image that are shown."""
 LOOKED_AT = 3
-"""Images that are tried to know whether a run has any."""
+"""Images that are tried to know whether a run of ready embeddings has any."""
+MAP_POINTS = 200_000
+"""Most points of the map."""
 CSV_ROWS = 2000
 """Rows of a table that are made at once."""
 SELECTIONS = "selections"
@@ -87,9 +91,8 @@ class Explorer:
         self._lock, self._searching = threading.Lock(), threading.Lock()
         self._neighbors = lru_cache(4)(self._read_neighbors)
         self._learnt = learnt_index(config)
-        some = self._index.records(np.unique(np.linspace(0, self._rows.count - 1, LOOKED_AT, dtype=np.int64)))
-        found = fetch_many([record["uri"] for record in some], config.images.columns)
-        self._has_pictures = any(data is not None for _, data in found)
+        self._has_pictures = config.encoder.name != "unknown" or self._finds_pictures()
+        self._plane = lru_cache(1)(self._read_plane)
         self._own = tables.read_table(self._run.clusters).to_pylist()
         self._labels = self._count_labels()
         self._state = self._load(self._rows.shown)
@@ -107,6 +110,7 @@ class Explorer:
             "reads_text": self.config.text_encoder.family == "open_clip",
             "has_labels": bool(self._labels),
             "has_pictures": self._has_pictures,
+            "is_mapped": self._rows.is_mapped,
             "against": None if self._comparison is None else self._comparison.uri,
             "edits": len(state.shown.overlay.edits),
             "unfit": [
@@ -162,6 +166,33 @@ class Explorer:
         rows = self.members(number)
         rows = rows[::-1] if odd_first else rows
         return {"total": len(rows), "images": self._records(np.array(rows[offset : offset + limit]))}
+
+    def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Return some images as lists show them, in their order; raise `ConfigError` if there is no such row."""
+        for row in rows:
+            self._check(row)
+        return self._records(np.array(rows, np.int64))
+
+    def map(self) -> dict[str, Any]:
+        """Return the map of all rows, or of an even sample of many, with the clusters as edited.
+
+        Returns:
+            x and y as `payload.map_columns`; row, Float64, and cluster, UInt32, each point's place among `clusters`, in
+            base64; `count`; number and name of each of the `clusters`, largest first.
+
+        Raises:
+            ArtefactError: the run has no map.
+        """
+        rows, columns = self._plane()
+        state, now = self._state, self._now()[rows]
+        place_of = np.zeros(len(state.shown.edited.final), "<u4")
+        place_of[list(state.clusters)] = np.arange(len(state.clusters))
+        return columns | {
+            "row": base64_of(rows.astype("<f8")),
+            "cluster": base64_of(place_of[now]),
+            "count": len(rows),
+            "clusters": [[number, each["name"]] for number, each in state.clusters.items()],
+        }
 
     def image(self, row: int) -> dict[str, Any]:
         """Return one image with its neighbours, nearest first, in the learnt space if pixels were learnt from.
@@ -338,6 +369,21 @@ class Explorer:
             record | {"cluster": cluster, "name": shown.names.get(cluster)}
             for record, cluster in zip(found, clusters, strict=True)
         ]
+
+    def _finds_pictures(self) -> bool:
+        some = self._index.records(np.unique(np.linspace(0, self._rows.count - 1, LOOKED_AT, dtype=np.int64)))
+        found = fetch_many([record["uri"] for record in some], self.config.images.columns)
+        return any(data is not None for _, data in found)
+
+    def _read_plane(self) -> tuple[NDArray[np.int64], dict[str, str]]:
+        """Return the rows of the map, Int64[n] sorted, and their places."""
+        if not self._rows.is_mapped:
+            raise ArtefactError(f"{self._run.uri}: has no map: run `rayclust map RUN.yaml` first")
+        rows = np.arange(self._rows.count)
+        if len(rows) > MAP_POINTS:
+            rows = np.sort(np.random.default_rng(0).choice(len(rows), MAP_POINTS, replace=False))
+        places = table_at(self._run.map, self._rows.starts, rows, ["x", "y"])
+        return rows, map_columns(places["x"].to_numpy(), places["y"].to_numpy())
 
     def _read_neighbors(self, part: int) -> tuple[NDArray[Any], NDArray[Any]]:
         table = tables.read_table(self._run.neighbors(part), ["neighbors", "similarity"])

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from rayclust.report.charts import curve
 from rayclust.runtime.api import load_run
 from rayclust.runtime.status import facts
 from rayclust.store import storage
 from rayclust.store.run import Run
 
 POINTS = 300
-"""Most points of a curve."""
+"""Points of a curve."""
 NO_CURVES = {"seconds", "chosen"}
 """Metrics of a training that say nothing over its steps."""
 _HEADER = struct.Struct("<QI")
@@ -23,23 +24,28 @@ _FOOTER = 4
 
 
 def progress(run_uri: str) -> dict[str, Any]:
-    """Return the state of a run, as `status.facts` does, with `curves`: name → [[step, value], …].
+    """Return the state of a run, as `status.facts` does, with `curves`: name and drawing, as SVG, of each.
 
     Curves are the metrics of the training in `tensorboard/`, which come some seconds late; {} where none are written.
     """
     run, curves = Run(load_run(run_uri).run), dict[str, dict[int, float]]()
     files = sorted(storage.walk(run.at("tensorboard"), missing_ok=True), key=lambda file: file.key)
+    fit = storage.read_json(run.tracking)["id"] if storage.exists(run.tracking) else ""
     for file in files:  # one for each time that the training was resumed; later steps replace earlier ones
+        if fit not in file.key:  # of another fit
+            continue
         for name, step, value in _scalars(storage.read_bytes(file.uri)):
             curves.setdefault(name, {})[step] = value
-    found: dict[str, list[list[float]]] = {}
+    drawn = dict[str, str]()
     for name, values in curves.items():
-        if "/" in name or name in NO_CURVES or len(values) < 2:  # one of many heads, or no curve
+        steps = np.array([step for step in sorted(values) if np.isfinite(values[step])])
+        if "/" in name or name in NO_CURVES or len(steps) < 2:  # one of many heads, or no curve
             continue
-        steps = np.array(sorted(values))
-        shown = steps[np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))]
-        found[name] = [[int(step), values[int(step)]] for step in shown if np.isfinite(values[int(step)])]
-    return facts(run.uri) | {"curves": found}
+        at = np.linspace(steps[0], steps[-1], POINTS)
+        series = {name: np.interp(at, steps, [values[step] for step in steps.tolist()]).tolist()}
+        title = f"{name} {values[int(steps[-1])]:.4g} at step {steps[-1]:,}"
+        drawn[title] = curve(series, title, "step", start=float(at[0]), step=float(at[1] - at[0]))
+    return facts(run.uri) | {"curves": drawn}
 
 
 def _scalars(data: bytes) -> Iterator[tuple[str, int, float]]:

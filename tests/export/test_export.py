@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -8,7 +9,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import faiss
@@ -178,6 +183,66 @@ def test_hugging_faces_own_library_decodes_it(config: RunConfig, tmp_path: Path)
     found = datasets.load_dataset(str(tmp_path / "hf"), split="train", cache_dir=str(tmp_path / "cache"))
     assert found.num_rows == 24
     assert found[0]["image"].size == (24, 24)
+
+
+@contextmanager
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[str], dict[str, bytes]]]:
+    """Serve the three requests that the hub's client makes for an upload; the values are tokens and files."""
+    tokens, files = list[str](), dict[str, bytes]()
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            tokens.append(self.headers.get("authorization", ""))
+            status, kind = 200, self.path.rsplit("/", 2)[-2]
+            if self.path == "/api/repos/create":
+                asked = json.loads(body)
+                is_private = asked.get("private") or asked.get("visibility") == "private"  # before and since 1.0
+                is_let_in = is_private and asked["type"] == "dataset" and tokens[-1].endswith(" t")
+                status = 200 if is_let_in else 401
+                answer: Any = {"url": f"https://huggingface.co/datasets/{asked.get('organization')}/{asked['name']}"}
+            elif kind == "preupload":
+                paths = [each["path"] for each in json.loads(body)["files"]]
+                answer = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+            else:
+                lines = [json.loads(line)["value"] for line in body.splitlines() if b'"file"' in line]
+                files.update({each["path"]: base64.b64decode(each["content"]) for each in lines})
+                answer = {"commitUrl": "https://huggingface.co/datasets/me/photos/commit/1", "commitOid": "1"}
+            content = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield tokens, files
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_hubs_client_uploads_the_folder_with_its_token(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    line = ["export", config.run, "--to", "hf", "--out", str(tmp_path / "hf"), "--push", "me/photos"]
+    with hub(monkeypatch) as (tokens, files):
+        monkeypatch.setenv("HF_TOKEN", "t")
+        assert run_command(line) == 0
+        assert capsys.readouterr().out.endswith("/datasets/me/photos\n")
+        written = {str(path.relative_to(tmp_path / "hf")): path for path in (tmp_path / "hf").rglob("*.*")}
+        assert files == {name: path.read_bytes() for name, path in written.items()}
+        assert set(tokens) == {"Bearer t"}
+        monkeypatch.setenv("HF_TOKEN", "wrong")
+        assert run_command(line) == 2
+    assert "--push me/photos: " in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--to hf"):
+        export(config, "table", str(tmp_path / "t.csv"), push="me/photos")
 
 
 def test_tars_hold_each_image_with_its_cluster(config: RunConfig, wanted: list[dict[str, Any]], tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 
 from rayclust.config import validate
 from rayclust.errors import ArtefactError
+from rayclust.runtime.api import load_config
 from rayclust.runtime.pipeline import save_config, stages_of
 from rayclust.runtime.status import bottleneck, describe_manifest, facts, lines
 from rayclust.store import storage
@@ -49,7 +50,8 @@ def test_a_run_that_has_only_begun_has_no_clusters_yet(tmp_path: Path):
     save_config(config)
     shown = list(lines(str(tmp_path) + "/"))
     assert [line.split(maxsplit=1) for line in shown[1:-1]] == [[name, "not started"] for name in stages_of(config)]
-    assert shown[-1].split(maxsplit=1) == ["next", "rayclust run RUN.yaml"]
+    assert shown[-1].split(maxsplit=1) == ["next", f"rayclust run {Run(str(tmp_path)).config}"]
+    assert load_config(Run(str(tmp_path)).config) == config, "the config that is named can be run"
     found = facts(str(tmp_path))
     assert (found["clusters"], found["driver"], found["driver_ended"]) == (3, None, False)
     assert {stage["state"] for stage in found["stages"]} == {"missing"}
@@ -93,7 +95,8 @@ def test_a_stage_under_way_or_interrupted_says_how_far_it_is(tmp_path: Path):
     assert line() == "stopped at 1,200 of 3,000 images (40%), 3 rejects"
     storage.write_json(run.mark(0), {})
     assert line() == "stopped at 1,200 of 3,000 images (40%), 3 rejects; 1 part is finished"
-    assert facts(run.uri)["stages"][0]["progress"] == ENCODE
+    first = facts(run.uri)["stages"][0]
+    assert (first["progress"], first["summary"]) == (ENCODE, line())
 
 
 def test_an_interrupted_training_names_its_last_checkpoint(tmp_path: Path):

@@ -157,7 +157,7 @@ def test_every_figure_of_a_run_is_drawn_and_says_what_it_shows(pictures_run: Sea
         assert len(drawn.svg) < 200_000
     texts = {drawn.key: drawn.text for drawn in found}
     assert "no space of its own" in texts["gram"]
-    assert "for want of codes, by a softmax of cosine / 0.1" in texts["membership"]
+    assert "here by a softmax of cosine / 0.1" in texts["membership"]
     assert "PaCMAP of encoder features of 24 images" in texts["map"]
     assert "3 clusters were chosen (dashed): least coding length" in texts["selection"]
     assert "selection" not in {drawn.key for drawn in drawings(pictures_run.run)}
@@ -204,7 +204,7 @@ def test_a_run_of_cpp_has_both_spaces_in_its_figures_its_index_and_its_report(
     assert set(manifests["index"].extra) == {"kind", "recall", "z"}
     texts = {drawn.key: drawn.text for drawn in drawings(Run(str(tmp_path / "run")))}
     assert "the method's own space z" in texts["gram"]
-    assert "optimal transport between the method's codes" in texts["membership"]
+    assert "optimal transport between the codes" in texts["membership"]
     assert "PaCMAP of z" in texts["map"]
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert page.count('<div class="query">') == 4

@@ -94,7 +94,26 @@ async def walk(page: Page) -> None:
     await page.run(f"document.querySelector('.flows a').dispatchEvent({follow})")
     await page.until("document.querySelectorAll('.tile img').length", 8)
     await page.until("document.querySelector('main h2').textContent.startsWith('8 images in ')")
-    # 6. On a telephone nothing is wider than the screen.
+    # 6. On the map the lasso takes all; they are shown and saved.
+    await page.run("location.hash = '#/map'")
+    await page.until("document.getElementById('points')?.dataset.ready", "1")
+    assert await serious(page) == []
+    await page.run("document.getElementById('points').scrollIntoView({ block: 'center' })")
+    await page.run("document.getElementById('lasso').click()")
+    box = "document.getElementById('points').getBoundingClientRect()"
+    left, top, width, height = await page.run(f"(({{ x, y, width, height }}) => [x, y, width, height])({box})")
+    corners = [(0, 0), (1, 0), (1, 1), (0, 1)]
+    kinds = ["mousePressed", "mouseMoved", "mouseMoved", "mouseMoved", "mouseReleased"]
+    for kind, (x, y) in zip(kinds, [*corners, corners[-1]], strict=True):
+        place = {"x": left + 12 + x * (width - 24), "y": top + 12 + y * (height - 24)}
+        await page.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **place)
+    await page.until(
+        "document.querySelector('#picked [role=status]').textContent.startsWith('24 images of 2 clusters')"
+    )
+    await page.run("document.querySelector('[name=look]').click()")
+    await page.until("document.querySelector('main h2').textContent", "24 images in the lasso")
+    await page.until("document.querySelectorAll('.tile img').length >= 12")
+    # 7. On a telephone nothing is wider than the screen.
     await page.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=False)
     await page.until("document.documentElement.scrollWidth <= innerWidth")
     await page.run("location.hash = '#/'")

@@ -1,28 +1,41 @@
-// The map: points on a canvas, with hovering, zoom, and a lasso that lists keys.
-(() => {
-  const { $, el, index, load, details, title, colour, count, plural, thumbnail, dark } = page;
+"use strict";
+// The map of the report and of the explorer: points on a canvas, with hovering, zoom, and a lasso.
+const dark = matchMedia("(prefers-color-scheme: dark)");
+// One colour for each cluster: hues a golden angle apart at three lightnesses that stand out from the ground (OKLCH).
+const colour = (place) => {
+  const L = (dark.matches ? [0.8, 0.7, 0.88] : [0.56, 0.64, 0.48])[place % 3], C = 0.13, h = place * 2.399963;
+  const a = C * Math.cos(h), b = C * Math.sin(h);
+  const l = (L + 0.3963377774 * a + 0.2158037573 * b) ** 3, m = (L - 0.1055613458 * a - 0.0638541728 * b) ** 3,
+    s = (L - 0.0894841775 * a - 1.291485548 * b) ** 3;
+  return [4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s, -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
+    -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s]
+    .map((v) => Math.round(255 * Math.min(1, Math.max(0, v <= 0.0031308 ? 12.92 * v : 1.055 * v ** (1 / 2.4) - 0.055))));
+};
+// What the page gives: the number of points N and of clusters K; data(), a promise of x, y and cluster, each point's place in
+// the list of clusters, as base64; title(place) of a cluster; about(i, place), a promise of a point's key and of a figure
+// or null; open(place); pick(points), called with those in the lasso; and a signal that ends the map.
+const pointMap = ({ N, K, data, title, about, open, pick, signal }) => {
+  const $ = (id) => document.getElementById(id), count = (value) => value.toLocaleString("en");
   const canvas = $("points"), over = $("over"), tip = $("tip");
-  if (!canvas) return;
   const SIDE = 65535, CELLS = 256, REACH = 9, NAMES = 14, MARGIN = 14;
-  const N = index.points.count;
   const view = { scale: 1, x: 0, y: 0 }; // pixels = x + coordinate * fit * scale
   let xs, ys, clusters, starts, order, chosen = null, picked = null, frame = 0, fit = 1, ratio = 1, names = [];
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
 
   // 1. Data, and cells of points so that the nearest is found at once.
   const cell = (value) => value >> 8;
-  const prepare = (data) => {
-    xs = new Uint16Array(bytes(data.x)); ys = new Uint16Array(bytes(data.y)); clusters = new Uint32Array(bytes(data.cluster));
+  const prepare = (found) => {
+    xs = new Uint16Array(bytes(found.x)); ys = new Uint16Array(bytes(found.y)); clusters = new Uint32Array(bytes(found.cluster));
     starts = new Uint32Array(CELLS * CELLS + 1); order = new Uint32Array(N);
     for (let i = 0; i < N; i++) starts[cell(ys[i]) * CELLS + cell(xs[i]) + 1]++;
     for (let i = 0; i < CELLS * CELLS; i++) starts[i + 1] += starts[i];
     const next = starts.slice();
     for (let i = 0; i < N; i++) order[next[cell(ys[i]) * CELLS + cell(xs[i])]++] = i;
     // Names stand at the median of the largest clusters' points, or above those that they would hide.
-    const found = new Map();
-    for (let i = 0; i < N; i++) if (clusters[i] < NAMES) (found.get(clusters[i]) ?? found.set(clusters[i], []).get(clusters[i])).push(i);
+    const largest = new Map();
+    for (let i = 0; i < N; i++) if (clusters[i] < NAMES) (largest.get(clusters[i]) ?? largest.set(clusters[i], []).get(clusters[i])).push(i);
     const quantile = (some, values, share) => Float64Array.from(some, (i) => values[i]).sort()[Math.floor(share * (some.length - 1))];
-    names = [...found].sort((a, b) => a[0] - b[0])
+    names = [...largest].sort((a, b) => a[0] - b[0])
       .map(([place, some]) => ({ place, x: quantile(some, xs, 0.5), y: quantile(some, ys, 0.5), top: quantile(some, ys, 0.95) }));
   };
   const px = (x) => view.x + x * fit * view.scale, py = (y) => view.y + (SIDE - y) * fit * view.scale;
@@ -34,7 +47,7 @@
     const image = context.createImageData(width, height), pixels = new Uint32Array(image.data.buffer);
     const size = Math.max(2, Math.round(ratio * Math.min(7, Math.sqrt(view.scale) * (N > 50000 ? 1.2 : N > 5000 ? 2 : 4))));
     const places = chosen === null ? null : chosen;
-    const paints = new Uint32Array(index.id.length);
+    const paints = new Uint32Array(K);
     for (let place = 0; place < paints.length; place++) {
       const [r, g, b] = colour(place), alpha = places === null || places === place ? 255 : 40;
       paints[place] = (alpha << 24) | (b << 16) | (g << 8) | r;
@@ -100,7 +113,6 @@
     }
     return best;
   };
-  const keysFrom = (i) => load(`keys-${String(Math.floor(i / index.points.each)).padStart(5, "0")}`);
   let shown = -1, asked = 0; // the point under the pointer, and how often that changed
   const hover = async (x, y) => {
     const i = nearest(x, y);
@@ -111,25 +123,21 @@
     tip.hidden = i < 0;
     if (i < 0) return;
     const place = clusters[i];
-    const name = el("b", {}, el("bdi", { textContent: title(place) })), key = el("span");
+    const name = document.createElement("b"), key = document.createElement("span");
+    name.append(Object.assign(document.createElement("bdi"), { textContent: title(place) }));
     tip.replaceChildren(name, key);
     tip.style.left = `${Math.min(x + 14, canvas.clientWidth - 170)}px`;
     tip.style.top = `${Math.max(0, y > canvas.clientHeight - 190 ? y - 190 : y + 14)}px`;
     try {
-      const [its, found] = await Promise.all([keysFrom(i), details(place)]);
+      const [text, figure] = await about(i, place);
       if (turn !== asked) return; // the pointer went on, or away and back
-      const text = its.key[i % index.points.each], row = its.row[i % index.points.each];
       key.textContent = text.split("/").pop();
-      // Its own picture where it has one, else its cluster's most typical, which says so.
-      const own = [...found.typical, ...found.borderline, ...found.outliers].find((each) => each[1] === row);
-      const picture = own ?? found.typical[0];
-      if (picture?.[6]) tip.prepend(el("figure", {}, thumbnail(picture, ""), own ? "" : el("figcaption", { textContent: "typical of its cluster" })));
-    } catch { /* said above the list */ }
+      if (figure) tip.prepend(figure);
+    } catch { /* the page says it elsewhere */ }
   };
 
-  // 4. The lasso: keys of the images inside.
-  const SHOWN = 1000;
-  let lasso = false, path = [], keys = [];
+  // 4. The lasso: the images inside.
+  let lasso = false, path = [];
   const trace = () => {
     const context = over.getContext("2d");
     context.clearRect(0, 0, over.width, over.height);
@@ -140,7 +148,7 @@
     context.closePath();
     context.stroke();
   };
-  const pick = async () => {
+  const take = () => {
     const inside = [], xp = path.map((p) => p[0]), yp = path.map((p) => p[1]);
     const [left, right, top, bottom] = [Math.min(...xp), Math.max(...xp), Math.min(...yp), Math.max(...yp)];
     for (let i = 0; i < N; i++) {
@@ -155,18 +163,14 @@
     picked = new Uint8Array(N);
     for (const i of inside) picked[i] = 1;
     redraw();
-    const counts = new Uint32Array(index.id.length);
+    const counts = new Uint32Array(K);
     for (const i of inside) counts[clusters[i]]++;
     const sizes = [...counts.entries()].filter(([, size]) => size);
     const most = sizes.sort((a, b) => b[1] - a[1]).slice(0, 5).map(([place, size]) => `${title(place)} (${count(size)})`);
     $("picked").hidden = false;
-    $("copy").textContent = "Copy keys";
-    $("picked").querySelector("[role=status]").textContent = `${plural(inside.length, "image")} of ${plural(sizes.length, "cluster")}${most.length ? `: ${most.join(", ")}${sizes.length > 5 ? ", …" : ""}` : ""}`;
-    const { each } = index.points, files = [...new Set(inside.map((i) => Math.floor(i / each)))];
-    const read = new Map(await Promise.all(files.map(async (file) => [file, (await keysFrom(file * each)).key])));
-    keys = inside.map((i) => read.get(Math.floor(i / each))[i % each]);
-    $("keys").value = keys.slice(0, SHOWN).join("\n"); // a field of many thousand lines takes seconds to lay out
-    $("rest").textContent = keys.length > SHOWN ? `These are the first ${count(SHOWN)} keys; copying and saving take all ${count(keys.length)}.` : "";
+    const images = `${count(inside.length)} image${inside.length === 1 ? "" : "s"}`, of = `${count(sizes.length)} cluster${sizes.length === 1 ? "" : "s"}`;
+    $("picked").querySelector("[role=status]").textContent = `${images} of ${of}${most.length ? `: ${most.join(", ")}${sizes.length > 5 ? ", …" : ""}` : ""}`;
+    pick(inside);
   };
   const unpick = () => { picked = null; path = []; $("picked").hidden = true; trace(); redraw(); };
 
@@ -175,6 +179,7 @@
   const place = (event) => { const box = canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
   canvas.addEventListener("pointerdown", (event) => {
     drag = { at: place(event), moved: 0 };
+    tip.hidden = true;
     canvas.setPointerCapture(event.pointerId);
     if (lasso) path = [drag.at];
   });
@@ -191,8 +196,8 @@
     const [x, y] = place(event), clicked = drag && drag.moved <= 4;
     drag = null;
     if (!xs) return;
-    if (lasso && path.length > 2) pick();
-    else if (clicked) { const i = nearest(x, y); if (i >= 0) location.hash = `#cluster-${index.id[clusters[i]]}`; else if (chosen !== null) { chosen = null; redraw(); } }
+    if (lasso && path.length > 2) take();
+    else if (clicked) { const i = nearest(x, y); if (i >= 0) open(clusters[i]); else if (chosen !== null) { chosen = null; redraw(); } }
   });
   canvas.addEventListener("pointercancel", () => { drag = null; });
   canvas.addEventListener("pointerleave", () => { tip.hidden = true; shown = -1; asked++; });
@@ -214,26 +219,14 @@
   $("zoom-all").addEventListener("click", () => { chosen = null; whole(); });
   $("lasso").addEventListener("click", () => { lasso = !lasso; $("lasso").ariaPressed = String(lasso); if (!lasso) unpick(); });
   $("unpick").addEventListener("click", unpick);
-  $("copy").addEventListener("click", () => {
-    document.addEventListener("copy", (event) => {
-      event.clipboardData.setData("text/plain", keys.join("\n"));
-      event.preventDefault();
-      $("copy").textContent = "Copied";
-    }, { once: true });
-    document.execCommand("copy");
-  });
-  $("save").addEventListener("click", () => {
-    const address = URL.createObjectURL(new Blob([`${keys.join("\n")}\n`], { type: "text/plain" }));
-    el("a", { href: address, download: "keys.txt" }).click();
-    setTimeout(() => URL.revokeObjectURL(address), 1000);
-  });
-  dark.addEventListener("change", redraw);
-  page.onmap = (which) => { chosen = which; $("map").scrollIntoView(); whole(); };
+  dark.addEventListener("change", redraw, { signal });
   // Loaded when it comes near the window.
   new IntersectionObserver((entries, observer) => {
     if (!entries.some((entry) => entry.isIntersecting)) return;
     observer.disconnect();
-    load("points").then((data) => { prepare(data); $("map-tools").hidden = false; canvas.dataset.ready = "1"; redraw(); }).catch(() => {});
+    data().then((found) => { prepare(found); $("map-tools").hidden = false; canvas.dataset.ready = "1"; redraw(); }).catch(() => {});
   }, { rootMargin: "600px" }).observe(canvas);
   new ResizeObserver(resize).observe(canvas);
-})();
+  // Show one cluster alone.
+  return (place) => { chosen = place; $("map").scrollIntoView(); whole(); };
+};

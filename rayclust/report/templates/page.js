@@ -1,4 +1,3 @@
-"use strict";
 // The list of clusters and the pages of clusters and pictures. Data comes from script elements of the page or, where
 // they don't fit into it, from files beside it, each of which calls window.rayclust with its name and value.
 const page = (() => {
@@ -51,17 +50,6 @@ const page = (() => {
   const title = (place) => index.name[place] >= 0 ? index.words[index.name[place]]
     : runner(place) !== null ? `${runner(place)}?`
     : index.label[place] >= 0 ? `mostly ${index.classes[index.label[place]]}` : `#${index.id[place]}`;
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  // One colour for each cluster: hues a golden angle apart at three lightnesses that stand out from the ground (OKLCH).
-  const colour = (place) => {
-    const L = (dark.matches ? [0.8, 0.7, 0.88] : [0.56, 0.64, 0.48])[place % 3], C = 0.13, h = place * 2.399963;
-    const a = C * Math.cos(h), b = C * Math.sin(h);
-    const l = (L + 0.3963377774 * a + 0.2158037573 * b) ** 3, m = (L - 0.1055613458 * a - 0.0638541728 * b) ** 3,
-      s = (L - 0.0894841775 * a - 1.291485548 * b) ** 3;
-    return [4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s, -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
-      -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s]
-      .map((v) => Math.round(255 * Math.min(1, Math.max(0, v <= 0.0031308 ? 12.92 * v : 1.055 * v ** (1 / 2.4) - 0.055))));
-  };
   const bar = (place, share) => {
     const fill = el("i");
     fill.style.width = `${Math.max(0.5, 100 * share)}%`;
@@ -238,7 +226,7 @@ const page = (() => {
     const body = $("cluster-page");
     const item = single(place), said = facts(item);
     said.lastChild.remove(); // its number, which stands above
-    const map = index.points ? el("button", { type: "button", textContent: "Show on the map", onclick: () => { dialog.close(); page.onmap(place); } }) : null;
+    const map = index.points ? el("button", { type: "button", textContent: "Show on the map", onclick: () => { dialog.close(); showOnMap(place); } }) : null;
     body.replaceChildren(close(dialog), el("h2", { id: "cluster-title" }, el("bdi", { textContent: item.title })),
       el("p", { className: "hint", textContent: `Cluster #${index.id[place]}, ${plural(item.size, "image")}, ${Number((100 * item.size / Math.max(1, index.images)).toPrecision(2))}% of all` }),
       said, map ?? "");
@@ -342,6 +330,43 @@ const page = (() => {
   const labels = $("ranges").label;
   labels?.append(...index.classes.map((name, place) => [name, place]).sort((a, b) => collator.compare(a[0], b[0]))
     .map(([name, place]) => el("option", { value: String(place), textContent: name })));
+  // 6. The map; a lasso's keys can be copied and saved.
+  const SHOWN = 1000;
+  const keysFrom = (i) => load(`keys-${String(Math.floor(i / index.points.each)).padStart(5, "0")}`);
+  const about = async (i, place) => {
+    const [its, found] = await Promise.all([keysFrom(i), details(place)]);
+    const at = i % index.points.each;
+    // Its own picture where it has one, else its cluster's most typical, which says so.
+    const own = [...found.typical, ...found.borderline, ...found.outliers].find((each) => each[1] === its.row[at]);
+    const picture = own ?? found.typical[0];
+    const figure = picture?.[6] ? el("figure", {}, thumbnail(picture, ""), own ? "" : el("figcaption", { textContent: "typical of its cluster" })) : null;
+    return [its.key[at], figure];
+  };
+  let keys = [];
+  const pick = async (inside) => {
+    $("copy").textContent = "Copy keys";
+    const { each } = index.points, files = [...new Set(inside.map((i) => Math.floor(i / each)))];
+    const read = new Map(await Promise.all(files.map(async (file) => [file, (await keysFrom(file * each)).key])));
+    keys = inside.map((i) => read.get(Math.floor(i / each))[i % each]);
+    $("keys").value = keys.slice(0, SHOWN).join("\n"); // a field of many thousand lines takes seconds to lay out
+    $("rest").textContent = keys.length > SHOWN ? `These are the first ${count(SHOWN)} keys; copying and saving take all ${count(keys.length)}.` : "";
+  };
+  $("copy")?.addEventListener("click", () => {
+    document.addEventListener("copy", (event) => {
+      event.clipboardData.setData("text/plain", keys.join("\n"));
+      event.preventDefault();
+      $("copy").textContent = "Copied";
+    }, { once: true });
+    document.execCommand("copy");
+  });
+  $("save")?.addEventListener("click", () => {
+    const address = URL.createObjectURL(new Blob([`${keys.join("\n")}\n`], { type: "text/plain" }));
+    el("a", { href: address, download: "keys.txt" }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 1000);
+  });
+  const open = (place) => { location.hash = `#cluster-${index.id[place]}`; };
+  const showOnMap = index.points && pointMap({ N: index.points.count, K, data: () => load("points"), title, about, open, pick });
+
   $("tools").hidden = $("filters").hidden = K === 0;
   list.hidden = K === 0;
   // A reloaded page keeps what was typed and chosen.
@@ -349,5 +374,5 @@ const page = (() => {
   state.level = +($("level")?.value ?? -1);
   apply();
   follow();
-  return { $, el, index, load, details, title, colour, count, plural, thumbnail, dark, onmap: () => {} };
+  return { index };
 })();

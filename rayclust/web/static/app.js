@@ -76,6 +76,7 @@ function show(facts) {
     `${count(facts.images, "image")} in ${count(facts.clusters, "cluster")}, by the method ${facts.method} from ${source}`;
   document.getElementById("undo").hidden = !facts.edits;
   document.getElementById("against").hidden = !facts.against;
+  document.getElementById("mapped").hidden = !facts.is_mapped;
   document.getElementById("words").disabled = !facts.reads_text;
   document.getElementById("words").placeholder =
     facts.reads_text ? "Search images by words" : "This encoder reads no words";
@@ -256,6 +257,8 @@ async function openCluster(number) {
     await edit({ do: "mark", cluster: number, mark }, mark ? `Marked ${mark}` : "Mark removed");
   };
   part("csv").onclick = () => saveTable({ clusters: [number] }, `cluster-${number}`);
+  part("on-map").hidden = !run.is_mapped;
+  part("on-map").onclick = () => { location.hash = `#/map/${number}`; };
   part("csv-rows").onclick = () => saveTable({ rows: [...selected] }, "images");
   part("save").onclick = () => saveSelection([...selected]);
   part("clear").onclick = () => { selected.clear(); select(); images(); };
@@ -329,8 +332,7 @@ async function openCompare() {
     `${tenths(found.together)} of the images went where most of their cluster did.` +
     (found.absent ? ` The other run lacks ${count(found.absent, "image")}.` : "");
   // The drawing's links lead to the images.
-  const drawing = new DOMParser().parseFromString(found.drawing, "image/svg+xml").documentElement;
-  section.querySelector(".flows").append(document.adoptNode(drawing));
+  section.querySelector(".flows").append(drawn(found.drawing));
   function draw() {
     const shown = found.flows.filter((flow) => flow.moved || !moved.checked);
     rows.replaceChildren(...shown.map((flow) => {
@@ -359,22 +361,10 @@ async function openFlow(from, to) {
   openImages(heading, total, async (offset, limit) => (await get(path, { offset, limit })).images);
 }
 
-// How far a run is that still works.
-function curve(name, points) {
-  const [width, height, space] = [300, 90, 4], drawing = "http://www.w3.org/2000/svg";
-  const xs = points.map((point) => point[0]), ys = points.map((point) => point[1]);
-  const at = (value, values) => (value - Math.min(...values)) / (Math.max(...values) - Math.min(...values) || 1);
-  const svg = document.createElementNS(drawing, "svg"), line = document.createElementNS(drawing, "polyline");
-  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `${name}: from ${ys[0].toPrecision(4)} to ${ys[ys.length - 1].toPrecision(4)}`);
-  line.setAttribute("points", points.map(([x, y]) =>
-    `${space + at(x, xs) * (width - 2 * space)},${height - space - at(y, ys) * (height - 2 * space)}`).join(" "));
-  svg.append(line);
-  const said = `${name} ${ys[ys.length - 1].toPrecision(4)} at step ${xs[xs.length - 1].toLocaleString("en")}`;
-  return make("figure", {}, svg, make("figcaption", { textContent: said }));
-}
+// A drawing that the server made.
+const drawn = (svg) => document.adoptNode(new DOMParser().parseFromString(svg, "image/svg+xml").documentElement);
 
+// How far a run is that still works.
 async function openProgress() {
   const section = copy("progress");
   main.replaceChildren(section);
@@ -388,13 +378,42 @@ async function openProgress() {
       (works ? `At work: ${found.driver}.` : found.next ? `Not up to date, and nobody works on it: ${found.next}` : "Complete.") + health;
     section.querySelector("tbody").replaceChildren(...found.stages.map((stage) => make("tr", {},
       make("td", { textContent: stage.stage }), make("td", { textContent: stage.state }),
-      make("td", { textContent: stage.summary || (stage.parts_done ? `${count(stage.parts_done, "part")} done` : "") }))));
-    section.querySelector(".curves").replaceChildren(...Object.entries(found.curves).map(([name, points]) => curve(name, points)));
+      make("td", { textContent: stage.summary }))));
+    section.querySelector(".curves").replaceChildren(...Object.entries(found.curves).map(([name, svg]) =>
+      make("figure", {}, make("figcaption", { textContent: name }), drawn(svg))));
     // Clusters can be shown once they are labelled.
     if (!run.run && found.stages.some((stage) => stage.stage === "label" && stage.state === "done")) location.reload();
     else if (works) setTimeout(() => load().catch(() => {}), 3000);
   }
   await load();
+}
+
+// The map; a lasso takes images.
+let picked = [];
+
+async function openMap(number) {
+  const found = await get("/api/map");
+  const section = copy("plane");
+  const part = (name) => section.querySelector(`[name=${name}]`);
+  const rows = new Float64Array(Uint8Array.from(atob(found.row), (letter) => letter.charCodeAt(0)).buffer);
+  section.querySelector("[data-facts]").textContent = found.count < run.images
+    ? `${count(found.count, "image")} of ${run.images.toLocaleString("en")}, drawn by lot.` : "";
+  part("csv-rows").onclick = () => saveTable({ rows: picked }, "lasso");
+  part("save").onclick = () => saveSelection(picked);
+  part("look").onclick = () => { location.hash = "#/lasso"; };
+  main.replaceChildren(section);
+  const about = async (i) => {
+    const [image] = await get("/api/records", { rows: rows[i] });
+    return [image.key, run.has_pictures ? make("figure", {}, shot(image.row, "", 160)) : null];
+  };
+  const showAlone = pointMap({
+    N: found.count, K: found.clusters.length, data: async () => found, about, signal: leaving.signal,
+    title: (place) => named(found.clusters[place][1], found.clusters[place][0]),
+    open: (place) => { location.hash = `#/cluster/${found.clusters[place][0]}`; },
+    pick: (points) => { picked = points.map((i) => rows[i]); },
+  });
+  const place = found.clusters.findIndex((cluster) => cluster[0] === number);
+  if (place >= 0) showAlone(place);
 }
 
 async function openImage(row) {
@@ -434,6 +453,9 @@ async function route() {
   else if (place === "image") { await openList(); await openImage(Number(value)); }
   else if (place === "compare") await openCompare();
   else if (place === "flow") await openFlow(Number(value), Number(second));
+  else if (place === "map") await openMap(value === undefined ? null : Number(value));
+  else if (place === "lasso") openImages(`${count(picked.length, "image")} in the lasso`, picked.length, async (offset, limit) =>
+    get("/api/records", { rows: picked.slice(offset, offset + limit).join() }));
   else if (place === "progress") await openProgress();
   else if (place === "selections") await openSelections();
   else if (place === "selection") openFound(decodeURIComponent(value), await get(`/api/selections/${value}`));
