@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-mp.set_forkserver_preload(["pytest", "tests.workers", "rayclust.estimators"])
+mp.set_forkserver_preload(["pytest", "tests.workers", "rayclust.estimators", "rayclust.methods.pixels.backbones"])
 
 
 def on_two_workers(function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,17 +109,13 @@ class GraphEncoder(Encoder):
         self.preprocess, self.mean, self.std = graph.preprocess, graph.mean, graph.std
         self.dimension = int(graph.model.output(0).shape[1])
         self.precision = "bf16" if config.precision == "bf16" else "f32"
-        self._config, self._load_whole = config, load_whole
+        self._config, self._whole = config, cache(load_whole)
         self._compiled: Any = None
         self._compiling, self._requests = threading.Lock(), threading.local()
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode phrases by the text tower, which torch computes."""
-        return self._whole.encode_texts(texts) if self.has_text else super().encode_texts(texts)
-
-    @cached_property
-    def _whole(self) -> Encoder:
-        return self._load_whole()
+        return self._whole().encode_texts(texts) if self.has_text else super().encode_texts(texts)
 
     def _encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with self._compiling:

@@ -250,7 +250,8 @@ def name_distinctly(
         general = taxonomy.container(ranked)
         if general is None:
             continue
-        mass, mean = taxonomy.mass(ranked, general), taxonomy.mean_mass(general)
+        mass = taxonomy.mass(ranked, general)
+        mean = sum(taxonomy.mass(each, general) for each in shares) / len(shares)
         if mass >= COMMON * mean:  # else it names most of everything
             containers[cluster] = general
             scores[cluster][len(words) + cluster] = math.log(mass) + specificity * math.log(mass / mean)
@@ -369,7 +370,7 @@ class _Taxonomy:
     def __init__(
         self, shares: list[list[tuple[int, float]]], words: Sequence[str], hypernyms: Mapping[str, Sequence[str]]
     ) -> None:
-        self._shares, self._words, self._hypernyms = shares, words, hypernyms
+        self._words, self._hypernyms = words, hypernyms
         self._below = dict[str, set[int]]()
         for word in {word for ranked in shares for word, _ in ranked} if hypernyms else ():
             for name in self.above(words[word].casefold()):
@@ -391,10 +392,6 @@ class _Taxonomy:
         """Return a cluster's sum of mean probabilities of a word and of those below it."""
         below = self._below.get(name, ())
         return sum(share for word, share in ranked if word in below)
-
-    def mean_mass(self, name: str) -> float:
-        """Return the mean over clusters of `mass`."""
-        return sum(self.mass(ranked, name) for ranked in self._shares) / len(self._shares)
 
     def container(self, ranked: list[tuple[int, float]]) -> str | None:
         """Return the least general word that has most of a cluster's votes below it, where no word alone has enough.

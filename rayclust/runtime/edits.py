@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -106,16 +106,6 @@ def overlay_digest(run: Run) -> str | None:
     return digest_of(overlay.model_dump(mode="json")) if overlay.edits else None
 
 
-def clusters_of_keys(run: Run, keys: Collection[str]) -> dict[str, int]:
-    """Return the run's own cluster of each key that it has; its assignments are read part by part."""
-    wanted, found = pa.array(sorted(keys), pa.string()), dict[str, int]()
-    for _, uri in parts(run.assignments_folder):
-        table = tables.read_table(uri, ["key", "cluster"])
-        some = table.filter(pc.is_in(table["key"], value_set=wanted))
-        found |= dict(zip(some["key"].to_pylist(), some["cluster"].to_pylist(), strict=True))
-    return found
-
-
 def _fitted(run: Run, assign: Manifest) -> tuple[Overlay, str | None]:
     """Return the overlay fitted to the run's assignments, and the version of its file."""
     overlay, version = read_overlay(run)
@@ -130,8 +120,13 @@ def _fitted(run: Run, assign: Manifest) -> tuple[Overlay, str | None]:
 @lru_cache(4)
 def _refitted(uri: str, content: str, digest: str, clusters: int) -> Overlay:
     """Return `refit` of an overlay's JSON; cached, as it reads the keys of all rows."""
-    overlay = Overlay.model_validate_json(content)
-    found = refit(overlay, digest, clusters, clusters_of_keys(Run(uri), keys_of(overlay)))
+    overlay, cluster_of = Overlay.model_validate_json(content), dict[str, int]()
+    wanted = pa.array(sorted(keys_of(overlay)), pa.string())
+    for _, part in parts(Run(uri).assignments_folder):
+        table = tables.read_table(part, ["key", "cluster"])
+        some = table.filter(pc.is_in(table["key"], value_set=wanted))
+        cluster_of |= dict(zip(some["key"].to_pylist(), some["cluster"].to_pylist(), strict=True))
+    found = refit(overlay, digest, clusters, cluster_of)
     for each in found.unfit[len(overlay.unfit) :]:
         logger.warning("%s: %s no longer fits: %s", Run(uri).overlay, each.edit.do, each.reason)
     return found

@@ -13,7 +13,7 @@ from rayclust.config import RunConfig
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.runtime import datasets
-from rayclust.runtime.spaces import ReadySpace, digest_of_ready, plan_ready
+from rayclust.runtime.spaces import ReadySpace, plan_ready
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
 from rayclust.store.run import Run
@@ -76,7 +76,9 @@ def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
         contents.append(content)
     ready = tuple(plan_ready(config, shards))
     if ready:
-        settings |= {"ready": digest_of_ready(ready)}
+        # Without the places of the files, so that a listing may move.
+        listed = {space.name: [[s.name, s.stamp, s.start, s.row_groups] for s in space.shards] for space in ready}
+        settings |= {"ready": {name: digest_of(listing) for name, listing in listed.items()}}
     digests = tuple(digest_of({"shard": content, "settings": settings}) for content in contents)
     return InputPlan(digest_of(digests), tuple(shards), digests, tuple(packed), ready)
 

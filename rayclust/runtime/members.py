@@ -66,17 +66,13 @@ def _content_of_all(uris: Sequence[str]) -> str:
 def _content(uri: str) -> Any:
     """Return JSON that changes with what a member says."""
     if uri.endswith(".parquet"):
-        return hashlib.sha256(_read(uri)).hexdigest()
+        try:
+            return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+        except storage.MissingError:
+            raise DataError(f"method.members: {uri} is missing") from None
     if uri.endswith(HEADS):
         return [content_digest(_finished(uri, stage)) for stage in ("encode", "train")]
     return content_digest(_finished(uri, "assign"))
-
-
-def _read(uri: str) -> bytes:
-    try:
-        return storage.read_bytes(uri)
-    except storage.MissingError:
-        raise DataError(f"method.members: {uri} is missing") from None
 
 
 def _finished(uri: str, stage: str) -> Manifest:
@@ -133,7 +129,7 @@ def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:
             ) from error
         columns: Iterable[Any] = [cluster]
     elif uri.endswith(HEADS):
-        keys, columns = _keys(_run_of(uri)[0], _part_count(uri)), _head_labels(uri)
+        keys, columns = _keys(_run_of(uri)[0], len(row_starts(_finished(uri, "encode"))) - 1), _head_labels(uri)
     else:
         assigned = [tables.read_table(part, ["key", "cluster"]) for _, part in parts(Run(uri).assignments_folder)]
         joined = pa.concat_tables(assigned)
@@ -166,10 +162,6 @@ def _run_of(uri: str) -> tuple[Run, RunConfig]:
     return Run(place, config.spaces), config
 
 
-def _part_count(uri: str) -> int:
-    return len(row_starts(_finished(uri, "encode"))) - 1
-
-
 def _head_count(uri: str) -> int:
     """Return H of a stored model.
 
@@ -190,5 +182,6 @@ def _head_labels(uri: str) -> Tensor:
     transform = transform_of(encode, config.features)
     if not isinstance(method, ManyHeads):
         raise ConfigError(f"method.members: {uri}: {config.method.name} has no heads")
-    features = (torch.from_numpy(part_features(run, part, transform)) for part in range(_part_count(uri)))
+    parts_of_rows = range(len(row_starts(encode)) - 1)
+    features = (torch.from_numpy(part_features(run, part, transform)) for part in parts_of_rows)
     return torch.cat([method.predict_heads(x) for x in features], dim=1)

@@ -15,7 +15,7 @@ from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import DataError
 from rayclust.runtime import datasets
 from rayclust.store import storage, tables
-from rayclust.store.manifest import digest_of, read_manifest, read_output
+from rayclust.store.manifest import read_manifest, read_output
 from rayclust.store.run import Run
 from rayclust.store.sources import Rows, Shard, plan_shards, read_rows
 
@@ -135,14 +135,6 @@ def plan_ready(config: RunConfig, shards: Sequence[Shard]) -> Iterator[ReadySpac
         has_names = all(len(uris) == 1 for uris in one_file) and shards[0].kind in NUMBERED
         files = (shards[0].name, found[0].name) if has_names else None
         yield ReadySpace(encoder.space, encoder.embeddings, found, int(width), files)
-
-
-def digest_of_ready(spaces: Sequence[ReadySpace]) -> dict[str, str]:
-    """Return a digest of each space's listing, without the places of its files."""
-    return {
-        space.name: digest_of([[shard.name, shard.stamp, shard.start, shard.row_groups] for shard in space.shards])
-        for space in spaces
-    }
 
 
 @dataclass(frozen=True)

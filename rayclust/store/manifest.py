@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+from functools import cache
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
@@ -255,11 +256,12 @@ class Manifest(Config):
 
 
 def digest_of(value: Any) -> str:
-    """Return the first 32 hexadecimal digits of the SHA-256 of a JSON-able value's canonical text."""
-    text = json.dumps(json.loads(storage.canonical_json(value)), sort_keys=True, separators=(",", ":"))
+    """Return the first 32 hexadecimal digits of the SHA-256 of a value as JSON on one line, keys sorted."""
+    text = json.dumps(storage.as_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that decide about results."""
     found = {"python": platform.python_version()}

@@ -303,19 +303,20 @@ def put_if_match(uri: str, data: bytes, version: str | None) -> str | None:
     return str(answer["ETag"]) if uri.startswith("s3://") else hashlib.sha256(data).hexdigest()
 
 
+def as_json(value: Any) -> Any:
+    """Return a value in JSON's types; NaN and infinities become None."""
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return as_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def canonical_json(value: Any) -> str:
     """Return `value` as JSON with sorted keys, the same text for equal values; NaN and infinities become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if hasattr(value, "tolist"):  # numpy scalars and arrays
-            return plain(value.tolist())
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(as_json(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(uri: str, value: Any) -> None:

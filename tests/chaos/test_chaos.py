@@ -17,7 +17,7 @@ from tests.chaos.faults import DAMAGES, Fault, artefacts, damage, rot, storage_w
 from tests.chaos.proxy import control
 from tests.chaos.trial import LAST, Work, finish, prepared, suffer, try_seed
 
-SEEDS = 60
+SEEDS = 36
 PER_TEST = 12
 
 

@@ -1,8 +1,9 @@
-"""Real processes of the command line: two on one run, secrets in the environment, files that may not grow."""
+"""Real processes of the command line: two on one run, secrets in the environment; and files that may not grow."""
 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rayclust.config import parse
+from rayclust.errors import RayclustError
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
 from tests.chaos.faults import artefacts
@@ -21,16 +23,16 @@ DRIVER = (
     "import logging, sys, pytest; from rayclust.config import parse; from rayclust.errors import RayclustError; "
     "from rayclust.runtime.pipeline import run_all; from tests.stages.in_process import without_ray; "
     "logging.basicConfig(level=logging.DEBUG); logging.getLogger('botocore').setLevel(logging.INFO); "
-    "without_ray(pytest.MonkeyPatch())\n{first}\n"
-    "try: run_all(parse(open(sys.argv[1]).read()), stop_after='{last}')\n"
+    "without_ray(pytest.MonkeyPatch())\n"
+    f"try: run_all(parse(open(sys.argv[1]).read()), stop_after='{LAST}')\n"
     "except RayclustError as error: print(error); sys.exit(error.exit_code)"
 )
 """The first stages of `rayclust run`, without a cluster, with every line that it can log."""
 
 
-def start(config: Path, first: str = "", **env: str) -> subprocess.Popen[str]:
+def start(config: Path, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER.format(first=first, last=LAST), str(config)],
+        [sys.executable, "-c", DRIVER, str(config)],
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,15 +87,17 @@ def test_no_secret_is_logged_or_written(s3_bucket: str, s3_endpoint: str, tmp_pa
     assert marker not in output
 
 
+@pytest.mark.usefixtures("in_process")
 def test_files_that_may_not_grow_are_a_full_disk(tmp_path: Path):
     line = config(tmp_path, str(tmp_path / "run"), images={"shard_size": 60})
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (1, 3000, 9000):
-        process = start(line, limit.format(size))
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode == 2, output
-        assert "no space left" in output.splitlines()[-1], output
-    whole = start(line)
-    assert whole.communicate(timeout=200)[0]
-    assert whole.returncode == 0
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # a write beyond is EFBIG, as Python ignores the signal
+        try:
+            with pytest.raises(RayclustError, match="no space left") as caught:
+                run_all(parse(line.read_text()), stop_after=LAST)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert caught.value.exit_code == 2
+    run_all(parse(line.read_text()), stop_after=LAST)
     assert artefacts(str(tmp_path / "run")) == undisturbed(line, tmp_path / "alone")

@@ -277,7 +277,7 @@ def test_the_choice_is_json_that_any_reader_takes(found_run: Sealed):
     json.loads((found_run.folder / "selection.json").read_text(), parse_constant=refuse)
 
 
-SEEDS = dict(enumerate([6, 4, 9, 3, 7, 5, 8, 10, 2, 12]))
+SEEDS = {0: 6, 1: 4, 2: 9, 8: 2, 9: 12}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
