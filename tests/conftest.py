@@ -29,6 +29,9 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # tests without Ray, beside these, would take the cores first
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the controller sees the end of a training as late as this
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each training that asks clouds what they plan
+    "RAY_num_workers_soft_limit": "8",  # workers that have imported torch stay for the next task
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 """Environment of this process and of all that tests start."""
 

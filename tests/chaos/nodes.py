@@ -6,8 +6,13 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.chaos.trial import LAST
 from tests.stages.runs import descendants, kill
@@ -35,6 +40,20 @@ class Nodes:
         self._settings: dict[str, Any] = small | {"labels": {"pool": "gpu"}}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.second = self.cluster.add_node(**self._settings)
+
+    @contextmanager
+    def driver(self, meanwhile: Callable[[], Any] = lambda: None) -> Iterator[None]:
+        """This process is a driver of the cluster, which spares the imports of another; `meanwhile` runs beside it."""
+        import ray
+
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as beside:
+            patch.setenv("RAY_ADDRESS", self.cluster.address)
+            done = beside.submit(meanwhile)
+            try:
+                yield
+                done.result()
+            finally:
+                ray.shutdown()
 
     def lose(self) -> None:
         """The second node dies without a word."""
@@ -69,7 +88,7 @@ class Nodes:
 
 
 def start(nodes: Nodes, config: Path, last: str = LAST, before: str = "", after: str = "") -> subprocess.Popen[str]:
-    """Starts a driver; `before` and `after` are lines of its program around the run."""
+    """Starts a driver, which can be killed; `before` and `after` are lines of its program around the run."""
     return subprocess.Popen(
         [sys.executable, "-c", f"{before}\n{DRIVER}\n{after}", str(config), last],
         env={**os.environ, "RAY_ADDRESS": nodes.cluster.address},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,29 +15,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import safetensors.numpy
 import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 from rayclust.config import parse
 from rayclust.errors import ArtefactError
 from rayclust.methods.base import Batch
+from rayclust.runtime.cluster import connect
 from rayclust.runtime.pipeline import run_all
 from rayclust.stages import train
 from rayclust.store import manifest
 from rayclust.store.storage import MissingError
 from rayclust.training.sampling import RowSource
-from tests.chaos.nodes import Nodes, start
+from tests.chaos.nodes import Nodes
 from tests.stages.in_process import without_ray
 from tests.stages.runs import files, kill, tree, write_folder, write_yaml
 from tests.workers import on_two_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-ROWS, BATCH, STEPS = 1000, 20, 1200
+ROWS, BATCH, STEPS = 1000, 20, 600
 """50 steps an epoch, so that most checkpoints, one after every 20 steps, are within one."""
 TOLERANCE = 2e-4
 """Of weights whose sums are taken in another order: 2e-5 apart in the end. Half of each batch left out from the middle
-of the training on moves them by 1e-3."""
+of the training on moves them by 6e-4."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def prepared(table: Path, run: Path, **resources: Any) -> Path:
 def learning_from_pixels(images: Path, run: Path) -> Path:
     """The config of a run that learns from pixels next, 9 steps an epoch."""
     method = {"name": "propos", "clusters": 3, "backbone": "small", "features": 8, "hidden": 16, "batch_size": 20}
-    method |= {"epochs": 8, "warmup_epochs": 2, "restarts": 1}
+    method |= {"epochs": 5, "warmup_epochs": 1, "restarts": 1}
     resources = {"workers": 2, "checkpoint_seconds": 1e-6}
     content = tree(str(run), str(images), method=method, resources=resources)
     content |= {"encoder": {"name": "pixels", "image_size": 8, "normalize": False}, "features": {"normalize": False}}
@@ -115,11 +120,11 @@ def newest(run: Path) -> dict[str, Any]:
     return {"step": 0, "workers": 0}
 
 
-def wait(process: subprocess.Popen[str], run: Path, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def wait(run: Path, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """The state of the newest checkpoint once it is as awaited, while the training goes on."""
     deadline = time.monotonic() + 120
     while not until(state := newest(run)):
-        assert process.poll() is None, process.communicate()[0]
+        assert not (run / "manifests" / "train.json").exists(), "the training has ended before"
         assert time.monotonic() < deadline, f"the awaited checkpoint never came, the newest is {state}"
         time.sleep(0.01)
     return state
@@ -129,38 +134,44 @@ def in_mid_epoch(state: dict[str, Any]) -> bool:
     return state["step"] >= 100 and state["step"] % 50 > 0
 
 
-COUNT_OFTEN = (
-    "import threading, time, ray\n"
-    "from rayclust.runtime.cluster import connect\n"
-    "from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (\n"
-    "    get_or_create_autoscaling_coordinator as coordinator)\n"
-    "connect()\n"
-    "count = lambda: ray.get(coordinator()._tick.remote())\n"
-    "count()\n"
-    "threading.Thread(target=lambda: [(time.sleep(0.5), count()) for _ in range(1000)], daemon=True).start()"
-)
-"""Lines of a driver: Ray counts the places of the cluster before the training and twice a second, not every 20 s."""
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-
-
 def weights(run: Path) -> np.ndarray:
     loaded = safetensors.numpy.load_file(run / "model" / "weights.safetensors")
     return np.concatenate([loaded[name].ravel() for name in sorted(loaded)])
 
 
+@contextmanager
+def counted_often() -> Iterator[None]:
+    """Ray counts the places of the cluster before the training and twice a second, not every 20 s."""
+    connect()
+    counter, ended = get_or_create_autoscaling_coordinator(), threading.Event()
+    ray.get(counter._tick.remote())
+
+    def count() -> None:
+        while not ended.wait(0.5):
+            ray.get(counter._tick.remote())
+
+    with ThreadPoolExecutor(1) as beside:
+        counting = beside.submit(count)
+        try:
+            yield
+        finally:
+            ended.set()
+        counting.result()
+
+
 def test_a_worker_killed_in_mid_epoch_is_replaced_and_the_weights_are_the_same(nodes: Nodes, tmp_path: Path):
     images, run, other = write_folder(tmp_path / "images", 60, size=8), tmp_path / "run", tmp_path / "undisturbed"
     run_in_process(learning_from_pixels(images, other), "train", workers=True)
-    process = start(nodes, learning_from_pixels(images, run), "train")
-    step = int(wait(process, run, lambda state: state["step"] >= 20 and state["step"] % 9 > 0)["step"])
-    workers = [pid for pid, title in nodes.processes().items() if title.startswith("ray::RayTrainWorker")]
-    assert len(workers) == 2
-    kill(workers[step % 2])
-    finish(process)
+    line = learning_from_pixels(images, run)
+
+    def kill_one() -> None:
+        step = int(wait(run, lambda state: state["step"] >= 10 and state["step"] % 9 > 0)["step"])
+        workers = [pid for pid, title in nodes.processes().items() if title.startswith("ray::RayTrainWorker")]
+        assert len(workers) == 2
+        kill(workers[step % 2])
+
+    with nodes.driver(kill_one):
+        run_all(parse(line.read_text()), stop_after="train")
     assert files(run, "model/*") == files(other, "model/*")
 
 
@@ -170,12 +181,16 @@ def test_a_node_lost_for_good_in_mid_epoch_leaves_one_worker_with_the_same_batch
     # Ray may ask for the lost node's places once more before it counts again.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     run = tmp_path / "run"
-    process = start(nodes, prepared(table, run, min_workers=1), "train", before=COUNT_OFTEN)
-    assert wait(process, run, in_mid_epoch)["workers"] == 2
-    nodes.lose()
+    line = prepared(table, run, min_workers=1)
+
+    def lose_one() -> None:
+        assert wait(run, in_mid_epoch)["workers"] == 2
+        nodes.lose()
+        assert wait(run, lambda state: state["workers"] == 1)["step"] < STEPS
+
     try:
-        assert wait(process, run, lambda state: state["workers"] == 1)["step"] < STEPS
-        finish(process)
+        with nodes.driver(lose_one), counted_often():
+            run_all(parse(line.read_text()), stop_after="train")
     finally:
         nodes.regain()
     ours, theirs = (pq.read_table(folder / "model" / "metrics.parquet") for folder in (run, undisturbed))
@@ -183,4 +198,4 @@ def test_a_node_lost_for_good_in_mid_epoch_leaves_one_worker_with_the_same_batch
     assert ours["loss"].to_pylist() == pytest.approx(theirs["loss"].to_pylist(), abs=TOLERANCE)
     np.testing.assert_allclose(weights(run), weights(undisturbed), rtol=0, atol=TOLERANCE)
     half = with_half_batches(table, tmp_path / "half")
-    assert np.abs(weights(half) - weights(undisturbed)).max() > 5 * TOLERANCE
+    assert np.abs(weights(half) - weights(undisturbed)).max() > 2 * TOLERANCE
