@@ -501,16 +501,13 @@ def _local_stat(key: str, uri: str, found: os.stat_result) -> FileStat:
 
 def temporary_prefix(path: Path) -> str:
     """Return how names of temporary files for `path` begin on this host; hidden, and short enough for a name."""
-    return f"{_temporary_start(path)}{socket.gethostname()[:40]}-"
-
-
-def _temporary_start(path: Path) -> str:
-    return f".{os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])}."
+    return f".{os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])}.{socket.gethostname()[:40]}-"
 
 
 def _remove_orphans(path: Path, now: float) -> None:
     """Remove temporary files of killed writers of `path`; `now` is by the clock that stamps the files."""
-    mine, any_host = temporary_prefix(path), _temporary_start(path)
+    mine = temporary_prefix(path)
+    any_host = mine.removesuffix(f"{socket.gethostname()[:40]}-")
     with os.scandir(path.parent) as entries:
         found = [entry.name for entry in entries if entry.name.startswith(any_host) and entry.name.endswith(".tmp")]
     for name in found:
