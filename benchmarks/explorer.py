@@ -1,17 +1,18 @@
 """A query of the explorer over a million rows; `explorer_scroll.py` scrolls.
 
 Claims: with index and encoder in memory a query over 1 M × 512 rows takes less than 100 ms on one core, with the
-encoding of the words or of the image.
+encoding of the words, or of the image by OpenVINO.
 
     python benchmarks/explorer.py query [--rows 1000000] [--width 512] [--lists 4000]
 
 `query`: rows lie around as many planted centres as an inverted file of the stage index has lists (4·√N); the centres
-stand for those that its k-means finds, which is not measured here. Times are of one query on one thread, the median
-of 30, through `VectorIndex.search` as the explorer calls it, by the number of lists that are probed; the flat index is
-what `index.kind: auto` takes up to 200,000 rows. Recall is that of the ten nearest rows by the flat index, for queries
-beside rows and for such in random directions: words lie far from all images, and their neighbours in many lists. The
-words go through the text tower of ViT-B/32 with random weights, which take as long as trained ones; the image, a JPEG
-of 640 × 480, is decoded and goes through the image tower, by torch and by OpenVINO in bfloat16, as the run chose.
+stand for those that its k-means finds, which is not measured here. Times are those of the processor for one query on
+one thread, which other programs beside it hardly change, the median of 30, through `VectorIndex.search` as the
+explorer calls it, by the number of lists that are probed; the flat index is what `index.kind: auto` takes up to
+200,000 rows. Recall is that of the ten nearest rows by the flat index, for queries beside rows and for such in random
+directions: words lie far from all images, and their neighbours in many lists. The words go through the text tower of
+ViT-B/32 with random weights, which take as long as trained ones; the image, a JPEG of 640 × 480, is decoded and goes
+through the image tower, by torch and by OpenVINO in bfloat16, as the run chose.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def seconds_of_a_query(index: Any, queries: np.ndarray) -> float:
     """Median over single queries, the first ones left out."""
     found, taken = VectorIndex(index), []
     for query in queries:
-        started = time.perf_counter()
+        started = time.process_time()
         found.search(query[None], 100)
-        taken.append(time.perf_counter() - started)
+        taken.append(time.process_time() - started)
     return float(np.median(taken[3:]))
 
 
@@ -69,9 +70,9 @@ def seconds_of_encoding() -> dict[str, float]:
     for name, ask in queries.items():
         taken = []
         for number in range(33):
-            started = time.perf_counter()
+            started = time.process_time()
             ask(number)
-            taken.append(time.perf_counter() - started)
+            taken.append(time.process_time() - started)
         found[name] = float(np.median(taken[3:]))
     return found
 

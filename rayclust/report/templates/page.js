@@ -60,7 +60,7 @@ const page = (() => {
     const list = el("ul", { className: "facts" });
     if (item.purity >= 0) {
       const kind = item.purity >= 800 ? "good" : item.purity >= 500 ? "fair" : "poor";
-      const label = item.label >= 0 ? index.classes[item.label] : "one class";
+      const name = index.classes[item.label], label = item.label < 0 ? "one class" : /^\d+$/.test(name) ? `class ${name}` : name;
       list.append(el("li", { className: kind, title: "Share of its images in the class that most of them have" },
         `${percent(item.purity)} `, el("bdi", { textContent: label })));
     }

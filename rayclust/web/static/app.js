@@ -14,7 +14,7 @@ const named = (name, number) => name || `Cluster ${number}`;
 const title = (c) => named(c.name, c.number);
 const percent = (share) => `${Math.floor(100 * share)}%`;
 const sure = (c) => `${percent(c.confidence)} sure`;
-const purity = (c) => `${percent(c.purity)} ${c.label}`;
+const purity = (c) => `${percent(c.purity)} ${/^\d+$/.test(c.label) ? `class ${c.label}` : c.label}`;
 const lastPart = (uri) => uri.replace(/\/+$/, "").split("/").pop() || uri;
 const picture = (row, size) => `/api/images/${row}/picture?size=${size}`;
 const copy = (id) => document.getElementById(id).content.firstElementChild.cloneNode(true);
