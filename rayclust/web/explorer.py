@@ -51,6 +51,8 @@ CSV_ROWS = 2000
 SELECTIONS = "selections"
 """Folder below the run of saved selections: a text file for each, a key a line."""
 _SELECTION = re.compile(r"[\w -]{1,60}")
+_BOUND = re.compile(r"(size|confidence|purity)([<>])(\d{1,15})")
+"""A word of the list's filter that bounds a number: of images, or percent."""
 SORTS = ("size", "number", "name", "confidence", "purity")
 
 
@@ -126,14 +128,15 @@ class Explorer:
         Args:
             sort: one of `SORTS`; clusters without a value come last.
             descending: largest first.
-            query: only those in whose name, number, mark or most common class it is.
+            query: only those in whose name, number, mark or most common class each of its words is; `size>100`,
+                `confidence<60` and `purity<50` bound the number of images and shares in percent.
             offset: clusters before the page.
             limit: clusters of the page.
         """
         if sort not in SORTS:
             raise ConfigError(f"sort = {sort}: must be one of {', '.join(SORTS)}")
         words = query.casefold().split()
-        found = [each for each in self._state.clusters.values() if all(word in each["search"] for word in words)]
+        found = [each for each in self._state.clusters.values() if all(_fits(each, word) for word in words)]
         known = [each for each in found if each[sort] is not None]
         known.sort(key=lambda each: (each[sort], -each["number"]), reverse=descending)
         known += [each for each in found if each[sort] is None]
@@ -452,3 +455,13 @@ class Explorer:
             number: [group[i] for i in range(TYPICAL) for group in some if i < len(group)][:TYPICAL]
             for number, some in groups.items()
         }
+
+
+def _fits(cluster: Mapping[str, Any], word: str) -> bool:
+    """Return whether a cluster of the list fits one word of a filter."""
+    bound = _BOUND.fullmatch(word)
+    if bound is None:
+        return word in cluster["search"]
+    name, sign, number = bound.groups()
+    value, limit = cluster[name], int(number) / (1 if name == "size" else 100)
+    return value is not None and (value > limit if sign == ">" else value < limit)

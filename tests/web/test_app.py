@@ -121,6 +121,8 @@ def test_the_list_is_sorted_filtered_and_cut(page: TestClient):
     assert (cut["total"], [each["number"] for each in cut["clusters"]]) == (3, [1])
     assert [each["number"] for each in get(page, "/api/clusters", query="checked")["clusters"]] == [2]
     assert get(page, "/api/clusters", query="beach #2")["total"] == 0
+    bounds = {"size>7": 3, "size>8": 0, "size<9 purity>99": 3, "purity<100": 0, "confidence>0 beach": 1, "size>": 0}
+    assert {query: get(page, "/api/clusters", query=query)["total"] for query in bounds} == bounds
     certain = [each["confidence"] for each in get(page, "/api/clusters", sort="confidence")["clusters"]]
     assert certain == sorted(certain, reverse=True)
 
