@@ -66,7 +66,7 @@ def plain_epoch(method: SimClr, loader: torch.utils.data.DataLoader[tuple[Tensor
     started = time.perf_counter()
     for first, second in loader:
         with method.autocast():
-            z = [functional.normalize(method.embed(view).float(), dim=1) for view in (first, second)]
+            z = [functional.normalize(method.embedder(view).float(), dim=1) for view in (first, second)]
         both = torch.cat(z)
         logits = (both @ both.T).fill_diagonal_(-torch.inf)
         loss = functional.cross_entropy(logits, torch.arange(len(both)).roll(len(first)))

@@ -14,7 +14,7 @@ from rayclust.errors import ConfigError
 from rayclust.methods import build, find, load
 from rayclust.methods.base import Batch, CheckpointInterval, Method
 from rayclust.methods.pixels.augment import BYOL, SIMCLR, Augmentation, draw, random_view
-from rayclust.methods.pixels.backbones import build_backbone
+from rayclust.methods.pixels.backbones import SyncedBatchNorm1d, SyncedBatchNorm2d, build_backbone, folded, mlp
 from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelMethod
 from rayclust.methods.pixels.propos import ProPos
 from rayclust.methods.pixels.settings import PixelConfig, ProPosConfig
@@ -32,9 +32,9 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "propos": {"hidden": 12, "queue": 20, "resample": True, "final_momentum": 1.0},
-    "byol": {"hidden": 12, "joint_views": True},
+    "byol": {"hidden": 12, "joint_views": True, "norm_groups": 2},
     "simsiam": {"bottleneck": 6, "layers": 3},
-    "moco": {"queue": 20},
+    "moco": {"queue": 20, "norm_groups": 4},
     "pcl": {"queue": 20, "prototypes": [6, 12, 400]},
 }
 
@@ -137,7 +137,7 @@ def test_momentum_rises_on_half_a_cosine():
 
 
 def test_a_copy_moves_once_for_all_parts_of_a_batch():
-    method = build(_config("byol", accumulation=2, final_momentum=0.996), SIDE * SIDE * 3, N, 1)
+    method = build(_config("byol", accumulation=2, norm_groups=1, final_momentum=0.996), SIDE * SIDE * 3, N, 1)
     assert isinstance(method, MomentumMethod)
     stepper, before = Stepper(method.train()), method.target.state_dict()["0.down.0.weight"].clone()
     method.online[0].down[0].weight.data.add_(1.0)  # type: ignore[operator, union-attr, index]
@@ -253,6 +253,44 @@ def test_networks_start_from_the_seed_alone(name: str, width: int):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("name", "kept"), [("small", 0), ("resnet18", 0), ("preact_resnet18", 9)])
+def test_a_folded_network_maps_as_before(name: str, kept: int):
+    backbone, width = build_backbone(name, 8, 3, seed=4)
+    network, images = torch.nn.Sequential(backbone, mlp(width, 6, 2)).double(), torch.rand(4, 3, 8, 8).double()
+    network(images)  # statistics other than 0 and 1
+    expected = network.eval()(images)
+    inference = folded(network)
+    torch.testing.assert_close(inference(images), expected, rtol=1e-9, atol=1e-12)
+    called = {node.target for node in inference.graph.nodes}  # type: ignore[union-attr, operator]
+    norms = [n for n, layer in inference.named_modules() if n in called and isinstance(layer, SyncedBatchNorm2d)]
+    assert len(norms) == kept, "those behind a sum"
+
+
+def test_keys_are_normalised_in_shuffled_groups_and_come_back_in_order():
+    method = build(_config("moco"), SIDE * SIDE * 3, N, 1)
+    assert isinstance(method, MomentumMethod)
+    x, batch = torch.arange(16.0)[:, None] ** 2, Batch({EMBEDDINGS: torch.zeros(1, 16, 1)}, torch.arange(16), 3, 0)
+    norm = SyncedBatchNorm1d(1)
+    norm.groups = 4
+    keys = method.shuffled(norm(method.shuffled(x, batch, 0)), batch, 0, back=True)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(method.key(3, 5, 0)))
+    means = []
+    for group in (order[place::4] for place in range(4)):
+        assert len(set((group % 4).tolist())) > 1, "a query's group is that of its place, a key's is not"
+        variance, mean = torch.var_mean(x[group], correction=0)
+        torch.testing.assert_close(keys[group], (x[group] - mean) / (variance + norm.eps).sqrt())
+        means.append(mean)
+    torch.testing.assert_close(norm.running_mean, 0.1 * torch.stack(means).mean()[None])
+    torch.testing.assert_close(method.shuffled(method.shuffled(x, batch, 1), batch, 1, back=True), x)
+    assert not torch.equal(method.shuffled(x, batch, 0), method.shuffled(x, batch, 1))
+
+
+@pytest.mark.parametrize(("groups", "message"), [(3, "the batch of 16 rows"), (16, "two or more")])
+def test_groups_of_norms_must_be_equal(groups: int, message: str):
+    with pytest.raises(ConfigError, match=message):
+        _fit("moco", norm_groups=groups)
+
+
 def test_residual_networks_have_the_sizes_of_the_paper():
     network, _ = build_backbone("resnet18", 32, 3, 0)
     assert sum(p.numel() for p in network.parameters()) == 11_168_832
@@ -311,7 +349,10 @@ def test_resampling_draws_each_cluster_equally_often():
 
 def test_before_the_warm_up_ends_propos_is_byol():
     plain = {"epochs": 1, "final_momentum": 0.996}
-    own: dict[str, dict[str, Any]] = {"propos": {"queue": 0, "resample": False}, "byol": {"joint_views": False}}
+    own: dict[str, dict[str, Any]] = {
+        "propos": {"queue": 0, "resample": False},
+        "byol": {"joint_views": False, "norm_groups": 1},
+    }
     states = []
     for name, settings in own.items():
         method = build(_config(name, **plain, **settings), SIDE * SIDE * 3, N, 1)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from rayclust.distributed import all_reduce, data_group, differentiable_all_reduce
 from rayclust.errors import ConfigError
@@ -25,23 +26,36 @@ SMALL_WIDTHS = (32, 64, 128)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the rows of all workers, on any device."""
+    """Batch norm over the rows of all workers, or over each of several groups of them, on any device.
+
+    A batch's row belongs to the group row mod `groups`. Running statistics are means over the groups.
+    """
+
+    groups: int = 1
+    """Groups of a batch with statistics of their own; a multiple of the workers, unless it is 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise Float[B C H W]."""
-        if not self.training or data_group().size == 1:
+        workers, is_synced = data_group().size, self.groups == 1
+        if not self.training or (is_synced and workers == 1):
             return super().forward(x)
+        # This worker's groups, rows of one at equal distances as workers take theirs: Float[B/g g C H W].
         wide = x.to(accum_dtype(x.dtype))  # a half type has not the digits for these sums
-        values = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), dtype=wide.dtype, device=x.device))
-        mean = differentiable_all_reduce(wide.sum((0, 2, 3))) / values
-        var = differentiable_all_reduce((wide - mean[:, None, None]).square().sum((0, 2, 3))) / values
+        wide = wide.unflatten(0, (-1, 1 if is_synced else self.groups // workers))
+        sizes = torch.tensor(float(wide[:, 0, 0].numel()), dtype=wide.dtype, device=x.device)
+        values = all_reduce(sizes) if is_synced else sizes
+        total = differentiable_all_reduce if is_synced else nn.Identity()
+        mean = total(wide.sum((0, 3, 4))) / values
+        var = total((wide - mean[..., None, None]).square().sum((0, 3, 4))) / values
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
-            self.running_var.lerp_(var * values / (values - 1), self.momentum)  # type: ignore[union-attr, arg-type]
+            moments = torch.stack([mean, var * values / (values - 1)])
+            moments = (moments if is_synced else all_reduce(moments.sum(1, keepdim=True)) / self.groups)[:, 0]
+            self.running_mean.lerp_(moments[0], self.momentum)  # type: ignore[union-attr, arg-type]
+            self.running_var.lerp_(moments[1], self.momentum)  # type: ignore[union-attr, arg-type]
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         scale = self.weight * torch.rsqrt(var + self.eps)
-        normalized = wide * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
-        return normalized.to(x.dtype)
+        normalized = wide * scale[..., None, None] + (self.bias - mean * scale)[..., None, None]
+        return normalized.flatten(0, 1).to(x.dtype)
 
 
 class SyncedBatchNorm1d(SyncedBatchNorm2d):
@@ -65,8 +79,8 @@ class _Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for stage, (down, block) in enumerate(zip(self.down, self.block, strict=True)):
-            x = functional.relu(self.norms[2 * stage](down(x)))
-            x = functional.relu(x + self.norms[2 * stage + 1](block(x)))
+            x = functional.relu(self.norms[2 * stage](down(x)), inplace=True)
+            x = functional.relu(x + self.norms[2 * stage + 1](block(x)), inplace=True)
         return x.mean((2, 3))
 
 
@@ -82,9 +96,9 @@ class _PreActivation(nn.Module):
         self.shortcut = None if is_same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = functional.relu(self.first_norm(x))
+        active = functional.relu(self.first_norm(x), inplace=True)
         residual = x if self.shortcut is None else self.shortcut(active)
-        out: Tensor = residual + self.second(functional.relu(self.second_norm(self.first(active))))
+        out: Tensor = residual + self.second(functional.relu(self.second_norm(self.first(active)), inplace=True))
         return out
 
 
@@ -162,6 +176,39 @@ def _synced(network: nn.Module) -> nn.Module:
         activation = list(child.children())
         setattr(network, name, nn.Sequential(norm, *activation) if activation else norm)
     return network
+
+
+class _LayerTracer(fx.Tracer):
+    """Follows a network down to its layers, our norms among them."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """Return a network for inference whose batch norms are part of the layers before them.
+
+    In eval mode a norm is an affine map of channels, and goes into the weights of the convolution or linear layer
+    before it where nothing else reads that layer's output. The result maps as the network does, to rounding, with fewer
+    passes over memory.
+
+    Args:
+        network: in eval mode, whose forward is the same layers for any input; not to be used any more.
+    """
+    graph, layers = _LayerTracer().trace(network), dict(network.named_modules())
+    for node in graph.nodes:
+        norm = layers[str(node.target)] if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        before = node.all_input_nodes[0]
+        layer = layers[str(before.target)] if before.op == "call_module" else None
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or len(before.users) > 1:
+            continue
+        fuse: Any = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
+        network.set_submodule(str(before.target), fuse(layer, norm))
+        node.replace_all_uses_with(before)
+        graph.erase_node(node)
+    return fx.GraphModule(network, graph)
 
 
 def mlp(*widths: int, bias: bool = True, norm: bool = True, last_norm: bool = False) -> nn.Sequential:

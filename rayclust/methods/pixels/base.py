@@ -22,16 +22,17 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import gmm, kmeans
 from rayclust.clustering.settings import GmmOptions, KMeansOptions
 from rayclust.distributed import all_reduce, data_group, differentiable_all_gather
+from rayclust.errors import ConfigError
 from rayclust.kernels.screening import accum_dtype
 from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Rows
 from rayclust.methods.layers import ema_update, matmul_dtype
 from rayclust.methods.pixels.augment import FAMILIES, SquareImages, batch_view, keyed_seed
-from rayclust.methods.pixels.backbones import build_backbone
-from rayclust.methods.pixels.settings import PixelConfig
+from rayclust.methods.pixels.backbones import SyncedBatchNorm2d, build_backbone, folded
+from rayclust.methods.pixels.settings import MomentumConfig, PixelConfig
 from rayclust.methods.settings import Plan
 
-BLOCK = 512
-"""Images that go through a network at once outside of training."""
+BLOCK, CPU_BLOCK = 512, 128
+"""Images that go through a network at once outside of training; on a CPU as many as stay in its cache."""
 MIXTURE = ("weights", "means", "variances")
 """Parts of a `gmm.Mixture`, in its order."""
 TEMPERATURE = 0.1
@@ -88,6 +89,11 @@ class PixelMethod(Method):
         self._rows: Rows | None = None  # for as long as a fit runs
 
     @property
+    def block(self) -> int:
+        """Images that go through a network at once outside of training."""
+        return CPU_BLOCK if self.mean.device.type == "cpu" else BLOCK
+
+    @property
     def trunk(self) -> nn.Module:
         """The network below the projector, Float[B C H W] to Float[B F], which serves as an encoder."""
         return self.backbone
@@ -99,22 +105,22 @@ class PixelMethod(Method):
             torch.manual_seed(self.key(0))
             yield
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Map normalised images to the space in which rows are clustered: Float[B C H W] to Float[B d], any length."""
-        projected: Tensor = self.projector(self.backbone(images))
-        return projected
+    @property
+    def embedder(self) -> nn.Module:
+        """The network from normalised images to the space of clusters: Float[B C H W] to Float[B d], of any length."""
+        return nn.Sequential(self.backbone, self.projector)
 
     # Views.
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Subtract each channel's mean over the rows and divide by its deviation."""
-        scaled = (images - self.mean[:, None, None]) / self.std[:, None, None]
+        """Subtract each channel's mean over the rows and divide by its deviation, in one pass over memory."""
+        scaled = torch.addcmul((-self.mean / self.std)[:, None, None], images, (1 / self.std)[:, None, None])
         return scaled.contiguous(memory_format=torch.channels_last)
 
     def normalized_parts(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the images of rows Float[B D], normalised, some at a time; at least one tensor, empty without rows."""
         require_matrix(x, "x", self.dimension)
-        for part in torch.split(x, BLOCK):
+        for part in torch.split(x, self.block):
             yield self.normalized(self.shape.images(part.to(self.mean)))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -162,7 +168,7 @@ class PixelMethod(Method):
     def _blocks(self) -> Iterator[Tensor]:
         """Yield this worker's rows on the method's device, some at a time."""
         for block in cast(Rows, self._rows).blocks():
-            for part in torch.split(block, BLOCK):
+            for part in torch.split(block, self.block):
                 yield part.to(self.mean)
 
     @torch.no_grad()
@@ -173,11 +179,12 @@ class PixelMethod(Method):
             "inertia": mean 2·(1 − cosine) to the centre; "feature_std": deviation of the features' components, times
             √d: 1 where they fill all directions, 0 where they have collapsed.
         """
-        was_training, is_last = self.training, int(self.epochs_done) == self.plan.epochs
-        self.eval()
+        is_last = int(self.epochs_done) == self.plan.epochs
+        network = copy.deepcopy(self.embedder).eval().requires_grad_()  # such weights autocast casts once
+        if not (is_last or self.config.backbone.startswith("timm/")):  # whose forward may depend on what it is given
+            network = folded(network)
         with nullcontext() if is_last else self.autocast():  # the last one in the precision in which rows are assigned
-            z = torch.cat([self.centers[:0], *(self.transform(block) for block in self._blocks())])
-        self.train(was_training)
+            z = torch.cat([self.centers[:0], *(self._features(network, block) for block in self._blocks())])
         goes_on = self.config.warm_start and not is_last and bool(self.centers.any())
         labels = self._mix(z, goes_on=goes_on) if self.config.e_step == "mixture" else self._cut(z, goes_on=goes_on)
         self.labels.copy_(data_group().all_gather_cat(labels, self.count))
@@ -246,7 +253,11 @@ class PixelMethod(Method):
     @torch.no_grad()
     def transform(self, x: Tensor) -> Tensor:
         """Map images to features: Float[B D] to unit rows Float[B d]."""
-        parts = [accumulated(self.embed(images)) for images in self.normalized_parts(x)]
+        return self._features(self.embedder, x)
+
+    def _features(self, network: nn.Module, x: Tensor) -> Tensor:
+        """Map images to features by a network that is the `embedder` or computes the same."""
+        parts = [accumulated(network(images)) for images in self.normalized_parts(x)]
         return functional.normalize(torch.cat(parts), dim=1)
 
     @torch.no_grad()
@@ -275,13 +286,50 @@ class MomentumMethod(PixelMethod):
     """A method with a slowly moving copy of its network, in whose features rows are clustered."""
 
     exported = ("target.",)
+    config: MomentumConfig
     online: nn.Sequential
     target: nn.Sequential
 
     def start_target(self, online: nn.Sequential) -> None:
         """Take a network and its projector, and make the copy."""
+        for layer in online.modules():
+            if isinstance(layer, SyncedBatchNorm2d):
+                layer.groups = self.config.norm_groups
         self.online, self.target = online, copy.deepcopy(online).requires_grad_(False)
         del self.backbone  # it is a part of the network
+
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
+        """See `PixelMethod.fit`.
+
+        Raises:
+            ConfigError: `norm_groups` is above 1, and no multiple of the workers or no divisor of the batch.
+        """
+        groups, size, workers = self.config.norm_groups, self.plan.batch_size, data_group().size
+        if groups > 1 and (groups % workers or size % groups or size == groups):  # one row has no variance
+            raise ConfigError(
+                f"method.norm_groups = {groups}: must be 1, or a multiple of the {workers} workers that cuts the "
+                f"batch of {size} rows into equal groups of two or more"
+            )
+        super().fit(rows, trainer)
+
+    @torch.no_grad()
+    def shuffled(self, x: Tensor, batch: Batch, number: int, *, back: bool = False) -> Tensor:
+        """Exchange a batch's rows between groups and workers, or undo that: Shuffling-BN (arXiv 1911.05722, 3.3).
+
+        The copy then sees an image among others than the network does, so that the statistics of a group don't tell
+        which key is a query's. With one group there is nothing to tell, and rows stay.
+
+        Args:
+            x: Float[B ...], this worker's part.
+            batch: what it is of.
+            number: of the view; each has an order of its own.
+            back: whether to undo the exchange.
+        """
+        if self.config.norm_groups == 1:
+            return x
+        generator = torch.Generator().manual_seed(self.key(batch.step, 5, number))
+        order = torch.randperm(self.plan.batch_size, generator=generator)
+        return batch.own(in_batch_order(x)[(order.argsort() if back else order).to(x.device)])
 
     @property
     def trunk(self) -> nn.Module:
@@ -300,10 +348,17 @@ class MomentumMethod(PixelMethod):
             m = final - (final - momentum) * (1 + math.cos(math.pi * batch.step / self.plan.steps)) / 2
             ema_update(self.target, self.online, m)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Map normalised images Float[B C H W] to the target network's rows, Float[B d]."""
-        embedded: Tensor = self.target(images)
-        return embedded
+    @property
+    def embedder(self) -> nn.Module:
+        """The copy, Float[B C H W] to Float[B d]."""
+        return self.target
+
+
+def in_batch_order(x: Tensor) -> Tensor:
+    """Return all workers' rows of a tensor in the order of their batch; called by all workers together."""
+    group = data_group()
+    places = torch.arange(len(x), device=x.device) * group.size + group.rank
+    return differentiable_all_gather(x)[differentiable_all_gather(places).argsort()]
 
 
 class KeyQueue(nn.Module):
@@ -327,11 +382,7 @@ class KeyQueue(nn.Module):
     @torch.no_grad()
     def add(self, keys: Tensor, rows: Tensor) -> None:
         """Add this worker's keys Float[B d] of the rows Int64[B]; called by all workers together."""
-        group = data_group()
-        places = torch.arange(len(rows), device=rows.device) * group.size + group.rank  # in the batch of all workers
-        keys, rows, places = (differentiable_all_gather(each) for each in (keys.to(self.keys), rows, places))
-        order = places.argsort()
-        keys, rows = keys[order][-len(self.rows) :], rows[order][-len(self.rows) :]
+        keys, rows = (in_batch_order(each)[-len(self.rows) :] for each in (keys.to(self.keys), rows))
         places = (torch.arange(len(rows), device=rows.device) + self.position) % len(self.rows)
         self.keys[places], self.rows[places] = keys, rows
         self.position.copy_((self.position + len(rows)) % len(self.rows))

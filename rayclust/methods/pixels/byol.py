@@ -3,7 +3,8 @@
     L = 2 − 2 cos(h(q), k),   q = g(f(x₁)) of the network, k of its copy on x₂; both orders of the views, averaged.
 
 Source: arXiv 2006.07733, with the projector and the settings of ProPos' experiments (arXiv 2111.11821). Departures: the
-copy moves before each step instead of after the loss, and all workers' rows share their batch norm.
+copy moves before each step instead of after the loss, and all workers' rows share their batch norm unless there are
+`norm_groups`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Byol(MomentumMethod):
         with self.autocast():
             queries = self._both(self.online, first, second)
             with torch.no_grad():
-                keys = self._both(self.target, second, first)
+                keys = self._both(self.target, *(self.shuffled(x, batch, n) for n, x in enumerate((second, first))))
+                keys = tuple(self.shuffled(k, batch, n, back=True) for n, k in enumerate(keys))
         terms = [
             self.order_loss(accumulated(q), accumulated(k), batch, order)
             for order, (q, k) in enumerate(zip(queries, keys, strict=True))

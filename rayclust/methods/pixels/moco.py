@@ -1,7 +1,7 @@
 """MoCo: an image's view finds its key among a queue of other images' keys, made by a slowly moving copy.
 
-Source: arXiv 1911.05722 and 2003.04297, with the settings of ProPos' experiments (arXiv 2111.11821). Departure: batch
-norm is one of all workers' rows, in place of shuffling rows between workers; on one worker shuffling does nothing.
+Source: arXiv 1911.05722 and 2003.04297, with the settings of ProPos' experiments (arXiv 2111.11821). Batch norm is one
+of all workers' rows, or with `norm_groups` that of groups, between which keys are shuffled as in the paper.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class MoCo(MomentumMethod):
         orders = [views, views[::-1]] if self.config.symmetric else [views]
         queue, _ = self.queue.filled()
         terms, keys = [], []
-        for query_view, key_view in orders:
+        for number, (query_view, key_view) in enumerate(orders):
             with self.autocast():
                 q = self.online(query_view)
                 with torch.no_grad():
-                    k = self.target(key_view)
+                    k = self.shuffled(self.target(self.shuffled(key_view, batch, number)), batch, number, back=True)
             q, k = (functional.normalize(accumulated(each), dim=1) for each in (q, k))
             terms.append(self.query_loss(q, k, queue, batch))
             keys.append(k)

@@ -24,7 +24,7 @@ a predictor ten times faster, since they learn only as well as the predictor fol
 class PixelConfig(TrainedConfig):
     """Settings of every method that learns from pixels; defaults are those of ProPos on CIFAR-10."""
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     cosine_over_all: ClassVar[bool] = True
     has_own_space: ClassVar[bool] = True
     reads_pixels: ClassVar[bool] = True
@@ -104,7 +104,21 @@ class PixelConfig(TrainedConfig):
         return max(0.0, min(published, 1 - SHORT_AVERAGE / steps))
 
 
-class PredictorConfig(PixelConfig):
+class MomentumConfig(PixelConfig):
+    """Settings of methods with a slowly moving copy of the network."""
+
+    norm_groups: int = Field(1, ge=1)
+    """Groups of a batch whose batch norms are separate, a multiple of the workers; the copy's rows are shuffled between
+    groups (Shuffling-BN). 4 with the published runs on 4 GPUs. 1: one norm of all rows, on any number of workers."""
+
+    @model_validator(mode="after")
+    def _shuffles_whole_batches(self) -> Self:
+        if self.norm_groups > 1 and self.accumulation > 1:
+            raise ValueError("norm_groups, accumulation: only one of them; parts of a batch have norms of their own")
+        return self
+
+
+class PredictorConfig(MomentumConfig):
     """Settings of BYOL and of what is built on it."""
 
     short_batch: ClassVar[int] = 64
@@ -169,7 +183,7 @@ class CcConfig(PixelConfig):
         return {"temperature": 0.2}
 
 
-class QueueConfig(PixelConfig):
+class QueueConfig(MomentumConfig):
     """Settings of MoCo and of what is built on it."""
 
     features: int = Field(128, ge=2)

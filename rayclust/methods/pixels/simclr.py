@@ -44,6 +44,6 @@ class SimClr(PixelMethod):
             "loss": Float[].
         """
         with self.autocast():
-            first, second = (self.embed(view) for view in self.views(batch))
+            first, second = (self.embedder(view) for view in self.views(batch))
         first, second = (functional.normalize(accumulated(z), dim=1) for z in (first, second))
         return {"loss": nt_xent(first, second, self.config.temperature)}

@@ -46,7 +46,7 @@ class SimSiam(PixelMethod):
             "loss": Float[].
         """
         with self.autocast():
-            z = self.embed(torch.cat(self.views(batch)))
+            z = self.embedder(torch.cat(self.views(batch)))
             p = self.predictor(z)
         (z1, z2), (p1, p2) = accumulated(z).detach().chunk(2), accumulated(p).chunk(2)
         return {"loss": (alignment(p1, z2) + alignment(p2, z1)) / 2}
