@@ -481,6 +481,14 @@ def _timed_training(module: types.ModuleType) -> list[float]:
     return spent
 
 
+def pixels(small: bool) -> None:
+    """ProPos from pixels with ResNet-18, as published for CIFAR-10: steps and E-steps; see pixels_step.py."""
+    import pixels_step as script
+
+    shape = ("small", 256, 64, 1) if small else ("resnet18", 50_000, 512, 4)
+    script.propos_epochs(*shape, device().type)
+
+
 def encode(small: bool) -> None:
     """Decoding on the CPU, then CLIP's image towers on the device."""
     per_core = _decoding(small)
@@ -605,6 +613,7 @@ PARTS = {
     "knn": Part(knn, 45),
     "train": Part(train, 75),
     "encode": Part(encode, 60),
+    "pixels": Part(pixels, 75),
 }
 
 

@@ -41,12 +41,12 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         # This worker's groups, rows of one at equal distances as workers take theirs: Float[B/g g C H W].
         wide = x.to(accum_dtype(x.dtype))  # a half type has not the digits for these sums
-        wide = wide.unflatten(0, (-1, 1 if is_synced else self.groups // workers))
+        wide = wide.view(-1, 1 if is_synced else self.groups // workers, *x.shape[1:])
         sizes = torch.tensor(float(wide[:, 0, 0].numel()), dtype=wide.dtype, device=x.device)
         values = all_reduce(sizes) if is_synced else sizes
         total = differentiable_all_reduce if is_synced else nn.Identity()
-        mean = total(wide.sum((0, 3, 4))) / values
-        var = total((wide - mean[..., None, None]).square().sum((0, 3, 4))) / values
+        mean: Tensor = total(wide.sum((0, 3, 4))) / values
+        var: Tensor = total((wide - mean[..., None, None]).square().sum((0, 3, 4))) / values
         with torch.no_grad():
             moments = torch.stack([mean, var * values / (values - 1)])
             moments = (moments if is_synced else all_reduce(moments.sum(1, keepdim=True)) / self.groups)[:, 0]
