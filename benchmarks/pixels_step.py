@@ -128,9 +128,8 @@ def propos_epochs(backbone: str, rows: int, batch: int, rounds: int, device: str
         cut = seconds_of(lambda z=z: method._cut(z, goes_on=True).tolist())
         shares.append(whole / training)
         rates = "".join(f"{rows / seconds:10.0f}" for seconds in (training, whole, plain, cut))
-        print(
-            f"  {epoch:>5}{rates}{whole / training:16.1%}{loss:12.4f}{nmi(labels.numpy(), method.labels.cpu().numpy()):6.2f}"
-        )
+        agreement = nmi(labels.numpy(), method.labels.cpu().numpy())
+        print(f"  {epoch:>5}{rates}{whole / training:16.1%}{loss:12.4f}{agreement:6.2f}", flush=True)
     print(
         f"the E-step takes {statistics.median(shares[1:]):.1%} of an epoch's steps, median without the first",
         flush=True,
