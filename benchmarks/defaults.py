@@ -112,9 +112,7 @@ DRAWN_KINDS = (
     *("kx0.67", "kx1.5", "out", "dup", "n300", "n500", "n700"),
 )
 DRAWN_MIXTURES = 24
-GRID = [
-    Bounds(*each) for each in itertools.product((0.0, 0.0025, 0.005, 0.01, 0.02), (0.02, 0.03, 0.05, 1.0), (0.05, 0.1))
-]
+GRID = [Bounds(*each) for each in itertools.product((-0.005, 0.0, 0.005, 0.01), (-0.01, 0.0, 0.01, 0.03), (0.05, 0.1))]
 TRAINED_GRIDS = {
     HEADS: [Bounds(*each) for each in itertools.product((0.0, 0.005, 0.01), (-0.003, 0.0, 0.01))],
     LEARNT: [Bounds(*each) for each in itertools.product((0.0, 0.005, 0.01, 0.02), (-0.03, -0.02, -0.015, -0.01, 0.0))],

@@ -318,6 +318,7 @@ def test_auto_says_what_it_chose_and_why():
     assert [row["candidate"] for row in found.candidates_][:3] == ["k-means", "refined k-means", "consensus"]
     assert sum(row["chosen"] for row in found.candidates_) == 1
     assert found.choice_ is None
+    assert found.method_.seed == 0  # whole numbers are the seed itself, so that the floor is scikit-learn's
 
 
 def test_a_consensus_takes_labels_and_probabilities_of_others():

@@ -1,11 +1,13 @@
 """Candidates for a partition: k-means, its refinement, two consensuses, what trainings add; and the choice by evidence.
 
-The partitions of k-means from starts in three views of the rows (their leading components, the same at length 1, and
-the same averaged over nearest neighbours) and in the spectral embedding of the neighbour graph are members. The floor
-is the one of least inertia; the second candidate refines it without another structure; the third and the fourth are
-votes of refined members, so that no single local optimum decides. A caller may train heads that start at the best of
-these, and a space in which k-means goes on. All but the floor end in a linear classifier, fitted to the surest rows of
-each cluster, or to all where heads say it. benchmarks/defaults.py has the sets on which the constants were found.
+The floor is scikit-learn's k-means, which is what a user has without this file: where nothing better is found, nothing
+is lost. The second candidate refines it without another structure. The partitions of k-means from starts in three views
+of the rows (their leading components, the same at length 1, and the same averaged over nearest neighbours) and in the
+spectral embedding of the neighbour graph are members; the third and the fourth candidate are votes of refined members
+and of the floor, which names the clusters, so that no single local optimum decides. A caller may train heads that start
+at the best of these, and a space in which k-means goes on. All but the floor end in a linear classifier, fitted to the
+surest rows of each cluster, or to all where heads say it. benchmarks/defaults.py has the sets on which the constants
+were found.
 
 Parts: k-means++ (Arthur and Vassilvitskii 2007), spectral clustering (Ng, Jordan and Weiss 2001), consensus by
 alternating alignment (Strehl and Ghosh 2002), label propagation (Zhou et al. 2004), modularity (Newman, Girvan 2004).
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.consensus import ridge_classifier, surest_rows, vote
+from rayclust.clustering.consensus import agreements, ridge_classifier, surest_rows, vote
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.clustering.spectral import leading_eigenpairs, unit_means
@@ -38,7 +40,11 @@ OPERATIONS = 6e12
 """Multiplications that the starts of one view may take."""
 OPERATION_LIMIT = 2e13
 """Multiplications of one k-means partition above which a single one is made, without candidates."""
-MAX_ITERATIONS = 100
+FLOOR_STARTS, FLOOR_OPERATIONS = 10, 4e10
+"""Starts of scikit-learn's k-means, and multiplications above which it would take more than some 7 s of a core: there
+the least inertia of the starts among the leading components is the floor."""
+MAX_ITERATIONS, USUAL_ITERATIONS = 100, 25
+"""Passes of k-means: at most, and those that a start is reckoned to take."""
 VOTING_SHARE = 0.5
 """Share of the members, those of least inertia in their view, that vote."""
 SUREST_SHARE = 0.7
@@ -52,10 +58,10 @@ MIN_NEIGHBORS, MIN_SPECTRAL_NEIGHBORS = 3, 5
 spectral embedding takes more at least, so that the graph holds together."""
 SPECTRAL_LIMIT, SPECTRAL_TOLERANCE = 6e9, 1e-3
 """n·K² above which there is no spectral embedding; residual of its eigenvectors."""
-MAX_MODULARITY_LOSS = 0.01
-"""Modularity that a candidate may have less than the one before it."""
-MAX_AGREEMENT_LOSS = 0.03
-"""Share of neighbour pairs that a candidate may keep less than the one before it."""
+SAME_SHARE, OTHER_GAIN = 0.95, 0.015
+"""Share of the rows on which a candidate must agree with the one before it to count as the same clusters, a little
+moved; modularity that another partition must have more: which of two is nearer to the truth is a matter of chance where
+the graph hardly tells them apart."""
 MAX_EVENNESS_GAIN = 0.1
 """Entropy of the sizes, relative to ln K, by which a candidate may be more even than the one before it."""
 MIN_OCCUPIED = 0.75
@@ -66,12 +72,14 @@ MIN_OCCUPIED = 0.75
 class Bounds:
     """What the neighbour graph may say against a candidate before the one before it is kept."""
 
-    modularity_loss: float = MAX_MODULARITY_LOSS
-    agreement_loss: float = MAX_AGREEMENT_LOSS
+    modularity_loss: float = 0.0
+    """Modularity that a candidate may have less than the one before it."""
+    agreement_loss: float = 0.0
+    """Share of neighbour pairs that it may keep less."""
     evenness_gain: float = MAX_EVENNESS_GAIN
 
 
-FEW_ROWS, FEW = 400, Bounds(modularity_loss=-0.015, agreement_loss=0.0)
+FEW_ROWS, FEW = 400, Bounds(modularity_loss=-0.015, agreement_loss=-0.01)
 """Rows below which a partition must speak for itself: modularity of some hundred rows scatters by as much."""
 TRAINED = {
     HEADS: Bounds(modularity_loss=0.005, agreement_loss=0.0),
@@ -97,21 +105,18 @@ class Candidate:
     """`inertia` per row, `modularity` and `neighbor_agreement` on the raw graph, `size_entropy` / ln K, `occupied`."""
 
 
-def is_supported(
-    new: Mapping[str, float], old: Mapping[str, float], clusters: int, bounds: Bounds | None = None
-) -> bool:
+def is_supported(new: Mapping[str, float], old: Mapping[str, float], clusters: int, bounds: Bounds) -> bool:
     """Return whether a partition may replace another: whether the neighbour graph does not speak against it.
 
-    It must keep neighbours together beyond chance (modularity) nearly as well, lose few of the pairs that were kept,
-    not make sizes much more even (which modularity rewards), and leave few clusters empty.
+    It must keep neighbours together beyond chance (modularity) as well, lose none of the pairs that were kept, within
+    bounds, not make sizes much more even (which modularity rewards), and leave few clusters empty.
 
     Args:
         new: evidence for the one that comes.
         old: evidence for the one that would be kept.
         clusters: K.
-        bounds: None takes those above.
+        bounds: what it may lose.
     """
-    bounds = bounds or Bounds()
     return (
         new["modularity"] > old["modularity"] - bounds.modularity_loss
         and new["neighbor_agreement"] > old["neighbor_agreement"] - bounds.agreement_loss
@@ -123,8 +128,8 @@ def is_supported(
 def choose(candidates: Sequence[Candidate], bounds: Mapping[str, Bounds] | None = None) -> Candidate:
     """Return the last candidate that may replace the one kept without it.
 
-    A vote of many partitions is right more often than one of them: nothing need speak for it, only nothing against,
-    unless rows are few.
+    A refinement or a vote that says much the same must keep neighbours together as well; one that cuts the rows
+    otherwise, or of few rows, must do it better.
 
     Args:
         candidates: the floor first.
@@ -134,6 +139,8 @@ def choose(candidates: Sequence[Candidate], bounds: Mapping[str, Bounds] | None 
     usual = FEW if len(chosen.labels) < FEW_ROWS else Bounds()
     for candidate in candidates[1:]:
         limits = given.get(candidate.name, usual)
+        if candidate.name not in TRAINED and agreements([chosen.labels, candidate.labels])[0, 1] < SAME_SHARE:
+            limits = replace(limits, modularity_loss=min(limits.modularity_loss, -OTHER_GAIN))
         if is_supported(candidate.evidence, chosen.evidence, candidate.weight.shape[-1], limits):
             chosen = candidate
     return chosen
@@ -170,39 +177,37 @@ def make_candidates(
     """
     K, space = clusters, _Space(x, neighbors, clusters)
     p, n = space.p, len(x)
-    operations = 25.0 * n * K * p.shape[1]
+    operations = float(USUAL_ITERATIONS) * n * K * p.shape[1]
     restarts = max(1, min(restarts, int(OPERATIONS / operations)))
     seeds = np.random.SeedSequence(seed).generate_state(4).tolist()
     options = KMeansOptions(clusters=K, metric="euclidean", restarts=restarts, max_iterations=MAX_ITERATIONS)
+    # 1. The floor.
+    affordable = FLOOR_STARTS * USUAL_ITERATIONS * x.numel() * K <= FLOOR_OPERATIONS
     raw, raw_inertia = kmeans.fit_all(p, options, seeds[0])
+    floor = space.plain_kmeans(seed) if affordable else space.nearest_means(raw[int(raw_inertia.argmin())])
     if not rivals or operations > OPERATION_LIMIT or n <= K:
-        return [space.nearest_means("k-means", raw[int(raw_inertia.argmin())])]
-    # 1. k-means of the other views. Partitions of raw rows go on in the smoothed view, those of the smoothed view in
-    # the raw one: each structure is then known by its inertia in both.
+        return [floor]
+    # 2. The same structure, refined twice.
     columns = max(MIN_NEIGHBORS, round(math.sqrt(n / K)))
+    graph = _mean_of_neighbors(neighbors[:, :columns])
+    refined = space.refined("refined k-means", space.refined("", floor.labels, graph).labels, graph)
+    # 3. k-means of the other views. All partitions but those of the smoothed view, the floor first, go on in it.
     unit, smoothed = functional.normalize(p, dim=1), smooth(p, neighbors[:, :columns], rounds)
     cosine, _ = kmeans.fit_all(unit, options, seeds[1])
     fresh, fresh_inertia = kmeans.fit_all(smoothed, options, seeds[2])
-    moved, moved_inertia = kmeans.fit_all(smoothed, options, seeds[2], _means(smoothed, torch.cat([raw, cosine]), K))
-    back, back_inertia = kmeans.fit_all(p, options, seeds[0], _means(p, torch.cat([cosine, fresh]), K))
-    structures, inertia = torch.cat([raw, back]), torch.cat([raw_inertia, back_inertia])
-    members, smooth_inertia = torch.cat([moved, fresh]), torch.cat([moved_inertia, fresh_inertia])
-    # 2. The floor: the least inertia of the raw rows.
-    best = int(inertia.argmin())
-    candidates = [space.nearest_means("k-means", structures[best])]
-    # 3. The same structure in the smoothed view, refined twice.
-    graph = _mean_of_neighbors(neighbors[:, :columns])
-    candidates.append(space.refined("refined k-means", space.refined("", members[best], graph).labels, graph))
-    # 4. The vote of the members of least inertia in the smoothed view, each refined.
-    voters = [space.refined("", members[place], graph).labels for place in _better_half(smooth_inertia)]
-    candidates.append(space.voted("consensus", voters))
+    others = _means(smoothed, torch.cat([floor.labels[None], raw, cosine]), K)
+    moved, moved_inertia = kmeans.fit_all(smoothed, options, seeds[2], others)
+    # 4. The vote of the floor and of the members of least inertia in the smoothed view, each refined.
+    members, inertia = torch.cat([moved[1:], fresh]), torch.cat([moved_inertia[1:], fresh_inertia])
+    first, *voters = (space.refined("", one, graph).labels for one in (moved[0], *members[_better_half(inertia)]))
+    candidates = [floor, refined, space.voted("consensus", [first, *voters])]
     # 5. The vote of every second of them with as many spectral partitions, which join what the graph joins.
     if n * K * K <= SPECTRAL_LIMIT:
         dense = _mean_of_neighbors(neighbors[:, : max(MIN_SPECTRAL_NEIGHBORS, columns)])
         embedded = _spectral_embedding(dense, K, seeds[3]).to(p)
         cut, cut_inertia = kmeans.fit_all(embedded, options, seeds[3])
-        others = [space.refined("", cut[place], graph).labels for place in _better_half(cut_inertia)]
-        candidates.append(space.voted("consensus with spectral clusters", voters[::2] + others))
+        spectral = [space.refined("", one, graph).labels for one in cut[_better_half(cut_inertia)]]
+        candidates.append(space.voted("consensus with spectral clusters", [first, *voters[::2], *spectral]))
     # 6. The best of these as heads trained on pairs of neighbours have it, and moved by k-means in a learnt space.
     if heads is not None:
         candidates.append(space.distilled(HEADS, heads(space.basis, choose(candidates))))
@@ -221,15 +226,25 @@ class _Space:
     """
 
     def __init__(self, x: Tensor, neighbors: Tensor, clusters: int) -> None:
-        self._mean, self._neighbors, self._clusters = x.mean(0), neighbors, clusters
+        self._x, self._mean, self._neighbors, self._clusters = x, x.mean(0), neighbors, clusters
         self.basis = leading_components(x - self._mean, component_count(clusters))
         self.p = (x - self._mean) @ self.basis
 
-    def nearest_means(self, name: str, labels: Tensor) -> Candidate:
+    def plain_kmeans(self, seed: int) -> Candidate:
+        """Return scikit-learn's k-means of the rows: what it finds with `random_state` at `seed`."""
+        from sklearn.cluster import KMeans  # takes a second to load, and no run that is done needs it
+
+        model = KMeans(self._clusters, n_init=FLOOR_STARTS, random_state=seed % 2**32).fit(self._x.cpu().numpy())
+        # Broadcast rank 0's: rounding may differ between processors.
+        found = data_group().broadcast(torch.from_numpy(model.cluster_centers_).to(self._x))
+        weight = (found - self._mean).T.contiguous()
+        return self._candidate("k-means", self._x - self._mean, weight, weight, -0.5 * weight.square().sum(0))
+
+    def nearest_means(self, labels: Tensor) -> Candidate:
         """Return the classifier that compares |p − c|², less |p|², with the clusters' means c."""
         centers = _means(self.p, labels[None], self._clusters)[0]
         empty = torch.bincount(labels, minlength=self._clusters) == 0
-        return self._measured(name, centers.T, (-0.5 * centers.square().sum(1)).masked_fill(empty, -torch.inf))
+        return self._measured("k-means", centers.T, (-0.5 * centers.square().sum(1)).masked_fill(empty, -torch.inf))
 
     def refined(self, name: str, labels: Tensor, graph: sparse.csr_array) -> Candidate:
         """Spread labels over the graph, and classify by the surest rows."""
@@ -260,7 +275,10 @@ class _Space:
         return self._measured(name, *ridge_classifier(self.p[kept], labels[kept], self._clusters, penalty))
 
     def _measured(self, name: str, weight: Tensor, bias: Tensor) -> Candidate:
-        labels, folded = (self.p @ weight + bias).argmax(1), self.basis @ weight
+        return self._candidate(name, self.p, weight, self.basis @ weight, bias)
+
+    def _candidate(self, name: str, rows: Tensor, weight: Tensor, folded: Tensor, bias: Tensor) -> Candidate:
+        labels = (rows @ weight + bias).argmax(1)
         found = evidence(self.p, labels, self._neighbors, self._clusters)
         return Candidate(name, labels, folded, bias - self._mean @ folded, found)
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, Signature
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -197,7 +197,8 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         self.method_, self.n_steps_ = method.cpu().double(), method.plan.steps if hasattr(method, "plan") else 0
 
     def _seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(2**31 - 1))
+        drawn = check_random_state(self.random_state)
+        return int(self.random_state) if isinstance(self.random_state, Integral) else int(drawn.randint(2**31 - 1))
 
     def _device(self) -> torch.device:
         sees_gpu, name = torch.cuda.is_available(), str(self.device)

@@ -189,7 +189,7 @@ def choose_layout(
 class TemiConfig(TrainedConfig):
     """TEMI (arXiv 2303.17896). A key that is written wins over the preset."""
 
-    revision: ClassVar[int] = 6
+    revision: ClassVar[int] = 7
     draws_pairs: ClassVar[bool] = True
     name: Literal["temi"] = "temi"
     """Teacher ensemble-weighted pointwise mutual information."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional
 
@@ -64,24 +65,29 @@ def evidence(**changed: float) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("changed", "taken"),
     [
-        ({}, True),
-        ({"modularity": 0.491}, True),
-        ({"modularity": 0.489}, False),
-        ({"modularity": 0.51, "neighbor_agreement": 0.86}, False),
-        ({"modularity": 0.51, "size_entropy": 1.01}, False),
-        ({"modularity": 0.51, "occupied": 3.0}, True),
-        ({"modularity": 0.51, "occupied": 2.0}, False),
+        ({"moved": 20.0}, True),
+        ({"modularity": 0.5}, False),
+        ({"neighbor_agreement": 0.9}, False),
+        ({"size_entropy": 1.01}, False),
+        ({"occupied": 3.0}, True),
+        ({"occupied": 2.0}, False),
+        ({"moved": 21.0}, False),
+        ({"moved": 21.0, "modularity": 0.514}, False),
+        ({"moved": 200.0, "modularity": 0.516}, True),
     ],
 )
-def test_a_candidate_is_kept_unless_the_evidence_speaks_against_it(changed: dict[str, float], taken: bool):
-    assert replaces("rival", changed) == taken
+def test_a_candidate_is_kept_where_the_graph_speaks_for_it_and_more_so_if_it_is_another_partition(
+    changed: dict[str, float], taken: bool
+):
+    assert replaces("rival", {"modularity": 0.501, "neighbor_agreement": 0.901} | changed) == taken
 
 
 def replaces(name: str, changed: dict[str, float], rows: int = 400) -> bool:
-    """Whether a candidate of that name replaces the floor."""
-    labels, empty = torch.zeros(rows), torch.zeros(4)
-    floor, rival = (Candidate(n, labels, empty, empty, evidence(**e)) for n, e in (("floor", {}), (name, changed)))
-    return choose([floor, rival]) is rival
+    """Whether a candidate of that name, some rows of which have moved, replaces the floor."""
+    floor, moved = torch.zeros(rows, dtype=torch.long), int(changed.get("moved", 0))
+    empty, found = torch.zeros(4), evidence(**{key: changed[key] for key in changed if key != "moved"})
+    rivals = [Candidate(name, (torch.arange(rows) < moved).long(), empty, empty, found)]
+    return choose([Candidate("floor", floor, empty, empty, evidence()), *rivals]) is rivals[0]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +106,8 @@ def test_what_was_trained_must_keep_more_neighbours_together(name: str, changed:
 
 
 def test_a_partition_of_few_rows_must_speak_for_itself():
-    for modularity, taken in ((0.5, False), (0.514, False), (0.516, True)):
-        assert replaces("rival", {"modularity": modularity, "neighbor_agreement": 0.91}, rows=399) == taken
+    for modularity, agreement, taken in ((0.514, 0.92, False), (0.516, 0.909, False), (0.516, 0.911, True)):
+        assert replaces("rival", {"modularity": modularity, "neighbor_agreement": agreement}, rows=399) == taken
 
 
 class NoCheckpoints:
@@ -181,7 +187,18 @@ def test_what_takes_longer_than_the_budget_is_not_trained(
     assert (refused.get(HEADS), refused.get(LEARNT)) == (heads, space)
 
 
-def test_without_candidates_it_is_k_means():
+@pytest.mark.parametrize("seed", [0, 2**40 + 7])
+def test_without_candidates_it_is_scikit_learns_k_means(seed: int):
+    x, _, neighbors = planted(noise=0.8)
+    (floor,) = make_candidates(x, neighbors, 4, seed, rivals=False)
+    model = KMeans(4, n_init=10, random_state=seed % 2**32).fit(x.numpy())
+    assert floor.labels.numpy().tolist() == model.labels_.tolist()
+    assert (x @ floor.weight + floor.bias).argmax(1).equal(floor.labels)
+    assert floor.evidence["inertia"] * len(x) == pytest.approx(model.inertia_, rel=1e-4)
+
+
+def test_of_many_rows_the_floor_is_the_least_inertia_of_the_starts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "FLOOR_OPERATIONS", 0.0)
     x, _, neighbors = planted(noise=0.6)
     (floor,) = make_candidates(x, neighbors, 4, 0, rivals=False)
     p = x - x.mean(0)
