@@ -1,7 +1,7 @@
 """The default method on many sets and variants: gain over scikit-learn's k-means, for each candidate and for `auto`.
 
     python benchmarks/defaults.py [--data ../shared/data] [--seeds 3] [--threads 1] [--sets NAME ...]
-        [--held-out [SEED]] [--results FOLDER] [--trained temi cpp]
+        [--budget SECONDS] [--held-out [SEED]] [--results FOLDER] [--trained temi cpp]
 
 Claims, 3 seeds, CPU: `auto` is nowhere more than 0.5 points (ACC, NMI) below scikit-learn's k-means (10 starts,
 Euclidean, centred unit rows); its mean gain is at least 2 points; 3,000 x 1280 rows, K = 10 take 40 s at most.
@@ -17,11 +17,11 @@ What `auto` does was found by a person on SETS, VARIANTS and the first 16 mixtur
 other variants and 32 other mixtures instead, at which nobody had looked when it was found; `--held-out SEED` draws
 further variants and mixtures, so that each change can be measured on sets that are new to it.
 
-The bounds of `clustering.candidates.choose`, those for few rows apart, are settings that a table of scores could
-choose. The column `auto` has them as they stand in the code; in `auto, left out` those of each set and all its variants
-are chosen from a grid on the other sets alone. `nothing trained` is `auto` with `budget: 0`, `trained heads` without
-the learnt space. `--trained` adds the presets `auto` of methods that are trained by gradient. Claim: none is more than
-3 points below scikit-learn's k-means.
+The bounds of `clustering.candidates.choose`, those for few rows and other clusters apart, are settings that a table of
+scores could choose. The column `auto` has them as they stand in the code; in `auto, left out` those of each set and all
+its variants are chosen from a grid on the other sets alone. `nothing trained` is `auto` with `budget: 0`, which
+`--budget 0` measures alone, `trained heads` without the learnt space. `--trained` adds the presets `auto` of methods
+that are trained by gradient. Claim: none is more than 3 points below scikit-learn's k-means.
 """
 
 from __future__ import annotations
@@ -227,11 +227,11 @@ def graph(x: torch.Tensor, columns: int) -> torch.Tensor:
     return top_k(x, x, columns, query_ids=ids, database_ids=ids)[0].long()
 
 
-def run(case: Case, seed: int) -> None:
+def run(case: Case, seed: int, budget: float) -> None:
     """Add a seed's scores to the case."""
     baseline = sklearn.cluster.KMeans(case.clusters, n_init=10, random_state=seed).fit_predict(case.x)
     start = time.process_time()
-    config, x = AutoConfig(clusters=case.clusters), torch.from_numpy(case.x)
+    config, x = AutoConfig(clusters=case.clusters, budget=budget), torch.from_numpy(case.x)
     method = fit_arrays(x, graph(x, config.neighbors), config, seed)
     assert isinstance(method, Auto)
     seconds = time.process_time() - start
@@ -239,7 +239,7 @@ def run(case: Case, seed: int) -> None:
     case.runs.append((score(case, baseline), scored, seconds))
 
 
-def measured(name: str, data: Path, seeds: int, threads: int, results: Path | None) -> Case:
+def measured(name: str, data: Path, seeds: int, threads: int, budget: float, results: Path | None) -> Case:
     """The case of that name with the scores of all seeds; those that the folder of results has are not taken again."""
     torch.set_num_threads(threads)
     case, kept = make(name, data), None if results is None else results / f"{name.replace('/', '_')}.pickle"
@@ -247,7 +247,7 @@ def measured(name: str, data: Path, seeds: int, threads: int, results: Path | No
         case.runs = pickle.loads(kept.read_bytes())  # noqa: S301 - what this script wrote
     with threadpool_limits(threads):
         for seed in range(len(case.runs), seeds):
-            run(case, seed)
+            run(case, seed, budget)
             if kept is not None:
                 kept.write_bytes(pickle.dumps(case.runs))
     print(f"{name} done", file=sys.stderr, flush=True)
@@ -387,6 +387,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--budget", type=float, default=AutoConfig.model_fields["budget"].default, help="0: no trainings"
+    )
     variants = [f"{name}/{variant}" for variant, sets in VARIANTS.items() for name in sets]
     parser.add_argument("--processes", type=int, default=1, help="that share the sets")
     parser.add_argument("--sets", nargs="+", default=[*SETS, *variants, *MIXED])
@@ -405,7 +408,7 @@ def main() -> None:
     names = [name for name in wanted if there or name.startswith("digits")]
     if arguments.results is not None:
         arguments.results.mkdir(parents=True, exist_ok=True)
-    shared = {name: getattr(arguments, name) for name in ("data", "seeds", "threads", "results")}
+    shared = {name: getattr(arguments, name) for name in ("data", "seeds", "threads", "budget", "results")}
     measure = partial(measured, **shared)
     with threadpool_limits(arguments.threads), multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         cases = list(pool.imap(measure, names))
