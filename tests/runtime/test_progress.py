@@ -3,12 +3,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rayclust.runtime import progress
+from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.progress import FIRST_LINE, LOG_INTERVAL, MetricsActor, Progress, duration
 from rayclust.store import storage
 from rayclust.store.run import Run
@@ -202,3 +206,23 @@ def test_the_newest_row_is_read_any_number_of_times():
     metrics.report({"step": 1})
     metrics.report({"step": 2})
     assert metrics.latest() == metrics.latest() == {"step": 2}
+
+
+@pytest.mark.ray
+def test_rows_of_metrics_come_from_the_worker_that_a_task_runs_in(ray_session: None, tmp_path: Path):
+    shown = tmp_path / "shown"
+
+    class Watching(Progress):
+        def show_metrics(self, row: dict[str, Any]) -> None:
+            shown.write_text(str(row["step"]))
+
+    def train(report: Callable[[dict[str, Any]], None]) -> None:
+        for step in range(600):
+            report({"step": step})
+            if shown.exists():
+                return
+            time.sleep(0.1)
+
+    with progress.watch_metrics(Watching("train", "steps")) as report:
+        run_remotely(train, report)
+    assert shown.exists()
