@@ -87,10 +87,10 @@ class Nodes:
         return below[victim].split()[0]
 
 
-def start(nodes: Nodes, config: Path, last: str = LAST, before: str = "", after: str = "") -> subprocess.Popen[str]:
-    """Starts a driver, which can be killed; `before` and `after` are lines of its program around the run."""
+def start(nodes: Nodes, config: Path, last: str = LAST) -> subprocess.Popen[str]:
+    """Starts a driver, which can be killed."""
     return subprocess.Popen(
-        [sys.executable, "-c", f"{before}\n{DRIVER}\n{after}", str(config), last],
+        [sys.executable, "-c", DRIVER, str(config), last],
         env={**os.environ, "RAY_ADDRESS": nodes.cluster.address},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import logging
 import socket
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import ray
+import ray._private.state
 from ray.exceptions import RayTaskError
 
 from rayclust.config import validate
@@ -25,8 +25,9 @@ from rayclust.runtime.cluster import (
     worker_count,
     worker_range,
 )
-from tests.chaos.nodes import Nodes, start
-from tests.stages.runs import tree, write_folder, write_yaml
+from rayclust.runtime.pipeline import run_all
+from tests.chaos.nodes import Nodes
+from tests.stages.runs import tree, write_folder
 
 
 def raised(error: Exception) -> Exception:
@@ -287,43 +288,30 @@ def test_a_gpu_of_this_machine_is_used_where_torch_reports_it(
     assert ("lies idle" in caplog.text) == (not sees)
 
 
-TRAIN_AND_TELL = (
-    "from pathlib import Path; import ray; from rayclust.stages import train\n"
-    "place = Path({place!r})\n"
-    "def _train(settings):\n"
-    "    from rayclust.stages import train\n"
-    "    place.write_text(ray.get_runtime_context().get_node_id())\n"
-    "    return train._train(settings)\n"
-    "train._train = _train"
-)
-"""Lines of a driver: its training writes on which node it is, to `place`."""
-TELL_PLACES = (
-    "import json, ray, ray._private.state\n"
-    "pools = {node['NodeID']: node['Labels']['pool'] for node in ray.nodes()}\n"
-    "own = ray.get_runtime_context().get_job_id()\n"
-    "actors = [actor for actor in ray._private.state.actors().values() if actor['JobID'] == own]\n"
-    "places = [[actor['ActorClassName'], pools.get(actor['Address']['NodeID'])] for actor in actors]\n"
-    "places.append(['training', pools[place.read_text()]])\n"
-    "print('PLACES', json.dumps(places))"
-)
-"""Lines of a driver: where its actors and its training were."""
-
-
 @pytest.mark.ray
 @pytest.mark.slow
-def test_decoders_run_on_cpu_nodes_and_encoders_and_training_on_gpu_nodes(nodes: Nodes, tmp_path: Path):
+def test_decoders_run_on_cpu_nodes_and_encoders_and_training_on_gpu_nodes(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     images = write_folder(tmp_path / "images", 4)
     placement = {"decode": CPU, "encode": GPU, "train": GPU, "tasks": CPU}
-    line = write_yaml(
-        tmp_path / "run.yaml", tree(str(tmp_path / "run"), str(images), resources={"placement": placement})
-    )
-    before = TRAIN_AND_TELL.format(place=str(tmp_path / "place"))
-    process = start(nodes, line, "train", before=before, after=TELL_PLACES)
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-    [found] = [row.removeprefix("PLACES ") for row in output.splitlines() if row.startswith("PLACES ")]
-    places = {(kind, pool) for kind, pool in json.loads(found)}
+    place = tmp_path / "place"
+
+    def train_and_tell(settings: dict[str, Any]) -> Any:
+        from rayclust.stages import train
+
+        place.write_text(ray.get_runtime_context().get_node_id())
+        return train._train(settings)
+
+    monkeypatch.setattr("rayclust.stages.train._train", train_and_tell)
+    config = validate(tree(str(tmp_path / "run"), str(images), resources={"placement": placement}))
+    with nodes.driver():
+        run_all(config, stop_after="train")
+        pools = {node["NodeID"]: node["Labels"]["pool"] for node in ray.nodes()}
+        own = ray.get_runtime_context().get_job_id()
+        actors = [actor for actor in ray._private.state.actors().values() if actor["JobID"] == own]
+    places = {(actor["ActorClassName"], pools.get(actor["Address"]["NodeID"])) for actor in actors}
     assert {pool for kind, pool in places if "ReadAndDecode" in kind} == {"cpu"}
     assert {pool for kind, pool in places if "EncodeChunks" in kind} == {"gpu"}
-    assert {pool for kind, pool in places if kind == "training"} == {"gpu"}
+    assert pools[place.read_text()] == "gpu", "where the training was"
     assert {pool for kind, pool in places if "ShardWriter" in kind} == {"cpu"}
