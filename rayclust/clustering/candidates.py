@@ -27,9 +27,15 @@ from torch.nn import functional
 
 from rayclust.clustering import kmeans
 from rayclust.clustering.consensus import agreements, ridge_classifier, surest_rows, vote
-from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
+from rayclust.clustering.neighborhood import (
+    graph_eigenpairs,
+    mean_of_neighbors,
+    modularity,
+    modularity_terms,
+    smooth,
+)
 from rayclust.clustering.settings import KMeansOptions
-from rayclust.clustering.spectral import leading_eigenpairs, unit_means
+from rayclust.clustering.spectral import unit_means
 from rayclust.distributed import data_group
 
 HEADS, LEARNT = "trained heads", "k-means in a learnt space"
@@ -56,8 +62,8 @@ PROPAGATION, PROPAGATION_STEPS = 0.8, 10
 MIN_NEIGHBORS, MIN_SPECTRAL_NEIGHBORS = 3, 5
 """Neighbours that are averaged at least; of small clusters √(n / K), so that a row's do not leave its cluster. The
 spectral embedding takes more at least, so that the graph holds together."""
-SPECTRAL_LIMIT, SPECTRAL_TOLERANCE = 6e9, 1e-3
-"""n·K² above which there is no spectral embedding; residual of its eigenvectors."""
+SPECTRAL_LIMIT = 6e9
+"""n·K² above which there is no spectral embedding."""
 SAME_SHARE, OTHER_GAIN = 0.95, 0.015
 """Share of the rows on which a candidate must agree with the one before it to count as the same clusters, a little
 moved; modularity that another partition must have more: which of two is nearer to the truth is a matter of chance where
@@ -189,7 +195,7 @@ def make_candidates(
         return [floor]
     # 2. The same structure, refined twice.
     columns = max(MIN_NEIGHBORS, round(math.sqrt(n / K)))
-    graph = _mean_of_neighbors(neighbors[:, :columns])
+    graph = mean_of_neighbors(neighbors[:, :columns])
     refined = space.refined("refined k-means", space.refined("", floor.labels, graph).labels, graph)
     # 3. k-means of the other views. All partitions but those of the smoothed view, the floor first, go on in it.
     unit, smoothed = functional.normalize(p, dim=1), smooth(p, neighbors[:, :columns], rounds)
@@ -203,8 +209,9 @@ def make_candidates(
     candidates = [floor, refined, space.voted("consensus", [first, *voters])]
     # 5. The vote of every second of them with as many spectral partitions, which join what the graph joins.
     if n * K * K <= SPECTRAL_LIMIT:
-        dense = _mean_of_neighbors(neighbors[:, : max(MIN_SPECTRAL_NEIGHBORS, columns)])
-        embedded = _spectral_embedding(dense, K, seeds[3]).to(p)
+        dense = mean_of_neighbors(neighbors[:, : max(MIN_SPECTRAL_NEIGHBORS, columns)])
+        vectors = data_group().broadcast(graph_eigenpairs(dense, K, seeds[3]).vectors)
+        embedded = functional.normalize(vectors, dim=1).to(p)
         cut, cut_inertia = kmeans.fit_all(embedded, options, seeds[3])
         spectral = [space.refined("", one, graph).labels for one in cut[_better_half(cut_inertia)]]
         candidates.append(space.voted("consensus with spectral clusters", [first, *voters[::2], *spectral]))
@@ -315,14 +322,6 @@ def _means(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
     return means
 
 
-def _mean_of_neighbors(neighbors: Tensor) -> sparse.csr_array:
-    """Return W, Float32[n n]: the mean over a row's neighbours; rows sum to 1, or to 0 without neighbours."""
-    ids = neighbors.cpu().numpy()
-    rows, columns = (ids >= 0).nonzero()
-    each = (1.0 / np.maximum((ids >= 0).sum(1), 1)).astype(np.float32)
-    return sparse.csr_array((each[rows], (rows, ids[rows, columns])), shape=(len(ids), len(ids)))
-
-
 def _propagate(labels: Tensor, graph: sparse.csr_array, clusters: int) -> Tensor:
     """Spread labels over the neighbour graph: F ← α W F + (1 − α) Y, W the mean over neighbours, Y the labels.
 
@@ -337,21 +336,6 @@ def _propagate(labels: Tensor, graph: sparse.csr_array, clusters: int) -> Tensor
     for _ in range(PROPAGATION_STEPS):
         spread = PROPAGATION * (graph @ spread) + (1 - PROPAGATION) * own
     return torch.from_numpy(spread).to(labels.device)
-
-
-def _spectral_embedding(graph: sparse.csr_array, clusters: int, seed: int) -> Tensor:
-    """Return unit rows Float32[n K] of the K leading eigenvectors of D^{-1/2} A D^{-1/2}, A = ½ (W + Wᵀ).
-
-    Source: Ng, Jordan and Weiss, On spectral clustering, 2001, section 2, on the graph of nearest neighbours.
-    """
-    affinity = 0.5 * (graph + graph.T)
-    scale = 1.0 / np.sqrt(np.maximum(affinity.sum(axis=1), np.finfo(np.float32).tiny))
-    normalized = (sparse.diags_array(scale) @ affinity @ sparse.diags_array(scale)).tocsr().astype(np.float32)
-    start = torch.randn((len(scale), clusters + 4), generator=torch.Generator().manual_seed(seed))
-    pairs = leading_eigenpairs(
-        lambda x: torch.from_numpy(normalized @ x.numpy()), start, clusters, tolerance=SPECTRAL_TOLERANCE
-    )
-    return data_group().broadcast(functional.normalize(pairs.vectors, dim=1))
 
 
 def evidence(p: Tensor, labels: Tensor, neighbors: Tensor, clusters: int) -> dict[str, float]:

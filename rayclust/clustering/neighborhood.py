@@ -1,15 +1,20 @@
-"""Smoothing of rows and modularity of partitions on the graph of nearest neighbours."""
+"""The graph of nearest neighbours: smoothing of rows, modularity of partitions, leading eigenvectors."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust.arrays import require_matrix
+from rayclust.clustering.spectral import Eigenpairs, leading_eigenpairs
 
 _GATHERED = 2**24
 """Values gathered at once."""
+_TOLERANCE = 1e-3
+"""Longest residual of the graph's eigenvectors."""
 
 
 def smooth(x: Tensor, neighbors: Tensor, rounds: int = 1) -> Tensor:
@@ -60,3 +65,31 @@ def modularity(terms: Tensor) -> Tensor:
     sizes, kept, pairs = terms[:, :-2], terms[:, -2], terms[:, -1]
     shares = sizes / sizes.sum(1, keepdim=True).clamp(min=1)
     return kept / pairs.clamp(min=1) - shares.square().sum(1)
+
+
+def mean_of_neighbors(neighbors: Tensor) -> sparse.csr_array:
+    """Return W, Float32[n n]: the mean over a row's neighbours; rows sum to 1, or to 0 without neighbours.
+
+    Takes Int[n M], −1 where a row has fewer than M.
+    """
+    ids = neighbors.cpu().numpy()
+    rows, columns = (ids >= 0).nonzero()
+    each = (1.0 / np.maximum((ids >= 0).sum(1), 1)).astype(np.float32)
+    return sparse.csr_array((each[rows], (rows, ids[rows, columns])), shape=(len(ids), len(ids)))
+
+
+def graph_eigenpairs(graph: sparse.csr_array, count: int, seed: int) -> Eigenpairs:
+    """Return the leading eigenpairs of D^{-1/2} A D^{-1/2}, A = ½ (W + Wᵀ), D its row sums; eigenvalues are at most 1.
+
+    Args:
+        graph: W, of `mean_of_neighbors`.
+        count: how many, at most n.
+        seed: of the first vectors.
+
+    Source: Ng, Jordan and Weiss, On spectral clustering, 2001, section 2, on the graph of nearest neighbours.
+    """
+    affinity = 0.5 * (graph + graph.T)
+    scale = 1.0 / np.sqrt(np.maximum(affinity.sum(axis=1), np.finfo(np.float32).tiny))
+    normalized = (sparse.diags_array(scale) @ affinity @ sparse.diags_array(scale)).tocsr().astype(np.float32)
+    start = torch.randn((len(scale), count + 4), generator=torch.Generator().manual_seed(seed))
+    return leading_eigenpairs(lambda x: torch.from_numpy(normalized @ x.numpy()), start, count, tolerance=_TOLERANCE)

@@ -1,10 +1,12 @@
 """Confidence that says how often rows are right, estimated without labels.
 
 A method's probability says how sure the method is, not how often it is right: 99 % may stand beside an accuracy of
-50 %. Two measures that need no labels follow accuracy. Of as many nearest rows as a cluster has on average, the share
-in a row's own cluster is large where a cluster is all that lies there; and k-means of parts of the rows finds the
-clusters again where they are those of the data. How their product becomes a probability was fitted on labelled sets, by
-logistic regression; benchmarks/confidence.py shows the error on each set where it is fitted on the others alone.
+50 %. What needs no labels and follows accuracy: nearest rows are in a row's own cluster where clusters are what the
+rows form; other ways to cluster, k-means of parts of the rows and the spectrum of their neighbour graph, find the same
+clusters again; and a graph that would fall into still more parts than K is kept together by any clusters, so that it
+supports these less. How they become the share of right rows was fitted on labelled sets, by linear regression of log
+odds; benchmarks/confidence.py shows the error on each set where it is fitted on the others alone. The method's own
+probabilities, their log odds brought to one mean and spread, say which rows are above that share and which below.
 """
 
 from __future__ import annotations
@@ -18,23 +20,30 @@ from torch.nn import functional
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.clustering import kmeans
+from rayclust.clustering.neighborhood import graph_eigenpairs, mean_of_neighbors
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ShapeError
-from rayclust.search.knn import top_k
+from rayclust.search.knn import nearest_others
 
-LEAST_ROWS, MOST_ROWS, ROWS_PER_CLUSTER = 8192, 65_536, 8
-"""Rows of the sample: 8 per cluster, at least 8,192 and at most 65,536."""
-MOST_CLUSTERS = 512
+MEASURED_ROWS, MOST_ROWS, ROWS_PER_CLUSTER = 4096, 65_536, 8
+"""Rows of the sample: 8 per cluster, at least 4,096 and at most 65,536; 4,096 at most are measured."""
+MOST_CLUSTERS = 64
 """Of more clusters, one and those nearest to it are measured."""
-QUERIES, KNOTS = 4096, 33
+NEAREST, MIN_GRAPH_NEIGHBORS = 10, 5
+"""Rows that count as nearest; least neighbours in the graph, which has √(n/K) for each row."""
 STARTS, PASSES = 2, 30
-"""Of k-means of each half."""
-INTERCEPT, LEVEL, SLOPE = 1.24, 1.72, 0.93
-"""Of the log odds: constant, slope of both measures' product over all rows, slope of a row's deviation."""
+"""Of each k-means."""
+INTERCEPT, SUPPORT, NEXT_EIGENVALUE = 0.74, 1.59, -1.82
+"""Log odds of a right row, on average: constant, slopes of the two of `Evidence.inputs`."""
+SPREAD = 0.7
+"""Standard deviation of the log odds of the rows of a set."""
 MOST = 4.0
 """Largest log odds either way: from 2 to 98 %, beyond which no labelled set shows what is right."""
+KNOTS = 33
+_CERTAIN = 0.999
+"""The method's probabilities above it and below its complement are one."""
 _RAMP = 0.05
-"""Rise of the log odds over all knots where the measure is level, so that no two probabilities become one."""
+"""Rise of the log odds over all knots where the map is level, so that no two probabilities become one."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,30 @@ class Calibration:
         return np.interp(probability.astype(np.float64), self.probabilities, self.shares).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """How far clusters are those of the data; shares are beyond those of chance, 1 at most."""
+
+    nearest: float
+    """Share of a row's ten nearest rows that are in its cluster."""
+    around: float
+    """The same of as many rows as a cluster has on average."""
+    again: float
+    """Share of the rows that k-means of halves of them puts into the same clusters."""
+    spectral: float
+    """The same of spectral clusters of the neighbour graph."""
+    next_eigenvalue: float
+    """The (K + 1)-th of the normalised neighbour graph: 1 where the graph has more than K parts."""
+
+    def inputs(self) -> FloatArray:
+        """Return what the log odds of a right row are linear in: mean log odds of the shares, the eigenvalue."""
+        shares = np.array([self.nearest, self.around, self.again, self.spectral])
+        return np.array([_log_odds(shares).mean(), self.next_eigenvalue])
+
+
 def sample_size(count: int, clusters: int) -> int:
     """Return how many of N rows `calibrate` needs to see for K clusters."""
-    return min(count, MOST_ROWS, max(LEAST_ROWS, ROWS_PER_CLUSTER * clusters))
+    return min(count, MOST_ROWS, max(MEASURED_ROWS, ROWS_PER_CLUSTER * clusters))
 
 
 def calibrate(x: Tensor, clusters: Tensor, probability: Tensor, count: int, seed: int = 0) -> Calibration:
@@ -64,56 +94,55 @@ def calibrate(x: Tensor, clusters: Tensor, probability: Tensor, count: int, seed
         clusters: Int64[n], 0 to K − 1.
         probability: Float[n], the method's of these clusters.
         count: K.
-        seed: of k-means.
+        seed: of k-means and of the eigenvectors' start.
 
     Raises:
         ShapeError: lengths differ.
     """
     if count < 2 or len(x) < 2:
         return Calibration((0.0, 1.0), (0.0, 1.0))
-    share, again = measure(x, clusters, count, seed)
-    certain = probability[: len(share)].double().numpy()
-    knots = np.unique([0.0, *np.quantile(certain, np.linspace(0, 1, KNOTS)), 1.0])
-    odds = INTERCEPT + link_inputs(share, again, certain, knots) @ [LEVEL, SLOPE]
-    ramp = np.linspace(-_RAMP / 2, _RAMP / 2, len(knots))
-    shares = 1 / (1 + np.exp(-odds.clip(-MOST, MOST) - ramp))
-    return Calibration(tuple(knots.tolist()), tuple(shares.round(6).tolist()))
+    level = INTERCEPT + measure(x, clusters, count, seed).inputs() @ [SUPPORT, NEXT_EIGENVALUE]
+    return rising_map(probability.double().numpy(), 1 / (1 + np.exp(-level)))
 
 
-def link_inputs(share: FloatArray, again: float, certain: FloatArray, asked: FloatArray) -> FloatArray:
-    """Return what the log odds are linear in, for some probabilities: Float64[m 2].
+def rising_map(probability: FloatArray, level: float, spread: float = SPREAD) -> Calibration:
+    """Return the map that is a share on average over some rows and keeps their order.
 
     Args:
-        share: Float64[q] of `measure`.
-        again: of `measure`.
-        certain: Float64[q], the method's probabilities of the same rows.
-        asked: Float64[m], probabilities.
+        probability: Float[n], the method's.
+        level: share of the rows that are right, in [0, 1].
+        spread: standard deviation of the rows' log odds.
     """
-    from sklearn.isotonic import IsotonicRegression  # `status` and a run with nothing to do go without it
+    from scipy.optimize import brentq  # `status` and a run with nothing to do go without it
 
-    curve = IsotonicRegression(out_of_bounds="clip").fit(certain, share)
-    level, deviation = _log_odds(share.mean() * again), _log_odds(curve.predict(asked)) - _log_odds(share.mean())
-    return np.stack([np.broadcast_to(level, deviation.shape), deviation], axis=1)
+    own = _log_odds(probability, _CERTAIN)
+    knots = np.unique([0.0, *np.quantile(probability, np.linspace(0, 1, KNOTS)), 1.0])
+    odds = spread * (_log_odds(knots, _CERTAIN) - own.mean()) / max(own.std(), 1e-3)
+    ramp = np.linspace(-_RAMP / 2, _RAMP / 2, len(knots))
+
+    def shares(offset: float) -> FloatArray:
+        return np.asarray(1 / (1 + np.exp(-(odds + offset).clip(-MOST, MOST) - ramp)))
+
+    def excess(offset: float) -> float:
+        return float(np.interp(probability, knots, shares(offset)).mean()) - float(np.clip(level, 0.02, 0.98))
+
+    limit = MOST + float(np.abs(odds).max())
+    found = shares(float(brentq(excess, -limit, limit, xtol=1e-4)))
+    return Calibration(tuple(knots.tolist()), tuple(found.round(6).tolist()))
 
 
-def measure(x: Tensor, clusters: Tensor, count: int, seed: int = 0) -> tuple[FloatArray, float]:
+def measure(x: Tensor, clusters: Tensor, count: int, seed: int = 0) -> Evidence:
     """Measure how far clusters are those of the data.
 
     Args:
         x: Float[n D], at least two rows in random order, compared by cosine.
         clusters: Int64[n], 0 to K − 1.
         count: K, at least 2.
-        seed: of k-means.
-
-    Returns:
-        For the first of the rows the share of their n/K nearest in their own cluster beyond that of chance, Float64[q]
-        in [0, 1]; and the share of rows that k-means of halves of them puts into the same clusters, in [0, 1].
+        seed: of k-means and of the eigenvectors' start.
 
     Raises:
         ShapeError: fewer than two rows, or lengths differ.
     """
-    from scipy.optimize import linear_sum_assignment
-
     require_matrix(x, "x")
     if len(x) < 2 or len(clusters) != len(x):
         raise ShapeError(f"{len(x)} rows and {len(clusters)} clusters: as many of each are needed, two at least")
@@ -122,21 +151,35 @@ def measure(x: Tensor, clusters: Tensor, count: int, seed: int = 0) -> tuple[Flo
         sums = functional.normalize(x.new_zeros(count, x.shape[1]).index_add_(0, clusters, x), dim=1)
         near = torch.isin(clusters, (sums @ sums[clusters[0]]).topk(MOST_CLUSTERS)[1])
         x, clusters, count = x[near], torch.unique(clusters[near], return_inverse=True)[1], MOST_CLUSTERS
-    # 1. The nearest rows, as many as a cluster has on average.
-    queries = min(QUERIES, len(x))
-    nearest, _ = top_k(x[:queries], x, min(max(1, round(len(x) / count)), len(x) - 1), query_ids=torch.arange(queries))
-    share = (clusters[nearest] == clusters[:queries, None]).double().mean(1)
-    share = ((share - 1 / count) / (1 - 1 / count)).clamp(min=0)
-    # 2. k-means of each half of the rows; its clusters are matched so that most rows agree.
-    agreeing = []
+    x, clusters = x[:MEASURED_ROWS], clusters[:MEASURED_ROWS]
+    # 1. The nearest rows: ten, and as many as a cluster has on average.
+    graph_columns = max(MIN_GRAPH_NEIGHBORS, round((len(x) / count) ** 0.5))
+    around = min(max(1, round(len(x) / count)), len(x) - 1)
+    neighbors = nearest_others(x, min(max(around, NEAREST, graph_columns), len(x) - 1))
+    same = clusters[neighbors] == clusters[:, None]
+    # 2. k-means of each half of the rows, from each start.
+    halves = []
     for half, own in ((x[::2], clusters[::2]), (x[1::2], clusters[1::2])):
         options = KMeansOptions(clusters=min(count, len(half)), restarts=STARTS, max_iterations=PASSES)
-        for found in kmeans.fit_all(half, options, seed)[0]:
-            joint = torch.bincount(own * count + found, minlength=count**2).view(count, count).numpy()
-            agreeing.append(joint[linear_sum_assignment(joint, maximize=True)].sum() / len(half))
-    return share.numpy(), float(np.mean(agreeing))
+        halves += [_matched(own, found, count) for found in kmeans.fit_all(half, options, seed)[0]]
+    # 3. Spectral clusters, and the eigenvalue that comes after theirs.
+    pairs = graph_eigenpairs(mean_of_neighbors(neighbors[:, :graph_columns]), min(count + 1, len(x)), seed)
+    options = KMeansOptions(clusters=min(count, len(x)), metric="euclidean", restarts=STARTS, max_iterations=PASSES)
+    found, inertia = kmeans.fit_all(functional.normalize(pairs.vectors[:, :count], dim=1), options, seed)
+    shares = [same[:, :NEAREST].double().mean(), same[:, :around].double().mean(), np.mean(halves)]
+    shares.append(_matched(clusters, found[int(inertia.argmin())], count))
+    beyond_chance = [max(0.0, (float(share) - 1 / count) / (1 - 1 / count)) for share in shares]
+    return Evidence(*beyond_chance, next_eigenvalue=float(pairs.values[-1]))
 
 
-def _log_odds(share: FloatArray | float) -> FloatArray:
-    share = np.clip(share, 0.02, 0.98)
+def _matched(clusters: Tensor, others: Tensor, count: int) -> float:
+    """Return the largest share of rows whose clusters agree, over all matchings of two partitions into K clusters."""
+    from scipy.optimize import linear_sum_assignment
+
+    joint = torch.bincount(clusters * count + others, minlength=count**2).view(count, count).numpy()
+    return float(joint[linear_sum_assignment(joint, maximize=True)].sum() / len(clusters))
+
+
+def _log_odds(share: FloatArray, most: float = 0.98) -> FloatArray:
+    share = np.clip(share, 1 - most, most)
     return np.asarray(np.log(share / (1 - share)))

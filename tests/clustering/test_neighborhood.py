@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
+from rayclust.clustering.neighborhood import (
+    graph_eigenpairs,
+    mean_of_neighbors,
+    modularity,
+    modularity_terms,
+    smooth,
+)
 from rayclust.errors import ShapeError
 
 
@@ -47,3 +53,21 @@ def test_missing_neighbours_do_not_count_and_parts_add_up():
 def test_rows_and_neighbours_are_matrices():
     with pytest.raises(ShapeError):
         smooth(torch.zeros(3), torch.zeros(3, 1).long())
+
+
+def test_eigenpairs_of_the_graph_of_two_rings():
+    """A ring of n rows and their two neighbours has the eigenvalues cos 2πk/n; two rings have each twice."""
+    place = torch.arange(24)
+    ring = torch.stack([(place + 1) % 12, (place - 1) % 12], dim=1) + (place // 12 * 12)[:, None]
+    pairs = graph_eigenpairs(mean_of_neighbors(ring), 6, seed=0)
+    wanted = [1.0, 1.0, *[math.cos(math.pi / 6)] * 4]
+    assert pairs.values.tolist() == pytest.approx(wanted, abs=1e-3)
+    # The first two tell the rings apart: rows of one are equal up to sign, of two orthogonal.
+    apart = torch.nn.functional.normalize(pairs.vectors[:, :2], dim=1) @ pairs.vectors[:, :2].T
+    assert apart[:12, :12].min() > 0.2
+    assert apart[:12, 12:].abs().max() < 1e-2
+
+
+def test_a_row_without_neighbours_has_no_weights():
+    graph = mean_of_neighbors(torch.tensor([[1, 2], [0, -1], [-1, -1]])).toarray()
+    assert graph.tolist() == [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]

@@ -206,17 +206,6 @@ def test_of_many_rows_the_floor_is_the_least_inertia_of_the_starts(monkeypatch: 
     assert torch.cdist(p, centers).argmin(1).equal(floor.labels)
 
 
-def test_the_spectral_embedding_separates_what_the_graph_does():
-    """Two components: rows of one are equal up to sign, of two orthogonal."""
-    x, labels, neighbors = planted(sizes=(3, 1), noise=0.1)
-    graph = candidates._mean_of_neighbors(neighbors[:, :5])
-    embedded = candidates._spectral_embedding(graph, 2, 0)
-    same = labels[:, None] == labels
-    assert embedded.norm(dim=1).allclose(torch.ones(len(x)), atol=1e-5)
-    assert (embedded @ embedded.T)[same].min() > 0.99
-    assert (embedded @ embedded.T)[~same].abs().max() < 0.01
-
-
 def test_without_spectral_clusters_the_other_candidates_stay(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(candidates, "SPECTRAL_LIMIT", 1.0)
     x, _, neighbors = planted()

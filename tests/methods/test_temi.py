@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -20,8 +21,9 @@ from rayclust.methods.temi_settings import HeadShape, Layout, TemiConfig, auto_s
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import top_k
 from rayclust.settings import format_error
-from rayclust.training.loop import Trainer, fit_arrays
+from rayclust.training.loop import Stepper, Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows
+from tests.references import ClusteringHead
 from tests.workers import on_two_workers
 
 D, K, B = 6, 4, 9
@@ -387,6 +389,44 @@ def test_student_and_teacher_start_equal_and_the_teacher_follows_by_its_momentum
         method.student.direction.zero_()
     method.on_step_end(0)
     assert method.teacher.direction.allclose(0.996 * start)
+
+
+def test_steps_are_those_of_the_published_program():
+    """Loss, marginal, warm-up, frozen last layer, decay, AdamW and teacher, from the same heads and batches."""
+    shape = {"heads": 2, "hidden": 8, "bottleneck": 5, "batch_size": B, "epochs": 4, "warmup_epochs": 2}
+    rates = {"learning_rate": 0.3, "min_learning_rate": 0.3, "weight_decay": 0.1, "final_weight_decay": 0.1}
+    config = TemiConfig.model_validate({"clusters": K, "preset": "none", **shape, **rates})
+    method = build(config, D, 2 * B, seed=0).double()
+    stepper, state = Stepper(method), Heads(config.head_shape(D), 0).double().state_dict()
+    students = torch.nn.ModuleList(ClusteringHead(state, head) for head in range(2))
+    teachers, shares = copy.deepcopy(students), torch.full((2, K), 1 / K, dtype=torch.float64)
+    matrices = [p for p in students.parameters() if p.dim() > 1]
+    vectors = {"params": [p for p in students.parameters() if p.dim() == 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([{"params": matrices}, vectors], weight_decay=0.1)
+    for step in range(8):
+        x = torch.randn(2, B, D, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        found = stepper.step(Batch({EMBEDDINGS: x}, torch.arange(B), step, step // 2, weight=1.0))["loss"]
+        with torch.no_grad():
+            q_t = torch.stack([(head(x) / 0.1).softmax(-1) for head in teachers])
+            shares = 0.9 * shares + 0.1 * q_t.mean((1, 2))
+        q_s = torch.stack([(head(x) / 0.1).softmax(-1) for head in students])
+        directed = -((q_s * q_t.flip(1)) ** 0.6 / shares[:, None, None]).sum(-1).log()
+        loss = ((q_t[:, 0] * q_t[:, 1]).sum(-1).mean(0) * directed).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.3 * B / 256 * min(step / 3, 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in students.parameters() if step < 2 else ():
+            if any(parameter is own for head in students for own in head.last.parameters()):
+                parameter.grad = None
+        optimizer.step()
+        with torch.no_grad():
+            for follower, leader in zip(teachers.parameters(), students.parameters(), strict=True):
+                follower.mul_(0.996).add_(leader, alpha=0.004)
+        assert found.item() == pytest.approx(loss.item(), abs=1e-8)
+    assert isinstance(method, Temi)
+    assert method.teacher(x[0])[1].allclose(teachers[1](x[0]), atol=1e-8)
+    assert not method.teacher.direction.equal(Heads(config.head_shape(D), 0).double().direction)
 
 
 def test_momentum_and_temperature_follow_their_schedules_even_for_few_epochs():
