@@ -102,7 +102,7 @@ def calibrate(x: Tensor, clusters: Tensor, probability: Tensor, count: int, seed
     if count < 2 or len(x) < 2:
         return Calibration((0.0, 1.0), (0.0, 1.0))
     level = INTERCEPT + measure(x, clusters, count, seed).inputs() @ [SUPPORT, NEXT_EIGENVALUE]
-    return rising_map(probability.double().numpy(), 1 / (1 + np.exp(-level)))
+    return rising_map(probability.double().numpy(), float(1 / (1 + np.exp(-level))))
 
 
 def rising_map(probability: FloatArray, level: float, spread: float = SPREAD) -> Calibration:
@@ -149,7 +149,9 @@ def measure(x: Tensor, clusters: Tensor, count: int, seed: int = 0) -> Evidence:
     x = functional.normalize(x.float(), dim=1)
     if count > MOST_CLUSTERS:
         sums = functional.normalize(x.new_zeros(count, x.shape[1]).index_add_(0, clusters, x), dim=1)
-        near = torch.isin(clusters, (sums @ sums[clusters[0]]).topk(MOST_CLUSTERS)[1])
+        is_empty = torch.bincount(clusters, minlength=count) == 0
+        closest = (sums @ sums[clusters[0]]).masked_fill(is_empty, -torch.inf).topk(MOST_CLUSTERS)[1]
+        near = torch.isin(clusters, closest)
         x, clusters, count = x[near], torch.unique(clusters[near], return_inverse=True)[1], MOST_CLUSTERS
     x, clusters = x[:MEASURED_ROWS], clusters[:MEASURED_ROWS]
     # 1. The nearest rows: ten, and as many as a cluster has on average.
@@ -166,10 +168,10 @@ def measure(x: Tensor, clusters: Tensor, count: int, seed: int = 0) -> Evidence:
     pairs = graph_eigenpairs(mean_of_neighbors(neighbors[:, :graph_columns]), min(count + 1, len(x)), seed)
     options = KMeansOptions(clusters=min(count, len(x)), metric="euclidean", restarts=STARTS, max_iterations=PASSES)
     found, inertia = kmeans.fit_all(functional.normalize(pairs.vectors[:, :count], dim=1), options, seed)
-    shares = [same[:, :NEAREST].double().mean(), same[:, :around].double().mean(), np.mean(halves)]
-    shares.append(_matched(clusters, found[int(inertia.argmin())], count))
-    beyond_chance = [max(0.0, (float(share) - 1 / count) / (1 - 1 / count)) for share in shares]
-    return Evidence(*beyond_chance, next_eigenvalue=float(pairs.values[-1]))
+    shares = [float(same[:, :columns].double().mean()) for columns in (NEAREST, around)]
+    shares += [float(np.mean(halves)), _matched(clusters, found[int(inertia.argmin())], count)]
+    nearest, by_size, again, spectral = (max(0.0, (share - 1 / count) / (1 - 1 / count)) for share in shares)
+    return Evidence(nearest, by_size, again, spectral, float(pairs.values[-1]))
 
 
 def _matched(clusters: Tensor, others: Tensor, count: int) -> float:

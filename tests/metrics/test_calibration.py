@@ -109,6 +109,8 @@ def test_of_many_clusters_some_that_lie_together_are_measured(monkeypatch: pytes
     assert near != whole
     assert abs(near.around - whole.around) < 0.1
     assert abs(near.again - whole.again) < 0.2
+    # Clusters without rows are not among them: two opposite rows of very many clusters.
+    assert 0 <= measure(torch.tensor([[1.0], [-1.0]]), torch.tensor([3, 90]), 100).around <= 1
     # Rows beyond a number are left out.
     monkeypatch.setattr(calibration, "MEASURED_ROWS", 500)
     assert measure(x, labels % 10, 10) == measure(x[:500], labels[:500] % 10, 10)
