@@ -102,7 +102,6 @@ def test_more_pixels_than_the_object_store_holds_are_spilled(nodes: Nodes, input
         run = tmp_path / name
         content = tree(str(run), str(inputs), encoder=pixels, images={"shard_size": 90}, resources={"workers": 1})
         lines[name] = write_yaml(run.with_suffix(".yaml"), content)
-    process = start(nodes, lines["small"], "encode")
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
+    with nodes.driver():
+        run_all(parse(lines["small"].read_text()), stop_after="encode")
     assert artefacts(str(tmp_path / "small")) == alone(lines["alone"], tmp_path / "alone", "encode")
