@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -62,13 +63,18 @@ def config(inputs: Path, run: Path) -> Path:
     return write_yaml(run.with_suffix(".yaml"), content)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same work without a cluster, with as many threads as that of a command gives: sums are in the same order."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
+def run_here(line: Path) -> None:
+    """Run without a cluster, with as many threads as that of a command gives: sums are in the same order."""
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch, threads=get_num_cpus())
-        run_all(parse(config(inputs, run).read_text()))
+        run_all(parse(line.read_text()))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same work at one go."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_here(config(inputs, run))
     return run
 
 
@@ -102,8 +108,18 @@ def workers(process: subprocess.Popen[str], *titles: str) -> list[int]:
     ]
 
 
-def test_killed_workers_are_replaced_and_a_run_goes_on_where_its_killed_session_was(
-    inputs: Path, undisturbed: Path, tmp_path: Path
+def kill_session(driver: subprocess.Popen[str]) -> str:
+    """Driver, Ray and workers end at once; returns what the driver had written."""
+    kill(driver.pid, *descendants(driver.pid))
+    return driver.communicate()[0]
+
+
+def test_killed_workers_are_replaced_and_a_run_goes_on_where_its_killed_sessions_were(
+    inputs: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     run = tmp_path / "run"
     line = ("run", config(inputs, run))
@@ -115,8 +131,7 @@ def test_killed_workers_are_replaced_and_a_run_goes_on_where_its_killed_session_
     kill(*encoders)
     before = markers(run)
     wait_until(lambda: markers(run) > before, first)
-    kill(first.pid, *descendants(first.pid))
-    first.wait()
+    kill_session(first)
     assert markers(run) < 3 * PER_CLASS // 16
 
     second = start(*line)
@@ -124,9 +139,15 @@ def test_killed_workers_are_replaced_and_a_run_goes_on_where_its_killed_session_
     trainers = workers(second, "ray::train")
     assert trainers
     kill(*trainers)
-    output = second.communicate(timeout=240)[0]
-    assert second.returncode == 0, output
-    assert "parts were finished before" in output
+    before = newest(run)
+    wait_until(lambda: newest(run) > before, second)
+    assert "parts were finished before" in kill_session(second)
+
+    monkeypatch.setattr(logging.getLogger("rayclust"), "propagate", True)
+    with caplog.at_level(logging.INFO, "rayclust"):
+        run_here(line[1])
+    assert "train: resuming at step" in caplog.text
+    assert caplog.text.count("done before, skipped") == 2
     assert_same(run, undisturbed)
 
 
