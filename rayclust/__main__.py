@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line and exit; say what to install where the base installation lacks it."""
+    # Threads of a product that wait for each other in a loop take the cores from all else: a small training beside other
+    # programs then takes many times as long. Read once, when the first of the libraries with threads is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from rayclust.cli import main as run
     except ModuleNotFoundError as error:

@@ -131,7 +131,9 @@ def is_supported(new: Mapping[str, float], old: Mapping[str, float], clusters: i
     )
 
 
-def choose(candidates: Sequence[Candidate], bounds: Mapping[str, Bounds] | None = None) -> Candidate:
+def choose(
+    candidates: Sequence[Candidate], bounds: Mapping[str, Bounds] | None = None, other_gain: float = OTHER_GAIN
+) -> Candidate:
     """Return the last candidate that may replace the one kept without it.
 
     A refinement or a vote that says much the same must keep neighbours together as well; one that cuts the rows
@@ -140,13 +142,14 @@ def choose(candidates: Sequence[Candidate], bounds: Mapping[str, Bounds] | None 
     Args:
         candidates: the floor first.
         bounds: on the evidence, by name; candidates that have none take those above.
+        other_gain: modularity that one must have more which cuts the rows otherwise.
     """
     chosen, given = candidates[0], TRAINED | dict(bounds or {})
     usual = FEW if len(chosen.labels) < FEW_ROWS else Bounds()
     for candidate in candidates[1:]:
         limits = given.get(candidate.name, usual)
         if candidate.name not in TRAINED and agreements([chosen.labels, candidate.labels])[0, 1] < SAME_SHARE:
-            limits = replace(limits, modularity_loss=min(limits.modularity_loss, -OTHER_GAIN))
+            limits = replace(limits, modularity_loss=min(limits.modularity_loss, -other_gain))
         if is_supported(candidate.evidence, chosen.evidence, candidate.weight.shape[-1], limits):
             chosen = candidate
     return chosen

@@ -215,7 +215,9 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
 
 @torch.no_grad()
 def choose_start(rows: Rows, clusters: int, columns: int, seed: int, like: Tensor) -> Start:
-    """Choose the partition at which all heads start, as the method `auto` chooses it.
+    """Choose the partition at which all heads start, as `auto` does, but that a vote needs no evidence of its own.
+
+    Training moves a start in any case, and from where k-means stopped it goes further astray than from a vote.
 
     Args:
         rows: read once.
@@ -225,7 +227,7 @@ def choose_start(rows: Rows, clusters: int, columns: int, seed: int, like: Tenso
         like: gives dtype and device.
     """
     x, neighbors = sample_with_neighbors(rows, clusters, columns, seed, like)
-    return Start(neighbors, choose(make_candidates(x.float(), neighbors, clusters, seed)))
+    return Start(neighbors, choose(make_candidates(x.float(), neighbors, clusters, seed), other_gain=0.0))
 
 
 @torch.no_grad()
