@@ -8,8 +8,8 @@ import sys
 
 def main() -> None:
     """Run the command line and exit; say what to install where the base installation lacks it."""
-    # Threads of a product that wait for each other in a loop take the cores from all else: a small training beside other
-    # programs then takes many times as long. Read once, when the first of the libraries with threads is loaded.
+    # Threads of a product that wait for each other in a loop take the cores from all else: a small training beside
+    # other programs then takes many times as long. Read once, when the first library with threads is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from rayclust.cli import main as run

@@ -248,7 +248,7 @@ class TemiConfig(TrainedConfig):
     """Views drawn of a row and of its neighbour, each with its own noise."""
     warm_start: Literal["none", "kmeans", "auto"] = "none"
     """kmeans: heads start at the best of several k-means partitions of rows averaged with their neighbours. auto: all
-    start at the partition that the method `auto` chooses."""
+    start at the partition that the method `auto` chooses, with votes that need no evidence of their own."""
     start_restarts: int = Field(16, ge=1)
     """k-means partitions from which a warm start chooses by modularity."""
     start_neighbors: int = Field(10, ge=1)
