@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.browser import Page, serious, tab
 from tests.report import synthetic
 from tests.report.pages import photo
@@ -190,12 +192,13 @@ async def walk(endpoint: str, path: Path, clusters: int) -> Walk:
         return Walk(page, times, faults)
 
 
-def test_everything_answers_at_once_and_nobody_is_asked(browser: str, tmp_path: Path):
+@pytest.mark.parametrize(("clusters", "points"), [(1_000, 20_000), (25_000, 200_000)])
+def test_everything_answers_at_once_and_nobody_is_asked(browser: str, tmp_path: Path, clusters: int, points: int):
     (tmp_path / "original.jpg").write_bytes(photo(1, (320, 240)))
-    path = synthetic.write(tmp_path, 25_000, 200_000, original=str(tmp_path / "original.jpg"))
+    path = synthetic.write(tmp_path, clusters, points, original=str(tmp_path / "original.jpg"))
     assert path.stat().st_size < 5_000_000
     for _ in range(2):  # once more where the processor was slow
-        done = asyncio.run(walk(browser, path, 25_000))
+        done = asyncio.run(walk(browser, path, clusters))
         assert done.page.errors == []
         assert {asked for asked in done.page.requests if not asked.startswith((tmp_path.as_uri(), "data:"))} == set()
         assert done.faults == []
