@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rayclust.runtime import demo
 from tests.browser import Page, serious, tab
 from tests.report import synthetic
 from tests.report.pages import photo
@@ -208,10 +209,10 @@ def test_everything_answers_at_once_and_nobody_is_asked(browser: str, tmp_path: 
     assert slow == {}
 
 
-async def look_at(endpoint: str, path: Path) -> tuple[Page, list[Any]]:
+async def look_at(endpoint: str, path: Path, clusters: int) -> tuple[Page, list[Any]]:
     async with tab(endpoint, path.as_uri()) as page:
         await size(page, 1440, 900)
-        await page.until(f"{CARDS}.length === 3 && {CARDS}.every((card) => card.querySelector('img'))")
+        await page.until(f"{CARDS}.length === {clusters} && {CARDS}.every((card) => card.querySelector('img'))")
         await page.run("location.hash = '#cluster-0'")
         await page.until("document.querySelectorAll('#cluster[open] .tile img').length >= 8")
         await page.run("document.getElementById('cluster').close()")
@@ -220,8 +221,19 @@ async def look_at(endpoint: str, path: Path) -> tuple[Page, list[Any]]:
         return page, await looks(page, SIZES)
 
 
-def test_a_real_runs_report(browser: str, pictures_run: Sealed):
-    page, faults = asyncio.run(look_at(browser, pictures_run.folder / "report" / "index.html"))
+def check_report(endpoint: str, run: Path, clusters: int) -> None:
+    page, faults = asyncio.run(look_at(endpoint, run / "report" / "index.html", clusters))
     assert page.errors == []
-    assert {asked for asked in page.requests if not asked.startswith((pictures_run.folder.as_uri(), "data:"))} == set()
+    assert {asked for asked in page.requests if not asked.startswith((run.as_uri(), "data:"))} == set()
     assert faults == []
+
+
+def test_a_real_runs_report(browser: str, pictures_run: Sealed):
+    check_report(browser, pictures_run.folder, 3)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_demos_report(browser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo, "SEEDS", (0,))
+    demo.demo(str(tmp_path / "demo"), methods=("kmeans",))
+    check_report(browser, tmp_path / "demo" / "run", 10)
