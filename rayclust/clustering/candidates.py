@@ -192,9 +192,12 @@ def make_candidates(
     options = KMeansOptions(clusters=K, metric="euclidean", restarts=restarts, max_iterations=MAX_ITERATIONS)
     # 1. The floor.
     affordable = FLOOR_STARTS * USUAL_ITERATIONS * x.numel() * K <= FLOOR_OPERATIONS
+    is_alone = not rivals or operations > OPERATION_LIMIT or n <= K
+    if is_alone and affordable:
+        return [space.plain_kmeans(seed)]
     raw, raw_inertia = kmeans.fit_all(p, options, seeds[0])
     floor = space.plain_kmeans(seed) if affordable else space.nearest_means(raw[int(raw_inertia.argmin())])
-    if not rivals or operations > OPERATION_LIMIT or n <= K:
+    if is_alone:
         return [floor]
     # 2. The same structure, refined twice.
     columns = max(MIN_NEIGHBORS, round(math.sqrt(n / K)))

@@ -143,6 +143,8 @@ def measure(x: Tensor, clusters: Tensor, count: int, seed: int = 0) -> Evidence:
     Raises:
         ShapeError: fewer than two rows, or lengths differ.
     """
+    from rayclust.metrics.external import accuracy  # brings scikit-learn's metrics
+
     require_matrix(x, "x")
     if len(x) < 2 or len(clusters) != len(x):
         raise ShapeError(f"{len(x)} rows and {len(clusters)} clusters: as many of each are needed, two at least")
@@ -163,23 +165,15 @@ def measure(x: Tensor, clusters: Tensor, count: int, seed: int = 0) -> Evidence:
     halves = []
     for half, own in ((x[::2], clusters[::2]), (x[1::2], clusters[1::2])):
         options = KMeansOptions(clusters=min(count, len(half)), restarts=STARTS, max_iterations=PASSES)
-        halves += [_matched(own, found, count) for found in kmeans.fit_all(half, options, seed)[0]]
+        halves += [accuracy(own.numpy(), found.numpy()) for found in kmeans.fit_all(half, options, seed)[0]]
     # 3. Spectral clusters, and the eigenvalue that comes after theirs.
     pairs = graph_eigenpairs(mean_of_neighbors(neighbors[:, :graph_columns]), min(count + 1, len(x)), seed)
     options = KMeansOptions(clusters=min(count, len(x)), metric="euclidean", restarts=STARTS, max_iterations=PASSES)
     found, inertia = kmeans.fit_all(functional.normalize(pairs.vectors[:, :count], dim=1), options, seed)
     shares = [float(same[:, :columns].double().mean()) for columns in (NEAREST, around)]
-    shares += [float(np.mean(halves)), _matched(clusters, found[int(inertia.argmin())], count)]
+    shares += [float(np.mean(halves)), accuracy(clusters.numpy(), found[int(inertia.argmin())].numpy())]
     nearest, by_size, again, spectral = (max(0.0, (share - 1 / count) / (1 - 1 / count)) for share in shares)
     return Evidence(nearest, by_size, again, spectral, float(pairs.values[-1]))
-
-
-def _matched(clusters: Tensor, others: Tensor, count: int) -> float:
-    """Return the largest share of rows whose clusters agree, over all matchings of two partitions into K clusters."""
-    from scipy.optimize import linear_sum_assignment
-
-    joint = torch.bincount(clusters * count + others, minlength=count**2).view(count, count).numpy()
-    return float(joint[linear_sum_assignment(joint, maximize=True)].sum() / len(clusters))
 
 
 def _log_odds(share: FloatArray, most: float = 0.98) -> FloatArray:

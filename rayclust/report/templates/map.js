@@ -11,6 +11,8 @@ const colour = (place) => {
     -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s]
     .map((v) => Math.round(255 * Math.min(1, Math.max(0, v <= 0.0031308 ? 12.92 * v : 1.055 * v ** (1 / 2.4) - 0.055))));
 };
+// The bytes of a column in base64.
+const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
 // What the page gives: the number of points N and of clusters K; data(), a promise of x, y and cluster, each point's place in
 // the list of clusters, as base64; title(place) of a cluster; about(i, place), a promise of a point's key and of a figure
 // or null; open(place); pick(points), called with those in the lasso; and a signal that ends the map.
@@ -20,7 +22,6 @@ const pointMap = ({ N, K, data, title, about, open, pick, signal }) => {
   const SIDE = 65535, CELLS = 256, REACH = 9, NAMES = 14, MARGIN = 14;
   const view = { scale: 1, x: 0, y: 0 }; // pixels = x + coordinate * fit * scale
   let xs, ys, clusters, starts, order, chosen = null, picked = null, frame = 0, fit = 1, ratio = 1, names = [];
-  const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
 
   // 1. Data, and cells of points so that the nearest is found at once.
   const cell = (value) => value >> 8;
@@ -46,16 +47,15 @@ const pointMap = ({ N, K, data, title, about, open, pick, signal }) => {
     if (!xs || !width || !height) return; // not loaded, or not on the screen
     const image = context.createImageData(width, height), pixels = new Uint32Array(image.data.buffer);
     const size = Math.max(2, Math.round(ratio * Math.min(7, Math.sqrt(view.scale) * (N > 50000 ? 1.2 : N > 5000 ? 2 : 4))));
-    const places = chosen === null ? null : chosen;
     const paints = new Uint32Array(K);
     for (let place = 0; place < paints.length; place++) {
-      const [r, g, b] = colour(place), alpha = places === null || places === place ? 255 : 40;
+      const [r, g, b] = colour(place), alpha = chosen === null || chosen === place ? 255 : 40;
       paints[place] = (alpha << 24) | (b << 16) | (g << 8) | r;
     }
     const half = size >> 1;
-    for (let pass = places === null ? 1 : 0; pass < 2; pass++) { // what is chosen lies on top
+    for (let pass = chosen === null ? 1 : 0; pass < 2; pass++) { // what is chosen lies on top
       for (let i = 0; i < N; i++) {
-        if (places !== null && (clusters[i] === places) !== (pass === 1)) continue;
+        if (chosen !== null && (clusters[i] === chosen) !== (pass === 1)) continue;
         const left = Math.round(px(xs[i]) * ratio) - half, top = Math.round(py(ys[i]) * ratio) - half;
         if (left < 0 || top < 0 || left + size > width || top + size > height) continue;
         const paint = picked && !picked[i] ? (paints[clusters[i]] & 0xffffff) | (40 << 24) : paints[clusters[i]];

@@ -395,7 +395,7 @@ async function openMap(number) {
   const found = await get("/api/map");
   const section = copy("plane");
   const part = (name) => section.querySelector(`[name=${name}]`);
-  const rows = new Float64Array(Uint8Array.from(atob(found.row), (letter) => letter.charCodeAt(0)).buffer);
+  const rows = new Float64Array(bytes(found.row));
   section.querySelector("[data-facts]").textContent = found.count < run.images
     ? `${count(found.count, "image")} of ${run.images.toLocaleString("en")}, drawn by lot.` : "";
   part("csv-rows").onclick = () => saveTable({ rows: picked }, "lasso");
