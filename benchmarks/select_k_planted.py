@@ -3,12 +3,13 @@
 Claim: orthogonal groups with a little noise give the true K of the candidates 2 … 12 on every seed.
 
     python benchmarks/select_k_planted.py [--planted lines|subspaces] [--method kmeans|cpp] [--true K ...]
-        [--seeds SEED ...] [--rows 600] [--tune]
+        [--seeds SEED ...] [--rows 600] [--tune] [--report FILE]
 
 `lines`: K orthogonal directions, noise 0.02 a component. `subspaces`: K orthogonal subspaces of three dimensions among
 64, normal coefficients, noise 0.03 a component; balls they are not, and what measures distances splits them. Every seed
 of every true K is a run of its own: ready embeddings, encode, neighbors, select-k. With --tune fits and candidates go
-through Ray Train and Ray Tune; the results are those of the driver.
+through Ray Train and Ray Tune, all runs on one cluster; the results are those of the driver. With --report lines are
+appended to a file as runs end, and what it has is not run again; the last line counts all that it has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -70,22 +72,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--tune", action="store_true", help="not in the driver")
+    parser.add_argument("--report", type=Path, default=None)
     options = parser.parse_args()
+    had = options.report.read_text() if options.report and options.report.exists() else ""
+    lines = re.findall(r"^seed (\d+): true (\d+), chosen (\d+)", had, re.MULTILINE)
+    found = {(int(true), int(seed)): int(chosen) for seed, true, chosen in lines}
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        if options.report:
+            with options.report.open("a") as file:
+                file.write(line + "\n")
+
     cases = [(true, seed) for seed in options.seeds for true in options.true or [TRUE[seed % len(TRUE)]]]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__}
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs,", ", ".join(f"{name} {v}" for name, v in versions.items()))
-    print("command: python", " ".join(sys.argv))
-    right = 0
-    for true, seed in cases:
+    say(f"{platform.machine()}, {os.cpu_count()} CPUs, " + ", ".join(f"{name} {v}" for name, v in versions.items()))
+    say("command: python " + " ".join(sys.argv))
+    for true, seed in (case for case in cases if case not in found):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            found = choice(Path(folder), true, seed, options)
-            right += found["chosen"] == true
-            weights = found["evidence"]
-            picks = ", ".join(f"{name} {k} ({weights.get(name, 0.0):.2f})" for name, k in found["picks"].items())
+            chosen = choice(Path(folder), true, seed, options)
+            found[true, seed] = chosen["chosen"]
+            weights = chosen["evidence"]
+            picks = ", ".join(f"{name} {k} ({weights.get(name, 0.0):.2f})" for name, k in chosen["picks"].items())
             seconds = time.perf_counter() - started
-            print(f"seed {seed}: true {true}, chosen {found['chosen']}, {seconds:.0f} s ({picks})", flush=True)
-    print(f"{options.planted}, {options.method}: {right} of {len(cases)} right")
+            say(f"seed {seed}: true {true}, chosen {chosen['chosen']}, {seconds:.0f} s ({picks})")
+    right = sum(true == k for (true, _), k in found.items())
+    say(f"{options.planted}, {options.method}: {right} of {len(found)} right")
 
 
 if __name__ == "__main__":

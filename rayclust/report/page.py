@@ -92,6 +92,11 @@ SCORES = (
         "The same where the data set's own class names were not among the candidates.",
     ),
     Score(
+        "zero_shot_accuracy",
+        "Zero-shot",
+        "Images to which their own class's name is the nearest of all class names. Needs these names, no clusters.",
+    ),
+    Score(
         "silhouette",
         "Silhouette",
         "How much closer images lie to their own cluster than to the next one, on a sample. -1 to 1. Needs no labels.",

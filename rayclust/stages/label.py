@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayclust.arrays import unit_rows
 from rayclust.config import RunConfig
 from rayclust.errors import DataError
 from rayclust.features import SpaceTransforms
@@ -41,6 +42,8 @@ NULL_VOTERS, NULL_IMAGES = 300, 200_000
 """Images per cluster, and of all clusters about, that are shuffled to see which names say something."""
 WITHOUT_CLASSES = "without_classes"
 """Key of the names by all lists but the data set's own class names."""
+CLASSES = "classes"
+"""Column of the words that are the data set's own class names."""
 BINS = 20
 """Equal bins of the histogram of confidence over [0, 1]."""
 
@@ -73,6 +76,7 @@ class Labeling:
         words = merged(read_lists(self.config, lambda: {name for names in distinct for name in names}))
         classes = [place for place, kind in enumerate(vocabulary_kinds(self.config).values()) if kind == "classes"]
         is_blind = [bool(sources - set(classes)) for sources in words.sources]
+        is_class = [bool(sources & set(classes)) for sources in words.sources]
         found = np.asarray(word_embeddings(self.config, words), np.float32)
         space = getattr(self.config.text_encoder, "space", EMBEDDINGS)
         width = dict(zip(self.transform.transforms, self.transform.widths, strict=True))[space]
@@ -81,7 +85,9 @@ class Labeling:
         rows = tables.fixed_list(found)
         above = pa.array([words.hypernyms.get(word.casefold(), ()) for word in words.words], pa.list_(pa.string()))
         columns = {"word": list(words.words), "embedding": rows, "all": [True] * len(words.words), "hypernyms": above}
-        tables.write_table(self._at("words.parquet"), pa.table(columns | {WITHOUT_CLASSES: is_blind}))
+        tables.write_table(
+            self._at("words.parquet"), pa.table(columns | {WITHOUT_CLASSES: is_blind, CLASSES: is_class})
+        )
         # 2. The voters, and those of them that are shuffled.
         voters = self._voters(len(words.words))
         if voters is not None:
@@ -106,6 +112,13 @@ class Labeling:
         in_features = label.space == "features" or (label.space == "auto" and has_embeddings)
         transform = self.transform.transforms[space] if in_features else None
         result = TaskResult({}, {"rows": int((clusters >= 0).sum())})
+        own = np.flatnonzero(table[CLASSES].to_numpy())
+        if len(own):
+            x = unit_rows(embeddings.astype(np.float32)) if transform is None else transform(embeddings)
+            nearest = [table["word"][place].as_py() for place in own[(x @ unit_rows(nouns[own]).T).argmax(1)]]
+            labels = tables.read_table(self.run.rows(task.index), ["label"])["label"].to_pylist()
+            result.counts["labelled"] = sum(label is not None for label in labels)
+            result.counts["zero_shot"] = sum(map(same_name, nearest, labels))
         for naming in self.namings:
             some = np.flatnonzero(table[naming].to_numpy())
             votes = cluster_votes(embeddings, clusters, nouns[some], count, transform=transform, scale=label.scale)
@@ -336,12 +349,14 @@ def _names(context: StageContext, work: Labeling) -> tuple[dict[str, list[Cluste
     words = run_remotely(work.prepare)
     parts = context.inputs["encode"].outputs_of(EncodeOutputs).parts
     tasks = [Task(i, digest_of([context.digest, i]), size=rows) for i, rows in enumerate(parts)]
-    run_tasks(context.run, "label", tasks, work.vote)
+    results = run_tasks(context.run, "label", tasks, work.vote)
     names, voters = run_remotely(work.count)
     facts: dict[str, Any] = {"words": words, "voters": voters, "true_names": "classes" in kinds.values()}
     for naming, key in (("all", "name_accuracy"), (WITHOUT_CLASSES, f"name_accuracy_{WITHOUT_CLASSES}")):
         if naming in names:
             facts[key] = run_remotely(work.named_as_classes, [name.name for name in names[naming]])
+    if labelled := sum(result.counts.get("labelled", 0) for result in results):
+        facts["zero_shot_accuracy"] = sum(result.counts["zero_shot"] for result in results) / labelled
     # Marks first: without marks the votes are counted again, marks without votes would be wrong.
     storage.remove_tree(context.run.at("manifests", "label"))
     storage.remove_tree(context.run.at("label"))

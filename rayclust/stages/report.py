@@ -165,7 +165,8 @@ def _methods(context: StageContext, metrics: dict[str, Any]) -> Iterator[model.M
     """Yield the run's method, its coarser levels, and methods that were run beside it on the same rows."""
     run, method = context.run, context.config.method.name
     settings = read_json_output(run, "train", storage.join(run.model_folder, "config.json"))["config"]
-    named = {key: value for key, value in context.inputs["label"].extra.items() if key.startswith("name_accuracy")}
+    prefixes = ("name_accuracy", "zero_shot")
+    named = {key: value for key, value in context.inputs["label"].extra.items() if key.startswith(prefixes)}
     yield model.MethodResult(
         name=method,
         settings={key: value for key, value in settings.items() if key != "name"},

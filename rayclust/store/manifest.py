@@ -179,6 +179,8 @@ class LabelOutputs(StageOutputs):
     """Share of labelled images whose cluster carries their class's name; None without labels."""
     name_accuracy_without_classes: float | None = None
     """The same where the class names are left out of the words."""
+    zero_shot_accuracy: float | None = None
+    """Share of labelled images to which of all class names their own is nearest; None unless these are words."""
 
 
 class CurateOutputs(StageOutputs):

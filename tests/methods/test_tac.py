@@ -21,7 +21,7 @@ from rayclust.search.knn import nearest_others
 from rayclust.settings import Config
 from rayclust.training.loop import Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows, RowSource, WordedArrayRows
-from tests.workers import on_two_workers
+from tests.workers import on_workers
 
 SETS = {
     "cifar10": (50_000, 10), "cifar20": (50_000, 20), "stl10": (5_000, 10), "imagenet10": (13_000, 10),
@@ -182,14 +182,15 @@ def _trained(rank: int, workers: int, *rows: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def test_two_workers_train_the_heads_of_one():
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_train_the_heads_of_one(workers: int):
     """Batches of 37 rows: parts are of unequal size; after three steps gradients and batch norm have had effect."""
     x, words, _ = planted(rows=100)
     rows = worded(x, words, 4)
     texts = rows.counterparts()
     given = (x.double(), rows.neighbors(), rows.nouns().double(), texts.tensor().double(), texts.neighbors())
     alone = _trained(0, 1, *given)
-    for found in on_two_workers(_trained, *given):
+    for found in on_workers(workers, _trained, *given):
         for name, value in found.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-6, atol=1e-9, msg=name)
 

@@ -148,6 +148,7 @@ def test_true_class_names_say_so_and_names_without_them_stand_beside(named: RunC
     assert (found[4]["name"], found[3]["name"]) == ("right", "up")
     assert manifest.extra["true_names"] is True
     assert manifest.extra["name_accuracy"] == 1
+    assert manifest.extra["zero_shot_accuracy"] == 1
     assert (manifest.extra["words"], manifest.extra["voters"]) == (3, 7)
     assert found[3]["name_without_classes"] == "up"
     run_stage("report", settings)
@@ -155,6 +156,12 @@ def test_true_class_names_say_so_and_names_without_them_stand_beside(named: RunC
     assert "hold the data set&#39;s own class names" in page
     assert '"blind":["up",' in page
     assert "Names, blind" in page
+    assert "Zero-shot" in page
+    # Rows by their angles alone: the name of the other class is nearer to none of them, until the two are exchanged.
+    pq.write_table(pa.table({"word": ["Right", "up"], "embedding": [[0.0, 1.0], [1.0, 0.0]]}), classes)
+    lists = ("classes", str(classes))
+    settings = named.model_copy(update={"label": named.label.model_copy(update={"vocabulary": lists})})
+    assert run_stage("label", settings).extra["zero_shot_accuracy"] == 0
 
 
 def test_without_labels_or_true_names_nothing_is_claimed(named: RunConfig):
@@ -162,6 +169,7 @@ def test_without_labels_or_true_names_nothing_is_claimed(named: RunConfig):
     assert extra["true_names"] is False
     assert extra["name_accuracy"] == 1
     assert "name_accuracy_without_classes" not in extra
+    assert "zero_shot_accuracy" not in extra
     run_stage("report", named)
     page = (Path(named.run) / "report" / "index.html").read_text()
     assert "own class names" not in page
