@@ -18,7 +18,6 @@ that the folder has are not clustered again.
 from __future__ import annotations
 
 import argparse
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,33 +75,36 @@ class Examined:
         return float(np.square(confidence - self.right)[self.known].mean())
 
 
-def examine(case: defaults.Case, method: str) -> Examined:
+def assign(case: defaults.Case, method: str, results: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cluster a set, or read what was kept of it: Int64[n], Float[n]."""
+    kept = results and results / f"{case.name.replace('/', '_')}-{method}.npz"
+    if not kept or not kept.exists():
+        x = torch.from_numpy(case.x)
+        neighbors = nearest_others(x, min(50, len(x) - 1))
+        fitted = fit_arrays(x, neighbors, METHODS[method](clusters=case.clusters), seed=0)
+        with torch.inference_mode():
+            probability, clusters = fitted.predict_proba(x).float().max(dim=1)
+        if not kept:
+            return clusters, probability
+        np.savez(kept, clusters=clusters.numpy(), probability=probability.numpy())
+    with np.load(kept) as found:
+        return torch.from_numpy(found["clusters"]), torch.from_numpy(found["probability"])
+
+
+def examine(case: defaults.Case, method: str, results: Path | None) -> Examined:
     """Cluster a set and measure it."""
-    x, clusters = torch.from_numpy(case.x), case.clusters
-    fitted = fit_arrays(x, nearest_others(x, min(50, len(x) - 1)), METHODS[method](clusters=clusters), seed=0)
-    with torch.inference_mode():
-        probability, found = fitted.predict_proba(x).float().max(dim=1)
+    found, probability = assign(case, method, results)
     known = case.labels >= 0
     table = contingency(found[known].numpy(), case.labels[known]).toarray()
     rows, columns = linear_sum_assignment(table, maximize=True)
     names = np.unique(found[known].numpy()), np.unique(case.labels[known])
     class_of = dict(zip(names[0][rows].tolist(), names[1][columns].tolist(), strict=True))
     right = np.array([class_of.get(cluster) for cluster in found.tolist()]) == case.labels
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x)))
-    curve = calibrate(x[order], found[order], probability[order], clusters)
-    inputs, own = measure(x[order], found[order], clusters).inputs(), probability.double().numpy()
+    order = np.random.default_rng(0).permutation(len(case.x))
+    sample = torch.from_numpy(case.x[order]), found[order], probability[order]
+    curve = calibrate(*sample, case.clusters)
+    inputs, own = measure(*sample[:2], case.clusters).inputs(), probability.double().numpy()
     return Examined(case.name, case.group, method, known, right, own, curve(own), inputs)
-
-
-def examined(name: str, method: str, options: argparse.Namespace) -> Examined:
-    """Cluster and measure a set, or read what was kept of it."""
-    kept = options.results and options.results / f"{name.replace('/', '_')}-{method}.pickle"
-    if kept and kept.exists():
-        return pickle.loads(kept.read_bytes())  # noqa: S301 - what this script wrote
-    found = examine(defaults.make(name, options.data), method)
-    if kept:
-        kept.write_bytes(pickle.dumps(found))
-    return found
 
 
 def link(sets: list[Examined]) -> LinearRegression:
@@ -126,7 +128,11 @@ def main() -> None:
     print()
     there = (options.data / defaults.FOLDERS["imagenette"]).is_dir()
     names = [name for name in options.sets if there or name.startswith("digits")]
-    found = [examined(name, each, options) for name in names for each in options.methods]
+    found = [
+        examine(case, each, options.results)
+        for case in (defaults.make(name, options.data) for name in names)
+        for each in options.methods
+    ]
     print("| set | method | right | mean: own, calibrated | ECE: own, calibrated, left out | AUROC: own, calibrated |")
     print("|---" * 6 + "|")
     scatter = np.array([[s.brier(s.right[s.known].mean(), spread) for spread in SPREADS] for s in found])

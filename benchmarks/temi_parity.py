@@ -69,7 +69,7 @@ class Program:
         self.steps_per_epoch = len(found.x) // BATCH
         rate = RATE * BATCH / 256
         self.rates = self.utils.cosine_scheduler(rate, rate, EPOCHS, self.steps_per_epoch, warmup_epochs=WARMUP)
-        self._sums = torch.zeros(HEADS)
+        self._sums = self.losses = torch.zeros(HEADS)
 
     @staticmethod
     def _alone(path: Path) -> ModuleType:
@@ -99,7 +99,8 @@ class Program:
                 follower.mul_(MOMENTUM).add_((1 - MOMENTUM) * leader)
         self._sums = found.detach() if place == 0 else self._sums + found.detach()
         if place == self.steps_per_epoch - 1:
-            self.teacher.head.set_losses(self._sums)
+            self.losses = self._sums
+            self.teacher.head.set_losses(self.losses)
 
     @torch.no_grad()
     def labels(self, x: Tensor) -> np.ndarray:
@@ -176,6 +177,13 @@ def main() -> None:
         f"{'step':>6}" + 2 * f"{'kept':>11}{'ACC':>7}{'heads':>16}" + f"{'difference':>12}",
     ]
     print("\n".join(lines), flush=True)
+
+    def add(*more: str) -> None:
+        lines.extend(more)
+        print("\n".join(more), flush=True)
+        if arguments.report:  # after every line, so that what was measured stays if it is cut
+            arguments.report.write_text("\n".join(lines) + "\n")
+
     worst, alike = 0.0, True
     for step, (rows, partners) in enumerate(pairs(found, arguments.steps)):
         views = torch.stack([x[rows], x[partners]])
@@ -191,14 +199,18 @@ def main() -> None:
             f"{head:>11}{one[head]:>7.1f}{f'{one.min():.1f} to {one.max():.1f}':>16}"
             for head, one in zip(kept, scores, strict=True)
         ]
-        lines.append(f"{step + 1:>6}{''.join(cells)}{difference:>12.1f}")
-        print(lines[-1], flush=True)
+        add(f"{step + 1:>6}{''.join(cells)}{difference:>12.1f}")
+    order = np.argsort(program.losses)
+    add("", "ACC of the heads, from the smallest to the largest loss of the program's last whole epoch:")
+    add(
+        *(
+            f"{name:>20} {' '.join(f'{score:5.1f}' for score in one[order])}"
+            for name, one in zip(("published program", "rayclust"), scores, strict=True)
+        )
+    )
     held = worst <= 1.0 and alike
     verdict = "within a point, the same head kept" if held else "NOT within a point, or another head kept"
-    lines += ["", f"largest difference of a head {worst:.1f}: {verdict}; load {os.getloadavg()[0]:.1f} at the end"]
-    print("\n".join(lines[-2:]))
-    if arguments.report:
-        arguments.report.write_text("\n".join(lines) + "\n")
+    add("", f"largest difference of a head {worst:.1f}: {verdict}; load {os.getloadavg()[0]:.1f} at the end")
     sys.exit(not held)
 
 
