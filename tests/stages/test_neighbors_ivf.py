@@ -16,6 +16,7 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import tasks
+from rayclust.runtime.driver import may_use_driver
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.tasks import Task
 from rayclust.search.knn import pack_keys
@@ -380,8 +381,8 @@ def test_another_method_leaves_no_scratch_files(joined: Joined):
 @pytest.mark.ray
 def test_workers_of_a_cluster_write_the_same_bytes(tmp_path: Path, ray_session: None):
     config = encoded(tmp_path, planted(12_000, groups=60), (3000, 4000, 5000))
-    manifest = run_stage("neighbors", config)
-    assert max(section.workers for section in manifest.measured) == 2
+    assert not may_use_driver(config)  # tasks go to Ray; where they are short, one worker may take them all
+    run_stage("neighbors", config)
     expected = artefacts(config.run)
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
