@@ -42,6 +42,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def size(value: float) -> str:
+    """Write bytes as `1.23 GB`, or as `0.45 MB` below 0.1 GB."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB"
+
+
 def percent(value: float | None) -> str:
     """Write a share in [0, 1] as `94.3%`; a dash where there is none."""
     if value is None or not math.isfinite(value):

@@ -17,7 +17,7 @@ from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import DataError, RayclustError
 from rayclust.language.vocabulary import merged
 from rayclust.methods import is_recuttable
-from rayclust.report.formats import duration
+from rayclust.report.formats import duration, size
 from rayclust.runtime.cluster import describe_placement
 from rayclust.runtime.driver import has_idle_gpu
 from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
@@ -30,7 +30,6 @@ from rayclust.store import storage
 from rayclust.store.lock import check_conditional_puts
 from rayclust.store.sources import Shard, read_records, read_rows
 
-GIGABYTE = 1e9
 HOUR = 3600.0
 NEIGHBOR_BYTES = 10
 """Of one neighbour in storage: its row, int64, and its similarity, float16."""
@@ -292,10 +291,10 @@ def traffic(config: RunConfig, images: int, dimension: int, sample: Sample | Non
     if not images:
         return "the number of images is not known before they are read"
     stored, neighbors = images * dimension * 2, images * min(config.neighbors.k, images - 1) * NEIGHBOR_BYTES
-    read = f"reads {images * sample.file_bytes / GIGABYTE:.2f} GB of images; " if sample else ""
+    read = f"reads {size(images * sample.file_bytes)} of images; " if sample else ""
     return (
-        f"{read}{stored / GIGABYTE:.2f} GB of embeddings and {neighbors / GIGABYTE:.2f} GB of neighbours in storage, "
-        f"{images * dimension * 4 / GIGABYTE:.2f} GB of rows per training node"
+        f"{read}{size(stored)} of embeddings and {size(neighbors)} of neighbours in storage, "
+        f"{size(images * dimension * 4)} of rows per training node"
     )
 
 

@@ -101,7 +101,7 @@ def fit(job: Job) -> dict[str, Any]:
     """
     with drop_rows_on_error(job.digest), plain_errors(), Progress(job.stage, "steps") as progress:
         if in_driver():
-            settings = {"job": job, "report": progress.show_metrics, "threads": cores()}
+            settings = {"job": job, "report": progress.show_metrics}
             result: dict[str, Any] = run_remotely(_train, settings, cpus=cores())
         else:
             connect()
@@ -132,7 +132,7 @@ def _fit(job: Job, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         _check_every_worker_count(job, fewest, workers)
     labels, gpus = resources.placement.train, resources.gpus
     cpus = 1 if gpus else cores_per_worker(workers, labels)
-    settings = {"job": job, "report": report, "threads": cpus}
+    settings = {"job": job, "report": report}
     if workers == 1:
         retries = resources.max_failures
         return dict(run_remotely(_train, settings, cpus=cpus, gpus=gpus, kind="train", retries=retries))
@@ -144,7 +144,7 @@ def _fit(job: Job, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rayclust-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
             _train,
-            train_loop_config=settings,
+            train_loop_config=settings | {"threads": cpus},
             scaling_config=ScalingConfig(
                 num_workers=(fewest, workers) if fewest < workers else workers,
                 use_gpu=bool(gpus),
@@ -177,7 +177,8 @@ def _check_every_worker_count(job: Job, fewest: int, most: int) -> None:
 def _train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Fit in one worker; worker 0 writes the model and returns the result."""
     job: Job = settings["job"]
-    torch.set_num_threads(settings["threads"])
+    if "threads" in settings:  # of a worker of Ray Train; a task has those of its CPUs
+        torch.set_num_threads(settings["threads"])
     config, run = job.config, Run(job.config.run, job.config.spaces)
     group = distributed.data_group()
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus else "cpu"

@@ -85,7 +85,7 @@ def run_in_process(line: Path, last: str, *, workers: bool = False) -> None:
 
 
 def work(rank: int, world: int, job: train.Job) -> Any:
-    return train._train({"job": job, "report": [].append, "threads": 1})
+    return train._train({"job": job, "report": [].append})
 
 
 @pytest.fixture(scope="module")

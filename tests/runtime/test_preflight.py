@@ -32,7 +32,7 @@ def test_a_good_run_passes_and_nothing_is_written(tmp_path: Path):
     assert bad(config(tmp_path)) == {}
     assert findings["images"] == "folder: 30 images in 2 shards"
     assert findings["encoder"] == "pixels, 192 values an image"
-    assert "0.00 GB of embeddings" in findings["estimate"]
+    assert "0.01 MB of embeddings" in findings["estimate"]
     assert "of CPU time" in findings["work"]
     assert findings["cost"].startswith("not known: give prices")
     assert not (tmp_path / "run").exists()
@@ -192,7 +192,7 @@ def test_bytes():
         "reads 720.00 GB of images; 11.06 GB of embeddings and 3.60 GB of neighbours in storage, 22.12 GB of rows per "
         "training node"
     )
-    assert traffic(priced(0), 1, 768, None).startswith("0.00 GB of embeddings")
+    assert traffic(priced(0), 1000, 768, None).startswith("1.54 MB of embeddings and 0.50 MB of neighbours")
 
 
 def test_two_hours_of_a_cpu_to_one_of_a_gpu():
