@@ -15,11 +15,21 @@ import torch
 from torch import Tensor
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.candidates import MAX_ITERATIONS, leading_components
+from rayclust.clustering.candidates import (
+    HEADS,
+    MAX_ITERATIONS,
+    OTHER_GAIN,
+    SAME_SHARE,
+    TRAINED,
+    Bounds,
+    is_supported,
+    leading_components,
+)
 from rayclust.clustering.consensus import (
     ConsensusResult,
     MemberEvidence,
     SoftLabels,
+    agreements,
     anmi,
     broken_guard,
     consensus,
@@ -87,9 +97,11 @@ class Consensus(LinearMethod):
         # 2. The vote, unless the graph speaks for the best member. A vote knows of which rows it is sure.
         kept, share = found.vote.labels, SUREST_SHARE
         evidence_of = {"vote": evidence(kept, neighbors, K, found.vote.agreement / len(kept) / len(found.voters))}
-        if found.best is not None and found.members[found.best].modularity > evidence_of["vote"].modularity:
-            own = torch.from_numpy(found.vote.names[found.voters.index(found.best)])[members[found.best]]
-            kept, share = torch.where(members[found.best] >= 0, own, kept), 1.0
+        if found.best is not None:
+            best, name = members[found.best], torch.from_numpy(found.vote.names[found.voters.index(found.best)])
+            agreement = float(agreements([best, kept])[0, 1])
+            if not _may_replace(evidence_of["vote"], found.members[found.best], agreement, K):
+                kept, share = torch.where(best >= 0, name[best], kept), 1.0
         # 3. One round of self-training on the surest rows of each cluster; guards, else the clusters' mean rows.
         centers, lengths = _means(x, kept, K)
         chosen = surest_rows(kept, found.vote.confidence, found.vote.margin, share).nonzero()[:, 0]
@@ -138,6 +150,22 @@ class Consensus(LinearMethod):
             *(len(found.voters), len(found.members), found.vote.rounds, float(found.vote.confidence.mean())),
             self.report[-1]["candidate"],
         )
+
+
+def _may_replace(vote: MemberEvidence, best: MemberEvidence, agreement: float, clusters: int) -> bool:
+    """Return whether a vote may replace the best member; the bounds are those of the default method.
+
+    A vote that moves few rows must keep more neighbours together, at little less modularity; one that cuts the rows
+    otherwise must have clearly more: which of two cuts is right is a matter of chance where the graph hardly tells.
+
+    Args:
+        vote: its evidence.
+        best: that of the voter with the largest modularity.
+        agreement: share of rows on which the two say the same.
+        clusters: K.
+    """
+    bounds = TRAINED[HEADS] if agreement >= SAME_SHARE else Bounds(modularity_loss=-OTHER_GAIN)
+    return is_supported(asdict(vote), asdict(best), clusters, bounds)
 
 
 def kmeans_members(x: Tensor, clusters: int, restarts: int, seed: int) -> list[Tensor]:

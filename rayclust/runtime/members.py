@@ -104,12 +104,22 @@ class RowsWithMembers(StoredRows):
         if not self._partitions:
             return None
         count = sum(_head_count(uri) if uri.endswith(HEADS) else 1 for uri in self._partitions)
-        own = _keys(self.run, len(self.starts) - 1)
         fitted = slice(None) if self._aside is None else ~self._aside
-        found = (labels[fitted][None] for uri in self._partitions for labels in read_member(uri, own))
+        labels = member_labels(self.run, len(self.starts) - 1, self._partitions)
+        found = (each[fitted][None] for each in labels)
         # Named by its content: a fit that was killed may have read a member as it was before.
         name = f"members-{_content_of_all(self._partitions)}.npy"
         return list(mapped(self.cache / name, (count, self.count), np.int32, found))
+
+
+def member_labels(run: Run, count: int, partitions: Sequence[str]) -> Iterator[IntArray]:
+    """Yield each partition of some members, Int32[N] in the order of the rows of a run with so many parts.
+
+    −1 where one has no opinion; raises as `read_member` does.
+    """
+    own = _keys(run, count)
+    for uri in partitions:
+        yield from read_member(uri, own)
 
 
 def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:

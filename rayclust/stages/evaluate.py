@@ -18,6 +18,7 @@ from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Membership
 from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
+from rayclust.runtime.members import member_labels
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
 from rayclust.runtime.rows import features_at, kept_aside, row_starts, transform_of
@@ -108,6 +109,7 @@ class _Scoring:
                 metrics["silhouette"] = internal.silhouette(features, clusters[sample])
                 metrics["silhouette_rows"] = len(sample)
         (metrics if aside is None else metrics["test"]).update(found)
+        metrics |= self._members(codes, is_labelled=is_labelled)
         if isinstance(method, Membership):
             metrics |= self._membership(method, codes, is_labelled=is_labelled)
         return metrics, counts
@@ -124,6 +126,20 @@ class _Scoring:
         occupied = [len(np.unique(level[rows])) for level in levels[1:]]
         sizes = [{"clusters": k, "occupied": used} for k, used in zip(self.levels, occupied, strict=True)]
         return found[0] | {"levels": [size | scores for size, scores in zip(sizes, found[1:], strict=True)]}
+
+    def _members(self, codes: np.ndarray, *, is_labelled: bool) -> dict[str, list[float | None]]:
+        """Return the accuracy of each partition that the method read, on the labelled rows of which it says something.
+
+        Nothing without labels, or for methods that read none.
+        """
+        from rayclust.metrics import external
+
+        uris = self.config.method.partitions() if is_labelled else ()
+        found = list[float | None]()
+        for labels in member_labels(self.run, len(self.encode.parts), uris) if uris else ():
+            known = (codes >= 0) & (labels >= 0)
+            found.append(external.accuracy(codes[known], labels[known]) if known.any() else None)
+        return {"members": found} if uris else {}
 
     def _probes(self, codes: np.ndarray, aside: np.ndarray | None) -> dict[str, float]:
         """Return the accuracy of a linear probe and of the k-NN vote, over rows with labels.

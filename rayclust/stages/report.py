@@ -85,7 +85,7 @@ def run(context: StageContext) -> StageResult:
         versions=encode.versions,
         config=as_yaml(written),
         curves=tuple(_curves(history)),
-        candidates=tuple(_candidates(history)),
+        candidates=tuple(_candidates(history, metrics)),
         confidence=label.outputs_of(LabelOutputs).confidence,
         contingency=None if counts is None else _contingency(counts, len(clusters)),
         drawings=tuple(drawn for drawn in drawings(run, selection) if drawn.key != "map"),
@@ -301,8 +301,8 @@ def _curves(history: pa.Table) -> list[model.Curve]:
     return curves
 
 
-def _candidates(history: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the partitions among which the method chose, with the evidence by its title."""
+def _candidates(history: pa.Table, metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the partitions among which the method chose, with the evidence by its title; of members also their ACC."""
     titles = {"inertia": "Inertia per row", "modularity": "Modularity", "size_entropy": "Evenness of sizes"}
     titles |= {"neighbor_agreement": "Neighbours kept together", "score": "Labels predicted on held-out rows"}
     titles |= {"normalized_score": "The same, above the largest share", "largest_share": "Share of the largest cluster"}
@@ -310,9 +310,14 @@ def _candidates(history: pa.Table) -> Iterator[dict[str, Any]]:
     titles |= {"agreement": "Agreement", "anmi": "ANMI with the voters"}
     if "candidate" in history.column_names:
         rows = history.filter(pc.is_valid(history["candidate"])).to_pylist()
+        for row, accuracy in zip(rows, metrics.get("members", ()), strict=False):
+            row["accuracy"] = accuracy
+        if "members" in metrics:
+            titles["accuracy"] = "ACC, by labels"
+            rows[-1]["accuracy"] = metrics.get("accuracy")
         shown = {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
         for row in rows:
-            evidence = {title: row[name] for name, title in shown.items()}
+            evidence = {title: row.get(name) for name, title in shown.items()}
             note = {"note": row["note"]} if row.get("note") else {}
             yield {"name": row["candidate"], "chosen": bool(row["chosen"]), "evidence": evidence} | note
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayclust import methods
+from rayclust.clustering.consensus import MemberEvidence
 from rayclust.methods import consensus
 from rayclust.methods.consensus import Consensus
 from rayclust.methods.settings import ConsensusConfig
@@ -65,6 +66,25 @@ def test_the_best_member_stands_where_the_vote_has_less_modularity():
     assert kept["candidate"] == "best member, self-training"
     assert kept["modularity"] > method.report[-2]["modularity"]
     assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("agreement", "modularity", "kept_together", "wanted"),
+    [
+        (0.97, 0.003, 0.001, True),
+        (0.97, -0.003, 0.001, True),
+        (0.97, 0.003, -0.001, False),
+        (0.97, -0.006, 0.001, False),
+        (0.8, 0.014, 0.02, False),
+        (0.8, 0.016, 0.02, True),
+    ],
+)
+def test_a_vote_that_cuts_otherwise_needs_more_evidence(
+    agreement: float, modularity: float, kept_together: float, wanted: bool
+):
+    best = MemberEvidence(4, 4, 1.0, 0.6, 0.8, 0.9, "")
+    vote = MemberEvidence(4, 4, 1.0, 0.6 + modularity, 0.8 + kept_together, 0.9, "")
+    assert consensus._may_replace(vote, best, agreement, 4) is wanted
 
 
 def test_a_classifier_that_breaks_a_guard_is_not_kept(monkeypatch: pytest.MonkeyPatch):

@@ -23,13 +23,14 @@ TEMI = {"name": "temi", "preset": "none", "heads": 3, "steps": 4, "epochs": 1, "
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 rows around three directions, in two files."""
+    """60 rows around three directions, in two files, with these as labels."""
     folder = tmp_path_factory.mktemp("rows") / "rows"
     folder.mkdir()
     rng = np.random.default_rng(0)
     x = np.eye(8)[np.arange(60) % 3] + 0.1 * rng.normal(size=(60, 8))
     for part in range(2):
         np.save(folder / f"rows-{part}.npy", x[30 * part : 30 * part + 30].astype(np.float32))
+        np.save(folder / f"rows-{part}_labels.npy", np.arange(30) % 3)
     return folder
 
 
@@ -60,6 +61,11 @@ def test_members_are_runs_heads_and_tables(tmp_path: Path, rows: Path, in_proces
     report = pq.read_table(tmp_path / "consensus" / "model" / "metrics.parquet")
     assert report.num_rows == 1 + 3 + 1 + 2
     assert sum(report["chosen"].to_pylist()) == 1
+    run_all(config, stop_after="report")
+    scores = json.loads((tmp_path / "consensus" / "metrics.json").read_text())
+    assert [scores["members"][place] for place in (0, -1)] == [1.0, 1.0]
+    assert len(scores["members"]) == 5
+    assert "ACC, by labels" in (tmp_path / "consensus" / "report" / "index.html").read_text()
     # 2. Nothing is done again, unless a member has changed.
     again = run_all(config, stop_after="assign")
     assert again["train"].digest == done["train"].digest
