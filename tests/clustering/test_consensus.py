@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
+from sklearn.cluster import KMeans, SpectralClustering
 
 from rayclust.clustering import consensus
 from rayclust.clustering.consensus import SoftLabels, match_clusters, ridge_classifier, surest_rows, vote
 from rayclust.errors import DataError, ShapeError
+from rayclust.metrics.external import ari
 
 
 def labels(text: str) -> torch.Tensor:
@@ -164,6 +166,20 @@ def test_measures_of_three_members_by_hand():
 def ring(count: int) -> torch.Tensor:
     """Each row's four nearest on a circle of rows in order."""
     return (torch.arange(count)[:, None] + torch.tensor([1, -1, 2, -2])) % count
+
+
+def test_the_vote_is_what_classical_ensembles_find():
+    """CSPA cuts the graph of shared clusters A·Aᵀ, HBGF the rows' singular vectors of H^(−1/2) A D^(−1/2)."""
+    generator, truth = torch.Generator().manual_seed(1), torch.arange(240) // 60
+    other = (truth + torch.randint(1, 4, (7, 240), generator=generator)) % 4
+    members = list(torch.where(torch.rand(7, 240, generator=generator) < 0.15, other, truth))
+    indicator = np.concatenate([np.eye(4)[member] for member in members], axis=1)
+    cspa = SpectralClustering(4, affinity="precomputed", random_state=0).fit_predict(indicator @ indicator.T)
+    left = np.linalg.svd(indicator / np.sqrt(7 * indicator.sum(0)))[0][:, :4]
+    unit = left / np.linalg.norm(left, axis=1, keepdims=True)
+    hbgf = KMeans(4, n_init=10, random_state=0).fit_predict(unit)
+    found = vote(members, 4, members[0]).labels
+    assert all(ari(each, found) > 0.95 for each in (cspa, hbgf, truth))
 
 
 def test_the_gate_says_whom_it_drops_and_why():

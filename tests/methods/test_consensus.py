@@ -9,13 +9,14 @@ from torch.nn import functional
 
 from rayclust import methods
 from rayclust.clustering.consensus import MemberEvidence
+from rayclust.distributed import DeviceMesh, data_parallel
 from rayclust.methods import consensus
 from rayclust.methods.consensus import Consensus
 from rayclust.methods.settings import ConsensusConfig
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import nearest_others
 from rayclust.training.loop import fit_arrays
-from tests.workers import on_two_workers
+from tests.workers import on_workers
 
 
 def planted(count: int = 240, noise: float = 0.28) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,10 +113,18 @@ def test_few_rows_and_equal_rows_end_without_an_error(count: int):
         assert method.predict_proba(x).isfinite().all()
 
 
-def test_two_workers_find_what_one_finds():
+def test_two_and_four_workers_find_what_one_finds():
     alone = _labels(0, 1)
-    for found in on_two_workers(_labels):
-        assert found.equal(alone)
+    for found in on_workers(4, _on_four_and_on_two):
+        assert found[0].equal(alone)
+        assert found[1].equal(alone)
+
+
+def _on_four_and_on_two(rank: int, workers: int) -> tuple[Tensor, Tensor]:
+    """Labels by all four workers, and by each pair of them."""
+    with data_parallel(DeviceMesh.of(2).data):
+        pair = _labels(rank, 2)
+    return _labels(rank, workers), pair
 
 
 def _labels(rank: int, workers: int) -> Tensor:
