@@ -269,7 +269,8 @@ class Runs:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state: the loss, θ, and w where some run goes on from it, with Adam's moments."""
-        parts = {"theta": self.theta} | ({} if bool(self._is_cold.all()) else {"w": self.w})
+        is_warm = any(setting.start == "warm" for setting, _ in self.config.runs())  # of all, not of these alone
+        parts = {"theta": self.theta} | ({"w": self.w} if is_warm else {})
         named = {f"{name}.{space}": adam for name, adams in parts.items() for space, adam in enumerate(adams)}
         return {"loss": self.loss} | {
             f"{n}.{key}": value for n, adam in named.items() for key, value in vars(adam).items()
@@ -422,7 +423,7 @@ class Turtle(Method):
             ArtefactError: the checkpoint is of other runs.
             RayclustError: the loss is no longer a finite number.
         """
-        c, B = self.config, self.plan.batch_size
+        c = self.config
         self.to(trainer.device)
         like = next(self.buffers())
         # 1. The rows as the loop sees them; a checkpoint holds the map, of which it depends.
@@ -438,28 +439,54 @@ class Turtle(Method):
         map_tensors = {f"{name}.{space}": part for space, each in enumerate(maps) for name, part in vars(each).items()}
         take = _reader(x, maps)
         widths = [z.shape[1] - 1 for z in take(torch.zeros(1, dtype=torch.int64))]
-        runs = Runs(c, c.runs(), widths, self.seed, like)
+        # 2. Workers divide the runs, which exchange nothing, and the rows where there are fewer runs.
+        settings, world = c.runs(), distributed.world().size
+        most = max(parts for parts in range(1, world + 1) if world % parts == 0 and parts <= len(settings))
+        mesh = distributed.DeviceMesh.of(most)
+        own = distributed.even_slices(len(settings), most)[mesh.heads.rank]
+        runs = Runs(c, settings[own], widths, self.seed, like)
         if checkpoint is not None:
-            runs.load(kept, int(checkpoint[1]["step"]))
-        # 2. Outer steps, each on rows of its own.
-        for step in range(runs.taken, c.steps):
-            batch = keyed_rows(self.count, B, self.seed, _BATCHES, step)
-            shares = runs.step(take(batch[distributed.own_slice(B)]), B)
-            is_last, epoch = step + 1 == c.steps, step // REPORT_STEPS
-            if is_last or (step + 1) % REPORT_STEPS == 0:
-                loss, entropy = float(runs.loss.mean()), -torch.xlogy(shares, shares).sum(-1)
-                row = {"epoch": epoch, "step": step + 1, "loss": loss, "marginal_entropy": float(entropy.mean())}
-                trainer.report(row | {"seconds": trainer.seconds()})
-                if not math.isfinite(loss):
-                    raise RayclustError(f"training loss = {loss} after step {step + 1}: lower the rates")
-                if is_last or trainer.is_due(epoch + 1):
-                    trainer.save(step + 1, runs.tensors() | map_tensors)
+            runs.load({name: kept[name][own] for name in runs.tensors() if name in kept}, int(checkpoint[1]["step"]))
+        state = self._advance(runs, take, mesh, trainer, map_tensors)
+        if most > 1:
+            runs = Runs(c, settings, widths, self.seed, like)
+            runs.load(state, c.steps)
         # 3. The run that is kept, as linear maps of rows as they come.
-        chosen = self._choose(runs, take, trainer) if len(c.runs()) > 1 else 0
+        chosen = self._choose(runs, take, trainer) if len(settings) > 1 else 0
         for name, theta, space_map in zip(self.dimension, runs.theta, maps, strict=True):
             weight, bias = space_map.fold(task_weights(theta.value[chosen]))
             self.get_buffer(f"weight_{name}").copy_(weight)
             self.get_buffer(f"bias_{name}").copy_(bias)
+
+    def _advance(
+        self,
+        runs: Runs,
+        take: Callable[[Tensor], list[Tensor]],
+        mesh: distributed.DeviceMesh,
+        trainer: BaseTrainer,
+        map_tensors: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Take the outer steps of this worker's runs, each on rows of its own; return the state of all runs."""
+        c, B, count = self.config, self.plan.batch_size, len(self.config.runs())
+
+        def of_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: mesh.heads.all_gather_cat(x, count) for name, x in tensors.items()}
+
+        with distributed.data_parallel(mesh.data):
+            for step in range(runs.taken, c.steps):
+                batch = keyed_rows(self.count, B, self.seed, _BATCHES, step)
+                shares = runs.step(take(batch[distributed.own_slice(B)]), B)
+                is_last, epoch = step + 1 == c.steps, step // REPORT_STEPS
+                if is_last or (step + 1) % REPORT_STEPS == 0:
+                    values = of_all({"loss": runs.loss, "entropy": -torch.xlogy(shares, shares).sum(-1).mean(0)})
+                    loss, entropy = float(values["loss"].mean()), float(values["entropy"].mean())
+                    row = {"epoch": epoch, "step": step + 1, "loss": loss, "marginal_entropy": entropy}
+                    trainer.report(row | {"seconds": trainer.seconds()})
+                    if not math.isfinite(loss):
+                        raise RayclustError(f"training loss = {loss} after step {step + 1}: lower the rates")
+                    if is_last or trainer.is_due(epoch + 1):
+                        trainer.save(step + 1, of_all(runs.tensors()) | map_tensors)
+        return of_all(runs.tensors())
 
     def _choose(self, runs: Runs, take: Callable[[Tensor], list[Tensor]], trainer: BaseTrainer) -> int:
         """Return the number of the run with the highest score among those whose clusters are alive, and report all."""

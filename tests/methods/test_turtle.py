@@ -391,6 +391,29 @@ def test_any_number_of_workers_takes_the_same_steps():
                 assert each[name].allclose(value, rtol=0, atol=1e-10), name
 
 
+def _whole_fit(rank: int, world: int) -> dict[str, Tensor]:
+    """A fit of three runs, one of them warm: the last checkpoint, the model, and the table of runs."""
+    x, _ = planted(count=200, clusters=3)
+    sweep = [{"inner_rate": 1e-2, "start": "warm"}, {"inner_rate": 1e-2}, {"inner_rate": 3e-2}]
+    store = MemoryStore()
+    trainer = Trainer(0, store=store, every=CheckpointInterval(epochs=1))
+    method = fitted(x, trainer=trainer, clusters=3, steps=20, seeds=1, batch_size=50, sweep=sweep)
+    tensors, checkpoint = method.state().tensors, store.latest()
+    assert checkpoint is not None
+    scores = torch.tensor([row["score"] for row in method.report])
+    return tensors | checkpoint[0] | {"scores": scores, "loss": torch.tensor(trainer.history[0]["loss"])}
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_that_divide_the_runs_keep_what_one_keeps(workers: int):
+    """Two workers have one run and two; of four, each pair has one or two, and divides the rows."""
+    alone = _whole_fit(0, 1)
+    for found in on_workers(workers, _whole_fit):
+        assert set(found) == set(alone)
+        for name, value in alone.items():
+            assert found[name].allclose(value, rtol=1e-3, atol=1e-3), name
+
+
 @pytest.mark.parametrize("start", ["cold", "warm"])
 def test_a_resumed_training_ends_at_the_same_bits(start: str):
     x, _ = planted(count=300, clusters=3)
