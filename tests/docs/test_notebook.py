@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import matplotlib.pyplot as plt
 import nbformat
 import pytest
-from matplotlib.figure import Figure
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebooks" / "quick.ipynb"
+from tests.docs.notebooks import NOTEBOOKS, execute
+
+NOTEBOOK = NOTEBOOKS / "quick.ipynb"
 
 
 def _outputs(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
@@ -32,21 +30,9 @@ def test_it_is_kept_as_it_ran():
 
 
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Cell by cell in this process: a kernel of its own would load torch once more."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("RAYCLUST_SCRATCH", str(tmp_path / "scratch"))
-    drawn, shown, names = list[Figure](), list[Any](), dict[str, Any]()
-    monkeypatch.setattr(plt, "show", lambda: drawn.append(plt.gcf()))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type != "code":
-            continue
-        *lines, last = ast.parse(cell.source).body
-        is_shown = isinstance(last, ast.Expr)  # the value of a cell that ends with an expression
-        exec(compile(ast.Module(lines if is_shown else [*lines, last], []), "cell", "exec"), names)  # noqa: S102 - our own notebook
-        if is_shown:
-            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))  # noqa: S307
-    plt.close("all")
-    assert len(drawn) == len(_outputs(notebook, "image/png"))
+    drawn, shown = execute(NOTEBOOK, monkeypatch)
+    assert len(drawn) == len(_outputs(nbformat.read(NOTEBOOK, as_version=4), "image/png"))
     [scores] = [value for value in shown if isinstance(value, dict) and "accuracy" in value]
     assert scores["accuracy"] > 0.7

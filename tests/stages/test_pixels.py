@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -24,9 +25,11 @@ from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, read_manifest
 from rayclust.store.run import Run
 from rayclust.web.explorer import Explorer
+from tests.docs.notebooks import NOTEBOOKS, execute
 from tests.stages.runs import tree, write_folder
 
 pytestmark = pytest.mark.usefixtures("in_process")
+LEARNT_SPACE = NOTEBOOKS / "learnt_space.ipynb"
 LEARNING = {
     "name": "simclr", "clusters": 3, "backbone": "small", "features": 8, "batch_size": 16, "epochs": 4,
     "warmup_epochs": 0, "restarts": 2,
@@ -38,7 +41,7 @@ def _learning(run: Path, images: Path, **groups: object) -> RunConfig:
     return validate({key: value for key, value in content.items() if key not in ("encoder", "features")})
 
 
-def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: Path):
+def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     images = write_folder(tmp_path / "photos", per_class=12)
     config = _learning(tmp_path / "run", images)
     assert (config.encoder.name, config.encoder.normalize, config.features.normalize) == ("pixels", False, False)
@@ -82,6 +85,16 @@ def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: 
     assert predict(config, str(images), str(tmp_path / "t.parquet"))["rows"] == 36
     assigned = pq.read_table(Run(config.run).assignments(0))["cluster"].to_pylist()
     assert pq.read_table(tmp_path / "t.parquet")["cluster"].to_pylist()[: len(assigned)] == assigned
+    # The notebook shows it; it is kept without pictures, which would be of one run.
+    drawn, shown = execute(LEARNT_SPACE, monkeypatch, RUN=config.run)
+    assert len(drawn) == 4
+    assert drawn[1].axes[0].get_title() == "cluster"
+    assert [len(axis.get_legend().get_texts()) for axis in drawn[1].axes] == [3, 3]
+    *_, probes, table = shown
+    assert probes["knn_accuracy"] == round(metrics["knn_accuracy"], 3)
+    assert probes["nmi of k-means of pixels"] > 0.5
+    assert int(table.to_numpy().sum()) == 36
+    assert not any(cell.get("outputs") for cell in nbformat.read(LEARNT_SPACE, as_version=4).cells)
     # The network is an encoder.
     other = tree(str(tmp_path / "other"), str(images), encoder={"name": "run", "pretrained": config.run})
     other["encoder"] = {"name": "run", "pretrained": config.run}
