@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ OWN: dict[str, dict[str, Any]] = {
     "byol": {"hidden": 12, "joint_views": True, "norm_groups": 2},
     "simsiam": {"bottleneck": 6, "layers": 3},
     "moco": {"queue": 20, "norm_groups": 4},
-    "pcl": {"queue": 20, "prototypes": [6, 12, 400]},
+    "pcl": {"queue": 20, "prototypes": [6, 12, 400], "e_step_rows": "views"},
 }
 
 
@@ -100,7 +101,7 @@ def test_two_workers_train_in_bf16_as_well(two_workers: list[dict[str, dict[str,
             torch.testing.assert_close(states["bf16"][key], alone[key], rtol=0.05, atol=0.01, msg=key)
 
 
-@pytest.mark.parametrize("name", ["propos", "pcl"])
+@pytest.mark.parametrize("name", METHODS)
 def test_a_training_that_was_killed_ends_at_the_same_bits(name: str):
     whole = _fit(name).state_dict()
     store = MemoryStore(stop_after=1)
@@ -337,6 +338,21 @@ def test_a_mixture_in_the_e_step_finds_planted_clusters_and_is_stored():
     assert torch.equal(probabilities.argmax(1), method.labels)
     assert float(method.mixture().weights.sum()) == pytest.approx(1.0)
     assert torch.equal(load(method.state()).predict_proba(_images()), probabilities)
+
+
+def test_an_e_step_of_views_takes_what_the_copy_has_made_of_them():
+    method = build(_config("byol", e_step_rows="views"), SIDE * SIDE * 3, N, 1)
+    assert isinstance(method, MomentumMethod)
+    keys = [torch.randn(N, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    batch = Batch({EMBEDDINGS: torch.zeros(1, N, 1)}, torch.arange(N), 0, 0)
+    method.take_keys([k[1:] for k in keys], replace(batch, rows=batch.rows[1:]))
+    assert method.features_seen() is None, "one image has not been in a batch"
+    method.take_keys(keys, batch)
+    first, second = (functional.normalize(k, dim=1) for k in keys)
+    torch.testing.assert_close(method.features_seen(), functional.normalize(first + second, dim=1))
+    method._rows = None  # no image is read
+    assert method.e_step()["feature_std"] == pytest.approx(1, abs=0.1)
+    assert len(method.labels.unique()) == K
 
 
 def test_resampling_draws_each_cluster_equally_often():

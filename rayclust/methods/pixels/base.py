@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, cast
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 from rayclust.arrays import require_matrix
 from rayclust.clustering import gmm, kmeans
 from rayclust.clustering.settings import GmmOptions, KMeansOptions
-from rayclust.distributed import all_reduce, data_group, differentiable_all_gather
+from rayclust.distributed import all_reduce, data_group, differentiable_all_gather, own_slice
 from rayclust.errors import ConfigError
 from rayclust.kernels.screening import accum_dtype
 from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Rows
@@ -180,11 +180,8 @@ class PixelMethod(Method):
             √d: 1 where they fill all directions, 0 where they have collapsed.
         """
         is_last = int(self.epochs_done) == self.plan.epochs
-        network = copy.deepcopy(self.embedder).eval().requires_grad_()  # such weights autocast casts once
-        if not (is_last or self.config.backbone.startswith("timm/")):  # whose forward may depend on what it is given
-            network = folded(network)
-        with nullcontext() if is_last else self.autocast():  # the last one in the precision in which rows are assigned
-            z = torch.cat([self.centers[:0], *(self._features(network, block) for block in self._blocks())])
+        z = None if is_last else self.features_seen()
+        z = self._features_of_all(exactly=is_last) if z is None else z
         goes_on = self.config.warm_start and not is_last and bool(self.centers.any())
         labels = self._mix(z, goes_on=goes_on) if self.config.e_step == "mixture" else self._cut(z, goes_on=goes_on)
         self.labels.copy_(data_group().all_gather_cat(labels, self.count))
@@ -193,6 +190,18 @@ class PixelMethod(Method):
         deviation = (moments[1] - moments[0].square()).clamp(min=0).sqrt().mean()
         self.after_e_step(z)
         return {"inertia": float(inertia), "feature_std": float(deviation) * math.sqrt(self.width)}
+
+    def features_seen(self) -> Tensor | None:
+        """Return the features of this worker's rows if training has made them: Float[n d]."""
+        return None
+
+    def _features_of_all(self, *, exactly: bool) -> Tensor:
+        """Map this worker's images to features: exactly as rows are assigned, or as training computes."""
+        network = copy.deepcopy(self.embedder).eval().requires_grad_()  # such weights autocast casts once
+        if not (exactly or self.config.backbone.startswith("timm/")):  # whose forward may depend on what it is given
+            network = folded(network)
+        with nullcontext() if exactly else self.autocast():
+            return torch.cat([self.centers[:0], *(self._features(network, block) for block in self._blocks())])
 
     def _cut(self, z: Tensor, *, goes_on: bool) -> Tensor:
         """Cluster this worker's features by k-means; return their labels."""
@@ -289,6 +298,7 @@ class MomentumMethod(PixelMethod):
     config: MomentumConfig
     online: nn.Sequential
     target: nn.Sequential
+    seen: Tensor
 
     def start_target(self, online: nn.Sequential) -> None:
         """Take a network and its projector, and make the copy."""
@@ -297,6 +307,21 @@ class MomentumMethod(PixelMethod):
                 layer.groups = self.config.norm_groups
         self.online, self.target = online, copy.deepcopy(online).requires_grad_(False)
         del self.backbone  # it is a part of the network
+        if self.config.e_step_rows == "views":
+            self.register_buffer("seen", torch.zeros(self.count, self.width))
+
+    @torch.no_grad()
+    def take_keys(self, keys: Sequence[Tensor], batch: Batch) -> None:
+        """Take the copy's rows of a batch's views, Float[B d] each, once their loss is computed."""
+        if self.config.e_step_rows == "views":
+            total = torch.stack([functional.normalize(accumulated(k), dim=1) for k in keys]).sum(0)
+            self.seen[in_batch_order(batch.rows)] = in_batch_order(functional.normalize(total, dim=1)).to(self.seen)
+
+    def features_seen(self) -> Tensor | None:
+        """Return the features of this worker's rows in the latest views, once every row has been in a batch."""
+        if self.config.e_step_rows == "images" or not bool(self.seen.any(dim=1).all()):
+            return None
+        return self.seen[own_slice(self.count)]
 
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """See `PixelMethod.fit`.

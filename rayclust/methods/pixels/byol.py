@@ -65,7 +65,7 @@ class Byol(MomentumMethod):
             self.order_loss(accumulated(q), accumulated(k), batch, order)
             for order, (q, k) in enumerate(zip(queries, keys, strict=True))
         ]
-        self.after_keys(keys, batch)
+        self.take_keys(keys, batch)
         return {name: (terms[0][name] + terms[1][name]) / 2 for name in terms[0]}
 
     def _both(self, network: nn.Module, first: Tensor, second: Tensor) -> tuple[Any, ...]:
@@ -88,6 +88,3 @@ class Byol(MomentumMethod):
         with self.autocast():
             predicted = self.predictor(q)
         return {"loss": 2 + 2 * alignment(accumulated(predicted), k)}
-
-    def after_keys(self, keys: tuple[Tensor, ...], batch: Batch) -> None:
-        """Take the copy's rows of both views, once both orders' losses are computed."""

@@ -64,6 +64,7 @@ class MoCo(MomentumMethod):
             keys.append(k)
         for k in keys:
             self.queue.add(k, batch.rows)
+        self.take_keys(keys, batch)
         return {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
 
     def query_loss(self, q: Tensor, k: Tensor, queue: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ ones are left out instead of getting the logit −10, and the gradient does not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -81,8 +82,9 @@ class ProPos(Byol):
         psl = prototype_scattering(online, target, present, c.temperature)
         return {"loss": psa + c.scatter_weight * psl, "alignment": psa, "scattering": psl}
 
-    def after_keys(self, keys: tuple[Tensor, ...], batch: Batch) -> None:
-        """Add both views' keys to the queue, if there is one."""
+    def take_keys(self, keys: Sequence[Tensor], batch: Batch) -> None:
+        """Add both views' keys to the queue, if there is one; see `MomentumMethod.take_keys`."""
+        super().take_keys(keys, batch)
         if self.queue is not None:
             for k in keys:
                 self.queue.add(functional.normalize(accumulated(k), dim=1), batch.rows)

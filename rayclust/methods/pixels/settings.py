@@ -110,6 +110,9 @@ class MomentumConfig(PixelConfig):
     norm_groups: int = Field(1, ge=1)
     """Groups of a batch whose batch norms are separate, a multiple of the workers; the copy's rows are shuffled between
     groups (Shuffling-BN). 4 with the published runs on 4 GPUs. 1: one norm of all rows, on any number of workers."""
+    e_step_rows: Literal["images", "views"] = "images"
+    """What E-steps cluster. images, as published: all images go through the copy for it. views: the rows that the copy
+    has made of the latest views in training, once it has seen all images; the last E-step takes images."""
 
     @model_validator(mode="after")
     def _shuffles_whole_batches(self) -> Self:
