@@ -4,17 +4,20 @@ Claims: on real photographs of 32 × 32 pixels each method is at least 3 points 
 mean over 3 seeds, and none collapses; ProPos is above SimCLR and BYOL.
 
     python benchmarks/pixels.py [--data ../shared/data] [--sets NAME ...] [--methods NAME ...]
-        [--rows 3000] [--epochs 20] [--seeds 0 1 2]
+        [--rows 3000] [--epochs 20] [--seeds 0 1 2] [--keep FILE]
+        [--settings JSON]
 
-imagenette: 3,000 photographs of ten classes; cifar10: the first rows of its test split, JPEGs. Images are squashed to
+imagenette: 3,000 photographs of ten classes; cifar10: 3,000 of its test split, JPEGs. Images are squashed to
 the size and given as values from 0 to 1; labels only score. All methods have the network `small`, `preset: short` and
 the same number of epochs; the last step counts. The preset's optimiser, rate and temperature were chosen among a few on
-imagenette, one seed, by labels as well; cifar10 had no part in it.
+imagenette, one seed, by labels as well; cifar10 had no part in it. What FILE has of a call that was cut short with the
+same rows and epochs is not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import time
 from pathlib import Path
@@ -46,7 +49,7 @@ def read(folder: Path, rows: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([encoder.encode_images(part) for part in np.array_split(pixels, 20)]), labels[chosen]
 
 
-def scores(labels: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+def scores(labels: np.ndarray, found: np.ndarray) -> tuple[float, ...]:
     """Return ACC and NMI, %."""
     return 100 * float(accuracy(labels, found)), 100 * float(nmi(labels, found))
 
@@ -62,6 +65,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--settings", default="", help="of the methods beside the preset, as {KEY: VALUE, ...}")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{platform.machine()}, {arguments.threads} threads, Python {platform.python_version()}, ", end="")
@@ -79,21 +84,37 @@ def main() -> None:
         ]
         print(f"| {name} | k-means of pixels | {cells(found)} | | |", flush=True)
         for method in arguments.methods:
-            found, spreads, started = [], [], time.perf_counter()
-            for seed in arguments.seeds:
-                settings = {"name": method, "clusters": clusters, "preset": "short", "backbone": "small"}
-                config = find(method).config_type.model_validate(settings | {"epochs": arguments.epochs})
-                fitted = fit_arrays(x, None, config, seed)
-                found.append(scores(labels, fitted.predict_proba(torch.from_numpy(x)).argmax(1).numpy()))
-                z = fitted.transform(torch.from_numpy(x))
-                spreads.append(float(z.std(0).mean()) * z.shape[1] ** 0.5)
-            seconds = (time.perf_counter() - started) / len(arguments.seeds)
-            print(f"| {name} | {method} | {cells(found)} | {np.mean(spreads):.2f} | {seconds:.0f} |", flush=True)
+            found = [fitted_scores(arguments, name, method, seed, x, labels) for seed in arguments.seeds]
+            spread, seconds = np.mean(found, axis=0)[2:]
+            row = f"{method} {arguments.settings}".rstrip()
+            print(f"| {name} | {row} | {cells(found)} | {spread:.2f} | {seconds:.0f} |", flush=True)
 
 
-def cells(found: list[tuple[float, float]]) -> str:
-    """Return mean and deviation of ACC and of NMI as two cells."""
-    mean, spread = np.mean(found, axis=0), np.std(found, axis=0)
+def fitted_scores(
+    arguments: argparse.Namespace, name: str, method: str, seed: int, x: np.ndarray, labels: np.ndarray
+) -> tuple[float, ...]:
+    """Train a method; return ACC and NMI in %, the features' deviation times √d, and the seconds of the training."""
+    key = f"{name} {method} seed {seed}, {len(x)} rows of {x.shape[1]}, {arguments.epochs} epochs{arguments.settings}"
+    lines = arguments.keep.read_text().splitlines() if arguments.keep and arguments.keep.exists() else []
+    kept: dict[str, tuple[float, ...]] = dict(map(json.loads, lines))
+    if key not in kept:
+        settings = {"name": method, "clusters": len(np.unique(labels)), "preset": "short", "backbone": "small"}
+        more = json.loads(arguments.settings or "{}") | {"epochs": arguments.epochs}
+        config = find(method).config_type.model_validate(settings | more)
+        started = time.perf_counter()
+        fitted = fit_arrays(x, None, config, seed)
+        seconds, z = time.perf_counter() - started, fitted.transform(torch.from_numpy(x))
+        found = fitted.predict_proba(torch.from_numpy(x)).argmax(1).numpy()
+        kept[key] = *scores(labels, found), float(z.std(0).mean()) * z.shape[1] ** 0.5, seconds
+        if arguments.keep:
+            with arguments.keep.open("a") as file:
+                file.write(json.dumps([key, kept[key]]) + "\n")
+    return kept[key]
+
+
+def cells(found: list[tuple[float, ...]]) -> str:
+    """Return mean and deviation of ACC and of NMI, the first two of each, as two cells."""
+    mean, spread = np.mean(found, axis=0)[:2], np.std(found, axis=0)[:2]
     return " | ".join(f"{m:.1f}±{s:.1f}" for m, s in zip(mean, spread, strict=True))
 
 
