@@ -355,7 +355,8 @@ class Method(nn.Module):
         Each group is a dict with these keys, all but the first optional:
 
         - `params`: list of parameters.
-        - `lr_scale`: factor on the scheduled learning rate; 1 by default.
+        - `lr_scale`: factor on the learning rate; 1 by default.
+        - `constant_lr`: whether the rate is the peak in every step, in place of the schedule; False by default.
         - `weight_decay`: at the first step; the config's by default. 0 also exempts from LARS' adaptive rates.
         - `final_weight_decay`: at the end of a cosine; by default the config's, or `weight_decay` where that is given.
         - `stacked`: whether each index of axis 0 is a layer with norms of its own (LARS); False by default.

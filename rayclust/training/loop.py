@@ -113,6 +113,7 @@ def build_optimizer(groups: Iterable[Mapping[str, Any]], config: TrainedConfig) 
             {
                 "params": group["params"],
                 "lr_scale": group.get("lr_scale", 1.0),
+                "constant_lr": group.get("constant_lr", False),
                 "initial_decay": decay,
                 "final_decay": group.get("final_weight_decay", final),
                 "stacked": group.get("stacked", False),
@@ -163,9 +164,10 @@ class Stepper:
             What `Method.training_step` gives, detached.
         """
         rate = learning_rate(self.config, self.plan, batch.step)
+        peak = self.config.learning_rate * self.plan.batch_size / RATE_ROWS
         for group in self.optimizer.param_groups:
             decays = group["initial_decay"], group["final_decay"]
-            group["lr"] = rate * group["lr_scale"]
+            group["lr"] = (peak if group["constant_lr"] else rate) * group["lr_scale"]
             group["weight_decay"] = cosine_schedule(*decays, batch.step, self.plan.steps)
         self.optimizer.zero_grad(set_to_none=True)
         means: dict[str, Tensor] = {}

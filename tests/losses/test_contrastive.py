@@ -23,7 +23,9 @@ def random_partitions(rows: int = 13, clusters: int = 4) -> tuple[Tensor, Tensor
     return u, v
 
 
-@pytest.mark.parametrize(("clusters", "temperature", "wanted"), [(10, 0.5, 1.2343182), (1000, 5.0, 7.4005131)])
+@pytest.mark.parametrize(
+    ("clusters", "temperature", "wanted"), [(10, 0.5, 1.2343182), (10, 1.0, 2.0310165), (1000, 5.0, 7.4005131)]
+)
 def test_equal_certain_partitions_have_the_least_contrast(clusters: int, temperature: float, wanted: float):
     u = torch.eye(clusters, dtype=torch.float64)
     found = float(cluster_contrast(u, u, temperature))

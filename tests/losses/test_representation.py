@@ -140,7 +140,16 @@ def _part_of_the_losses(rank: int, world: int) -> list[Any]:
     labels = (torch.arange(8) % 3)[rank::world]
     online, present = class_prototypes(q, labels, 4)
     scattering = prototype_scattering(online, class_prototypes(k, labels, 4)[0], present, 0.5)
-    losses = [scattering, nt_xent(q, k, 0.5)]
+    queue, centers, negatives = unit_rows(6, 5, 9), unit_rows(4, 5, 10), torch.tensor([3, 3])
+    with_queue, present = class_prototypes(q, labels, 4, (queue, torch.arange(6) % 4))
+    losses = [
+        scattering,
+        prototype_scattering(with_queue, class_prototypes(k, labels, 4)[0], present, 0.5),
+        nt_xent(q, k, 0.5),
+        2 + 2 * alignment(q, k),
+        queue_contrast(q, k, queue, 0.2),
+        prototype_contrast(q, labels, centers, torch.full((4,), 0.5, dtype=torch.float64), negatives),
+    ]
     (gradient,) = torch.autograd.grad(sum(losses), q)
     return [[float(loss.detach()) for loss in losses], gradient / world]
 

@@ -120,6 +120,26 @@ def test_learning_rates_of_the_published_schedule():
     assert learning_rate(config, plan, 1000 * 100) == pytest.approx(6.1558e-4, rel=1e-4)
 
 
+@pytest.mark.parametrize(("name", "is_fixed"), [("simsiam", True), ("byol", False)])
+def test_a_predictor_has_a_rate_of_its_own(name: str, is_fixed: bool):
+    method = build(_config(name, epochs=4, warmup_epochs=2, predictor_rate=5.0), SIDE * SIDE * 3, N, 1)
+    assert isinstance(method, PixelMethod)
+    stepper, predictor = Stepper(method.train()), {id(p) for p in method.predictor.parameters()}  # type: ignore[union-attr]
+    stepper.step(Batch({EMBEDDINGS: _images()[None, :16]}, torch.arange(16), step=0, epoch=0))
+    rates = {id(p) in predictor: group["lr"] for group in stepper.optimizer.param_groups for p in group["params"]}
+    assert rates == {True: pytest.approx(5 * 0.1 * 16 / 256 if is_fixed else 0.0), False: 0.0}
+
+
+def test_the_clusters_sizes_in_cc():
+    method = build(_config("cc"), SIDE * SIDE * 3, N, 1)
+    assert isinstance(method, PixelMethod)
+    last, batch = method.cluster_head[-1], Batch({EMBEDDINGS: _images()[None, :16]}, torch.arange(16), 0, 0)  # type: ignore[index]
+    torch.nn.init.zeros_(last.weight)  # all rows alike: first all clusters, then one
+    for bias, expected in ((0.0, 0.0), (50.0, 2 * math.log(K))):
+        last.bias.data = torch.tensor([bias, 0.0, 0.0])
+        assert method.training_step(batch)["imbalance"].item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_momentum_rises_on_half_a_cosine():
     class One(MomentumMethod):
         def __init__(self) -> None:

@@ -462,6 +462,16 @@ def test_lars_scales_each_stacked_layer_by_its_own_norms():
     assert weight.flatten().tolist() == pytest.approx([3.0, 3.5, 0.3, 0.35])
 
 
+def test_lars_leaves_what_is_exempt_at_the_plain_rate():
+    adapted, exempt = (torch.nn.Parameter(torch.tensor([0.0, 2.0])) for _ in range(2))
+    optimizer = Lars([{"params": [adapted], "lr": 1.0}, {"params": [exempt], "lr": 1.0, "adapts": False}])
+    for parameter in (adapted, exempt):
+        parameter.grad = torch.tensor([1.0, 0.0])
+    optimizer.step()
+    assert adapted.tolist() == pytest.approx([-0.002, 2.0])  # η · |w| / |g|
+    assert exempt.tolist() == pytest.approx([-1.0, 2.0])
+
+
 def test_lars_takes_the_steps_of_each_head_alone():
     """All heads at once, and each as the only one of a method that begins where it does."""
     both, alone = _method(optimizer="lars"), [_method(optimizer="lars", heads=1) for _ in range(2)]

@@ -240,13 +240,15 @@ class PixelMethod(Method):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return all parameters with decay; for lars those with one axis are exempt. A predictor has its own rate."""
-        rate: float = getattr(self.config, "predictor_rate", 1.0)
-        scales = {id(p): rate for p in getattr(self, "predictor", nn.Identity()).parameters()}
-        groups: dict[tuple[float, bool], dict[str, Any]] = {}
+        rates = getattr(self.config, "predictor_rate", 1.0), getattr(self.config, "fix_predictor_rate", False)
+        scales = {id(p): rates for p in getattr(self, "predictor", nn.Identity()).parameters()}
+        groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
         for parameter in self.parameters():
             if parameter.requires_grad:
-                scale, decays = scales.get(id(parameter), 1.0), self.config.optimizer != "lars" or parameter.dim() > 1
-                group = groups.setdefault((scale, decays), {"params": [], "lr_scale": scale})
+                scale, is_fixed = scales.get(id(parameter), (1.0, False))
+                decays = self.config.optimizer != "lars" or parameter.dim() > 1
+                rate = {"lr_scale": scale, "constant_lr": is_fixed}
+                group = groups.setdefault((scale, is_fixed, decays), {"params": [], **rate})
                 group["params"].append(parameter)
                 if not decays:
                     group["weight_decay"] = 0.0

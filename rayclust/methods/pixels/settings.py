@@ -133,6 +133,8 @@ class PredictorConfig(MomentumConfig):
     """Of the copy at the end of half a cosine; published: 1 or, for CIFAR-10, as at the start."""
     predictor_rate: float = Field(10.0, gt=0)
     """Learning rate of the predictor relative to the others'."""
+    fix_predictor_rate: bool = False
+    """Whether the predictor's learning rate stays at the peak, without warm-up and cosine."""
     joint_views: bool = False
     """Whether both views go through the network as one batch, whose statistics they then share."""
 
@@ -320,6 +322,7 @@ class SimClrConfig(PixelConfig):
 class SimSiamConfig(PixelConfig):
     """SimSiam (arXiv 2011.10566), clustered by k-means."""
 
+    revision: ClassVar[int] = 4
     short_batch: ClassVar[int] = 64
     name: Literal["simsiam"] = "simsiam"
     """Prediction of the network's own output, without negatives or a copy."""
@@ -331,6 +334,8 @@ class SimSiamConfig(PixelConfig):
     """Of the projector."""
     predictor_rate: float = Field(1.0, gt=0)
     """Learning rate of the predictor relative to the others'."""
+    fix_predictor_rate: bool = True
+    """Whether the predictor's learning rate stays at the peak, without warm-up and cosine, as published."""
     learning_rate: float = Field(0.06, gt=0)
     """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
     reassign: int = Field(50, ge=1)
@@ -338,7 +343,8 @@ class SimSiamConfig(PixelConfig):
 
     def short_settings(self, count: int, steps: int) -> dict[str, Any]:
         """Return narrower heads, and a predictor that follows."""
-        return SHORT_PREDICTION | {"features": 512, "bottleneck": 128, "predictor_rate": 10.0}
+        narrow = {"features": 512, "bottleneck": 128}
+        return SHORT_PREDICTION | narrow | {"predictor_rate": 10.0, "fix_predictor_rate": False}
 
 
 class CppPixelsConfig(CppConfig):
