@@ -151,10 +151,11 @@ def method_settings(config: RunConfig) -> dict[str, Any]:
 
     The names of those that were set by hand count as well as the values, since a preset fills only the open ones. The
     memory of a worker decides how data is distributed, changes no result, and is left out. So are the places of
-    members, whose content counts by the plan of train, and `keep_heads` or `components` that are off.
+    members, whose content counts by the plan of train, and options that came later and are off.
     """
     dumped = settings_of(config.method)
-    left_out = {"worker_memory", "members"} | {name for name in ("keep_heads", "components") if not dumped.get(name)}
+    later = ("keep_heads", "components", "fix_predictor_rate", "e_step_rows")
+    left_out = {"worker_memory", "members", *(name for name in later if dumped.get(name) in (None, False, 0, "images"))}
     values = {key: value for key, value in dumped.items() if key not in left_out}
     settings = {"all": values, "set": sorted(config.method.model_fields_set.difference(left_out))}
     revision = type(config.method).revision
