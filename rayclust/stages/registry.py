@@ -209,7 +209,7 @@ _DECLARED = (
         "assign",
         _in_learnt_space(_assign_settings),
         needs=("encode", "train"),
-        revision=3,
+        revision=4,
         on_gpu="train",
         outputs=AssignOutputs,
     ),

@@ -208,8 +208,11 @@ def keep(name: str, found: dict[str, str]) -> None:
 
 
 def differences(name: str, found: dict[str, str]) -> list[str]:
-    """Return a line for every artefact that is new, gone or other than it was."""
+    """Return a line for every artefact that is new, gone or other than it was.
+
+    A digest that is null in the file counts as any: the artefact has changed since it was kept on this kind.
+    """
     kept = _kept().get(processor(), {}).get(name, {})
     lines = [f"{path}: gone" for path in kept if path not in found]
     lines += [f"{path}: new" for path in found if path not in kept]
-    return sorted(lines + [f"{path}: differs" for path in found if kept.get(path, found[path]) != found[path]])
+    return sorted(lines + [f"{path}: differs" for path in found if kept.get(path) not in (None, found[path])])

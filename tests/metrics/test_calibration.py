@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rayclust.errors import ShapeError
 from rayclust.metrics import calibration
-from rayclust.metrics.calibration import Calibration, Evidence, calibrate, measure, rising_map, sample_size
+from rayclust.metrics.calibration import Calibration, Evidence, calibrate, crowding, measure, rising_map, sample_size
 
 
 def planted(count: int, groups: int, spread: float, width: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -38,18 +38,45 @@ def test_measures_worked_by_hand():
     # Clusters of their own sizes that cut across all groups.
     across = measure(x[order], torch.arange(120) % 3, 3)
     assert max(across.nearest, across.around, across.again, across.spectral) < 0.2
-    assert across.next_eigenvalue == found.next_eigenvalue
+    assert across.crowding == found.crowding == 0.0  # exact copies are none
     # Log odds of 0.98, three times, and of what is around; shares of 0 count as 0.02.
     around = np.log(found.around / (1 - found.around))
-    np.testing.assert_allclose(found.inputs(), [(3 * np.log(49) + around) / 4, found.next_eigenvalue])
+    np.testing.assert_allclose(found.inputs(), [(3 * np.log(49) + around) / 4, 0.0])
     assert Evidence(0.0, 0.0, 0.0, 0.0, 0.5).inputs().tolist() == pytest.approx([-np.log(49), 0.5])
+    assert Evidence(0.0, 0.0, 0.0, 0.0, -2.0).inputs()[1] == -calibration.MOST_CROWDING
 
 
-def test_a_graph_of_more_parts_than_clusters_supports_them_less():
-    x, labels = planted(1200, 6, 0.1)
-    merged, apart = measure(x, labels // 2, 3), measure(x, labels, 6)
-    assert merged.next_eigenvalue == pytest.approx(1.0, abs=1e-3)
-    assert apart.next_eigenvalue < 0.98
+def test_crowding_is_that_of_distances_worked_by_hand():
+    # One row, with nearest rows at 1/2, 1, and eight times at 1: by two neighbours 1 / ln 2, by ten 9 / ln 2.
+    distances = torch.tensor([[0.5] + 9 * [1.0]])
+    assert crowding(1 - distances**2 / 2) == pytest.approx(np.log(9), rel=1e-6)
+    # Copies before them are passed over; fewer columns than ten repeat the last.
+    copies = torch.cat([torch.tensor([[0.0, 1e-4]]), distances], 1)
+    assert crowding(1 - copies.double() ** 2 / 2) == pytest.approx(np.log(9), rel=1e-6)
+    assert crowding(1 - distances[:, :2] ** 2 / 2) == pytest.approx(np.log(9), rel=1e-6)
+    assert crowding(torch.ones(3, 12)) == crowding(torch.zeros(3, 1)) == 0.0
+
+
+@pytest.mark.parametrize("dimension", [2, 5])
+def test_rows_that_fill_their_space_are_not_crowded_and_pairs_are(dimension: int):
+    generator = torch.Generator().manual_seed(0)
+    even = torch.randn(1200, dimension + 1, generator=generator)
+    pairs = even[:600].repeat(2, 1) + 0.01 * torch.randn(1200, dimension + 1, generator=generator)
+    found = [measure(x, torch.arange(1200) % 2, 2).crowding for x in (even, pairs, even[:600].repeat(2, 1))]
+    assert abs(found[0]) < 0.1
+    assert found[1] > 0.5
+    assert abs(found[2]) < 0.1
+
+
+def test_near_copies_support_clusters_less():
+    x, labels = planted(1200, 6, 0.4)
+    probability = torch.rand(1200, generator=torch.Generator().manual_seed(0))
+    crowded = (x[:600] + 0.01 * torch.randn(2, 600, 16, generator=torch.Generator().manual_seed(1))).flatten(0, 1)
+    levels = [
+        calibrate(rows, names, probability, 6)(probability.numpy()).mean()
+        for rows, names in ((x, labels), (crowded, labels[:600].repeat(2)))
+    ]
+    assert levels[1] < levels[0]
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 0.9, 1.0])
@@ -61,9 +88,9 @@ def test_the_mean_of_the_map_is_the_level_and_rows_stay_in_order(level: float):
     assert (np.diff(confidence[np.argsort(probability)]) >= 0).all()
     assert (np.diff(curve.shares) > 0).all()
     assert 0.015 < min(curve.shares) < max(curve.shares) < 0.985
-    # Of a level between, log odds scatter as they are told to.
+    # Of a level between, log odds scatter as they are told to, in proportion to it.
     odds = np.log(confidence / (1 - confidence))
-    assert level != 0.3 or odds.std() == pytest.approx(calibration.SPREAD, rel=0.1)
+    assert level != 0.3 or odds.std() == pytest.approx(0.3 * calibration.SPREAD, rel=0.1)
     # More spread, more apart; none, all alike.
     assert confidence.std() >= rising_map(probability, level, 0.1)(probability).std()
 

@@ -10,6 +10,7 @@ import pytest
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
+from rayclust.metrics import probes
 from rayclust.runtime.pipeline import run_all, run_stage
 from rayclust.runtime.rows import row_starts
 from rayclust.stages import evaluate
@@ -126,15 +127,20 @@ def test_a_method_without_a_membership_has_none_of_its_measures(copied: RunConfi
 def test_the_linear_probe_is_scored_on_rows_that_it_was_not_trained_on(
     copied: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    drawn, read = [], evaluate.features_at
+    drawn, features, probed, read = [], [], [], evaluate.features_at
 
     def note(run: Run, starts: list[int], transform: FeatureTransform, rows: np.ndarray) -> np.ndarray:
         drawn.append(set(rows.tolist()))
-        return read(run, starts, transform, rows)
+        features.append(read(run, starts, transform, rows))
+        return features[-1]
 
     monkeypatch.setattr(evaluate, "features_at", note)
+    monkeypatch.setattr(probes, "linear_probe_accuracy", lambda *given: probed.append(given) or 1.0)
     options = copied.evaluate.model_copy(update={"linear_probe_rows": 6})
     run_stage("evaluate", copied.model_copy(update={"evaluate": options}))
+    ((x, _, z, _),) = probed
+    assert x is features[0]
+    assert z is features[1]
     trained, scored = drawn[:2]
     assert (len(trained), len(scored)) == (3, 3)
     assert not trained & scored
