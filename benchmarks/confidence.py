@@ -1,7 +1,7 @@
 """Reliability of the calibrated confidence of assignments, on labelled sets whose labels only score.
 
     python benchmarks/confidence.py [--data ../shared/data] [--methods kmeans auto] [--sets NAME ...]
-        [--held-out [SEED]] [--results FOLDER]
+        [--held-out [SEED]] [--seed 0] [--results FOLDER]
 
 Claims: on each set the expected calibration error (15 bins) is at most 0.10, and so it is on the mean of the variants,
 where the constants of `rayclust/metrics/calibration.py` are fitted without the set, its variants and mixtures; and the
@@ -75,13 +75,13 @@ class Examined:
         return float(np.square(confidence - self.right)[self.known].mean())
 
 
-def assign(case: defaults.Case, method: str, results: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+def assign(case: defaults.Case, method: str, results: Path | None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Cluster a set, or read what was kept of it: Int64[n], Float[n]."""
-    kept = results and results / f"{case.name.replace('/', '_')}-{method}.npz"
+    kept = results and results / f"{case.name.replace('/', '_')}-{method}{f'-{seed}' if seed else ''}.npz"
     if not kept or not kept.exists():
         x = torch.from_numpy(case.x)
         neighbors = nearest_others(x, min(50, len(x) - 1))
-        fitted = fit_arrays(x, neighbors, METHODS[method](clusters=case.clusters), seed=0)
+        fitted = fit_arrays(x, neighbors, METHODS[method](clusters=case.clusters), seed)
         with torch.inference_mode():
             probability, clusters = fitted.predict_proba(x).float().max(dim=1)
         if not kept:
@@ -91,9 +91,9 @@ def assign(case: defaults.Case, method: str, results: Path | None) -> tuple[torc
         return torch.from_numpy(found["clusters"]), torch.from_numpy(found["probability"])
 
 
-def examine(case: defaults.Case, method: str, results: Path | None) -> Examined:
+def examine(case: defaults.Case, method: str, results: Path | None, seed: int = 0) -> Examined:
     """Cluster a set and measure it."""
-    found, probability = assign(case, method, results)
+    found, probability = assign(case, method, results, seed)
     known = case.labels >= 0
     table = contingency(found[known].numpy(), case.labels[known]).toarray()
     rows, columns = linear_sum_assignment(table, maximize=True)
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["kmeans", "auto"], choices=METHODS)
     parser.add_argument("--sets", nargs="+", default=[*defaults.SETS, *variants, *defaults.MIXED])
     parser.add_argument("--held-out", nargs="?", type=int, const=0, metavar="SEED")
+    parser.add_argument("--seed", type=int, default=0, help="of the methods")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     if options.held_out is not None:
@@ -130,7 +131,7 @@ def main() -> None:
     there = (options.data / defaults.FOLDERS["imagenette"]).is_dir()
     names = [name for name in options.sets if there or name.startswith("digits")]
     found = [
-        examine(case, each, options.results)
+        examine(case, each, options.results, options.seed)
         for case in (defaults.make(name, options.data) for name in names)
         for each in options.methods
     ]
