@@ -456,6 +456,22 @@ def shared_neighbors(members: Sequence[Tensor], neighbors: Tensor) -> Tensor:
     return kept
 
 
+def neighbor_shares(labels: Tensor, neighbors: Tensor) -> Tensor:
+    """Return the share of each row's neighbours that its own cluster has, Float32[N]; 0 without neighbours.
+
+    Args:
+        labels: Int64[N].
+        neighbors: Int64[N M], −1 where a row has fewer.
+    """
+    shares = torch.empty(len(labels))
+    for rows in torch.split(torch.arange(len(labels)), max(1, _VOTES_AT_ONCE // max(1, neighbors.shape[1]))):
+        ids = neighbors[rows]
+        is_known = ids >= 0
+        is_same = (labels[ids.clamp(min=0)] == labels[rows][:, None]) & is_known
+        shares[rows] = is_same.sum(1) / is_known.sum(1).clamp(min=1)
+    return shares
+
+
 def anmi(labels: Tensor, members: Sequence[Tensor]) -> float:
     """Return the mean mutual information with the members, divided by the geometric mean of the two entropies.
 

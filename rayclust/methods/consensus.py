@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rayclust.clustering import kmeans
 from rayclust.clustering.candidates import (
+    FEW_ROWS,
     HEADS,
     MAX_ITERATIONS,
     OTHER_GAIN,
@@ -29,6 +30,7 @@ from rayclust.clustering.consensus import (
     ConsensusResult,
     MemberEvidence,
     SoftLabels,
+    Vote,
     agreements,
     anmi,
     broken_guard,
@@ -36,6 +38,7 @@ from rayclust.clustering.consensus import (
     evidence,
     hard_labels,
     match_confidence,
+    neighbor_shares,
     ridge_classifier,
     shared_neighbors,
     surest_rows,
@@ -49,6 +52,10 @@ logger = logging.getLogger(__name__)
 
 SUREST_SHARE = 0.7
 """ρ, share of each cluster's rows to which the classifier is fitted."""
+FLOOR_SHARE = 0.9
+"""The same where it is fitted to the best member."""
+MAX_LOSS = 0.01
+"""Modularity that the classifier may lose before a warning says that it is too simple for its members."""
 RIDGE = 1e-3
 """λ, relative to the squared lengths of the centred rows that it is fitted to."""
 COMPONENTS = 64
@@ -94,17 +101,17 @@ class Consensus(LinearMethod):
             names = [f"member {place}" for place in range(len(members))]
         soft = [SoftLabels.of(member) if member.dim() > 1 else member.cpu().long() for member in members]
         found, members = consensus(soft, K, neighbors, self.seed), [hard_labels(member) for member in soft]
-        # 2. The vote, unless the graph speaks for the best member. A vote knows of which rows it is sure.
-        kept, share = found.vote.labels, SUREST_SHARE
+        # 2. The vote, unless the graph speaks for the best member.
+        kept, is_vote = found.vote.labels, True
         evidence_of = {"vote": evidence(kept, neighbors, K, found.vote.agreement / len(kept) / len(found.voters))}
         if found.best is not None:
             best, name = members[found.best], torch.from_numpy(found.vote.names[found.voters.index(found.best)])
             agreement = float(agreements([best, kept])[0, 1])
             if not _may_replace(evidence_of["vote"], found.members[found.best], agreement, K):
-                kept, share = torch.where(best >= 0, name[best], kept), 1.0
+                kept, is_vote = torch.where(best >= 0, name[best], kept), False
         # 3. One round of self-training on the surest rows of each cluster; guards, else the clusters' mean rows.
         centers, lengths = _means(x, kept, K)
-        chosen = surest_rows(kept, found.vote.confidence, found.vote.margin, share).nonzero()[:, 0]
+        chosen = _fitted_rows(kept, found.vote if is_vote else None, neighbors)
         penalty = max(RIDGE * lengths * len(chosen), torch.finfo(torch.float32).tiny)
         weight, bias = ridge_classifier(x, kept, K, penalty, chosen)
         if refused := broken_guard(kept, _predict(x, weight, bias), K):
@@ -113,8 +120,12 @@ class Consensus(LinearMethod):
             weight, bias = centers.T, (-0.5 * centers.square().sum(1)).masked_fill(empty, -torch.inf)
         trained = _predict(x, weight, bias)
         same = float((trained == kept).double().mean())
-        title = ("vote" if share < 1 else "best member") + (", nearest means" if refused else ", self-training")
+        title = ("vote" if is_vote else "best member") + (", nearest means" if refused else ", self-training")
         evidence_of[title] = evidence(trained, neighbors, K, same)
+        loss = evidence(kept, neighbors, K).modularity - evidence_of[title].modularity
+        if loss > MAX_LOSS and not refused:
+            refused = f"says less than its members do: its modularity is {loss:.3f} below that of what it is fitted to"
+            logger.warning("consensus: a linear classifier %s; a member's own clusters may be better", refused)
         # 4. The report, and probabilities as sure as the members are.
         self._report(found, names, evidence_of, refused)
         voters = [members[h] for h in found.voters]
@@ -122,8 +133,8 @@ class Consensus(LinearMethod):
         for row, labels in zip(self.report[-2:], (found.vote.labels, trained), strict=True):
             row["anmi"] = anmi(labels, voters)
         for place, row in enumerate(self.report):
-            loss = 1.0 - row["neighbor_agreement"]
-            trainer.report({"epoch": place, "step": place + 1, "loss": loss, "seconds": trainer.seconds()} | row)
+            step = {"epoch": place, "step": place + 1, "loss": 1.0 - row["neighbor_agreement"]}
+            trainer.report(step | {"seconds": trainer.seconds()} | row)
         sample = x[:: max(1, len(x) // SAMPLE_ROWS)]
         temperature = match_confidence(sample @ weight + bias, float(found.vote.confidence.mean()))
         self.keep(trainer.device, weight, bias, centers, temperature)
@@ -166,6 +177,25 @@ def _may_replace(vote: MemberEvidence, best: MemberEvidence, agreement: float, c
     """
     bounds = TRAINED[HEADS] if agreement >= SAME_SHARE else Bounds(modularity_loss=-OTHER_GAIN)
     return is_supported(asdict(vote), asdict(best), clusters, bounds)
+
+
+def _fitted_rows(labels: Tensor, vote: Vote | None, neighbors: Tensor) -> Tensor:
+    """Return the rows to which the classifier is fitted, Int64[n]: the surest of each cluster.
+
+    Members agree on most rows: neighbours tell which of these lie inside a cluster, but not among few rows.
+
+    Args:
+        labels: Int64[N].
+        vote: whose labels they are; None for those of one member.
+        neighbors: Int64[N M], −1 where a row has fewer.
+    """
+    is_few = len(labels) < FEW_ROWS
+    if is_few and vote is None:
+        return torch.arange(len(labels))
+    inside = torch.zeros(len(labels)) if is_few else neighbor_shares(labels, neighbors)
+    if vote is None:
+        return surest_rows(labels, inside, inside, FLOOR_SHARE).nonzero()[:, 0]
+    return surest_rows(labels, vote.confidence + inside, vote.margin, SUREST_SHARE).nonzero()[:, 0]
 
 
 def kmeans_members(x: Tensor, clusters: int, restarts: int, seed: int) -> list[Tensor]:

@@ -194,7 +194,7 @@ class ConsensusConfig(BaseMethodConfig):
     """Vote of several partitions, and a linear classifier that is fitted to the rows on which they agree."""
 
     draws_pairs: ClassVar[bool] = True
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     name: Literal["consensus"] = "consensus"
     """One partition out of many."""
     members: tuple[str, ...] = ()

@@ -270,6 +270,11 @@ def test_neighbors_that_most_members_join_are_kept():
     assert alone[0].tolist() == [True, True, True, False, False]
 
 
+def test_the_share_of_neighbors_in_the_same_cluster():
+    neighbors = torch.tensor([[1, 2, 3], [0, 2, -1], [-1, -1, -1], [0, 1, 2]])
+    assert consensus.neighbor_shares(labels("0010"), neighbors).tolist() == pytest.approx([2 / 3, 1 / 2, 0, 2 / 3])
+
+
 def test_guards_name_what_is_lost():
     voted = labels("0001112222")
     assert consensus.broken_guard(voted, voted, 3) == ""

@@ -88,6 +88,18 @@ def test_a_vote_that_cuts_otherwise_needs_more_evidence(
     assert consensus._may_replace(vote, best, agreement, 4) is wanted
 
 
+def test_rows_among_those_of_other_clusters_do_not_teach():
+    """A tenth of each cluster has neighbours of the other alone; it is left out, but not where rows are few."""
+    for count, fitted_to in ((400, 360), (200, 200)):
+        labels = torch.arange(count) // (count // 2)
+        inside = torch.arange(count) % (count // 2) >= count // 20
+        own, other = labels * (count // 2) + count // 4, (1 - labels) * (count // 2) + count // 4
+        neighbors = torch.where(inside, own, other)[:, None]
+        chosen = consensus._fitted_rows(labels, None, neighbors)
+        assert len(chosen) == fitted_to
+        assert inside[chosen].all() or fitted_to == count
+
+
 def test_a_classifier_that_breaks_a_guard_is_not_kept(monkeypatch: pytest.MonkeyPatch):
     x, labels, _ = planted()
     monkeypatch.setattr(consensus, "RIDGE", 1e9)
@@ -96,6 +108,18 @@ def test_a_classifier_that_breaks_a_guard_is_not_kept(monkeypatch: pytest.Monkey
     assert method.report[-1]["candidate"].endswith(", nearest means")
     assert method.report[-1]["note"] == "it was asked for"
     assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.95
+
+
+def test_members_that_no_linear_classifier_follows_are_warned_of(caplog: pytest.LogCaptureFixture):
+    """A gap along a wave parts the rows; a line cuts through the crests."""
+    x = 2.0 * torch.rand(2000, 2, generator=torch.Generator().manual_seed(0)) - 1.0
+    height = x[:, 1] - 0.25 * (6.0 * x[:, 0]).sin()
+    x, height = x[height.abs() > 0.1], height[height.abs() > 0.1]
+    labels = (height > 0).long()
+    near = torch.cdist(x, x).fill_diagonal_(torch.inf).topk(10, largest=False).indices
+    method = fit_arrays(x, near, ConsensusConfig(clusters=2), members=[labels, 1 - labels, labels])
+    assert isinstance(method, Consensus)
+    assert "says less than its members do" in caplog.text + method.report[-1]["note"]
 
 
 def test_probabilities_are_as_sure_as_the_members():
