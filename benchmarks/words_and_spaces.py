@@ -35,7 +35,11 @@ from threadpoolctl import threadpool_limits
 
 import rayclust as rc
 from rayclust.features import FeatureTransform
+from rayclust.methods.settings import AutoConfig
 from rayclust.metrics.external import accuracy, nmi
+from rayclust.search.knn import nearest_others
+from rayclust.training.loop import fit_arrays
+from rayclust.training.sampling import ArrayRows
 
 FOLDERS = {
     "imagenette": "imagenette_val3k",
@@ -107,6 +111,21 @@ def auto_a(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> La
     return rc.Auto(clusters, random_state=seed, device="cpu").fit_predict(a)
 
 
+def auto_b(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Labels | None:
+    """The default method on features b."""
+    return None if b is None else auto_a(b, None, words, clusters, seed)
+
+
+def auto_ab(a: Rows, b: Rows | None, words: Rows, clusters: int, seed: int) -> Labels | None:
+    """The default method on features a and b, as in a run with two encoders."""
+    if b is None:
+        return None
+    x = {"a": torch.from_numpy(a), "b": torch.from_numpy(b)}
+    config = AutoConfig(clusters=clusters)
+    method = fit_arrays(x, nearest_others(ArrayRows(x).tensor(), config.neighbors), config, seed)
+    return method.predict_proba(ArrayRows(x).tensor()).argmax(1).numpy()
+
+
 METHODS: dict[str, Callable[[Rows, Rows | None, Rows, int, int], Labels | None]] = {
     "k-means a": kmeans_a,
     "k-means b": kmeans_b,
@@ -120,6 +139,8 @@ METHODS: dict[str, Callable[[Rows, Rows | None, Rows, int, int], Labels | None]]
     "TAC a": tac_a,
     "consensus a": consensus_a,
     "auto a": auto_a,
+    "auto b": auto_b,
+    "auto a+b": auto_ab,
 }
 
 

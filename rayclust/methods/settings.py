@@ -133,7 +133,7 @@ class Plan:
 class AutoConfig(BaseMethodConfig):
     """A consensus of k-means and spectral partitions, moved by what trainings find where evidence says so."""
 
-    revision: ClassVar[int] = 5
+    revision: ClassVar[int] = 6
     draws_pairs: ClassVar[bool] = True
     name: Literal["auto"] = "auto"
     """The default: never a partition that the neighbour graph speaks against."""

@@ -96,9 +96,9 @@ def replaces(name: str, changed: dict[str, float], rows: int = 400) -> bool:
         (HEADS, {}, False),
         (HEADS, {"neighbor_agreement": 0.901, "modularity": 0.496}, True),
         (HEADS, {"neighbor_agreement": 0.901, "modularity": 0.494}, False),
-        (LEARNT, {"neighbor_agreement": 0.919}, False),
-        (LEARNT, {"neighbor_agreement": 0.921, "modularity": 0.496}, True),
-        (LEARNT, {"neighbor_agreement": 0.921, "modularity": 0.494}, False),
+        (LEARNT, {"neighbor_agreement": 0.907}, False),
+        (LEARNT, {"neighbor_agreement": 0.908, "modularity": 0.496}, True),
+        (LEARNT, {"neighbor_agreement": 0.908, "modularity": 0.494}, False),
     ],
 )
 def test_what_was_trained_must_keep_more_neighbours_together(name: str, changed: dict[str, float], taken: bool):
