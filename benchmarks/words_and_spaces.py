@@ -32,8 +32,10 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 import rayclust as rc
+from rayclust.clustering.neighborhood import modularity, modularity_terms
 from rayclust.features import FeatureTransform
 from rayclust.methods.settings import AutoConfig
 from rayclust.metrics.external import accuracy, nmi
@@ -153,13 +155,18 @@ def features(path: Path) -> Rows | None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Measure what the file of results lacks: a line for each set, method and seed, with ACC, NMI and CPU seconds."""
+    """Measure what the file of results lacks: a line for each set, method and seed.
+
+    It has ACC, NMI, CPU seconds, and what `auto` takes for evidence: the modularity and the share of neighbour pairs
+    that are kept together, on the graph of all spaces.
+    """
     words = np.stack(pq.read_table(arguments.data / WORDS)["embedding"].to_numpy()).astype(np.float32)
     known = read(arguments.results)
     for name in arguments.sets:
         folder = arguments.data / FOLDERS[name]
         labels_true = np.load(folder / "labels.npy").astype(np.int64)
         a, b = (features(folder / f"features_mnv2{encoder}_f16.npy") for encoder in "ab")
+        near = None if a is None else nearest_others(torch.from_numpy(a if b is None else np.hstack([a, b])), 10)
         for method, seed in itertools.product(arguments.methods, range(arguments.seeds)):
             if a is None or (name, method, seed) in known:
                 continue
@@ -167,14 +174,35 @@ def measure(arguments: argparse.Namespace) -> None:
             labels = METHODS[method](a, b, words, len(np.unique(labels_true)), seed)
             seconds = time.process_time() - start
             scores = None if labels is None else (100 * accuracy(labels_true, labels), 100 * nmi(labels_true, labels))
+            kept = None if labels is None else kept_on(near, torch.from_numpy(np.asarray(labels)).long())
             with arguments.results.open("a") as file:
-                file.write(json.dumps([[name, method, seed], scores, seconds]) + "\n")
+                file.write(json.dumps([[name, method, seed], scores, seconds, kept]) + "\n")
+
+
+def kept_on(near: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Modularity of a partition on a graph of neighbours, and the share of its pairs that are kept together."""
+    terms = modularity_terms(labels[None], labels[near][None], int(labels.max()) + 1)
+    return float(modularity(terms)[0]), float(terms[0, -2] / terms[0, -1])
 
 
 def read(results: Path) -> dict[tuple[str, str, int], tuple[list[float] | None, float]]:
-    """What was measured so far, by set, method and seed."""
+    """Scores and seconds of what was measured so far, by set, method and seed."""
     lines = results.read_text().splitlines() if results.exists() else []
-    return {tuple(key): (scores, seconds) for key, scores, seconds in map(json.loads, lines)}
+    return {tuple(key): (scores, seconds) for key, scores, seconds, *_ in map(json.loads, lines)}
+
+
+def evidence_table(results: Path, sets: list[str]) -> None:
+    """Print the mean evidence of each method on each set."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for (name, method, _), _, _, *kept in map(json.loads, results.read_text().splitlines()):
+        if kept and kept[0]:
+            found.setdefault((name, method), []).append(kept[0])
+    print("\nModularity / share of neighbour pairs kept, on the graph of a and b\n")
+    print(f"| method | {' | '.join(sets)} |\n|---{'|---' * len(sets)}|")
+    for method in [method for method in METHODS if any((name, method) in found for name in sets)]:
+        means = [np.mean(found[name, method], axis=0) if (name, method) in found else None for name in sets]
+        cells = ["–" if mean is None else "{:.3f} / {:.3f}".format(*mean) for mean in means]
+        print(f"| {method} | {' | '.join(cells)} |")
 
 
 def earlier(reports: list[Path]) -> dict[tuple[str, str], str]:
@@ -231,6 +259,8 @@ def main() -> None:
         row = [cells.get((name, method), "–") for name in arguments.sets]
         means = np.mean([numbers[name, method] for name in whole], axis=0) if whole else []
         print(f"| {' | '.join([method, *row, ' / '.join(f'{mean:.1f}' for mean in means)])} |")
+    if arguments.results.exists():
+        evidence_table(arguments.results, arguments.sets)
 
 
 if __name__ == "__main__":
