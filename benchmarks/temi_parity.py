@@ -1,13 +1,15 @@
 """TEMI beside the published program itself: the same first weights, pairs and steps, head by head.
 
     python benchmarks/temi_parity.py PROGRAM [--data ../shared/data] [--seed 0] [--steps 1000] [--report FILE]
+    python benchmarks/temi_parity.py --own SEED ... [--report FILE]
 
 Claim: from the program's own weights and pairs, every head's accuracy here is within a point of the program's after
 every hundredth step, and the same head is kept. PROGRAM is a checkout of the published program (arXiv 2303.17896), of
 which the heads, the loss, the schedule and the parameter groups are run as they are. Rows are imagenette's by encoder
 a, float32, minus their mean, of length 1; settings are those of its README but for the batch of 512 and the 200 epochs
 of the run in ../shared/data/README.md: 16 heads from chance, 50 neighbours, β 0.6, rate 2e-4 after 20 epochs.
-Matrix products of both are in bf16. Labels only score.
+Matrix products of both are in bf16. Labels only score. With `--own` this library trains alone, from first weights and
+pairs of its own draw.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from rayclust.methods.settings import EMBEDDINGS
 from rayclust.methods.temi import Temi
 from rayclust.methods.temi_settings import TemiConfig
 from rayclust.metrics.external import accuracy
-from rayclust.training.loop import Stepper
+from rayclust.training.loop import Stepper, fit_arrays
 
 EPOCHS, BATCH, HEADS, BETA, RATE, WARMUP, MOMENTUM = 200, 512, 16, 0.6, 1e-4, 20, 0.996
 
@@ -113,13 +115,17 @@ class Program:
         return int(self.teacher.head.best_head_idx)
 
 
+def settings(clusters: int) -> TemiConfig:
+    """The published settings in this library's words."""
+    written = {"preset": "readme", "warm_start": "none", "epochs": EPOCHS, "batch_size": BATCH, "keep_heads": True}
+    return TemiConfig.model_validate({"clusters": clusters, **written})
+
+
 class Ours:
     """The same training by this library, from the program's first weights."""
 
     def __init__(self, program: Program, found: Case, seed: int) -> None:
-        written = {"preset": "readme", "warm_start": "none", "epochs": EPOCHS, "batch_size": BATCH, "keep_heads": True}
-        config = TemiConfig.model_validate({"clusters": found.clusters, **written})
-        self.method = Temi(config, found.x.shape[1], len(found.x), seed)
+        self.method = Temi(settings(found.clusters), found.x.shape[1], len(found.x), seed)
         student = self.method.student
         with torch.no_grad():
             for h, head in enumerate(program.student.head.heads):
@@ -153,10 +159,33 @@ def pairs(found: Case, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield rows, np.array([np.random.choice(neighbors[row], 1)[0] for row in rows])  # noqa: NPY002  the program's
 
 
+def scores_of(found: Case, labels: np.ndarray) -> np.ndarray:
+    """ACC in % of Int64[H N]."""
+    return np.array([100 * accuracy(found.labels, head) for head in labels])
+
+
+def compare_draws(found: Case, seeds: list[int], report: Path | None) -> None:
+    """Print, and append to the report, what this library reaches from each of its own draws."""
+    heading = (
+        "\nrayclust alone, own draws: ACC of the head that is kept; of all heads, from the smallest to the largest loss"
+    )
+    for place, seed in enumerate(seeds):
+        method = fit_arrays(found.x, found.neighbors, settings(found.clusters), seed)
+        assert isinstance(method, Temi)
+        scores = scores_of(found, method.predict_heads(torch.from_numpy(found.x)).numpy())
+        heads = " ".join(f"{score:5.1f}" for score in scores[np.argsort(method.head_losses.numpy())])
+        line = f"seed {seed}: {scores[int(method.best_head)]:5.1f}; mean {scores.mean():5.1f};  {heads}"
+        print(line, flush=True)
+        if report:
+            with report.open("a") as file:
+                file.write(("" if place else heading + "\n") + line + "\n")
+
+
 def main() -> None:
     """Print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", type=Path)
+    parser.add_argument("program", type=Path, nargs="?")
+    parser.add_argument("--own", type=int, nargs="+", metavar="SEED")
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
@@ -165,9 +194,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     (found,) = cases(arguments.data, ["imagenette-a"])
+    x = torch.from_numpy(found.x)
+    if arguments.own:
+        compare_draws(found, arguments.own, arguments.report)
+        return
     program = Program(arguments.program, found, arguments.seed)
     ours = Ours(program, found, arguments.seed)
-    x = torch.from_numpy(found.x)
     lines = [
         f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}",
         f"python benchmarks/temi_parity.py PROGRAM --seed {arguments.seed} --steps {arguments.steps}",
@@ -192,7 +224,7 @@ def main() -> None:
         if (step + 1) % 100 and step + 1 < arguments.steps:
             continue
         both = [program.labels(x), ours.method.predict_heads(x).numpy()]
-        scores = np.array([[100 * accuracy(found.labels, labels) for labels in heads] for heads in both])
+        scores = np.array([scores_of(found, heads) for heads in both])
         difference, kept = float(np.abs(scores[0] - scores[1]).max()), (program.best, int(ours.method.best_head))
         worst, alike = max(worst, difference), alike and kept[0] == kept[1]
         cells = [
