@@ -218,16 +218,16 @@ def test_a_choice_among_partitions_is_a_table_and_no_curve():
     rows = [evidence | {"candidate": name, "chosen": float(name == "consensus")} for name in ("k-means", "consensus")]
     table = pa.Table.from_pylist(rows)
     assert report._curves(table) == []
-    first, second = report._candidates(table)
+    first, second = report._candidates(table, {})
     assert (first["name"], first["chosen"], second["chosen"]) == ("k-means", False, True)
     assert second["evidence"]["Modularity"] == 0.8
-    assert list(report._candidates(pa.table({"loss": [1.0]}))) == []
+    assert list(report._candidates(pa.table({"loss": [1.0]}), {})) == []
     # TURTLE has both: steps, and then its runs.
     steps = [{"loss": 2.0}, {"loss": 1.0}]
     run = {"loss": 0.5, "score": 0.9, "candidate": "start 0", "chosen": 1.0}
     table = pa.table({name: [row.get(name) for row in [*steps, run]] for name in run})
     assert [curve.series for curve in report._curves(table)] == [{"loss": [2.0, 1.0]}]
-    [kept] = report._candidates(table)
+    [kept] = report._candidates(table, {})
     assert kept == {"name": "start 0", "chosen": True, "evidence": {"Labels predicted on held-out rows": 0.9}}
 
 
