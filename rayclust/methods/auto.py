@@ -25,7 +25,7 @@ from rayclust.clustering.candidates import (
 )
 from rayclust.clustering.consensus import match_confidence
 from rayclust.methods.base import BaseTrainer, Method, Pairing, Rows
-from rayclust.methods.cpp import Cpp, CppConfig
+from rayclust.methods.cpp import SPACE_ROWS, Cpp, CppConfig
 from rayclust.methods.graph import ComponentRows, sample_with_neighbors
 from rayclust.methods.linear import LinearMethod
 from rayclust.methods.settings import AutoConfig
@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 MULTIPLICATIONS = 3e10
 """Multiplications of a training that count as a second of one core; a Xeon with amx_bf16 does 1.6e10 to 3.5e10."""
-SPACE_ROWS = 80
-"""Rows for each cluster below which no space is learnt: from fewer it gained and lost equally often."""
 MAX_BATCH, MIN_BATCH = 256, 64
 """Pairs in a batch of TEMI's; a quarter of the rows between these."""
 MAX_PARTNERS = 10

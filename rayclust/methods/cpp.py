@@ -46,9 +46,12 @@ UNUSED_SCALE = 1e-2
 """Scale of the random weights of those outputs for which the rows have no principal component."""
 SPECTRAL, KEPT = "spectral.", "kept."
 """Prefixes of the partition's and of the kept start's tensors in a state."""
-GUARD = Bounds(modularity_loss=0.01, agreement_loss=-0.01)
+GUARD, GAIN = Bounds(modularity_loss=0.01, agreement_loss=-0.01), 0.025
 """What the final clusters must have for them: a point more neighbours together than the partition that they started
-from, which is kept else, at little modularity."""
+from, which is kept else, at little modularity; and both together must rise by the gain."""
+SPACE_ROWS = 80
+"""Rows for each cluster below which clusters of a learnt space are not taken: from fewer they gained and lost equally
+often."""
 EVIDENCE_NEIGHBORS = 10
 """Nearest neighbours of a row that speak for or against its cluster."""
 
@@ -284,10 +287,13 @@ class Cpp(SpectralMethod):
         neighbors = nearest_others(x, min(EVIDENCE_NEIGHBORS, len(x) - 1))
         start = choose(make_candidates(x, neighbors, K, self.seed))
         fitted.cut_from(start.labels, K)
-        if not is_supported(evidence(x, fitted.labels(K), neighbors, K), start.evidence, K, GUARD):
-            logger.warning(
-                "cpp: the neighbour graph speaks against the learnt clusters, those of %s are kept", start.name
-            )
+        new, old = evidence(x, fitted.labels(K), neighbors, K), start.evidence
+        gain = sum(new[name] - old[name] for name in ("modularity", "neighbor_agreement"))
+        reason = "" if is_supported(new, old, K, GUARD) and gain >= GAIN else "the neighbour graph speaks against"
+        if stats.count < SPACE_ROWS * K:
+            reason = f"{stats.count / K:.0f} rows a cluster are too few for"
+        if reason:
+            logger.warning("cpp: %s the learnt clusters, those of %s are kept", reason, start.name)
             sharpness = match_confidence(x @ start.weight + start.bias, start.evidence["neighbor_agreement"])
             self.kept = start.weight / sharpness, start.bias / sharpness
 

@@ -46,7 +46,7 @@ KERNEL_PRODUCTS = 20
 class CppConfig(SpectralOptions, TrainedConfig):
     """CPP (arXiv 2306.05272): rate reduction on frozen embeddings. A key that is written wins over the preset."""
 
-    revision: ClassVar[int] = 6
+    revision: ClassVar[int] = 7
     has_own_space: ClassVar[bool] = True
     name: Literal["cpp"] = "cpp"
     """Clustering by the principle of rate reduction with pretrained models."""

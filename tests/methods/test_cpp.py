@@ -276,13 +276,18 @@ def test_finds_planted_clusters_and_new_rows_of_them(variant: str):
     torch.testing.assert_close(fitted.transform(x[:1]), fitted.transform(x)[:1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize(
+    ("is_supported", "gain", "least_rows"), [(True, -1, 80), (False, -1, 80), (True, 1, 80), (True, -1, 81)]
+)
 def test_the_final_clusters_go_on_from_autos_and_give_way_to_them_on_evidence(
-    is_right: bool, monkeypatch: pytest.MonkeyPatch
+    is_supported: bool, gain: float, least_rows: int, monkeypatch: pytest.MonkeyPatch
 ):
     x, labels = planted(240)
+    is_right = is_supported and gain < 0 and least_rows == 80
     settings = {"steps": 3, "learning_rate": 0.05, "min_learning_rate": 0.05, "start": "principal", "clusters": 3}
-    monkeypatch.setattr(cpp, "is_supported", lambda *_: is_right)
+    monkeypatch.setattr(cpp, "is_supported", lambda *_: is_supported)
+    monkeypatch.setattr(cpp, "GAIN", gain)
+    monkeypatch.setattr(cpp, "SPACE_ROWS", least_rows)
     made = fit_arrays(x, None, CppConfig.model_validate({**SMALL, **settings, "final_start": "auto"}))
     assert isinstance(made, Cpp)
     found = made.predict_proba(x)
