@@ -287,15 +287,17 @@ class Cpp(SpectralMethod):
         neighbors = nearest_others(x, min(EVIDENCE_NEIGHBORS, len(x) - 1))
         start = choose(make_candidates(x, neighbors, K, self.seed))
         fitted.cut_from(start.labels, K)
-        new, old = evidence(x, fitted.labels(K), neighbors, K), start.evidence
-        gain = sum(new[name] - old[name] for name in ("modularity", "neighbor_agreement"))
-        reason = "" if is_supported(new, old, K, GUARD) and gain >= GAIN else "the neighbour graph speaks against"
         if stats.count < SPACE_ROWS * K:
             reason = f"{stats.count / K:.0f} rows a cluster are too few for"
-        if reason:
-            logger.warning("cpp: %s the learnt clusters, those of %s are kept", reason, start.name)
-            sharpness = match_confidence(x @ start.weight + start.bias, start.evidence["neighbor_agreement"])
-            self.kept = start.weight / sharpness, start.bias / sharpness
+        else:
+            new, old = evidence(x, fitted.labels(K), neighbors, K), start.evidence
+            gain = sum(new[name] - old[name] for name in ("modularity", "neighbor_agreement"))
+            if is_supported(new, old, K, GUARD) and gain >= GAIN:
+                return
+            reason = "the neighbour graph speaks against"
+        logger.warning("cpp: %s the learnt clusters, those of %s are kept", reason, start.name)
+        sharpness = match_confidence(x @ start.weight + start.bias, start.evidence["neighbor_agreement"])
+        self.kept = start.weight / sharpness, start.bias / sharpness
 
     def read(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """Return what the network reads of rows Float[B D]: the rows.
