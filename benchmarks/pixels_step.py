@@ -2,8 +2,8 @@
 
 Claims, at 32 pixels with the network `small`: an epoch of SimCLR is at least 1.5 times as fast as the loop that the
 papers' programs have, with the same network, loss, optimiser and precision; so is one of BYOL beside lightly's parts in
-the same loop; and the E-step of ProPos, after every epoch, takes under 5 % of it, where its k-means goes on from the
-centres of the epoch before (missed with `e_step_rows: images`, as published: see the report).
+the same loop; and the E-step of ProPos, after every epoch, takes under 5 % of it with `e_step_rows: views`, as
+`preset: short` has it (with `images`, as published, it takes 7 to 9 %: see the report).
 
     python benchmarks/pixels_step.py [--threads 2] [--rows 2560] [--rounds 5] [--batch 128] [--backbone small]
         [--parts propos simclr byol]

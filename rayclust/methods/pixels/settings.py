@@ -269,6 +269,7 @@ OURS: dict[str, dict[str, Any]] = {
 class ProPosConfig(PredictorConfig):
     """ProPos (arXiv 2111.11821): BYOL with prototype scattering. A key that is written wins over the preset."""
 
+    revision: ClassVar[int] = 4
     name: Literal["propos"] = "propos"
     """BYOL with prototypes that scatter."""
     preset: Literal[
@@ -296,6 +297,10 @@ class ProPosConfig(PredictorConfig):
     """Keys of earlier batches that count in the prototypes; for batches with few rows of each cluster."""
     resample: bool = False
     """Whether epochs draw each cluster equally often."""
+
+    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
+        """Return BYOL's, and E-steps that take no pass of their own: there is one after every epoch."""
+        return super().short_settings(count, steps) | {"e_step_rows": "views"}
 
     def preset_settings(self, count: int) -> dict[str, Any]:
         """Return what the preset stands for."""
