@@ -446,7 +446,7 @@ def test_a_short_training_follows_from_its_number_of_steps(name: str):
     if hasattr(short, "momentum"):
         assert short.momentum == pytest.approx(1 - 16 / (44 * 23))
         assert longer.momentum == config_type.model_fields["momentum"].default
-    assert (getattr(short, "e_step_rows", "") == "views") == (name == "propos")  # alone with an E-step an epoch to learn
+    assert (getattr(short, "e_step_rows", "") == "views") == (name == "propos")  # an E-step an epoch
 
 
 def test_features_are_those_of_the_copy():
