@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,22 +20,6 @@ from rayclust import distributed
 from rayclust.methods.settings import BaseMethodConfig, Plan
 
 logger = logging.getLogger(__name__)
-
-
-def cosine_schedule(start: float, end: float, step: int, steps: int) -> float:
-    """Return half a cosine from `start` at step 0 towards `end`, which it would reach at step `steps`.
-
-    Args:
-        start: value at step 0.
-        end: value at and after `steps`.
-        step: from 0.
-        steps: length; 0 is over at once.
-
-    Source: arXiv 1608.03983, eq. 5, without restarts.
-    """
-    if start == end or step >= steps:
-        return end
-    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * step / steps))
 
 
 def _random_order(epoch: int) -> Tensor | None:

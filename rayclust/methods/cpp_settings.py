@@ -7,12 +7,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rayclust.clustering.settings import SpectralOptions
-from rayclust.methods.settings import Plan, TrainedConfig
+from rayclust.methods.settings import RATE_ROWS, Plan, TrainedConfig
 
 PUBLISHED_RATE = 1e-4
 """Learning rate of every data set, whatever its batch."""
-RATE_ROWS = 256
-"""Rows of batch that a config's learning rate is given for."""
 PAPER: dict[str, dict[str, Any]] = {
     "cifar10": {
         "variant": "two_head", "batch_size": 1024, "temperature": 0.175, "epochs": 15, "expansion_steps": 50

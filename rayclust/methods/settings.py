@@ -6,6 +6,7 @@ Apart from the methods, so that a config is read without torch; a paper with pre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -19,6 +20,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 """Of matrix products in training. auto: bf16 where the processor multiplies it fast, else float32."""
 NO_NEIGHBOR = -1
 """Neighbour number that stands behind the last neighbour of a row that has fewer than M."""
+RATE_ROWS = 256
+"""Rows of batch that a learning rate is given for."""
 EMBEDDINGS = "embeddings"
 """Name of the space of a run with one encoder."""
 
@@ -71,8 +74,6 @@ class BaseMethodConfig(Config):
 class TrainedConfig(BaseMethodConfig):
     """Settings that every method trained by gradient has."""
 
-    cosine_over_all: ClassVar[bool] = False
-    """Whether the learning rate's cosine is as long as all steps, and the warm-up cut off its end as in ProPos."""
     epochs: int = Field(100, ge=1)
     """Passes over the rows; not used when `steps` is set."""
     steps: int | None = Field(None, ge=1)
@@ -95,6 +96,41 @@ class TrainedConfig(BaseMethodConfig):
     """Decay at the end of a cosine."""
     clip_norm: float | None = Field(None, gt=0)
     """Longest gradient, all parameters together; None does not cut."""
+
+    def rate_at(self, step: int, plan: Plan) -> float:
+        """Return the learning rate: linear from 0 to the peak over the warm-up, then a cosine to the minimum.
+
+        Args:
+            step: from 0; the first step of a warm-up has rate 0, its last one the peak.
+            plan: batch size, warm-up and length.
+
+        Source: arXiv 1706.02677 for the scaling by the batch and the warm-up.
+        """
+        peak, end = self.rates_for(plan.batch_size)
+        if step < plan.warmup_steps:
+            return plan.warmed_up(peak, step)
+        return cosine_schedule(peak, end, step - plan.warmup_steps, plan.steps - plan.warmup_steps)
+
+    def rates_for(self, batch_size: int) -> tuple[float, float]:
+        """Return the peak and the end of the learning rate for batches of this many rows."""
+        scale = batch_size / RATE_ROWS
+        return self.learning_rate * scale, self.min_learning_rate * scale
+
+
+def cosine_schedule(start: float, end: float, step: int, steps: int) -> float:
+    """Return half a cosine from `start` at step 0 towards `end`, which it would reach at step `steps`.
+
+    Args:
+        start: value at step 0.
+        end: value at and after `steps`.
+        step: from 0.
+        steps: length; 0 is over at once.
+
+    Source: arXiv 1608.03983, eq. 5, without restarts.
+    """
+    if start == end or step >= steps:
+        return end
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * step / steps))
 
 
 @dataclass(frozen=True)
@@ -128,6 +164,10 @@ class Plan:
     def epochs(self) -> int:
         """Epochs begun."""
         return -(-self.steps // self.steps_per_epoch)
+
+    def warmed_up(self, rate: float, step: int) -> float:
+        """Return the rate at a step of the warm-up, which ends at `rate`."""
+        return rate * step / max(self.warmup_steps - 1, 1)
 
 
 class AutoConfig(BaseMethodConfig):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rayclust.language.vocabulary import Template
-from rayclust.methods.settings import TrainedConfig
+from rayclust.methods.settings import RATE_ROWS, TrainedConfig
 
 TEMPLATES = (
     "itap of a {}.",
@@ -19,8 +19,8 @@ TEMPLATES = (
     "a photo of the small {}.",
 )
 """Seven of the prompts of arXiv 2103.00020."""
-RATE, RATE_ROWS = 1e-3, 256
-"""Published learning rate, whatever the batch; and the rows of batch that a config's is given for."""
+RATE = 1e-3
+"""Published learning rate, whatever the batch."""
 SMALL: dict[str, Any] = {"epochs": 20, "batch_size": 512, "temperature": 0.5}
 LARGE: dict[str, Any] = {"epochs": 100, "batch_size": 8192, "temperature": 5.0}
 """The published program's settings, and those for many clusters."""

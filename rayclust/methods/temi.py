@@ -21,10 +21,10 @@ from torch.nn import functional
 from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.losses.information import InformationOptions, Marginal, information_losses, log_probabilities
-from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Pairing, Rows, cosine_schedule
+from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Pairing, Rows
 from rayclust.methods.graph import ComponentRows
 from rayclust.methods.layers import ema_update
-from rayclust.methods.settings import Plan
+from rayclust.methods.settings import Plan, cosine_schedule
 from rayclust.methods.temi_heads import (
     Heads,
     Start,

@@ -154,8 +154,9 @@ def method_settings(config: RunConfig) -> dict[str, Any]:
     members, whose content counts by the plan of train, and options that came later and are off.
     """
     dumped = settings_of(config.method)
-    later = ("keep_heads", "components", "fix_predictor_rate", "e_step_rows")
-    left_out = {"worker_memory", "members", *(name for name in later if dumped.get(name) in (None, False, 0, "images"))}
+    later = ("keep_heads", "components", "fix_predictor_rate", "e_step_rows", "cosine_by_epochs", "milestones")
+    off: tuple[Any, ...] = (None, False, 0, "images", [])
+    left_out = {"worker_memory", "members", *(name for name in later if dumped.get(name) in off)}
     values = {key: value for key, value in dumped.items() if key not in left_out}
     settings = {"all": values, "set": sorted(config.method.model_fields_set.difference(left_out))}
     revision = type(config.method).revision

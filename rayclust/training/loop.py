@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from rayclust import distributed
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build_for
-from rayclust.methods.base import BaseTrainer, Batch, HeadParallel, Method, Rows, Source, cosine_schedule
-from rayclust.methods.settings import BaseMethodConfig, Plan, TrainedConfig
+from rayclust.methods.base import BaseTrainer, Batch, HeadParallel, Method, Rows, Source
+from rayclust.methods.settings import BaseMethodConfig, TrainedConfig, cosine_schedule
 from rayclust.training.sampling import STEP_STREAM, ArrayRows, RowSource, derive_seed
 
 logger = logging.getLogger(__name__)
 
-RATE_ROWS = 256
-"""Rows of batch that a learning rate is given for."""
 CLOCK_STEPS = 20
 """Steps between two looks at the clock for a checkpoint."""
 LOSS_SCALE, LOSS_SCALE_STEPS = 2.0**12, 2_000
@@ -33,24 +31,6 @@ SCALE_KEYS = ("scale", "_growth_tracker")
 """What changes in the state of a `GradScaler`, which is empty where the loss is not scaled."""
 METHOD, OPTIMIZER, SUMS = "method.", "optimizer.", "sums."
 """Prefixes of tensors in a checkpoint."""
-
-
-def learning_rate(config: TrainedConfig, plan: Plan, step: int) -> float:
-    """Return the learning rate: linear from 0 to the peak over the warm-up, then a cosine to the minimum.
-
-    Args:
-        config: peak and minimum, per 256 rows.
-        plan: batch size, warm-up and length.
-        step: from 0; the first step of a warm-up has rate 0, its last one the peak.
-
-    Source: arXiv 1706.02677 for the scaling by the batch and the warm-up.
-    """
-    scale = plan.batch_size / RATE_ROWS
-    peak, end = config.learning_rate * scale, config.min_learning_rate * scale
-    if step < plan.warmup_steps:
-        return peak * step / max(plan.warmup_steps - 1, 1)
-    length = plan.steps if config.cosine_over_all else plan.steps - plan.warmup_steps
-    return cosine_schedule(peak, end, step - plan.warmup_steps, length)
 
 
 class Lars(torch.optim.Optimizer):
@@ -163,8 +143,8 @@ class Stepper:
         Returns:
             What `Method.training_step` gives, detached.
         """
-        rate = learning_rate(self.config, self.plan, batch.step)
-        peak = self.config.learning_rate * self.plan.batch_size / RATE_ROWS
+        rate = self.config.rate_at(batch.step, self.plan)
+        peak, _ = self.config.rates_for(self.plan.batch_size)
         for group in self.optimizer.param_groups:
             decays = group["initial_decay"], group["final_decay"]
             group["lr"] = (peak if group["constant_lr"] else rate) * group["lr_scale"]
@@ -285,7 +265,7 @@ class Trainer(BaseTrainer):
             means = method.gather_state(means)
         seconds, before = self.seconds(), float(self.history[-1]["seconds"]) if self.history else 0.0
         row = {"epoch": epoch, "step": step, "loss": float(means["loss"])}
-        row["learning_rate"] = learning_rate(stepper.config, plan, step - 1)
+        row["learning_rate"] = stepper.config.rate_at(step - 1, plan)
         row.update(method.on_epoch_end(means))
         row["rows_per_second"] = steps * plan.batch_size / max(seconds - before, 1e-9)
         row["seconds"] = seconds

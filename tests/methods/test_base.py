@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from rayclust.methods import METHODS, config_type, find, is_recuttable, reads_pixels
-from rayclust.methods.base import Batch, Method, Prototypes, Source, Transform, cosine_schedule
-from rayclust.methods.settings import BaseMethodConfig, Plan, TrainedConfig
+from rayclust.methods.base import Batch, Method, Prototypes, Source, Transform
+from rayclust.methods.settings import BaseMethodConfig, Plan, TrainedConfig, cosine_schedule
 
 
 def _plan(count: int, **settings: Any) -> Plan:

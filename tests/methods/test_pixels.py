@@ -20,7 +20,7 @@ from rayclust.methods.pixels.base import KeyQueue, MomentumMethod, PixelMethod
 from rayclust.methods.pixels.propos import ProPos
 from rayclust.methods.pixels.settings import PixelConfig, ProPosConfig
 from rayclust.methods.settings import EMBEDDINGS, Plan
-from rayclust.training.loop import Stepper, Trainer, learning_rate
+from rayclust.training.loop import Stepper, Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.stores import MemoryStore
 from tests.workers import on_two_workers
@@ -115,9 +115,23 @@ def test_a_training_that_was_killed_ends_at_the_same_bits(name: str):
 def test_learning_rates_of_the_published_schedule():
     config = ProPosConfig(clusters=10, batch_size=512)
     plan = Plan.of(config, 51_200)  # 100 steps an epoch
-    assert learning_rate(config, plan, 25 * 100) == pytest.approx(0.05, rel=1e-3)
-    assert learning_rate(config, plan, 50 * 100) == pytest.approx(0.1)
-    assert learning_rate(config, plan, 1000 * 100) == pytest.approx(6.1558e-4, rel=1e-4)
+    assert config.rate_at(25 * 100, plan) == pytest.approx(0.05, rel=1e-3)
+    assert config.rate_at(50 * 100, plan) == pytest.approx(0.1)
+    assert config.rate_at(1000 * 100, plan) == pytest.approx(6.1558e-4, rel=1e-4)
+    by_epochs = ProPosConfig.model_validate({"clusters": 20, "preset": "cifar20_r34"}).resolved(25_600)
+    rates = [by_epochs.rate_at(step, Plan.of(by_epochs, 25_600)) for step in (0, 4_999, 5_000, 5_099, 50_000, 99_999)]
+    last = 0.025 * (1 - math.cos(0.001 * math.pi))
+    assert rates == pytest.approx([0, 0.0496922, 0.0496922, 0.0496922, 0.025, last])
+    steps = ProPosConfig(clusters=10, batch_size=256, milestones=(600, 800))
+    plan = Plan.of(steps, 25_600)
+    rates = [steps.rate_at(step, plan) for step in (4_999, 59_999, 60_000, 80_000)]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.0005])
+
+
+def test_a_step_schedule_has_no_cosine():
+    for key in ("cosine_by_epochs", "min_learning_rate"):
+        with pytest.raises(ValueError, match="milestones: without a cosine"):
+            ProPosConfig.model_validate({"clusters": 10, "milestones": [600], key: True})
 
 
 @pytest.mark.parametrize(("name", "is_fixed"), [("simsiam", True), ("byol", False)])

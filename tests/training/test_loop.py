@@ -26,7 +26,6 @@ from rayclust.training.loop import (
     Trainer,
     build_optimizer,
     fit_arrays,
-    learning_rate,
 )
 from rayclust.training.sampling import ArrayRows, RowSource
 from tests import references
@@ -78,7 +77,7 @@ def test_training_equals_single_heads_trained_by_torchs_adamw():
             both = (((sb * ta) ** 0.6 / shares[h]).sum(-1).log(), ((sa * tb) ** 0.6 / shares[h]).sum(-1).log())
             optimizers[h].zero_grad()
             (-(trust * (both[0] + both[1]) / 2).mean() / 2).backward()
-            _step_head(head, optimizers[h], learning_rate(method.config, method.plan, batch.step), batch.epoch == 0)
+            _step_head(head, optimizers[h], method.config.rate_at(batch.step, method.plan), batch.epoch == 0)
             with torch.no_grad():
                 for mine, theirs in zip(teachers[h].parameters(), head.parameters(), strict=True):
                     mine.mul_(0.996).add_(0.004 * theirs)
@@ -276,7 +275,7 @@ def test_each_epoch_gives_a_row_of_metrics():
         assert row["loss"] == pytest.approx(sum(row["head_losses"]) / 2)
         assert 0 <= row["marginal_entropy"] <= math.log(K) + 1e-9
         assert row["rows_per_second"] > 0
-    assert rows[-1]["learning_rate"] == learning_rate(method.config, method.plan, 9)
+    assert rows[-1]["learning_rate"] == method.config.rate_at(9, method.plan)
     assert method.best_head == int(np.argmin(rows[-1]["head_losses"]))
 
 
@@ -334,7 +333,7 @@ def test_a_stop_ends_the_training_and_a_resume_does_not_go_on():
 def _rates(count: int, **settings: float) -> list[float]:
     config = TrainedConfig.model_validate({"name": "any", "clusters": 2, **settings})
     plan = Plan.of(config, count)
-    return [learning_rate(config, plan, step) for step in range(plan.steps)]
+    return [config.rate_at(step, plan) for step in range(plan.steps)]
 
 
 def test_the_published_rate_rises_from_zero_to_four_times_its_base_and_stays():

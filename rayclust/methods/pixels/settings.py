@@ -10,8 +10,10 @@ from pydantic import Field, model_validator
 
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.methods.cpp_settings import CppConfig
-from rayclust.methods.settings import TrainedConfig
+from rayclust.methods.settings import Plan, TrainedConfig, cosine_schedule
 
+STEP_FACTOR = 0.1
+"""By which the learning rate falls at a milestone."""
 Family = Literal["simclr", "simclr_blur", "simclr_small", "byol", "weak"]
 SHORT_STEPS, SHORT_RATE, SHORT_AVERAGE = 1_000, 4e-3, 16
 """Of `preset: short`: steps where the config counts none, rate per 256 rows, and into how many parts a training is cut
@@ -25,7 +27,6 @@ class PixelConfig(TrainedConfig):
     """Settings of every method that learns from pixels; defaults are those of ProPos on CIFAR-10."""
 
     revision: ClassVar[int] = 3
-    cosine_over_all: ClassVar[bool] = True
     has_own_space: ClassVar[bool] = True
     reads_pixels: ClassVar[bool] = True
     short_batch: ClassVar[int] = 128
@@ -62,6 +63,11 @@ class PixelConfig(TrainedConfig):
     """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
     min_learning_rate: float = Field(0.0, ge=0)
     """What the cosine falls to, per 256 rows of batch as well; it is counted over all epochs, warm-up included."""
+    cosine_by_epochs: bool = False
+    """Whether the rate falls from epoch to epoch, on a cosine that begins with the warm-up, which rises to where it
+    meets it; published for CIFAR-20 with ResNet-34."""
+    milestones: tuple[int, ...] = ()
+    """Epochs from which on the rate is a tenth of what it was; without any it falls on the cosine."""
     warmup_epochs: int = Field(50, ge=0)
     """Epochs in which the learning rate rises linearly from 0."""
     optimizer: Literal["adamw", "sgd", "lars"] = "sgd"
@@ -70,6 +76,25 @@ class PixelConfig(TrainedConfig):
     """Decay of all parameters; with lars biases and norms have none."""
     final_weight_decay: float = Field(5e-4, ge=0)
     """Decay at the end of a cosine."""
+
+    @model_validator(mode="after")
+    def _has_one_schedule(self) -> Self:
+        if self.milestones and (self.cosine_by_epochs or "min_learning_rate" in self.model_fields_set):
+            raise ValueError("milestones: without a cosine, so without cosine_by_epochs and min_learning_rate")
+        return self
+
+    def rate_at(self, step: int, plan: Plan) -> float:
+        """Return the learning rate: a warm-up, then a cosine as long as all steps whose end it cuts off, or steps."""
+        peak, end = self.rates_for(plan.batch_size)
+        epoch, warmup = step // plan.steps_per_epoch, plan.warmup_steps
+        if self.cosine_by_epochs:
+            meeting = cosine_schedule(peak, end, warmup, plan.steps)
+            return plan.warmed_up(meeting, step) if step < warmup else cosine_schedule(peak, end, epoch, plan.epochs)
+        if step < warmup:
+            return plan.warmed_up(peak, step)
+        if self.milestones:
+            return peak * STEP_FACTOR ** sum(epoch >= milestone for milestone in self.milestones)
+        return cosine_schedule(peak, end, step - warmup, plan.steps)
 
     def resolved(self, count: int) -> Self:
         """Return this config with its preset written out for N = `count` rows; `preset` is then `none`."""
@@ -248,7 +273,7 @@ CIFAR20 = {"batch_size": 256, "final_momentum": 1.0, "joint_views": True, "resam
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cifar10_r18": {"batch_size": 512},
     "cifar20_r18": CIFAR20,
-    "cifar20_r34": CIFAR20 | {"backbone": "resnet34"},
+    "cifar20_r34": CIFAR20 | {"backbone": "resnet34", "cosine_by_epochs": True},
     "imagenetdogs_r34": CIFAR20 | {"backbone": "resnet34", "augmentation": "simclr_blur"},
     "imagenet_r50": {
         "backbone": "resnet50", "epochs": 200, "batch_size": 4096, "learning_rate": 0.3, "optimizer": "lars",
