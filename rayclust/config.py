@@ -206,6 +206,9 @@ class EvaluateConfig(Config):
     linear_probe_rows: int = Field(0, ge=0)
     """Rows of the seeded sample on which a linear probe is trained and, the other half, scored; 0 leaves it out. With a
     split it is trained on so many fitted rows, and scored on so many of the test."""
+    linear_epochs: int = Field(0, ge=0)
+    """Epochs of the linear evaluation of a network that was learnt from pixels: as published 100, over all labelled
+    images of the train rows, or of one half, each time in another view. 0 leaves it out."""
 
 
 class ReportConfig(Config):

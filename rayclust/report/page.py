@@ -75,10 +75,13 @@ SCORES = (
     Score("nmi", "NMI", "Mutual information of clusters and classes over their mean entropy. 0 to 100%."),
     Score("ari", "ARI", "Agreement over all pairs of images, corrected for chance. 0% is chance, 100% perfect."),
     Score("ami", "AMI", "Mutual information corrected for chance. 0% is chance, 100% perfect."),
+    Score("fmi", "FMI", "Precision and recall over pairs of images, their geometric mean. Above 0% by chance."),
     Score("purity", "Purity", "Images that belong to their cluster's most common class. Rises with more clusters."),
     Score(
         "linear_probe", "Linear probe", "Images whose class a linear layer tells after seeing others with their labels."
     ),
+    Score("linear_evaluation", "Linear evaluation", "The same of the network, learnt from views of all images."),
+    Score("linear_evaluation_top5", "Linear evaluation, top 5", "Images whose class is among its first five guesses."),
     Score("knn_accuracy", "kNN probe", "Images whose class their nearest neighbours tell: what the encoder sees."),
     Score("knn_accuracy_top5", "kNN probe, top 5", "Images whose class is among the five that their neighbours tell."),
     Score(

@@ -225,7 +225,35 @@ class _Scoring:
         if aside is None:
             own, others = np.array_split(np.random.default_rng(seed).permutation(len(rows)), 2)
         probed = probes.linear_probe_accuracy(features[own], truth[own], features[others], truth[others])
-        return measured, found | {"linear_probe": probed}
+        found["linear_probe"] = probed
+        if options.linear_epochs:
+            found |= self._linear_evaluation(method, codes, aside)
+        return measured, found
+
+    def _linear_evaluation(
+        self, method: PixelMethod | CppPixels, codes: np.ndarray, aside: np.ndarray | None
+    ) -> dict[str, float]:
+        """Train a linear layer on views of all labelled images, of one half of them without a split; score the rest."""
+        from rayclust.methods.pixels import augment
+        from rayclust.methods.pixels.backbones import SMALL_IMAGE
+        from rayclust.metrics import probes
+
+        seed, known = self.config.seed, np.flatnonzero(codes >= 0)
+        sides = np.array_split(np.random.default_rng(seed).permutation(known), 2)
+        own, others = map(np.sort, sides if aside is None else (known[~aside[known]], known[aside[known]]))
+        x, z = (torch.from_numpy(features_at(self.run, self.encode.starts, self.transform, r)) for r in (own, others))
+        shape = method.shape
+        options = augment.EVALUATION[shape.side <= SMALL_IMAGE]
+
+        def view(rows: torch.Tensor, step: int) -> torch.Tensor:
+            numbers = augment.draw(len(rows), augment.keyed_seed(seed, step))
+            images = augment.random_view(shape.images(x[rows]), options, numbers)
+            return method.read(images.permute(0, 2, 3, 1).flatten(1)).float()
+
+        found = probes.linear_evaluation(
+            view, codes[own], method.read(z).float().numpy(), codes[others], epochs=self.config.evaluate.linear_epochs
+        )
+        return {"linear_evaluation": found[1], "linear_evaluation_top5": found[5]}
 
     def _membership(self, method: Membership, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
         """Measure the membership Π of a sample of rows (labelled ones where there are)."""

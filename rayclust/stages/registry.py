@@ -228,7 +228,7 @@ _DECLARED = (
         _in_learnt_space(_seeded("evaluate", "features")),
         needs=("encode", "neighbors", "assign"),
         own_space_needs=("train",),
-        revision=3,
+        revision=4,
     ),
     _stage(
         "map",

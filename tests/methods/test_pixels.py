@@ -112,6 +112,14 @@ def test_a_training_that_was_killed_ends_at_the_same_bits(name: str):
         assert torch.equal(resumed[key], value), key
 
 
+def test_a_shifted_image_is_mirrored_at_its_edges():
+    image, numbers = torch.arange(64.0).view(1, 1, 8, 8) / 64, torch.full((1, 16), 0.5)
+    numbers[0, 2:5] = torch.tensor([1.0, 0.0, 0.9])  # one pixel of eight to the right, one upwards, not mirrored
+    options = Augmentation(shift=0.125, jitter=0.0, grey=0.0)
+    wide = torch.cat([image[..., 1:], image[..., -1:]], 3)
+    torch.testing.assert_close(random_view(image, options, numbers), torch.cat([wide[:, :, :1], wide[:, :, :-1]], 2))
+
+
 def test_learning_rates_of_the_published_schedule():
     config = ProPosConfig(clusters=10, batch_size=512)
     plan = Plan.of(config, 51_200)  # 100 steps an epoch

@@ -15,6 +15,7 @@ from rayclust.metrics.external import (
     ari,
     contingency,
     expected_mutual_information,
+    fmi,
     halves_accuracy,
     in_sample_accuracy,
     labelled,
@@ -26,9 +27,9 @@ from rayclust.metrics.external import (
 from tests.references import best_matching
 
 SCORES: dict[str, Callable[..., float]] = {
-    "accuracy": accuracy, "purity": purity, "nmi": nmi, "ami": ami, "ari": ari
+    "accuracy": accuracy, "purity": purity, "nmi": nmi, "ami": ami, "ari": ari, "fmi": fmi
 }  # fmt: skip
-SYMMETRIC = ("accuracy", "nmi", "ami", "ari")
+SYMMETRIC = ("accuracy", "nmi", "ami", "ari", "fmi")
 EVERY = pytest.mark.parametrize("name", list(SCORES))
 
 
@@ -93,6 +94,7 @@ def test_between_its_bounds(name: str):
         ("nmi", sklearn.normalized_mutual_info_score),
         ("ami", sklearn.adjusted_mutual_info_score),
         ("ari", sklearn.adjusted_rand_score),
+        ("fmi", sklearn.fowlkes_mallows_score),
     ],
 )
 def test_agrees_with_scikit_learn(name: str, theirs: Callable[..., float]):
@@ -117,6 +119,7 @@ def test_worked_by_hand():
     assert accuracy(true, pred) == pytest.approx(4 / 6)  # 0 → a, 2 → b, 1 unmatched
     assert purity(true, pred) == pytest.approx(5 / 6)
     assert ari([0, 0, 1, 1], [0, 0, 1, 2]) == pytest.approx((1 - 2 / 6) / (1.5 - 2 / 6))
+    assert fmi([0, 0, 1, 1], [0, 0, 1, 2]) == pytest.approx(0.5**0.5)  # one pair of one together, one of two
     assert nmi([0, 0, 1, 1], [0, 1, 2, 3]) == pytest.approx(2 / 3)  # ln 2 over the mean of ln 2 and ln 4
 
 

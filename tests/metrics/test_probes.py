@@ -6,7 +6,7 @@ import torch
 
 from rayclust.errors import ShapeError
 from rayclust.features import FeatureTransform
-from rayclust.metrics.probes import class_mean_accuracy, knn_accuracy, linear_probe_accuracy
+from rayclust.metrics.probes import class_mean_accuracy, knn_accuracy, linear_evaluation, linear_probe_accuracy
 from rayclust.search.knn import top_k
 
 
@@ -142,3 +142,24 @@ def test_class_means_worked_by_hand():
     assert class_mean_accuracy(x + 1e4, labels, x + 1e4, labels) == 1.0
     with pytest.raises(ShapeError, match="one for each of 4 and 4 rows"):
         class_mean_accuracy(x, labels[:3], others, truth)
+
+
+def test_the_linear_evaluation_learns_from_views():
+    (x, labels), (other, truth) = _planted(0.1, 0), _planted(0.1, 1)
+    rows, steps = torch.from_numpy(x).float(), list[int]()
+
+    def view(batch: torch.Tensor, step: int) -> torch.Tensor:
+        steps.append(step)
+        return rows[batch] * (1 + 0.01 * (step % 3))
+
+    assert linear_evaluation(view, labels, other, truth, epochs=10) == {1: 1.0, 5: 1.0}
+    assert steps == list(range(10 * -(-len(x) // 256)))
+    strange = np.where(truth == truth[0], "none", truth)  # a class that it was not shown
+    assert linear_evaluation(view, labels, other, strange, epochs=5)[1] == pytest.approx((truth != truth[0]).mean())
+
+
+def test_the_rate_of_the_linear_evaluation_falls_twice(monkeypatch: pytest.MonkeyPatch):
+    rates, step = list[float](), torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda s: (rates.append(s.param_groups[0]["lr"]), step(s))[1])
+    linear_evaluation(lambda batch, _: torch.eye(2)[batch], [0, 1], np.eye(2), [0, 1], epochs=10)
+    assert rates == pytest.approx([30] * 6 + [3] * 2 + [0.3] * 2)

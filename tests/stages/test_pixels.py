@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rayclust.config import RunConfig, validate
+from rayclust.config import EvaluateConfig, RunConfig, validate
 from rayclust.errors import ConfigError
 from rayclust.export import export
 from rayclust.metrics.internal import silhouette
@@ -43,7 +43,7 @@ def _learning(run: Path, images: Path, **groups: object) -> RunConfig:
 
 def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     images = write_folder(tmp_path / "photos", per_class=12)
-    config = _learning(tmp_path / "run", images)
+    config = _learning(tmp_path / "run", images, evaluate={"linear_epochs": 5})
     assert (config.encoder.name, config.encoder.normalize, config.features.normalize) == ("pixels", False, False)
     run_all(config)
     metrics = storage.read_json(Run(config.run).metrics)
@@ -53,6 +53,7 @@ def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: 
     assert metrics["knn_accuracy"] > 0.8
     assert metrics["knn_accuracy_top5"] == 1
     assert 0 < metrics["linear_probe"] <= 1
+    assert 0.5 < metrics["linear_evaluation"] <= metrics["linear_evaluation_top5"] == 1
     run, manifest = Run(config.run), read_manifest(Run(config.run), "encode")
     assert manifest is not None
     transform, method = transform_of(manifest, config.features), read_method(run.model_folder, "train")
@@ -77,7 +78,8 @@ def test_a_run_learns_from_pixels_and_its_network_encodes_for_another(tmp_path: 
     assert set(near) == set(nearest[: len(near) + 1].tolist()) - {5}
     # With a split, rows aside are asked and have no vote.
     codes, aside = np.repeat([0, 1, 2, -1], 9), np.arange(36) % 3 == 0
-    scoring = evaluate._Scoring(run, manifest.outputs_of(EncodeOutputs), transform, config, (), None)
+    plain = config.model_copy(update={"evaluate": EvaluateConfig()})
+    scoring = evaluate._Scoring(run, manifest.outputs_of(EncodeOutputs), transform, plain, (), None)
     measured, probes = scoring._learnt_space(method, clusters, np.where(aside, codes, 7), aside)
     assert probes == {"knn_accuracy": 0, "knn_accuracy_top5": 0, "linear_probe": 0}, "no row of class 7 is asked"
     assert measured["silhouette_rows"] == np.sum(~aside | (codes >= 0))

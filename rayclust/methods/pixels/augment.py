@@ -34,6 +34,9 @@ class Augmentation:
 
     scale: tuple[float, float] = (0.08, 1.0)
     """Least and largest share of the image's area that a crop keeps."""
+    shift: float = 0.0
+    """Largest shift, as a share of the side, of an image that is moved in place of being cropped; what it leaves is
+    filled by mirroring."""
     flip: float = 0.5
     """Probability of mirroring left and right."""
     jitter: float = 0.8
@@ -62,6 +65,8 @@ BYOL = (
 )
 WEAK = (Augmentation(scale=(0.5, 1.0), jitter=0.0, grey=0.0),) * 2
 """Crops and mirrors alone, which leave an image what it is to a network that knows images."""
+EVALUATION = {True: Augmentation(shift=0.125, jitter=0.0, grey=0.0), False: Augmentation(jitter=0.0, grey=0.0)}
+"""Views of the published linear evaluation, of small images (shifts) and of others (crops)."""
 FAMILIES = {
     "simclr": SIMCLR, "simclr_blur": SIMCLR_BLUR, "simclr_small": SIMCLR_SMALL, "byol": BYOL, "weak": WEAK,
 }  # fmt: skip
@@ -161,12 +166,15 @@ def _crop(x: Tensor, options: Augmentation, u: Tensor) -> Tensor:
     w = (area * ratio * height / width).sqrt().clamp(max=1)
     h = (area / ratio * width / height).sqrt().clamp(max=1)
     left, top = (1 - w) * (2 * u[:, 2] - 1), (1 - h) * (2 * u[:, 3] - 1)
+    if options.shift > 0:
+        w, h, left, top = (torch.ones_like(w), torch.ones_like(h), *(2 * options.shift * (2 * u[:, 2:4] - 1)).unbind(1))
     mirror = torch.where(u[:, 4] < options.flip, -1.0, 1.0).to(x)
     theta = x.new_zeros((len(x), 2, 3))
     theta[:, 0, 0], theta[:, 0, 2] = w * mirror, left
     theta[:, 1, 1], theta[:, 1, 2] = h, top
     grid = functional.affine_grid(theta, list(x.shape), align_corners=False)
-    return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    beyond = "reflection" if options.shift > 0 else "border"
+    return functional.grid_sample(x, grid, padding_mode=beyond, align_corners=False)
 
 
 def _recolor(x: Tensor, options: Augmentation, u: Tensor) -> Tensor:
