@@ -6,14 +6,15 @@ the same loop; and the E-step of ProPos, after every epoch, takes under 5 % of i
 `preset: short` has it (with `images`, as published, it takes 7 to 9 %: see the report).
 
     python benchmarks/pixels_step.py [--threads 2] [--rows 2560] [--rounds 5] [--batch 128] [--backbone small]
-        [--parts propos simclr byol]
+        [--parts propos simclr byol views]
 
 The plain loop: a DataLoader of PIL images (as many workers as threads, persistent), two views each by
 RandomResizedCrop, flip, ColorJitter, RandomGrayscale, ToTensor and Normalize; then the network, the loss, SGD. Epochs
 of both take turns. ProPos learns stripes of ten directions at random places, periods and colours (`benchmarks/gpu.py`
 does the same on a GPU). Beside its E-step: the pass through the network as training holds it, and k-means. With one
 thread seconds are those of CPU, of a loader without workers: they hold on a machine that others use as well. BYOL needs
-lightly (`pip install lightly`), which is no dependency.
+lightly (`pip install lightly`), which is no dependency; `views`, SimCLR's views of a batch alone by our transforms,
+kornia's and torchvision's, needs kornia (`pip install kornia`), which is none either.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from temi_step import processor
 from torch import Tensor
 from torch.nn import functional
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from rayclust.methods import build
 from rayclust.methods.base import Batch
+from rayclust.methods.pixels.augment import SIMCLR, draw, random_view
 from rayclust.methods.pixels.base import PixelMethod
 from rayclust.methods.pixels.byol import Byol
 from rayclust.methods.pixels.propos import ProPos
@@ -170,7 +173,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--backbone", default="small")
-    parser.add_argument("--parts", nargs="+", choices=("propos", "simclr", "byol"), default=["propos", "simclr"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("propos", "simclr", "byol", "views"), default=["propos", "simclr"]
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{processor()}; {arguments.threads} threads, Python {platform.python_version()}, torch {torch.__version__}")
@@ -181,6 +186,40 @@ def main() -> None:
         against(arguments, SimClrConfig, plain_simclr)
     if "byol" in arguments.parts:
         against(arguments, ByolConfig, lightly_byol)
+    if "views" in arguments.parts:
+        views_alone(arguments.batch, arguments.rounds)
+
+
+def views_alone(batch: int, rounds: int) -> None:
+    """Print microseconds an image of SimCLR's view of a batch: ours, kornia's, and torchvision's image by image."""
+    import kornia
+
+    x, seeds = torch.rand((batch, 3, SIDE, SIDE)), iter(range(1_000_000))
+    jitter, crop = (0.4, 0.4, 0.4, 0.1), {"scale": (0.08, 1.0)}
+    of_batches = kornia.augmentation.AugmentationSequential(
+        kornia.augmentation.RandomResizedCrop((SIDE, SIDE), **crop), kornia.augmentation.RandomHorizontalFlip(),
+        kornia.augmentation.ColorJitter(*jitter, p=0.8), kornia.augmentation.RandomGrayscale(p=0.2),
+    )  # fmt: skip
+    of_images = v2.Compose(
+        [
+            v2.RandomResizedCrop(SIDE, **crop, antialias=True), v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(*jitter)], 0.8), v2.RandomGrayscale(0.2),
+        ]
+    )  # fmt: skip
+    makers: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: random_view(x, SIMCLR[0], draw(batch, next(seeds))),
+        f"kornia {kornia.__version__}": lambda: of_batches(x),
+        "torchvision v2, image by image": lambda: torch.stack([of_images(image) for image in x]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for number in range(rounds + 1):
+        for name, make in makers.items():
+            seconds = seconds_of(lambda make=make: [make() for _ in range(10)])
+            times[name] += [seconds] if number else []  # the first round warms up
+    print(f"SimCLR's view of {batch} images of {SIDE} pixels; microseconds an image, min / median / max")
+    for name, some in times.items():
+        low, middle, high = (1e5 * value / batch for value in (min(some), statistics.median(some), max(some)))
+        print(f"  {name:<32} {low:6.0f} / {middle:6.0f} / {high:6.0f}")
 
 
 def plain_simclr(method: PixelMethod) -> tuple[Callable[[Tensor, Tensor], Tensor], View]:
