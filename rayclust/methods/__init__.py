@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they bring torch
 METHODS = {
     "auto": "rayclust.methods.auto:Auto",
     "kmeans": "rayclust.methods.kmeans:KMeans",
-    "temi": "rayclust.methods.temi:Temi",
+    "temi": "rayclust.methods.temi_start:StartedTemi",
     "cpp": "rayclust.methods.cpp:Cpp",
     "gmm": "rayclust.methods.gmm:Gmm",
     "tac": "rayclust.methods.tac:Tac",

@@ -29,9 +29,8 @@ from rayclust.methods.cpp import SPACE_ROWS, Cpp, CppConfig
 from rayclust.methods.graph import ComponentRows, sample_with_neighbors
 from rayclust.methods.linear import LinearMethod
 from rayclust.methods.settings import AutoConfig
-from rayclust.methods.temi import Temi
-from rayclust.methods.temi_heads import Start
 from rayclust.methods.temi_settings import TemiConfig
+from rayclust.methods.temi_start import Start, StartedTemi
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class _Trainings:
     def heads(self, basis: Tensor, start: Candidate) -> Tensor:
         """Train a head of TEMI that starts at a partition; return the sample's clusters."""
         config = heads_config(self.config, self.rows.count)
-        temi = Temi(config, basis.shape[1], self.rows.count, self.trainer.seed)
+        temi = StartedTemi(config, basis.shape[1], self.rows.count, self.trainer.seed)
         temi.start = Start(self.neighbors, start)
         return self._fitted(temi, basis).predict_proba(self.x @ basis).argmax(1)
 

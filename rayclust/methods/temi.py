@@ -1,8 +1,13 @@
 """TEMI: heads on frozen embeddings, trained to agree on neighbours with their own moving averages.
 
-Settings, presets, division over workers, and the method, in this order. Source: arXiv 2303.17896. Departures from the
-published program are listed in docs/methods.md; the ones that change a number are the log space, the kNN that never
-lists a row itself, and epochs below 30.
+Head h is Linear → GELU → … → Linear(bottleneck) → unit rows → a weight-normalised linear layer without bias, so that
+logit_c = g_c · ⟨ŵ_c, x̂⟩ and |logit_c| ≤ |g_c|. The parameters of all heads are stacked along axis H: H small networks
+side by side, in one set of matrix products.
+
+Settings, presets and the division over workers are in `temi_settings.py`; where heads start, which is not the paper's,
+in `temi_start.py`. Source: arXiv 2303.17896; the layout of the heads, its section 3.3, is arXiv 2104.14294's (DINO).
+Departures from the published program are listed in docs/methods.md; the ones that change a number are the log space,
+the kNN that never lists a row itself, and epochs below 30.
 """
 
 from __future__ import annotations
@@ -10,8 +15,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,23 +25,18 @@ from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
-from rayclust.losses.information import InformationOptions, Marginal, information_losses, log_probabilities
-from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Pairing, Rows
-from rayclust.methods.graph import ComponentRows
-from rayclust.methods.layers import ema_update
-from rayclust.methods.settings import Plan, cosine_schedule
-from rayclust.methods.temi_heads import (
-    Heads,
-    Start,
-    StartOptions,
-    best_by_modularity,
-    choose_start,
-    may_replace_start,
-    principal_axes,
-    start_from_kmeans,
-    start_from_partition,
+from rayclust.kernels.screening import accum_dtype
+from rayclust.losses.information import (
+    InformationOptions,
+    LastLayer,
+    Marginal,
+    information_losses,
+    log_probabilities,
 )
-from rayclust.methods.temi_settings import TemiConfig
+from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Pairing, Rows
+from rayclust.methods.layers import StackedNorm, ema_update, matmul_dtype, stacked_affine
+from rayclust.methods.settings import Plan, Precision, cosine_schedule
+from rayclust.methods.temi_settings import HeadShape, TemiConfig
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,92 @@ BETA_STEP = 0.1
 """Difference between β and the lower one that a warning of collapse proposes."""
 WHOLE_STATE = ("best_head", "head_losses", "basis")
 """Tensors of the state that every worker holds whole, whatever heads it trains."""
+
+
+class Heads(nn.Module):
+    """H heads with stacked parameters.
+
+    Args:
+        shape: sizes and parts.
+        seed: of the initial weights; head h gets the same ones whatever H is.
+        precision: of the matrix products in training; see `matmul_dtype`.
+    """
+
+    def __init__(self, shape: HeadShape, seed: int, precision: Precision = "auto") -> None:
+        super().__init__()
+        self.shape, self.precision = shape, precision
+        pairs = list(zip(shape.widths, shape.widths[1:], strict=False))
+        self.weights = nn.ParameterList(torch.empty(shape.heads, o, i) for i, o in pairs)
+        self.biases = nn.ParameterList(torch.zeros(shape.heads, o) for _, o in pairs)
+        norms = [StackedNorm(shape.heads, shape.hidden) for _ in pairs[1:]] if shape.batch_norm else []
+        self.norms = nn.ModuleList(norms)
+        self.direction = nn.Parameter(torch.empty(shape.heads, shape.clusters, shape.bottleneck))
+        self.scale = nn.Parameter(torch.ones(shape.heads, shape.clusters), requires_grad=shape.learn_scale)
+        bound = 1.0 / math.sqrt(shape.bottleneck)
+        with torch.no_grad():
+            for head in range(shape.heads):
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + shape.first + head) % 2**63)
+                for weight in self.weights:
+                    nn.init.trunc_normal_(weight[head], std=0.02, a=-2.0, b=2.0, generator=generator)
+                nn.init.uniform_(self.direction[head], -bound, bound, generator=generator)
+
+    def forward(self, x: Tensor, training: bool = False, head: int | None = None) -> Tensor:
+        """Return logits, before any temperature.
+
+        Args:
+            x: Float[R D].
+            training: whether dropout drops and batch norm looks at the batch.
+            head: the only head to evaluate; None evaluates all.
+
+        Returns:
+            Float[H R K], or Float[1 R K] for one head. Their dtype is that of the products.
+
+        Raises:
+            ShapeError: `x` is not a matrix of width D.
+        """
+        heads = slice(None) if head is None else slice(head, head + 1)
+        bottleneck, dtype = self._bottleneck(x, training, heads)
+        last = functional.normalize(self.direction[heads], dim=-1) * self.scale[heads, :, None]
+        return stacked_affine(bottleneck, last, None, dtype)
+
+    def last_layer(self, x: Tensor, temperature: float) -> LastLayer:
+        """Return the inputs and weights of the training logits, which are not computed yet.
+
+        Args:
+            x: Float[V B D], all views.
+            temperature: divides the logits.
+        """
+        bottleneck, dtype = self._bottleneck(x.flatten(0, 1), True, slice(None))
+        units = bottleneck.view(len(bottleneck), len(x), -1, bottleneck.shape[2])
+        return LastLayer(units, self.direction, self.scale, temperature, dtype)
+
+    def _bottleneck(self, x: Tensor, training: bool, heads: slice) -> tuple[Tensor, torch.dtype]:
+        """Return unit rows, Float[H R 256] in float32 or wider, and the dtype of the products."""
+        require_matrix(x, "x", self.shape.dimension)
+        dtype = matmul_dtype(self.precision, x) if training else x.dtype
+        x = self.hidden(x, training, heads, dtype)
+        x = stacked_affine(x, self.weights[-1][heads], self.biases[-1][heads], dtype)
+        if self.shape.final_gelu:
+            x = functional.gelu(x)
+        return functional.normalize(x.to(accum_dtype(dtype)), dim=-1), dtype
+
+    def hidden(
+        self, x: Tensor, training: bool = False, heads: slice = slice(None), dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Apply all layers before the bottleneck's: linear, batch norm if any, GELU, dropout if any.
+
+        Returns:
+            Float[H R 512] for Float[R D], in `dtype` or as the rows; where there are no such layers, the rows.
+        """
+        dtype = dtype or x.dtype
+        for layer in range(len(self.weights) - 1):
+            x = stacked_affine(x, self.weights[layer][heads], self.biases[layer][heads], dtype)
+            if self.shape.batch_norm:
+                x = self.norms[layer](x.to(accum_dtype(x.dtype)), training, heads).to(x.dtype)
+            x = functional.gelu(x)
+            if self.shape.dropout:
+                x = functional.dropout(x, self.shape.dropout, training)
+        return x
 
 
 def collapsed_heads(entropy: Tensor, live: Tensor, clusters: int) -> Tensor:
@@ -71,6 +157,8 @@ class Temi(Method):
         dimension: D.
         count: N, the rows of all workers.
         seed: of the initial weights.
+
+    `temi_start.StartedTemi`, for which the method's name stands, reads `warm_start`, `components` and `selection` too.
     """
 
     config_type = TemiConfig
@@ -78,8 +166,7 @@ class Temi(Method):
     best_head: Tensor
     head_losses: Tensor
     basis: Tensor | None
-    start: Start | None = None
-    """What heads start from with `warm_start: auto`, on the sample of that seed; None: what `auto` chooses."""
+    """Float[D P], axes along which heads are trained; None: the rows'."""
 
     def __init__(self, config: TemiConfig, dimension: int, count: int, seed: int) -> None:
         config = config.resolved(count, dimension)
@@ -108,65 +195,17 @@ class Temi(Method):
             self.to(before.direction.device, before.direction.dtype)
 
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
-        """Start warm, where asked for, take the plan's steps, and choose a head; then every worker holds all heads.
+        """Take the plan's steps from random heads; then every worker holds all heads."""
+        self.train_heads(rows, trainer)
 
-        A start from `auto` comes back where the neighbour graph speaks against what training has made of it.
-        """
-        c = self.config
-        if c.trained_width(self.dimension) < self.dimension:
-            rows = self._on_components(rows, trainer)
-
-        @cache  # what the heads start from is also what the guard compares with
-        def start() -> Start:
-            return self.start or choose_start(rows, c.clusters, c.start_neighbors, self.seed, self.student.direction)
-
-        def warm_start() -> None:
-            if c.warm_start == "auto":
-                start_from_partition(self.student, rows, start(), self.seed)
-            elif c.warm_start == "kmeans":
-                options = StartOptions(c.clusters, c.start_restarts, c.start_neighbors, c.start_rounds)
-                start_from_kmeans(self.student, rows, options, self.seed)
-            self.teacher.load_state_dict(self.student.state_dict())
-
+    def train_heads(self, rows: Rows, trainer: BaseTrainer, start: Callable[[], None] | None = None) -> None:
+        """Take the plan's steps, after `start` where they are the first; then every worker holds all heads."""
         with distributed.data_parallel(self.mesh.data):
-            trainer.fit(self, rows, start=warm_start)
-            if c.selection == "modularity":
-                best, values = best_by_modularity(self.teacher, rows, c.start_neighbors, self.seed, self.mesh.heads)
-                self.best_head.fill_(best)
-                logger.info("best head: %d, modularity %.3f", best, float(values[best]))
+            trainer.fit(self, rows, start=start)
         if self.mesh.heads.size > 1:
             state = self.gather_state(self.state_dict())
             self._build_heads(distributed.DeviceMesh(data=distributed.world()))
             self.load_state_dict(state)
-        best = int(self.best_head)
-        if c.warm_start == "auto" and not may_replace_start(self.teacher, best, rows, start(), self.seed):
-            logger.warning("temi: training has left the neighbour graph's clusters; the start is kept")
-            self._build_heads(self.mesh)
-            warm_start()
-            self.best_head.zero_()
-        if self.basis is not None:
-            self._on_rows(self.basis)
-
-    def _on_components(self, rows: Rows, trainer: BaseTrainer) -> Rows:
-        """Build heads for the leading components alone, and return the rows on them.
-
-        The first layer's products are most of a step's. A resumed training keeps its checkpoint's axes.
-        """
-        checkpoint, like = trainer.restore(), self.student.direction
-        if checkpoint is None:
-            self.basis = principal_axes(rows, self.config.components, self.config.clusters, self.seed, like)
-        else:
-            self.basis = checkpoint[0]["method.basis"].to(like)
-        self._build_heads(self.mesh)
-        return ComponentRows(rows, self.basis)
-
-    def _on_rows(self, basis: Tensor) -> None:
-        """Fold the axes V into the first layers: ⟨w, Vᵀx⟩ = ⟨Vw, x⟩, the same heads on rows."""
-        for heads in (self.student, self.teacher):
-            weight = heads.weights[0]
-            heads.weights[0] = nn.Parameter((weight @ basis.T).detach(), weight.requires_grad)
-            heads.shape = replace(heads.shape, dimension=self.dimension)
-        self.basis = None
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the mean of all heads' losses, this worker's part of it; and of each head loss and agreement.

@@ -7,7 +7,7 @@ from torch import nn
 from rayclust.errors import ShapeError
 from rayclust.methods.layers import ema_update, matmul_dtype
 from rayclust.methods.settings import Precision
-from rayclust.methods.temi_heads import Heads
+from rayclust.methods.temi import Heads
 from rayclust.methods.temi_settings import HeadShape
 from tests import references
 from tests.workers import on_two_workers

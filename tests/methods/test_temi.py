@@ -12,12 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.losses.information import Marginal
-from rayclust.methods import AnyMethodConfig, build, load, temi_heads
+from rayclust.methods import AnyMethodConfig, build, load, temi_start
 from rayclust.methods.base import Batch
 from rayclust.methods.settings import EMBEDDINGS, Plan
-from rayclust.methods.temi import Temi, collapsed_heads
-from rayclust.methods.temi_heads import Heads
+from rayclust.methods.temi import Heads, Temi, collapsed_heads
 from rayclust.methods.temi_settings import HeadShape, Layout, TemiConfig, auto_settings, choose_layout, estimate_cost
+from rayclust.methods.temi_start import StartedTemi
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import top_k
 from rayclust.settings import format_error
@@ -501,7 +501,7 @@ def test_a_kmeans_start_turns_every_head_to_the_partition():
         def report(self, row: Any) -> None:
             pass
 
-    method = Temi(TemiConfig(clusters=K, preset="none", heads=2, warm_start="kmeans"), D, 200, seed=0)
+    method = StartedTemi(TemiConfig(clusters=K, preset="none", heads=2, warm_start="kmeans"), D, 200, seed=0)
     neighbors = torch.stack([torch.arange(200).roll(K * shift) for shift in range(1, 6)], dim=1)  # of the same cluster
     method.fit(ArrayRows(x, neighbors), Stopped())
     for head in method.teacher(x).argmax(-1):
@@ -542,8 +542,8 @@ def test_a_training_that_goes_astray_leaves_the_start(
     neighbors, _ = top_k(rows, rows, 20, query_ids=ids, database_ids=ids)
     fast = {"learning_rate": 30.0, "min_learning_rate": 30.0, "teacher_momentum": 0.0, "final_teacher_momentum": 0.0}
     config = TemiConfig(clusters=3, heads=2, steps=20, hidden=32, bottleneck=16, **fast)
-    make = temi_heads.make_candidates
-    monkeypatch.setattr(temi_heads, "make_candidates", lambda *a: made.append(1) or make(*a))
+    make = temi_start.make_candidates
+    monkeypatch.setattr(temi_start, "make_candidates", lambda *a: made.append(1) or make(*a))
     method = fit_arrays(rows, neighbors, config, 0)
     assert "the start is kept" in caplog.text
     assert accuracy(labels, method.predict_proba(rows).argmax(1).numpy()) > 0.97

@@ -1,30 +1,26 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
-from rayclust import distributed
 from rayclust.clustering.neighborhood import modularity, modularity_terms
-from rayclust.methods import graph, temi_heads
-from rayclust.methods.temi_heads import (
-    Heads,
-    StartOptions,
+from rayclust.methods import graph, temi_start
+from rayclust.methods.temi import Heads
+from rayclust.methods.temi_settings import HeadShape, TemiConfig
+from rayclust.methods.temi_start import (
     best_by_modularity,
     choose_start,
     may_replace_start,
     start_from_kmeans,
     start_from_partition,
 )
-from rayclust.methods.temi_settings import HeadShape
 from rayclust.search.knn import top_k
 from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers
 
 K = 4
-OPTIONS = StartOptions(clusters=K, restarts=6, columns=5, rounds=2)
+CONFIG = TemiConfig(clusters=K, start_restarts=6, start_neighbors=5, start_rounds=2)
 
 
 def planted(count: int = 240, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ArrayRows]:
@@ -52,7 +48,7 @@ def test_every_head_says_what_k_means_says_and_keeps_its_last_layer_and_length(l
     labels, rows = planted()
     heads = new_heads(layers)
     before = heads.direction.detach().clone(), heads.weights[-1].detach().norm(dim=(1, 2))
-    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    start_from_kmeans(heads, rows, CONFIG, seed=0)
     for found in heads(rows.tensor()).argmax(-1):
         assert agreement(labels, found) > 0.97
     assert heads.direction.equal(before[0])
@@ -63,7 +59,7 @@ def test_every_head_says_what_k_means_says_and_keeps_its_last_layer_and_length(l
 def test_heads_with_other_parts_start_too(part: str):
     _, rows = planted()
     heads = new_heads(**{part: True})
-    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    start_from_kmeans(heads, rows, CONFIG, seed=0)
     assert heads(rows.tensor()).isfinite().all()
 
 
@@ -71,9 +67,9 @@ def test_heads_start_from_the_partitions_of_highest_modularity(monkeypatch: pyte
     """Two partitions, the true one and one that cuts across it; the one head takes the first."""
     labels, rows = planted()
     found = [torch.arange(len(labels)).flip(0) % 7 % K, labels]
-    monkeypatch.setattr(temi_heads.kmeans, "assign", lambda x, centers: (found.pop(0), x.new_zeros(len(x))))
+    monkeypatch.setattr(temi_start.kmeans, "assign", lambda x, centers: (found.pop(0), x.new_zeros(len(x))))
     heads = Heads(HeadShape(1, 8, K, hidden=32, bottleneck=16), seed=0).double()
-    start_from_kmeans(heads, rows, StartOptions(K, 2, 5, 2), seed=0)
+    start_from_kmeans(heads, rows, CONFIG.model_copy(update={"start_restarts": 2}), seed=0)
     assert not found
     assert agreement(labels, heads(rows.tensor())[0].argmax(-1)) > 0.97
 
@@ -83,7 +79,7 @@ def test_large_sets_start_from_a_sample_with_its_own_neighbours(monkeypatch: pyt
     monkeypatch.setattr(graph, "SAMPLE_ROWS", 100)
     monkeypatch.setattr(graph, "SAMPLE_ROWS_PER_CLUSTER", 1)
     heads = new_heads()
-    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    start_from_kmeans(heads, rows, CONFIG, seed=0)
     assert agreement(labels, heads(rows.tensor())[0].argmax(-1)) > 0.97
     best, values = best_by_modularity(heads, rows, 5, seed=0)
     assert values[best] == values.max() > 0.6
@@ -103,7 +99,7 @@ def test_a_head_replaces_the_start_unless_the_graph_speaks_against_it():
     """One head says what the start says; another, left at chance, cuts through neighbours."""
     _, rows = planted()
     chance, started = new_heads(), new_heads()
-    start = choose_start(rows, K, OPTIONS.columns, 0, started.direction)
+    start = choose_start(rows, K, CONFIG.start_neighbors, 0, started.direction)
     start_from_partition(started, rows, start, seed=0)
     assert may_replace_start(started, 0, rows, start, seed=0)
     assert not may_replace_start(chance, 0, rows, start, seed=0)
@@ -114,14 +110,14 @@ def test_rows_that_are_all_alike_leave_heads_as_they_are():
     rows = ArrayRows(x, torch.arange(20).roll(1)[:, None])
     heads = new_heads()
     before = {name: p.detach().clone() for name, p in heads.named_parameters()}
-    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    start_from_kmeans(heads, rows, CONFIG, seed=0)
     assert all(p.equal(before[name]) for name, p in heads.named_parameters())
 
 
 def _started(rank: int, world: int) -> list[Tensor]:
     _, rows = planted()
     heads = new_heads()
-    start_from_kmeans(heads, rows, OPTIONS, seed=0)
+    start_from_kmeans(heads, rows, CONFIG, seed=0)
     return [*(p.detach() for p in heads.parameters()), best_by_modularity(heads, rows, 5, seed=0)[1]]
 
 
@@ -132,23 +128,14 @@ def test_two_workers_start_as_one():
             assert other.allclose(one, rtol=0, atol=1e-10)
 
 
-def _parts_of_heads(rank: int, world: int) -> list[Tensor]:
-    """A choice where workers divide the heads."""
+def test_a_choice_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch):
     _, rows = planted()
-    heads = distributed.even_slices(3, world)[rank]
-    shape = HeadShape(3, 8, K, hidden=32, bottleneck=16)
-    with distributed.data_parallel(distributed.ProcessGroup()):
-        own = Heads(replace(shape, heads=heads.stop - heads.start, first=heads.start), seed=0).double()
-        best, values = best_by_modularity(own, rows, 5, seed=0, group=distributed.world())
-    return [torch.tensor(best), values]
-
-
-def test_two_workers_with_parts_of_the_heads_choose_as_one(monkeypatch: pytest.MonkeyPatch):
-    alone = _parts_of_heads(0, 1)
-    monkeypatch.setattr(temi_heads, "_MAX_LOGITS", 7 * 3 * K)  # seven rows at once
-    for found in (*on_two_workers(_parts_of_heads), _parts_of_heads(0, 1)):
-        for one, other in zip(alone, found, strict=True):
-            assert other.allclose(one, rtol=0, atol=1e-10)
+    heads = new_heads()
+    best, values = best_by_modularity(heads, rows, 5, seed=0)
+    monkeypatch.setattr(temi_start, "_MAX_LOGITS", 7 * 3 * K)  # seven rows at once
+    found, others = best_by_modularity(heads, rows, 5, seed=0)
+    assert best == found
+    torch.testing.assert_close(values, others, rtol=0, atol=1e-10)
 
 
 def test_the_best_partitions_start_the_heads(monkeypatch: pytest.MonkeyPatch):
@@ -156,10 +143,10 @@ def test_the_best_partitions_start_the_heads(monkeypatch: pytest.MonkeyPatch):
     labels, rows = planted()
     bad = torch.arange(len(labels)) // (len(labels) // K)  # cuts through all planted clusters
     partitions = iter([bad, bad, labels, bad, bad.flip(0), bad])
-    monkeypatch.setattr(temi_heads.kmeans, "assign", lambda x, centers: (next(partitions), x.new_zeros(len(x))))
+    monkeypatch.setattr(temi_start.kmeans, "assign", lambda x, centers: (next(partitions), x.new_zeros(len(x))))
     chosen: list[Tensor] = []
-    monkeypatch.setattr(temi_heads, "_solve", lambda heads, x, labels: chosen.append(labels))
-    start_from_kmeans(new_heads(), rows, OPTIONS, seed=0)
+    monkeypatch.setattr(temi_start, "_solve", lambda heads, x, labels: chosen.append(labels))
+    start_from_kmeans(new_heads(), rows, CONFIG, seed=0)
     assert chosen[0][0].equal(labels)
     assert all(not one.equal(labels) for one in chosen[0][1:])
 
@@ -170,10 +157,10 @@ def test_the_solved_layer_is_that_of_a_plain_ridge_regression():
     labels, rows = planted()
     heads, x = new_heads(layers=1), rows.tensor() + 0.5  # a mean far from zero, so that the bias counts
     length = heads.weights[0][0].norm()
-    temi_heads._solve(heads, x, labels.expand(3, -1))
+    temi_start._solve(heads, x, labels.expand(3, -1))
     centered, members = x - x.mean(0), torch.nn.functional.one_hot(labels, K).double()
     gram = centered.mT @ centered / len(x)
-    ridge = temi_heads.RIDGE * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)
+    ridge = temi_start.RIDGE * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)
     scores = torch.linalg.solve(gram + ridge, centered.mT @ (members - members.mean(0)) / len(x))
     weight = torch.nn.functional.normalize(heads.direction[0], dim=1).mT @ scores.mT
     weight = weight * length / weight.norm()

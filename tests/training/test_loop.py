@@ -17,8 +17,8 @@ from rayclust.methods.base import Batch, CheckpointInterval, Method
 from rayclust.methods.graph import ComponentRows
 from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig, Plan, TrainedConfig
 from rayclust.methods.temi import Temi
-from rayclust.methods.temi_heads import principal_axes
 from rayclust.methods.temi_settings import TemiConfig
+from rayclust.methods.temi_start import principal_axes
 from rayclust.training import loop
 from rayclust.training.loop import (
     Lars,
@@ -172,7 +172,7 @@ def test_heads_on_components_are_heads_on_rows_that_do_without_the_others(monkey
     store = MemoryStore(1)
     with pytest.raises(KeyboardInterrupt):
         fitted(store)
-    monkeypatch.setattr("rayclust.methods.temi.principal_axes", None)
+    monkeypatch.setattr("rayclust.methods.temi_start.principal_axes", None)
     assert fitted(store).predict_proba(x).equal(method.predict_proba(x))
 
 

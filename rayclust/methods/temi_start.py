@@ -1,26 +1,21 @@
-"""TEMI's heads: H small networks side by side, in one set of matrix products; their start, and the choice among them.
+"""TEMI from the partitions that its heads start at to the head that is kept, neither of which is the paper's.
 
-Head h is Linear → GELU → … → Linear(bottleneck) → unit rows → a weight-normalised linear layer without bias, so that
-logit_c = g_c · ⟨ŵ_c, x̂⟩ and |logit_c| ≤ |g_c|. The parameters of all heads are stacked along axis H.
-
-The start and the choice are not the paper's. Random heads need thousands of steps before they cluster at all, and most
-settle where two classes share a cluster. Here k-means is run from many seeds on rows averaged over their neighbours;
-the partitions that keep most neighbours together are kept; and each head's last hidden layer is solved, by ridge
-regression, to predict one of them.
-
-Source: arXiv 2303.17896, section 3.3; the layout of the projection head is arXiv 2104.14294's (DINO).
+Random heads need thousands of steps before they cluster at all, and most settle where two classes share a cluster. Here
+k-means is run from many seeds on rows averaged over their neighbours; the partitions that keep most neighbours together
+are kept; and each head's last hidden layer is solved, by ridge regression, to predict one of them. Or all heads start
+at the partition that the method `auto` chooses.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.candidates import (
     Bounds,
@@ -34,14 +29,13 @@ from rayclust.clustering.candidates import (
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.row_stats import even_sample
 from rayclust.clustering.settings import KMeansOptions
-from rayclust.distributed import ProcessGroup, all_reduce, data_group, own_slice
-from rayclust.kernels.screening import accum_dtype
-from rayclust.losses.information import LastLayer
-from rayclust.methods.base import Rows
-from rayclust.methods.graph import sample_ids, sample_rows, sample_with_neighbors
-from rayclust.methods.layers import StackedNorm, matmul_dtype, stacked_affine
-from rayclust.methods.settings import Precision
-from rayclust.methods.temi_settings import HeadShape
+from rayclust.distributed import all_reduce, data_group, own_slice
+from rayclust.methods.base import BaseTrainer, Rows
+from rayclust.methods.graph import ComponentRows, sample_ids, sample_rows, sample_with_neighbors
+from rayclust.methods.temi import Heads, Temi
+from rayclust.methods.temi_settings import TemiConfig
+
+logger = logging.getLogger(__name__)
 
 RIDGE = 0.01
 """Ridge penalty, relative to the mean variance of a hidden unit."""
@@ -57,106 +51,6 @@ _ITERATIONS = 100
 _AXES_ROWS = 16_384
 
 
-class Heads(nn.Module):
-    """H heads with stacked parameters.
-
-    Args:
-        shape: sizes and parts.
-        seed: of the initial weights; head h gets the same ones whatever H is.
-        precision: of the matrix products in training; see `matmul_dtype`.
-    """
-
-    def __init__(self, shape: HeadShape, seed: int, precision: Precision = "auto") -> None:
-        super().__init__()
-        self.shape, self.precision = shape, precision
-        pairs = list(zip(shape.widths, shape.widths[1:], strict=False))
-        self.weights = nn.ParameterList(torch.empty(shape.heads, o, i) for i, o in pairs)
-        self.biases = nn.ParameterList(torch.zeros(shape.heads, o) for _, o in pairs)
-        norms = [StackedNorm(shape.heads, shape.hidden) for _ in pairs[1:]] if shape.batch_norm else []
-        self.norms = nn.ModuleList(norms)
-        self.direction = nn.Parameter(torch.empty(shape.heads, shape.clusters, shape.bottleneck))
-        self.scale = nn.Parameter(torch.ones(shape.heads, shape.clusters), requires_grad=shape.learn_scale)
-        bound = 1.0 / math.sqrt(shape.bottleneck)
-        with torch.no_grad():
-            for head in range(shape.heads):
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + shape.first + head) % 2**63)
-                for weight in self.weights:
-                    nn.init.trunc_normal_(weight[head], std=0.02, a=-2.0, b=2.0, generator=generator)
-                nn.init.uniform_(self.direction[head], -bound, bound, generator=generator)
-
-    def forward(self, x: Tensor, training: bool = False, head: int | None = None) -> Tensor:
-        """Return logits, before any temperature.
-
-        Args:
-            x: Float[R D].
-            training: whether dropout drops and batch norm looks at the batch.
-            head: the only head to evaluate; None evaluates all.
-
-        Returns:
-            Float[H R K], or Float[1 R K] for one head. Their dtype is that of the products.
-
-        Raises:
-            ShapeError: `x` is not a matrix of width D.
-        """
-        heads = slice(None) if head is None else slice(head, head + 1)
-        bottleneck, dtype = self._bottleneck(x, training, heads)
-        last = functional.normalize(self.direction[heads], dim=-1) * self.scale[heads, :, None]
-        return stacked_affine(bottleneck, last, None, dtype)
-
-    def last_layer(self, x: Tensor, temperature: float) -> LastLayer:
-        """Return the inputs and weights of the training logits, which are not computed yet.
-
-        Args:
-            x: Float[V B D], all views.
-            temperature: divides the logits.
-        """
-        bottleneck, dtype = self._bottleneck(x.flatten(0, 1), True, slice(None))
-        units = bottleneck.view(len(bottleneck), len(x), -1, bottleneck.shape[2])
-        return LastLayer(units, self.direction, self.scale, temperature, dtype)
-
-    def _bottleneck(self, x: Tensor, training: bool, heads: slice) -> tuple[Tensor, torch.dtype]:
-        """Return unit rows, Float[H R 256] in float32 or wider, and the dtype of the products."""
-        require_matrix(x, "x", self.shape.dimension)
-        dtype = matmul_dtype(self.precision, x) if training else x.dtype
-        x = self.hidden(x, training, heads, dtype)
-        x = stacked_affine(x, self.weights[-1][heads], self.biases[-1][heads], dtype)
-        if self.shape.final_gelu:
-            x = functional.gelu(x)
-        return functional.normalize(x.to(accum_dtype(dtype)), dim=-1), dtype
-
-    def hidden(
-        self, x: Tensor, training: bool = False, heads: slice = slice(None), dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Apply all layers before the bottleneck's: linear, batch norm if any, GELU, dropout if any.
-
-        Returns:
-            Float[H R 512] for Float[R D], in `dtype` or as the rows; where there are no such layers, the rows.
-        """
-        dtype = dtype or x.dtype
-        for layer in range(len(self.weights) - 1):
-            x = stacked_affine(x, self.weights[layer][heads], self.biases[layer][heads], dtype)
-            if self.shape.batch_norm:
-                x = self.norms[layer](x.to(accum_dtype(x.dtype)), training, heads).to(x.dtype)
-            x = functional.gelu(x)
-            if self.shape.dropout:
-                x = functional.dropout(x, self.shape.dropout, training)
-        return x
-
-
-@dataclass(frozen=True)
-class StartOptions:
-    """Settings of a start from k-means."""
-
-    clusters: int
-    """K."""
-    restarts: int
-    """Partitions to choose from."""
-    columns: int
-    """Nearest neighbours that are averaged and counted."""
-    rounds: int
-    """How often rows are averaged with their neighbours; 0 takes them as they are."""
-
-
 @dataclass(frozen=True)
 class Start:
     """The partition that the method `auto` chooses, of a sample of the rows."""
@@ -164,6 +58,72 @@ class Start:
     neighbors: Tensor
     """Int64[n M], nearest others in the sample, −1 where a row has fewer."""
     partition: Candidate
+
+
+class StartedTemi(Temi):
+    """TEMI as its settings ask for it: `warm_start`, `components` and `selection` as well.
+
+    Args:
+        config: the settings; a preset is written out for `count` rows.
+        dimension: D.
+        count: N, the rows of all workers.
+        seed: of the initial weights, of the samples and of the partitions.
+    """
+
+    start: Start | None = None
+    """What heads start from with `warm_start: auto`, on the sample of that seed; None: what `auto` chooses."""
+
+    def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
+        """Start warm, where asked for, take the plan's steps, and choose a head; then every worker holds all heads.
+
+        A start from `auto` comes back where the neighbour graph speaks against what training has made of it.
+        """
+        c = self.config
+        if c.trained_width(self.dimension) < self.dimension:
+            rows = self._on_components(rows, trainer)
+
+        @cache  # what the heads start from is also what the guard compares with
+        def start() -> Start:
+            return self.start or choose_start(rows, c.clusters, c.start_neighbors, self.seed, self.student.direction)
+
+        def warm_start() -> None:
+            if c.warm_start == "auto":
+                start_from_partition(self.student, rows, start(), self.seed)
+            elif c.warm_start == "kmeans":
+                start_from_kmeans(self.student, rows, c, self.seed)
+            self.teacher.load_state_dict(self.student.state_dict())
+
+        self.train_heads(rows, trainer, warm_start)
+        if c.selection == "modularity":
+            best, values = best_by_modularity(self.teacher, rows, c.start_neighbors, self.seed)
+            self.best_head.fill_(best)
+            logger.info("best head: %d, modularity %.3f", best, float(values[best]))
+        best = int(self.best_head)
+        if c.warm_start == "auto" and not may_replace_start(self.teacher, best, rows, start(), self.seed):
+            logger.warning("temi: training has left the neighbour graph's clusters; the start is kept")
+            self._build_heads(self.mesh)
+            warm_start()
+            self.best_head.zero_()
+        if self.basis is not None:
+            # The axes V go into the first layers: ⟨w, Vᵀx⟩ = ⟨Vw, x⟩, the same heads on rows.
+            for heads in (self.student, self.teacher):
+                weight = heads.weights[0]
+                heads.weights[0] = nn.Parameter((weight @ self.basis.T).detach(), weight.requires_grad)
+                heads.shape = replace(heads.shape, dimension=self.dimension)
+            self.basis = None
+
+    def _on_components(self, rows: Rows, trainer: BaseTrainer) -> Rows:
+        """Build heads for the leading components alone, and return the rows on them.
+
+        The first layer's products are most of a step's. A resumed training keeps its checkpoint's axes.
+        """
+        c, checkpoint, like = self.config, trainer.restore(), self.student.direction
+        if checkpoint is None:
+            self.basis = principal_axes(rows, c.components, c.clusters, self.seed, like)
+        else:
+            self.basis = checkpoint[0]["method.basis"].to(like)
+        self._build_heads(self.mesh)
+        return ComponentRows(rows, self.basis)
 
 
 @torch.no_grad()
@@ -185,7 +145,7 @@ def principal_axes(rows: Rows, width: int, clusters: int, seed: int, like: Tenso
 
 
 @torch.no_grad()
-def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int) -> None:
+def start_from_kmeans(heads: Heads, rows: Rows, config: TemiConfig, seed: int) -> None:
     """Set each head's layers before the last logits so that its clusters are those of a good k-means partition.
 
     The best partitions, by modularity, go to the heads in turn. Workers share the work and end with equal heads.
@@ -193,15 +153,15 @@ def start_from_kmeans(heads: Heads, rows: Rows, options: StartOptions, seed: int
     Args:
         heads: on any device, changed in place.
         rows: read once.
-        options: what partitions to make.
+        config: says what partitions to make.
         seed: of k-means' first centres and of the sample.
     """
     # 1. A sample of the rows with their neighbours in it, the same on all workers.
-    K, columns = options.clusters, options.columns
-    x, neighbors = sample_with_neighbors(rows, K, columns, seed, heads.direction)
+    K = config.clusters
+    x, neighbors = sample_with_neighbors(rows, K, config.start_neighbors, seed, heads.direction)
     # 2. k-means of rows averaged with their neighbours, from each seed; workers share the rows.
-    smoothed = smooth(x, neighbors, options.rounds)
-    settings = KMeansOptions(clusters=K, restarts=options.restarts, max_iterations=_ITERATIONS, tolerance=1e-3)
+    smoothed = smooth(x, neighbors, config.start_rounds)
+    settings = KMeansOptions(clusters=K, restarts=config.start_restarts, max_iterations=_ITERATIONS, tolerance=1e-3)
     labels, _ = kmeans.fit_all(smoothed, settings, seed)
     # 3. The partitions of highest modularity.
     known = neighbors.clamp(min=0)
@@ -269,22 +229,18 @@ def may_replace_start(heads: Heads, head: int, rows: Rows, start: Start, seed: i
 
 
 @torch.no_grad()
-def best_by_modularity(
-    heads: Heads, rows: Rows, columns: int, seed: int, group: ProcessGroup | None = None
-) -> tuple[int, Tensor]:
+def best_by_modularity(heads: Heads, rows: Rows, columns: int, seed: int) -> tuple[int, Tensor]:
     """Return the head whose clusters keep most neighbours together.
 
     Args:
-        heads: whose most probable clusters count.
+        heads: whose most probable clusters count; all of them, the same on all workers.
         rows: read once; at most `SAMPLE_ROWS` of them are looked at, with their neighbours.
         columns: nearest neighbours that count.
         seed: of the sample.
-        group: workers that share the heads; None: each has all.
 
     Returns:
         The head's number, and Float64[H], the modularity of every head; see `clustering.neighborhood.modularity`.
     """
-    group = group or ProcessGroup()
     K, like = heads.shape.clusters, heads.direction
     block = max(1, min(_BLOCK, _MAX_LOGITS // (heads.shape.heads * K)))
     ids = sample_ids(rows.count, K, seed)
@@ -299,8 +255,7 @@ def best_by_modularity(
         labels = torch.cat(blocks, dim=1)[:, where.to(like.device)]
         others = labels[:, :, 1:].masked_fill((near < 0).to(labels.device), -1)
         total += modularity_terms(labels[:, :, 0], others, K)
-    all_heads = int(group.all_reduce(torch.tensor(len(total), device=like.device)))
-    values = group.all_gather_cat(modularity(all_reduce(total)), all_heads)
+    values = modularity(all_reduce(total))
     return int(values.argmax()), values
 
 
