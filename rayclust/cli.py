@@ -497,7 +497,9 @@ def _show_result(run_uri: str, as_json: bool) -> None:
     scores, test = metrics | metrics.get("test", {}), metrics.get("test")
     shown = [f"{name} {scores[name]:.3f}" for name in names if scores.get(name) is not None]
     where = f"; of the {test['rows']:,} kept aside" if test else ""
-    click.echo(f"{metrics['rows']:,} images in {metrics['clusters']} clusters{where}: {', '.join(shown)}")
+    occupied, wanted = sum(size > 0 for size in metrics["sizes"]), metrics["clusters"]
+    clusters = f"{occupied:,} of {wanted:,} clusters" if occupied < wanted else f"{wanted:,} clusters"
+    click.echo(f"{metrics['rows']:,} images in {clusters}{where}{': ' if shown else ''}{', '.join(shown)}")
     _show_next(run_uri)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 
+from rayclust import cli
 from rayclust.cli import commands, run_command
 from rayclust.runtime.api import load_config
 from rayclust.stages import NAMES
@@ -204,3 +205,11 @@ def test_the_first_word_comes_while_libraries_load(tmp_path: Path):
     assert word
     assert not [name for name in heavy if re.search(rf"\| +{re.escape(name)}$", before, re.MULTILINE)]
     assert "\nrayclust: method.clusters = 1" in after
+
+
+def test_the_last_line_says_how_many_clusters_have_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for sizes, line in (([30, 0], "30 images in 1 of 2 clusters\n"), ([10, 20], "30 images in 2 clusters: nmi 0.500\n")):
+        scores = {"nmi": 0.5} if all(sizes) else {}
+        (tmp_path / "metrics.json").write_text(json.dumps({"rows": 30, "clusters": 2, "sizes": sizes} | scores))
+        cli._show_result(str(tmp_path), as_json=False)
+        assert line in capsys.readouterr().out

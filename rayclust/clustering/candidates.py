@@ -16,6 +16,7 @@ alternating alignment (Strehl and Ghosh 2002), label propagation (Zhou et al. 20
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -246,8 +247,11 @@ class _Space:
     def plain_kmeans(self, seed: int) -> Candidate:
         """Return scikit-learn's k-means of the rows: what it finds with `random_state` at `seed`."""
         from sklearn.cluster import KMeans  # takes a second to load, and no run that is done needs it
+        from sklearn.exceptions import ConvergenceWarning
 
-        model = KMeans(self._clusters, n_init=FLOOR_STARTS, random_state=seed % 2**32).fit(self._x.cpu().numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters: some stay empty
+            model = KMeans(self._clusters, n_init=FLOOR_STARTS, random_state=seed % 2**32).fit(self._x.cpu().numpy())
         # Broadcast rank 0's: rounding may differ between processors.
         found = data_group().broadcast(torch.from_numpy(model.cluster_centers_).to(self._x))
         weight = (found - self._mean).T.contiguous()
@@ -308,14 +312,18 @@ def component_count(clusters: int) -> int:
 
 
 def leading_components(x: Tensor, width: int) -> Tensor:
-    """Return the leading principal axes of centred rows: Float[D d], d = min(width, D, n − 1), equal on all workers."""
+    """Return the leading principal axes of centred rows: Float[D d], d = min(width, D, n − 1), equal on all workers.
+
+    An axis along which no row differs, as with rows that are there twice, may be zero.
+    """
     width = max(1, min(width, x.shape[1], len(x) - 1))
     wide = x.double()
     if len(x) >= x.shape[1]:
         axes = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -width:].flip(1)
     else:  # fewer rows than dimensions: of the rows' Gram matrix
         values, vectors = torch.linalg.eigh(wide @ wide.T)
-        lengths = values[-width:].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+        squares, rounding = values[-width:], len(x) * torch.finfo(torch.float64).eps
+        lengths = squares.where(squares > rounding * values[-1], torch.inf).sqrt()
         axes = (wide.T @ vectors[:, -width:] / lengths).flip(1)
     return data_group().broadcast(axes.float().contiguous())
 

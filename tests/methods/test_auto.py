@@ -226,6 +226,21 @@ def test_few_rows_and_equal_rows_end_without_an_error(count: int):
         assert method.predict_proba(x).isfinite().all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_rows_that_are_there_twice_change_no_partition():
+    x = functional.normalize(torch.eye(200)[torch.arange(60) % 3] + 0.02 * torch.randn(60, 200, generator=torch.Generator().manual_seed(0)), dim=1)
+    twice = torch.cat([x, x[:40]])
+    assert torch.linalg.matrix_rank(twice) < min(twice.shape) - 1
+    axes = candidates.leading_components(twice - twice.mean(0), 99)
+    assert axes.norm(dim=0).round(decimals=3).unique().tolist() == [0, 1]
+    ids = torch.arange(100)
+    neighbors = top_k(twice, twice, 10, query_ids=ids, database_ids=ids)[0].long()
+    found = fit_arrays(twice, neighbors, AutoConfig(clusters=3)).predict_proba(twice).argmax(1)
+    assert accuracy(torch.cat([ids[:60], ids[:40]]) % 3, found) == 1
+    same = torch.ones(30, 8)
+    assert len(make_candidates(same, neighbors[:30] % 30, 3, 0)) > 1
+
+
 def test_a_sample_is_fitted_where_there_are_many_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(graph, "SAMPLE_ROWS", 100)
     monkeypatch.setattr(graph, "SAMPLE_ROWS_PER_CLUSTER", 10)

@@ -225,7 +225,8 @@ def _files_of(root: str, format: str) -> Iterator[FileStat]:  # noqa: A002
         else:
             others, example = others + 1, example or file.key
     if others:
-        log.info("%s: %d files, such as %s, are no %s by their names and were left out", root, others, example, format)
+        what = {"folder": "images", "webdataset": "tars", "parquet": "tables"}.get(format, "tables or arrays")
+        log.info("%s: files left out that are no %s by name: %s, such as %s", root, what, f"{others:,}", example)
 
 
 def _apart(shards: Iterator[Shard]) -> Iterator[Shard]:

@@ -263,7 +263,7 @@ def test_what_is_left_out_is_counted(place: str, caplog: pytest.LogCaptureFixtur
     write(place, TAR | {"notes.txt": b"", "y.tar.part": b""})
     with caplog.at_level("INFO"):
         assert len(list(plan_shards(place))) == 1
-    assert "2 files, such as notes.txt, are no webdataset by their names and were left out" in caplog.text
+    assert "files left out that are no tars by name: 2, such as notes.txt" in caplog.text
 
 
 def test_raw_files_of_cameras_are_rejects(place: str) -> None:
