@@ -208,7 +208,7 @@ def test_the_first_word_comes_while_libraries_load(tmp_path: Path):
 
 
 def test_the_last_line_says_how_many_clusters_have_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for sizes, line in (([30, 0], "30 images in 1 of 2 clusters\n"), ([10, 20], "30 images in 2 clusters: nmi 0.500\n")):
+    for sizes, line in (([30, 0], "30 images in 1 of 2 clusters\n"), ([10, 20], "in 2 clusters: nmi 0.500\n")):
         scores = {"nmi": 0.5} if all(sizes) else {}
         (tmp_path / "metrics.json").write_text(json.dumps({"rows": 30, "clusters": 2, "sizes": sizes} | scores))
         cli._show_result(str(tmp_path), as_json=False)

@@ -130,7 +130,8 @@ def _encode(context: StageContext) -> StageResult:
     total = counts["rows"] + counts["rejects"]
     _check_reject_share(config, counts["rejects"], total, reasons)
     if counts["rejects"] == total:
-        raise DataError(f"images.uri = {config.images.uri}: no image there can be used: {_most_frequent(reasons)}")
+        why = f"no image there can be used: {_most_frequent(reasons)}" if reasons else "no images are in its files"
+        raise DataError(f"images.uri = {config.images.uri}: {why}")
     if has_split and counts["test"] in (0, counts["rows"]):
         given = config.images.test or config.images.split
         share = "no row" if not counts["test"] else "every row"

@@ -228,7 +228,8 @@ def test_few_rows_and_equal_rows_end_without_an_error(count: int):
 
 @pytest.mark.filterwarnings("error")
 def test_rows_that_are_there_twice_change_no_partition():
-    x = functional.normalize(torch.eye(200)[torch.arange(60) % 3] + 0.02 * torch.randn(60, 200, generator=torch.Generator().manual_seed(0)), dim=1)
+    noise = torch.randn(60, 200, generator=torch.Generator().manual_seed(0))
+    x = functional.normalize(torch.eye(200)[torch.arange(60) % 3] + 0.02 * noise, dim=1)
     twice = torch.cat([x, x[:40]])
     assert torch.linalg.matrix_rank(twice) < min(twice.shape) - 1
     axes = candidates.leading_components(twice - twice.mean(0), 99)

@@ -122,6 +122,9 @@ def _odd_samples() -> Iterator[BadInput]:
     )
     for suffix in ("json", "txt", "cls"):
         yield case(f"{suffix}_without_image", [a, (f"b.{suffix}", b"1")], ("x/a",), ("x/b", "no_image"))
+    for suffix in ("tar", "TAR.gz", "zip"):
+        inner = (f"x/b.{suffix.lower()}", "nested_archive")
+        yield case(f"{suffix.lower()}_inside", [a, (f"b.{suffix}", b"1")], ("x/a",), inner)
     for name, content in [
         ("damaged", b'{"label": '), ("empty", b""), ("binary", b"\xff\xfe\0"), ("list", b"[1, 2]"),
         ("deep", b"[" * 5000),

@@ -39,6 +39,8 @@ NO_END_MARK = "the archive ends without its end mark"
 """Detail of a `tar_truncated` reject of an archive in which nothing else is amiss."""
 _SIDECAR_SUFFIXES = frozenset({"json", "txt", "cls"})
 """A sample with one of these and without an image is a reject; other samples without images are left out."""
+_INNER_SUFFIXES = (*TAR_SUFFIXES, ".zip", ".7z", ".rar")
+"""Archives in an archive, as ImageNet's tar of a tar for each class: each is a reject."""
 _SIDECAR_LIMIT = 1 << 20
 """Bytes read of a member that may hold a label."""
 _BLOCK = 512
@@ -182,6 +184,10 @@ def _entries(shard: Shard, archive: BinaryIO, damage: Damage | None) -> list[_En
 
 def _sample_entries(shard: Shard, key: str, sample: list[tuple[str, TarMember]]) -> Iterator[_Entry]:
     """Make the rows and rejects of one sample from its (suffix, member) pairs."""
+    for suffix, member in sample:
+        if f".{suffix}".endswith(_INNER_SUFFIXES):
+            uri = f"{shard.uri}#{escape_invalid(member.name)}"
+            yield _Entry(f"{key}.{suffix}", uri, None, {}, "nested_archive", "an archive in the archive; unpack it")
     images = [(suffix, member) for suffix, member in sample if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     sidecars = {suffix: member for suffix, member in reversed(sample) if suffix not in IMAGE_SUFFIXES}
     plain = [(suffix, member) for suffix, member in images if "." not in suffix]
