@@ -24,7 +24,7 @@ from fixed_costs import described
 from scale_rows import make
 
 from rayclust.config import validate
-from rayclust.runtime.driver import OWN
+from rayclust.runtime.cluster import OWN
 from rayclust.runtime.pipeline import run_stage
 
 STAGES = ("encode", "neighbors", "train", "assign")

@@ -13,11 +13,9 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -80,33 +78,6 @@ class SoftLabels:
         """Keep the largest entries of each row of Float[N K], whatever they sum to."""
         shares, clusters = probabilities.cpu().topk(min(columns, probabilities.shape[1]), dim=1)
         return cls(clusters, shares)
-
-
-def as_member(values: NDArray[Any]) -> Tensor:
-    """Return a partition as the vote takes it: Int64[N] labels, −1 for no opinion; or Float[N K] as it is.
-
-    Args:
-        values: [N] labels of any kind, where None, NaN, −1 and whole numbers below are no opinion; or [N K]
-            probabilities. Whole numbers are kept, unless they are far more than rows.
-
-    Raises:
-        DataError: probabilities are not finite numbers.
-    """
-    if values.ndim != 1:
-        if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
-            raise DataError(f"members: [N K] of {values.dtype} with values that are no probabilities")
-        return torch.from_numpy(values.astype(np.float32))
-    if values.dtype.kind in "iu":
-        known = values >= 0
-        if int(values.max(initial=0)) < 2 * len(values):
-            return torch.from_numpy(np.where(known, values, NO_OPINION).astype(np.int64))
-    else:
-        known = np.array(
-            [value is not None and value == value and value != NO_OPINION for value in values.tolist()], bool
-        )
-    codes = np.full(len(values), NO_OPINION, dtype=np.int64)
-    codes[known] = np.unique(values[known].astype(str), return_inverse=True)[1]
-    return torch.from_numpy(codes)
 
 
 def hard_labels(member: Tensor | SoftLabels) -> Tensor:

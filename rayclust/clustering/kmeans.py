@@ -43,10 +43,6 @@ class KMeansState:
     inertia: Tensor
     """Float64[R], sum of squared distances to the nearest of the centres before the last pass; infinite before any."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the state by name, for a checkpoint; `KMeansState(**tensors)` is its inverse."""
-        return dict(vars(self))
-
 
 @dataclass(frozen=True)
 class KMeansResult:

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
-from rayclust.clustering.consensus import as_member
 from rayclust.clustering.row_stats import even_sample
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError, ShapeError
@@ -24,6 +23,7 @@ from rayclust.estimators.base import SCORED_NEIGHBORS, PairEstimator, Probabilis
 from rayclust.features import FeatureTransform, SpaceTransforms
 from rayclust.language.nouns import choose_nouns, counterparts, score_nouns
 from rayclust.methods import build
+from rayclust.methods.base import as_member
 from rayclust.methods.cpp_settings import CppConfig
 from rayclust.methods.settings import AutoConfig, ConsensusConfig
 from rayclust.methods.tac_settings import TacConfig

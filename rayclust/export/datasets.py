@@ -37,7 +37,8 @@ def write_hf(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     for place, part in enumerate(rows.parts):
         table = rows.table(part)
         features: dict[str, Any] = {
-            name: {"dtype": _dtype(table.schema.field(name).type), "_type": "Value"} for name in table.column_names
+            name: {"dtype": {"float": "float32"}.get(kind, kind), "_type": "Value"}
+            for name, kind in zip(table.column_names, map(str, table.schema.types), strict=True)
         }
         if images:
             features["image"] = {"_type": "Image"}
@@ -220,10 +221,6 @@ def _refuse_none(rows: RunRows, missing: int) -> None:
             f"{rows.config.images.uri}: none of the {missing:,} images can be read now: were they moved, or is the run "
             "of ready embeddings?"
         )
-
-
-def _dtype(kind: pa.DataType) -> str:
-    return {"float": "float32"}.get(str(kind), str(kind))
 
 
 def _field(name: str, kind: str, **more: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
 from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.pipeline import Manifests
-from rayclust.runtime.rows import row_starts
+from rayclust.runtime.rows import filled_parts, row_starts
 from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs
 from rayclust.store.run import Run
@@ -40,6 +40,8 @@ class RunRows:
         """Its clusters, as edited."""
         self.starts = row_starts(encode)
         """The row at which each part begins, and N."""
+        self.parts = filled_parts(self.starts)
+        """Indices of the parts that hold rows."""
         self.count = self.starts[-1]
         """N."""
         self.encode = encode
@@ -52,11 +54,6 @@ class RunRows:
         """Manifest of its neighbours; None where there are none."""
         self.is_mapped = manifests.of("map") is not None
         """Whether its rows have places on the plane."""
-
-    @property
-    def parts(self) -> list[int]:
-        """Indices of the parts that hold rows."""
-        return [part for part, start in enumerate(self.starts[:-1]) if self.starts[part + 1] > start]
 
     def table(self, part: int) -> pa.Table:
         """Return row, key, uri, label, cluster, name and confidence of one part, and `cluster_<K>` of coarser levels.

@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayclust import distributed
+from rayclust.errors import DataError
 from rayclust.methods.settings import BaseMethodConfig, Plan
 
 logger = logging.getLogger(__name__)
-
-
-def _random_order(epoch: int) -> Tensor | None:
-    """Return None; a function of the module, so that methods can be pickled."""
-    return None
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,9 @@ class Pairing:
     """Views drawn of the row and of its neighbour, each with its own noise."""
     own_neighbors: bool = False
     """Whether each space draws among its own neighbours; otherwise those of the first space stand in all."""
-    epoch_order: Callable[[int], Tensor | None] = _random_order
-    """Rows of an epoch in order, Int64[N], with repeats and gaps; None visits every row once, in random order."""
+    epoch_order: Callable[[int], Tensor | None] | None = None
+    """Returns the rows of an epoch in order, Int64[N], with repeats and gaps. None, for all epochs or returned for one,
+    visits every row once, in random order."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,31 @@ class Rows(Protocol):
         return None
 
 
+def as_member(values: NDArray[Any]) -> Tensor:
+    """Return a partition as `Rows.members` has it: Int64[N] labels, −1 for no opinion; or Float[N K] as it is.
+
+    Args:
+        values: [N] labels of any kind, where None, NaN, −1 and whole numbers below are no opinion; or [N K]
+            probabilities. Whole numbers are kept, unless they are far more than rows.
+
+    Raises:
+        DataError: probabilities are not finite numbers.
+    """
+    if values.ndim != 1:
+        if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
+            raise DataError(f"members: [N K] of {values.dtype} with values that are no probabilities")
+        return torch.from_numpy(values.astype(np.float32))
+    if values.dtype.kind in "iu":
+        known = values >= 0
+        if int(values.max(initial=0)) < 2 * len(values):
+            return torch.from_numpy(np.where(known, values, -1).astype(np.int64))
+    else:
+        known = np.array([value is not None and value == value and value != -1 for value in values.tolist()], bool)
+    codes = np.full(len(values), -1, dtype=np.int64)
+    codes[known] = np.unique(values[known].astype(str), return_inverse=True)[1]
+    return torch.from_numpy(codes)
+
+
 def blocks_on(rows: Rows, device: torch.device) -> Iterator[Tensor]:
     """Yield a worker's share of the rows on a device, Float[B D]s; an empty one if it has none.
 
@@ -133,23 +157,6 @@ def blocks_on(rows: Rows, device: torch.device) -> Iterator[Tensor]:
         empty = False
     if empty:
         yield torch.zeros((0, rows.dimension), device=device)
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Batches of a training; the union of all workers' parts is the same whatever their number."""
-
-    count: int
-    """N."""
-
-    def batches(self, plan: Plan, rank: int, start: int = 0) -> Iterator[Batch]:
-        """Yield one worker's part of each batch.
-
-        Args:
-            plan: batch size and steps.
-            rank: of the worker among those that divide the rows of a batch.
-            start: steps that were done before.
-        """
 
 
 class CheckpointStore(Protocol):
@@ -205,14 +212,12 @@ class BaseTrainer:
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._saved = self._started
 
-    def fit(
-        self, method: Method, data: Rows | Mapping[str, Rows] | Source, start: Callable[[], None] | None = None
-    ) -> None:
+    def fit(self, method: Method, data: Rows | Mapping[str, Rows], start: Callable[[], None] | None = None) -> None:
         """Run all steps of the method's plan.
 
         Args:
             method: to be trained.
-            data: the rows, or those of each space by its name, or a source of batches.
+            data: the rows, or those of each space by its name.
             start: called before the first step, and not on a resume.
         """
         raise NotImplementedError

@@ -5,7 +5,7 @@ A file of its own, because TEMI and the default method share it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -81,7 +81,3 @@ class ComponentRows(Rows):
     def neighbors(self) -> Tensor:
         """Return those of the rows."""
         return self._rows.neighbors()
-
-    def members(self) -> Sequence[Tensor] | None:
-        """Return those of the rows."""
-        return self._rows.members()

@@ -63,7 +63,7 @@ class KMeans(Method):
             state = reached
             report(float(state.inertia.min()), int(state.running.sum()))
             if trainer.is_due(len(trainer.history)):
-                trainer.save(len(trainer.history), state.tensors())
+                trainer.save(len(trainer.history), vars(state))
         result = kmeans.finish(population, state)
         self.to(trainer.device)
         self.centers.copy_(result.centers)

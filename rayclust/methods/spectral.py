@@ -6,7 +6,7 @@ The baseline beside CPP: what its membership finds in features that no rate redu
 from __future__ import annotations
 
 import copy
-from typing import Protocol, Self, runtime_checkable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,14 +17,6 @@ from rayclust.clustering.spectral import Spectral, unit
 from rayclust.errors import ArtefactError
 from rayclust.methods.base import BaseTrainer, Method, MethodState, Rows
 from rayclust.methods.settings import SpectralConfig
-
-
-@runtime_checkable
-class Spectrum(Protocol):
-    """A method whose clusters are those of a random walk's leading eigenvectors."""
-
-    def eigengap(self) -> float:
-        """Return ln(ln λ_{K+1} / ln λ_K): how much slower the walk leaves clusters than it mixes within; or NaN."""
 
 
 class SpectralMethod(Method):
@@ -51,7 +43,7 @@ class SpectralMethod(Method):
         return other
 
     def eigengap(self) -> float:
-        """Return the eigengap at K; see `clustering.spectral.Spectral.eigengap`."""
+        """Return ln(ln λ_{K+1} / ln λ_K): how much slower the walk leaves clusters than it mixes within; or NaN."""
         return self.fitted().eigengap(self.config.clusters)
 
 

@@ -24,7 +24,7 @@ from rayclust.encoders.load import dimension_of, load_encoder
 from rayclust.encoders.pixels import PixelEncoder
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError
-from rayclust.runtime.driver import sees_gpu
+from rayclust.runtime.cluster import sees_gpu
 from rayclust.runtime.inputs import weights_stamp
 from rayclust.runtime.rows import scratch_folder
 from rayclust.store import storage

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from rayclust.arrays import IntArray
-from rayclust.clustering.consensus import as_member
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.methods.base import ManyHeads
+from rayclust.methods.base import ManyHeads, as_member
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import content_digest
 from rayclust.runtime.rows import part_features, row_starts, transform_of

@@ -13,9 +13,8 @@ from rayclust.errors import ArtefactError, ConfigError
 from rayclust.features import SpaceTransforms
 from rayclust.methods import load
 from rayclust.methods.base import Method, MethodState, Transform
-from rayclust.runtime.artefacts import Outputs, put_bytes, put_json
 from rayclust.store import storage
-from rayclust.store.manifest import read_manifest, read_unchanged
+from rayclust.store.manifest import Outputs, put_bytes, put_json, read_manifest, read_unchanged
 from rayclust.store.run import Run
 
 BLOCK = 4096

@@ -12,20 +12,21 @@ from typing import Any, Literal
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.report.formats import duration
-from rayclust.runtime.artefacts import FileListing, Outputs, remove_damaged
-from rayclust.runtime.cluster import scheduling, with_gpus
-from rayclust.runtime.driver import is_small, may_use_driver, use_driver
+from rayclust.runtime.cluster import is_small, may_use_driver, scheduling, use_driver, with_gpus
 from rayclust.runtime.progress import collect_timings, keep_progress
 from rayclust.store import storage
 from rayclust.store.lock import RunLock, run_lock
 from rayclust.store.manifest import (
     EncodeOutputs,
+    FileListing,
     Manifest,
     Output,
+    Outputs,
     SelectKOutputs,
     StageOutputs,
     digest_of,
     read_manifest,
+    remove_damaged,
     versions,
     write_manifest,
 )

@@ -18,8 +18,7 @@ from rayclust.errors import DataError, RayclustError
 from rayclust.language.vocabulary import merged
 from rayclust.methods import is_recuttable
 from rayclust.report.formats import duration, size
-from rayclust.runtime.cluster import describe_placement
-from rayclust.runtime.driver import has_idle_gpu
+from rayclust.runtime.cluster import describe_placement, has_idle_gpu
 from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
 from rayclust.runtime.inputs import input_shards, refuse_misplaced, source_shards, with_encoder
 from rayclust.runtime.members import plan_members

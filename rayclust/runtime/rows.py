@@ -55,6 +55,11 @@ def row_starts(encode: Manifest) -> list[int]:
     return encode.outputs_of(EncodeOutputs).starts
 
 
+def filled_parts(starts: Sequence[int]) -> list[int]:
+    """Return the parts that hold rows."""
+    return [part for part, (start, stop) in enumerate(pairwise(starts)) if stop > start]
+
+
 def fitted_count(encode: Manifest) -> int:
     """Return the number of rows that methods are fitted on: all but those kept aside."""
     outputs = encode.outputs_of(EncodeOutputs)

@@ -16,10 +16,10 @@ import pyarrow as pa
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
 from rayclust.methods.settings import EMBEDDINGS
-from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.datasets import local_folder
 from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
 from rayclust.store import storage, tables
+from rayclust.store.manifest import put_table
 from rayclust.store.run import Run
 
 

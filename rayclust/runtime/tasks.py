@@ -11,12 +11,19 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from rayclust.errors import ArtefactError
-from rayclust.runtime.artefacts import FileListing, Outputs
-from rayclust.runtime.cluster import connect, cpus, free_cached_memory, live_nodes, plain_errors, task_options
-from rayclust.runtime.driver import in_driver, threads
+from rayclust.runtime.cluster import (
+    connect,
+    cpus,
+    free_cached_memory,
+    in_driver,
+    live_nodes,
+    plain_errors,
+    task_options,
+    threads,
+)
 from rayclust.runtime.progress import Progress, timed_section, worker_name
 from rayclust.store import manifest, storage
-from rayclust.store.manifest import digest_of
+from rayclust.store.manifest import FileListing, Outputs, digest_of
 from rayclust.store.run import Run
 from rayclust.store.storage import MissingError
 

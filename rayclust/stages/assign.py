@@ -17,7 +17,6 @@ from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Method, Prototypes
 from rayclust.methods.settings import EMBEDDINGS
 from rayclust.metrics.calibration import Calibration, calibrate, sample_size
-from rayclust.runtime.artefacts import drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.models import load_method, method_inputs, transform_rows
@@ -25,7 +24,7 @@ from rayclust.runtime.pipeline import Manifests, StageContext, StageResult, cont
 from rayclust.runtime.rows import part_embeddings, row_starts, rows_by_part, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.store import tables
-from rayclust.store.manifest import AssignOutputs, EncodeOutputs, Manifest, digest_of
+from rayclust.store.manifest import AssignOutputs, EncodeOutputs, Manifest, digest_of, drop_stale_parts, put_table
 from rayclust.store.run import Run
 
 CALIBRATION_PARTS = 64

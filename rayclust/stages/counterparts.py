@@ -24,7 +24,6 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.language import nouns
 from rayclust.language.vocabulary import merged
 from rayclust.methods.tac_settings import TacConfig
-from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_neighbors, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.pipeline import StageContext, StageResult
@@ -34,7 +33,15 @@ from rayclust.runtime.tensors import unit_rows
 from rayclust.runtime.vocabularies import WordBank, noun_lists, read_lists
 from rayclust.search.knn import RunningTopK
 from rayclust.store import storage, tables
-from rayclust.store.manifest import EncodeOutputs, Manifest, digest_of
+from rayclust.store.manifest import (
+    EncodeOutputs,
+    Manifest,
+    Outputs,
+    digest_of,
+    drop_stale_parts,
+    put_neighbors,
+    put_table,
+)
 from rayclust.store.run import Run
 
 

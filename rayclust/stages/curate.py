@@ -52,7 +52,6 @@ from rayclust.clustering.row_stats import even_sample
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, DataError
 from rayclust.features import SpaceTransforms
-from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import on_every_node, run_remotely
 from rayclust.runtime.pipeline import CURATE, StageContext, StageResult, settings_of
 from rayclust.runtime.rows import (
@@ -68,7 +67,16 @@ from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.tensors import BLOCK, blocks, mapped
 from rayclust.search.ivf import train_centers
 from rayclust.store import storage, tables
-from rayclust.store.manifest import EncodeOutputs, digest_of, versions
+from rayclust.store.manifest import (
+    EncodeOutputs,
+    Outputs,
+    digest_of,
+    drop_stale_parts,
+    put_bytes,
+    put_json,
+    put_table,
+    versions,
+)
 from rayclust.store.run import PART, Run
 
 logger = logging.getLogger(__name__)

@@ -34,9 +34,18 @@ from rayclust.errors import ArtefactError, DataError
 from rayclust.report.formats import duration
 from rayclust.resources import are_disjoint
 from rayclust.runtime import progress
-from rayclust.runtime.artefacts import drop_stale_parts
-from rayclust.runtime.cluster import connect, cpus, label_selector, plain_errors, worker_count
-from rayclust.runtime.driver import cores, in_driver, may_use_driver, threads, use_driver
+from rayclust.runtime.cluster import (
+    connect,
+    cores,
+    cpus,
+    in_driver,
+    label_selector,
+    may_use_driver,
+    plain_errors,
+    threads,
+    use_driver,
+    worker_count,
+)
 from rayclust.runtime.encoder import (
     MEASURED_FROM,
     RunEncoders,
@@ -62,6 +71,7 @@ from rayclust.runtime.tasks import (
     run_tasks,
 )
 from rayclust.store import storage
+from rayclust.store.manifest import drop_stale_parts
 from rayclust.store.run import Run
 from rayclust.store.sources import Shard, prefetch, read_records, read_rows
 

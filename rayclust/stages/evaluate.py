@@ -16,14 +16,13 @@ from rayclust.arrays import unit_rows
 from rayclust.config import RunConfig
 from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Membership
-from rayclust.runtime.artefacts import put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.members import member_labels
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
 from rayclust.runtime.rows import features_at, kept_aside, row_starts, transform_of
 from rayclust.store import tables
-from rayclust.store.manifest import AssignOutputs, EncodeOutputs
+from rayclust.store.manifest import AssignOutputs, EncodeOutputs, put_json, put_table
 from rayclust.store.run import Run
 
 if TYPE_CHECKING:  # they bring torchvision

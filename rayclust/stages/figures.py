@@ -24,7 +24,6 @@ from rayclust.metrics.selection import CRITERIA
 from rayclust.report import charts, svg
 from rayclust.report.formats import count, percent
 from rayclust.report.model import Drawing
-from rayclust.runtime.artefacts import Outputs, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.models import load_method, transform_rows
@@ -38,7 +37,7 @@ from rayclust.runtime.pipeline import (
 )
 from rayclust.runtime.rows import all_clusters, features_at, row_starts, table_at, transform_of
 from rayclust.store import storage, tables
-from rayclust.store.manifest import read_json_output
+from rayclust.store.manifest import Outputs, put_json, put_table, read_json_output
 from rayclust.store.run import Run
 
 MAP_ROWS = 3000

@@ -13,7 +13,6 @@ import torch
 
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform, SpaceTransforms
-from rayclust.runtime.artefacts import Outputs, put_bytes, put_json, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
@@ -23,7 +22,7 @@ from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.tensors import blocks
 from rayclust.search.index import build_index
 from rayclust.store import storage, tables
-from rayclust.store.manifest import EncodeOutputs, digest_of
+from rayclust.store.manifest import EncodeOutputs, Outputs, digest_of, put_bytes, put_json, put_table
 from rayclust.store.run import Run
 
 RETRIEVAL = "retrieval.json"

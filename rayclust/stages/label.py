@@ -24,14 +24,21 @@ from rayclust.language.naming import (
 )
 from rayclust.language.vocabulary import merged, same_name
 from rayclust.methods.settings import EMBEDDINGS
-from rayclust.runtime.artefacts import put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.pipeline import StageContext, StageResult
-from rayclust.runtime.rows import all_clusters, part_clusters, part_embeddings, part_features, row_starts, transform_of
+from rayclust.runtime.rows import (
+    all_clusters,
+    filled_parts,
+    part_clusters,
+    part_embeddings,
+    part_features,
+    row_starts,
+    transform_of,
+)
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
 from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from rayclust.store import storage, tables
-from rayclust.store.manifest import AssignOutputs, EncodeOutputs, digest_of
+from rayclust.store.manifest import AssignOutputs, EncodeOutputs, digest_of, put_table
 from rayclust.store.run import Run
 
 FEW_WORDS = 5000
@@ -71,7 +78,7 @@ class Labeling:
         """Write the words with their embeddings and the rows that vote; return the number of words."""
         # 1. The words, and which of them lists other than the classes hold as well.
         check_classes(self.config)
-        labels = (tables.read_table(self.run.rows(part), ["label"])["label"] for part in self._parts())
+        labels = (tables.read_table(self.run.rows(part), ["label"])["label"] for part in filled_parts(self.starts))
         distinct = (column.unique().drop_null().to_pylist() for column in labels)
         words = merged(read_lists(self.config, lambda: {name for names in distinct for name in names}))
         classes = [place for place, kind in enumerate(vocabulary_kinds(self.config).values()) if kind == "classes"]
@@ -152,7 +159,7 @@ class Labeling:
         }
         label, count = self.config.label, self.config.method.clusters
         voters = np.zeros(count, np.int64)
-        for part in self._parts():
+        for part in filled_parts(self.starts):
             clusters = self._clusters(part)
             voters += np.bincount(clusters[clusters >= 0], minlength=count)
         names = {}
@@ -194,7 +201,7 @@ class Labeling:
     def named_as_classes(self, names: list[str | None]) -> float | None:
         """Return the share of the labelled images whose cluster has their class's name; None without labels."""
         right = labelled = 0
-        for part in self._parts():
+        for part in filled_parts(self.starts):
             column = tables.read_table(self.run.rows(part), ["label"])["label"]
             labels = column.combine_chunks().dictionary_encode()
             codes = labels.indices.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -250,10 +257,6 @@ class Labeling:
             "mean_confidence": [float(c / n) if n else None for c, n in zip(confidence, sizes, strict=True)],
             "confidence": histogram.tolist(),
         }
-
-    def _parts(self) -> list[int]:
-        """Return the parts that hold rows."""
-        return [part for part, start in enumerate(self.starts[:-1]) if self.starts[part + 1] > start]
 
     def _clusters(self, part: int) -> np.ndarray:
         """Return the clusters of one part, Int32[B], −1 for rows that do not vote."""

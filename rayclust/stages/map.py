@@ -16,7 +16,6 @@ from torch import Tensor
 from rayclust.clustering.pacmap import CANDIDATES, near_pairs, place, planar_map
 from rayclust.config import RunConfig
 from rayclust.features import SpaceTransforms
-from rayclust.runtime.artefacts import Outputs, drop_stale_parts, put_table
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.models import load_method, transform_rows
@@ -26,7 +25,7 @@ from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, sea
 from rayclust.runtime.tensors import unit_rows
 from rayclust.search.knn import RunningTopK
 from rayclust.store import storage, tables
-from rayclust.store.manifest import EncodeOutputs
+from rayclust.store.manifest import EncodeOutputs, Outputs, drop_stale_parts, put_table
 from rayclust.store.run import Run
 
 BLOCK = 2048

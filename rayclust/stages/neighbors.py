@@ -12,7 +12,6 @@ from torch import Tensor
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.features import SpaceTransforms
-from rayclust.runtime.artefacts import drop_stale_parts, put_neighbors
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.pipeline import StageContext, StageResult
 from rayclust.runtime.rows import fitted_count, kept_aside, part_features, row_starts, transform_of, unit_transform
@@ -21,7 +20,7 @@ from rayclust.runtime.tensors import blocks, unit_rows
 from rayclust.search.knn import RunningTopK, agreeing_neighbors
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage
-from rayclust.store.manifest import EncodeOutputs
+from rayclust.store.manifest import EncodeOutputs, drop_stale_parts, put_neighbors
 from rayclust.store.run import Run
 
 _OLD_INDEX = "ivf.faiss"

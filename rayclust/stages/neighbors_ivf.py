@@ -32,7 +32,6 @@ from torch import Tensor
 
 from rayclust.errors import ArtefactError, DataError
 from rayclust.features import SpaceTransforms
-from rayclust.runtime.artefacts import Outputs, put_bytes, put_neighbors
 from rayclust.runtime.rows import features_at, part_features
 from rayclust.runtime.tasks import STORAGE_THREADS, Item, Result, Task, TaskResult, finished_tasks, run_tasks
 from rayclust.runtime.tensors import unit_rows
@@ -40,7 +39,7 @@ from rayclust.search.index import recall_at_k
 from rayclust.search.ivf import ListCenters, choose_probes, list_count, ranked_lists, train_centers
 from rayclust.search.knn import TopKInt64, unpack_keys
 from rayclust.store import storage
-from rayclust.store.manifest import digest_of, read_unchanged
+from rayclust.store.manifest import Outputs, digest_of, put_bytes, put_neighbors, read_unchanged
 from rayclust.store.run import Run
 
 THREADS = 16

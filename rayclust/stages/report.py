@@ -13,7 +13,6 @@ from rayclust.report import model
 from rayclust.report.formats import last_part, percent
 from rayclust.report.page import write
 from rayclust.runtime.api import as_yaml, load_run
-from rayclust.runtime.artefacts import Outputs, put_bytes
 from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.pipeline import CURATE, SELECT_K, StageContext, StageResult, stages_of
 from rayclust.runtime.spaces import ENCODER, OWN
@@ -28,6 +27,8 @@ from rayclust.store.manifest import (
     EncodeOutputs,
     LabelOutputs,
     Manifest,
+    Outputs,
+    put_bytes,
     read_json_output,
     read_manifest,
 )

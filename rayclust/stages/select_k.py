@@ -30,9 +30,7 @@ from rayclust.methods.base import CheckpointInterval, Method, Recuttable, Transf
 from rayclust.metrics import selection
 from rayclust.metrics.selection import Choice
 from rayclust.runtime import cluster
-from rayclust.runtime.artefacts import Outputs, put_json
-from rayclust.runtime.cluster import connect, on_every_node, require_label
-from rayclust.runtime.driver import in_driver, threads
+from rayclust.runtime.cluster import connect, in_driver, on_every_node, require_label, threads
 from rayclust.runtime.models import read_method
 from rayclust.runtime.pipeline import (
     CHOSEN,
@@ -48,7 +46,7 @@ from rayclust.runtime.tensors import BLOCK, StoredRows
 from rayclust.stages.registry import candidate_settings
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, digest_of
+from rayclust.store.manifest import Manifest, Outputs, digest_of, put_json
 from rayclust.store.run import Run
 from rayclust.training.loop import Trainer
 
@@ -175,7 +173,7 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
 
     Undefined ones (the silhouette of one occupied cluster, the stability of one fit) are left out.
     """
-    from rayclust.methods.spectral import Spectrum
+    from rayclust.methods.spectral import SpectralMethod
     from rayclust.metrics import internal
     from rayclust.metrics.internal import coding_length, measure, size_summary
     from rayclust.metrics.nulls import null_silhouettes
@@ -196,7 +194,7 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     found = measure(z, kept, None, distortion=options.distortion, silhouette_rows=options.rows, seed=config.seed)
     if blocks:  # a space of its own spreads what is a subspace among the features over more dimensions
         found["feature_coding_length"] = coding_length(unit, kept[0], options.distortion) / len(unit)
-    if isinstance(method, Spectrum):
+    if isinstance(method, SpectralMethod):
         found["eigengap"] = method.eigengap()
     found |= null_silhouettes(z, config.method.clusters, seed=config.seed)
     neighbors = rows.neighbors().numpy()

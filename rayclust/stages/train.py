@@ -27,17 +27,17 @@ from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build_for
 from rayclust.methods.base import CheckpointInterval, Method
-from rayclust.runtime.artefacts import Outputs, put_bytes, put_table
 from rayclust.runtime.cluster import (
     connect,
+    cores,
     cores_per_worker,
+    in_driver,
     on_every_node,
     plain_errors,
     require_label,
     run_remotely,
     worker_range,
 )
-from rayclust.runtime.driver import cores, in_driver
 from rayclust.runtime.members import RowsWithMembers
 from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
@@ -45,7 +45,7 @@ from rayclust.runtime.progress import Progress, watch_metrics
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
 from rayclust.runtime.trackers import Trackers
 from rayclust.store import manifest, storage
-from rayclust.store.manifest import EncodeOutputs, Manifest, read_unchanged
+from rayclust.store.manifest import EncodeOutputs, Manifest, Outputs, put_bytes, put_table, read_unchanged
 from rayclust.store.run import Run
 from rayclust.training.loop import Trainer
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rayclust import distributed
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build_for
-from rayclust.methods.base import BaseTrainer, Batch, HeadParallel, Method, Rows, Source
+from rayclust.methods.base import BaseTrainer, Batch, HeadParallel, Method, Rows
 from rayclust.methods.settings import BaseMethodConfig, TrainedConfig, cosine_schedule
 from rayclust.training.sampling import STEP_STREAM, ArrayRows, RowSource, derive_seed
 
@@ -205,14 +205,12 @@ class Stepper:
 class Trainer(BaseTrainer):
     """Fits methods by gradient."""
 
-    def fit(
-        self, method: Method, data: Rows | Mapping[str, Rows] | Source, start: Callable[[], None] | None = None
-    ) -> None:
+    def fit(self, method: Method, data: Rows | Mapping[str, Rows], start: Callable[[], None] | None = None) -> None:
         """Run the steps of the method's plan, from the latest checkpoint if there is one.
 
         Args:
             method: moved to the trainer's device.
-            data: the rows, or those of each space by its name, or a source of batches.
+            data: the rows, or those of each space by its name.
             start: called before the first step of a training that is not resumed.
 
         Raises:
@@ -225,10 +223,8 @@ class Trainer(BaseTrainer):
         with torch.random.fork_rng(devices=devices):
             stepper = Stepper(method.to(self.device))
             plan, dtype = stepper.plan, next(method.parameters()).dtype
-            source = data
-            if not isinstance(source, Source):
-                each = method.spaces is None
-                source = RowSource(source, method.pairing, self.seed, self.device, dtype, each=each)
+            each = method.spaces is None
+            source = RowSource(data, method.pairing, self.seed, self.device, dtype, each=each)
             sums: dict[str, Tensor] = {}
             step = self._resume(stepper, sums)
             batches = source.batches(plan, rank, step or 0)

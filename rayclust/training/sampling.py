@@ -252,7 +252,7 @@ class RowSource:
 
     def _batches(self, plan: Plan, rank: int, workers: int, start: int) -> Iterator[Batch]:
         for epoch in range(start // plan.steps_per_epoch, plan.epochs):
-            order = self.pairing.epoch_order(epoch)
+            order = None if self.pairing.epoch_order is None else self.pairing.epoch_order(epoch)
             order = (batch_order(self.count, self.seed, epoch) if order is None else order).to(self._first.device)
             first = epoch * plan.steps_per_epoch
             for step in range(max(start, first), min(first + plan.steps_per_epoch, plan.steps)):

@@ -138,11 +138,11 @@ def create_app(opening: Opening, *, hosts: set[str], token: str | None) -> ASGIA
     paths: dict[str, tuple[str, Callable[[Request, Explorer, bytes], Any]]] = {
         "/api/run": ("GET", lambda request, explorer, body: explorer.facts()),
         "/api/clusters": ("GET", _clusters),
-        "/api/clusters/{number:int}": ("GET", _cluster),
+        "/api/clusters/{number:int}": ("GET", lambda request, explorer, body: explorer.cluster(**request.path_params)),
         "/api/clusters/{number:int}/images": ("GET", _images),
         "/api/records": ("GET", _records),
         "/api/map": ("GET", lambda request, explorer, body: explorer.map()),
-        "/api/images/{row:int}": ("GET", lambda request, explorer, body: explorer.image(_path(request, "row"))),
+        "/api/images/{row:int}": ("GET", lambda request, explorer, body: explorer.image(**request.path_params)),
         "/api/images/{row:int}/picture": ("GET", _picture),
         "/api/search": ("GET", lambda request, explorer, body: explorer.search(text=_text(request), top=_top(request))),
         "/api/search/image": ("POST", lambda request, explorer, body: explorer.search(data=body, top=_top(request))),
@@ -152,7 +152,7 @@ def create_app(opening: Opening, *, hosts: set[str], token: str | None) -> ASGIA
         "/api/compare": ("GET", lambda request, explorer, body: explorer.compare()),
         "/api/compare/{source:int}/{target:int}": ("GET", _flow),
         "/api/selections": ("GET", lambda request, explorer, body: explorer.selections()),
-        "/api/selections/{name}": ("GET", lambda request, explorer, body: explorer.selected(_path(request, "name"))),
+        "/api/selections/{name}": ("GET", lambda request, explorer, body: explorer.selected(**request.path_params)),
         "/api/selections/{name}/set": ("POST", _select),
     }
 
@@ -187,11 +187,10 @@ class _Guard:
             await send(message)
 
         request = Request(scope)
-        answer = self._refusal(request) or self._greeting(request)
-        await (answer or self._app)(scope, receive, send_with_headers)
+        await (self._answer(request) or self._app)(scope, receive, send_with_headers)
 
-    def _refusal(self, request: Request) -> Response | None:
-        """Return why a request is refused; None for one that is not."""
+    def _answer(self, request: Request) -> Response | None:
+        """Return why a request is refused, or to the address with its token a cookie; None for one that is let in."""
         headers: Headers = request.headers
         host = headers.get("host", "")
         # 1. A Host that is a name of another's may lead here today and have led elsewhere when the page was loaded.
@@ -204,25 +203,18 @@ class _Guard:
             origin = headers.get("origin")
             if OWN_PAGE not in headers or origin not in (None, f"http://{host}", f"https://{host}"):
                 return PlainTextResponse("rayclust: only its own page may change anything\n", 403)
-        # 3. Requests from elsewhere need the token.
-        given = request.cookies.get(COOKIE) or headers.get("authorization", "").removeprefix("Bearer ")
-        if self._token is not None and not self._is_token(given) and not self._is_greeting(request):
-            return PlainTextResponse("rayclust: open the address with its token, as the command showed it\n", 401)
-        return None
-
-    def _greeting(self, request: Request) -> Response | None:
-        """Return the answer to the address with its token: a cookie, and the address without it."""
-        if self._token is None or not self._is_greeting(request):
+        # 3. Requests from elsewhere need the token; the address with it becomes one without, and a cookie.
+        if self._token is None:
             return None
-        answer = RedirectResponse("/", 303)
-        answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
-        return answer
-
-    def _is_greeting(self, request: Request) -> bool:
-        return request.url.path == "/" and self._is_token(request.query_params.get("token", ""))
-
-    def _is_token(self, given: str) -> bool:
-        return secrets.compare_digest(given.encode(), (self._token or "").encode())
+        shown = request.query_params.get("token", "") if request.url.path == "/" else ""
+        if secrets.compare_digest(shown.encode(), self._token.encode()):
+            answer = RedirectResponse("/", 303)
+            answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+            return answer
+        given = request.cookies.get(COOKIE) or headers.get("authorization", "").removeprefix("Bearer ")
+        if secrets.compare_digest(given.encode(), self._token.encode()):
+            return None
+        return PlainTextResponse("rayclust: open the address with its token, as the command showed it\n", 401)
 
     def _is_known(self, host: str) -> bool:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
@@ -264,13 +256,9 @@ def _clusters(request: Request, explorer: Explorer, body: bytes) -> dict[str, An
     )
 
 
-def _cluster(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
-    return explorer.cluster(_path(request, "number"))
-
-
 def _images(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
     return explorer.images(
-        _path(request, "number"),
+        request.path_params["number"],
         odd_first=request.query_params.get("odd_first") == "1",
         offset=_number(request, "offset", 0),
         limit=min(PAGE, _number(request, "limit", 100)),
@@ -285,7 +273,7 @@ def _records(request: Request, explorer: Explorer, body: bytes) -> list[dict[str
 
 
 def _picture(request: Request, explorer: Explorer, body: bytes) -> Response:
-    data = explorer.picture(_path(request, "row"), _number(request, "size", 160))
+    data = explorer.picture(request.path_params["row"], _number(request, "size", 160))
     return Response(data, media_type="image/webp", headers={"cache-control": "private, max-age=3600"})
 
 
@@ -301,14 +289,14 @@ def _table(request: Request, explorer: Explorer, body: bytes) -> Response:
 
 def _flow(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
     offset, limit = _number(request, "offset", 0), min(PAGE, _number(request, "limit", 100))
-    return explorer.flow(_path(request, "source"), _path(request, "target"), offset=offset, limit=limit)
+    return explorer.flow(request.path_params["source"], request.path_params["target"], offset=offset, limit=limit)
 
 
 def _select(request: Request, explorer: Explorer, body: bytes) -> dict[str, int]:
     rows = _object(body).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, int) for row in rows):
         raise ConfigError("rows must be a list of numbers")
-    return explorer.select(_path(request, "name"), rows)
+    return explorer.select(request.path_params["name"], rows)
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -330,10 +318,6 @@ def _text(request: Request) -> str:
 
 def _top(request: Request) -> int:
     return min(PAGE, max(1, _number(request, "top", 100)))
-
-
-def _path(request: Request, name: str) -> Any:
-    return request.path_params[name]
 
 
 def _number(request: Request, name: str, default: int) -> int:

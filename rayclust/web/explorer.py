@@ -93,10 +93,15 @@ class Explorer:
         self._lock, self._searching = threading.Lock(), threading.Lock()
         self._neighbors = lru_cache(4)(self._read_neighbors)
         self._learnt = learnt_index(config)
-        self._has_pictures = config.encoder.name != "unknown" or self._finds_pictures()
+        self._has_pictures = config.encoder.name != "unknown"
+        if not self._has_pictures:  # ready embeddings, whose images may be at hand
+            some = np.unique(np.linspace(0, self._rows.count - 1, LOOKED_AT, dtype=np.int64))
+            found = fetch_many([record["uri"] for record in self._index.records(some)], config.images.columns)
+            self._has_pictures = any(data is not None for _, data in found)
         self._plane = lru_cache(1)(self._read_plane)
         self._own = tables.read_table(self._run.clusters).to_pylist()
-        self._labels = self._count_labels()
+        cells = self._run.contingency
+        self._cells = tables.read_table(cells).to_pylist() if storage.exists(cells) else []
         self._state = self._load(self._rows.shown)
         self._comparison = None if against is None else Comparison(self._index.keys, RunRows(against))
 
@@ -110,7 +115,7 @@ class Explorer:
             "images": self._rows.count,
             "clusters": len(state.clusters),
             "reads_text": self.config.text_encoder.family == "open_clip",
-            "has_labels": bool(self._labels),
+            "has_labels": bool(self._cells),
             "has_pictures": self._has_pictures,
             "is_mapped": self._rows.is_mapped,
             "against": None if self._comparison is None else self._comparison.uri,
@@ -373,11 +378,6 @@ class Explorer:
             for record, cluster in zip(found, clusters, strict=True)
         ]
 
-    def _finds_pictures(self) -> bool:
-        some = self._index.records(np.unique(np.linspace(0, self._rows.count - 1, LOOKED_AT, dtype=np.int64)))
-        found = fetch_many([record["uri"] for record in some], self.config.images.columns)
-        return any(data is not None for _, data in found)
-
     def _read_plane(self) -> tuple[NDArray[np.int64], dict[str, str]]:
         """Return the rows of the map, Int64[n] sorted, and their places."""
         if not self._rows.is_mapped:
@@ -391,13 +391,6 @@ class Explorer:
     def _read_neighbors(self, part: int) -> tuple[NDArray[Any], NDArray[Any]]:
         table = tables.read_table(self._run.neighbors(part), ["neighbors", "similarity"])
         return tables.matrix(table["neighbors"]), tables.matrix(table["similarity"])
-
-    def _count_labels(self) -> list[tuple[int, str, int]]:
-        """Return (own cluster, class, images) where there are labels; [] without."""
-        if not storage.exists(self._run.contingency):
-            return []
-        cells = tables.read_table(self._run.contingency).to_pylist()
-        return [(cell["cluster"], cell["label"], cell["count"]) for cell in cells]
 
     def _load(self, shown: ShownClusters) -> _State:
         """Work out the list of clusters."""
@@ -418,9 +411,9 @@ class Explorer:
             np.add.at(sums, place, sign * certain)
         # 3. The most common class, of the clusters that went into one.
         classes = dict[int, dict[str, int]]()
-        for cluster, name_of_class, count in self._labels:
-            found = classes.setdefault(int(edited.final[cluster]), {})
-            found[name_of_class] = found.get(name_of_class, 0) + count
+        for cell in self._cells:
+            found = classes.setdefault(int(edited.final[cell["cluster"]]), {})
+            found[cell["label"]] = found.get(cell["label"], 0) + cell["count"]
         state = _State(shown, {}, moved, frozenset(rows.tolist()))
         typical = self._typical(edited.final, moved, state.moved_rows)
         for number in sorted(edited.shown, key=lambda number: (-sizes[number], number)):

@@ -146,7 +146,7 @@ def test_goes_on_from_any_state():
     states += list(kmeans.advance(stats, options, states[0]))
     whole = kmeans.finish(stats, states[-1])
     for state in states[:: max(1, len(states) // 4)]:
-        last = kmeans.KMeansState(**{name: value.clone() for name, value in state.tensors().items()})
+        last = kmeans.KMeansState(**{name: value.clone() for name, value in vars(state).items()})
         for reached in kmeans.advance(stats, options, last):
             last = reached
         result = kmeans.finish(stats, last)

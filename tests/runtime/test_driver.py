@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info
 
 from rayclust.config import validate
 from rayclust.runtime import cluster, tasks
-from rayclust.runtime.driver import OWN, cores, in_driver, is_small, may_use_driver, threads, use_driver
+from rayclust.runtime.cluster import OWN, cores, in_driver, is_small, may_use_driver, threads, use_driver
 from rayclust.runtime.pipeline import run_all
 from rayclust.stages import encode, select_k, train
 from tests.stages.runs import tree

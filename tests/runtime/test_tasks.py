@@ -11,7 +11,6 @@ import ray
 
 from rayclust.errors import DataError
 from rayclust.runtime import progress
-from rayclust.runtime.artefacts import put_bytes
 from rayclust.runtime.tasks import (
     Task,
     TaskResult,
@@ -23,6 +22,7 @@ from rayclust.runtime.tasks import (
     write_mark,
 )
 from rayclust.store import storage
+from rayclust.store.manifest import put_bytes
 from rayclust.store.run import Run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rayclust.methods.settings import BaseMethodConfig
-from rayclust.runtime import cluster, driver
+from rayclust.runtime import cluster
 from rayclust.stages import train
 
 
@@ -24,7 +24,7 @@ class _Always:
 
 def without_ray(patch: pytest.MonkeyPatch, threads: int = 1) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts; train has so many threads."""
-    patch.setattr(driver, "_in_driver", _Always())
+    patch.setattr(cluster, "_in_driver", _Always())
     patch.setattr(cluster, "may_use_driver", lambda config: True)
     patch.setattr(BaseMethodConfig, "fits_fast", True)
     patch.setattr(train, "cores", lambda: threads)

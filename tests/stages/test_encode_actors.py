@@ -22,7 +22,7 @@ from rayclust.encoders import openvino
 from rayclust.encoders.base import GPU_BATCH
 from rayclust.encoders.decode import Preprocess, decode
 from rayclust.errors import ConfigError
-from rayclust.runtime import driver
+from rayclust.runtime import cluster
 from rayclust.runtime.inputs import InputPlan
 from rayclust.runtime.pipeline import STAGES, StageContext, run_all, run_stage
 from rayclust.runtime.tasks import Task, read_mark
@@ -323,7 +323,7 @@ def test_few_images_stay_in_the_driver(
 ):
     monkeypatch.setattr("rayclust.stages.encode.cores", lambda: cores)
     monkeypatch.setattr("rayclust.stages.encode.may_use_driver", lambda config: True)
-    monkeypatch.setattr("rayclust.stages.encode._encode", lambda context: driver.in_driver())
+    monkeypatch.setattr("rayclust.stages.encode._encode", lambda context: cluster.in_driver())
     shards = [Shard(0, "folder", "/images", "a", "stamp", count=images)]
     plan = InputPlan("digest", tuple(shards), ("digest",), (b"",))
     settings = config(encoder={"name": encoder, "image_size": None})

@@ -16,7 +16,7 @@ import torch
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, DataError
 from rayclust.runtime import tasks
-from rayclust.runtime.driver import may_use_driver
+from rayclust.runtime.cluster import may_use_driver
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.tasks import Task
 from rayclust.search.knn import pack_keys

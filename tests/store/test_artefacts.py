@@ -7,10 +7,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayclust.runtime.artefacts import FileListing, drop_stale_parts, put_bytes, put_json, put_table, remove_damaged
 from rayclust.stages import NAMES
 from rayclust.store import storage, tables
-from rayclust.store.manifest import Manifest, Output, write_manifest
+from rayclust.store.manifest import (
+    FileListing,
+    Manifest,
+    Output,
+    drop_stale_parts,
+    put_bytes,
+    put_json,
+    put_table,
+    remove_damaged,
+    write_manifest,
+)
 from rayclust.store.run import Run
 
 
