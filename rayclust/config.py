@@ -28,12 +28,11 @@ from rayclust.clustering.curation import CurateConfig
 from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig, SpaceConfig, normalize_encoders
 from rayclust.errors import ConfigError
 from rayclust.features import FeaturesConfig
-from rayclust.language.vocabulary import Template
 from rayclust.methods import AnyMethodConfig, config_type, config_types, reads_pixels
 from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig
 from rayclust.metrics.selection import SelectKConfig, denormalize_clusters, normalize_clusters
 from rayclust.resources import NodePrice, ResourcesConfig
-from rayclust.settings import Config, format_error
+from rayclust.settings import Config, Template, format_error
 
 MEBIBYTE = 1 << 20
 

@@ -1,12 +1,12 @@
-"""Base class of all groups of settings, and one-line messages for validation errors."""
+"""Base class of all groups of settings, a type that several use, and one-line messages for validation errors."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 
 class Config(BaseModel):
@@ -23,6 +23,16 @@ class Config(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+
+def _with_place(template: str) -> str:
+    if template.count("{}") != 1:
+        raise ValueError("should hold {} once, where the name goes")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_with_place)]
+"""A prompt around a name."""
 
 
 def format_error(error: ValidationError, known: Sequence[str]) -> str:

@@ -7,24 +7,13 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator
 
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.errors import DataError
 
-
-def _with_place(template: str) -> str:
-    if template.count("{}") != 1:
-        raise ValueError("should hold {} once, where the name goes")
-    return template
-
-
-Template = Annotated[str, AfterValidator(_with_place)]
-"""A prompt around a name."""
 LONGEST = 200
 """Characters of one name; a longer line is not a list of names."""
 _HEADERS = ("word", "lemma", "name", "label", "noun")

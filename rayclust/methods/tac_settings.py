@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rayclust.language.vocabulary import Template
 from rayclust.methods.settings import RATE_ROWS, TrainedConfig
+from rayclust.settings import Template
 
 TEMPLATES = (
     "itap of a {}.",

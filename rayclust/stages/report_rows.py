@@ -24,8 +24,8 @@ from rayclust.runtime.spaces import learnt_index
 from rayclust.search.knn import top_k
 from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs
+from rayclust.store.remote import prefetch
 from rayclust.store.sources import fetch_many
-from rayclust.store.sources.base import prefetch
 
 if TYPE_CHECKING:
     from rayclust.search.index import VectorIndex  # brings faiss

@@ -1,15 +1,20 @@
-"""Object storage by fsspec: the filesystem behind a URI, what it knows of an object, and listings in one order."""
+"""Object storage by fsspec: the filesystem behind a URI, what it knows of an object, listings, reading ahead."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from rayclust.errors import DataError
 from rayclust.store.failures import names, translated
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 SCHEMES = ("s3", "gs", "abfs", "hf", "memory")
 """Schemes of remote storage. The extras of rayclust that bring `gs`, `abfs` and `hf` are named after them."""
@@ -101,3 +106,33 @@ def list_objects(uri: str) -> Iterator[FileStat]:
             if path.startswith(f"{folder}/"):
                 key = path[len(folder) + 1 :]
                 yield remote_stat(key, f"{base}/{key}", info)
+
+
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int, *, threads: int | None = None
+) -> Iterator[tuple[Item, Result]]:
+    """Yield `(item, function(item))` in order of `items`, computed ahead in threads to hide the latency of storage.
+
+    Args:
+        function: may be called from several threads at once; its errors are raised at the place of their item.
+        items: taken lazily.
+        ahead: bound on calls under way and results held, together; 1 calls in the caller's thread, one by one.
+        threads: that call; as many as `ahead` if absent.
+    """
+    if ahead <= 1:
+        for item in items:
+            yield item, function(item)
+        return
+    pool = ThreadPoolExecutor(threads or ahead, thread_name_prefix="prefetch")
+    running: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            running.append((item, pool.submit(function, item)))
+            if len(running) == ahead:
+                first, result = running.popleft()
+                yield first, result.result()
+        while running:
+            first, result = running.popleft()
+            yield first, result.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw")
 """Of cameras' raw files: most are TIFFs by their bytes, of which a decoder finds the small preview only."""
@@ -197,33 +192,3 @@ def folder_label(key: str) -> str | None:
     while len(folders) > 1 and folders[-1].lower() in ("images", "image", "imgs", "img"):
         folders.pop()
     return folders[-1] or None if folders else None
-
-
-def prefetch(
-    function: Callable[[Item], Result], items: Iterable[Item], ahead: int, *, threads: int | None = None
-) -> Iterator[tuple[Item, Result]]:
-    """Yield `(item, function(item))` in order of `items`, computed ahead in threads to hide the latency of storage.
-
-    Args:
-        function: may be called from several threads at once; its errors are raised at the place of their item.
-        items: taken lazily.
-        ahead: bound on calls under way and results held, together; 1 calls in the caller's thread, one by one.
-        threads: that call; as many as `ahead` if absent.
-    """
-    if ahead <= 1:
-        for item in items:
-            yield item, function(item)
-        return
-    pool = ThreadPoolExecutor(threads or ahead, thread_name_prefix="prefetch")
-    running: deque[tuple[Item, Future[Result]]] = deque()
-    try:
-        for item in items:
-            running.append((item, pool.submit(function, item)))
-            if len(running) == ahead:
-                first, result = running.popleft()
-                yield first, result.result()
-        while running:
-            first, result = running.popleft()
-            yield first, result.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

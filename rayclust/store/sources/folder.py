@@ -10,6 +10,7 @@ from itertools import chain
 
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
+from rayclust.store.remote import prefetch
 from rayclust.store.sources.base import (
     DECODED_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -19,7 +20,6 @@ from rayclust.store.sources.base import (
     Record,
     Shard,
     folder_label,
-    prefetch,
 )
 from rayclust.store.storage import CLOSED_FOLDER, FileStat, MissingError, UnreadableError
 

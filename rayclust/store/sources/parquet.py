@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from rayclust.errors import DataError
 from rayclust.store import storage
+from rayclust.store.remote import prefetch
 from rayclust.store.sources.base import (
     LABEL_NAMES,
     TOO_LARGE,
@@ -29,7 +30,6 @@ from rayclust.store.sources.base import (
     escape_invalid,
     folder_label,
     label_text,
-    prefetch,
 )
 from rayclust.store.storage import FileStat, UnreadableError
 

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.store import storage
+from rayclust.store.remote import prefetch
 from rayclust.store.sources import embeddings, folder, parquet, webdataset
-from rayclust.store.sources.base import MAX_RECORD_BYTES, RAW_SUFFIXES, Record, Rows, Shard, prefetch
+from rayclust.store.sources.base import MAX_RECORD_BYTES, RAW_SUFFIXES, Record, Rows, Shard
 from rayclust.store.sources.embeddings import LoadTensors
 from rayclust.store.storage import FileStat, UnreadableError
 

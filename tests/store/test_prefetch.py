@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rayclust.store.sources.base import prefetch
+from rayclust.store.remote import prefetch
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
