@@ -293,19 +293,10 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _has_clusters_for_levels(self) -> RunConfig:
+    def _groups_fit_each_other(self) -> RunConfig:
         levels, clusters = self.assign.levels, self.method.clusters
         if levels and not self.needs_selection and levels[0] > clusters:
             raise ValueError(f"assign.levels = {list(levels)}: must be at most method.clusters, {clusters}")
-        return self
-
-    @property
-    def learns_from_bytes(self) -> bool:
-        """Whether the method's rows are bytes over 255, and nothing else was done to them."""
-        return self.method.reads_pixels and self.encoder.mean is None and self.encoder.std is None
-
-    @model_validator(mode="after")
-    def _is_searchable(self) -> RunConfig:
         if self.neighbors.method == "ivf" and (self.images.split is not None or self.images.test is not None):
             raise ValueError("neighbors.method = ivf: finds no neighbours in one split alone; set it to exact")
         return self
@@ -334,6 +325,11 @@ class RunConfig(Config):
         if any(encoder.embeddings is not None for encoder in self.encoders) and self.images.test is not None:
             raise ValueError("images.test: ready embeddings of a space have no second input; use images.split")
         return self
+
+    @property
+    def learns_from_bytes(self) -> bool:
+        """Whether the method's rows are bytes over 255, and nothing else was done to them."""
+        return self.method.reads_pixels and self.encoder.mean is None and self.encoder.std is None
 
     @property
     def spaces(self) -> tuple[str, ...]:
