@@ -116,18 +116,20 @@ class Stepper:
         method: on its device; has a plan.
 
     Raises:
-        ConfigError: the method is not trained by gradient.
+        ConfigError: the method is not trained by gradient, or a batch has too few rows for the workers.
     """
 
     def __init__(self, method: Method) -> None:
         if not isinstance(method.config, TrainedConfig):
             raise ConfigError(f"method = {type(method).__name__}: is not trained by gradient")
         self.method, self.config, self.plan = method, method.config, method.plan
-        workers = distributed.data_group().size
-        if self.plan.batch_size // workers < method.parts:
+        workers, size = distributed.data_group().size, self.plan.batch_size
+        if size < workers:
+            raise ConfigError(f"workers = {workers}: a batch has only {size} rows, use no more workers")
+        if size // workers < method.parts:
             raise ConfigError(
-                f"method.accumulation = {method.parts}: a batch of {self.plan.batch_size} has only "
-                f"{self.plan.batch_size // workers} rows for each of {workers} workers"
+                f"method.accumulation = {method.parts}: a batch of {size} has only {size // workers} rows for each of "
+                f"{workers} workers"
             )
         self.optimizer = build_optimizer(method.parameter_groups(), self.config)
         names = {id(parameter): name for name, parameter in method.named_parameters()}

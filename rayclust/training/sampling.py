@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
-from rayclust.errors import ConfigError, DataError, ShapeError
+from rayclust.errors import DataError, ShapeError
 from rayclust.methods.base import Batch, Pairing, Rows
 from rayclust.methods.settings import EMBEDDINGS, Plan
 
@@ -241,16 +241,8 @@ class RowSource:
             plan: batch size and steps.
             rank: of the worker among those that divide the rows of a batch.
             start: steps that were done before.
-
-        Raises:
-            ConfigError: there are more workers than rows in a batch.
         """
         workers = distributed.data_group().size
-        if plan.batch_size < workers:
-            raise ConfigError(f"workers = {workers}: a batch has only {plan.batch_size} rows, use no more workers")
-        return self._batches(plan, rank, workers, start)
-
-    def _batches(self, plan: Plan, rank: int, workers: int, start: int) -> Iterator[Batch]:
         for epoch in range(start // plan.steps_per_epoch, plan.epochs):
             order = None if self.pairing.epoch_order is None else self.pairing.epoch_order(epoch)
             order = (batch_order(self.count, self.seed, epoch) if order is None else order).to(self._first.device)

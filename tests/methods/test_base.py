@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rayclust.methods import METHODS, config_type, find, is_recuttable, reads_pixels
-from rayclust.methods.base import Batch, Method, Prototypes, Source, Transform
+from rayclust.methods.base import Batch, Method, Prototypes, Transform
 from rayclust.methods.settings import BaseMethodConfig, Plan, TrainedConfig, cosine_schedule
 
 
@@ -84,4 +84,4 @@ def test_what_a_method_can_do_is_asked_of_it():
     for name in METHODS:
         assert config_type(name) is find(name).config_type
         assert config_type(name).has_own_space == hasattr(find(name), "transform")
-    assert not isinstance(Plain(), Transform | Source)
+    assert not isinstance(Plain(), Transform)

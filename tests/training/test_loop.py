@@ -381,6 +381,14 @@ class Tiny(Method):
         return [{"params": [self.first]}, {"params": [self.second], **self.options}]
 
 
+def test_more_workers_than_rows_in_a_batch_are_refused():
+    with (
+        distributed.data_parallel(distributed.ProcessGroup(12)),
+        pytest.raises(ConfigError, match="workers = 12: a batch has only 9 rows, use no more workers"),
+    ):
+        Stepper(_method())
+
+
 def _step(stepper: Stepper, step: int, epoch: int = 0) -> None:
     stepper.step(Batch({EMBEDDINGS: torch.zeros(1, 4, D)}, torch.arange(4), step, epoch))
 

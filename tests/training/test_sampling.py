@@ -9,8 +9,8 @@ import torch
 
 from rayclust import distributed
 from rayclust.distributed import ProcessGroup, data_parallel
-from rayclust.errors import ConfigError, DataError, ShapeError
-from rayclust.methods.base import Batch, Pairing, Source
+from rayclust.errors import DataError, ShapeError
+from rayclust.methods.base import Batch, Pairing
 from rayclust.methods.settings import Plan, TrainedConfig
 from rayclust.training import sampling
 from rayclust.training.sampling import (
@@ -44,7 +44,6 @@ def _plan(count: int, batch_size: int = 4, **settings: int) -> Plan:
 
 def _batches(count: int, pairing: Pairing, start: int = 0, batch_size: int = 4, **settings: int) -> Iterator[Batch]:
     source = RowSource(ArrayRows(_numbered(count), _ring(count, 5)), pairing, 3, CPU)
-    assert isinstance(source, Source)
     return source.batches(_plan(count, batch_size, **settings), distributed.data_group().rank, start)
 
 
@@ -194,14 +193,6 @@ def test_unfit_arrays_are_refused_in_one_line():
         ArrayRows(x, torch.full((4, 2), 4))
     with pytest.raises(DataError, match="neighbors = None"):
         ArrayRows(x).neighbors()
-
-
-def test_more_workers_than_rows_in_a_batch_are_refused():
-    with (
-        data_parallel(ProcessGroup(8)),
-        pytest.raises(ConfigError, match="workers = 8: a batch has only 4 rows, use no more workers"),
-    ):
-        _batches(20, Pairing(2))
 
 
 def test_rows_go_to_the_first_place_that_holds_them_well():
