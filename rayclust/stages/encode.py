@@ -85,6 +85,8 @@ DRIVER_ROWS, DRIVER_IMAGES = 2**15, 1024
 `DRIVER_CORES`: Ray's workers use them all, and win back the time that they take to start."""
 TAR_IMAGES = 2**13
 """Images that a tar is taken to hold, which are not counted before it is read."""
+TENSOR_ROW_BYTES = 2**10
+"""Bytes that a row of a file of tensors is taken to have."""
 DRIVER_CORES = 8
 """Most threads that encode in the driver: more would wait for Python's lock."""
 DRIVER_CHUNK = 8
@@ -113,10 +115,21 @@ def run(context: StageContext) -> StageResult:
     shards, encoders = context.plan.shards, encoding(context.config)
     is_network = any(encoder.family not in ("pixels", "unknown") for encoder in encoders)
     most = DRIVER_IMAGES if is_network and not shards[0].has_embeddings and cores() > DRIVER_CORES else DRIVER_ROWS
-    uncounted = most + 1 if shards[0].has_embeddings else TAR_IMAGES
-    count = sum(shard.count or uncounted for shard in shards)
+    count = 0
+    for shard in shards:
+        count += TAR_IMAGES if shard.count is None and not shard.has_embeddings else _row_count(shard)
+        if count > most:
+            break
     with use_driver(count <= most and may_use_driver(context.config)):
         return _encode(context)
+
+
+def _row_count(shard: Shard) -> int:
+    """Return the rows of a shard; of a file of tensors, which must be read to count them, an estimate by its bytes."""
+    if shard.count is not None:
+        return shard.count
+    found = storage.stat(shard.uri)
+    return 1 + found.size // TENSOR_ROW_BYTES if found is not None else 0
 
 
 def _encode(context: StageContext) -> StageResult:
@@ -199,7 +212,9 @@ def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrd
     else:
         images = context.config.images
         of_classes = "" if images.classes is None else " of the classes in images.classes"
-        raise DataError(f"images.uri = {images.uri}: no table there holds a usable embedding{of_classes}")
+        lost = first.rejects
+        why = f"; {len(lost):,} rejects of {shard.uri}, the first one: {lost[0]['detail']}" if lost else ""
+        raise DataError(f"images.uri = {images.uri}: no table there holds a usable embedding{of_classes}{why}")
 
     spaces = SpaceTables(run.spaces, {run.spaces[0]: width}, context.plan.ready) if run.spaces else None
 

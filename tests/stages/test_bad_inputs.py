@@ -138,7 +138,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (np.save(f / "a.npy", X), write(f / "a.npy", (f / "a.npy").read_bytes()[:200])),
         "1 truncated",
     ),
-    "all not finite": (lambda f: np.save(f / "a.npy", np.full((5, 4), np.nan, np.float32)), ""),
+    "all not finite": (lambda f: np.save(f / "a.npy", np.full((5, 4), np.nan, np.float32)), "infinite or undefined"),
+    "tar of other files": (lambda f: write(f / "a.tar", tar_of(("notes.md", b"x"))), "no images are in its files"),
 }
 
 

@@ -415,3 +415,17 @@ def test_an_older_marker_is_gone_while_its_part_is_replaced(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         ShardWriter(run.uri).add(unit(0, "new"), *writer_chunk(0, True))
     assert read_mark(run.mark(0)) is None
+
+
+@pytest.mark.parametrize(("rows", "in_driver"), [(2**14, True), (2**16, False)])
+def test_a_small_file_of_tensors_stays_in_the_driver(
+    rows: int, in_driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with (tmp_path / "x.pt").open("wb") as file:
+        file.truncate(rows * 1024)
+    monkeypatch.setattr("rayclust.stages.encode.may_use_driver", lambda config: True)
+    monkeypatch.setattr("rayclust.stages.encode._encode", lambda context: driver.in_driver())
+    shards = (Shard(0, "embeddings_pt", str(tmp_path / "x.pt"), "x", "stamp"),)
+    plan = InputPlan("digest", shards, ("digest",), (b"",))
+    settings = config(encoder={"name": "unknown", "image_size": None})
+    assert STAGES["encode"].run(StageContext(settings, Run(settings.run), "digest", {}, plan)) == in_driver

@@ -46,9 +46,9 @@ TENSOR_NAMES = (*EMBEDDING_NAMES, "feats", "x", "image_features")
 """Names of the embeddings in a file of tensors."""
 TENSOR_LABEL_NAMES = ("labels", "label", "ys", "y", "targets", "target")
 
-_LABEL_FILE = re.compile(
-    r"(.*[_-])?(labels?|targets?|classes|ids?|keys|names|file_?names|paths|urls|captions|ind(ex|exes|ices))\.(npy|pt)"
-)
+_ROW_NAMES = r"(.*[_-])?(ids?|keys|names|file_?names|paths|urls|captions|ind(ex|exes|ices))"
+"""Of arrays that say which row is which."""
+_LABEL_FILE = re.compile(rf"((.*[_-])?(labels?|targets?|classes)|{_ROW_NAMES})\.(npy|pt)")
 _CLIP_RETRIEVAL = re.compile(r"(?P<folder>.*/)?img_emb/img_emb_(?P<number>\d+)\.npy")
 _NAMED_SO = re.compile(r"emb|feat|vec|latent|repr")
 """In the name of an array of embeddings."""
@@ -75,6 +75,11 @@ def is_array_file(key: str) -> bool:
     folder, _, name = key.lower().rpartition("/")
     is_text = name.startswith("text_emb") or "text_emb" in folder.split("/")
     return name.endswith((".npy", ".pt")) and not _LABEL_FILE.fullmatch(name) and not is_text
+
+
+def is_label_file(key: str) -> bool:
+    """Return whether a file holds the labels of rows beside it, by its name."""
+    return re.fullmatch(r"(.*[_-])?labels\.(npy|pt)", key.lower().rpartition("/")[2]) is not None
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterator[Shard]:
@@ -385,9 +390,12 @@ def _tensor_rows(shard: Shard, load_tensors: LoadTensors) -> tuple[RowNames, Emb
         have = enumerated(f"{name or 'a tensor'} {tensor.shape}" for name, tensor in tensors.items()) or "no tensors"
         raise DataError(f"{shard.uri}: no tensor `embeddings` of N rows × D columns; it has {have}")
     values = named[0] if named else matrices[0]
-    # 2. Labels by name, else the only vector as long as the embeddings, else a file beside.
+    # 2. Labels by name, else the only vector as long as the embeddings that names no rows, else a file beside.
     found = [tensors[name] for name in TENSOR_LABEL_NAMES if name in tensors]
-    vectors = [tensor for tensor in tensors.values() if tensor.shape == values.shape[:1]]
+    others = {name: tensor for name, tensor in tensors.items() if tensor.shape == values.shape[:1]}
+    vectors = [
+        others[name] for name in others if not re.fullmatch(f"{_ROW_NAMES}|file_?name|path|key|url", name.lower())
+    ]
     labels = found[0] if found else vectors[0] if len(vectors) == 1 else None
     beside = [place for place in shard.beside if place.lower().endswith(".pt")]
     if labels is None and beside:

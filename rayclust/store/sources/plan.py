@@ -223,7 +223,7 @@ def _files_of(root: str, format: str) -> Iterator[FileStat]:  # noqa: A002
             if file.uri == root and (advice := _advice(file.key)) and parquet.read_footer(file) is None:
                 raise DataError(f"{root}: {advice}")
             yield file
-        else:
+        elif format != "embeddings" or not embeddings.is_label_file(file.key):
             others, example = others + 1, example or file.key
     if others:
         what = {"folder": "images", "webdataset": "tars", "parquet": "tables"}.get(format, "tables or arrays")

@@ -108,6 +108,12 @@ def test_tensors_with_labels_inside(place: str, tensors: dict[str, np.ndarray]) 
     assert rows.labels == [str(i) for i in range(70)]
 
 
+def test_names_of_rows_among_tensors_are_no_labels(place: str) -> None:
+    write(place, {"x.pt": npz(embeddings=VALUES, img_paths=np.array([f"{i}.jpg" for i in range(70)]))})
+    (rows,) = read(place)
+    assert rows.labels == [None] * 70
+
+
 class Halves:
     """A tensor of a type that numpy does not have."""
 

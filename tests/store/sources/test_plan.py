@@ -266,6 +266,13 @@ def test_what_is_left_out_is_counted(place: str, caplog: pytest.LogCaptureFixtur
     assert "files left out that are no tars by name: 2, such as notes.txt" in caplog.text
 
 
+def test_labels_that_are_read_are_not_said_to_be_left_out(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    write(place, {"x.npy": npy(vectors(5)), "x_labels.npy": npy(np.arange(5))})
+    with caplog.at_level("INFO"):
+        assert len(list(plan_shards(place))) == 1
+    assert "left out" not in caplog.text
+
+
 def test_raw_files_of_cameras_are_rejects(place: str) -> None:
     write(place, {"a.jpg": image(), "b.CR2": b"II*\0", "c.tar": b""})
     found = [(r.key, r.reason) for shard in plan_shards(place, "folder") for r in read_records(shard)]
