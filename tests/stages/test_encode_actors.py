@@ -424,7 +424,7 @@ def test_a_small_file_of_tensors_stays_in_the_driver(
     with (tmp_path / "x.pt").open("wb") as file:
         file.truncate(rows * 1024)
     monkeypatch.setattr("rayclust.stages.encode.may_use_driver", lambda config: True)
-    monkeypatch.setattr("rayclust.stages.encode._encode", lambda context: driver.in_driver())
+    monkeypatch.setattr("rayclust.stages.encode._encode", lambda context: cluster.in_driver())
     shards = (Shard(0, "embeddings_pt", str(tmp_path / "x.pt"), "x", "stamp"),)
     plan = InputPlan("digest", shards, ("digest",), (b"",))
     settings = config(encoder={"name": "unknown", "image_size": None})
