@@ -154,13 +154,14 @@ class Case:
 
 
 def load(name: str, data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels of a set."""
-    base, _, encoder = name.partition("-")
+    """Features and labels of a set; of both encoders side by side where it ends in -ab."""
+    base, _, encoders = name.partition("-")
     if base == "digits":
         digits = load_digits()
         return digits.data.astype(np.float32), digits.target.astype(np.int64)
     folder = data / FOLDERS.get(base, f"zoo/{base}")
-    x, labels = np.load(folder / f"features_mnv2{encoder}_f16.npy"), np.load(folder / "labels.npy")
+    x = np.concatenate([np.load(folder / f"features_mnv2{each}_f16.npy") for each in encoders], axis=1)
+    labels = np.load(folder / "labels.npy")
     chosen = np.random.default_rng(0).permutation(len(x))[:MOST_ROWS]
     return x[chosen].astype(np.float32), labels[chosen].astype(np.int64)
 
@@ -202,7 +203,7 @@ def make(name: str, data: Path) -> Case:
     elif variant.startswith("kx"):
         clusters = max(2, round(clusters * float(variant[2:])))
     elif variant == "out":
-        other = load(("natural8" if base.startswith("signdigits") else "signdigits") + base[-2:], data)[0]
+        other = load(("natural8" if base.startswith("signdigits") else "signdigits") + base[base.index("-") :], data)[0]
         x = np.concatenate([x, other[rng.permutation(len(other))[: len(x) // 20]]])
         labels = np.concatenate([labels, np.full(len(x) - len(labels), -1)])
     elif variant == "dup":

@@ -23,12 +23,14 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import sklearn
 import torch
+from defaults import make
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
@@ -146,12 +148,36 @@ METHODS: dict[str, Callable[[Rows, Rows | None, Rows, int, int], Labels | None]]
 }
 
 
-def features(path: Path) -> Rows | None:
-    """Centred unit rows from a file of features, None where there is none."""
-    if not path.exists():
-        return None
-    x = np.load(path).astype(np.float32)
+@dataclass
+class Photographs:
+    """A set, or a variant of `defaults.py` of one with both encoders."""
+
+    a: Rows
+    b: Rows | None
+    labels: Labels
+    """-1 is not scored."""
+    clusters: int
+
+
+def features(x: Rows) -> Rows:
+    """Centred unit rows."""
     return np.asarray(FeatureTransform.fitted(x, center=True, standardize=False, normalize=True)(x))
+
+
+def photographs(name: str, data: Path) -> Photographs | None:
+    """The set of that name, None where it is absent."""
+    base, _, variant = name.partition("/")
+    folder = data / FOLDERS[base]
+    if not folder.exists():
+        return None
+    if variant:
+        case = make(f"{base}-ab/{variant}", data)
+        a, b = np.split(case.x, 2, axis=1)
+        return Photographs(features(a), features(b), case.labels, case.clusters)
+    labels = np.load(folder / "labels.npy").astype(np.int64)
+    files = (folder / f"features_mnv2{encoder}_f16.npy" for encoder in "ab")
+    a, b = (features(np.load(file).astype(np.float32)) if file.exists() else None for file in files)
+    return Photographs(a, b, labels, len(np.unique(labels)))
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -163,17 +189,20 @@ def measure(arguments: argparse.Namespace) -> None:
     words = np.stack(pq.read_table(arguments.data / WORDS)["embedding"].to_numpy()).astype(np.float32)
     known = read(arguments.results)
     for name in arguments.sets:
-        folder = arguments.data / FOLDERS[name]
-        labels_true = np.load(folder / "labels.npy").astype(np.int64)
-        a, b = (features(folder / f"features_mnv2{encoder}_f16.npy") for encoder in "ab")
-        near = None if a is None else nearest_others(torch.from_numpy(a if b is None else np.hstack([a, b])), 10)
-        for method, seed in itertools.product(arguments.methods, range(arguments.seeds)):
-            if a is None or (name, method, seed) in known:
-                continue
+        wanted = itertools.product(arguments.methods, range(arguments.seeds))
+        missing = [(method, seed) for method, seed in wanted if (name, method, seed) not in known]
+        of = photographs(name, arguments.data) if missing else None
+        if of is None:
+            continue
+        scored = of.labels >= 0
+        near = nearest_others(torch.from_numpy(of.a if of.b is None else np.hstack([of.a, of.b])), 10)
+        for method, seed in missing:
             start = time.process_time()
-            labels = METHODS[method](a, b, words, len(np.unique(labels_true)), seed)
+            labels, scores = METHODS[method](of.a, of.b, words, of.clusters, seed), None
             seconds = time.process_time() - start
-            scores = None if labels is None else (100 * accuracy(labels_true, labels), 100 * nmi(labels_true, labels))
+            if labels is not None:
+                pair = of.labels[scored], np.asarray(labels)[scored]
+                scores = (100 * accuracy(*pair), 100 * nmi(*pair))
             kept = None if labels is None else kept_on(near, torch.from_numpy(np.asarray(labels)).long())
             with arguments.results.open("a") as file:
                 file.write(json.dumps([[name, method, seed], scores, seconds, kept]) + "\n")
@@ -203,6 +232,25 @@ def evidence_table(results: Path, sets: list[str]) -> None:
         means = [np.mean(found[name, method], axis=0) if (name, method) in found else None for name in sets]
         cells = ["–" if mean is None else "{:.3f} / {:.3f}".format(*mean) for mean in means]
         print(f"| {method} | {' | '.join(cells)} |")
+
+
+def gains_table(results: Path, sets: list[str], better: str) -> None:
+    """Print by how much a method is above each other that was measured, in points of ACC / NMI, and the sums."""
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for (name, method, _), scores, *_ in map(json.loads, results.read_text().splitlines()):
+        if scores is not None and name in sets:
+            found.setdefault((method, name), []).append(scores)
+    others = [method for method in METHODS if method != better and all((method, name) in found for name in sets)]
+    print(f"\n| {better}, above | {' | '.join(others)} |\n|---{'|---' * len(others)}|")
+    gains = np.array([[np.mean(found[better, n], 0) - np.mean(found[o, n], 0) for o in others] for n in sets])
+    for name, row in zip(sets, gains, strict=True):
+        print(f"| {name} | {' | '.join('{:+.1f} / {:+.1f}'.format(*each) for each in row)} |")
+    for title, sums, form in (
+        ("mean", gains.mean(0), "{:+.2f} / {:+.2f}"),
+        ("worst", gains.min(0), "{:+.1f} / {:+.1f}"),
+        ("below -0.5", (gains < -0.5).sum(0), "{} / {}"),
+    ):
+        print(f"| {title} | {' | '.join(form.format(*each) for each in sums)} |")
 
 
 def earlier(reports: list[Path]) -> dict[tuple[str, str], str]:
@@ -235,8 +283,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--results", type=Path, default=Path("words_and_spaces.jsonl"), help="kept between calls")
     parser.add_argument("--reports", type=Path, nargs="*", default=[], help="earlier reports of this script")
+    parser.add_argument("--gains", choices=METHODS, help="also by how much this one is above each other, set by set")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--sets", nargs="+", choices=FOLDERS, default=list(FOLDERS))
+    parser.add_argument("--sets", nargs="+", default=list(FOLDERS), help="or SET/VARIANT, as in defaults.py")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="to measure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -261,6 +310,8 @@ def main() -> None:
         print(f"| {' | '.join([method, *row, ' / '.join(f'{mean:.1f}' for mean in means)])} |")
     if arguments.results.exists():
         evidence_table(arguments.results, arguments.sets)
+    if arguments.gains:
+        gains_table(arguments.results, arguments.sets, arguments.gains)
 
 
 if __name__ == "__main__":
