@@ -470,6 +470,14 @@ class ManyHeads(Protocol):
 
 
 @runtime_checkable
+class RowTable(Protocol):
+    """A method that knows more of the rows that it was fitted to than their clusters, until it is stored."""
+
+    def row_table(self) -> dict[str, Tensor]:
+        """Return columns [N], in the order of the fitted rows."""
+
+
+@runtime_checkable
 class Prototypes(Protocol):
     """A method with a vector for each cluster."""
 

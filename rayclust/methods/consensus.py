@@ -1,19 +1,23 @@
 """Consensus: one partition out of those of other runs, or of k-means from many starts, and a classifier that gives it.
 
+The classifier is linear, or a head of TEMI where members are not linear.
+
 The steps and constants are ours; docs/methods.md says what to expect. The vote itself is classical (Strehl and Ghosh,
 JMLR 3, 2002). No label is read anywhere.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rayclust import distributed
 from rayclust.clustering import kmeans
 from rayclust.clustering.candidates import (
     FEW_ROWS,
@@ -27,6 +31,7 @@ from rayclust.clustering.candidates import (
     leading_components,
 )
 from rayclust.clustering.consensus import (
+    NO_OPINION,
     ConsensusResult,
     MemberEvidence,
     SoftLabels,
@@ -44,9 +49,14 @@ from rayclust.clustering.consensus import (
     surest_rows,
 )
 from rayclust.clustering.settings import KMeansOptions
-from rayclust.methods.base import BaseTrainer, Pairing, Rows
+from rayclust.methods.base import BaseTrainer, Batch, Method, Pairing, Rows
+from rayclust.methods.graph import RowsOnGraph
+from rayclust.methods.layers import ema_update
 from rayclust.methods.linear import LinearMethod
-from rayclust.methods.settings import ConsensusConfig
+from rayclust.methods.settings import ConsensusConfig, Plan, TrainedConfig
+from rayclust.methods.temi import Heads
+from rayclust.methods.temi_settings import HeadShape
+from rayclust.methods.temi_start import solve_last_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +64,13 @@ SUREST_SHARE = 0.7
 """ρ, share of each cluster's rows to which the classifier is fitted."""
 FLOOR_SHARE = 0.9
 """The same where it is fitted to the best member."""
-MAX_LOSS = 0.01
-"""Modularity that the classifier may lose before a warning says that it is too simple for its members."""
+MAX_LOSS = 0.005
+"""Modularity that a linear classifier may lose before a head takes its place, or a warning says that it is too simple
+for its members."""
+HEAD_EPOCHS, HEAD_STEPS, HEAD_BATCH, HEAD_RATE = 20, 200, 256, 1e-3
+"""Training of the head: epochs, steps at least, rows of a batch, and Adam's rate for each 256 of them."""
+HEAD_TEMPERATURE, HEAD_MOMENTUM = 0.1, 0.999
+"""Temperature of its softmax; weight of the moving average's past, less in the first steps."""
 RIDGE = 1e-3
 """λ, relative to the squared lengths of the centred rows that it is fitted to."""
 COMPONENTS = 64
@@ -63,6 +78,95 @@ COMPONENTS = 64
 SAMPLE_ROWS = 65_536
 """Rows whose scores set the temperature of the probabilities."""
 BLOCK = 65_536
+
+
+class VoteHeadConfig(TrainedConfig):
+    """The training of a head that learns a vote."""
+
+    name: str = "vote head"
+    """For messages."""
+    columns: int = 15
+    """Neighbours of a row, of which one stands beside it each time."""
+
+
+class VoteHead(Method):
+    """A head of TEMI that learns the shares of the votes of each row and of its neighbours, by cross-entropy.
+
+    Classes weigh alike: a batch's loss is the mean over present classes of the mean over their rows. The clusters are
+    those of the head's moving average.
+
+    Args:
+        config: the settings.
+        dimension: D.
+        count: N, the rows of all workers.
+        seed: of the initial weights.
+
+    Source: arXiv 2005.12320, section 2.3, for learning one's own sure labels, with classes weighed alike; the moving
+    average is the published program's.
+    """
+
+    config_type = VoteHeadConfig
+    config: VoteHeadConfig
+    votes: SoftLabels
+    """[N S], the labels that voters give to each row and their shares; −1 for none."""
+
+    def __init__(self, config: VoteHeadConfig, dimension: int, count: int, seed: int) -> None:
+        super().__init__(config, dimension, count, seed)
+        self.plan, self.pairing = Plan.of(config, count), Pairing(columns=config.columns)
+        self.student = _head(config.clusters, dimension, seed)
+        self.average = copy.deepcopy(self.student).requires_grad_(False)
+
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the loss of one worker's part of a batch."""
+        logits = self.student(batch.x.flatten(0, 1), training=True)[0] / HEAD_TEMPERATURE
+        targets = self.targets(batch.rows)
+        each = -(targets * logits.log_softmax(1).view(len(batch.x), *targets.shape)).sum(2).mean(0)
+        weights, present = class_weights(targets)
+        # The worker's share of a sum over the whole batch, since losses are averaged by rows over workers.
+        share = distributed.data_group().size / batch.weight
+        return {"loss": share * (weights * each).sum() / present}
+
+    def targets(self, rows: Tensor) -> Tensor:
+        """Return the shares of the votes of some rows, Int64[B], as Float[B K]; they sum to 1, without votes to 0."""
+        clusters, shares = (part[rows.cpu()].to(rows.device) for part in (self.votes.clusters, self.votes.shares))
+        summed = torch.zeros((len(rows), self.config.clusters), device=rows.device)
+        summed.scatter_add_(1, clusters.clamp(min=0), shares * (clusters >= 0))
+        return summed / summed.sum(1, keepdim=True).clamp(min=torch.finfo(summed.dtype).tiny)
+
+    def on_step_end(self, step: int) -> None:
+        """Move the average towards the head, the faster the fewer steps were made."""
+        ema_update(self.average, self.student, min(HEAD_MOMENTUM, (1 + step) / (10 + step)))
+
+
+def class_weights(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what each row of a batch weighs so that classes weigh alike, and how many classes the batch has.
+
+    Args:
+        targets: Float[B K], this worker's rows; their largest entry is the class, and rows of zeros have none.
+
+    Returns:
+        Float[B], one over the rows of the class in the batch of all workers, and Float[], at least 1.
+    """
+    top, classes = targets.max(1)
+    counts = distributed.all_reduce(torch.zeros_like(targets[0]).index_add_(0, classes, (top > 0).to(targets)))
+    return (top > 0) / counts[classes].clamp(min=1), (counts > 0).sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The partition that a classifier is fitted to."""
+
+    labels: Tensor
+    """Int64[N]."""
+    is_vote: bool
+    """Whether it is the vote's; else it is the best member's."""
+    neighbors: Tensor
+    """Int64[N M], −1 where a row has fewer."""
+    modularity: float
+
+    def loss(self, labels: Tensor, clusters: int) -> float:
+        """Return the modularity that a classifier's labels, Int64[N], lose."""
+        return self.modularity - evidence(labels, self.neighbors, clusters).modularity
 
 
 class Consensus(LinearMethod):
@@ -80,10 +184,12 @@ class Consensus(LinearMethod):
     report: list[dict[str, Any]]
     """Of the fit, a row for each member, one for the vote and one for the classifier: `candidate`, its name; `chosen`,
     0 or 1; `note`; and the evidence."""
+    head: Heads | None
+    """Where its scores are the result; the linear classifier is not used then."""
 
     def __init__(self, config: ConsensusConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
-        self.pairing = Pairing(columns=config.neighbors)
+        self.pairing, self.head = Pairing(columns=config.neighbors), None
 
     @torch.no_grad()
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
@@ -102,42 +208,150 @@ class Consensus(LinearMethod):
         soft = [SoftLabels.of(member) if member.dim() > 1 else member.cpu().long() for member in members]
         found, members = consensus(soft, K, neighbors, self.seed), [hard_labels(member) for member in soft]
         # 2. The vote, unless the graph speaks for the best member.
-        kept, is_vote = found.vote.labels, True
-        evidence_of = {"vote": evidence(kept, neighbors, K, found.vote.agreement / len(kept) / len(found.voters))}
+        labels, is_vote = found.vote.labels, True
+        evidence_of = {"vote": evidence(labels, neighbors, K, found.vote.agreement / len(labels) / len(found.voters))}
         if found.best is not None:
             best, name = members[found.best], torch.from_numpy(found.vote.names[found.voters.index(found.best)])
-            agreement = float(agreements([best, kept])[0, 1])
+            agreement = float(agreements([best, labels])[0, 1])
             if not _may_replace(evidence_of["vote"], found.members[found.best], agreement, K):
-                kept, is_vote = torch.where(best >= 0, name[best], kept), False
-        # 3. One round of self-training on the surest rows of each cluster; guards, else the clusters' mean rows.
-        centers, lengths = _means(x, kept, K)
-        chosen = _fitted_rows(kept, found.vote if is_vote else None, neighbors)
-        penalty = max(RIDGE * lengths * len(chosen), torch.finfo(torch.float32).tiny)
-        weight, bias = ridge_classifier(x, kept, K, penalty, chosen)
-        if refused := broken_guard(kept, _predict(x, weight, bias), K):
-            logger.warning("consensus: the classifier is not kept: %s; rows go to the nearest mean row", refused)
-            empty = (torch.bincount(kept, minlength=K) == 0).to(x.device)
-            weight, bias = centers.T, (-0.5 * centers.square().sum(1)).masked_fill(empty, -torch.inf)
-        trained = _predict(x, weight, bias)
-        same = float((trained == kept).double().mean())
-        title = ("vote" if is_vote else "best member") + (", nearest means" if refused else ", self-training")
+                labels, is_vote = torch.where(best >= 0, name[best], labels), False
+        target = Target(labels, is_vote, neighbors, evidence(labels, neighbors, K).modularity)
+        # 3. One round of self-training.
+        trained, how, note = self._self_train(rows, target, found, soft, trainer)
+        same = float((trained == labels).double().mean())
+        title = f"{'vote' if is_vote else 'best member'}, {how}"
         evidence_of[title] = evidence(trained, neighbors, K, same)
-        loss = evidence(kept, neighbors, K).modularity - evidence_of[title].modularity
-        if loss > MAX_LOSS and not refused:
-            refused = f"says less than its members do: its modularity is {loss:.3f} below that of what it is fitted to"
-            logger.warning("consensus: a linear classifier %s; a member's own clusters may be better", refused)
         # 4. The report, and probabilities as sure as the members are.
-        self._report(found, names, evidence_of, refused)
+        self._report(found, names, evidence_of, note)
         voters = [members[h] for h in found.voters]
-        self.report[-2]["kept_neighbors"] = float(shared_neighbors(voters, neighbors).sum(1).double().mean())
-        for row, labels in zip(self.report[-2:], (found.vote.labels, trained), strict=True):
-            row["anmi"] = anmi(labels, voters)
+        shared, opinions = shared_neighbors(voters, neighbors).sum(1), torch.stack([one >= 0 for one in voters]).sum(0)
+        votes_for = found.vote.confidence * len(voters)
+        self._row_table = {
+            "vote": found.vote.labels.int(),
+            "confidence": found.vote.confidence,
+            "margin": found.vote.margin,
+            "votes_for": votes_for,
+            "votes_against": (opinions - votes_for).clamp(min=0),
+            "kept_neighbors": shared.to(torch.int16),
+        }
+        self.report[-2]["kept_neighbors"] = float(shared.double().mean())
+        for row, said in zip(self.report[-2:], (found.vote.labels, trained), strict=True):
+            row["anmi"] = anmi(said, voters)
         for place, row in enumerate(self.report):
             step = {"epoch": place, "step": place + 1, "loss": 1.0 - row["neighbor_agreement"]}
             trainer.report(step | {"seconds": trainer.seconds()} | row)
-        sample = x[:: max(1, len(x) // SAMPLE_ROWS)]
-        temperature = match_confidence(sample @ weight + bias, float(found.vote.confidence.mean()))
-        self.keep(trainer.device, weight, bias, centers, temperature)
+        sample = self.scores(x[:: max(1, len(x) // SAMPLE_ROWS)])
+        self.temperature.copy_(match_confidence(sample, float(found.vote.confidence.mean())))
+
+    def _self_train(
+        self,
+        rows: Rows,
+        target: Target,
+        found: ConsensusResult,
+        members: Sequence[Tensor | SoftLabels],
+        trainer: BaseTrainer,
+    ) -> tuple[Tensor, str, str]:
+        """Fit a linear classifier to the surest rows, or a head; where guards refuse it, the nearest mean row decides.
+
+        Args:
+            rows: all workers'.
+            target: what is taught.
+            found: who votes.
+            members: all of them.
+            trainer: of the head.
+
+        Returns:
+            Int64[N], the labels that it gives; what it is called; and what is to be said of it, or nothing.
+        """
+        K, x, kind = self.config.clusters, rows.tensor(), self.config.classifier
+        centers, lengths = _means(x, target.labels, K)
+        chosen = _fitted_rows(target.labels, found.vote if target.is_vote else None, target.neighbors)
+        # 1. Ridge regression.
+        penalty = max(RIDGE * lengths * len(chosen), torch.finfo(torch.float32).tiny)
+        weight, bias = ridge_classifier(x, target.labels, K, penalty, chosen)
+        self.keep(trainer.device, weight, bias, centers, torch.ones(()))
+        trained, how = self._labels(x), "self-training"
+        refused, loss = broken_guard(target.labels, trained, K), target.loss(trained, K)
+        # 2. The head, where it is asked for or where members are not linear.
+        if kind == "head" or (kind == "auto" and (refused or loss > MAX_LOSS)):
+            self.head = self._train_head(rows, target, _votes_of(members, found, target), trainer)
+            by_head = self._labels(x)
+            if no := broken_guard(target.labels, by_head, K):
+                logger.warning("consensus: the head is not kept: %s", no)
+                self.head = None
+            elif kind == "auto" and not refused and target.loss(by_head, K) >= loss:
+                self.head = None
+            else:
+                trained, how, refused, loss = by_head, "head", "", target.loss(by_head, K)
+        # 3. The mean rows.
+        if refused:
+            logger.warning("consensus: the classifier is not kept: %s; rows go to the nearest mean row", refused)
+            empty = (torch.bincount(target.labels, minlength=K) == 0).to(x.device)
+            bias = (-0.5 * centers.square().sum(1)).masked_fill(empty, -torch.inf)
+            self.keep(trainer.device, centers.T, bias, centers, torch.ones(()))
+            return self._labels(x), "nearest means", refused
+        if loss <= MAX_LOSS:
+            return trained, how, ""
+        note = f"says less than its members do: its modularity is {loss:.3f} below that of what it is fitted to"
+        logger.warning("consensus: the classifier %s; a member's own clusters may be better", note)
+        return trained, how, note
+
+    def _train_head(self, rows: Rows, target: Target, votes: SoftLabels, trainer: BaseTrainer) -> Heads:
+        """Train a head on votes, and return its moving average, the same on all workers.
+
+        Args:
+            rows: all workers'.
+            target: the clusters at which it starts.
+            votes: of each row.
+            trainer: runs the steps.
+        """
+        batch = min(HEAD_BATCH, rows.count)
+        hard = list(torch.where(votes.shares > 0, votes.clusters, NO_OPINION).T)
+        neighbors = _kept_first(target.neighbors, shared_neighbors(hard, target.neighbors))
+        config = VoteHeadConfig(
+            clusters=self.config.clusters,
+            steps=max(HEAD_STEPS, HEAD_EPOCHS * (rows.count // batch)),
+            batch_size=batch,
+            learning_rate=HEAD_RATE,
+            min_learning_rate=0.0,
+            warmup_steps=0,
+            columns=neighbors.shape[1],
+        )
+        method = VoteHead(config, self.dimension, rows.count, self.seed)
+        method.votes = votes
+
+        @torch.no_grad()
+        def start() -> None:
+            like = method.student.direction
+            solve_last_hidden(method.student, rows.tensor().to(like), target.labels[None].to(like.device))
+            method.average.load_state_dict(method.student.state_dict())
+
+        with torch.enable_grad():
+            trainer.without_checkpoints().fit(method, RowsOnGraph(rows, neighbors), start)
+        for parameter in method.average.parameters():
+            parameter.copy_(distributed.data_group().broadcast(parameter))  # rounding may differ between processors
+        return method.average
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Return the scores of the head where one was trained, else of the linear classifier."""
+        return super().scores(x) if self.head is None else self.head(x.to(self.weight))[0]
+
+    def row_table(self) -> dict[str, Tensor]:
+        """Return what members say of each fitted row.
+
+        The vote's cluster, its share of the voters and how far it is before the next; voters for it and against it; and
+        of how many of its neighbours most voters say that they are in its cluster.
+        """
+        return self._row_table
+
+    def _labels(self, x: Tensor) -> Tensor:
+        """Return the clusters of all rows, Int64[N], on the CPU."""
+        return torch.cat([self.scores(part).argmax(1).cpu() for part in torch.split(x, BLOCK)])
+
+    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        if "head.direction" in tensors:
+            self.head = _head(self.config.clusters, self.dimension, self.seed).requires_grad_(False)
+        super()._load_tensors(tensors)
 
     def _report(
         self, found: ConsensusResult, names: Sequence[str], evidence_of: dict[str, MemberEvidence], refused: str
@@ -220,6 +434,31 @@ def _means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, float]:
     return (sums / sizes.clamp(min=1)[:, None]).to(x.dtype), max(length, 0.0)
 
 
-def _predict(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the classifier's labels Int64[N]."""
-    return torch.cat([(part @ weight + bias).argmax(1).cpu() for part in torch.split(x, BLOCK)])
+def _head(clusters: int, dimension: int, seed: int) -> Heads:
+    """Return a head of the published size."""
+    return Heads(HeadShape(heads=1, dimension=dimension, clusters=clusters), seed, "fp32")
+
+
+def _kept_first(neighbors: Tensor, kept: Tensor) -> Tensor:
+    """Return the kept neighbours of each row in their order, −1 behind the last one: Int64[N M] for Bool[N M]."""
+    order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return neighbors.masked_fill(~kept, -1).gather(1, order)
+
+
+def _votes_of(members: Sequence[Tensor | SoftLabels], found: ConsensusResult, target: Target) -> SoftLabels:
+    """Return what a head learns: of the vote its voters' shares, of the best member its labels; of all rows.
+
+    Args:
+        members: all of them.
+        found: who votes, and the names of their clusters.
+        target: the partition.
+    """
+    if not target.is_vote:
+        return SoftLabels(target.labels[:, None], torch.ones(len(target.labels), 1))
+    renamed, shares = list[Tensor](), list[Tensor]()
+    for h, name in zip(found.voters, found.vote.names, strict=True):
+        member = members[h]
+        clusters = member.clusters if isinstance(member, SoftLabels) else member[:, None]
+        renamed.append(torch.from_numpy(name)[clusters.clamp(min=0)].masked_fill(clusters < 0, -1))
+        shares.append(member.shares if isinstance(member, SoftLabels) else torch.ones(clusters.shape))
+    return SoftLabels(torch.cat(renamed, dim=1), torch.cat(shares, dim=1))

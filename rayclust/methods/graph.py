@@ -51,6 +51,32 @@ def sample_with_neighbors(rows: Rows, clusters: int, columns: int, seed: int, li
     return x, nearest_others(x, columns)
 
 
+class RowsOnGraph(Rows):
+    """Rows with other neighbours than the run's.
+
+    Args:
+        rows: the rows.
+        neighbors: Int[N M], −1 behind the last one of a row that has fewer.
+    """
+
+    def __init__(self, rows: Rows, neighbors: Tensor) -> None:
+        self.count, self.dimension = rows.count, rows.dimension
+        self.spaces, self.dimensions = rows.spaces, rows.dimensions
+        self._rows, self._neighbors = rows, neighbors
+
+    def tensor(self, space: str | None = None) -> Tensor:
+        """Return Float[N D]."""
+        return self._rows.tensor(space)
+
+    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
+        """Yield Float[B D] blocks of this worker's rows."""
+        yield from self._rows.blocks(space)
+
+    def neighbors(self) -> Tensor:
+        """Return those that were given."""
+        return self._neighbors
+
+
 class ComponentRows(Rows):
     """Rows along a few axes, as rows of one space.
 

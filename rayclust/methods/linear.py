@@ -51,11 +51,15 @@ class LinearMethod(Method):
             buffer = self.get_buffer(name)
             buffer.copy_(data_group().broadcast(value.to(buffer).contiguous()))
 
+    def scores(self, x: Tensor) -> Tensor:
+        """Return the classifier's scores, Float[B K], for Float[B D]."""
+        return x.to(self.weight) @ self.weight + self.bias
+
     @torch.no_grad()
     def predict_proba(self, x: Tensor) -> Tensor:
-        """Return Float[B K] for Float[B D], rows sum to 1: the softmax of the linear classifier's scores."""
+        """Return Float[B K] for Float[B D], rows sum to 1: the softmax of the classifier's scores."""
         require_matrix(x, "x", self.dimension)
-        return ((x.to(self.weight) @ self.weight + self.bias) / self.temperature).softmax(dim=1)
+        return (self.scores(x) / self.temperature).softmax(dim=1)
 
     def prototypes(self) -> Tensor:
         """Return the clusters' mean rows at length 1, Float[K D]."""

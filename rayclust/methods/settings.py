@@ -231,10 +231,10 @@ class SpectralConfig(SpectralOptions, BaseMethodConfig):
 
 
 class ConsensusConfig(BaseMethodConfig):
-    """Vote of several partitions, and a linear classifier that is fitted to the rows on which they agree."""
+    """Vote of several partitions, and a classifier that is fitted to the rows on which they agree."""
 
     draws_pairs: ClassVar[bool] = True
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     name: Literal["consensus"] = "consensus"
     """One partition out of many."""
     members: tuple[str, ...] = ()
@@ -245,6 +245,10 @@ class ConsensusConfig(BaseMethodConfig):
     """Members that k-means makes where none are given, each from random rows."""
     neighbors: int = Field(15, ge=1)
     """Nearest neighbours of a row that count as evidence for a member."""
+    classifier: Literal["auto", "ridge", "head"] = "auto"
+    """What gives all rows, old and new, their clusters. ridge: a linear classifier. head: a head of TEMI that learns
+    the voters' shares by cross-entropy. auto: ridge, or the head where that loses less of the modularity of what it is
+    fitted to than ridge does, as with members that are not linear."""
 
     def partitions(self) -> tuple[str, ...]:
         """Return the partitions that the fit reads."""

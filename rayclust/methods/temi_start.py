@@ -170,7 +170,7 @@ def start_from_kmeans(heads: Heads, rows: Rows, config: TemiConfig, seed: int) -
     order = modularity(torch.cat(terms)).sort(descending=True, stable=True).indices
     places = heads.shape.first + torch.arange(heads.shape.heads, device=order.device)
     # 4. Heads that predict them.
-    _solve(heads, x, labels[order[places % len(order)]])
+    solve_last_hidden(heads, x, labels[order[places % len(order)]])
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def start_from_partition(heads: Heads, rows: Rows, start: Start, seed: int) -> N
         seed: of the start.
     """
     x = sample_rows(rows, heads.shape.clusters, seed, heads.direction)
-    _solve(heads, x, start.partition.labels.expand(heads.shape.heads, -1))
+    solve_last_hidden(heads, x, start.partition.labels.expand(heads.shape.heads, -1))
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def best_by_modularity(heads: Heads, rows: Rows, columns: int, seed: int) -> tup
     return int(values.argmax()), values
 
 
-def _solve(heads: Heads, x: Tensor, labels: Tensor) -> None:
+def solve_last_hidden(heads: Heads, x: Tensor, labels: Tensor) -> None:
     """Set each head's last hidden layer by ridge regression of its clusters on the units before it.
 
     The bottleneck then is Σ_c (score of c) · ŵ_c, so that the last layer, left as it is, reads the scores off again.

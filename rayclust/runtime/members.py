@@ -7,7 +7,7 @@ model that was trained with `keep_heads`), or by a table *.parquet with the colu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +162,20 @@ def _keys(run: Run, count: int) -> pa.ChunkedArray:
     """Return the keys of all rows of a run with so many parts, in order."""
     columns = [tables.read_table(run.rows(part), ["key"])["key"] for part in range(count)]
     return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+
+
+def row_table(rows: StoredRows, columns: Mapping[str, Tensor]) -> pa.Table:
+    """Build the table of what a method says of the rows that it was fitted to, in their order, with their keys.
+
+    Args:
+        rows: of the run.
+        columns: [N] each, by name.
+    """
+    parts, numbers = range(len(rows.starts) - 1), np.arange(rows.starts[-1])
+    keys = _keys(rows.run, len(parts))
+    fitted = np.concatenate([rows.fitted(part, numbers[rows.starts[part] : rows.starts[part + 1]]) for part in parts])
+    named = {name: column.cpu().numpy() for name, column in columns.items()}
+    return pa.table({"row": fitted, "key": keys.take(pa.array(fitted))} | named).combine_chunks()
 
 
 def _run_of(uri: str) -> tuple[Run, RunConfig]:

@@ -126,7 +126,7 @@ def examine(search: Search, clusters: int) -> TaskResult:
     if kept is None:
         raise ValueError("select_k.seeds = 0")
     criteria = _criteria(config, kept[0], rows, labels)
-    written = write_fit(run, run.candidate(clusters), *kept)
+    written = write_fit(rows, run.candidate(clusters), *kept)
     result = {"k": clusters, "criteria": criteria}
     outputs = written["outputs"] | put_json(run, run.candidate(clusters) + ".json", result)
     drop_checkpoints(search, clusters)

@@ -26,7 +26,7 @@ from rayclust import distributed
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import build_for
-from rayclust.methods.base import CheckpointInterval, Method
+from rayclust.methods.base import CheckpointInterval, Method, RowTable
 from rayclust.runtime.cluster import (
     connect,
     cores,
@@ -38,11 +38,12 @@ from rayclust.runtime.cluster import (
     run_remotely,
     worker_range,
 )
-from rayclust.runtime.members import RowsWithMembers
+from rayclust.runtime.members import RowsWithMembers, row_table
 from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
 from rayclust.runtime.progress import Progress, watch_metrics
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
+from rayclust.runtime.tensors import StoredRows
 from rayclust.runtime.trackers import Trackers
 from rayclust.store import manifest, storage
 from rayclust.store.manifest import EncodeOutputs, Manifest, Outputs, put_bytes, put_table, read_unchanged
@@ -202,17 +203,20 @@ def _train(settings: dict[str, Any]) -> dict[str, Any] | None:
         trackers.close()
     distributed.barrier()
     drop_cache(job.digest)
-    return None if group.rank else write_fit(run, job.folder, method, trainer.history)
+    return None if group.rank else write_fit(rows, job.folder, method, trainer.history)
 
 
-def write_fit(run: Run, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write a fitted method and its table of metrics; return the same dict as `fit`."""
+def write_fit(rows: StoredRows, folder: str, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write a fitted method, its table of metrics, and that of its rows if any; return the same dict as `fit`."""
     # Seconds and rates differ from run to run; they stay out so that the same training gives the same bytes.
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
-    names = sorted({name for row in rows for name in row})  # rows from a checkpoint come in another order
-    table = pa.table({name: [row.get(name) for row in rows] for name in names or ["epoch"]})
-    outputs = save_method(run, method.state(), folder)
-    outputs |= put_table(run, storage.join(folder, "metrics.parquet"), table)
+    steps = [{k: v for k, v in row.items() if k not in ("seconds", "rows_per_second")} for row in history]
+    names = sorted({name for row in steps for name in row})  # rows from a checkpoint come in another order
+    table = pa.table({name: [row.get(name) for row in steps] for name in names or ["epoch"]})
+    outputs = save_method(rows.run, method.state(), folder)
+    outputs |= put_table(rows.run, storage.join(folder, "metrics.parquet"), table)
+    if isinstance(method, RowTable):
+        said = row_table(rows, method.row_table())
+        outputs |= put_table(rows.run, storage.join(folder, "rows.parquet"), said)
     last = history[-1] if history else {}
     return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rayclust import methods
-from rayclust.clustering.consensus import MemberEvidence
+from rayclust import distributed, methods
+from rayclust.clustering.consensus import MemberEvidence, SoftLabels
 from rayclust.distributed import DeviceMesh, data_parallel
 from rayclust.methods import consensus
+from rayclust.methods.base import Batch
 from rayclust.methods.consensus import Consensus
 from rayclust.methods.settings import ConsensusConfig
 from rayclust.metrics.external import accuracy
@@ -104,22 +105,68 @@ def test_a_classifier_that_breaks_a_guard_is_not_kept(monkeypatch: pytest.Monkey
     x, labels, _ = planted()
     monkeypatch.setattr(consensus, "RIDGE", 1e9)
     monkeypatch.setattr(consensus, "broken_guard", lambda *arguments: "it was asked for")
-    method = fitted([noisy(labels, 0.1, seed) for seed in range(3)])
+    method = fitted([noisy(labels, 0.1, seed) for seed in range(3)], classifier="ridge")
     assert method.report[-1]["candidate"].endswith(", nearest means")
     assert method.report[-1]["note"] == "it was asked for"
     assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.95
 
 
-def test_members_that_no_linear_classifier_follows_are_warned_of(caplog: pytest.LogCaptureFixture):
-    """A gap along a wave parts the rows; a line cuts through the crests."""
-    x = 2.0 * torch.rand(2000, 2, generator=torch.Generator().manual_seed(0)) - 1.0
-    height = x[:, 1] - 0.25 * (6.0 * x[:, 0]).sin()
-    x, height = x[height.abs() > 0.1], height[height.abs() > 0.1]
-    labels = (height > 0).long()
-    near = torch.cdist(x, x).fill_diagonal_(torch.inf).topk(10, largest=False).indices
-    method = fit_arrays(x, near, ConsensusConfig(clusters=2), members=[labels, 1 - labels, labels])
-    assert isinstance(method, Consensus)
-    assert "says less than its members do" in caplog.text + method.report[-1]["note"]
+def test_a_head_follows_members_that_no_linear_classifier_follows(caplog: pytest.LogCaptureFixture):
+    """Each cluster is two groups of rows on opposite sides."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(240) % 4
+    sides = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])[group]
+    x = torch.cat([sides, torch.zeros(240, 6)], dim=1) + 0.15 * torch.randn(240, 8, generator=generator)
+    x, labels = functional.normalize(x, dim=1), group // 2
+    near, right = nearest_others(x, 10).long(), {}
+    for kind in ("ridge", "auto"):
+        config = ConsensusConfig(clusters=2, classifier=kind)
+        method = fit_arrays(x, near, config, members=[labels, 1 - labels, labels])
+        assert isinstance(method, Consensus)
+        right[kind] = accuracy(labels, method.predict_proba(x).argmax(1))
+        assert bool(method.report[-1]["note"]) == ("is not kept" in caplog.text) == (kind == "ridge")
+        caplog.clear()
+    assert right["auto"] > 0.97 > right["ridge"] + 0.2
+    assert method.report[-1]["candidate"] == "best member, head"
+    assert methods.load(method.state()).predict_proba(x).equal(method.predict_proba(x))
+
+
+def test_a_head_is_taken_wherever_it_is_asked_for():
+    x, labels, _ = planted()
+    method = fitted([noisy(labels, 0.3, seed) for seed in range(6)], classifier="head")
+    assert method.report[-1]["candidate"] == "vote, head"
+    assert accuracy(labels, method.predict_proba(x).argmax(1)) > 0.94
+
+
+def test_classes_weigh_alike_in_what_a_head_learns():
+    """Three rows of one class and one of another, with losses 1, 1, 1, 3: 2, the mean of the classes' means."""
+    targets = functional.one_hot(torch.tensor([0, 0, 0, 1]), 3).float()
+    weights, present = consensus.class_weights(targets)
+    assert float((weights * torch.tensor([1.0, 1.0, 1.0, 3.0])).sum() / present) == 2.0
+    weights, present = consensus.class_weights(torch.zeros(2, 3))  # rows without votes
+    assert weights.tolist() == [0.0, 0.0]
+    assert float(present) == 1.0
+
+
+def test_a_heads_loss_and_gradient_do_not_depend_on_the_workers():
+    loss, gradient = _head_step(0, 1)
+    for found in on_workers(2, _head_step):
+        assert found[0].allclose(loss, atol=1e-6)
+        assert found[1].allclose(gradient, atol=1e-6)
+
+
+def _head_step(rank: int, workers: int) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of one batch, over all workers."""
+    x, labels, _ = planted(24)
+    method = consensus.VoteHead(consensus.VoteHeadConfig(clusters=4, batch_size=24), 16, 24, seed=0)
+    method.votes = SoftLabels(torch.stack([labels, labels.where(labels > 1, -1)], 1), torch.ones(24, 2))
+    rows = torch.arange(24)[rank::workers]
+    batch = Batch({"embeddings": x[rows][None]}, rows, step=0, epoch=0, weight=workers * len(rows) / 24)
+    loss = method.training_step(batch)["loss"] * batch.weight
+    loss.backward()
+    parameters = list(method.student.parameters())
+    distributed.average_gradients(parameters)
+    return distributed.all_reduce(loss.detach()) / workers, parameters[0].grad
 
 
 def test_probabilities_are_as_sure_as_the_members():

@@ -145,7 +145,7 @@ def test_the_best_partitions_start_the_heads(monkeypatch: pytest.MonkeyPatch):
     partitions = iter([bad, bad, labels, bad, bad.flip(0), bad])
     monkeypatch.setattr(temi_start.kmeans, "assign", lambda x, centers: (next(partitions), x.new_zeros(len(x))))
     chosen: list[Tensor] = []
-    monkeypatch.setattr(temi_start, "_solve", lambda heads, x, labels: chosen.append(labels))
+    monkeypatch.setattr(temi_start, "solve_last_hidden", lambda heads, x, labels: chosen.append(labels))
     start_from_kmeans(new_heads(), rows, CONFIG, seed=0)
     assert chosen[0][0].equal(labels)
     assert all(not one.equal(labels) for one in chosen[0][1:])
@@ -157,7 +157,7 @@ def test_the_solved_layer_is_that_of_a_plain_ridge_regression():
     labels, rows = planted()
     heads, x = new_heads(layers=1), rows.tensor() + 0.5  # a mean far from zero, so that the bias counts
     length = heads.weights[0][0].norm()
-    temi_start._solve(heads, x, labels.expand(3, -1))
+    temi_start.solve_last_hidden(heads, x, labels.expand(3, -1))
     centered, members = x - x.mean(0), torch.nn.functional.one_hot(labels, K).double()
     gram = centered.mT @ centered / len(x)
     ridge = temi_start.RIDGE * gram.diagonal().mean() * torch.eye(8, dtype=x.dtype)

@@ -61,6 +61,11 @@ def test_members_are_runs_heads_and_tables(tmp_path: Path, rows: Path, in_proces
     report = pq.read_table(tmp_path / "consensus" / "model" / "metrics.parquet")
     assert report.num_rows == 1 + 3 + 1 + 2
     assert sum(report["chosen"].to_pylist()) == 1
+    said = pq.read_table(tmp_path / "consensus" / "model" / "rows.parquet")
+    assert said["key"].to_pylist() == keys
+    assert said["row"].to_pylist() == list(range(60))
+    assert said["vote"].to_pylist() == clusters
+    assert [said[name][0].as_py() for name in ("confidence", "margin", "votes_against")] == [1.0, 1.0, 0.0]
     run_all(config, stop_after="report")
     scores = json.loads((tmp_path / "consensus" / "metrics.json").read_text())
     assert [scores["members"][place] for place in (0, -1)] == [1.0, 1.0]
