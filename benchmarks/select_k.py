@@ -33,6 +33,7 @@ from rayclust.clustering.settings import KMeansOptions, SpectralOptions
 from rayclust.clustering.spectral import partition
 from rayclust.features import FeatureTransform
 from rayclust.metrics.internal import measure
+from rayclust.metrics.nulls import null_silhouettes
 from rayclust.metrics.selection import CRITERIA, Choice, SelectKConfig, choose, refine
 from rayclust.search.knn import top_k
 
@@ -44,6 +45,7 @@ SETS = [
     "planted-100", "planted-20/uneven", "subspaces-3", "subspaces-12", "subspaces-40",
     *ZOO_SETS,
 ]  # fmt: skip
+ABSENT = ("feature_coding_length", "resampled_silhouette", "umap_silhouette")
 Partitions = Callable[[int], list[np.ndarray]]
 
 
@@ -99,10 +101,10 @@ def search(x: np.ndarray, own_space: bool) -> tuple[Choice, int]:
     for _ in range(1 + options.rounds):
         for k in wanted:
             if spectrum is None:
-                tried[k] = measure(x, partitions(k), neighbors)
+                tried[k] = measure(x, partitions(k), neighbors) | null_silhouettes(x, k)
             else:
                 cuts = [spectrum.labels(k, seed).numpy() for seed in range(options.seeds)]
-                tried[k] = measure(x, cuts, neighbors) | {"eigengap": spectrum.eigengap(k)}
+                tried[k] = measure(x, cuts, neighbors) | {"eigengap": spectrum.eigengap(k)} | null_silhouettes(x, k)
         choice = choose(tried)
         wanted = refine(list(tried), choice.k)
     return choice, len(tried)
@@ -117,7 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
-    names = [name for name in (*CRITERIA, "knee", "merge") if name not in ("feature_coding_length", "null_contrast")]
+    names = [name for name in (*CRITERIA, "knee", "merge") if name not in ABSENT]
     print("command: python", " ".join(sys.argv), "; in brackets the evidence, the weight of a vote")
     print(f"\n| set (N, D) | true K | vote | factor | {' | '.join(names)} | tried | seconds |")
     print(f"|{'---|' * (len(names) + 6)}")

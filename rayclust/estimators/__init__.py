@@ -30,6 +30,7 @@ from rayclust.methods.tac_settings import TacConfig
 from rayclust.methods.temi_settings import TemiConfig
 from rayclust.methods.turtle_settings import TurtleConfig
 from rayclust.metrics import internal, selection
+from rayclust.metrics.nulls import null_silhouettes
 from rayclust.metrics.selection import geometric_grid
 from rayclust.search.knn import nearest_others
 from rayclust.training.loop import Trainer
@@ -154,7 +155,7 @@ class Auto(
             for seed in range(2):
                 result = kmeans.fit(lambda: [x.to(device)], options, seed=self._seed() + seed)
                 labels.append(kmeans.assign(x, result.centers.cpu())[0].numpy())
-            table[k] = internal.measure(unit, labels, neighbors.numpy())
+            table[k] = internal.measure(unit, labels, neighbors.numpy()) | null_silhouettes(unit, k, seed=self._seed())
         choice = self.choice_ = selection.choose(table)
         return choice.k
 

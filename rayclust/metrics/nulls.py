@@ -1,7 +1,8 @@
-"""Null models: what k-means finds in rows without clusters, beside what it finds in the rows themselves.
+"""What k-means finds elsewhere: in null models, rows without clusters, and in subsamples of the rows.
 
 A criterion's value says little alone: k-means cuts every cloud into clusters of some silhouette. Two clouds without
-clusters share what the rows have besides them: each dimension's values, or the covariance.
+clusters share what the rows have besides them: each dimension's values, or the covariance. Clusters that are there come
+back in most subsamples.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rayclust.arrays import FloatArray, require_matrix, unit_rows
+from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.clustering import kmeans
 from rayclust.clustering.settings import KMeansOptions
-from rayclust.metrics.internal import silhouette
+from rayclust.metrics.internal import coclustering_silhouettes, silhouette
 
 _LEAST_ROWS = 4
 """Rows per cluster below which the silhouettes of k-means are those of chance."""
+_DRAWN, _BOOTSTRAP = 0.8, 2_000
+"""Share of the rows in a subsample, and draws of the clusters that bound their median, as published but for the number
+of draws."""
 
 
 def permuted_columns(x: FloatArray, seed: int) -> FloatArray:
@@ -64,9 +68,49 @@ def null_silhouettes(x: FloatArray, clusters: int, *, rows: int = 1_000, seed: i
     return found | {"null_contrast": found["silhouette_sample"] - nulls}
 
 
+def resampled_silhouettes(
+    x: FloatArray, labels: IntArray, resamples: int, *, rows: int = 1_000, seed: int = 0
+) -> dict[str, float]:
+    """Compute how often the rows of each cluster come together again in spherical k-means of subsamples.
+
+    Args:
+        x: Float[N D], unit rows.
+        labels: Int[N], the partition of which it is asked; K is the number of its clusters.
+        resamples: subsamples of 80 % of the sample.
+        rows: of the seeded sample.
+        seed: of sample, subsamples and k-means.
+
+    Returns:
+        `resampled_silhouette`, the median over clusters of `coclustering_silhouettes`; `resampled_bound`, the value
+        below which 2.5 % of the medians of clusters drawn again lie. Empty with fewer than two clusters in the sample,
+        and where clusters have fewer than 4 rows on average.
+
+    Source: Patterson-Cross, Levine and Menon, chooseR, BMC Bioinformatics 22:39, 2021, with k-means and a sample.
+    """
+    require_matrix(x, "x")
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(len(x), min(rows, len(x)), replace=False))
+    x, labels = x[chosen], np.unique(labels[chosen], return_inverse=True)[1]
+    clusters = int(labels.max(initial=-1)) + 1
+    if clusters < 2 or len(x) < _LEAST_ROWS * clusters:
+        return {}
+    again = np.full((resamples, len(x)), -1)
+    for number, partition in enumerate(again):
+        drawn = np.sort(rng.choice(len(x), int(_DRAWN * len(x)), replace=False))
+        partition[drawn] = _kmeans_labels(x[drawn], clusters, seed + number)
+    each = coclustering_silhouettes(again, labels)
+    medians = np.median(rng.choice(each, (_BOOTSTRAP, len(each))), axis=1)
+    return {"resampled_silhouette": float(np.median(each)), "resampled_bound": float(np.quantile(medians, 0.025))}
+
+
 def _kmeans_silhouette(x: FloatArray, clusters: int, seed: int) -> float:
     """Return the silhouette of spherical k-means from one start; 0 where all rows are in one cluster."""
+    labels = _kmeans_labels(x, clusters, seed)
+    return silhouette(x.astype(np.float32), labels) if len(np.unique(labels)) > 1 else 0.0
+
+
+def _kmeans_labels(x: FloatArray, clusters: int, seed: int) -> IntArray:
+    """Return the clusters of spherical k-means from one start, Int64[N]."""
     units = torch.from_numpy(unit_rows(x.astype(np.float32)))
     options = KMeansOptions(clusters=clusters, restarts=1)
-    labels = kmeans.assign(units, kmeans.fit(lambda: [units], options, seed=seed).centers)[0].numpy()
-    return silhouette(units.numpy(), labels) if len(np.unique(labels)) > 1 else 0.0
+    return kmeans.assign(units, kmeans.fit(lambda: [units], options, seed=seed).centers)[0].numpy()

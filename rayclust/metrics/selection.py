@@ -48,13 +48,17 @@ CRITERIA = {
     "eigengap": Criterion(larger_is_better=True),
     "silhouette": Criterion(larger_is_better=True),
     "calinski_harabasz": Criterion(larger_is_better=True, votes=False),
-    "davies_bouldin": Criterion(larger_is_better=False),
+    "davies_bouldin": Criterion(larger_is_better=False, votes=False),
     "modularity": Criterion(larger_is_better=True),
     "map_equation": Criterion(larger_is_better=False),
-    "stability": Criterion(larger_is_better=True),
-    "prediction_strength": Criterion(larger_is_better=True),
-    "null_contrast": Criterion(larger_is_better=True, votes=False),
+    "stability": Criterion(larger_is_better=True, votes=False),
+    "prediction_strength": Criterion(larger_is_better=True, votes=False),
+    "null_contrast": Criterion(larger_is_better=True),
+    "resampled_silhouette": Criterion(larger_is_better=True, votes=False),
+    "umap_silhouette": Criterion(larger_is_better=True, votes=False),
 }
+STAND_INS = {"silhouette": "null_contrast"}
+"""Criteria that vote only where another was not measured: there are too few rows for null models."""
 MIN_STRENGTH = 0.8
 """Prediction strength that a number of clusters must have; the largest that has it is the pick (Tibshirani & Walther
 2005, section 2, who take 0.8 to 0.9)."""
@@ -111,6 +115,7 @@ def choose(candidates: Candidates, rule: str = "vote") -> Choice:
         "knee": "the elbow of the coding length",
         "merge": f"the number next to what is left of {max(ks)} clusters when they are merged,",
         "prediction_strength": f"the most clusters of prediction strength {MIN_STRENGTH}",
+        "resampled_silhouette": "the most clusters that come back in subsamples as well as the surest number does",
     }.get(rule, f"the best {rule.replace('_', ' ')}")
     return Choice(k, rule, f"K = {k} has {words} among {', '.join(map(str, ks))}", picked, weights)
 
@@ -119,7 +124,8 @@ def picks(candidates: Candidates) -> dict[str, int]:
     """Return the K that each criterion alone chooses, the smaller one on a tie; `knee` of the coding length; `merge`.
 
     Values that are missing or not finite are left out. Prediction strength chooses the most clusters that have enough
-    of it, and nothing where none has.
+    of it, and nothing where none has; the silhouette of subsamples the most whose median is not below the largest of
+    all candidates' lower bounds (chooseR).
 
     Raises:
         DataError: there are no candidates.
@@ -131,8 +137,10 @@ def picks(candidates: Candidates) -> dict[str, int]:
         values = {k: candidates[k].get(name, math.nan) for k in sorted(candidates)}
         values = {k: value for k, value in values.items() if math.isfinite(value)}
         if values:
-            if name == "prediction_strength":
-                values = {k: float(k) for k, value in values.items() if value >= MIN_STRENGTH}
+            if name in ("prediction_strength", "resampled_silhouette"):  # the most clusters that have enough of it
+                bounds = [candidates[k].get("resampled_bound", math.nan) for k in values]
+                enough = MIN_STRENGTH if name == "prediction_strength" else max(bounds)
+                values = {k: float(k) for k, value in values.items() if value >= enough}
                 if not values:
                     continue
             picked[name] = (max if criterion.larger_is_better else min)(values, key=lambda k: values[k])
@@ -223,7 +231,8 @@ def _votes(
     picked: Mapping[str, int], weights: Mapping[str, float], ks: Sequence[int]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Divide the picks into those that count and those that abstain."""
-    votes = {name: k for name, k in picked.items() if name in CRITERIA and CRITERIA[name].votes}
+    measured = {name: k for name, k in picked.items() if name in CRITERIA and CRITERIA[name].votes}
+    votes = {name: k for name, k in measured.items() if STAND_INS.get(name) not in measured}
     ends = {name: k for name, k in votes.items() if not min(ks) < k < max(ks)}
     inside = {name: k for name, k in votes.items() if name not in ends}
     at_ends, all_of_them = (sum(weights[name] for name in group) for group in (ends, votes))
@@ -273,6 +282,8 @@ Rule = Literal[
     "stability",
     "prediction_strength",
     "null_contrast",
+    "resampled_silhouette",
+    "umap_silhouette",
     "merge",
 ]
 
@@ -298,9 +309,15 @@ class SelectKConfig(Config):
     knee: where the curve of coding lengths bends most.
     merge: what is left of the largest candidate's clusters when they are merged along a tree while modularity rises.
     prediction_strength: the most clusters that two seeds agree on, worst cluster by worst cluster.
+    resampled_silhouette: the most clusters that come back in subsamples as well as the surest number does (chooseR).
     Any other: the number that is best by that criterion."""
     rows: int = Field(15_000, ge=2)
     """Rows of the seeded sample on which coding length, silhouette, Calinski–Harabasz and Davies–Bouldin are taken."""
+    resamples: int = Field(0, ge=0)
+    """Subsamples of 1,000 rows in which k-means is to find each candidate's clusters again; 100 as published (chooseR),
+    some 0.1 s each. 0 measures none."""
+    umap: bool = False
+    """Whether the silhouette in a UMAP of 10 dimensions is listed too, on 2,000 rows; needs umap-learn."""
     distortion: float = Field(0.1, gt=0)
     """Squared error allowed per row in the coding length, in squared row lengths. The paper's ε²."""
     cpus_per_trial: int = Field(1, ge=1)
@@ -316,6 +333,12 @@ class SelectKConfig(Config):
             raise ValueError(f"most = {self.most}: must be at least select_k.least = {self.least}, or auto")
         if self.rule in ("stability", "prediction_strength") and self.seeds < 2:
             raise ValueError(f"rule = {self.rule}: needs select_k.seeds of at least 2, whose partitions it compares")
+        for rule, name, is_set in (
+            ("resampled_silhouette", "resamples", self.resamples > 0),
+            ("umap_silhouette", "umap", self.umap),
+        ):
+            if self.rule == rule and not is_set:
+                raise ValueError(f"rule = {rule}: needs select_k.{name}")
         return self
 
     def refuse_above(self, rows: int) -> None:

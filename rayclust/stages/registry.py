@@ -86,6 +86,9 @@ def _counterparts_settings(config: RunConfig) -> dict[str, Any]:
     clusters = (
         settings_of(config.select_k, "candidates", "least", "most") if config.needs_selection else method.clusters
     )
+    # How neighbours are searched; the defaults leave runs of before as they are.
+    usual, ways = type(config.neighbors)(), ("method", "exact_rows", "min_recall")
+    search = {key: value for key, value in settings_of(config.neighbors, *ways).items() if value != getattr(usual, key)}
     return {
         "method": {key: value for key, value in settings_of(method).items() if key in OF_NOUNS},
         "clusters": clusters,
@@ -95,7 +98,7 @@ def _counterparts_settings(config: RunConfig) -> dict[str, Any]:
         "features": settings_of(config.features),
         "encoder": settings_of(config.text_encoder),
         "seed": config.seed,
-    }
+    } | ({"search": search} if search else {})
 
 
 def candidate_settings(config: RunConfig) -> dict[str, Any]:
@@ -104,6 +107,8 @@ def candidate_settings(config: RunConfig) -> dict[str, Any]:
     method["all"].pop("clusters")
     method["set"] = [key for key in method["set"] if key != "clusters"]
     measured = settings_of(config.select_k, "seeds", "rows", "distortion")
+    # What is off leaves the candidates of before as they are.
+    measured |= {name: value for name, value in settings_of(config.select_k, "resamples", "umap").items() if value}
     return {"method": method, "measured": measured, "features": settings_of(config.features), "seed": config.seed}
 
 
@@ -190,7 +195,7 @@ _DECLARED = (
         _select_k_settings,
         needs=("encode", "neighbors"),
         word_needs=("counterparts",),
-        revision=3,
+        revision=4,
         on_gpu="trials",
         outputs=SelectKOutputs,
     ),

@@ -50,7 +50,7 @@ from rayclust.store.manifest import Manifest, Outputs, digest_of, put_json
 from rayclust.store.run import Run
 from rayclust.training.loop import Trainer
 
-REVISION = 4
+REVISION = 5
 """Raised when a candidate's result changes for the same settings."""
 FIT = 0
 """Index of the one fit among the tasks, where a method needs no fit for each number of clusters."""
@@ -175,8 +175,8 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     """
     from rayclust.methods.spectral import SpectralMethod
     from rayclust.metrics import internal
-    from rayclust.metrics.internal import coding_length, measure, size_summary
-    from rayclust.metrics.nulls import null_silhouettes
+    from rayclust.metrics.internal import coding_length, measure, size_summary, umap_silhouette
+    from rayclust.metrics.nulls import null_silhouettes, resampled_silhouettes
 
     options = config.select_k
     sample = np.random.default_rng(config.seed).choice(rows.count, min(options.rows, rows.count), replace=False)
@@ -197,10 +197,14 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     if isinstance(method, SpectralMethod):
         found["eigengap"] = method.eigengap()
     found |= null_silhouettes(z, config.method.clusters, seed=config.seed)
+    if options.resamples:
+        found |= resampled_silhouettes(z, kept[0], options.resamples, seed=config.seed)
+    if options.umap and len(np.unique(kept[0])) > 1:
+        found["umap_silhouette"] = umap_silhouette(z, kept[0], seed=config.seed)
     neighbors = rows.neighbors().numpy()
     found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
-    found["modularity"] = internal.modularity(labels[0], neighbors)
-    found["map_equation"] = internal.map_equation(labels[0], neighbors)
+    found["modularity"] = internal.modularity(labels[0], neighbors[:, : internal.MODULARITY_NEIGHBORS])
+    found["map_equation"] = internal.map_equation(labels[0], neighbors[:, : internal.WALK_NEIGHBORS])
     found["merged"] = internal.merged_clusters(labels[0], neighbors)
     if len(labels) > 1:
         found["stability"] = internal.stability(labels)

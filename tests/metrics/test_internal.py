@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -269,3 +272,34 @@ def test_split_clusters_merge_again_and_separate_ones_do_not():
     assert internal.merged_clusters(np.random.default_rng(0).permutation(6)[halves], graph) == 3
     assert internal.merged_clusters(np.zeros(12, int), graph) == 1
     assert internal.merged_clusters(np.arange(4), PAIRS) == 2
+
+
+def test_rows_that_subsamples_join_are_near_by_hand():
+    """Rows 0, 1 and 2, 3 come together in both partitions, but for row 1, which the second puts with 2 and 3."""
+    partitions = np.array([[0, 0, 1, 1, -1], [5, 7, 7, 7, 7]])
+    labels = np.array([0, 0, 1, 1, 1])
+    # Row 0: 1/2 to its own, 1 to each other; row 1: 1/2 to its own, (1/2 + 1/2 + 0) / 3 to the others.
+    first = np.mean([(1 - 1 / 2) / 1, (1 / 3 - 1 / 2) / (1 / 2)])
+    # Rows 2 and 3: 0 to each other and to row 4, (1 + 1/2) / 2 to the others; row 4: 0, and (1 + 0) / 2.
+    assert internal.coclustering_silhouettes(partitions, labels) == pytest.approx([first, 1.0])
+
+
+def test_the_silhouette_in_a_umap(monkeypatch: pytest.MonkeyPatch):
+    """With a stand-in that keeps the first dimensions: those of two pairs of points, 3-4-5 apart."""
+
+    class Leading:
+        def __init__(self, n_components: int, **options: object) -> None:
+            self.n_components = n_components
+
+        def fit_transform(self, x: np.ndarray) -> np.ndarray:
+            return x[:, : self.n_components]
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Leading))
+    x = np.array([[0.0, 0.0, 9.0], [0.0, 4.0, 1.0], [3.0, 0.0, 7.0], [3.0, 4.0, 2.0]])
+    assert internal.umap_silhouette(x, np.array([0, 0, 1, 1])) == pytest.approx((4.0 - 4.0) / 4.0)
+    assert internal.umap_silhouette(x, np.array([0, 1, 0, 1])) == pytest.approx((4.5 - 3.0) / 4.5)
+    with pytest.raises(DataError, match="at least 2"):
+        internal.umap_silhouette(x, np.zeros(4, int))
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ConfigError, match="rayclust\\[umap\\]"):
+        internal.umap_silhouette(x, np.array([0, 0, 1, 1]))

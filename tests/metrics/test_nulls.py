@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from rayclust.arrays import unit_rows
-from rayclust.metrics.nulls import gaussian_like, null_silhouettes, permuted_columns
+from rayclust.metrics.nulls import gaussian_like, null_silhouettes, permuted_columns, resampled_silhouettes
 
 
 def blobs(clusters: int, rows: int = 400, width: int = 16) -> np.ndarray:
@@ -46,3 +46,14 @@ def test_clusters_stand_above_null_models_and_noise_does_not():
 def test_few_rows_have_no_null_models():
     assert null_silhouettes(blobs(5, rows=19), 5) == {}
     assert null_silhouettes(blobs(5, rows=20), 5) != {}
+
+
+def test_subsamples_find_the_clusters_that_are_there_again():
+    rng = np.random.default_rng(0)
+    true = np.arange(120) % 3
+    x = unit_rows(np.eye(8)[true] + 0.1 * rng.normal(size=(120, 8)))
+    right = resampled_silhouettes(x, true, 8)
+    assert right == {"resampled_silhouette": 1.0, "resampled_bound": 1.0}
+    split = resampled_silhouettes(x, true + 3 * (np.arange(120) % 2), 8)  # each cut at random
+    assert split["resampled_bound"] <= split["resampled_silhouette"] < 0.5
+    assert resampled_silhouettes(x, np.zeros(120, int), 8) == {}

@@ -6,6 +6,7 @@ import pytest
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.metrics.selection import (
+    SelectKConfig,
     choose,
     evidence,
     knee,
@@ -42,8 +43,8 @@ def test_choices_and_their_reasons():
     assert (choice.k, choice.rule) == (8, "vote")
     assert choice.reason == (
         "K = 8 is the middle, in ratio and weighted by the evidence in brackets, of coding length 16 (0.31), "
-        "silhouette 8 (0.62), davies bouldin 8 (0.45), modularity 8 (0.50), stability 8 (0.49); for comparison: "
-        "calinski harabasz 4, knee 8"
+        "silhouette 8 (0.62), modularity 8 (0.50); for comparison: calinski harabasz 4, davies bouldin 8, stability 8, "
+        "knee 8"
     )
     assert choose(table(), "knee").k == 8
     assert "elbow" in choose(table(), "knee").reason
@@ -104,6 +105,13 @@ def test_flat_criteria_give_way_to_those_that_stand_out():
     assert choice.evidence["modularity"] == pytest.approx(0.02 / 1.02)
 
 
+def test_the_silhouette_votes_where_there_are_no_null_models():
+    picked = {"silhouette": 2, "stability": 2, "modularity": 8, "coding_length": 16}
+    even = dict.fromkeys([*picked, "null_contrast"], 1.0)
+    assert vote(picked, even, [1, 2, 4, 8, 16, 32]) == 8
+    assert vote(picked | {"null_contrast": 16}, even, [1, 2, 4, 8, 16, 32]) == 16
+
+
 def test_the_reason_tells_what_null_models_have():
     table = {k: {"silhouette": -abs(k - 4), "silhouette_sample": 0.3, "null_contrast": 0.25} for k in range(2, 8)}
     assert choose(table).reason.endswith("; k-means of a sample: silhouette 0.30, of null models 0.05")
@@ -111,15 +119,16 @@ def test_the_reason_tells_what_null_models_have():
 
 def test_an_end_of_the_candidates_is_no_optimum_until_most_pick_one():
     ks = [2, 4, 8, 16, 32]
-    found = {"coding_length": 2, "silhouette": 2, "davies_bouldin": 8, "modularity": 8}
-    even = dict.fromkeys([*found, "stability", "map_equation"], 1.0)
+    found = {"coding_length": 2, "silhouette": 2, "map_equation": 8, "modularity": 8}
+    even = dict.fromkeys([*found, "feature_coding_length", "eigengap"], 1.0)
+    lengths = {"coding_length": 2, "silhouette": 2, "feature_coding_length": 2, "modularity": 8}
     assert vote(found, even, ks) == 8
-    assert vote(found | {"stability": 2, "map_equation": 2}, even, ks) == 8  # 4 of 6 are not more than two thirds
-    assert vote({"coding_length": 2, "silhouette": 2, "stability": 2, "modularity": 8}, even, ks) == 2
-    assert vote({"silhouette": 2, "davies_bouldin": 32}, even, ks) in ks
-    assert vote({"silhouette": 2, "davies_bouldin": 2, "modularity": 8}, even, [2, 8, 32]) == 2  # too few for slopes
-    slopes = even | {"coding_length": 0.1, "silhouette": 0.1, "stability": 0.1}
-    assert vote({"coding_length": 2, "silhouette": 2, "stability": 2, "modularity": 8}, slopes, ks) == 8
+    assert vote(found | {"feature_coding_length": 2, "eigengap": 2}, even, ks) == 8  # 4 of 6 are not above two thirds
+    assert vote(lengths, even, ks) == 2
+    assert vote({"silhouette": 2, "map_equation": 32}, even, ks) in ks
+    assert vote({"silhouette": 2, "map_equation": 2, "modularity": 8}, even, [2, 8, 32]) == 2  # too few for slopes
+    slopes = even | {"coding_length": 0.1, "silhouette": 0.1, "feature_coding_length": 0.1}
+    assert vote(lengths, slopes, ks) == 8
     candidates = {k: {"silhouette": -abs(k - 2), "modularity": -abs(k - 8)} for k in ks}
     assert "no vote, being an end of the candidates: silhouette 2 (" in choose(candidates).reason
 
@@ -165,3 +174,19 @@ def test_merging_starts_from_the_most_clusters():
     assert choose(candidates, "merge").k == 8
     assert "what is left of 32 clusters" in choose(candidates, "merge").reason
     assert "merge" not in picks({2: {"merged": 2.0}, 4: {}})
+
+
+def test_the_most_clusters_that_come_back_as_well_as_the_surest_number():
+    """chooseR: the medians of 2, 3 and 4 are at least the largest bound, that of 3, and 5 is not."""
+    medians, bounds = (0.9, 0.95, 0.88, 0.7), (0.8, 0.87, 0.6, 0.5)
+    table = {
+        k: {"resampled_silhouette": median, "resampled_bound": bound}
+        for k, median, bound in zip((2, 3, 4, 5), medians, bounds, strict=True)
+    }
+    found = choose(table, "resampled_silhouette")
+    assert found.k == 4
+    assert "come back in subsamples" in found.reason
+    with pytest.raises(ValueError, match=r"needs select_k\.resamples"):
+        SelectKConfig(rule="resampled_silhouette")
+    with pytest.raises(ValueError, match=r"needs select_k\.umap"):
+        SelectKConfig(rule="umap_silhouette")
