@@ -32,6 +32,7 @@ from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, sea
 from rayclust.runtime.tensors import unit_rows
 from rayclust.runtime.vocabularies import WordBank, noun_lists, read_lists
 from rayclust.search.knn import RunningTopK
+from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage, tables
 from rayclust.store.manifest import (
     EncodeOutputs,
@@ -171,10 +172,14 @@ class Guidance:
         outputs = put_neighbors(self.run, uris, starts, neighbors.numpy(), similarity.numpy())
         return TaskResult(outputs, {"rows": len(rows)})
 
-    def _texts(self, part: int) -> Tensor:
-        """Return the counterparts of one part's rows, unit rows Float32[B D]."""
+    def texts(self, part: int) -> np.ndarray:
+        """Return the counterparts of one part's rows as they are stored, Float32[B D]."""
         column = tables.read_table(self.run.counterparts(part), ["embedding"])["embedding"]
-        return unit_rows(torch.from_numpy(tables.matrix(column).astype(np.float32)))
+        return tables.matrix(column).astype(np.float32)
+
+    def _texts(self, part: int) -> Tensor:
+        """Return the same as unit rows, Float32[B D]."""
+        return unit_rows(torch.from_numpy(self.texts(part)))
 
     def _lists(self) -> list[Any]:
         return read_lists(self.config, names=noun_lists(self.config), verbatim=self.method.verbatim)
@@ -184,12 +189,10 @@ def run(context: StageContext) -> StageResult:
     """Encode the vocabulary, choose nouns, and make counterparts part by part and their neighbours task by task."""
     work, config = Guidance.of(context), context.config
     encoded, gpus = context.inputs["encode"].outputs_of(EncodeOutputs), config.resources.gpus
-    parts, count, method = encoded.parts, sum(encoded.parts), work.method
-    if method.train and count > config.neighbors.exact_rows:
-        raise ConfigError(
-            f"neighbors.exact_rows = {config.neighbors.exact_rows}: neighbours of {count} counterparts are searched "
-            "exactly; raise it, or set method.train: false"
-        )
+    parts, count, method, searched = encoded.parts, sum(encoded.parts), work.method, ""
+    is_approximate = config.neighbors.method == "ivf"
+    if config.neighbors.method == "auto":
+        is_approximate = count > config.neighbors.exact_rows and not encoded.test
     # 1. The vocabulary's embeddings; its blocks are numbered behind the parts.
     bank = run_remotely(work.bank)
     if bank is not None:
@@ -211,8 +214,22 @@ def run(context: StageContext) -> StageResult:
         tasks = [
             Task(first + task.index, task.digest, task.payload, task.size) for task in group_parts(parts, digest, rows)
         ]
-        results += run_tasks(context.run, "counterparts", tasks, work.search, section="neighbours", gpus=gpus)
+        if is_approximate:
+            groups, k = [task.payload for task in tasks], min(method.neighbors, count - 1)
+            layout = IvfLayout(
+                *(context.run, digest, work.starts, groups, rows, encoded.dimension, k, work.texts),
+                table=context.run.text_neighbors,
+                stage="counterparts",
+                first=first,
+            )
+            found, measured = search_ivf(layout, config.neighbors.min_recall, tasks)
+            results += found
+            searched = f"; text neighbours by inverted lists, recall@{k} {measured['recall']:.3f}"
+            drop_scratch(context.run, first + len(tasks), "counterparts")
+        else:
+            results += run_tasks(context.run, "counterparts", tasks, work.search, section="neighbours", gpus=gpus)
         drop_stale_parts(storage.join(context.run.counterparts_folder, "neighbors"), len(parts))
     outputs |= {path: file for result in results for path, file in result.outputs.items()}
     summary = f"{counts['nouns']:,} of {counts['words']:,} words chosen by {counts['centers']:,} centres"
+    summary += searched
     return StageResult(outputs, {"rows": count} | counts, counts, summary)

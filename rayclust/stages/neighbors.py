@@ -46,8 +46,9 @@ def run(context: StageContext) -> StageResult:
     tasks = group_parts(encoded.parts, context.digest, rows)
     if method == "ivf":
         groups = [task.payload for task in tasks]
-        layout = IvfLayout(context.run, context.digest, starts, groups, rows, encoded.dimension, k)
-        results, extra = search_ivf(layout, transform, config.neighbors.min_recall, tasks)
+        features = partial(part_features, context.run, transform=transform)
+        layout = IvfLayout(context.run, context.digest, starts, groups, rows, encoded.dimension, k, features)
+        results, extra = search_ivf(layout, config.neighbors.min_recall, tasks)
     else:
         search = partial(_search_exactly, config, encoded, transform, k)
         results = run_tasks(context.run, "neighbors", tasks, search, gpus=config.resources.gpus)

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 from rayclust.errors import ArtefactError, DataError
-from rayclust.features import SpaceTransforms
-from rayclust.runtime.rows import features_at, part_features
+from rayclust.runtime.rows import rows_by_part
 from rayclust.runtime.tasks import STORAGE_THREADS, Item, Result, Task, TaskResult, finished_tasks, run_tasks
 from rayclust.runtime.tensors import unit_rows
 from rayclust.search.index import recall_at_k
@@ -85,6 +84,14 @@ class IvfLayout:
     width: int
     """D."""
     k: int
+    features: Callable[[int], np.ndarray] | None = None
+    """Returns the features of a part's rows, Float32[B D]; any length. None: of no rows, the layout alone."""
+    table: Callable[[int], str] | None = None
+    """Returns the URI of a part's table of neighbours; None: the run's."""
+    stage: str = "neighbors"
+    """The stage whose marks the tasks leave, and below whose folder the scratch files lie."""
+    first: int = 0
+    """Number of the task of the first group."""
 
     @property
     def count(self) -> int:
@@ -95,6 +102,12 @@ class IvfLayout:
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.count // self.shard_rows)
+
+    def units(self, part: int) -> Tensor:
+        """Return Float32[B D], unit features of the rows of a part."""
+        if self.features is None:
+            raise ValueError("IvfLayout.features = None: the layout has no rows")
+        return unit_rows(torch.from_numpy(self.features(part)))
 
     def span(self, group: int) -> tuple[int, int]:
         """Return the first row of a group and the one behind its last."""
@@ -113,7 +126,7 @@ class IvfLayout:
                 the first of two rounds `merging` or `gathering`.
             index: of the group, the shard, or the task of that round.
         """
-        return self.run.at("neighbors", "scratch", self.digest, f"{kind}-{index:05d}")
+        return self.run.at(self.stage, "scratch", self.digest, f"{kind}-{index:05d}")
 
 
 def row_records(width: int) -> np.dtype[Any]:
@@ -229,7 +242,7 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
 # The phases.
 
 
-def _train(layout: IvfLayout, transform: SpaceTransforms, index: int) -> TaskResult:
+def _train(layout: IvfLayout, index: int) -> TaskResult:
     """Train the lists' centres and draw the queries on which the recall is measured."""
     torch.set_num_threads(1)
     wanted, random = list_count(layout.count), np.random.default_rng(SEED)
@@ -244,16 +257,16 @@ def _train(layout: IvfLayout, transform: SpaceTransforms, index: int) -> TaskRes
     for part in parts.tolist():
         count = int(counts[part])
         some = np.sort(random.choice(count, int(np.ceil(share * count)), replace=False))
-        drawn.append(part_features(layout.run, part, transform)[some])
-    sample = unit_rows(torch.from_numpy(np.concatenate(drawn)))
+        drawn.append(layout.units(part)[some])
+    sample = torch.cat(drawn)
     centers = train_centers(sample, wanted, SEED)
-    units = unit_rows(torch.from_numpy(features_at(layout.run, list(layout.starts), transform, queries)))
+    units = torch.cat([layout.units(part)[local] for part, local in rows_by_part(list(layout.starts), queries)])
     tensors = {"centers": centers.centers, "parents": centers.parents, "starts": centers.starts}
     tensors |= {"query": torch.from_numpy(queries), "query_unit": units.half()}
     return TaskResult(put_tensors(layout.run, layout.at("centers"), tensors), {"rows": len(sample)})
 
 
-def _sort(layout: IvfLayout, transform: SpaceTransforms, centers: str, group: int) -> TaskResult:
+def _sort(layout: IvfLayout, centers: str, group: int) -> TaskResult:
     """Sort the rows of a group by (list, row), and find the nearest of them to the queries."""
     torch.set_num_threads(1)
     found = kept_tensors(layout.at("centers"), centers)
@@ -266,7 +279,7 @@ def _sort(layout: IvfLayout, transform: SpaceTransforms, centers: str, group: in
     for part in layout.groups[group]:
         start, stop = layout.starts[part : part + 2]
         if stop > start:
-            own = unit_rows(torch.from_numpy(part_features(layout.run, part, transform))).half()
+            own = layout.units(part).half()
             some = slice(start - first, stop - first)
             units[some], homes[some] = own, lists.assign(own.float())
             nearest.update(everyone, queries, query_rows, own.float(), torch.arange(start, stop))
@@ -467,7 +480,7 @@ def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
 
 def collect(layout: IvfLayout, summary: dict[str, Any], files: Sequence[SortedFile], task: Task) -> TaskResult:
     """Write the tables of a group's parts from the results of all shards; its mark keeps recall and parameters."""
-    group = task.index
+    group = task.index - layout.first
     records, _ = merge_sorted(files, found_records(layout.k), group, group + 1)
     records = records[records["row"].argsort()]
     first, end = layout.span(group)
@@ -475,21 +488,18 @@ def collect(layout: IvfLayout, summary: dict[str, Any], files: Sequence[SortedFi
         raise ArtefactError(f"neighbors: {len(records)} rows are there for the rows {first} to {end - 1}; run it again")
     neighbors, similarity = unpack_keys(torch.from_numpy(records["keys"].copy()))
     cosine = similarity.clamp(-1, 1)  # float16 makes some rows a little longer than 1
-    uris = {part: layout.run.neighbors(part) for part in layout.groups[group]}
+    uris = {part: (layout.table or layout.run.neighbors)(part) for part in layout.groups[group]}
     outputs = put_neighbors(layout.run, uris, layout.starts, neighbors.numpy(), cosine.numpy())
     return TaskResult(outputs, {"rows": end - first}, summary)
 
 
-def search_ivf(
-    layout: IvfLayout, transform: SpaceTransforms, min_recall: float, groups: Sequence[Task]
-) -> tuple[list[TaskResult], dict[str, Any]]:
+def search_ivf(layout: IvfLayout, min_recall: float, groups: Sequence[Task]) -> tuple[list[TaskResult], dict[str, Any]]:
     """Search the neighbours of all rows and write them part by part.
 
     Args:
         layout: of the rows.
-        transform: embeddings to features.
         min_recall: wanted recall@k, from 0 to 1.
-        groups: tasks of the layout's groups, numbered from 0; their marks outlive the scratch files.
+        groups: tasks of the layout's groups, numbered from `layout.first`; their marks outlive the scratch files.
 
     Returns:
         What `groups` wrote; recall, nlist, nprobe, and the halo: rows read from other shards for each row.
@@ -497,16 +507,16 @@ def search_ivf(
     Raises:
         DataError: the recall that was found is below the wanted one.
     """
-    finished = finished_tasks(layout.run, "neighbors", groups)
+    finished = finished_tasks(layout.run, layout.stage, groups)
     if len(finished) == len(groups):  # killed while the scratch files were removed
         results = [finished[task.index] for task in groups]
         return results, results[0].extra
     # Tasks of the phases before the last, one for each file, are numbered behind those of the last.
-    numbers, count = itertools.count(len(groups)), layout.count
+    numbers, count = itertools.count(layout.first + len(groups)), layout.count
 
     def run(section: str, sizes: Sequence[int], work: Callable[[int], TaskResult]) -> list[TaskResult]:
         tasks = [Task(next(numbers), digest_of([layout.digest, section, i]), i, n) for i, n in enumerate(sizes)]
-        return run_tasks(layout.run, "neighbors", tasks, lambda task: work(task.payload), section=section)
+        return run_tasks(layout.run, layout.stage, tasks, lambda task: work(task.payload), section=section)
 
     def in_rounds(
         section: str, kind: np.dtype[Any], files: Sequence[SortedFile], cuts: Callable[[], Sequence[int]]
@@ -527,8 +537,8 @@ def search_ivf(
         return merged
 
     shards = [high - low for low, high in map(layout.places, range(layout.shards))]
-    [centers] = _digests(run("centres", [count], partial(_train, layout, transform)))
-    sort = partial(_sort, layout, transform, centers)
+    [centers] = _digests(run("centres", [count], partial(_train, layout)))
+    sort = partial(_sort, layout, centers)
     nearest = _digests(run("sorting", [task.size for task in groups], sort), "nearest")
     plan = run("probing", [count], partial(_probe, layout, centers, nearest, min_recall))
     [digest] = _digests(plan)
@@ -550,7 +560,7 @@ def search_ivf(
     step = math.isqrt(len(groups))
     near = in_rounds("gathering", found_records(layout.k), near, lambda: [*range(0, len(groups), step), len(groups)])
     work = partial(collect, layout, summary, near)
-    results = run_tasks(layout.run, "neighbors", groups, work, section="collecting")
+    results = run_tasks(layout.run, layout.stage, groups, work, section="collecting")
     return results, results[0].extra
 
 
@@ -564,12 +574,12 @@ def _digests(results: Sequence[TaskResult], kind: str = "") -> list[str]:
     ]
 
 
-def drop_scratch(run: Run, tasks: int) -> None:
+def drop_scratch(run: Run, tasks: int, stage: str = "neighbors") -> None:
     """Remove scratch files, and the marks of all but the first `tasks` tasks.
 
     Marks go first: without marks the files are made again, marks without files would be wrong.
     """
-    marks = storage.walk(run.at("manifests", "neighbors"), suffixes=(".json",), missing_ok=True)
+    marks = storage.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
     stale = [file.uri for file in marks if file.key.startswith("part-") and int(file.key[5:-5]) >= tasks]
     map_threads(storage.remove, stale)
-    storage.remove_tree(run.at("neighbors", "scratch"))
+    storage.remove_tree(run.at(stage, "scratch"))

@@ -106,6 +106,21 @@ def test_neighbours_in_text_are_fitted_rows_and_training_numbers_them_among_thes
     assert set(split[stored].ravel()) == {"train"}, "a row that is kept aside is somebody's neighbour"
 
 
+def test_inverted_lists_find_the_neighbours_in_text_of_many_rows(tmp_path: Path, in_process: None):
+    config = settings(tmp_path, images={"split": None}, neighbors={"exact_rows": 5, "min_recall": 0.9})
+    for stage in ("encode", "counterparts"):
+        manifest = run_stage(stage, config)
+    run = Run(config.run)
+    unit = functional.normalize(torch.from_numpy(over_parts(run, "counterparts", "embedding")).float(), dim=1)
+    own = (unit @ unit.T).fill_diagonal_(-1)
+    near = torch.from_numpy(over_parts(run, "text_neighbors", "neighbors"))
+    assert near.shape == (60, 6)
+    reached = own.gather(1, near)[:, -1] >= own.topk(6).values[:, -1] - 1e-3
+    assert reached.float().mean() > 0.9
+    assert not (tmp_path / "run" / "counterparts" / "scratch").exists()
+    assert run_stage("counterparts", config).digest == manifest.digest
+
+
 def test_the_clusters_are_found_and_new_images_need_no_words(worded: Sealed, tmp_path: Path, in_process: None):
     found, labels = over_parts(worded.run, "assignments", "cluster"), over_parts(worded.run, "embeddings", "label")
     assert accuracy(labels, found) == 1.0
@@ -167,7 +182,6 @@ def test_words_of_a_list_are_encoded_block_by_block_once(
         ({"label": {"vocabulary": "none"}}, ConfigError, "needs words; name a list of nouns"),
         ({"method": {"vocabulary": "classes"}}, ConfigError, "the classes' names may not enter a fit"),
         ({"label": {"vocabulary": "classes"}}, ConfigError, "needs words"),
-        ({"neighbors": {"exact_rows": 5}}, ConfigError, "neighbors.exact_rows = 5: neighbours of 60 counterparts"),
         ({"method": {"vocabulary": "WIDE"}}, DataError, "words have 5 values, the rows 8"),
     ],
 )
