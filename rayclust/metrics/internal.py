@@ -19,7 +19,7 @@ from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics.external import ari, contingency
 
-MODULARITY_NEIGHBORS, WALK_NEIGHBORS = 10, 20
+NEIGHBORS_OF_CHOICE = 10
 """Nearest neighbours that modularity and the map equation look at in a choice of K: with more than a cluster has rows,
 neighbours are of other clusters and few clusters look best."""
 DISTORTION = 0.1
@@ -72,8 +72,8 @@ def measure(
         criteria["davies_bouldin"] = float(metrics.davies_bouldin_score(wide, labels))
     if neighbors is not None:
         criteria["neighbor_agreement"] = neighbor_agreement(labels, neighbors)
-        criteria["modularity"] = modularity(labels, neighbors[:, :MODULARITY_NEIGHBORS])
-        criteria["map_equation"] = map_equation(labels, neighbors[:, :WALK_NEIGHBORS])
+        criteria["modularity"] = modularity(labels, neighbors[:, :NEIGHBORS_OF_CHOICE])
+        criteria["map_equation"] = map_equation(labels, neighbors[:, :NEIGHBORS_OF_CHOICE])
         criteria["merged"] = merged_clusters(labels, neighbors)
     if len(partitions) > 1:
         criteria["stability"] = stability(partitions)

@@ -182,7 +182,8 @@ def evidence(candidates: Candidates) -> dict[str, float]:
 
     From 0 to 1: the share of the range of its values by which the pick is better than the median of the others. About
     0 for a curve that is flat around its best, however far its worst; 1 for a single peak over a floor. Without units,
-    so that criteria compare; 0 where there is one value, or where all are equal.
+    so that criteria compare; 0 where there is one value, or where all are equal. In the median a candidate weighs as
+    much as the range of ln K that it stands for, so that further candidates around the best change little.
 
     Raises:
         DataError: there are no candidates.
@@ -192,9 +193,13 @@ def evidence(candidates: Candidates) -> dict[str, float]:
         if name in CRITERIA:
             values = {each: candidates[each].get(name, math.nan) for each in candidates}
             values = {each: value for each, value in values.items() if math.isfinite(value)}
-            others = [value for each, value in values.items() if each != k]
-            span = max(values.values()) - min(values.values())
-            gain = values[k] - float(np.median(others)) if others else 0.0
+            span, gain = max(values.values()) - min(values.values()), 0.0
+            if len(values) > 1:
+                ks = np.array(sorted(values))
+                edges = np.concatenate([ks[:1], np.sqrt(ks[1:] * ks[:-1]), ks[-1:]])
+                widths = dict(zip(ks.tolist(), np.diff(np.log(edges)).tolist(), strict=True))
+                others = sorted((value, widths[each]) for each, value in values.items() if each != k)
+                gain = values[k] - _weighted_median(others)
             gain = gain if CRITERIA[name].larger_is_better else -gain
             found[name] = min(max(gain / span, 0.0), 1.0) if span > 0 else 0.0
     return found
@@ -203,8 +208,8 @@ def evidence(candidates: Candidates) -> dict[str, float]:
 def vote(picked: Mapping[str, int], weights: Mapping[str, float], ks: Sequence[int]) -> int:
     """Return the candidate nearest, in ratio, to the weighted median of the picks of the criteria that vote.
 
-    A pick at either end of the candidates is the end of a slope rather than an optimum: it abstains, unless the ends
-    hold more than two thirds of the weight or there are fewer than five candidates.
+    A pick at either end of the candidates is the end of a slope rather than an optimum: it abstains, unless one end
+    holds more than two thirds of the weight or there are fewer than five candidates.
 
     Args:
         picked: K by criterion.
@@ -217,14 +222,19 @@ def vote(picked: Mapping[str, int], weights: Mapping[str, float], ks: Sequence[i
     voting, _ = _votes(picked, weights, ks)
     if not voting:
         raise DataError("vote: no criterion was measured")
-    names = sorted(voting, key=lambda name: voting[name])
-    logs = np.log([voting[name] for name in names])
-    total = np.cumsum([weights[name] for name in names])
-    total = total if total[-1] > 0 else np.arange(1.0, len(names) + 1)
-    # Where just half of the weight lies below, the middle of the two picks beside it.
-    sides = np.searchsorted(total, [total[-1] * (0.5 - 1e-9), total[-1] * (0.5 + 1e-9)])
-    middle = float(logs[sides].mean())
+    middle = _weighted_median(sorted((math.log(k), weights[name]) for name, k in voting.items()))
     return min(sorted(ks), key=lambda k: abs(math.log(k) - middle))
+
+
+def _weighted_median(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the value with half of the weight on either side, of pairs (value, weight) in order of the values.
+
+    Where just half of the weight lies below, the middle of the two values beside it; without weights all count alike.
+    """
+    total = np.cumsum([weight for _, weight in pairs])
+    total = total if total[-1] > 0 else np.arange(1.0, len(pairs) + 1)
+    sides = np.searchsorted(total, [total[-1] * (0.5 - 1e-9), total[-1] * (0.5 + 1e-9)])
+    return float(np.mean([pairs[side][0] for side in sides]))
 
 
 def _votes(
@@ -235,8 +245,9 @@ def _votes(
     votes = {name: k for name, k in measured.items() if STAND_INS.get(name) not in measured}
     ends = {name: k for name, k in votes.items() if not min(ks) < k < max(ks)}
     inside = {name: k for name, k in votes.items() if name not in ends}
-    at_ends, all_of_them = (sum(weights[name] for name in group) for group in (ends, votes))
-    if len(ks) < _MIN_CANDIDATES_FOR_ENDS or not inside or 3 * at_ends > 2 * all_of_them:
+    at_one = max(sum(weights[name] for name, k in ends.items() if k == end) for end in (min(ks), max(ks)))
+    is_most = 3 * at_one > 2 * sum(weights[name] for name in votes)
+    if len(ks) < _MIN_CANDIDATES_FOR_ENDS or not inside or is_most:
         return votes, {}
     return inside, ends
 

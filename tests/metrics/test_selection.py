@@ -43,7 +43,7 @@ def test_choices_and_their_reasons():
     assert (choice.k, choice.rule) == (8, "vote")
     assert choice.reason == (
         "K = 8 is the middle, in ratio and weighted by the evidence in brackets, of coding length 16 (0.31), "
-        "silhouette 8 (0.62), modularity 8 (0.50); for comparison: calinski harabasz 4, davies bouldin 8, stability 8, "
+        "silhouette 8 (0.50), modularity 8 (0.50); for comparison: calinski harabasz 4, davies bouldin 8, stability 8, "
         "knee 8"
     )
     assert choose(table(), "knee").k == 8
@@ -91,6 +91,13 @@ def test_evidence_by_hand():
     assert evidence(strength) == {"prediction_strength": 0.0}
 
 
+def test_more_candidates_around_the_best_do_not_change_its_evidence():
+    """The others weigh as the range of ln K that they stand for: a floor of 2 to 4 and 16 to 32 is most of it."""
+    coarse = {k: {"modularity": value} for k, value in [(2, 0.0), (4, 0.0), (8, 1.0), (16, 0.0), (32, 0.0)]}
+    fine = coarse | {k: {"modularity": 0.9} for k in (6, 7, 9, 10, 11)}
+    assert evidence(coarse) == evidence(fine) == {"modularity": 1.0}
+
+
 def test_flat_criteria_give_way_to_those_that_stand_out():
     """Two that see the clusters against three whose curves are flat around another number."""
     ks, sharp, flat = range(2, 13), {3: 1.0}, {2: 0.0, 8: 1.02}
@@ -126,6 +133,7 @@ def test_an_end_of_the_candidates_is_no_optimum_until_most_pick_one():
     assert vote(found | {"feature_coding_length": 2, "eigengap": 2}, even, ks) == 8  # 4 of 6 are not above two thirds
     assert vote(lengths, even, ks) == 2
     assert vote({"silhouette": 2, "map_equation": 32}, even, ks) in ks
+    assert vote({"silhouette": 2, "map_equation": 32, "modularity": 8}, even, ks) == 8, "two slopes, not one"
     assert vote({"silhouette": 2, "map_equation": 2, "modularity": 8}, even, [2, 8, 32]) == 2  # too few for slopes
     slopes = even | {"coding_length": 0.1, "silhouette": 0.1, "feature_coding_length": 0.1}
     assert vote(lengths, slopes, ks) == 8
