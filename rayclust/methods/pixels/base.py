@@ -102,7 +102,7 @@ class PixelMethod(Method):
     def keyed_weights(self) -> Iterator[None]:
         """Let the layers that are built in the block start from weights that depend on the method's seed alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.key(0))
+            torch.manual_seed(keyed_seed(self.seed, 0))
             yield
 
     @property
@@ -127,14 +127,10 @@ class PixelMethod(Method):
         """Return two random views of a worker's part of a batch, normalised: Float[B C H W] each."""
         images, size = self.shape.images(batch.x[0]), self.plan.batch_size
         first, second = (
-            batch_view(images, options, batch, size, self.key(batch.step, number))
+            batch_view(images, options, batch, size, keyed_seed(self.seed, batch.step, number))
             for number, options in enumerate(FAMILIES[self.config.augmentation])
         )
         return self.normalized(first), self.normalized(second)
-
-    def key(self, *numbers: int) -> int:
-        """Return a seed that depends on the method's and on every number."""
-        return keyed_seed(self.seed, *numbers)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which networks compute in training."""
@@ -180,8 +176,7 @@ class PixelMethod(Method):
             √d: 1 where they fill all directions, 0 where they have collapsed.
         """
         is_last = int(self.epochs_done) == self.plan.epochs
-        z = None if is_last else self.features_seen()
-        z = self._features_of_all(exactly=is_last) if z is None else z
+        z = self.own_features(exactly=is_last)
         goes_on = self.config.warm_start and not is_last and bool(self.centers.any())
         labels = self._mix(z, goes_on=goes_on) if self.config.e_step == "mixture" else self._cut(z, goes_on=goes_on)
         self.labels.copy_(data_group().all_gather_cat(labels, self.count))
@@ -191,12 +186,8 @@ class PixelMethod(Method):
         self.after_e_step(z)
         return {"inertia": float(inertia), "feature_std": float(deviation) * math.sqrt(self.width)}
 
-    def features_seen(self) -> Tensor | None:
-        """Return the features of this worker's rows if training has made them: Float[n d]."""
-        return None
-
-    def _features_of_all(self, *, exactly: bool) -> Tensor:
-        """Map this worker's images to features: exactly as rows are assigned, or as training computes."""
+    def own_features(self, *, exactly: bool) -> Tensor:
+        """Map this worker's rows to features, Float[n d]: exactly as rows are assigned, or as training computes."""
         network = copy.deepcopy(self.embedder).eval().requires_grad_()  # such weights autocast casts once
         if not (exactly or self.config.backbone.startswith("timm/")):  # whose forward may depend on what it is given
             network = folded(network)
@@ -319,10 +310,10 @@ class MomentumMethod(PixelMethod):
             total = torch.stack([functional.normalize(accumulated(k), dim=1) for k in keys]).sum(0)
             self.seen[in_batch_order(batch.rows)] = in_batch_order(functional.normalize(total, dim=1)).to(self.seen)
 
-    def features_seen(self) -> Tensor | None:
-        """Return the features of this worker's rows in the latest views, once every row has been in a batch."""
-        if self.config.e_step_rows == "images" or not bool(self.seen.any(dim=1).all()):
-            return None
+    def own_features(self, *, exactly: bool) -> Tensor:
+        """Return those of the latest views where training has made them of every row; see `PixelMethod`."""
+        if exactly or self.config.e_step_rows == "images" or not bool(self.seen.any(dim=1).all()):
+            return super().own_features(exactly=exactly)
         return self.seen[own_slice(self.count)]
 
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
@@ -354,7 +345,7 @@ class MomentumMethod(PixelMethod):
         """
         if self.config.norm_groups == 1:
             return x
-        generator = torch.Generator().manual_seed(self.key(batch.step, 5, number))
+        generator = torch.Generator().manual_seed(keyed_seed(self.seed, batch.step, 5, number))
         order = torch.randperm(self.plan.batch_size, generator=generator)
         return batch.own(in_batch_order(x)[(order.argsort() if back else order).to(x.device)])
 

@@ -17,6 +17,7 @@ from rayclust.clustering.settings import KMeansOptions
 from rayclust.distributed import all_reduce, data_group
 from rayclust.losses.representation import concentration, prototype_contrast
 from rayclust.methods.base import Batch
+from rayclust.methods.pixels.augment import keyed_seed
 from rayclust.methods.pixels.moco import MoCo
 from rayclust.methods.pixels.settings import PclConfig, PixelConfig
 
@@ -68,7 +69,7 @@ class Pcl(MoCo):
     def _negatives(self, own: Tensor, clusters: int, step: int) -> Tensor:
         """Draw Int64[Q] clusters, with repeats, that are no row's own in the batch of all workers."""
         others = (all_reduce(torch.bincount(own, minlength=clusters)) == 0).nonzero()[:, 0]
-        generator = torch.Generator().manual_seed(self.key(step, 4, clusters))
+        generator = torch.Generator().manual_seed(keyed_seed(self.seed, step, 4, clusters))
         drawn = torch.rand(self.config.queue, generator=generator).to(own.device)
         return others[(drawn * len(others)).long()] if len(others) else others
 

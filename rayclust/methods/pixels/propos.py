@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from rayclust.losses.representation import class_prototypes, prototype_scattering
 from rayclust.methods.base import Batch, Pairing
+from rayclust.methods.pixels.augment import keyed_seed
 from rayclust.methods.pixels.base import KeyQueue, accumulated
 from rayclust.methods.pixels.byol import Byol
 from rayclust.methods.pixels.settings import PixelConfig, ProPosConfig
@@ -53,7 +54,7 @@ class ProPos(Byol):
         # Weight 1 / rows of its cluster: each cluster with rows is as likely as any other.
         weights = 1.0 / torch.bincount(self.labels, minlength=self.config.clusters).double()[self.labels].cpu()
         shares = weights.cumsum(0)
-        generator = torch.Generator().manual_seed(self.key(3, epoch))
+        generator = torch.Generator().manual_seed(keyed_seed(self.seed, 3, epoch))
         drawn = torch.rand(self.count, generator=generator, dtype=torch.float64) * shares[-1]
         return torch.searchsorted(shares, drawn, right=True).clamp_(max=self.count - 1)
 
@@ -67,7 +68,7 @@ class ProPos(Byol):
         # Positive sampling: a neighbour of the embedding, before the predictor.
         sampled = q
         if is_warm and c.noise:
-            generator = torch.Generator().manual_seed(self.key(batch.step, 2 + order))
+            generator = torch.Generator().manual_seed(keyed_seed(self.seed, batch.step, 2 + order))
             sampled = q + c.noise * batch.own(torch.randn((self.plan.batch_size, q.shape[1]), generator=generator))
         psa = super().order_loss(sampled, k, batch, order)["loss"]
         if not (is_warm and c.scatter_weight):
