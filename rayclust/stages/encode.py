@@ -494,10 +494,8 @@ class ReadAndDecode:
 
     def decode(self, read: dict[str, Any]) -> pa.Table:
         """Decode a chunk that `read` yields; return it as a table of one row."""
-        started = time.monotonic()
-        kept: list[dict[str, Any]] = []
-        rejects: list[dict[str, Any]] = []
-        pixels: list[list[np.ndarray]] = []
+        started, pixels = time.monotonic(), list[list[np.ndarray]]()
+        kept, rejects = list[dict[str, Any]](), list[dict[str, Any]]()
         for record in read["records"]:
             reason, detail = record.reason, record.detail
             if reason is None:
