@@ -41,8 +41,9 @@ class BaseMethodConfig(Config):
     """Whether the method learns from pixels instead of embeddings."""
     pixel_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of the encoder `pixels` of a method that reads pixels, unless the run's config has its own."""
-    fits_fast: ClassVar[bool] = False
-    """Whether a fit takes some passes over the rows and no more: of a small set seconds of one core."""
+    fast_rows: ClassVar[float] = 0
+    """Most rows of a small set of which a fit takes about a second of one core; a number of clusters is then chosen
+    without workers."""
     name: str
     """What the method is called in RUN.yaml."""
     clusters: int = Field(ge=2)
@@ -173,6 +174,7 @@ class Plan:
 class AutoConfig(BaseMethodConfig):
     """A consensus of k-means and spectral partitions, moved by what trainings find where evidence says so."""
 
+    fast_rows: ClassVar[float] = 1000
     revision: ClassVar[int] = 6
     draws_pairs: ClassVar[bool] = True
     name: Literal["auto"] = "auto"
@@ -197,7 +199,7 @@ class AutoConfig(BaseMethodConfig):
 class KMeansConfig(KMeansOptions, BaseMethodConfig):
     """k-means (Lloyd) from greedy k-means++ seeds."""
 
-    fits_fast: ClassVar[bool] = True
+    fast_rows: ClassVar[float] = math.inf
     revision: ClassVar[int] = 2
     name: Literal["kmeans"] = "kmeans"
     """Nearest of K centres."""

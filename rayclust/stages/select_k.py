@@ -230,7 +230,7 @@ def run_trials(search: Search, candidates: Sequence[int], on_change: Callable[[S
         RayclustError: a trial failed; the line names the candidate. Those under way are stopped, those finished kept.
     """
     method = search.config.method
-    if in_driver() and (method.fits_fast or is_recuttable(method.name)):
+    if in_driver() and (fitted_count(search.encode) <= method.fast_rows or is_recuttable(method.name)):
         for k in candidates:
             on_change([k], 0)
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from rayclust.methods.settings import BaseMethodConfig
@@ -26,5 +28,5 @@ def without_ray(patch: pytest.MonkeyPatch, threads: int = 1) -> None:
     """Makes every stage do its work in this process, for as long as the patch lasts; train has so many threads."""
     patch.setattr(cluster, "_in_driver", _Always())
     patch.setattr(cluster, "may_use_driver", lambda config: True)
-    patch.setattr(BaseMethodConfig, "fits_fast", True)
+    patch.setattr(BaseMethodConfig, "fast_rows", math.inf)
     patch.setattr(train, "cores", lambda: threads)
