@@ -349,8 +349,19 @@ def test_auto_finds_the_number_of_clusters():
     assert 5 <= found.n_clusters_ <= 7
     assert str(found.n_clusters_) in found.choice_.reason
     assert accuracy(labels, found.labels_) > 0.8
-    with pytest.raises(ConfigError, match="TEMI takes a number"):
-        rc.TEMI("auto").fit(x)
+    for estimator in (rc.TEMI, rc.KMeans, rc.CPP, rc.TURTLE, rc.Consensus):
+        with pytest.raises(ConfigError, match=f"{estimator.__name__} takes a number"):
+            estimator("auto").fit(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tensors_are_rows_whatever_their_type_and_gradient(dtype: torch.dtype):
+    x, labels = planted(clusters=3, width=8)
+    rows = torch.as_tensor(x).to(dtype).requires_grad_()
+    found = rc.KMeans(3, random_state=0).fit(rows)
+    assert accuracy(labels, found.predict(rows)) == 1
+    both = rc.TURTLE(3, random_state=0, max_steps=2).fit([rows, rows])
+    assert len(both.predict([rows, rows])) == len(x)
 
 
 @pytest.mark.parametrize("train", [True, False])

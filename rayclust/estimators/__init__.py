@@ -19,7 +19,7 @@ from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import even_sample
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError, ShapeError
-from rayclust.estimators.base import SCORED_NEIGHBORS, PairEstimator, ProbabilisticEstimator, Transformer
+from rayclust.estimators.base import SCORED_NEIGHBORS, PairEstimator, ProbabilisticEstimator, Transformer, as_array
 from rayclust.features import FeatureTransform, SpaceTransforms
 from rayclust.language.nouns import choose_nouns, counterparts, score_nouns
 from rayclust.methods import build
@@ -188,7 +188,7 @@ class Consensus(
         `members` are partitions of the rows: labels [N] of any kind, −1, None or NaN for no opinion, or probabilities
         Float[N K].
         """
-        self._members = None if members is None else [as_member(np.asarray(member)) for member in members]
+        self._members = None if members is None else [as_member(np.asarray(as_array(member))) for member in members]
         try:
             super().fit(X, y, **unsupported)
         finally:
@@ -263,7 +263,7 @@ class TAC(
         if self.words is None:
             raise ConfigError("words = None: TAC needs embeddings of nouns, Float[V D]")
         device, seed, resolved = self._device(), self._seed(), config.resolved(len(x))
-        words = torch.as_tensor(np.asarray(self.words), dtype=x.dtype)
+        words = torch.as_tensor(np.asarray(as_array(self.words)), dtype=x.dtype)
         require_matrix(words, "words", x.shape[1])
         unit = functional.normalize(x, dim=1).to(device)
         options = KMeansOptions(clusters=resolved.centers, restarts=resolved.center_restarts)
@@ -354,7 +354,7 @@ def _side_by_side(X: Any) -> Any:
     counts = {len(space) for space in spaces}
     if len(counts) > 1:
         raise ShapeError(f"X has spaces of {sorted(counts)} rows: all must have the same rows, in the same order")
-    return spaces[0] if len(spaces) == 1 else np.concatenate([np.asarray(space) for space in spaces], axis=1)
+    return spaces[0] if len(spaces) == 1 else np.concatenate([np.asarray(as_array(space)) for space in spaces], axis=1)
 
 
 class CPP(

@@ -46,6 +46,14 @@ _NEAR_ONE = 2.0**30
 """Rows whose largest value is within this factor of 1 are taken as they are."""
 
 
+def as_array(X: Any) -> Any:
+    """Return a tensor of any device and type, with a gradient or not, as an array; anything else as it is."""
+    if not isinstance(X, Tensor):
+        return X
+    found = X.detach().cpu()
+    return (found.float() if found.dtype == torch.bfloat16 else found).numpy()
+
+
 class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     """Input checks, features, config, seed and device of every estimator.
 
@@ -106,6 +114,8 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, **overrides: Any) -> Any:
         """Build the config; an error names the estimator's parameter."""
+        if self.n_clusters == "auto" and "clusters" not in overrides:
+            raise ConfigError(f"n_clusters = auto: {type(self).__name__} takes a number; rayclust.Auto finds one")
         values = {field: getattr(self, name) for name, field in self._fields.items()}
         if "preset" in self._fields:  # None leaves a setting to the preset
             values = {field: value for field, value in values.items() if value is not None}
@@ -127,7 +137,7 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
     def _fit_rows(self, X: ArrayLike) -> NDArray[Any]:
         """Check the rows and return them, Float[N D], times a power of two where they are far from 1."""
-        x = validate_data(self, X, dtype=[np.float64, np.float32])
+        x = validate_data(self, as_array(X), dtype=[np.float64, np.float32])
         if self.n_clusters != "auto" and not isinstance(self.n_clusters, Real):
             raise ConfigError(f"n_clusters = {self.n_clusters!r}: should be a whole number")
         if self.n_clusters != "auto" and self.n_clusters > len(x):
@@ -141,7 +151,7 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     def _rows(self, X: ArrayLike) -> NDArray[Any]:
         """Check new rows and return them as `_fit_rows` does."""
         check_is_fitted(self)
-        x = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        x = validate_data(self, as_array(X), dtype=[np.float64, np.float32], reset=False)
         rows = np.asarray(x if self._scale == 1 else x * self._scale)
         if np.abs(rows).max() > np.finfo(np.float32).max:
             raise DataError("X: values are too far above those of the fitted rows to be compared with them")
@@ -269,4 +279,4 @@ class PairEstimator(ProbabilisticEstimator):
 
     def _choose(self, x: Tensor, neighbors: Tensor) -> int:
         """Return the number of clusters for features Float[N D] with neighbours Int64[N M]."""
-        raise ConfigError(f"n_clusters = auto: {type(self).__name__} takes a number; rayclust.Auto finds one")
+        return int(self._config().clusters)

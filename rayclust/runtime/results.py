@@ -119,10 +119,14 @@ class RunTables:
         """Return the images of some rows, as Pillow's, in the order given.
 
         Raises:
-            DataError: an image is no longer where the run found it, or the run is of ready embeddings.
+            DataError: there is no such row, an image is no longer where the run found it, or the run is of ready
+                embeddings.
         """
-        wanted = [int(row) for row in rows]
-        uris = self.table("rows", ["uri"])["uri"].take(pa.array(wanted, pa.int64())).to_pylist()
+        wanted, known = [int(row) for row in rows], self.table("rows", ["uri"])["uri"]
+        for row in wanted:
+            if not 0 <= row < len(known):
+                raise DataError(f"row {row}: the run has rows 0 to {len(known) - 1}")
+        uris = known.take(pa.array(wanted, pa.int64())).to_pylist()
         found = dict(fetch_many(uris, self.config.images.columns))
         for uri in uris:
             if found.get(uri) is None:

@@ -43,6 +43,8 @@ def test_tables_are_frames(pictures_run: Sealed):
 
 def test_images_of_rows_in_the_order_asked_for(pictures_run: Sealed, vectors_run: Sealed):
     found = load(pictures_run.folder)
+    with pytest.raises(DataError, match="row 99999: the run has rows 0 to "):
+        found.images([0, 99999])
     pictures = found.images([20, 3, 20])
     assert [type(picture).__mro__[-2] for picture in pictures] == [Image.Image] * 3
     assert pictures[0].tobytes() == pictures[2].tobytes() != pictures[1].tobytes()
