@@ -177,16 +177,18 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         ArtefactError: the file is missing or damaged, or lacks a column.
     """
+    # In this thread: a thread of pyarrow's that frees bytes of Python's as the interpreter ends aborts the process.
+    is_remote = storage.is_remote(uri)
     try:
         with (
             storage.open_input(uri) as source,
-            pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file,
+            pq.ParquetFile(source, pre_buffer=is_remote, page_checksum_verification=True) as file,
         ):
             missing = [name for name in columns or () if name not in file.schema_arrow.names]
             if missing:
                 have = ", ".join(file.schema_arrow.names)
                 raise ArtefactError(f"{uri}: has no column {', '.join(missing)} (it has {have}); run its stage again")
-            return file.read(columns=None if columns is None else list(columns))
+            return file.read(columns=None if columns is None else list(columns), use_threads=is_remote)
     except storage.MissingError as error:
         raise ArtefactError(f"{uri}: is missing; run the stage that writes it") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns

@@ -208,3 +208,17 @@ def test_a_table_in_pieces_is_whole_or_as_it_was(place: str, ending: str) -> Non
     tables.write_pieces(uri, schema, [])
     assert storage.read_bytes(uri) != before
     assert [file.key for file in storage.walk(place)] == [f"t.{ending}"]
+
+
+def test_local_tables_are_read_without_threads_of_pyarrows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told, read = list[object](), pq.ParquetFile.read
+
+    def recorded(self: pq.ParquetFile, **options: object) -> pa.Table:
+        told.append(options["use_threads"])
+        return read(self, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read", recorded)
+    uri = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"row": [0, 1]}), uri)
+    assert tables.read_table(uri).num_rows == 2
+    assert told == [False]
