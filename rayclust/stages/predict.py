@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from rayclust.stages.assign import assign, calibration_of
 from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, digest_of
 from rayclust.store.run import Run, parts
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -127,5 +130,8 @@ def _scores(
         counts = cells["count"].to_numpy()
         pairs = (cells["label"].to_numpy(zero_copy_only=False), own if shown is None else shown.of(own))
         commonest = external.majority_map(*(np.repeat(np.asarray(values), counts) for values in pairs))
-        scores["accuracy_held_out"] = external.mapped_accuracy(truth, found, commonest)
+        if set(truth.tolist()).isdisjoint(commonest.values()):
+            logger.warning("predict: no label of these images is one of the run's: accuracy_held_out is left out")
+        else:
+            scores["accuracy_held_out"] = external.mapped_accuracy(truth, found, commonest)
     return scores

@@ -13,8 +13,8 @@ from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime.api import load_run
 from rayclust.runtime.pipeline import run_all
-from rayclust.stages.predict import SCHEMA, predict
-from rayclust.store import storage
+from rayclust.stages.predict import SCHEMA, _scores, predict
+from rayclust.store import storage, tables
 from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
 from tests.stages.runs import picture, tree, write_folder
@@ -133,3 +133,14 @@ def test_a_run_that_is_not_trained_or_out_of_step_is_refused(frozen: RunConfig, 
     storage.remove(Run(frozen.run).manifest("train"))
     with pytest.raises(ArtefactError, match="is not trained"):
         predict(frozen, frozen.images.uri, out)
+
+
+def test_classes_that_the_run_does_not_know_are_not_scored_by_its_own(tmp_path: Path):
+    run, clusters = Run(str(tmp_path)), np.array([0, 0, 1])
+    tables.write_pieces(
+        run.contingency, (own := pa.table({"label": ["a"], "cluster": [0], "count": [3]})).schema, [own]
+    )
+    for labels, score in ((["x", "x", "y"], None), (["a", "a", "y"], 2 / 3)):
+        found = _scores(run, [(pa.chunked_array([labels]), clusters)], None)
+        assert found["accuracy"] == 1
+        assert found.get("accuracy_held_out") == (score and pytest.approx(score))
