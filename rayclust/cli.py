@@ -67,6 +67,9 @@ def run_command(arguments: Sequence[str]) -> int:
     except (click.exceptions.Abort, KeyboardInterrupt):
         goes_on = any(argument in RESUMED for argument in arguments[:2])  # behind -v, where that comes first
         return _fail("interrupted" + (": run the same line again to go on" if goes_on else ""), INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
     except click.ClickException as error:
         return _fail(error.format_message(), 2)
     except RayclustError as error:

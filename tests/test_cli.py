@@ -213,3 +213,8 @@ def test_the_last_line_says_how_many_clusters_have_images(tmp_path: Path, capsys
         (tmp_path / "metrics.json").write_text(json.dumps({"rows": 30, "clusters": 2, "sizes": sizes} | scores))
         cli._show_result(str(tmp_path), as_json=False)
         assert line in capsys.readouterr().out
+
+
+def test_without_a_command_the_help_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]):
+    assert run_command([]) == 0
+    assert "\n  quick " in capsys.readouterr().out

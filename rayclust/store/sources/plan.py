@@ -227,7 +227,13 @@ def _files_of(root: str, format: str) -> Iterator[FileStat]:  # noqa: A002
             others, example = others + 1, example or file.key
     if others:
         what = {"folder": "images", "webdataset": "tars", "parquet": "tables"}.get(format, "tables or arrays")
-        log.info("%s: files left out that are no %s by name: %s, such as %s", root, what, f"{others:,}", example)
+        _say_left_out(root, f"no {what} by name: {others:,}, such as {example}")
+
+
+@lru_cache(128)
+def _say_left_out(root: str, what: str) -> None:
+    """Log it once, however often a command lists the same input."""
+    log.info("%s: files left out that are %s", root, what)
 
 
 def _apart(shards: Iterator[Shard]) -> Iterator[Shard]:

@@ -262,8 +262,8 @@ def test_a_folder_whose_own_name_is_no_utf8(tmp_path: Path) -> None:
 def test_what_is_left_out_is_counted(place: str, caplog: pytest.LogCaptureFixture) -> None:
     write(place, TAR | {"notes.txt": b"", "y.tar.part": b""})
     with caplog.at_level("INFO"):
-        assert len(list(plan_shards(place))) == 1
-    assert "files left out that are no tars by name: 2, such as notes.txt" in caplog.text
+        assert [len(list(plan_shards(place))) for _ in range(2)] == [1, 1]
+    assert caplog.text.count("files left out that are no tars by name: 2, such as notes.txt") == 1
 
 
 def test_labels_that_are_read_are_not_said_to_be_left_out(place: str, caplog: pytest.LogCaptureFixture) -> None:
