@@ -31,7 +31,6 @@ from rayclust.clustering.candidates import (
     leading_components,
 )
 from rayclust.clustering.consensus import (
-    NO_OPINION,
     ConsensusResult,
     MemberEvidence,
     SoftLabels,
@@ -274,7 +273,9 @@ class Consensus(LinearMethod):
         refused, loss = broken_guard(target.labels, trained, K), target.loss(trained, K)
         # 2. The head, where it is asked for or where members are not linear.
         if kind == "head" or (kind == "auto" and (refused or loss > MAX_LOSS)):
-            self.head = self._train_head(rows, target, _votes_of(members, found, target), trainer)
+            voters = [hard_labels(members[h]) for h in found.voters] if target.is_vote else [target.labels]
+            near = _kept_first(target.neighbors, shared_neighbors(voters, target.neighbors))
+            self.head = self._train_head(RowsOnGraph(rows, near), target, _votes_of(members, found, target), trainer)
             by_head = self._labels(x)
             if no := broken_guard(target.labels, by_head, K):
                 logger.warning("consensus: the head is not kept: %s", no)
@@ -300,14 +301,12 @@ class Consensus(LinearMethod):
         """Train a head on votes, and return its moving average, the same on all workers.
 
         Args:
-            rows: all workers'.
+            rows: all workers', with the neighbours that stand beside them.
             target: the clusters at which it starts.
             votes: of each row.
             trainer: runs the steps.
         """
         batch = min(HEAD_BATCH, rows.count)
-        hard = list(torch.where(votes.shares > 0, votes.clusters, NO_OPINION).T)
-        neighbors = _kept_first(target.neighbors, shared_neighbors(hard, target.neighbors))
         config = VoteHeadConfig(
             clusters=self.config.clusters,
             steps=max(HEAD_STEPS, HEAD_EPOCHS * (rows.count // batch)),
@@ -315,7 +314,7 @@ class Consensus(LinearMethod):
             learning_rate=HEAD_RATE,
             min_learning_rate=0.0,
             warmup_steps=0,
-            columns=neighbors.shape[1],
+            columns=target.neighbors.shape[1],
         )
         method = VoteHead(config, self.dimension, rows.count, self.seed)
         method.votes = votes
@@ -327,7 +326,7 @@ class Consensus(LinearMethod):
             method.average.load_state_dict(method.student.state_dict())
 
         with torch.enable_grad():
-            trainer.without_checkpoints().fit(method, RowsOnGraph(rows, neighbors), start)
+            trainer.without_checkpoints().fit(method, rows, start)
         for parameter in method.average.parameters():
             parameter.copy_(distributed.data_group().broadcast(parameter))  # rounding may differ between processors
         return method.average
