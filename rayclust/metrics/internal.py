@@ -19,9 +19,9 @@ from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics.external import ari, contingency
 
-NEIGHBORS_OF_CHOICE = 10
-"""Nearest neighbours that modularity and the map equation look at in a choice of K: with more than a cluster has rows,
-neighbours are of other clusters and few clusters look best."""
+NEAREST = 10
+"""Nearest neighbours that the map equation and a second modularity look at in a choice of K: with more than a cluster
+has rows, neighbours are of other clusters and few clusters look best."""
 DISTORTION = 0.1
 """ε² of the published program, for unit rows."""
 _ROWS_AT_ONCE = 8192
@@ -49,7 +49,8 @@ def measure(
 
     Returns:
         `coding_length` in nats per row; `silhouette`; `calinski_harabasz` (1974) and `davies_bouldin` (1979),
-        Euclidean, as in scikit-learn; `neighbor_agreement`, `modularity` and `map_equation` where there are neighbours;
+        Euclidean, as in scikit-learn; `neighbor_agreement` and `modularity` where there are neighbours, with
+        `near_modularity` and `map_equation` of the nearest 10;
         `merged`, the clusters left by `merged_clusters`, where there are neighbours; `stability` and
         `prediction_strength` where there are two label sets; `occupied`, `smallest`, `median`, `largest`, `entropy`
         of the sizes. What is not defined for one cluster is left out.
@@ -72,8 +73,9 @@ def measure(
         criteria["davies_bouldin"] = float(metrics.davies_bouldin_score(wide, labels))
     if neighbors is not None:
         criteria["neighbor_agreement"] = neighbor_agreement(labels, neighbors)
-        criteria["modularity"] = modularity(labels, neighbors[:, :NEIGHBORS_OF_CHOICE])
-        criteria["map_equation"] = map_equation(labels, neighbors[:, :NEIGHBORS_OF_CHOICE])
+        criteria["modularity"] = modularity(labels, neighbors)
+        criteria["near_modularity"] = modularity(labels, neighbors[:, :NEAREST])
+        criteria["map_equation"] = map_equation(labels, neighbors[:, :NEAREST])
         criteria["merged"] = merged_clusters(labels, neighbors)
     if len(partitions) > 1:
         criteria["stability"] = stability(partitions)

@@ -65,10 +65,13 @@ _MEASURED = {
     "davies_bouldin": "Davies–Bouldin",
     "neighbor_agreement": "Neighbour agreement",
     "modularity": "Modularity",
+    "near_modularity": "Modularity, nearest 10",
     "map_equation": "Map equation",
     "stability": "Stability over seeds",
     "prediction_strength": "Prediction strength",
     "null_contrast": "Silhouette above null models",
+    "resampled_silhouette": "Silhouette in subsamples",
+    "umap_silhouette": "Silhouette in a UMAP",
 }
 """Criteria of `selection.json` that are drawn, in order; sizes are left to the file."""
 

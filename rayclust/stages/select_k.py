@@ -203,8 +203,9 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
         found["umap_silhouette"] = umap_silhouette(z, kept[0], seed=config.seed)
     neighbors = rows.neighbors().numpy()
     found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
-    nearest = neighbors[:, : internal.NEIGHBORS_OF_CHOICE]
-    found["modularity"] = internal.modularity(labels[0], nearest)
+    nearest = neighbors[:, : internal.NEAREST]
+    found["modularity"] = internal.modularity(labels[0], neighbors)
+    found["near_modularity"] = internal.modularity(labels[0], nearest)
     found["map_equation"] = internal.map_equation(labels[0], nearest)
     found["merged"] = internal.merged_clusters(labels[0], neighbors)
     if len(labels) > 1:
