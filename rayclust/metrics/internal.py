@@ -50,7 +50,7 @@ def measure(
     Returns:
         `coding_length` in nats per row; `silhouette`; `calinski_harabasz` (1974) and `davies_bouldin` (1979),
         Euclidean, as in scikit-learn; `neighbor_agreement` and `modularity` where there are neighbours, with
-        `near_modularity` and `map_equation` of the nearest 10;
+        `map_equation` of the nearest 10 and, where there are more, `near_modularity`, the modularity of these;
         `merged`, the clusters left by `merged_clusters`, where there are neighbours; `stability` and
         `prediction_strength` where there are two label sets; `occupied`, `smallest`, `median`, `largest`, `entropy`
         of the sizes. What is not defined for one cluster is left out.
@@ -74,7 +74,8 @@ def measure(
     if neighbors is not None:
         criteria["neighbor_agreement"] = neighbor_agreement(labels, neighbors)
         criteria["modularity"] = modularity(labels, neighbors)
-        criteria["near_modularity"] = modularity(labels, neighbors[:, :NEAREST])
+        if neighbors.shape[1] > NEAREST:
+            criteria["near_modularity"] = modularity(labels, neighbors[:, :NEAREST])
         criteria["map_equation"] = map_equation(labels, neighbors[:, :NEAREST])
         criteria["merged"] = merged_clusters(labels, neighbors)
     if len(partitions) > 1:
@@ -179,7 +180,7 @@ def umap_silhouette(
     labels = _one_per_row(labels, len(x))[chosen]
     if len(np.unique(labels)) < 2:
         raise DataError(f"umap silhouette: 1 cluster among {len(chosen)} rows: at least 2 are needed")
-    model = umap.UMAP(n_components=min(dimensions, len(chosen) - 2), metric="cosine", random_state=seed)
+    model = umap.UMAP(n_components=min(dimensions, len(chosen) - 2), metric="cosine", random_state=seed, n_jobs=1)
     return float(metrics.silhouette_score(model.fit_transform(x[chosen]), labels))
 
 

@@ -205,7 +205,8 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
     nearest = neighbors[:, : internal.NEAREST]
     found["modularity"] = internal.modularity(labels[0], neighbors)
-    found["near_modularity"] = internal.modularity(labels[0], nearest)
+    if nearest.shape != neighbors.shape:
+        found["near_modularity"] = internal.modularity(labels[0], nearest)
     found["map_equation"] = internal.map_equation(labels[0], nearest)
     found["merged"] = internal.merged_clusters(labels[0], neighbors)
     if len(labels) > 1:

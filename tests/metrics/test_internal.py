@@ -204,6 +204,7 @@ def test_each_criterion_is_its_own_function():
     assert found["neighbor_agreement"] == neighbor_agreement(labels, neighbors)
     assert found["modularity"] == modularity(labels, neighbors)
     assert found["map_equation"] == map_equation(labels, neighbors)
+    assert "near_modularity" not in found
     assert found["stability"] == stability([labels, other])
     assert found["occupied"] == 4
 
