@@ -404,7 +404,8 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") ->
         key, equals, value = override.partition("=")
         *groups, last = key.split(".")
         if not equals or not all((*groups, last)):
-            raise ConfigError(f"override {override!r}: write KEY=VALUE, for example method.clusters=20")
+            beside = "" if equals else "; what is read is one folder, file or URI"  # a shell has made many of *.jpg
+            raise ConfigError(f"override {override!r}: write KEY=VALUE, for example method.clusters=20{beside}")
         node = tree
         for group in groups:
             if not isinstance(node.get(group), dict):

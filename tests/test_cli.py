@@ -218,3 +218,8 @@ def test_the_last_line_says_how_many_clusters_have_images(tmp_path: Path, capsys
 def test_without_a_command_the_help_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]):
     assert run_command([]) == 0
     assert "\n  quick " in capsys.readouterr().out
+
+
+def test_many_files_are_told_that_one_folder_is_read(capsys: pytest.CaptureFixture[str]):
+    assert run_command(["quick", "a.jpg", "b.jpg", "--out", "run"]) == 2
+    assert "one folder" in capsys.readouterr().err

@@ -123,6 +123,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda f: None, "holds no images"),
     "only text files": (lambda f: write(f / "notes.txt", b"hello"), "holds no images"),
     "no image column": (lambda f: parquet(f / "a.parquet", text=["x"], number=[1]), "text (string), number (int64)"),
+    "a column for each dimension": (
+        lambda f: parquet(f / "a.parquet", **{f"f{i}": X[:, i % 4] for i in range(9)}),
+        "put these columns together",
+    ),
     "truncated parquet": (lambda f: write(f / "a.parquet", b"PAR1" + bytes(40)), "cannot be read as Parquet"),
     "empty parquet file": (lambda f: write(f / "a.parquet", b""), "cannot be read as Parquet"),
     "tars beside images": (lambda f: (write(f / "a.png", good(0)), write(f / "b.tar", tar_of())), "images.format"),

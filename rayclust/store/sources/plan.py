@@ -28,6 +28,8 @@ FORMATS = ("folder", "webdataset", "parquet", "embeddings")
 
 _SAMPLE = 2000
 """Files of known kinds that `detect_format` looks at: the listing of millions need not end before work begins."""
+_MANY_NUMBERS = 8
+"""Columns of fractions that are taken for the dimensions of embeddings."""
 _COMPARED = 8
 """Tables whose keys are compared while planning."""
 _CONCURRENT_READS = 16
@@ -141,11 +143,13 @@ def _table_format(tables: list[FileStat], named: Mapping[str, str], *, is_alone:
     if columns.image is not None:
         return {"parquet": file}
     if is_alone:
-        have = parquet.describe_columns(footer.schema)
-        raise DataError(
-            f"{file.uri}: has neither a column of images nor one of embeddings; it has {have}; "
-            "images.columns names them where they are called otherwise"
+        have, mend = (
+            parquet.describe_columns(footer.schema),
+            "images.columns names them where they are called otherwise",
         )
+        if sum(pa.types.is_floating(field.type) for field in footer.schema) >= _MANY_NUMBERS:
+            mend = "a row of numbers is read from one column of lists, or as .npy: put these columns together"
+        raise DataError(f"{file.uri}: has neither a column of images nor one of embeddings; it has {have}; {mend}")
     return {}
 
 
