@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, islice
@@ -197,7 +197,7 @@ def plan_shards(
             raise DataError(
                 f"images.labels = {labels}: image files in folders have no columns; use auto, folder or none"
             )
-        shards = folder.plan(files, template, shard_size)
+        shards = _name_absent(folder.plan(files, template, shard_size), root, kept or frozenset())
     elif format == "webdataset":
         shards = webdataset.plan(files, template)
     elif format == "parquet":
@@ -217,6 +217,18 @@ def plan_shards(
         raise DataError(f"{root}: no images{among} there in the format {format}; check images.uri and images.format")
 
 
+def _name_absent(shards: Iterable[Shard], root: str, classes: Collection[str]) -> Iterator[Shard]:
+    """Pass on the shards of a folder, and name classes that are asked for and have no image in any of them."""
+    absent, shard = set(classes), None
+    for shard in shards:
+        if absent:
+            absent.difference_update(*(member.key.split("/")[:-1] for member in shard.members))
+        yield shard
+    if absent and shard is not None:
+        few = f"{len(absent):,} of {len(classes):,} classes, such as {min(absent)}"
+        _say_once(logging.WARNING, f"{root}: no image of {few} in images.classes")
+
+
 def _files_of(root: str, format: str) -> Iterator[FileStat]:  # noqa: A002
     """Yield the files of a format in a listing, and folders that may not be listed; say what is left out."""
     kinds = {"parquet": ("table",), "embeddings": ("table", "embeddings")}.get(format, (format,))
@@ -231,13 +243,13 @@ def _files_of(root: str, format: str) -> Iterator[FileStat]:  # noqa: A002
             others, example = others + 1, example or file.key
     if others:
         what = {"folder": "images", "webdataset": "tars", "parquet": "tables"}.get(format, "tables or arrays")
-        _say_left_out(root, f"no {what} by name: {others:,}, such as {example}")
+        _say_once(logging.INFO, f"{root}: files left out that are no {what} by name: {others:,}, such as {example}")
 
 
 @lru_cache(128)
-def _say_left_out(root: str, what: str) -> None:
-    """Log it once, however often a command lists the same input."""
-    log.info("%s: files left out that are %s", root, what)
+def _say_once(level: int, message: str) -> None:
+    """Log a line on an input once, however often a command lists it."""
+    log.log(level, "%s", message)
 
 
 def _apart(shards: Iterator[Shard]) -> Iterator[Shard]:

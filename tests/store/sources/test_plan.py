@@ -121,6 +121,14 @@ def test_vectors_are_widths_apart_are_told(place: str) -> None:
     assert [shard.count for shard in plan_shards(place)] == [3, 2]
 
 
+def test_classes_without_an_image_are_named(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    write(place, {"cat/1.jpg": image(), "dog/images/2.jpg": image()})
+    assert len(list(plan_shards(place, classes=["cat", "dog"]))) == 1
+    assert "no image of" not in caplog.text
+    assert len(list(plan_shards(place, classes=["cat", "dgo"]))) == 1
+    assert "no image of 1 of 2 classes, such as dgo" in caplog.text
+
+
 def test_read_classes(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("# a comment\nn01440764 tench, Tinca tinca\n\nn02102040\ngarbage truck\n")
     assert read_classes(str(tmp_path / "list.txt")) == {"n01440764", "n02102040", "garbage truck"}
