@@ -238,10 +238,11 @@ class RunTables:
         return (tables.read_table(uri, columns) for _, uri in parts(folder))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return a whole table; see `iter`. Raise `ArtefactError` if the stage that writes it has not begun."""
+        """Return a whole table; see `iter`. Raise `ArtefactError` if the run has none of that name."""
         found = list(self.iter(name, columns))
         if not found:
-            raise ArtefactError(f"{self._run.at(name)}: no parts there: the stage that writes them has not run")
+            there = ", ".join(self.counts) or "no table yet"
+            raise ArtefactError(f"{self._run.at(name)}: no parts there; the run has {there}")
         return pa.concat_tables(found)
 
     @cached_property

@@ -183,7 +183,7 @@ def test_what_is_not_there_yet_is_one_line(tmp_path: Path, in_process: None):
     run_all(validate(tree(str(tmp_path / "run"), str(tmp_path / "images"))), stop_after="encode")
     found = load(str(tmp_path / "run"))
     assert found.table("embeddings").num_rows == 9
-    with pytest.raises(ArtefactError, match="has not run"):
+    with pytest.raises(ArtefactError, match="no parts there; the run has"):
         found.table("assignments")
     with pytest.raises(ArtefactError, match="run evaluate first"):
         _ = found.metrics
