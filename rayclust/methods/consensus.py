@@ -254,7 +254,7 @@ class Consensus(LinearMethod):
 
         Args:
             rows: all workers'.
-            target: what is taught.
+            target: the partition that it is fitted to.
             found: who votes.
             members: all of them.
             trainer: of the head.
@@ -277,13 +277,14 @@ class Consensus(LinearMethod):
             near = _kept_first(target.neighbors, shared_neighbors(voters, target.neighbors))
             self.head = self._train_head(RowsOnGraph(rows, near), target, _votes_of(members, found, target), trainer)
             by_head = self._labels(x)
+            head_loss = target.loss(by_head, K)
             if no := broken_guard(target.labels, by_head, K):
                 logger.warning("consensus: the head is not kept: %s", no)
                 self.head = None
-            elif kind == "auto" and not refused and target.loss(by_head, K) >= loss:
+            elif kind == "auto" and not refused and head_loss >= loss:
                 self.head = None
             else:
-                trained, how, refused, loss = by_head, "head", "", target.loss(by_head, K)
+                trained, how, refused, loss = by_head, "head", "", head_loss
         # 3. The mean rows.
         if refused:
             logger.warning("consensus: the classifier is not kept: %s; rows go to the nearest mean row", refused)

@@ -72,16 +72,25 @@ def measure(
         criteria["calinski_harabasz"] = float(metrics.calinski_harabasz_score(wide, labels))
         criteria["davies_bouldin"] = float(metrics.davies_bouldin_score(wide, labels))
     if neighbors is not None:
-        criteria["neighbor_agreement"] = neighbor_agreement(labels, neighbors)
-        criteria["modularity"] = modularity(labels, neighbors)
-        if neighbors.shape[1] > NEAREST:
-            criteria["near_modularity"] = modularity(labels, neighbors[:, :NEAREST])
-        criteria["map_equation"] = map_equation(labels, neighbors[:, :NEAREST])
-        criteria["merged"] = merged_clusters(labels, neighbors)
+        criteria |= graph_criteria(labels, neighbors)
     if len(partitions) > 1:
         criteria["stability"] = stability(partitions)
         criteria["prediction_strength"] = prediction_strength(partitions)
     return criteria | size_summary(labels, clusters)
+
+
+def graph_criteria(labels: IntArray, neighbors: IntArray) -> dict[str, float]:
+    """Compute those of `measure` that need a partition, Int[N], and neighbours, Int[N M], alone."""
+    criteria = {
+        "neighbor_agreement": neighbor_agreement(labels, neighbors),
+        "modularity": modularity(labels, neighbors),
+    }
+    if neighbors.shape[1] > NEAREST:
+        criteria["near_modularity"] = modularity(labels, neighbors[:, :NEAREST])
+    return criteria | {
+        "map_equation": map_equation(labels, neighbors[:, :NEAREST]),
+        "merged": merged_clusters(labels, neighbors),
+    }
 
 
 def silhouette(x: FloatArray, labels: IntArray, *, rows: int | None = None, seed: int = 0) -> float:

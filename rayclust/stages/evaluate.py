@@ -242,12 +242,12 @@ class _Scoring:
         own, others = map(np.sort, sides if aside is None else (known[~aside[known]], known[aside[known]]))
         x, z = (torch.from_numpy(features_at(self.run, self.encode.starts, self.transform, r)) for r in (own, others))
         shape = method.shape
-        options = augment.EVALUATION[shape.side <= SMALL_IMAGE]
+        options = augment.SHIFTED if shape.side <= SMALL_IMAGE else augment.CROPPED
 
         def view(rows: torch.Tensor, step: int) -> torch.Tensor:
             numbers = augment.draw(len(rows), augment.keyed_seed(seed, step))
             images = augment.random_view(shape.images(x[rows]), options, numbers)
-            return method.read(images.permute(0, 2, 3, 1).flatten(1)).float()
+            return method.read(shape.rows(images)).float()
 
         found = probes.linear_evaluation(
             view, codes[own], method.read(z).float().numpy(), codes[others], epochs=self.config.evaluate.linear_epochs

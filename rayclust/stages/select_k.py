@@ -201,14 +201,7 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
         found |= resampled_silhouettes(z, kept[0], options.resamples, seed=config.seed)
     if options.umap and len(np.unique(kept[0])) > 1:
         found["umap_silhouette"] = umap_silhouette(z, kept[0], seed=config.seed)
-    neighbors = rows.neighbors().numpy()
-    found["neighbor_agreement"] = internal.neighbor_agreement(labels[0], neighbors)
-    nearest = neighbors[:, : internal.NEAREST]
-    found["modularity"] = internal.modularity(labels[0], neighbors)
-    if nearest.shape != neighbors.shape:
-        found["near_modularity"] = internal.modularity(labels[0], nearest)
-    found["map_equation"] = internal.map_equation(labels[0], nearest)
-    found["merged"] = internal.merged_clusters(labels[0], neighbors)
+    found |= internal.graph_criteria(labels[0], rows.neighbors().numpy())
     if len(labels) > 1:
         found["stability"] = internal.stability(labels)
         found["prediction_strength"] = internal.prediction_strength(labels)

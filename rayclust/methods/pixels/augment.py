@@ -65,8 +65,8 @@ BYOL = (
 )
 WEAK = (Augmentation(scale=(0.5, 1.0), jitter=0.0, grey=0.0),) * 2
 """Crops and mirrors alone, which leave an image what it is to a network that knows images."""
-EVALUATION = {True: Augmentation(shift=0.125, jitter=0.0, grey=0.0), False: Augmentation(jitter=0.0, grey=0.0)}
-"""Views of the published linear evaluation, of small images (shifts) and of others (crops)."""
+CROPPED, SHIFTED = Augmentation(jitter=0.0, grey=0.0), Augmentation(shift=0.125, jitter=0.0, grey=0.0)
+"""Views of the published linear evaluation; small images are shifted."""
 FAMILIES = {
     "simclr": SIMCLR, "simclr_blur": SIMCLR_BLUR, "simclr_small": SIMCLR_SMALL, "byol": BYOL, "weak": WEAK,
 }  # fmt: skip
@@ -104,6 +104,10 @@ class SquareImages:
     def images(self, x: Tensor) -> Tensor:
         """Return rows Float[B D] as images Float[B C H W]."""
         return x.view(len(x), self.side, self.side, self.channels).permute(0, 3, 1, 2)
+
+    def rows(self, images: Tensor) -> Tensor:
+        """Return images Float[B C H W] as rows Float[B D]."""
+        return images.permute(0, 2, 3, 1).flatten(1)
 
 
 def keyed_seed(*numbers: int) -> int:
