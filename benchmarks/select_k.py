@@ -31,10 +31,11 @@ from threadpoolctl import threadpool_limits
 from rayclust.clustering import kmeans
 from rayclust.clustering.settings import KMeansOptions, SpectralOptions
 from rayclust.clustering.spectral import partition
+from rayclust.config import SelectKConfig
 from rayclust.features import FeatureTransform
 from rayclust.metrics.internal import measure
 from rayclust.metrics.nulls import null_silhouettes
-from rayclust.metrics.selection import CRITERIA, Choice, SelectKConfig, choose, refine
+from rayclust.metrics.selection import CRITERIA, Choice, choose, geometric_grid, refine
 from rayclust.search.knn import top_k
 
 NEIGHBORS = 50
@@ -94,10 +95,10 @@ def search(x: np.ndarray, own_space: bool) -> tuple[Choice, int]:
     neighbors = top_k(rows, rows, min(NEIGHBORS, len(x) - 1), query_ids=ids, database_ids=ids)[0].numpy()
     partitions = by_kmeans(rows, options.seeds)
     spectrum = (
-        partition(lambda: [rows], options.largest(len(x)), SpectralOptions(temperature=0.1)) if own_space else None
+        partition(lambda: [rows], options.bounds(len(x))[1], SpectralOptions(temperature=0.1)) if own_space else None
     )
     tried: dict[int, dict[str, float]] = {}
-    wanted = options.first(len(x))
+    wanted = geometric_grid(*options.bounds(len(x)))
     for _ in range(1 + options.rounds):
         for k in wanted:
             if spectrum is None:

@@ -5,10 +5,23 @@ from typing import Any, get_args
 
 import pytest
 
-from rayclust.config import RunConfig, known_keys, parse, validate
+from rayclust.config import (
+    NodePrice,
+    PlacementConfig,
+    ResourcesConfig,
+    Rule,
+    RunConfig,
+    SelectKConfig,
+    are_disjoint,
+    denormalize_clusters,
+    format_labels,
+    known_keys,
+    normalize_clusters,
+    parse,
+    validate,
+)
 from rayclust.errors import ConfigError
-from rayclust.metrics.selection import CRITERIA, RULES, Rule, SelectKConfig, denormalize_clusters, normalize_clusters
-from rayclust.resources import NodePrice, PlacementConfig, ResourcesConfig, are_disjoint, format_labels
+from rayclust.metrics.selection import CRITERIA, RULES, geometric_grid
 from tests.stages.runs import tree
 
 GOOD = """
@@ -238,21 +251,20 @@ def test_every_rule_that_choices_are_made_by_can_be_asked_for():
 
 def test_auto_tries_up_to_twice_the_root_of_the_rows():
     config = SelectKConfig(candidates="auto")
-    assert [config.largest(rows) for rows in (2, 3, 100, 1797, 10_000)] == [2, 3, 20, 85, 200]
-    assert SelectKConfig(candidates="auto", most=50).largest(10_000) == 50
-    assert SelectKConfig(candidates="auto", most=50).largest(30) == 30
-    assert SelectKConfig(candidates="auto", least=20).largest(25) == 20
-    assert SelectKConfig(candidates=(5, 80)).largest(1_000_000) == 80
+    assert [config.bounds(rows)[1] for rows in (2, 3, 100, 1797, 10_000)] == [2, 3, 20, 85, 200]
+    assert SelectKConfig(candidates="auto", most=50).bounds(10_000) == (2, 50)
+    assert SelectKConfig(candidates="auto", most=50).bounds(30) == (2, 30)
+    assert SelectKConfig(candidates="auto", least=20).bounds(25) == (20, 20)
+    assert SelectKConfig(candidates=(5, 80)).bounds(1_000_000) == (5, 80)
 
 
-def test_a_list_is_tried_as_it_is_and_auto_begins_with_a_grid():
-    assert SelectKConfig(candidates=(3, 9)).first(100) == (3, 9)
+def test_auto_begins_with_a_grid():
     for least, most in ((4, 40), (2, 100), (2, 1000)):
-        grid = SelectKConfig(candidates="auto", least=least, most=most).first(10_000)
+        grid = geometric_grid(*SelectKConfig(candidates="auto", least=least, most=most).bounds(10_000))
         assert (grid[0], grid[-1]) == (least, most)
         assert all(1 < b / a <= 1.5 + 1 / a for a, b in itertools.pairwise(grid))
         assert len(grid) < 18
-    assert SelectKConfig(candidates="auto").first(2) == (2,)
+    assert geometric_grid(*SelectKConfig(candidates="auto").bounds(2)) == (2,)
 
 
 TREES: dict[str, dict[str, Any]] = {

@@ -1,18 +1,14 @@
-"""Choice of the number of clusters: its settings, and the choice from a table of criteria of several candidates."""
+"""Choice of the number of clusters from a table of criteria of several candidates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from rayclust.errors import ConfigError, DataError
-from rayclust.resources import CountOrAuto, GpusOrAuto
-from rayclust.settings import Config
 
 RULES = ("vote", "coding_length", "knee", "merge")
 """Rules of `choose`; the name of any criterion below is one too."""
@@ -273,163 +269,3 @@ def refine(ks: Sequence[int], best: int, *, points: int = 4) -> tuple[int, ...]:
     for target in np.geomspace(low, high, points + 2)[1:-1]:
         chosen.add(min((k for k in free if k not in chosen), key=lambda k: abs(math.log(k / target))))
     return tuple(sorted(chosen))
-
-
-# The number of clusters.
-#
-# `method.clusters: auto` or a list leaves it to select-k: written there because that is where the number would stand,
-# and read as `select_k.candidates` because it is a setting of the search and of no method.
-
-Rule = Literal[
-    "vote",
-    "coding_length",
-    "feature_coding_length",
-    "eigengap",
-    "knee",
-    "silhouette",
-    "calinski_harabasz",
-    "davies_bouldin",
-    "modularity",
-    "near_modularity",
-    "map_equation",
-    "stability",
-    "prediction_strength",
-    "null_contrast",
-    "resampled_silhouette",
-    "umap_silhouette",
-    "merge",
-]
-
-_LIST = "a list of integers such as [5, 8, 10]"
-
-
-class SelectKConfig(Config):
-    """The choice of K: the stage select-k."""
-
-    candidates: tuple[int, ...] | Literal["auto"] | None = None
-    """Numbers of clusters to try: a list, or `auto`; the same as writing that for `method.clusters`. None: nothing to
-    choose."""
-    least: int = Field(2, ge=2)
-    """Smallest number that `auto` tries."""
-    most: int | Literal["auto"] = "auto"
-    """Largest number that `auto` tries, at most the rows. auto: 2·√N."""
-    rounds: int = Field(2, ge=0, le=10)
-    """Times that `auto` tries numbers between the best so far and its neighbours, after its first, geometric grid."""
-    seeds: int = Field(2, ge=1, le=100)
-    """Fits of each number, from `seed` on; their agreement is its stability. With 1 it is not measured."""
-    rule: Rule = "vote"
-    """vote: the middle, in ratio, of what the criteria pick, each with the weight of its evidence.
-    knee: where the curve of coding lengths bends most.
-    merge: what is left of the largest candidate's clusters when they are merged along a tree while modularity rises.
-    prediction_strength: the most clusters that two seeds agree on, worst cluster by worst cluster.
-    resampled_silhouette: the most clusters that come back in subsamples as well as the surest number does (chooseR).
-    Any other: the number that is best by that criterion."""
-    rows: int = Field(15_000, ge=2)
-    """Rows of the seeded sample on which coding length, silhouette, Calinski–Harabasz and Davies–Bouldin are taken."""
-    resamples: int = Field(0, ge=0)
-    """Subsamples of 1,000 rows in which k-means is to find each candidate's clusters again; 100 as published (chooseR),
-    some 0.1 s each. 0 measures none."""
-    umap: bool = False
-    """Whether the silhouette in a UMAP of 10 dimensions is listed too, on 2,000 rows; needs umap-learn."""
-    distortion: float = Field(0.1, gt=0)
-    """Squared error allowed per row in the coding length, in squared row lengths. The paper's ε²."""
-    cpus_per_trial: int = Field(1, ge=1)
-    """CPUs, and threads, of each trial."""
-    gpus_per_trial: GpusOrAuto = "auto"
-    """GPUs of each trial; 0 computes on the CPU. auto: as many as `resources.gpus_per_worker`."""
-    max_concurrent: CountOrAuto = "auto"
-    """Trials at a time. auto: as many as the cluster has room for when the stage begins."""
-
-    @model_validator(mode="after")
-    def _bounded(self) -> SelectKConfig:
-        if self.most != "auto" and self.most < self.least:
-            raise ValueError(f"most = {self.most}: must be at least select_k.least = {self.least}, or auto")
-        if self.rule in ("stability", "prediction_strength") and self.seeds < 2:
-            raise ValueError(f"rule = {self.rule}: needs select_k.seeds of at least 2, whose partitions it compares")
-        for rule, name, is_set in (
-            ("resampled_silhouette", "resamples", self.resamples > 0),
-            ("umap_silhouette", "umap", self.umap),
-        ):
-            if self.rule == rule and not is_set:
-                raise ValueError(f"rule = {rule}: needs select_k.{name}")
-        return self
-
-    def refuse_above(self, rows: int) -> None:
-        """Raise `ConfigError` if a candidate, or the least that `auto` tries, is above the number of rows."""
-        if self.candidates == "auto" and self.least > rows:
-            raise ConfigError(f"select_k.least = {self.least}: must be at most the number of rows, {rows}")
-        if isinstance(self.candidates, tuple) and max(self.candidates) > rows:
-            shown = list(self.candidates)
-            raise ConfigError(f"method.clusters = {shown}: {max(shown)} is above the number of rows, {rows}")
-
-    def first(self, rows: int) -> tuple[int, ...]:
-        """Return the candidates of the first round: the list, or for `auto` a geometric grid of ratio 1.5."""
-        if isinstance(self.candidates, tuple):
-            return self.candidates
-        return geometric_grid(min(self.least, rows), self.largest(rows))
-
-    def largest(self, rows: int) -> int:
-        """Return the largest candidate on so many rows."""
-        if isinstance(self.candidates, tuple):
-            return max(self.candidates)
-        most = math.ceil(2 * math.sqrt(rows)) if self.most == "auto" else self.most
-        return min(max(most, self.least), rows)
-
-
-def normalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """Move an open number of clusters from `method.clusters` to `select_k.candidates`; the tree is not changed.
-
-    Returns:
-        The tree with a number in `method.clusters` in any case: for an open one the largest candidate, or 2 for `auto`.
-
-    Raises:
-        ValueError: a candidate is no number of clusters, or both keys are set.
-    """
-    method, group = tree.get("method"), tree.get("select_k", {})
-    if not isinstance(method, dict) or not isinstance(group, dict):
-        return tree
-    clusters, candidates = method.get("clusters"), group.get("candidates")
-    is_number = isinstance(clusters, str) and clusters.strip().isdecimal()
-    if isinstance(clusters, str | list | tuple) and not is_number:
-        if candidates is not None:
-            raise ValueError(f"select_k.candidates = {candidates}: method.clusters = {clusters} says it already")
-        key, candidates = "method.clusters", clusters
-    elif candidates is None:
-        return tree
-    elif clusters is not None:
-        raise ValueError(f"method.clusters = {clusters}: select_k.candidates = {candidates} leaves it open; keep one")
-    else:
-        key = "select_k.candidates"
-    found = _validate_clusters(key, candidates)
-    stand_in = 2 if found == "auto" else found[-1]  # nothing reads the 2
-    return tree | {"method": method | {"clusters": stand_in}, "select_k": group | {"candidates": found}}
-
-
-def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the inverse of `normalize_clusters`: a dumped tree as a RUN.yaml has it."""
-    group = dict(tree.get("select_k") or {})
-    candidates = group.pop("candidates", None)
-    if candidates is None:
-        return tree
-    method = tree["method"] | {"clusters": candidates if candidates == "auto" else list(candidates)}
-    rest = {key: value for key, value in tree.items() if key != "select_k"}
-    return rest | {"method": method} | ({"select_k": group} if group else {})
-
-
-def _validate_clusters(key: str, value: Any) -> tuple[int, ...] | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if not isinstance(value, list | tuple):
-        one = "an integer, " if key == "method.clusters" else ""
-        raise ValueError(f"{key} = {value!r}: must be {one}auto, or {_LIST}")
-    shown = list(value)
-    if not shown:
-        raise ValueError(f"{key} = []: names no candidate; write auto, or {_LIST}")
-    for one in shown:
-        if not isinstance(one, int) or isinstance(one, bool):
-            raise ValueError(f"{key} = {shown}: {one!r} is no integer; write auto, or {_LIST}")
-        if one < 2:
-            raise ValueError(f"{key} = {shown}: {one} must be at least 2")
-        if shown.count(one) > 1:
-            raise ValueError(f"{key} = {shown}: names {one} more than once")
-    return tuple(sorted(shown))

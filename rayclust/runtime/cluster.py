@@ -25,9 +25,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from rayclust.config import RunConfig
+from rayclust.config import PlacementConfig, RunConfig, format_labels
 from rayclust.errors import ConfigError, RayclustError
-from rayclust.resources import PlacementConfig, format_labels
 from rayclust.runtime.progress import timed_section
 
 logger = logging.getLogger(__name__)

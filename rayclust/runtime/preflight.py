@@ -17,6 +17,7 @@ from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import DataError, RayclustError
 from rayclust.language.vocabulary import merged
 from rayclust.methods import is_recuttable
+from rayclust.metrics.selection import geometric_grid
 from rayclust.report.formats import duration, size
 from rayclust.runtime.cluster import describe_placement, has_idle_gpu
 from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
@@ -245,7 +246,8 @@ class _Checks:
         if not is_known:
             return f"{config.method.name} once for each candidate and seed, of which the number of images decides"
         options.refuse_above(self.images)
-        first = options.first(self.images)
+        listed, bounds = options.candidates, options.bounds(self.images)
+        first = listed if isinstance(listed, tuple) else geometric_grid(*bounds)
         largest = self._describe_fit(config.with_clusters(first[-1]))
         if is_recuttable(config.method.name):
             return f"one fit of {largest}, cut into {len(first)} candidates up to {first[-1]} clusters"

@@ -68,7 +68,7 @@ class Guidance:
         if not isinstance(method, TacConfig):
             raise ConfigError(f"method.name = {method.name}: reads no words")
         if config.needs_selection:  # one choice of nouns serves all candidates
-            method = method.model_copy(update={"clusters": config.select_k.largest(count)})
+            method = method.model_copy(update={"clusters": config.select_k.bounds(count)[1]})
         return cls(context.run, config, encode, method.resolved(count))
 
     @property

@@ -25,14 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.config import RunConfig
+from rayclust.config import RunConfig, are_disjoint
 from rayclust.encoders.base import GPU_BATCH, Encoder
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.encoders.settings import SpaceConfig
 from rayclust.encoders.tensors import load_tensors
 from rayclust.errors import ArtefactError, DataError
 from rayclust.report.formats import duration
-from rayclust.resources import are_disjoint
 from rayclust.runtime import progress
 from rayclust.runtime.cluster import (
     connect,

@@ -85,7 +85,7 @@ class Search:
     def of(cls, context: StageContext) -> Search:
         """Build the search from a stage's context."""
         config, inputs = context.config, context.inputs
-        largest = config.select_k.largest(fitted_count(inputs["encode"]))
+        _, largest = config.select_k.bounds(fitted_count(inputs["encode"]))
         content = {
             "revision": REVISION,
             "settings": candidate_settings(config),
@@ -390,7 +390,8 @@ def run(context: StageContext) -> StageResult:
 def _search(search: Search, rows: int) -> tuple[dict[int, TaskResult], Choice]:
     """Return all candidates with their results, by number, and the choice among them."""
     run, options, tried = search.run, search.config.select_k, dict[int, TaskResult]()
-    wanted = options.first(rows)
+    listed, bounds = options.candidates, options.bounds(rows)
+    wanted = listed if isinstance(listed, tuple) else selection.geometric_grid(*bounds)
     with drop_rows_on_error(search.digest), Progress(SELECT_K, "candidates", total=0) as progress:
 
         def show(running: Sequence[int], ended: int) -> None:

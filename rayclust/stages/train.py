@@ -185,7 +185,9 @@ def _train(settings: dict[str, Any]) -> dict[str, Any] | None:
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus else "cpu"
     cache, partitions = cache_folder(job.digest), config.method.partitions()
     place = cache, group.rank, group.size
-    rows = RowsWithMembers(partitions, run, job.encode, config.features, *place, are_bytes=config.learns_from_bytes)
+    # Rows that are the bytes over 255, and nothing else was done to them.
+    are_bytes = config.method.reads_pixels and config.encoder.mean is None and config.encoder.std is None
+    rows = RowsWithMembers(partitions, run, job.encode, config.features, *place, are_bytes=are_bytes)
     method = build_for(rows, config.method, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config, job.digest) if group.rank == 0 and job.stage == "train" else None

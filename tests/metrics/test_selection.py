@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from rayclust.config import SelectKConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.metrics.selection import (
-    SelectKConfig,
     choose,
     evidence,
     knee,

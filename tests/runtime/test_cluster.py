@@ -11,9 +11,8 @@ import ray
 import ray._private.state
 from ray.exceptions import RayTaskError
 
-from rayclust.config import validate
+from rayclust.config import PlacementConfig, validate
 from rayclust.errors import ConfigError, DataError, RayclustError
-from rayclust.resources import PlacementConfig
 from rayclust.runtime import cluster
 from rayclust.runtime.cluster import (
     connect,

@@ -22,6 +22,7 @@ from rayclust.errors import ArtefactError, ConfigError, RayclustError
 from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans
 from rayclust.metrics.internal import coding_length
+from rayclust.metrics.selection import geometric_grid
 from rayclust.runtime import models, pipeline
 from rayclust.runtime.models import read_method
 from rayclust.runtime.pipeline import Manifests, StageContext, run_all, run_stage, stages_of
@@ -209,7 +210,7 @@ def test_auto_refines_its_grid_around_the_best(tmp_path: Path, in_process: None)
     rows = planted(7, seed=0, per_cluster=20)
     content = planted_tree(tmp_path, rows, method={"clusters": "auto"}, select_k={"seeds": 1, "rule": "silhouette"})
     settings = validate(content)
-    grid = settings.select_k.first(len(rows))
+    grid = geometric_grid(*settings.select_k.bounds(len(rows)))
     assert grid == tuple(sorted(set(grid)))
     assert (grid[0], grid[-1]) == (2, math.ceil(2 * math.sqrt(len(rows))))
     run_all(settings, stop_after="select-k")
