@@ -102,7 +102,19 @@ class RowsWithMembers(StoredRows):
         """
         if not self._partitions:
             return None
-        count = sum(_head_count(uri) if uri.endswith(HEADS) else 1 for uri in self._partitions)
+        # 1. How many there are: a name may stand for all heads of a model.
+        count = 0
+        for uri in self._partitions:
+            heads = 1
+            if uri.endswith(HEADS):
+                stored = storage.join(Run(uri.removesuffix(HEADS)).model_folder, "config.json")
+                heads = int(storage.read_json(stored)["config"].get("heads", 1))
+                if heads < 2:
+                    raise ConfigError(
+                        f"method.members: {uri}: the model holds one head; train it with method.keep_heads: true"
+                    )
+            count += heads
+        # 2. Their labels of the fitted rows.
         fitted = slice(None) if self._aside is None else ~self._aside
         labels = member_labels(self.run, len(self.starts) - 1, self._partitions)
         found = (each[fitted][None] for each in labels)
@@ -138,7 +150,16 @@ def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:
             ) from error
         columns: Iterable[Any] = [cluster]
     elif uri.endswith(HEADS):
-        keys, columns = _keys(_run_of(uri)[0], len(row_starts(_finished(uri, "encode"))) - 1), _head_labels(uri)
+        # The labels that each head gives, Int64[H N].
+        place, encode = uri.removesuffix(HEADS), _finished(uri, "encode")
+        config = validate(storage.read_json(Run(place).config) | {"run": place})
+        run, count = Run(place, config.spaces), len(row_starts(encode)) - 1
+        method = load_method(run.uri, content_digest(_finished(uri, "train")))
+        if not isinstance(method, ManyHeads):
+            raise ConfigError(f"method.members: {uri}: {config.method.name} has no heads")
+        transform = transform_of(encode, config.features)
+        features = (torch.from_numpy(part_features(run, part, transform)) for part in range(count))
+        keys, columns = _keys(run, count), torch.cat([method.predict_heads(x) for x in features], dim=1)
     else:
         assigned = [tables.read_table(part, ["key", "cluster"]) for _, part in parts(Run(uri).assignments_folder)]
         joined = pa.concat_tables(assigned)
@@ -176,35 +197,3 @@ def row_table(rows: StoredRows, columns: Mapping[str, Tensor]) -> pa.Table:
     fitted = np.concatenate([rows.fitted(part, numbers[rows.starts[part] : rows.starts[part + 1]]) for part in parts])
     named = {name: column.cpu().numpy() for name, column in columns.items()}
     return pa.table({"row": fitted, "key": keys.take(pa.array(fitted))} | named).combine_chunks()
-
-
-def _run_of(uri: str) -> tuple[Run, RunConfig]:
-    """Return the run that a member names, with its config."""
-    place = uri.removesuffix(HEADS)
-    config = validate(storage.read_json(Run(place).config) | {"run": place})
-    return Run(place, config.spaces), config
-
-
-def _head_count(uri: str) -> int:
-    """Return H of a stored model.
-
-    Raises:
-        ConfigError: it holds one head alone.
-    """
-    settings = storage.read_json(storage.join(Run(uri.removesuffix(HEADS)).model_folder, "config.json"))
-    heads = int(settings["config"].get("heads", 1))
-    if heads < 2:
-        raise ConfigError(f"method.members: {uri}: the model holds one head; train it with method.keep_heads: true")
-    return heads
-
-
-def _head_labels(uri: str) -> Tensor:
-    """Return Int64[H N], the labels that each head of a run's model gives to the run's rows."""
-    (run, config), encode = _run_of(uri), _finished(uri, "encode")
-    method = load_method(run.uri, content_digest(_finished(uri, "train")))
-    transform = transform_of(encode, config.features)
-    if not isinstance(method, ManyHeads):
-        raise ConfigError(f"method.members: {uri}: {config.method.name} has no heads")
-    parts_of_rows = range(len(row_starts(encode)) - 1)
-    features = (torch.from_numpy(part_features(run, part, transform)) for part in parts_of_rows)
-    return torch.cat([method.predict_heads(x) for x in features], dim=1)

@@ -353,8 +353,16 @@ def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
     logger.info("%s: started", stage.name)
     started = time.monotonic()
     try:
-        placement, small = context.config.resources.placement, _is_small(context)
-        with scheduling(placement), use_driver(small), keep_progress(context.run), collect_timings() as timings:
+        small, encode = False, context.inputs.get("encode")  # encode itself, without rows to count yet, decides alone
+        if encode is not None and may_use_driver(context.config):
+            rows = encode.outputs_of(EncodeOutputs)
+            small = is_small(sum(rows.parts), rows.dimension)
+        with (
+            scheduling(context.config.resources.placement),
+            use_driver(small),
+            keep_progress(context.run),
+            collect_timings() as timings,
+        ):
             result = stage.run(context)
     except ArtefactError as error:
         uri, source = remove_damaged(context.run, STAGES, str(error))
@@ -383,15 +391,6 @@ def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
     summary = f", {result.summary}" if result.summary else ""
     logger.info("%s: done in %s%s", stage.name, duration(seconds), summary)
     return manifest
-
-
-def _is_small(context: StageContext) -> bool:
-    """Return whether a stage works in the driver; encode, whose rows are not counted yet, decides for itself."""
-    encode = context.inputs.get("encode")
-    if encode is None or not may_use_driver(context.config):
-        return False
-    rows = encode.outputs_of(EncodeOutputs)
-    return is_small(sum(rows.parts), rows.dimension)
 
 
 def save_config(config: RunConfig) -> None:
