@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw")
 """Of cameras' raw files: most are TIFFs by their bytes, of which a decoder finds the small preview only."""
@@ -146,6 +150,12 @@ class Shard:
     def selects(self, key: str, label: str | None) -> bool:
         """Return whether an image belongs to the requested classes, by its label or by a folder of its key."""
         return self.classes is None or not {label, *key.split("/")[:-1]}.isdisjoint(self.classes)
+
+
+@lru_cache(128)
+def log_once(level: int, message: str) -> None:
+    """Log a line on an input once, however often a command lists it."""
+    log.log(level, "%s", message)
 
 
 def escape_invalid(text: str) -> str:

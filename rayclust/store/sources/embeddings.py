@@ -48,7 +48,10 @@ TENSOR_LABEL_NAMES = ("labels", "label", "ys", "y", "targets", "target")
 
 _ROW_NAMES = r"(.*[_-])?(ids?|keys|names|file_?names|paths|urls|captions|ind(ex|exes|ices))"
 """Of arrays that say which row is which."""
-_LABEL_FILE = re.compile(rf"((.*[_-])?(labels?|targets?|classes)|{_ROW_NAMES})\.(npy|pt)")
+LABELS_OR_NAMES = re.compile(rf"((.*[_-])?(labels?|targets?|classes)|{_ROW_NAMES})\.(npy|pt)")
+"""File names, in lower case, of arrays that hold no embeddings."""
+LABELS_BESIDE = re.compile(r"(.*[_-])?labels\.(npy|pt)")
+"""File names, in lower case, of those that are read with the embeddings beside them."""
 _CLIP_RETRIEVAL = re.compile(r"(?P<folder>.*/)?img_emb/img_emb_(?P<number>\d+)\.npy")
 _NAMED_SO = re.compile(r"emb|feat|vec|latent|repr")
 """In the name of an array of embeddings."""
@@ -68,18 +71,6 @@ _REJECT_DETAILS = {
     "overflow": "the embedding has a value above 3.4e38, the largest of float32; scale the rows",
     "zero_vector": "the embedding is zero, so it has no direction",
 }
-
-
-def is_array_file(key: str) -> bool:
-    """Return whether a file holds embeddings by its name: no labels, names of rows, or embeddings of texts."""
-    folder, _, name = key.lower().rpartition("/")
-    is_text = name.startswith("text_emb") or "text_emb" in folder.split("/")
-    return name.endswith((".npy", ".pt")) and not _LABEL_FILE.fullmatch(name) and not is_text
-
-
-def is_label_file(key: str) -> bool:
-    """Return whether a file holds the labels of rows beside it, by its name."""
-    return re.fullmatch(r"(.*[_-])?labels\.(npy|pt)", key.lower().rpartition("/")[2]) is not None
 
 
 def plan(files: Iterable[FileStat], template: Shard, shard_rows: int) -> Iterator[Shard]:
@@ -208,7 +199,7 @@ def _inspect(template: Shard, file: FileStat) -> _Array | Footer | DataError | N
     if not file.key.lower().endswith(".pt"):
         try:
             header = read_npy_header(file.uri)
-            _check_matrix(file.uri, header.shape, header.dtype)
+            check_matrix(file.uri, header.shape, header.dtype)
             rows, shape = header.rows_within(file.size) or (None if header.shape[0] else 0), header.shape
         except UnreadableError:  # becomes a reject when it is read
             pass
@@ -221,20 +212,12 @@ def _inspect(template: Shard, file: FileStat) -> _Array | Footer | DataError | N
     return _Array(shard, shape)
 
 
-def count_rows(file: FileStat) -> int:
-    """Return the rows of an `.npy` file by its header; 0 of others.
+def check_matrix(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse an array that is no table of embeddings.
 
     Raises:
-        DataError: it cannot be read, or is not a table of embeddings.
+        DataError: it has other axes than rows and columns, or holds no real numbers.
     """
-    if not file.key.lower().endswith(".npy"):
-        return 0
-    header = read_npy_header(file.uri)
-    _check_matrix(file.uri, header.shape, header.dtype)
-    return header.rows_within(file.size)
-
-
-def _check_matrix(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if len(shape) != 2 or shape[1] == 0:
         raise DataError(f"{where}: has shape {shape}; embeddings are an array of N rows × D columns")
     if dtype.kind not in "fiu":
@@ -333,7 +316,14 @@ def read(shard: Shard, width: int | None, load_tensors: LoadTensors | None) -> R
         if shard.kind == "embeddings_parquet":
             names, buffer = _table_rows(shard)
         elif shard.kind == "embeddings_npy":
-            names, buffer = _npy_rows(shard, rejects)
+            header, size = read_npy_header(shard.uri), getattr(storage.stat(shard.uri), "size", 0)
+            values = read_npy_rows(shard.uri, header, shard.start, shard.count)
+            total, present = header.shape[0], header.rows_within(size)
+            # What a file cut short lacks is one reject, of the shard that holds the last row before it.
+            if present < total and shard.start + len(values) == present:
+                detail = f"the file ends early: rows {present} to {total - 1} are missing"
+                rejects.append(_reject(shard.name, shard.uri, "truncated", detail))
+            names, buffer = _array_rows(shard, values, total)
         elif load_tensors is not None:
             names, buffer = _tensor_rows(shard, load_tensors)
         else:
@@ -364,20 +354,6 @@ def _table_rows(shard: Shard) -> tuple[RowNames, EmbeddingBuffer]:
                 values[each] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, each)
             buffer.add(widths, values)
         return parquet.read_names(file, columns, shard, groups, len(buffer.widths)), buffer
-
-
-def _npy_rows(shard: Shard, rejects: list[dict[str, str]]) -> tuple[RowNames, EmbeddingBuffer]:
-    """Read rows of an array, with labels or metadata beside.
-
-    Rows that a file cut short lacks are one of the `rejects`, of the shard that holds the last row before them.
-    """
-    header, size = read_npy_header(shard.uri), getattr(storage.stat(shard.uri), "size", 0)
-    values = read_npy_rows(shard.uri, header, shard.start, shard.count)
-    total, present = header.shape[0], header.rows_within(size)
-    if present < total and shard.start + len(values) == present:
-        detail = f"the file ends early: rows {present} to {total - 1} are missing"
-        rejects.append(_reject(shard.name, shard.uri, "truncated", detail))
-    return _array_rows(shard, values, total)
 
 
 def _tensor_rows(shard: Shard, load_tensors: LoadTensors) -> tuple[RowNames, EmbeddingBuffer]:
@@ -446,7 +422,7 @@ def _array_rows(
         total: rows of the whole array.
         labels: [N ...], of the whole array, from the same file.
     """
-    _check_matrix(shard.uri, values.shape, values.dtype)
+    check_matrix(shard.uri, values.shape, values.dtype)
     count, buffer = len(values), EmbeddingBuffer()
     buffer.add(np.full(count, values.shape[1]), {values.shape[1]: values})
     names = RowNames.numbered(shard, count)

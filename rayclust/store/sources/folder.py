@@ -13,13 +13,13 @@ from rayclust.store.manifest import digest_of
 from rayclust.store.remote import prefetch
 from rayclust.store.sources.base import (
     DECODED_SUFFIXES,
-    IMAGE_SUFFIXES,
     RAW_SUFFIXES,
     TOO_LARGE,
     Member,
     Record,
     Shard,
     folder_label,
+    log_once,
 )
 from rayclust.store.storage import CLOSED_FOLDER, FileStat, MissingError, UnreadableError
 
@@ -29,28 +29,27 @@ _CONCURRENT_READS = 16
 """Remote requests in flight: one by one, latency would hold a worker at some 30 images a second."""
 
 
-def is_image(key: str) -> bool:
-    """Return whether a file's suffix is that of an image."""
-    _, dot, suffix = key.rpartition("/")[2].lower().rpartition(".")
-    return bool(dot) and suffix in IMAGE_SUFFIXES
-
-
 def plan(files: Iterable[FileStat], template: Shard, shard_size: int) -> Iterator[Shard]:
     """Cut the image files of a listing by order of key into shards of `shard_size` images, as the listing comes.
 
     The template carries the folder's URI and what all shards share; with `classes`, only files below a folder of one of
-    these names are kept.
+    these names are kept, and those of which there is no file are named at the end.
     """
-    group = list[FileStat]()
+    classes = frozenset(template.classes or ())
+    group, absent, has_any = list[FileStat](), set(classes), False
     for file in chain(_without_developed(files, template.uri), [None]):  # None closes the last shard
         if file is not None and (template.selects(file.key, None) or file.size == CLOSED_FOLDER):
             group.append(file)
+            absent.difference_update(file.key.split("/")[:-1])
         if len(group) == shard_size or (group and file is None):
             stamp = digest_of([[each.key, each.stamp] for each in group])
             members = tuple(Member(each.key, each.uri, each.size) for each in group)
             name = group[0].key.rpartition(".")[0]
             yield replace(template, kind="folder", name=name, stamp=stamp, count=len(group), members=members)
-            group = []
+            group, has_any = [], True
+    if absent and has_any:
+        few = f"{len(absent):,} of {len(classes):,} classes, such as {min(absent)}"
+        log_once(logging.WARNING, f"{template.uri}: no image of {few} in images.classes")
 
 
 def _without_developed(files: Iterable[FileStat], root: str) -> Iterator[FileStat]:

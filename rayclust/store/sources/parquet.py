@@ -9,7 +9,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -43,8 +43,8 @@ DAMAGE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowErro
 """Raised when a damaged Parquet file is read; storage errors are DataErrors, and pass."""
 
 _BATCH_ROWS = 16
-_COMPARED_ROWS = 1 << 16
-"""First rows of a table whose keys are compared with those of other tables."""
+_COMPARED, _COMPARED_ROWS = 8, 1 << 16
+"""Tables whose keys are compared while planning, and first rows of each."""
 _BUFFER_BYTES, _UNBUFFERED_BYTES = 8 << 20, 256 << 20
 """Size of the read buffer, and of a row group above which it is used."""
 _FOOTERS_AHEAD = 8
@@ -203,7 +203,16 @@ class RowNames:
         if columns.uri is not None:
             uris = [text or own for text, own in zip(_values(table, columns.uri), uris, strict=True)]
         if columns.label is not None:
-            names = class_names(table.schema.metadata, columns.label)
+            # Classes that whole numbers point into, in one of two forms: `class_names`, a JSON list, and the
+            # `huggingface` description with a ClassLabel feature.
+            metadata, names = table.schema.metadata or {}, None
+            with suppress(ValueError, KeyError, TypeError):
+                names = json.loads(metadata.get(b"class_names", b"null"))
+                if names is None:
+                    features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+                    names = features[columns.label]["names"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                names = None
             labels = [label_text(value, names) for value in _values(table, columns.label)]
         return RowNames(keys, uris, labels)
 
@@ -234,22 +243,32 @@ def _key_of_file(uri: str, stamp: str, columns: Columns) -> str | None:
         return key_column(file, columns)
 
 
-def first_keys(shard: Shard) -> pa.ChunkedArray | None:
-    """Return the values that name the first rows of a shard's file as text; None where it has none or is damaged."""
-    place = next((beside for beside in shard.beside if beside.endswith(".parquet")), shard.uri)
-    try:
-        with opened(place) as file:
+def prefixed(shards: Iterator[Shard]) -> Iterator[Shard]:
+    """Set `Shard.prefixed` of the shards of tables and arrays, by the keys of the first few."""
+    # 1. The first shard of each of the first files.
+    first, files = list[Shard](), dict[str, Shard]()
+    for shard in shards:
+        first.append(shard)
+        files.setdefault(shard.uri, shard)
+        if len(files) == _COMPARED:
+            break
+    # 2. The values that name the first rows of each file, as text; none where it has none or is damaged.
+    chunks = list[pa.Array]()
+    for shard in files.values() if len(files) > 1 else ():
+        place = next((beside for beside in shard.beside if beside.endswith(".parquet")), shard.uri)
+        with suppress(*DAMAGE, UnreadableError), opened(place) as file:
             columns = Columns.find(file.schema_arrow, None, place, shard.columns if place == shard.uri else {})
             for name in columns.keys:
-                batches = list(
-                    itertools.islice(file.iter_batches(_COMPARED_ROWS, columns=[name], use_threads=False), 1)
-                )
-                column = _column(pa.Table.from_batches(batches), name) if batches else None
+                batch = next(file.iter_batches(_COMPARED_ROWS, columns=[name], use_threads=False), None)
+                column = None if batch is None else _column(pa.Table.from_batches([batch]), name)
                 if column is not None and _is_key(column):
-                    return column.cast(pa.large_string())
-    except (*DAMAGE, UnreadableError):
-        pass
-    return None
+                    chunks += column.cast(pa.large_string()).chunks
+                    break
+    # 3. Whether these tell the rows of all files apart.
+    how, together = "never", pa.chunked_array(chunks, pa.large_string())
+    if len(files) > 1:
+        how = "names" if pc.count_distinct(together).as_py() == len(together) else "always"
+    yield from (replace(shard, prefixed=how) for shard in itertools.chain(first, shards))
 
 
 def read_names(file: pq.ParquetFile, columns: Columns, shard: Shard, groups: list[int], count: int) -> RowNames:
@@ -284,25 +303,6 @@ def _values(table: pa.Table, name: str) -> list[Any]:
     # Files may hold text that is not UTF-8, which pyarrow refuses to decode.
     binary = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
     return [None if value is None else value.decode("utf-8", "backslashreplace") for value in binary.to_pylist()]
-
-
-def class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
-    """Return the names of the classes that a column of whole numbers points into.
-
-    Args:
-        metadata: of a table's schema. Two forms are known: `class_names`, a JSON list; and the `huggingface`
-            description with a ClassLabel feature.
-        column: the column.
-    """
-    metadata = metadata or {}
-    try:
-        names = json.loads(metadata.get(b"class_names", b"null"))
-        if names is None:
-            features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-            names = features[column]["names"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 @dataclass(frozen=True)
@@ -392,8 +392,18 @@ def read(shard: Shard, max_bytes: int) -> Iterator[Record]:
             if columns.image is None:
                 raise DataError(f"{shard.uri}: no column holds images; it has {describe_columns(file.schema_arrow)}")
             records = _records(file, columns.image, groups, names, max_bytes)
-            is_sorted = all(a <= b for a, b in itertools.pairwise(names.keys))
-            yield from records if is_sorted else _sorted_by_key(records)
+            if all(a <= b for a, b in itertools.pairwise(names.keys)):
+                yield from records
+                return
+            # Sort by key; the images of large shards wait on disk.
+            with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, prefix="rayclust-") as spool:
+                places = []
+                for record in records:
+                    places.append((replace(record, data=None), spool.tell(), len(record.data or b"")))
+                    spool.write(record.data or b"")
+                for record, offset, size in sorted(places, key=lambda place: place[0].key):
+                    spool.seek(offset)
+                    yield replace(record, data=None if record.reason else spool.read(size))
     except (*DAMAGE, UnreadableError) as error:
         yield Record(shard.name, shard.uri, reason="unreadable_file", detail=" ".join(str(error).split()))
 
@@ -424,18 +434,6 @@ def _records(
         for lost in range(row, end):
             yield Record(names.keys[lost], names.uris[lost], None, names.labels[lost], "unreadable_file", detail)
         row = end
-
-
-def _sorted_by_key(records: Iterable[Record]) -> Iterator[Record]:
-    """Sort records by key; the images of large shards wait on disk."""
-    with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, prefix="rayclust-") as spool:
-        places = []
-        for record in records:
-            places.append((replace(record, data=None), spool.tell(), len(record.data or b"")))
-            spool.write(record.data or b"")
-        for record, offset, size in sorted(places, key=lambda place: place[0].key):
-            spool.seek(offset)
-            yield replace(record, data=None if record.reason else spool.read(size))
 
 
 def fetch(uri: str, rows: Collection[str], columns: Mapping[str, str]) -> dict[str, bytes]:

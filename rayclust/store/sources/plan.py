@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.store import storage
 from rayclust.store.remote import prefetch
 from rayclust.store.sources import embeddings, folder, parquet, webdataset
-from rayclust.store.sources.base import MAX_RECORD_BYTES, RAW_SUFFIXES, Record, Rows, Shard
+from rayclust.store.sources.base import IMAGE_SUFFIXES, MAX_RECORD_BYTES, RAW_SUFFIXES, Record, Rows, Shard, log_once
 from rayclust.store.sources.embeddings import LoadTensors
 from rayclust.store.storage import FileStat, UnreadableError
 
@@ -30,8 +29,6 @@ _SAMPLE = 2000
 """Files of known kinds that `detect_format` looks at: the listing of millions need not end before work begins."""
 _MANY_NUMBERS = 8
 """Columns of fractions that are taken for the dimensions of embeddings."""
-_COMPARED = 8
-"""Tables whose keys are compared while planning."""
 _CONCURRENT_READS = 16
 _LOST = frozenset({"unreadable_file", "tar_truncated", "empty", "unsupported"})
 """Reasons of the one reject of a file with which all that it held is lost, or all behind some place in it."""
@@ -82,21 +79,19 @@ def detect_format(uri: str, columns: Mapping[Any, str] | None = None) -> str:
     root = storage.absolute(uri)
     first: dict[str, FileStat] = {}
     tables = []
-    unread = ""
-
-    def of_known_kinds() -> Iterator[tuple[str, FileStat]]:
-        nonlocal unread
-        for file in storage.walk(root):
-            if (kind := _file_kind(file.key)) is not None:
-                yield kind, file
-            else:
-                unread = unread or _advice(file.key)
-
-    for kind, file in islice(of_known_kinds(), _SAMPLE):
+    unread, known = "", 0
+    for file in storage.walk(root):
+        kind = file_kind(file.key)
+        if kind is None:
+            unread = unread or _advice(file.key)
+            continue
         if kind == "table":
             tables.append(file)
         else:
             first.setdefault(kind, file)
+        known += 1
+        if known == _SAMPLE:
+            break
     # Of the tables only the columns decide; those beside other formats may be metadata.
     first |= _table_format(tables, columns or {}, is_alone=not first)
     if len(first) == 2 and "embeddings" in first:
@@ -116,16 +111,19 @@ def _advice(key: str) -> str:
     return next((f"{key}: {advice}" for endings, advice in _UNREAD.items() if key.lower().endswith(endings)), "")
 
 
-def _file_kind(key: str) -> str | None:
+def file_kind(key: str) -> str | None:
     """Return the format of a file by its name; `table` for Parquet, whose columns decide; None for other files."""
-    name = key.lower()
+    place, _, name = key.lower().rpartition("/")
     if name.endswith(webdataset.TAR_SUFFIXES):
         return "webdataset"
     if name.endswith(parquet.TABLE_SUFFIXES):
         return "table"
-    if embeddings.is_array_file(key):
+    # Arrays of labels, of names of rows and of rows for texts are not what is clustered.
+    is_text = name.startswith("text_emb") or "text_emb" in place.split("/")
+    if name.endswith((".npy", ".pt")) and not is_text and not embeddings.LABELS_OR_NAMES.fullmatch(name):
         return "embeddings"
-    return "folder" if folder.is_image(key) else None
+    _, dot, suffix = name.rpartition(".")
+    return "folder" if dot and suffix in IMAGE_SUFFIXES else None
 
 
 def _table_format(tables: list[FileStat], named: Mapping[str, str], *, is_alone: bool) -> dict[str, FileStat]:
@@ -197,13 +195,13 @@ def plan_shards(
             raise DataError(
                 f"images.labels = {labels}: image files in folders have no columns; use auto, folder or none"
             )
-        shards = _name_absent(folder.plan(files, template, shard_size), root, kept or frozenset())
+        shards = folder.plan(files, template, shard_size)
     elif format == "webdataset":
         shards = webdataset.plan(files, template)
     elif format == "parquet":
-        shards = _apart(parquet.plan(files, template, shard_size))
+        shards = parquet.prefixed(parquet.plan(files, template, shard_size))
     else:
-        shards = _apart(embeddings.plan(files, template, shard_size * embeddings.SHARD_FACTOR))
+        shards = parquet.prefixed(embeddings.plan(files, template, shard_size * embeddings.SHARD_FACTOR))
     # Number the shards, and their rows as far as the counts are known.
     index, first, names = -1, 0, dict[str, str]()
     for index, shard in enumerate(shards):
@@ -217,55 +215,21 @@ def plan_shards(
         raise DataError(f"{root}: no images{among} there in the format {format}; check images.uri and images.format")
 
 
-def _name_absent(shards: Iterable[Shard], root: str, classes: Collection[str]) -> Iterator[Shard]:
-    """Pass on the shards of a folder, and name classes that are asked for and have no image in any of them."""
-    absent, shard = set(classes), None
-    for shard in shards:
-        if absent:
-            absent.difference_update(*(member.key.split("/")[:-1] for member in shard.members))
-        yield shard
-    if absent and shard is not None:
-        few = f"{len(absent):,} of {len(classes):,} classes, such as {min(absent)}"
-        _say_once(logging.WARNING, f"{root}: no image of {few} in images.classes")
-
-
 def _files_of(root: str, format: str) -> Iterator[FileStat]:  # noqa: A002
     """Yield the files of a format in a listing, and folders that may not be listed; say what is left out."""
     kinds = {"parquet": ("table",), "embeddings": ("table", "embeddings")}.get(format, (format,))
     others, example = 0, ""
     for file in storage.walk(root):
         # A file that is named by itself is what `format` says, whatever it is called.
-        if _file_kind(file.key) in kinds or file.size == storage.CLOSED_FOLDER or file.uri == root:
+        if file_kind(file.key) in kinds or file.size == storage.CLOSED_FOLDER or file.uri == root:
             if file.uri == root and (advice := _advice(file.key)) and parquet.read_footer(file) is None:
                 raise DataError(f"{root}: {advice}")
             yield file
-        elif format != "embeddings" or not embeddings.is_label_file(file.key):
+        elif format != "embeddings" or not embeddings.LABELS_BESIDE.fullmatch(file.key.lower().rpartition("/")[2]):
             others, example = others + 1, example or file.key
     if others:
         what = {"folder": "images", "webdataset": "tars", "parquet": "tables"}.get(format, "tables or arrays")
-        _say_once(logging.INFO, f"{root}: files left out that are no {what} by name: {others:,}, such as {example}")
-
-
-@lru_cache(128)
-def _say_once(level: int, message: str) -> None:
-    """Log a line on an input once, however often a command lists it."""
-    log.log(level, "%s", message)
-
-
-def _apart(shards: Iterator[Shard]) -> Iterator[Shard]:
-    """Set `Shard.prefixed` of the shards of tables and arrays, by the keys of the first few."""
-    first, files = list[Shard](), dict[str, Shard]()
-    for shard in shards:
-        first.append(shard)
-        files.setdefault(shard.uri, shard)
-        if len(files) == _COMPARED:
-            break
-    prefixed = "never"
-    if len(files) > 1:
-        keys = [found for shard in files.values() if (found := parquet.first_keys(shard)) is not None]
-        together = pa.chunked_array([chunk for found in keys for chunk in found.chunks], pa.large_string())
-        prefixed = "names" if pc.count_distinct(together).as_py() == len(together) else "always"
-    yield from (replace(shard, prefixed=prefixed) for shard in chain(first, shards))
+        log_once(logging.INFO, f"{root}: files left out that are no {what} by name: {others:,}, such as {example}")
 
 
 def read_classes(classes: Sequence[str] | str | None) -> frozenset[str] | None:
@@ -283,7 +247,15 @@ def read_classes(classes: Sequence[str] | str | None) -> frozenset[str] | None:
         return None
     if isinstance(classes, str):
         if re.fullmatch(r"imagenet-\w+", classes):
-            known = published_classes()
+            # A line [name], or [name + base] with all of another subset, and then lines of WordNet ids.
+            known, name, base = dict[str, frozenset[str]](), "", frozenset[str]()
+            for line in _SUBSETS.read_text().splitlines():
+                if line.startswith("["):
+                    name, _, other = line.partition(" + ")
+                    name, base = name.strip("[]"), known.get(other, frozenset())
+                    known[name] = base
+                elif name:
+                    known[name] |= frozenset(line.split())
             if classes not in known:
                 raise DataError(f"images.classes = {classes}: no such subset; known are {', '.join(known)}")
             return known[classes]
@@ -296,19 +268,6 @@ def read_classes(classes: Sequence[str] | str | None) -> frozenset[str] | None:
     if not names:
         raise DataError(f"images.classes = {classes}: names no class; give at least one, or null for all")
     return frozenset(names)
-
-
-def published_classes() -> dict[str, frozenset[str]]:
-    """Return the WordNet ids of each published subset of ImageNet, by name."""
-    found, name, base = dict[str, frozenset[str]](), "", frozenset[str]()
-    for line in _SUBSETS.read_text().splitlines():
-        if line.startswith("["):
-            name, _, other = line.partition(" + ")
-            name, base = name.strip("[]"), found.get(other, frozenset())
-            found[name] = base
-        elif name:
-            found[name] |= frozenset(line.split())
-    return found
 
 
 def read_records(shard: Shard, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[Record]:
@@ -361,7 +320,7 @@ def _contents_of_folder(folder: str, kind: str) -> tuple[float, int]:
     wanted = {"webdataset": "webdataset", "embeddings_npy": "embeddings", "embeddings_pt": "embeddings"}.get(
         kind, "table"
     )
-    listed = (file for file in storage.walk(folder, missing_ok=True) if _file_kind(file.key) == wanted)
+    listed = (file for file in storage.walk(folder, missing_ok=True) if file_kind(file.key) == wanted)
     files = sorted(islice(listed, _LISTED), key=lambda file: -file.size)
     files = [file for file in files if file.size * _FAR_SMALLER > files[0].size]
     for file in files[:_TRIED]:
@@ -370,8 +329,12 @@ def _contents_of_folder(folder: str, kind: str) -> tuple[float, int]:
                 count = webdataset.count_images(file.uri)
             elif wanted == "table":
                 count = sum(footer.group_rows) if (footer := parquet.read_footer(file)) else 0
+            elif file.key.lower().endswith(".npy"):
+                header = embeddings.read_npy_header(file.uri)
+                embeddings.check_matrix(file.uri, header.shape, header.dtype)
+                count = header.rows_within(file.size)
             else:
-                count = embeddings.count_rows(file)
+                count = 0
         except DataError:
             continue
         if count:

@@ -225,22 +225,13 @@ def _label(shard: Shard, source: str, archive: BinaryIO, entry: _Entry) -> str |
     data = _read_at(archive, member.offset, min(member.size, _SIDECAR_LIMIT))
     if suffix != "json" and suffix in entry.sidecars:
         return label_text(data)
-    return json_label(data, None if source in ("auto", "json") else source)
-
-
-def json_label(data: bytes, field: str | None = None) -> str | None:
-    """Return the label in a JSON object; None if it is damaged or has none.
-
-    Args:
-        data: the JSON text.
-        field: name of the field, with `.` between levels; None takes the first of `LABEL_NAMES`.
-    """
+    # A field of a JSON object: the one that is named, with `.` between levels, else the first of `LABEL_NAMES`.
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    if field is not None:
-        for name in field.split("."):
+    if source not in ("auto", "json"):
+        for name in source.split("."):
             value = value.get(name) if isinstance(value, dict) else None
     elif isinstance(value, dict):
         fields = {str(name).lower(): item for name, item in reversed(value.items())}

@@ -16,12 +16,12 @@ from rayclust.store.sources import Rows, Shard, plan_shards, read_rows
 from rayclust.store.sources.embeddings import (
     DamagedNpyError,
     EmbeddingBuffer,
-    is_array_file,
     read_npy_header,
     read_npy_rows,
     validate_embeddings,
 )
 from rayclust.store.sources.parquet import RowNames
+from rayclust.store.sources.plan import file_kind
 from tests.store.inputs import npy, parquet, vectors, write
 
 VALUES = vectors(70)
@@ -223,14 +223,14 @@ def test_tensors_need_a_reader(place: str) -> None:
 
 @pytest.mark.parametrize("key", ["a.npy", "img_emb/img_emb_0.npy", "x/FEATS.PT", "mylabels.npy"])
 def test_array_files(key: str) -> None:
-    assert is_array_file(key)
+    assert file_kind(key) == "embeddings"
 
 
 @pytest.mark.parametrize(
     "key", ["labels.npy", "a_labels.npy", "x/train-labels.pt", "targets.npy", "text_emb/text_emb_0.npy", "a.npz"]
 )
 def test_other_files(key: str) -> None:
-    assert not is_array_file(key)
+    assert file_kind(key) is None
 
 
 def test_real_arrays(shared_data: Path) -> None:

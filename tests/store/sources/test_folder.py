@@ -4,7 +4,7 @@ import pytest
 
 from rayclust.store import storage
 from rayclust.store.sources import Shard, plan_shards, read_records
-from rayclust.store.sources.folder import is_image
+from rayclust.store.sources.plan import file_kind
 from tests.store.inputs import image, write
 
 
@@ -56,12 +56,12 @@ def test_what_is_gone_or_too_large_is_a_reject(place: str) -> None:
 
 @pytest.mark.parametrize("key", ["a.jpg", "x/y.PNG", "a.b.Tiff", "x.jpg/y.gif", "a.avif", "a.JFIF", "a.svg", "a.heic"])
 def test_image_names(key: str) -> None:
-    assert is_image(key)
+    assert file_kind(key) == "folder"
 
 
 @pytest.mark.parametrize("key", ["a.jpg.txt", "jpg", "x/png", "a.jpg/b", "a.mp4", ""])
 def test_other_names(key: str) -> None:
-    assert not is_image(key)
+    assert file_kind(key) is None
 
 
 def test_a_raw_file_beside_its_picture_is_left_out_and_said_once(place: str, caplog: pytest.LogCaptureFixture) -> None:

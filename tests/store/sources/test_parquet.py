@@ -12,7 +12,7 @@ import pytest
 from rayclust.errors import DataError
 from rayclust.store import storage
 from rayclust.store.sources import Record, Shard, fetch_many, parquet, plan_shards, read_records, read_rows
-from rayclust.store.sources.parquet import Columns, RowNames, class_names
+from rayclust.store.sources.parquet import Columns, RowNames
 from tests.store.inputs import image, vectors, write
 from tests.store.inputs import parquet as make
 
@@ -283,10 +283,12 @@ def test_keys_tell_the_rows_of_several_tables_apart(
 
 
 def test_class_names_of_both_kinds_of_metadata() -> None:
-    assert class_names({b"class_names": b'["a", "b"]'}, "label") == ["a", "b"]
+    table = pa.table({"label": [1, 0], "other": [0, 1]})
+    assert names(table.replace_schema_metadata({"class_names": '["a", "b"]'}), "label").labels == ["b", "a"]
     hugging = b'{"info": {"features": {"label": {"names": ["x", "y"], "_type": "ClassLabel"}}}}'
-    assert class_names({b"huggingface": hugging}, "label") == ["x", "y"]
-    assert class_names({b"huggingface": hugging}, "other") is None
+    table = table.replace_schema_metadata({b"huggingface": hugging})
+    assert names(table, "label").labels == ["y", "x"]
+    assert names(table, "other").labels == ["0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -295,4 +297,4 @@ def test_class_names_of_both_kinds_of_metadata() -> None:
      {b"huggingface": b"[]"}, {b"huggingface": b'{"info": null}'}, {b"class_names": b"\xff"}],
 )  # fmt: skip
 def test_damaged_metadata_names_no_classes(metadata: dict[bytes, bytes] | None) -> None:
-    assert class_names(metadata, "label") is None
+    assert names(pa.table({"label": [1, 0]}).replace_schema_metadata(metadata), "label").labels == ["1", "0"]

@@ -12,7 +12,7 @@ import pytest
 
 from rayclust.store import storage
 from rayclust.store.sources import Record, plan_shards, read_records, webdataset
-from rayclust.store.sources.webdataset import Damage, TarMember, decompress, json_label, scan_tar
+from rayclust.store.sources.webdataset import Damage, TarMember, decompress, scan_tar
 from tests.store.inputs import entry, gz, image, special_tar, tar, write
 
 FILES = [("a.jpg", b"a" * 700), ("dir/b.jpg", b"b" * 512), ("c.cls", b"")]
@@ -99,8 +99,9 @@ def test_a_file_that_is_gone_is_one_reject(place: str) -> None:
         (b"[" * 100_000, None, None), (b'{"label": "\\ud800"}', None, "\\ud800"), (b'{"label": null}', None, None),
     ],
 )  # fmt: skip
-def test_json_label(text: bytes, field: str | None, label: str | None) -> None:
-    assert json_label(text, field) == label
+def test_labels_in_json(text: bytes, field: str | None, label: str | None, place: str) -> None:
+    (found,) = records(place, [("a.jpg", b"a"), ("a.json", text)], labels=field or "auto")
+    assert (found.key, found.label) == ("x/a", label)
 
 
 def contents(data: bytes) -> tuple[list[tuple[str, bytes]], list[str]]:
