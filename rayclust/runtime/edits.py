@@ -6,20 +6,33 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from rayclust.arrays import IntArray
-from rayclust.errors import ArtefactError
+from rayclust.errors import ArtefactError, ConfigError
 from rayclust.runtime.pipeline import content_digest
 from rayclust.runtime.rows import row_starts, table_at
 from rayclust.runtime.vocabularies import cluster_names
+from rayclust.settings import format_error
 from rayclust.store import storage, tables
 from rayclust.store.manifest import AssignOutputs, Manifest, digest_of, read_manifest
-from rayclust.store.overlay import Edit, Edited, Overlay, add, keys_of, read_overlay, refit, write_overlay
+from rayclust.store.overlay import (
+    Edit,
+    Edited,
+    Overlay,
+    Split,
+    add,
+    clusters_named,
+    read_overlay,
+    refit,
+    write_overlay,
+)
 from rayclust.store.run import Run, parts
 
 logger = logging.getLogger(__name__)
@@ -41,8 +54,8 @@ class ShownClusters:
 
     @cached_property
     def names(self) -> dict[int, str | None]:
-        """Names by shown cluster."""
-        return self.edited.named(self.own_names)
+        """Names by shown cluster: that given by hand, else the stage's."""
+        return {k: self.edited.names.get(k, self.own_names.get(k)) for k in self.edited.shown}
 
     @property
     def names_of_own(self) -> dict[int, str | None]:
@@ -67,14 +80,18 @@ def shown_clusters(run: Run) -> ShownClusters | None:
     return ShownClusters(overlay, Edited.by(overlay.edits, overlay.clusters), cluster_names(run))
 
 
-def edit_clusters(run: Run, edit: Edit) -> None:
-    """Add an edit to a run's overlay.
+def edit_clusters(run: Run, content: Edit | dict[str, Any]) -> None:
+    """Add an edit, or the one that is given as its JSON, to a run's overlay.
 
     Raises:
         ArtefactError: the run has no typical images yet, by which the edit is found again after another assignment.
-        ConfigError: the edit names a cluster that is not shown.
+        ConfigError: it is no edit, or names a cluster that is not shown.
         HeldError: somebody else has edited the clusters meanwhile.
     """
+    try:
+        edit: Edit = TypeAdapter(Edit).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError(f"edit: {format_error(error, ())}") from None
     assign, label, encode = (read_manifest(run, stage) for stage in ("assign", "label", "encode"))
     if assign is None or encode is None or label is None or label.inputs.get("assign") != content_digest(assign):
         raise ArtefactError(f"{run.uri}: has no typical images yet: run `rayclust label RUN.yaml` first")
@@ -82,7 +99,7 @@ def edit_clusters(run: Run, edit: Edit) -> None:
     exemplars = tables.read_table(run.clusters, ["cluster", "exemplars"]).to_pylist()
     # Only of the clusters that take part: a cluster's page must open at once among many thousands.
     edited = Edited.by((*overlay.edits, edit), overlay.clusters)
-    ends = {int(edited.final[k]) for k in edit.named}
+    ends = {int(edited.final[k]) for k in clusters_named(edit)}
     wanted = {each["cluster"]: each["exemplars"] for each in exemplars if int(edited.final[each["cluster"]]) in ends}
     rows = np.unique(np.array([row for some in wanted.values() for row in some], np.int64))
     found = table_at(run.rows, row_starts(encode), rows, ["key"])["key"].to_pylist()
@@ -121,7 +138,10 @@ def _fitted(run: Run, assign: Manifest) -> tuple[Overlay, str | None]:
 def _refitted(uri: str, content: str, digest: str, clusters: int) -> Overlay:
     """Return `refit` of an overlay's JSON; cached, as it reads the keys of all rows."""
     overlay, cluster_of = Overlay.model_validate_json(content), dict[str, int]()
-    wanted = pa.array(sorted(keys_of(overlay)), pa.string())
+    # The keys by which its clusters are found again, and those of its splits.
+    keys = {key for keys in overlay.fingerprints.values() for key in keys}
+    keys |= {key for edit in overlay.edits if isinstance(edit, Split) for key in edit.keys}
+    wanted = pa.array(sorted(keys), pa.string())
     for _, part in parts(Run(uri).assignments_folder):
         table = tables.read_table(part, ["key", "cluster"])
         some = table.filter(pc.is_in(table["key"], value_set=wanted))

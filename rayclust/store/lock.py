@@ -59,19 +59,6 @@ class LockOwner(Config):
     beat: int = Field(0, ge=0)
     """Renewals so far."""
 
-    @classmethod
-    def this_process(cls) -> LockOwner:
-        """Return the owner that this process becomes when it takes a run."""
-        return cls(
-            token=uuid.uuid4().hex,
-            host=socket.gethostname(),
-            machine=machine_id(),
-            pid=os.getpid(),
-            born=process_start_time(os.getpid()) or "",
-            submission=os.environ.get(SUBMISSION_VARIABLE),
-            since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        )
-
     def __str__(self) -> str:
         job = f", job {self.submission}" if self.submission else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
@@ -112,7 +99,16 @@ class RunLock:
 
     def __init__(self, run: Run) -> None:
         self._run, self._uri = run, run.lease
-        self._owner = LockOwner.this_process()
+        self.owner = LockOwner(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=machine_id(),
+            pid=os.getpid(),
+            born=process_start_time(os.getpid()) or "",
+            submission=os.environ.get(SUBMISSION_VARIABLE),
+            since=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        )
+        """This process, as others see it once it has taken the run."""
         self._version: str | None = None
         self._lost_to: str | None = None
         self._renewed = 0.0
@@ -156,7 +152,7 @@ class RunLock:
             )
 
     def _content(self) -> bytes:
-        return storage.canonical_json(self._owner.model_dump(mode="json")).encode()
+        return storage.canonical_json(self.owner.model_dump(mode="json")).encode()
 
     def _renew_regularly(self) -> None:
         while not self._ended.wait(RENEW_SECONDS) and self._lost_to is None:
@@ -167,7 +163,7 @@ class RunLock:
 
     def _renew(self) -> None:
         with self._renewing:
-            self._owner = self._owner.model_copy(update={"beat": self._owner.beat + 1})
+            self.owner = self.owner.model_copy(update={"beat": self.owner.beat + 1})
             version = storage.put_if_match(self._uri, self._content(), self._version)
             if version is not None:
                 self._version, self._renewed = version, time.clock_gettime(_CLOCK)
@@ -175,7 +171,7 @@ class RunLock:
             # The next renewal goes on from no file, or from an older one of this process.
             found = storage.read_versioned(self._uri)
             owner = _parse(found[0]) if found else None
-            if found and (owner is None or owner.token != self._owner.token):
+            if found and (owner is None or owner.token != self.owner.token):
                 self._lost_to = str(owner or "another process")
             else:
                 self._version = found[1] if found else None

@@ -11,6 +11,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from io import BufferedReader
 from itertools import accumulate
@@ -441,6 +442,7 @@ def remove_damaged(run: Run, stages: Iterable[str], message: str) -> tuple[str, 
     return "", ""
 
 
+@dataclass
 class FileListing:
     """Files of a run as they are now; each folder is listed once, on first use.
 
@@ -448,20 +450,20 @@ class FileListing:
     edited, is read and its digest decides.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._found: dict[str, dict[str, FileStat]] = {}
+    run: Run
+    _found: dict[str, dict[str, FileStat]] = field(default_factory=dict, init=False)
+    """By folder of the run, its files by their path below it."""
 
     def has(self, path: str, written: Mapping[str, Any]) -> bool:
         """Return whether the file at `path` below the run is the one that was written; log a warning if not."""
         found = self.find(path)
         if found is None or found.size != written["size"]:
             fault = "is missing" if found is None else f"has {found.size:,} bytes instead of {written['size']:,}"
-            logger.warning("%s: %s: made again", self._run.at(path), fault)
+            logger.warning("%s: %s: made again", self.run.at(path), fault)
             return False
         if found.stamp == written.get("stamp") or _digest(found.uri) == written["digest"]:
             return True
-        logger.warning("%s: is damaged, its checksum is another than was written: made again", self._run.at(path))
+        logger.warning("%s: is damaged, its checksum is another than was written: made again", self.run.at(path))
         return False
 
     def has_all(self, outputs: Outputs) -> bool:
@@ -472,9 +474,9 @@ class FileListing:
         """Return size and stamp of the file at `path` below the run; None if there is none."""
         folder, _, name = path.partition("/")
         if not name:
-            return storage.stat(self._run.at(path))
+            return storage.stat(self.run.at(path))
         if folder not in self._found:
-            files = storage.walk(self._run.at(folder), missing_ok=True)
+            files = storage.walk(self.run.at(folder), missing_ok=True)
             self._found[folder] = {file.key: file for file in files}
         return self._found[folder].get(name)
 

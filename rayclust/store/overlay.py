@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from rayclust.arrays import IntArray
 from rayclust.errors import ArtefactError, ConfigError, HeldError
@@ -30,20 +30,10 @@ MAJORITY = 0.5
 """A cluster is found again where more than this share of its typical images lies."""
 
 
-class _OfOne(Config):
-    """An edit of one cluster."""
-
-    cluster: Number
-
-    @property
-    def named(self) -> tuple[int, ...]:
-        """Numbers of the clusters that the edit names."""
-        return (self.cluster,)
-
-
-class Rename(_OfOne):
+class Rename(Config):
     """Another name for a cluster."""
 
+    cluster: Number
     do: Literal["rename"] = "rename"
     name: Text
 
@@ -54,30 +44,32 @@ class Merge(Config):
     do: Literal["merge"] = "merge"
     clusters: tuple[Number, ...] = Field(min_length=2)
 
-    @property
-    def named(self) -> tuple[int, ...]:
-        """Numbers of the clusters that the edit names."""
-        return self.clusters
 
-
-class Split(_OfOne):
+class Split(Config):
     """Some images of a cluster as a cluster of their own, whose number is the next one that is free."""
 
+    cluster: Number
     do: Literal["split"] = "split"
     keys: tuple[str, ...] = Field(min_length=1)
     """Of the images; those that are not in the cluster stay where they are."""
     name: Text | None = None
 
 
-class Mark(_OfOne):
+class Mark(Config):
     """A word beside a cluster, such as `checked` or `junk`."""
 
+    cluster: Number
     do: Literal["mark"] = "mark"
     mark: Text | None
     """None removes it."""
 
 
 Edit = Annotated[Rename | Merge | Split | Mark, Field(discriminator="do")]
+
+
+def clusters_named(edit: Edit) -> tuple[int, ...]:
+    """Return the numbers of the clusters that an edit names."""
+    return edit.clusters if isinstance(edit, Merge) else (edit.cluster,)
 
 
 class Unfit(Config):
@@ -129,7 +121,7 @@ class Edited:
         final = np.arange(clusters + len(splits), dtype=np.int32)
         names, marks, count = dict[int, str](), dict[int, str](), clusters
         for place, edit in enumerate(edits):
-            for cluster in edit.named:
+            for cluster in clusters_named(edit):
                 if cluster >= count or final[cluster] != cluster:
                     where = f", it is part of {final[cluster]}" if cluster < count else f" among {count}"
                     raise ConfigError(f"edit {place + 1}, {edit.do}: there is no cluster {cluster}{where}")
@@ -176,10 +168,6 @@ class Edited:
         found[named] = own
         return found
 
-    def named(self, names: Mapping[int, str | None]) -> dict[int, str | None]:
-        """Return the name of each shown cluster: that given by hand, else that of `names` by number."""
-        return {cluster: self.names.get(cluster, names.get(cluster)) for cluster in self.shown}
-
 
 def read_overlay(run: Run) -> tuple[Overlay, str | None]:
     """Return the edits of a run and the version of their file, for `write_overlay`; no edits and None without a file.
@@ -209,15 +197,6 @@ def write_overlay(run: Run, overlay: Overlay, version: str | None) -> str:
     return written
 
 
-def parse_edit(content: object) -> Edit:
-    """Return an edit of its JSON; raise `ConfigError` if it is none."""
-    try:
-        found: Edit = TypeAdapter(Edit).validate_python(content)
-    except ValidationError as error:
-        raise ConfigError(f"edit: {format_error(error, ())}") from None
-    return found
-
-
 def add(overlay: Overlay, edit: Edit, typical: Mapping[int, Sequence[str]]) -> Overlay:
     """Return the overlay with one more edit.
 
@@ -232,7 +211,7 @@ def add(overlay: Overlay, edit: Edit, typical: Mapping[int, Sequence[str]]) -> O
     edits = (*overlay.edits, edit)
     final = Edited.by(edits, overlay.clusters).final
     # A merged cluster is found again by the images of all that went into it.
-    ends = {int(final[cluster]) for cluster in edit.named}
+    ends = {int(final[cluster]) for cluster in clusters_named(edit)}
     origins = {cluster: tuple(keys) for cluster, keys in typical.items() if int(final[cluster]) in ends}
     return overlay.model_copy(update={"edits": edits, "fingerprints": origins | overlay.fingerprints})
 
@@ -247,28 +226,28 @@ def refit(overlay: Overlay, assign: str, clusters: int, cluster_of: Mapping[str,
         overlay: of the earlier assignment.
         assign: content digest of the new one.
         clusters: K of the new one.
-        cluster_of: cluster of each key of `keys_of(overlay)` in the new one; keys that are gone are missing.
+        cluster_of: cluster of each key of fingerprints and splits in the new one; keys that are gone are missing.
     """
     now, owner = _found_again(overlay, cluster_of)
     final = Edited.by(overlay.edits, overlay.clusters).final
-
-    def place(cluster: int) -> int:
-        """Return the new number of an old cluster that is its own; raise `ConfigError` if there is none."""
-        where = _known(now, cluster)
-        if cluster < overlay.clusters and final[owner[where]] != final[cluster]:
-            raise ConfigError(f"cluster {cluster} lies in cluster {where} with cluster {owner[where]}")
-        return where
-
     kept, unfit, old_split, new_split = list[Edit](), list(overlay.unfit), overlay.clusters, clusters
     for edit in overlay.edits:
         current = Edited.by(kept, clusters)
         try:
+            # 1. The new numbers of the clusters that the edit names.
+            lost = [k for k in clusters_named(edit) if k not in now]
+            if lost:
+                raise ConfigError(f"the typical images of cluster {lost[0]} no longer lie together")
             if isinstance(edit, Merge):
-                some = dict.fromkeys(int(current.final[_known(now, k)]) for k in edit.clusters)
+                some = dict.fromkeys(int(current.final[now[k]]) for k in edit.clusters)
                 # Clusters that have become one need no merge.
                 kept += [Merge(clusters=tuple(some))] if len(some) > 1 else []
                 continue
-            cluster = int(current.final[place(edit.cluster)])
+            where = now[edit.cluster]
+            if edit.cluster < overlay.clusters and final[owner[where]] != final[edit.cluster]:
+                raise ConfigError(f"cluster {edit.cluster} lies in cluster {where} with cluster {owner[where]}")
+            cluster = int(current.final[where])
+            # 2. A split needs some of its images there.
             if isinstance(edit, Split):
                 keys = [key for key in edit.keys if key in cluster_of]
                 inside = current.of(np.array([cluster_of[key] for key in keys], np.int32), pa.array(keys, pa.string()))
@@ -298,15 +277,3 @@ def _found_again(overlay: Overlay, cluster_of: Mapping[str, int]) -> tuple[dict[
             now[cluster] = where
             votes[where] = max(votes.get(where, (0, cluster)), (most, cluster), key=lambda vote: vote[0])
     return now, {where: cluster for where, (_, cluster) in votes.items()}
-
-
-def _known(now: Mapping[int, int], cluster: int) -> int:
-    if cluster not in now:
-        raise ConfigError(f"the typical images of cluster {cluster} no longer lie together")
-    return now[cluster]
-
-
-def keys_of(overlay: Overlay) -> set[str]:
-    """Return the keys by which an overlay's clusters are found again, and those of its splits."""
-    found = {key for keys in overlay.fingerprints.values() for key in keys}
-    return found | {key for edit in overlay.edits if isinstance(edit, Split) for key in edit.keys}

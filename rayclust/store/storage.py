@@ -170,41 +170,6 @@ def write_bytes(uri: str, data: bytes) -> str:
             answer = fs.pipe_file(where, data)
             info = {**answer, "size": len(data)} if uri.startswith("s3://") else fs.info(where)
         return remote_stat("", uri, info).stamp
-    with _replacing_local(uri) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # a network drive gives the time of change with the last bytes
-        found = os.fstat(file.fileno())
-    return _local_stat("", "", found).stamp
-
-
-@contextmanager
-def replacing(uri: str) -> Iterator[BinaryIO]:
-    """Provide a file to write piece by piece, which replaces the one at `uri` at once at the end.
-
-    Where the block fails, all is as it was. A remote file is written here first and then sent.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    if is_remote(uri):
-        with tempfile.TemporaryDirectory(prefix="rayclust-") as folder:
-            path = Path(folder) / "object"
-            with path.open("wb") as file:
-                yield file
-            with translated(uri, "write"):
-                fs, where = filesystem(uri)
-                fs.put_file(str(path), where)
-        return
-    with _replacing_local(uri) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _replacing_local(uri: str) -> Iterator[BinaryIO]:
-    """Provide a file that gets its name at the end; the caller has its bytes on the disk by then."""
     path = to_path(uri)
     with translated(uri, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,18 +177,22 @@ def _replacing_local(uri: str) -> Iterator[BinaryIO]:
         try:
             with temporary.open("xb") as file:
                 _remove_orphans(path, os.fstat(file.fileno()).st_mtime)
-                yield file
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a network drive gives the time of change with the last bytes
+                found = os.fstat(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    return _local_stat("", "", found).stamp
 
 
 @contextmanager
 def open_output(uri: str) -> Iterator[BinaryIO]:
-    """Write a large file piece by piece; it is at `uri` once the context ends without an error, and not before.
+    """Write a large file piece by piece; it replaces the one at `uri` once the context ends without an error.
 
-    A remote file is written to a temporary one here and sent in pieces.
+    Where the block fails, all is as it was. A remote file is written to a temporary one here and sent in pieces.
 
     Raises:
         DataError: it cannot be written.
@@ -236,6 +205,7 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
             file = temporary.open("xb")
         try:
             with file:
+                _remove_orphans(path, os.fstat(file.fileno()).st_mtime)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

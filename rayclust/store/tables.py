@@ -160,7 +160,7 @@ def write_pieces(uri: str, schema: pa.Schema, pieces: Iterable[pa.Table]) -> Non
     Raises:
         DataError: it cannot be written.
     """
-    with storage.replacing(uri) as file:
+    with storage.open_output(uri) as file:
         is_csv = uri.endswith(".csv")
         with pyarrow.csv.CSVWriter(file, schema) if is_csv else _parquet_writer(file, schema) as writer:
             for piece in pieces:

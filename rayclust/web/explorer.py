@@ -26,7 +26,6 @@ from rayclust.runtime.rows import table_at
 from rayclust.runtime.spaces import learnt_index
 from rayclust.stages.search import Searcher
 from rayclust.store import storage, tables
-from rayclust.store.overlay import parse_edit
 from rayclust.store.sources import fetch_many
 from rayclust.web.comparison import Comparison
 from rayclust.web.encoding import QueryEncoder
@@ -272,7 +271,7 @@ class Explorer:
             for row in rows:
                 self._check(row)
             content["keys"] = [record["key"] for record in self._index.records(np.array(rows, np.int64))]
-        edit_clusters(self._run, parse_edit(content))
+        edit_clusters(self._run, content)
         return self._reload()
 
     def undo(self) -> dict[str, Any]:

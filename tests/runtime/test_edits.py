@@ -17,7 +17,7 @@ from rayclust.runtime.results import RunTables
 from rayclust.stages.predict import predict
 from rayclust.stages.search import search
 from rayclust.store.manifest import Manifest, read_manifest, write_manifest
-from rayclust.store.overlay import Merge, Rename, Split, read_overlay
+from rayclust.store.overlay import Merge, Rename, Split, clusters_named, read_overlay
 from rayclust.store.run import Run
 from tests.sealed import Sealed
 
@@ -97,8 +97,8 @@ def test_edits_survive_another_numbering_of_the_clusters(edited: RunConfig, capl
     assert shown.overlay.unfit == ()
     after = RunTables(edited).frame()
     assert after["name"].tolist() == before["name"].tolist()
-    assert [edit.named for edit in shown.overlay.edits] == [(1, 2), (1,), (0,)]
-    assert read_overlay(run)[0].edits[1].named == (0,), "reading writes nothing"
+    assert [clusters_named(edit) for edit in shown.overlay.edits] == [(1, 2), (1,), (0,)]
+    assert clusters_named(read_overlay(run)[0].edits[1]) == (0,), "reading writes nothing"
     assert not caplog.records
 
 

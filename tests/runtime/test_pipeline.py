@@ -244,9 +244,7 @@ def test_a_shorter_input_leaves_no_part_of_the_longer_one(tmp_path: Path, in_pro
 def other_process(run: Run) -> Iterator[LockOwner]:
     """Somebody who is at work on the run, and will not let go."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
-        holder = LockOwner.this_process().model_copy(
-            update={"pid": process.pid, "born": process_start_time(process.pid)}
-        )
+        holder = RunLock(run).owner.model_copy(update={"pid": process.pid, "born": process_start_time(process.pid)})
         storage.write_json(run.lease, holder.model_dump(mode="json"))
         yield holder
         process.kill()

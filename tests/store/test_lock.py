@@ -68,6 +68,10 @@ def end(process: subprocess.Popen[str]) -> None:
     assert process.wait(timeout=30) == 0
 
 
+def this_process() -> LockOwner:
+    return RunLock(Run("nowhere")).owner
+
+
 def write_owner(run: Run, owner: LockOwner) -> None:
     storage.write_json(run.lease, owner.model_dump(mode="json"))
 
@@ -76,24 +80,24 @@ def write_owner(run: Run, owner: LockOwner) -> None:
 
 
 def test_this_process_is_local_and_at_work() -> None:
-    me = LockOwner.this_process()
+    me = this_process()
     assert (me.pid, me.machine, me.beat) == (os.getpid(), machine_id(), 0)
     assert not me.has_ended()
-    assert me.token != LockOwner.this_process().token
+    assert me.token != this_process().token
 
 
 def test_a_line_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SUBMISSION_VARIABLE, raising=False)
-    assert str(LockOwner.this_process()).startswith(f"process {os.getpid()} on ")
-    assert "job" not in str(LockOwner.this_process())
+    assert str(this_process()).startswith(f"process {os.getpid()} on ")
+    assert "job" not in str(this_process())
     monkeypatch.setenv(SUBMISSION_VARIABLE, "rayclust-photos-1")
-    assert ", job rayclust-photos-1, since 20" in str(LockOwner.this_process())
+    assert ", job rayclust-photos-1, since 20" in str(this_process())
 
 
 def test_a_process_that_was_killed_has_ended_before_and_after_it_is_waited_for() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     born = process_start_time(process.pid)
-    owner = LockOwner.this_process().model_copy(update={"pid": process.pid, "born": born})
+    owner = this_process().model_copy(update={"pid": process.pid, "born": born})
     assert not owner.has_ended()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -103,11 +107,11 @@ def test_a_process_that_was_killed_has_ended_before_and_after_it_is_waited_for()
 
 
 def test_a_number_that_came_again_is_another_process() -> None:
-    assert LockOwner.this_process().model_copy(update={"born": "1"}).has_ended()
+    assert this_process().model_copy(update={"born": "1"}).has_ended()
 
 
 def test_of_other_machines_nothing_is_known() -> None:
-    owner = LockOwner.this_process().model_copy(update={"machine": "elsewhere", "pid": 2**22 + 1})
+    owner = this_process().model_copy(update={"machine": "elsewhere", "pid": 2**22 + 1})
     assert owner.machine != machine_id()
     assert not owner.has_ended()
 
@@ -159,7 +163,7 @@ def test_an_owner_elsewhere_is_watched_and_replaced_when_it_was_not_seen_to_rene
 
 def test_an_owner_elsewhere_that_ends_while_it_is_watched_leaves_the_run(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
-    write_owner(run, LockOwner.this_process().model_copy(update={"machine": "elsewhere"}))
+    write_owner(run, this_process().model_copy(update={"machine": "elsewhere"}))
     threading.Timer(LOST / 3, lambda: storage.remove(run.lease)).start()
     started = time.monotonic()
     with run_lock(run):
@@ -168,7 +172,7 @@ def test_an_owner_elsewhere_that_ends_while_it_is_watched_leaves_the_run(tmp_pat
 
 def test_clocks_that_differ_by_years_change_nothing(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
-    owner = LockOwner.this_process().model_copy(update={"machine": "elsewhere", "since": "2001-01-01 00:00:00 UTC"})
+    owner = this_process().model_copy(update={"machine": "elsewhere", "since": "2001-01-01 00:00:00 UTC"})
     write_owner(run, owner)
     stop = threading.Event()
 
@@ -190,7 +194,7 @@ def test_clocks_that_differ_by_years_change_nothing(tmp_path: Path) -> None:
 
 def test_of_two_that_find_a_dead_owner_one_takes_the_run(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
-    write_owner(run, LockOwner.this_process().model_copy(update={"born": "1"}))
+    write_owner(run, this_process().model_copy(update={"born": "1"}))
     found = storage.read_versioned(run.lease)
     assert found is not None
     versions = [storage.put_if_match(run.lease, each._content(), found[1]) for each in (RunLock(run), RunLock(run))]
@@ -242,7 +246,7 @@ def test_an_owner_that_stood_still_and_was_replaced_fails_at_the_check(tmp_path:
     run = Run(str(tmp_path))
     with run_lock(run) as mine:
         mine.check()
-        theirs = LockOwner.this_process()
+        theirs = this_process()
         write_owner(run, theirs)
         mine._renewed -= LOST  # as after a sleep of the machine, before the thread has looked
         with pytest.raises(HeldError, match=f"taken over by process {theirs.pid}"):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from rayclust.errors import ArtefactError, ConfigError, HeldError
+from rayclust.runtime.edits import ShownClusters, edit_clusters
 from rayclust.store.overlay import (
     Edit,
     Edited,
@@ -17,8 +18,7 @@ from rayclust.store.overlay import (
     Rename,
     Split,
     add,
-    keys_of,
-    parse_edit,
+    clusters_named,
     read_overlay,
     refit,
     write_overlay,
@@ -69,7 +69,11 @@ def test_names_and_marks_belong_to_what_is_shown():
     )
     edited = Edited.by(edits, 3)
     assert edited.shown == [1, 2, 3]
-    assert edited.named({0: "dogs", 1: "pets", 2: "cars"}) == {1: "cats", 2: "cars", 3: "kittens"}
+    assert ShownClusters(Overlay(), edited, {0: "dogs", 1: "pets", 2: "cars"}).names == {
+        1: "cats",
+        2: "cars",
+        3: "kittens",
+    }
     assert edited.marks == {1: "checked"}
 
 
@@ -99,7 +103,7 @@ def test_edits_of_clusters_that_are_not_there_are_refused(edits: tuple[Edit, ...
 )
 def test_what_is_no_edit_is_one_line(content: object, wanted: str):
     with pytest.raises(ConfigError, match=wanted) as refused:
-        parse_edit(content)
+        edit_clusters(Run("nowhere"), content)
     assert "\n" not in str(refused.value)
 
 
@@ -110,14 +114,14 @@ def test_after_another_assignment_clusters_are_found_by_their_typical_images():
         Split(cluster=1, keys=("c1",), name="trucks"),
         Rename(cluster=3, name="lorries"),
     )
-    assert keys_of(before) == set(KEYS.to_pylist())
+    assert before.fingerprints == {cluster: tuple(keys) for cluster, keys in TYPICAL.items()}
     # The same groups under other numbers, among five.
     new = {"a0": 4, "a1": 4, "b0": 2, "b1": 2, "c0": 0, "c1": 0}
     after = refit(before, "second", 5, new)
     assert after.unfit == ()
     edited = Edited.by(after.edits, after.clusters)
     assert edited.of(np.array(list(new.values())), pa.array(list(new))).tolist() == [4, 4, 2, 2, 2, 5]
-    assert edited.named({}) == {1: None, 2: None, 3: None, 4: "cats", 5: "lorries"}
+    assert ShownClusters(after, edited, {}).names == {1: None, 2: None, 3: None, 4: "cats", 5: "lorries"}
     # And back: nothing was lost on the way.
     assert refit(after, "first", 3, dict(zip(KEYS.to_pylist(), CLUSTERS.tolist(), strict=True))) == before
 
@@ -145,7 +149,7 @@ def test_what_no_longer_fits_is_said_and_kept_apart():
         "the typical images of cluster 1 no longer lie together",
         "the typical images of cluster 3 no longer lie together",
     ]
-    assert [edit.named for edit in gone.edits] == [(0,), (2,)]
+    assert [clusters_named(edit) for edit in gone.edits] == [(0,), (2,)]
 
 
 def test_clusters_that_have_become_one_keep_the_edits_of_the_larger_or_of_all_that_were_merged():
