@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,31 +40,22 @@ class ClipEncoder(TorchEncoder):
         Raises:
             ConfigError: the network's tokenizer is not on this machine.
         """
-        rows = np.empty((len(texts), self.dimension), np.float32)
+        rows, network = np.empty((len(texts), self.dimension), np.float32), self.network
+        is_causal = isinstance(network, open_clip.CLIP) and network.text_pool_type == "argmax"
         with self._inference():
             for start in range(0, len(texts), _TEXT_BATCH):
                 tokens = self._tokenize(list(texts[start : start + _TEXT_BATCH])).to(self._device)
-                encoded = self._to_rows(self._encode_tokens(tokens))
-                rows[start : start + len(tokens)] = encoded.cpu().numpy()
+                cut = dict[str, Tensor]()
+                if len(tokens) == 1 and is_causal and network.attn_mask is not None:
+                    # In a causal network that reads its row at the end token, nothing behind that token counts: one
+                    # phrase alone, a query, is encoded in the time that its own tokens take.
+                    length = int(tokens.argmax(dim=1)) + 1  # the end token has the largest number
+                    tokens = tokens[:, :length]
+                    cut["network.positional_embedding"] = network.positional_embedding[:length]
+                    cut["network.attn_mask"] = network.attn_mask[:length, :length]
+                encoded = functional_call(_TextTower(network), cut, (tokens,)) if cut else network.encode_text(tokens)
+                rows[start : start + len(tokens)] = self._to_rows(encoded).cpu().numpy()
         return rows
-
-    def _encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Return rows of phrases; of one alone, a query, in the time that its own tokens take.
-
-        In a causal network that reads its row at the end token, nothing behind that token counts.
-        """
-        network = self._network
-        is_causal = isinstance(network, open_clip.CLIP) and network.text_pool_type == "argmax"
-        if len(tokens) != 1 or not is_causal or network.attn_mask is None:
-            encoded: Tensor = network.encode_text(tokens)
-            return encoded
-        length = int(tokens.argmax(dim=1)) + 1  # the end token has the largest number
-        cut = {
-            "network.positional_embedding": network.positional_embedding[:length],
-            "network.attn_mask": network.attn_mask[:length, :length],
-        }
-        short: Tensor = functional_call(_TextTower(network), cut, (tokens[:, :length],))
-        return short
 
     @cached_property
     def _tokenize(self) -> Callable[[list[str]], Tensor]:
@@ -92,8 +82,8 @@ class _TextTower(nn.Module):
         return encoded
 
 
-def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder:
-    """Build an open_clip encoder with weights from a local file.
+def build_clip(config: EncoderConfig, weights: Path | None, device: str) -> ClipEncoder:
+    """Build an open_clip encoder with weights from a local file, or with published ones.
 
     Size, colours and filter are those that the tag declares, or for a file without a tag those on which all tags of the
     architecture agree, else OpenAI's. QuickGELU is on where the tag was trained with it, and for OpenAI's own weights;
@@ -101,27 +91,40 @@ def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder
 
     Args:
         config: `name` is open_clip/<architecture>.
-        weights: the file.
+        weights: the file; None takes those that the tag names from the hub.
         device: cpu, cuda, cuda:1 …
 
     Raises:
-        ConfigError: unknown architecture, impossible option or image size, or weights that do not fit.
+        ConfigError: unknown architecture or tag, impossible option or image size, or weights that do not fit or cannot
+            be had.
         DataError: the file cannot be read.
     """
     published = _published(config)
+    if weights is None:
+        repository, _, file = published["hf_hub"].rpartition("/")
+        names = (file.rpartition(".")[0] + ".safetensors", file) if file else _HUB_NAMES
+        weights = HubFile(repository, names, f"open_clip/{config.architecture}.{published['tag']}").path()
     state = load_state(weights)
     from_openai = state.keys() >= _OPENAI_EXTRAS
     message = f"encoder.options = {config.options}: {config.name} cannot be built so"
-    with network_errors(message), _quiet_logging():
-        network: Any = open_clip.create_model(
-            config.architecture,
-            load_weights=False,
-            pretrained_text=False,
-            force_quick_gelu=from_openai or bool(published.get("quick_gelu")),
-            force_image_size=config.image_size,
-            device="cpu",
-            **config.options,
-        )
+    # No log lines meanwhile: open_clip logs to the root logger, which is configured by that unless it has a handler.
+    handler, disabled = logging.NullHandler(), logging.root.manager.disable
+    logging.root.addHandler(handler)
+    logging.disable(logging.CRITICAL)
+    try:
+        with network_errors(message):
+            network: Any = open_clip.create_model(
+                config.architecture,
+                load_weights=False,
+                pretrained_text=False,
+                force_quick_gelu=from_openai or bool(published.get("quick_gelu")),
+                force_image_size=config.image_size,
+                device="cpu",
+                **config.options,
+            )
+    finally:
+        logging.disable(disabled)
+        logging.root.removeHandler(handler)
     state = {k: v for k, v in state.items() if k not in _OPENAI_EXTRAS and not k.endswith("attn_mask")}
     try:
         state = _converted(network, state)
@@ -138,18 +141,6 @@ def build_clip(config: EncoderConfig, weights: Path, device: str) -> ClipEncoder
     mean = config.mean or tuple(published.get("mean") or open_clip.OPENAI_DATASET_MEAN)
     std = config.std or tuple(published.get("std") or open_clip.OPENAI_DATASET_STD)
     return ClipEncoder(network, config, preprocess, mean=mean, std=std, device=device)
-
-
-def clip_hub_file(config: EncoderConfig) -> HubFile:
-    """Return where the weights that a tag names are published.
-
-    Raises:
-        ConfigError: unknown architecture or tag.
-    """
-    published = _published(config)
-    repository, _, file = published["hf_hub"].rpartition("/")
-    names = (file.rpartition(".")[0] + ".safetensors", file) if file else _HUB_NAMES
-    return HubFile(repository, names, f"open_clip/{config.architecture}.{published['tag']}")
 
 
 def _published(config: EncoderConfig) -> dict[str, Any]:
@@ -172,19 +163,6 @@ def _published(config: EncoderConfig) -> dict[str, Any]:
     if tag not in tags:
         raise ConfigError(f"encoder.pretrained = {config.tag}: not a tag of {config.name}; it has: {has or 'none'}")
     return {"tag": tag, **open_clip.get_pretrained_cfg(architecture, tag)}
-
-
-@contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Disable all log lines: open_clip logs to the root logger, which is configured by that unless it has a handler."""
-    root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
-    root.addHandler(handler)
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        root.removeHandler(handler)
 
 
 def _converted(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

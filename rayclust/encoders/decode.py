@@ -184,9 +184,9 @@ def decode(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
                 flat = flatten(image, "L" if preprocess.grayscale else "RGB")
             # Scale along the axes of the file, then turn the small result.
             is_swapped, _, _, transpose = _ORIENTATIONS.get(orientation, _UPRIGHT)
-            box = visible_box(flat.size[::-1] if is_swapped else flat.size, preprocess)
+            box = visible_box(flat.size, preprocess, orientation)
             size = preprocess.shape[:2] if is_swapped else preprocess.shape[1::-1]
-            small = flat.resize(size, _FILTERS[preprocess.interpolation], stored_box(box, flat.size, orientation))
+            small = flat.resize(size, _FILTERS[preprocess.interpolation], box)
             if transpose is not None:
                 small = small.transpose(transpose)
             return np.array(small, dtype=np.uint8).reshape(preprocess.shape)
@@ -392,19 +392,21 @@ def flatten(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def visible_box(shown: tuple[int, int], preprocess: Preprocess) -> Box:
-    """Compute the part of the upright image that is scaled to the wanted size.
+def visible_box(size: tuple[int, int], preprocess: Preprocess, orientation: int = 1) -> Box:
+    """Compute the part of an image, along the axes of its file, that is scaled to the wanted size.
 
     Scaling only what is kept bounds memory for very long images. The arithmetic is that of scaling everything to whole
-    pixels and then cutting at whole pixels.
+    pixels and then cutting at whole pixels, in the upright image.
 
     Args:
-        shown: (width, height) of the upright image.
+        size: (width, height) of the image in the file.
         preprocess: size wanted, and how.
+        orientation: EXIF's; any but 2 to 8 means upright.
     """
-    width, height = shown
     if preprocess.resize == "squash":
-        return 0.0, 0.0, float(width), float(height)
+        return 0.0, 0.0, float(size[0]), float(size[1])
+    is_swapped, is_reversed_x, is_reversed_y, _ = _ORIENTATIONS.get(orientation, _UPRIGHT)
+    width, height = size[::-1] if is_swapped else size
     rows, columns, _ = preprocess.shape
     # 1. Whole pixels of the scaled image: the shorter side fits, the other keeps the aspect.
     tall, wide = (math.floor(side / preprocess.crop_fraction) for side in (rows, columns))
@@ -413,18 +415,10 @@ def visible_box(shown: tuple[int, int], preprocess: Preprocess) -> Box:
     else:
         tall = wide * height // width
     # 2. Its centre, back on the scale of the upright image.
-    left, top = round((wide - columns) / 2), round((tall - rows) / 2)
     x, y = width / wide, height / tall
-    return left * x, top * y, min((left + columns) * x, width), min((top + rows) * y, height)
-
-
-def stored_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Convert a box of the upright image to the axes of the file, whose image has (width, height) `size`.
-
-    Any EXIF orientation but 2 to 8 means upright.
-    """
-    left, top, right, bottom = box
-    is_swapped, is_reversed_x, is_reversed_y, _ = _ORIENTATIONS.get(orientation, _UPRIGHT)
+    first, above = round((wide - columns) / 2), round((tall - rows) / 2)
+    left, top, right, bottom = first * x, above * y, min((first + columns) * x, width), min((above + rows) * y, height)
+    # 3. On the axes of the file.
     if is_swapped:
         left, top, right, bottom = top, left, bottom, right
     if is_reversed_x:

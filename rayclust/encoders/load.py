@@ -24,24 +24,20 @@ def load_encoder(config: EncoderConfig, *, weights: Path | None = None, device: 
     """
     if config.family in ("auto", "unknown"):
         raise ConfigError(f"encoder.name = {config.name}: name the encoder, such as open_clip/ViT-B-32")
-    # Both libraries take seconds to import: only the one that is needed.
     if config.family == "pixels":
         return PixelEncoder(config)
-    if config.family == "timm":
-        from rayclust.encoders import timm
-
-        build, hub_file = timm.build_timm, timm.timm_hub_file
-    else:
-        from rayclust.encoders import clip
-
-        build, hub_file = clip.build_clip, clip.clip_hub_file
-    if weights is None and config.weights_uri is None:
-        weights = hub_file(config).path()
-    elif weights is None:
-        if "://" in str(config.weights_uri):
+    if weights is None and config.weights_uri is not None:
+        if "://" in config.weights_uri:
             raise ConfigError(f"encoder.pretrained = {config.weights_uri}: pass a local copy of it as `weights`")
-        weights = Path(str(config.weights_uri)).expanduser()
-    return build(config, weights, device)
+        weights = Path(config.weights_uri).expanduser()
+    # Both libraries take seconds to import: only the one that is needed.
+    if config.family == "timm":
+        from rayclust.encoders.timm import build_timm
+
+        return build_timm(config, weights, device)
+    from rayclust.encoders.clip import build_clip
+
+    return build_clip(config, weights, device)
 
 
 def dimension_of(config: EncoderConfig) -> int | None:

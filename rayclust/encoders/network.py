@@ -66,9 +66,9 @@ class TorchEncoder(Encoder):
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         self._chunk = config.batch_size or (1 if self._device.type == "cpu" else GPU_BATCH)
         network = network.eval().requires_grad_(False)
-        self._network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._mean, self._std = (torch.tensor(c, device=self._device).view(1, 3, 1, 1) for c in (mean, std))
-        self._tower = getattr(self._network, "encode_image", self._network)
+        self._tower = getattr(self.network, "encode_image", self.network)
         message = f"encoder.image_size = {preprocess.size}: {self.name} does not take it"
         with network_errors(message), self._inference():
             rows = self._forward(np.zeros((1, *preprocess.shape), np.uint8))
@@ -77,12 +77,6 @@ class TorchEncoder(Encoder):
         self.dimension = rows.shape[1]
         if config.compile:
             self._tower = torch.compile(self._tower, dynamic=False)
-
-    @property
-    def image_tower(self) -> nn.Module:
-        """The network without a text tower: normalised images Float[B 3 H W] to Float[B D]."""
-        tower: nn.Module = getattr(self._network, "visual", self._network)
-        return tower
 
     def _encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with self._inference():
@@ -159,7 +153,7 @@ class _FromPixels(nn.Module):
 
     def __init__(self, encoder: TorchEncoder) -> None:
         super().__init__()
-        self.network, self.mean, self.std = encoder._network, encoder._mean, encoder._std
+        self.network, self.mean, self.std = encoder.network, encoder._mean, encoder._std
         self.tower = getattr(self.network, "encode_image", self.network)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -120,20 +120,17 @@ class GraphEncoder(Encoder):
     def _encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with self._compiling:
             if self._compiled is None:
-                self._compiled = self._compile()
+                options = {
+                    "INFERENCE_PRECISION_HINT": self.precision,
+                    "NUM_STREAMS": self.callers,
+                    "INFERENCE_NUM_THREADS": self.callers * self._config.threads,
+                    "ENABLE_CPU_PINNING": False,  # several encoders on one machine would all take its first cores
+                }
+                try:
+                    self._compiled = library().Core().compile_model(self.graph.model, "CPU", options)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    raise refused(error) from error
         return encode_in_chunks(images, self._config.batch_size or 1, self.dimension, self._forward)
-
-    def _compile(self) -> Any:
-        options = {
-            "INFERENCE_PRECISION_HINT": self.precision,
-            "NUM_STREAMS": self.callers,
-            "INFERENCE_NUM_THREADS": self.callers * self._config.threads,
-            "ENABLE_CPU_PINNING": False,  # several encoders on one machine would all take its first cores
-        }
-        try:
-            return library().Core().compile_model(self.graph.model, "CPU", options)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise refused(error) from error
 
     def _forward(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         if not hasattr(self._requests, "own"):

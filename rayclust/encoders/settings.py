@@ -134,6 +134,18 @@ class EncoderConfig(Config):
         return str(self.pretrained).rstrip("/").removesuffix("/weights.safetensors").removesuffix("/model")
 
 
+def with_space(tree: Any) -> Any:
+    """Return an entry of `encoders` with the name of its space; raise `ValueError` if it names no encoder either."""
+    tree = {"name": tree} if isinstance(tree, str) else tree
+    if not isinstance(tree, dict) or "space" in tree:
+        return tree
+    name = str(tree.get("name", "auto"))
+    if name in ("auto", "unknown"):
+        raise ValueError("space: is missing; an encoder without a name needs one, such as `space: a`")
+    architecture = name.partition("/")[2].partition(".")[0] or name
+    return {"space": re.sub(r"[^a-z0-9_]+", "-", architecture.lower()).strip("-")} | tree
+
+
 class SpaceConfig(EncoderConfig):
     """One of several encoders: an encoder, and the space of its rows."""
 
@@ -145,22 +157,7 @@ class SpaceConfig(EncoderConfig):
     """Ready embeddings of this space, in any format that `images.uri` takes for them: the rows with the keys of the
     run's. None encodes the images; the first space of a run of ready embeddings is at `images.uri`."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _name_space(cls, tree: Any) -> Any:
-        return with_space(tree)
-
-
-def with_space(tree: Any) -> Any:
-    """Return an entry of `encoders` with the name of its space; raise `ValueError` if it names no encoder either."""
-    tree = {"name": tree} if isinstance(tree, str) else tree
-    if not isinstance(tree, dict) or "space" in tree:
-        return tree
-    name = str(tree.get("name", "auto"))
-    if name in ("auto", "unknown"):
-        raise ValueError("space: is missing; an encoder without a name needs one, such as `space: a`")
-    architecture = name.partition("/")[2].partition(".")[0] or name
-    return {"space": re.sub(r"[^a-z0-9_]+", "-", architecture.lower()).strip("-")} | tree
+    _name_space = model_validator(mode="before")(with_space)
 
 
 def normalize_encoders(tree: dict[str, Any]) -> dict[str, Any]:

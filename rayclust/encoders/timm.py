@@ -47,25 +47,39 @@ _FROM_TORCHVISION = (
 )
 
 
-def build_timm(config: EncoderConfig, weights: Path, device: str) -> TorchEncoder:
-    """Build a timm encoder with weights from a local file.
+def build_timm(config: EncoderConfig, weights: Path | None, device: str) -> TorchEncoder:
+    """Build a timm encoder with weights from a local file, or with published ones.
 
     Size, colours, filter and crop are those that the architecture's tag declares, unless the config says otherwise.
 
     Args:
         config: `name` is timm/<architecture> or timm/<architecture>.<tag>.
-        weights: the file; names of heads and of other networks in it are ignored.
+        weights: the file; names of heads and of other networks in it are ignored. None takes those that the tag names
+            from the hub.
         device: cpu, cuda, cuda:1 …
 
     Raises:
-        ConfigError: unknown architecture, impossible option or image size, or weights that do not fit.
+        ConfigError: unknown architecture or tag, impossible option or image size, or weights that do not fit or cannot
+            be had.
         DataError: the file cannot be read.
     """
-    name = _tagged_name(config)
+    # 1. <architecture>.<tag>, or the architecture alone, which then means timm's default tag.
+    name, tag = config.architecture, config.tag
+    if not timm.is_model(name):
+        raise unknown_architecture(config, timm.list_models())
+    if tag is not None:
+        tags = [each.partition(".")[2] for each in timm.list_models(f"{name}.*", pretrained=True)]
+        if tag not in tags:
+            has = ", ".join(tags) or "none"
+            raise ConfigError(f"encoder.pretrained = {tag}: not a tag of timm/{name}; it has: {has}")
+        name = f"{name}.{tag}"
+    if weights is None:
+        weights = _published_weights(config, name)
+    # 2. The network.
     message = f"encoder.options = {config.options}: {config.name} cannot be built so"
     with network_errors(message):
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, **config.options)
-    # 1. The file's weights under the network's own names, without heads.
+    # 3. The file's weights under the network's own names, without heads.
     expected = network.state_dict()
     state = without_prefix(from_torchvision(load_state(weights)), expected)
     fits = expected.keys() <= state.keys() and all(state[key].shape == value.shape for key, value in expected.items())
@@ -78,7 +92,7 @@ def build_timm(config: EncoderConfig, weights: Path, device: str) -> TorchEncode
             logger.info("timm could not adapt the names in %s: %s", weights, error)
     state = {key: value for key, value in state.items() if key in expected or key.partition(".")[0] not in _HEADS}
     load_into(network, state, encoder=config.name, source=config.pretrained or str(weights))
-    # 2. How it sees images.
+    # 4. How it sees images.
     declared = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
     resampling = declared["interpolation"]
     preprocess = Preprocess(
@@ -98,13 +112,9 @@ def build_timm(config: EncoderConfig, weights: Path, device: str) -> TorchEncode
     return TorchEncoder(network, config, preprocess, mean=mean, std=std, device=device)
 
 
-def timm_hub_file(config: EncoderConfig) -> HubFile:
-    """Return where the weights that a tag names are published.
-
-    Raises:
-        ConfigError: unknown architecture or tag, or weights that no hub has.
-    """
-    published = get_pretrained_cfg(_tagged_name(config))
+def _published_weights(config: EncoderConfig, name: str) -> Path:
+    """Return the file of the weights that a network is published with, fetched if need be."""
+    published = get_pretrained_cfg(name)
     if published is None or not (published.hf_hub_id or published.url):
         raise ConfigError(f"encoder.pretrained: timm knows no weights of {config.name}; set it to a path or s3:// URI")
     if not published.hf_hub_id:
@@ -114,21 +124,7 @@ def timm_hub_file(config: EncoderConfig) -> HubFile:
             f"set encoder.pretrained to its path or s3:// URI"
         )
     names = (published.hf_hub_filename,) if published.hf_hub_filename else _HUB_NAMES
-    return HubFile(published.hf_hub_id, names, f"timm/{config.architecture}.{published.tag}")
-
-
-def _tagged_name(config: EncoderConfig) -> str:
-    """Return <architecture>.<tag>, or the architecture alone, which then means timm's default tag."""
-    architecture, tag = config.architecture, config.tag
-    if not timm.is_model(architecture):
-        raise unknown_architecture(config, timm.list_models())
-    if tag is None:
-        return architecture
-    tags = [name.partition(".")[2] for name in timm.list_models(f"{architecture}.*", pretrained=True)]
-    if tag not in tags:
-        has = ", ".join(tags) or "none"
-        raise ConfigError(f"encoder.pretrained = {tag}: not a tag of timm/{architecture}; it has: {has}")
-    return f"{architecture}.{tag}"
+    return HubFile(published.hf_hub_id, names, f"timm/{config.architecture}.{published.tag}").path()
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:

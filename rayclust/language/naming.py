@@ -266,7 +266,12 @@ def name_distinctly(
             continue
         free = [other for other in scores[cluster] if other < len(words) and other not in taken]
         own = containers[cluster] if word >= len(words) else words[word].casefold()
-        rivals = [scores[cluster][other] for other in free if not taxonomy.are_related(own, words[other].casefold())]
+        more = taxonomy.above(own)
+        rivals = [
+            scores[cluster][other]
+            for other in free
+            if words[other].casefold() not in more and own not in taxonomy.above(words[other].casefold())
+        ]
         margins[cluster] = scores[cluster][word] - max(rivals) if rivals else None
         # Without hypernyms nobody knows which words are related: a pump beside a gas pump does not speak against it.
         if null is not None and hypernyms and rivals and scores[cluster][word] - max(rivals) < null.margin:
@@ -383,10 +388,6 @@ class _Taxonomy:
             found |= new
             new = {more for one in new for more in self._hypernyms.get(one, ())} - found
         return found
-
-    def are_related(self, one: str, other: str) -> bool:
-        """Return whether one of two words is more general than the other."""
-        return other in self.above(one) or one in self.above(other)
 
     def mass(self, ranked: list[tuple[int, float]], name: str) -> float:
         """Return a cluster's sum of mean probabilities of a word and of those below it."""

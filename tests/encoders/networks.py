@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,8 +12,13 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pytest
 import timm
 import torch
+
+from rayclust.encoders.load import load_encoder
+from rayclust.encoders.settings import EncoderConfig
+from rayclust.encoders.weights import HubFile
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -39,6 +45,24 @@ def tiny_clip() -> Any:
 def tiny_timm(name: str = "test_vit", **options: Any) -> Any:
     torch.manual_seed(1)
     return timm.create_model(name, num_classes=0, **options).eval()
+
+
+class _Asked(Exception):  # noqa: N818 - ends the building of an encoder
+    pass
+
+
+def hub_file(config: EncoderConfig) -> HubFile:
+    """The weights that an encoder asks the hub for."""
+    asked = list[HubFile]()
+
+    def record(file: HubFile) -> Path:
+        asked.append(file)
+        raise _Asked
+
+    with pytest.MonkeyPatch.context() as patch, suppress(_Asked):
+        patch.setattr(HubFile, "path", record)
+        load_encoder(config)
+    return asked[0]
 
 
 def noise(count: int, side: int, seed: int = 0) -> np.ndarray:

@@ -93,7 +93,7 @@ class SmallEncoder(TorchEncoder):
 def test_rows_are_those_of_the_network() -> None:
     encoder, images = SmallEncoder(), noise(5, 12)
     with torch.no_grad():
-        expected = encoder._network(seen(images, MEAN, STD))
+        expected = encoder.network(seen(images, MEAN, STD))
     expected /= expected.norm(dim=1, keepdim=True)
     rows = encoder.encode_images(images)
     assert (rows.dtype, rows.shape, encoder.dimension) == (np.float32, (5, 7), 7)

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rayclust.encoders.clip import ClipEncoder, build_clip, clip_hub_file
+from rayclust.encoders.clip import ClipEncoder, build_clip
 from rayclust.encoders.decode import decode
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 from tests.encoders import picture_files as make
-from tests.encoders.networks import noise, tiny_clip
+from tests.encoders.networks import hub_file, noise, tiny_clip
 
 PHRASES = ["a photo of a cat", "a dog", "a very " + "long " * 100 + "phrase", ""]
 
@@ -57,7 +57,7 @@ def test_phrases_give_open_clips_own_rows(weights: Path) -> None:
     assert encoder.encode_texts([]).shape == (0, 16)
     # A phrase alone has the same row, from its own tokens: start, "a", "dog", end.
     seen = list[int]()
-    encoder._network.transformer.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    encoder.network.transformer.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     alone = np.concatenate([encoder.encode_texts([phrase]) for phrase in PHRASES])
     assert np.allclose(alone, rows, atol=1e-6)
     assert seen == [7, 4, 77, 2]
@@ -163,7 +163,7 @@ def test_tokenizers_that_are_not_here_are_asked_for(weights: Path, monkeypatch: 
     ],
 )
 def test_tags_say_where_their_weights_are(name: str, pretrained: str | None, repository: str, full: str) -> None:
-    file = clip_hub_file(EncoderConfig(name=name, pretrained=pretrained))
+    file = hub_file(EncoderConfig(name=name, pretrained=pretrained))
     assert (file.repository, file.name) == (repository, full)
     assert file.names[0] == "open_clip_model.safetensors"
 
@@ -171,4 +171,4 @@ def test_tags_say_where_their_weights_are(name: str, pretrained: str | None, rep
 def test_architectures_without_weights_need_a_file() -> None:
     tiny_clip()
     with pytest.raises(ConfigError, match="open_clip/tiny-clip needs a file or one of: no tags exist"):
-        clip_hub_file(EncoderConfig(name="open_clip/tiny-clip"))
+        hub_file(EncoderConfig(name="open_clip/tiny-clip"))

@@ -15,13 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models import vision_transformer as torchvision_vit
 
-from rayclust.encoders.clip import clip_hub_file
 from rayclust.encoders.decode import decode
 from rayclust.encoders.network import TorchEncoder
 from rayclust.encoders.settings import EncoderConfig
-from rayclust.encoders.timm import build_timm, fold_batch_norms, from_torchvision, timm_hub_file
+from rayclust.encoders.timm import build_timm, fold_batch_norms, from_torchvision
 from rayclust.errors import ConfigError
-from tests.encoders.networks import noise, seen, tiny_timm
+from tests.encoders.networks import hub_file, noise, seen, tiny_timm
 
 
 def built(folder: Path, state: Any, name: str = "timm/test_vit", **options: Any) -> TorchEncoder:
@@ -121,17 +120,17 @@ def test_tags_say_where_their_weights_are() -> None:
         EncoderConfig(name="timm/vit_small_patch16_224", pretrained="dino"),
         EncoderConfig(name="timm/vit_small_patch16_224.dino"),
     ):
-        file = timm_hub_file(config)
+        file = hub_file(config)
         assert (file.repository, file.names[0]) == ("timm/vit_small_patch16_224.dino", "model.safetensors")
         assert file.name == "timm/vit_small_patch16_224.dino"
-    assert timm_hub_file(EncoderConfig(name="timm/mobilenetv2_100")).name == "timm/mobilenetv2_100.ra_in1k"
+    assert hub_file(EncoderConfig(name="timm/mobilenetv2_100")).name == "timm/mobilenetv2_100.ra_in1k"
 
 
 def test_weights_on_no_hub_are_asked_for() -> None:
     with pytest.raises(ConfigError, match="are on no hub: fetch gcvit_base"):
-        timm_hub_file(EncoderConfig(name="timm/gcvit_base.in1k"))
+        hub_file(EncoderConfig(name="timm/gcvit_base.in1k"))
     with pytest.raises(ConfigError, match="timm knows no weights of timm/test_vit_relpos"):
-        timm_hub_file(EncoderConfig(name="timm/test_vit_relpos"))
+        hub_file(EncoderConfig(name="timm/test_vit_relpos"))
 
 
 @pytest.mark.parametrize(
@@ -182,8 +181,7 @@ def test_each_documented_backbone_exists(backbone: dict[str, str]) -> None:
     config = EncoderConfig(name=name, pretrained=file, options=options)
     assert (config.weights_uri is None) == (file == pretrained)
     if config.weights_uri is None:
-        look_up = timm_hub_file if config.family == "timm" else clip_hub_file
-        assert look_up(config).name == f"{name}.{pretrained}"
+        assert hub_file(config).name == f"{name}.{pretrained}"
     else:
         assert timm.is_model(config.architecture)
 

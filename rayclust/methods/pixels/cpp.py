@@ -59,7 +59,8 @@ class CppPixels(Cpp):
         encoder = _read_backbone(config.encoder(shape.side))
         super().__init__(config, encoder.dimension, count, seed)
         self.dimension, self.shape, self.channels = dimension, shape, 3
-        self.trunk = encoder.image_tower.requires_grad_(False)
+        # Without a text tower.
+        self.trunk: nn.Module = getattr(encoder.network, "visual", encoder.network).requires_grad_(False)
         """The backbone, Float[B 3 H W] to Float[B F]."""
         self.register_buffer("mean", torch.tensor(encoder.mean))
         self.register_buffer("std", torch.tensor(encoder.std))
