@@ -40,10 +40,8 @@ from rayclust.clustering.duplicates import (
     decide,
     even_ranges,
     first_of_equal,
-    order_by_cluster,
     ranks,
     recall,
-    row_hashes,
 )
 from rayclust.clustering.row_stats import even_sample
 from rayclust.search.ivf import train_centers
@@ -92,16 +90,15 @@ def curate(rows: int, probes: int, folder: Path) -> dict[str, Any]:
     """All steps on so many rows."""
     step, x = Steps(), make(folder / f"{rows}.npy", rows)
     with step("identical rows"):
-        blocks = torch.split(x, BLOCK)
-        first = first_of_equal(np.concatenate([row_hashes(block.numpy()) for block in blocks]))
+        first = first_of_equal(block.numpy() for block in torch.split(x, BLOCK))
         unique = np.flatnonzero(first == np.arange(rows))
     with step("lists"):
         lists = round(len(unique) ** 0.5)
         ids = torch.from_numpy(unique)
         centers = train_centers(x[ids[even_sample(len(unique), 64 * lists, 0)]], lists)
         assigned = torch.cat([centers.assign(x[some]) for some in torch.split(ids, BLOCK)]).numpy()
-        order, bounds = order_by_cluster(assigned, len(centers.centers))
-        order = unique[order]
+        order = unique[np.argsort(assigned, kind="stable")]
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(assigned, minlength=len(centers.centers)))])
     with step("sorted file"):
         held = np.lib.format.open_memmap(folder / f"{rows}-sorted.npy", "w+", np.float32, (len(order), WIDTH))
         for start in range(0, len(order), BLOCK):

@@ -322,19 +322,16 @@ def draw(
         for cluster in np.flatnonzero(rest).tolist():
             members = order[bounds[cluster] : bounds[cluster + 1]]
             x = torch.cat(list(points.at(members).blocks()))
-            order[bounds[cluster] : bounds[cluster + 1]] = members[_farthest_first(x, int(rest[cluster]))]
+            # Each row the farthest from those before, the first row first; then the others.
+            chosen, nearest = [0], (x - x[0]).square().sum(1)
+            while len(chosen) < rest[cluster]:
+                nearest[chosen[-1]] = -1.0
+                chosen.append(int(nearest.argmax()))
+                nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
+            farthest_first = np.concatenate([chosen, np.setdiff1d(np.arange(len(x)), chosen)])
+            order[bounds[cluster] : bounds[cluster + 1]] = members[farthest_first]
     leaf = levels.leaves[order]
     rank = np.arange(len(order)) - bounds[leaf]
     copies = np.empty(len(order), np.int64)
     copies[order] = whole[leaf] + (rank < rest[leaf])
     return copies
-
-
-def _farthest_first(x: Tensor, count: int) -> IntArray:
-    """Return Int64[n]: `count` rows, each the farthest from those before, the first row first; then the others."""
-    chosen, nearest = [0], (x - x[0]).square().sum(1)
-    while len(chosen) < count:
-        nearest[chosen[-1]] = -1.0
-        chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
-    return np.concatenate([chosen, np.setdiff1d(np.arange(len(x)), chosen)])

@@ -197,7 +197,13 @@ def make_candidates(
     if is_alone and affordable:
         return [space.plain_kmeans(seed)]
     raw, raw_inertia = kmeans.fit_all(p, options, seeds[0])
-    floor = space.plain_kmeans(seed) if affordable else space.nearest_means(raw[int(raw_inertia.argmin())])
+    if affordable:
+        floor = space.plain_kmeans(seed)
+    else:  # the classifier that compares |p − c|², less |p|², with the clusters' means c
+        best = raw[int(raw_inertia.argmin())]
+        means = _means(p, best[None], K)[0]
+        empty = torch.bincount(best, minlength=K) == 0
+        floor = space.candidate("k-means", means.T, (-0.5 * means.square().sum(1)).masked_fill(empty, -torch.inf))
     if is_alone:
         return [floor]
     # 2. The same structure, refined twice.
@@ -224,7 +230,9 @@ def make_candidates(
         candidates.append(space.voted("consensus with spectral clusters", [first, *voters[::2], *spectral]))
     # 6. The best of these as heads trained on pairs of neighbours have it, and moved by k-means in a learnt space.
     if heads is not None:
-        candidates.append(space.distilled(HEADS, heads(space.basis, choose(candidates))))
+        # By all rows: labels that are near linear already lose some by the surest alone.
+        labels = heads(space.basis, choose(candidates))
+        candidates.append(space.candidate(HEADS, *ridge_classifier(p, labels, K, RIDGE * n)))
     if learn is not None:
         candidates.append(space.moved(LEARNT, choose(candidates).labels, learn(space.basis)))
     return candidates
@@ -255,13 +263,7 @@ class _Space:
         # Broadcast rank 0's: rounding may differ between processors.
         found = data_group().broadcast(torch.from_numpy(model.cluster_centers_).to(self._x))
         weight = (found - self._mean).T.contiguous()
-        return self._candidate("k-means", self._x - self._mean, weight, weight, -0.5 * weight.square().sum(0))
-
-    def nearest_means(self, labels: Tensor) -> Candidate:
-        """Return the classifier that compares |p − c|², less |p|², with the clusters' means c."""
-        centers = _means(self.p, labels[None], self._clusters)[0]
-        empty = torch.bincount(labels, minlength=self._clusters) == 0
-        return self._measured("k-means", centers.T, (-0.5 * centers.square().sum(1)).masked_fill(empty, -torch.inf))
+        return self.candidate("k-means", weight, -0.5 * weight.square().sum(0), self._x - self._mean)
 
     def refined(self, name: str, labels: Tensor, graph: sparse.csr_array) -> Candidate:
         """Spread labels over the graph, and classify by the surest rows."""
@@ -282,21 +284,16 @@ class _Space:
         nearest = distances.topk(2, dim=1, largest=False).values
         return self._classified(name, own, -nearest[:, 0], nearest[:, 1] - nearest[:, 0])
 
-    def distilled(self, name: str, labels: Tensor) -> Candidate:
-        """Classify by all rows: labels that are near linear already lose some by the surest alone."""
-        return self._measured(name, *ridge_classifier(self.p, labels, self._clusters, RIDGE * len(self.p)))
-
     def _classified(self, name: str, labels: Tensor, confidence: Tensor, margin: Tensor) -> Candidate:
         kept = surest_rows(labels, confidence, margin, SUREST_SHARE).to(self.p.device)
         penalty = RIDGE * int(kept.sum())
-        return self._measured(name, *ridge_classifier(self.p[kept], labels[kept], self._clusters, penalty))
+        return self.candidate(name, *ridge_classifier(self.p[kept], labels[kept], self._clusters, penalty))
 
-    def _measured(self, name: str, weight: Tensor, bias: Tensor) -> Candidate:
-        return self._candidate(name, self.p, weight, self.basis @ weight, bias)
-
-    def _candidate(self, name: str, rows: Tensor, weight: Tensor, folded: Tensor, bias: Tensor) -> Candidate:
-        labels = (rows @ weight + bias).argmax(1)
+    def candidate(self, name: str, weight: Tensor, bias: Tensor, centered: Tensor | None = None) -> Candidate:
+        """Classify and measure; the classifier is one of the components, or of the centred rows if they are given."""
+        labels = ((self.p if centered is None else centered) @ weight + bias).argmax(1)
         found = evidence(self.p, labels, self._neighbors, self._clusters)
+        folded = self.basis @ weight if centered is None else weight
         return Candidate(name, labels, folded, bias - self._mean @ folded, found)
 
 

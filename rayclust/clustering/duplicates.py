@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -74,16 +74,15 @@ class Edges:
         return Edges(self.first[near], self.second[near], self.cosine[near])
 
 
-def row_hashes(rows: NDArray[np.generic]) -> NDArray[np.uint64]:
-    """Return UInt64[B 2], 128 bits of the hash of each row's bytes: rows [B D] are identical if their hashes are."""
-    require_matrix(rows, "rows")
-    data = np.ascontiguousarray(rows)
-    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in data)
-    return np.frombuffer(digests, np.uint64).reshape(-1, 2)
-
-
-def first_of_equal(hashes: NDArray[np.uint64]) -> IntArray:
-    """Return Int64[N], the first row with the same hash as each row, from UInt64[N 2]."""
+def first_of_equal(blocks: Iterable[NDArray[np.generic]]) -> IntArray:
+    """Return Int64[N], the first row with the same bytes as each row, of all blocks [B D] in their order."""
+    # 1. 128 bits of the hash of each row's bytes.
+    digests = list[bytes]()
+    for block in blocks:
+        require_matrix(block, "rows")
+        digests += [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in np.ascontiguousarray(block)]
+    hashes = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
+    # 2. The first row of each hash.
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal hashes in order of rows
     ordered = hashes[order]
     starts = np.ones(len(order), bool)
@@ -221,7 +220,7 @@ def cluster_pairs(
 
 
 def refine(
-    x: Tensor, edges: Edges, kept: Callable[[Edges], NDArray[np.bool_]], saturated: NDArray[np.bool_], epsilon: float
+    x: Tensor, edges: Edges, rank: IntArray, saturated: NDArray[np.bool_], *, policy: Policy, epsilon: float
 ) -> Edges:
     """Add near pairs that the cap on near rows left out, until no two kept rows are near because of it.
 
@@ -231,14 +230,15 @@ def refine(
     Args:
         x: Float32[N D], unit rows.
         edges: found so far.
-        kept: the policy, from edges to Bool[N].
+        rank: Int64[N], the order of the rows.
         saturated: Bool[N], rows whose list of near rows was full.
+        policy: see the module.
         epsilon: ε.
 
     Returns:
         All pairs, the new ones among them.
     """
-    while len(rows := np.flatnonzero(kept(edges.within(epsilon)) & saturated)) > 1:
+    while len(rows := np.flatnonzero(kept_rows(edges.within(epsilon), rank, policy) & saturated)) > 1:
         ids = torch.from_numpy(rows)
         some = x[ids]
         more = Edges.merge([edges, near_pairs(some, ids, some, ids, 1 - epsilon)])
@@ -323,58 +323,12 @@ def kept_rows(edges: Edges, rank: IntArray, policy: Policy) -> NDArray[np.bool_]
     return kept
 
 
-def keepers(edges: Edges, rank: IntArray, kept: NDArray[np.bool_], policy: Policy) -> IntArray:
-    """Return Int64[N], the row that stands for each: itself if it is kept, else the nearest kept one for `greedy`.
-
-    The other policies may leave a removed row without a kept one near to it: the first of its component stands for it.
-    """
-    keeper = np.arange(len(rank), dtype=np.int64)
-    if policy != "greedy":
-        group = components(edges, len(rank))
-        order = np.lexsort((rank, group))
-        first = order[np.searchsorted(group[order], group)]
-        return np.where(kept, keeper, first)
-    i = np.concatenate([edges.first, edges.second])
-    j = np.concatenate([edges.second, edges.first])
-    cosine = np.concatenate([edges.cosine, edges.cosine])
-    useful = ~kept[i] & kept[j]
-    i, j, cosine = i[useful], j[useful], cosine[useful]
-    order = np.lexsort((j, -cosine, i))
-    removed, place = np.unique(i[order], return_index=True)
-    keeper[removed] = j[order][place]
-    return keeper
-
-
 def ranks(values: FloatArray | None, count: int, *, largest_first: bool = True) -> IntArray:
     """Return Int64[N], the place of each row in the order of its value, ties by row; None is the order of the rows."""
     rank = np.arange(count, dtype=np.int64)
     if values is not None:
         rank[np.argsort(-values if largest_first else values, kind="stable")] = np.arange(count)
     return rank
-
-
-def find_epsilon(share_kept: Callable[[float], float], share: float, largest: float) -> float:
-    """Return the ε at which a share of the rows is kept, by bisection.
-
-    Args:
-        share_kept: from ε to the share that is kept; falls with ε.
-        share: wanted, in (0, 1].
-        largest: where the search begins; returned if more than `share` is kept even there.
-    """
-    low, high = 0.0, largest
-    if share_kept(high) > share:
-        return largest
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if share_kept(middle) <= share else (middle, high)
-    return high
-
-
-def order_by_cluster(clusters: IntArray, count: int) -> tuple[IntArray, IntArray]:
-    """Return the rows in order of their clusters, Int64[N], ties by row; and where each begins, Int64[count + 1]."""
-    order = np.argsort(clusters, kind="stable").astype(np.int64)
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(clusters, minlength=count))])
-    return order, bounds.astype(np.int64)
 
 
 def even_ranges(bounds: IntArray, rows: int) -> list[range]:
@@ -401,7 +355,8 @@ class Decision:
     kept: NDArray[np.bool_]
     """Bool[N]."""
     keeper: IntArray
-    """Int64[N], the row that stands for each; its own number for kept rows."""
+    """Int64[N], the row that stands for each: itself if it is kept, else the nearest kept one for `greedy`. The other
+    policies may leave a removed row without a kept one near to it: the first of its component stands for it."""
     group: IntArray
     """Int64[N], the smallest row of each row's group, identical rows among them."""
     curve: tuple[dict[str, float], ...]
@@ -433,29 +388,41 @@ def decide(
         epsilon: ε; None finds the one at which `keep_share` of the rows stays.
         keep_share: in (0, 1].
     """
-    is_first, strict = first == np.arange(len(first)), policy == "semdedup"
-
-    def kept(near: Edges) -> NDArray[np.bool_]:
-        return np.asarray(kept_rows(near, rank, policy) & is_first)
+    rows, strict = np.arange(len(first)), policy == "semdedup"
+    is_first = first == rows
 
     def share(at: float) -> float:
-        return float(kept(edges.within(at, strict=strict)).mean())
+        return float((kept_rows(edges.within(at, strict=strict), rank, policy) & is_first).mean())
 
-    edges = refine(x, edges, kept, saturated, largest)
+    # 1. ε; for a share by bisection, the largest where more rows are kept even there.
+    full = saturated & is_first
+    edges = refine(x, edges, rank, full, policy=policy, epsilon=largest)
     if epsilon is None:
-        epsilon = find_epsilon(share, 1.0 if keep_share is None else keep_share, largest)
-    edges = refine(x, edges, kept, saturated, epsilon)
+        wanted, low, epsilon = 1.0 if keep_share is None else keep_share, 0.0, largest
+        if share(largest) <= wanted:
+            for _ in range(_HALVINGS):
+                middle = (low + epsilon) / 2
+                low, epsilon = (low, middle) if share(middle) <= wanted else (middle, epsilon)
+    # 2. The rows that stay.
+    edges = refine(x, edges, rank, full, policy=policy, epsilon=epsilon)
     near = edges.within(epsilon, strict=strict)
-    own = kept(near)
+    kept = kept_rows(near, rank, policy) & is_first
+    group = components(near, len(first))
+    # 3. Who stands for each of the others; identical rows follow the first of them, which is the smallest.
+    keeper = rows.copy()
+    if policy == "greedy":
+        i, j = np.concatenate([near.first, near.second]), np.concatenate([near.second, near.first])
+        cosine = np.concatenate([near.cosine, near.cosine])
+        standing = kept | ~is_first
+        useful = ~standing[i] & standing[j]
+        i, j, cosine = i[useful], j[useful], cosine[useful]
+        order = np.lexsort((j, -cosine, i))
+        removed, place = np.unique(i[order], return_index=True)
+        keeper[removed] = j[order][place]
+    else:
+        order = np.lexsort((rank, group))
+        keeper = np.where(kept | ~is_first, rows, order[np.searchsorted(group[order], group)])
     curve = tuple(
         {"epsilon": float(at), "share_kept": share(at)} for at in [0.0, *np.geomspace(largest / 100, largest, 9)]
     )
-    # Identical rows follow the first of them, which is the smallest.
-    return Decision(
-        edges,
-        epsilon,
-        own,
-        np.where(own, np.arange(len(first)), keepers(near, rank, own | ~is_first, policy)[first]),
-        components(near, len(first))[first],
-        curve,
-    )
+    return Decision(edges, epsilon, kept, np.where(kept, rows, keeper[first]), group[first], curve)

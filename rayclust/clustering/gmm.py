@@ -8,7 +8,6 @@ Source: Dempster, Laird and Rubin 1977; the updates as in Bishop, Pattern Recogn
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from rayclust import distributed
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import Blocks
 from rayclust.clustering.settings import GmmOptions, KMeansOptions
-
-logger = logging.getLogger(__name__)
 
 SMALLEST_MASS = 1e-8
 """Share of a row below which a component keeps its mean and variances."""
@@ -68,7 +65,7 @@ def start(blocks: Blocks, options: GmmOptions, seed: int) -> Mixture:
     """
     partition = KMeansOptions(clusters=options.clusters, metric="euclidean", restarts=options.restarts)
     centers = kmeans.fit(blocks, partition, seed=seed).centers
-    sums = _zeros(centers)
+    sums = centers.new_zeros((len(centers), 1 + 2 * centers.shape[1]), dtype=torch.float64)
     for block in blocks():
         sums += _sums(block, functional.one_hot(kmeans.assign(block, centers)[0], options.clusters).double())
     ones = torch.ones_like(centers, dtype=torch.float64)
@@ -78,16 +75,18 @@ def start(blocks: Blocks, options: GmmOptions, seed: int) -> Mixture:
 def advance(blocks: Blocks, options: GmmOptions, mixture: Mixture, passes: int = 0) -> Iterator[Mixture]:
     """Yield the mixture after each pass over all workers' rows, until it no longer gets better.
 
-    The log-likelihood of what is yielded never falls, but for rounding and the regularisation.
+    The log-likelihood of what is yielded never falls, but for rounding and the regularisation; the last one is the
+    same for any sharding of the rows, but for rounding.
 
     Args:
-        blocks: this worker's rows.
+        blocks: this worker's rows; the same blocks at every call.
         options: settings.
         mixture: the estimate so far.
         passes: made before, which count as well.
     """
     for _ in range(passes, options.max_iterations):
-        sums, total = _zeros(mixture.means), mixture.means.new_zeros(1)
+        K, D = mixture.means.shape
+        sums, total = mixture.means.new_zeros((K, 1 + 2 * D), dtype=torch.float64), mixture.means.new_zeros(1)
         for block in blocks():
             # E-step: responsibilities.
             joint = mixture.log_joint(block)
@@ -101,25 +100,6 @@ def advance(blocks: Blocks, options: GmmOptions, mixture: Mixture, passes: int =
         yield mixture
         if likelihood - before < options.tolerance:
             return
-
-
-def fit(blocks: Blocks, options: GmmOptions, seed: int = 0) -> Mixture:
-    """Fit a mixture to all workers' rows; the same for any sharding of the rows, but for rounding.
-
-    Args:
-        blocks: this worker's rows; the same blocks at every call.
-        options: settings.
-        seed: of the k-means that it starts from.
-    """
-    mixture = start(blocks, options, seed)
-    for number, reached in enumerate(advance(blocks, options, mixture), 1):
-        mixture = reached
-        logger.debug("mixture: pass %d, log-likelihood %.6g a row", number, mixture.log_likelihood)
-    return mixture
-
-
-def _zeros(means: Tensor) -> Tensor:
-    return torch.zeros((len(means), 1 + 2 * means.shape[1]), dtype=torch.float64, device=means.device)
 
 
 def _sums(x: Tensor, shares: Tensor) -> Tensor:

@@ -349,31 +349,24 @@ def nearest(
     """
     R, K, D = centers.shape
     if rounded is not None and x.dtype == torch.float32 and len(x) >= MIN_COLUMNS:
-        found = _nearest_of_pairs(x, centers, bias, rounded)
-        if found is not None:
-            return found
-    scores = torch.addmm(-bias.reshape(1, R * K), x, centers.reshape(R * K, D).T)
-    best: tuple[Tensor, Tensor] = scores.view(-1, R, K).max(-1)
+        # Products of the few centres that may be nearest, where they are few.
+        rows, found = RoundedRows.of(x, torch.ones(len(x), 3, dtype=torch.bfloat16), padded=False), []
+        for r, one in enumerate(rounded):
+            pairs = screen(rows, one, 1)
+            if pairs is None:
+                break
+            row, k = pairs
+            score = pair_products(x, centers[r], row, k) - bias[r, k]
+            most = score.new_full((len(x),), -torch.inf).scatter_reduce_(0, row, score, "amax")
+            ties = score == most[row]
+            ids = k.new_full((len(x),), K).scatter_reduce_(0, row[ties], k[ties], "amin")
+            found.append((most, ids))
+        else:
+            scores, labels = zip(*found, strict=True)
+            return torch.stack(scores, dim=1), torch.stack(labels, dim=1)
+    products = torch.addmm(-bias.reshape(1, R * K), x, centers.reshape(R * K, D).T)
+    best: tuple[Tensor, Tensor] = products.view(-1, R, K).max(-1)
     return best
-
-
-def _nearest_of_pairs(
-    x: Tensor, centers: Tensor, bias: Tensor, rounded: list[RoundedRows]
-) -> tuple[Tensor, Tensor] | None:
-    """Return what `nearest` does from products of the few centres that may be nearest; None where they are not few."""
-    rows, found = RoundedRows.of(x, torch.ones(len(x), 3, dtype=torch.bfloat16), padded=False), []
-    for r, one in enumerate(rounded):
-        pairs = screen(rows, one, 1)
-        if pairs is None:
-            return None
-        row, k = pairs
-        score = pair_products(x, centers[r], row, k) - bias[r, k]
-        most = score.new_full((len(x),), -torch.inf).scatter_reduce_(0, row, score, "amax")
-        ties = score == most[row]
-        ids = k.new_full((len(x),), centers.shape[1]).scatter_reduce_(0, row[ties], k[ties], "amin")
-        found.append((most, ids))
-    scores, labels = zip(*found, strict=True)
-    return torch.stack(scores, dim=1), torch.stack(labels, dim=1)
 
 
 class Partitions:
@@ -436,7 +429,7 @@ class Partitions:
                 counts -= torch.bincount(left, minlength=R * K)
             # Measured on AVX-512 cores: a row that moves costs as much as 100 columns of a float64 product for a row.
             dense = not part.is_cuda and len(row) > len(part) * (0.4 + 0.01 * R * K)
-            (self._add_product if dense else self._add_rows)(part, row, entered, left, own)
+            self._add(part, row, entered, left, own, by_product=dense)
             self.labels[i : i + 1] = [labels.int()]
         return self.sums, self.counts, total
 
@@ -445,8 +438,23 @@ class Partitions:
         self.labels = [labels[:, chosen] for labels in self.labels]
         self.sums, self.counts = self.sums[chosen], self.counts[chosen]
 
-    def _add_rows(self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None, weights: Tensor | None) -> None:
+    def _add(
+        self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None, weights: Tensor | None, *, by_product: bool
+    ) -> None:
+        """Add rows to the sums of the clusters that they entered and subtract them from those that they left.
+
+        `by_product` does it by a product with +1 where a row entered and −1 where it left: faster when most rows move.
+        """
         sums = self.sums.view(-1, x.shape[1])
+        if by_product:
+            signs = sums.new_zeros((len(x), len(sums)))
+            signs[row, entered] = 1.0 if weights is None else weights[row]
+            if left is not None:
+                signs[row, left] = -1.0
+            for low in range(0, len(x), _MULTIPLIED_AT_ONCE):
+                span = slice(low, low + _MULTIPLIED_AT_ONCE)
+                sums.addmm_(signs[span].T, x[span].double())
+            return
         for low in range(0, len(row), _MOVED_AT_ONCE):
             span = slice(low, low + _MOVED_AT_ONCE)
             values = x[row[span]].double()
@@ -454,19 +462,6 @@ class Partitions:
             sums.index_add_(0, entered[span], values)
             if left is not None:
                 sums.index_add_(0, left[span], values, alpha=-1)
-
-    def _add_product(
-        self, x: Tensor, row: Tensor, entered: Tensor, left: Tensor | None, weights: Tensor | None
-    ) -> None:
-        """Do the same as a product with +1 where a row entered and −1 where it left: faster when most rows move."""
-        sums = self.sums.view(-1, x.shape[1])
-        signs = sums.new_zeros((len(x), len(sums)))
-        signs[row, entered] = 1.0 if weights is None else weights[row]
-        if left is not None:
-            signs[row, left] = -1.0
-        for low in range(0, len(x), _MULTIPLIED_AT_ONCE):
-            span = slice(low, low + _MULTIPLIED_AT_ONCE)
-            sums.addmm_(signs[span].T, x[span].double())
 
 
 def relocate(

@@ -76,23 +76,26 @@ def _group_medians(values: FloatArray, groups: IntArray) -> FloatArray:
     return np.asarray(medians[groups])
 
 
-def outlier_ranks(knn: FloatArray, centroid_z: FloatArray) -> FloatArray:
-    """Return the mean of the two scores' ranks over N, Float64[N] in (0, 1]: 1 is the oddest; NaN ranks lowest.
+def oddest(knn: FloatArray, centroid_z: FloatArray, share: float) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Rank rows by two scores, and flag a share of them.
 
-    Ties share their mean rank.
+    Args:
+        knn: Float64[N] of `knn_distances`; NaN ranks lowest.
+        centroid_z: Float64[N] of `robust_z`.
+        share: of the rows to flag.
+
+    Returns:
+        Float64[N] in (0, 1], the mean of the scores' ranks over N: 1 is the oddest, ties share their mean rank.
+        Bool[N], the ⌈share · N⌉ rows of the largest, ties by row.
     """
     from scipy import stats
 
     ranked = [stats.rankdata(np.where(np.isnan(score), -np.inf, score)) for score in (knn, centroid_z)]
-    return np.asarray((ranked[0] + ranked[1]) / (2 * max(len(knn), 1)))
-
-
-def top_share(rank: FloatArray, share: float) -> NDArray[np.bool_]:
-    """Return Bool[N], the rows of the largest ranks: ⌈share · N⌉, ties by row."""
+    rank = np.asarray((ranked[0] + ranked[1]) / (2 * max(len(knn), 1)))
     flagged = np.zeros(len(rank), bool)
     count = int(np.ceil(share * len(rank) - 1e-9))
     flagged[np.argsort(-rank, kind="stable")[:count]] = True
-    return flagged
+    return rank, flagged
 
 
 def prune(

@@ -49,12 +49,35 @@ def planar_map(x: Tensor, neighbors: Tensor, similarity: Tensor, seed: int = 0) 
     Raises:
         ShapeError: `x` does not have two axes.
     """
+    from sklearn.decomposition import PCA
+
     require_matrix(x, "x")
-    components = _principal_components(np.asarray(x, np.float64))
+    # 1. Up to 100 principal components, Float32[N C], at least 2: zeros where there are none.
+    rows = np.asarray(x, np.float64)
+    width = min(_COMPONENTS, *rows.shape)
+    components = np.zeros((len(rows), max(2, width)), np.float32)
+    if len(rows) > 1 and np.ptp(rows, axis=0).any():
+        solver = "covariance_eigh" if rows.shape[1] <= 4 * len(rows) else "full"
+        components[:, :width] = PCA(width, svd_solver=solver).fit_transform(rows)
     y = torch.from_numpy(components[:, :2].T.copy())  # Float32[2 N]
+    # 2. The places, moved by Adam through three phases: whole, groups, details.
     if len(x) > FEW_ROWS and bool(y.any()):
-        pairs = _Pairs(torch.from_numpy(components), neighbors, similarity, seed)
-        y = _optimize(0.01 * y, pairs)
+        pairs, y = _Pairs(torch.from_numpy(components), neighbors, similarity, seed), 0.01 * y
+        first, second = torch.zeros_like(y), torch.zeros_like(y)
+        whole, groups = _PHASES[:2]
+        for step in range(sum(_PHASES)):
+            if step < whole:
+                share = step / whole
+                gradient = pairs.gradient(y, 2.0, 1000 * (1 - share) + 3 * share)
+            elif step < whole + groups:
+                gradient = pairs.gradient(y, 3.0, 3.0)
+            else:
+                gradient = pairs.gradient(y, 1.0, 0.0)
+            first.lerp_(gradient, 1 - _BETA1)
+            second.lerp_(gradient.square_(), 1 - _BETA2)
+            rate = _LEARNING_RATE * (1 - _BETA2 ** (step + 1)) ** 0.5 / (1 - _BETA1 ** (step + 1))
+            y = y.addcdiv(first, second.sqrt().add_(_EPSILON), value=-rate)
+    # 3. Centred, within [−1, 1].
     y = y - (y.amin(1, keepdim=True) + y.amax(1, keepdim=True)) / 2 if y.shape[1] else y
     return np.ascontiguousarray((y / (y.abs().max() if bool(y.any()) else 1.0)).T.numpy(), np.float32)
 
@@ -129,34 +152,3 @@ class _Pairs:
                 pull = difference.mul_(force)
                 axis.add_(pull.sum(1)).index_add_(0, partners.view(-1), pull.view(-1), alpha=-1)
         return gradient
-
-
-def _optimize(y: Tensor, pairs: _Pairs) -> Tensor:
-    """Move the places, Float32[2 N], by Adam, through the three phases: whole, groups, details."""
-    first, second = torch.zeros_like(y), torch.zeros_like(y)
-    whole, groups = _PHASES[:2]
-    for step in range(sum(_PHASES)):
-        if step < whole:
-            share = step / whole
-            gradient = pairs.gradient(y, 2.0, 1000 * (1 - share) + 3 * share)
-        elif step < whole + groups:
-            gradient = pairs.gradient(y, 3.0, 3.0)
-        else:
-            gradient = pairs.gradient(y, 1.0, 0.0)
-        first.lerp_(gradient, 1 - _BETA1)
-        second.lerp_(gradient.square_(), 1 - _BETA2)
-        rate = _LEARNING_RATE * (1 - _BETA2 ** (step + 1)) ** 0.5 / (1 - _BETA1 ** (step + 1))
-        y = y.addcdiv(first, second.sqrt().add_(_EPSILON), value=-rate)
-    return y
-
-
-def _principal_components(x: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return Float32[N C], up to 100 principal components, at least 2: zeros where there are none."""
-    from sklearn.decomposition import PCA
-
-    width = min(_COMPONENTS, *x.shape)
-    components = np.zeros((len(x), max(2, width)), np.float32)
-    if len(x) > 1 and np.ptp(x, axis=0).any():
-        solver = "covariance_eigh" if x.shape[1] <= 4 * len(x) else "full"
-        components[:, :width] = PCA(width, svd_solver=solver).fit_transform(x)
-    return components

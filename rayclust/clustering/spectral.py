@@ -336,11 +336,6 @@ class Spectral:
     centers: dict[int, Tensor] = field(default_factory=dict)
     """Float32[K + 1 K] by K, as far as computed: the k-means centres, then their mean squared distance."""
 
-    @property
-    def max_clusters(self) -> int:
-        """Return the largest K."""
-        return self.functions.shape[1]
-
     def labels(self, clusters: int, seed: int | None = None) -> Tensor:
         """Return the clusters of the sites, Int64[S], which are all rows where those are at most `dense_rows`.
 
@@ -360,16 +355,14 @@ class Spectral:
         pair = self.values[clusters - 1 : clusters + 1].clamp(_MIN_EIGENVALUE, 1.0 - self.options.tolerance)
         return float((pair[1].log() / pair[0].log()).log())
 
-    def cut(self, clusters: int, seed: int | None = None) -> Spectral:
-        """Return this partition, or that of another seed, with the centres of K clusters kept for `assign`."""
-        partition = self if seed is None or seed == self.seed else replace(self, seed=seed, centers={})
-        partition.labels(clusters)
-        return partition
+    def cut(self, clusters: int, seed: int | None = None, start: Tensor | None = None) -> Spectral:
+        """Return this partition, or that of another seed, with the centres of K clusters kept for `assign`.
 
-    def cut_from(self, labels: Tensor, clusters: int) -> None:
-        """Keep the centres of K clusters that k-means of the sites reaches from clusters Int64[S] of theirs."""
-        rows = functional.normalize(self.functions[:, :clusters], dim=1)
-        self._fit_centers(rows, self.seed, unit_means(rows, labels.to(rows.device), clusters))
+        `start` are clusters of the sites, Int64[S], from which k-means goes on; None starts by the seed.
+        """
+        partition = self if seed is None or seed == self.seed else replace(self, seed=seed, centers={})
+        partition._centers(clusters, partition.seed, start)
+        return partition
 
     @torch.no_grad()
     def assign(self, codes: Tensor, clusters: int) -> Tensor:
@@ -391,7 +384,7 @@ class Spectral:
         """
         require_matrix(codes, "codes", self.codes.shape[1])
         rows = unit(codes.to(self.codes.device))
-        values = self.values[: self.max_clusters].to(self.functions)
+        values = self.values[: self.functions.shape[1]].to(self.functions)
         inverse = torch.where(values > _MIN_EIGENVALUE, 1.0 / values.clamp(min=_MIN_EIGENVALUE), 0.0)
         # One column more sums p's denominator.
         scaled = self.scales[:, None] * torch.cat([self.functions * inverse, torch.ones_like(self.functions[:, :1])], 1)
@@ -428,26 +421,28 @@ class Spectral:
         centers = {int(name.split(".")[1]): value for name, value in tensors.items() if name.startswith("centers.")}
         return cls(options, seed, **{name: tensors[name] for name in _TENSORS}, centers=centers)
 
-    def _centers(self, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return Float32[K K] centres of the embedding and Float32[] their mean squared distance; kept for `seed`."""
-        if not 1 <= clusters <= self.max_clusters:
-            raise ConfigError(f"clusters = {clusters}: from 1 to {self.max_clusters}, what the partition was made for")
-        cached = self.centers.get(clusters) if seed == self.seed else None
-        if cached is None:
-            cached = self._fit_centers(functional.normalize(self.functions[:, :clusters], dim=1), seed, None)
-        cached = cached.to(self.functions.device)
-        return cached[:-1], cached[-1, 0]
+    def _centers(self, clusters: int, seed: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return Float32[K K] centres of the embedding and Float32[] their mean squared distance.
 
-    def _fit_centers(self, rows: Tensor, seed: int, init: Tensor | None) -> Tensor:
-        """Run k-means of the sites' rows Float32[S K]; return what `centers` holds, and keep it for the own seed."""
-        clusters, own = rows.shape[1], rows[distributed.own_slice(len(rows))]
-        settings = KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
-        result = kmeans.fit(lambda: [own], settings, seed=seed, init=init)
-        mean = max(result.inertia / len(rows), torch.finfo(torch.float32).eps)
-        centers = torch.cat([result.centers, result.centers.new_full((1, clusters), mean)])
-        if seed == self.seed:
-            self.centers[clusters] = centers
-        return centers
+        Those of the own seed are kept; `start` makes them anew, see `cut`.
+        """
+        if not 1 <= clusters <= self.functions.shape[1]:
+            bound = self.functions.shape[1]
+            raise ConfigError(f"clusters = {clusters}: from 1 to {bound}, what the partition was made for")
+        centers = self.centers.get(clusters) if seed == self.seed and start is None else None
+        if centers is None:  # k-means of the sites' rows, Float32[S K]
+            rows = functional.normalize(self.functions[:, :clusters], dim=1)
+            own, init = rows[distributed.own_slice(len(rows))], None
+            if start is not None:
+                init = unit_means(rows, start.to(rows.device), clusters)
+            settings = KMeansOptions(clusters=clusters, metric="euclidean", restarts=self.options.restarts)
+            result = kmeans.fit(lambda: [own], settings, seed=seed, init=init)
+            mean = max(result.inertia / len(rows), torch.finfo(torch.float32).eps)
+            centers = torch.cat([result.centers, result.centers.new_full((1, clusters), mean)])
+            if seed == self.seed:
+                self.centers[clusters] = centers
+        centers = centers.to(self.functions.device)
+        return centers[:-1], centers[-1, 0]
 
 
 def partition(blocks: Blocks, max_clusters: int, options: SpectralOptions, seed: int = 0) -> Spectral:

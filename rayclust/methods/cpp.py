@@ -286,7 +286,7 @@ class Cpp(SpectralMethod):
         x = gather_rows(stats, even_sample(stats.count, self.config.dense_rows, self.seed)).float()
         neighbors = nearest_others(x, min(EVIDENCE_NEIGHBORS, len(x) - 1))
         start = choose(make_candidates(x, neighbors, K, self.seed))
-        fitted.cut_from(start.labels, K)
+        fitted.cut(K, start=start.labels)
         if stats.count < SPACE_ROWS * K:
             reason = f"{stats.count / K:.0f} rows a cluster are too few for"
         else:

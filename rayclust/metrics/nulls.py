@@ -22,24 +22,6 @@ _DRAWN, _BOOTSTRAP = 0.8, 2_000
 of draws."""
 
 
-def permuted_columns(x: FloatArray, seed: int) -> FloatArray:
-    """Return rows whose dimensions have the values of x, each in an order of its own: Float[N D].
-
-    Source: Tibshirani, Walther & Hastie 2001, section 4, whose reference is uniform over each dimension's range.
-    """
-    return np.random.default_rng(seed).permuted(x, axis=0)
-
-
-def gaussian_like(x: FloatArray, seed: int) -> FloatArray:
-    """Return normal rows of the mean and, on average over seeds, the covariance of x: Float[N D].
-
-    As random sums of the centred rows: no D×D matrix, and no more directions than the rows have.
-    """
-    mean = x.mean(axis=0)
-    draws = np.random.default_rng(seed).normal(size=(len(x), len(x))).astype(x.dtype)
-    return np.asarray(mean + draws @ (x - mean) / np.sqrt(len(x)))
-
-
 def null_silhouettes(x: FloatArray, clusters: int, *, rows: int = 1_000, seed: int = 0) -> dict[str, float]:
     """Compute the silhouettes of spherical k-means on a sample of the rows and on two null models of it.
 
@@ -53,17 +35,26 @@ def null_silhouettes(x: FloatArray, clusters: int, *, rows: int = 1_000, seed: i
         `silhouette_sample`, of the rows; `silhouette_permuted`, dimension by dimension in another order;
         `silhouette_gaussian`, of normal rows with the same covariance; `null_contrast`, the first above the larger of
         the others. Empty where clusters have fewer than 4 rows on average.
+
+    Source: Tibshirani, Walther & Hastie 2001, section 4, whose reference is uniform over each dimension's range.
     """
     require_matrix(x, "x")
     if rows < len(x):
         x = x[np.sort(np.random.default_rng(seed).choice(len(x), rows, replace=False))]
     if len(x) < _LEAST_ROWS * clusters:
         return {}
-    found = {
-        "silhouette_sample": _kmeans_silhouette(x, clusters, seed),
-        "silhouette_permuted": _kmeans_silhouette(permuted_columns(x, seed), clusters, seed),
-        "silhouette_gaussian": _kmeans_silhouette(gaussian_like(x, seed), clusters, seed),
-    }
+    # 1. Each dimension's values in an order of its own; normal rows of the mean and, on average over seeds, the
+    # covariance, as random sums of the centred rows: no D×D matrix, and no more directions than the rows have.
+    permuted = np.random.default_rng(seed).permuted(x, axis=0)
+    mean = x.mean(axis=0)
+    draws = np.random.default_rng(seed).normal(size=(len(x), len(x))).astype(x.dtype)
+    gaussian = mean + draws @ (x - mean) / np.sqrt(len(x))
+    # 2. k-means of each from one start; 0 where all rows are in one cluster.
+    found = dict[str, float]()
+    for name, each in (("sample", x), ("permuted", permuted), ("gaussian", gaussian)):
+        labels = _kmeans_labels(each, clusters, seed)
+        is_cut = len(np.unique(labels)) > 1
+        found[f"silhouette_{name}"] = silhouette(each.astype(np.float32), labels) if is_cut else 0.0
     nulls = max(found["silhouette_permuted"], found["silhouette_gaussian"])
     return found | {"null_contrast": found["silhouette_sample"] - nulls}
 
@@ -101,12 +92,6 @@ def resampled_silhouettes(
     each = coclustering_silhouettes(again, labels)
     medians = np.median(rng.choice(each, (_BOOTSTRAP, len(each))), axis=1)
     return {"resampled_silhouette": float(np.median(each)), "resampled_bound": float(np.quantile(medians, 0.025))}
-
-
-def _kmeans_silhouette(x: FloatArray, clusters: int, seed: int) -> float:
-    """Return the silhouette of spherical k-means from one start; 0 where all rows are in one cluster."""
-    labels = _kmeans_labels(x, clusters, seed)
-    return silhouette(x.astype(np.float32), labels) if len(np.unique(labels)) > 1 else 0.0
 
 
 def _kmeans_labels(x: FloatArray, clusters: int, seed: int) -> IntArray:

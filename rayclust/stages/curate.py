@@ -43,10 +43,8 @@ from rayclust.clustering.duplicates import (
     decide,
     even_ranges,
     first_of_equal,
-    order_by_cluster,
     ranks,
     recall,
-    row_hashes,
 )
 from rayclust.clustering.row_stats import even_sample
 from rayclust.config import RunConfig
@@ -171,11 +169,11 @@ class Curation:
     def prepare(self) -> list[range]:
         """Find identical rows and, without the neighbours, sort the others into clusters; return ranges of these."""
         torch.set_num_threads(1)
-        aside, hashes = kept_aside(self.run, self.encode), []
-        for part, (start, stop) in enumerate(pairwise(self.encode.starts)):
-            rows = part_embeddings(self.run, part)
-            hashes.append(row_hashes(rows if aside is None else rows[~aside[start:stop]]))
-        first = first_of_equal(np.concatenate(hashes))
+        aside, spans = kept_aside(self.run, self.encode), enumerate(pairwise(self.encode.starts))
+        first = first_of_equal(
+            part_embeddings(self.run, part)[slice(None) if aside is None else ~aside[start:stop]]
+            for part, (start, stop) in spans
+        )
         rows = np.arange(self.encode.starts[-1]) if aside is None else np.flatnonzero(~aside)
         tables.write_table(self._scratch("rows.parquet"), pa.table({"row": rows, "first": first}))
         if self.by_neighbors:
@@ -185,7 +183,10 @@ class Curation:
         sample = torch.from_numpy(unique)[even_sample(len(unique), _SAMPLED_PER_LIST * lists, self.config.seed)]
         centers = train_centers(x[sample], lists, self.config.seed)
         assigned = [centers.assign(x[ids]) for ids in torch.split(torch.from_numpy(unique), BLOCK)]
-        order, bounds = order_by_cluster(torch.cat(assigned).numpy(), len(centers.centers))
+        # Rows in order of their clusters, ties by row, and where each cluster begins.
+        clusters = torch.cat(assigned).numpy()
+        order = np.argsort(clusters, kind="stable")
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(clusters, minlength=len(centers.centers)))])
         tables.write_table(self._scratch("order.parquet"), pa.table({"place": unique[order]}))
         columns = {"end": bounds[1:], "center": tables.fixed_list(centers.centers.numpy())}
         tables.write_table(self._scratch("lists.parquet"), pa.table(columns))
@@ -367,8 +368,8 @@ class Curation:
         unique = np.flatnonzero(first == np.arange(len(rows)))
         centroid_z, rank, flagged = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), bool)
         centroid_z[unique] = outliers.robust_z(distance[unique], clusters[unique])
-        rank[unique] = outliers.outlier_ranks(knn[unique], centroid_z[unique])
-        flagged[unique] = outliers.top_share(rank[unique], self.config.curate.outliers.share)
+        share = self.config.curate.outliers.share
+        rank[unique], flagged[unique] = outliers.oddest(knn[unique], centroid_z[unique], share)
         scores = {"knn": knn, "ratio": ratio, "centroid_z": centroid_z, "margin": margin, "in_degree": in_degree}
         scores |= {"rank": rank, "flagged": flagged}
         return Columns(rows, first, clusters, distance, {name: values[first] for name, values in scores.items()})

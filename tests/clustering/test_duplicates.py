@@ -12,17 +12,14 @@ from rayclust.clustering.duplicates import (
     Policy,
     cluster_pairs,
     components,
+    decide,
     even_ranges,
-    find_epsilon,
     first_of_equal,
-    keepers,
     kept_rows,
     near_pairs,
-    order_by_cluster,
     ranks,
     recall,
     refine,
-    row_hashes,
 )
 from rayclust.errors import ShapeError
 from tests.references import greedy_kept, near_pairs_by_rows
@@ -74,7 +71,10 @@ def test_kept_sets_are_nested_and_greedy_covers_what_it_removes():
         greedy = kept["greedy"]
         np.testing.assert_array_equal(greedy, greedy_kept(near.first, near.second, rank))
         assert not (greedy[near.first] & greedy[near.second]).any()
-        keeper = keepers(near, rank, greedy, "greedy")
+        rows, none = np.arange(120), np.zeros(120, bool)
+        decision = decide(x, near, rows, rank, none, policy="greedy", largest=0.05, epsilon=0.05)
+        np.testing.assert_array_equal(decision.kept, greedy)
+        keeper = decision.keeper
         assert greedy[keeper].all()
         for row in np.flatnonzero(~greedy):
             assert float(x[row] @ x[keeper[row]]) >= 0.95 - 1e-6
@@ -104,7 +104,8 @@ def by_clusters(x: torch.Tensor, epsilon: float, probes: int | None) -> tuple[Ed
     """Edges of rows by the 12 clusters of their nearest rows, and the clusters wanted for each row."""
     centers = x[:12]
     clusters = (x @ centers.T).argmax(1).numpy()
-    order, bounds = order_by_cluster(clusters, 12)
+    order = np.argsort(clusters, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(clusters, minlength=12))])
     held = x[torch.from_numpy(order)]
     searches = [
         cluster_pairs(held, bounds, centers, some, epsilon=epsilon, probes=probes) for some in even_ranges(bounds, 100)
@@ -133,7 +134,8 @@ def test_identical_rows_are_one_group_whatever_the_rounding():
     rows = np.random.default_rng(1).normal(size=(6, 7)).astype(np.float16)
     rows[4] = rows[1]
     rows[5] = rows[1]
-    assert first_of_equal(row_hashes(rows)).tolist() == [0, 1, 2, 3, 1, 1]
+    assert first_of_equal([rows]).tolist() == [0, 1, 2, 3, 1, 1]
+    assert first_of_equal([rows[:2], rows[2:2], rows[2:]]).tolist() == [0, 1, 2, 3, 1, 1]
 
 
 def test_a_cosine_at_the_bound_counts_unless_it_is_as_published():
@@ -142,12 +144,16 @@ def test_a_cosine_at_the_bound_counts_unless_it_is_as_published():
     assert len(near.within(0.25, strict=True).first) == 1
 
 
-def test_a_target_share_between_two_tries_is_interpolated():
-    def share(epsilon: float) -> float:
-        return float(np.interp(epsilon, [0.02, 0.06], [0.7, 0.5]))
-
-    assert find_epsilon(share, 0.6, 0.1) == pytest.approx(0.04, abs=1e-6)
-    assert find_epsilon(share, 0.4, 0.1) == 0.1
+def test_the_epsilon_of_a_target_share_is_found_by_bisection():
+    # Ten rows, of which three fall out at 0.02, 0.04 and 0.06.
+    near, rows, none = edges((0, 1, 0.98), (2, 3, 0.96), (4, 5, 0.94)), np.arange(10), np.zeros(10, bool)
+    for share, epsilon in ((0.9, 0.02), (0.8, 0.04), (0.75, 0.06)):
+        found = decide(torch.eye(10), near, rows, rows, none, policy="greedy", largest=0.1, keep_share=share)
+        assert found.epsilon == pytest.approx(epsilon, abs=1e-6)
+        assert found.kept.mean() <= share
+    least = decide(torch.eye(10), near, rows, rows, none, policy="greedy", largest=0.1, keep_share=0.4)
+    assert least.epsilon == 0.1
+    assert least.kept.sum() == 7
 
 
 def test_the_cap_on_near_rows_is_mended_among_kept_rows(monkeypatch: pytest.MonkeyPatch):
@@ -158,7 +164,7 @@ def test_the_cap_on_near_rows_is_mended_among_kept_rows(monkeypatch: pytest.Monk
     assert np.bincount(held.first).max() == 5
     capped, rank = Edges.merge([held]), np.random.default_rng(0).permutation(300)
     assert kept_rows(capped, rank, "greedy").sum() > 1
-    mended = refine(x, capped, lambda some: kept_rows(some, rank, "greedy"), np.ones(300, bool), 0.05)
+    mended = refine(x, capped, rank, np.ones(300, bool), policy="greedy", epsilon=0.05)
     assert kept_rows(mended, rank, "greedy").sum() == 1
 
 
@@ -168,14 +174,13 @@ def test_the_order_of_rows_and_who_stands_for_whom():
     chain = edges((0, 1, 0.99), (1, 2, 0.98), (3, 4, 0.97))
     rank = np.array([2, 1, 0, 4, 3])
     for policy, wanted in (("component", [2, 2, 2, 4, 4]), ("greedy", [0, 0, 2, 4, 4])):
-        kept = kept_rows(chain, rank, policy)  # type: ignore[arg-type]
-        assert keepers(chain, rank, kept, policy).tolist() == wanted, policy  # type: ignore[arg-type]
+        rows, none = np.arange(5), np.zeros(5, bool)
+        found = decide(torch.eye(5), chain, rows, rank, none, policy=policy, largest=0.05, epsilon=0.05)  # type: ignore[arg-type]
+        assert found.keeper.tolist() == wanted, policy
 
 
 def test_ranges_of_clusters_hold_enough_rows_and_no_cluster_is_lost():
-    order, bounds = order_by_cluster(np.array([2, 0, 2, 1, 2]), 4)
-    assert order.tolist() == [1, 3, 0, 2, 4]
-    assert bounds.tolist() == [0, 1, 2, 5, 5]
+    bounds = np.array([0, 1, 2, 5, 5])
     assert [list(some) for some in even_ranges(bounds, 2)] == [[0, 1], [2], [3]]
     with pytest.raises(ShapeError, match="one more than centers"):
         cluster_pairs(torch.ones(5, 2), bounds, torch.ones(2, 2), range(1), epsilon=0.1)

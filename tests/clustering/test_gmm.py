@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rayclust.clustering import gmm
 from rayclust.clustering.gmm import Mixture
+from rayclust.clustering.row_stats import Blocks
 from rayclust.clustering.settings import GmmOptions
 from rayclust.errors import ArtefactError
 from rayclust.methods import build, load
@@ -36,11 +37,16 @@ def planted(seed: int = 0) -> Tensor:
     return torch.tensor(rng.permutation(np.concatenate(rows)))
 
 
+def fit(blocks: Blocks, options: GmmOptions, seed: int = 0) -> Mixture:
+    *_, found = gmm.advance(blocks, options, gmm.start(blocks, options, seed))
+    return found
+
+
 def test_two_far_blobs_of_unlike_size():
     rng = np.random.default_rng(0)
     small = rng.normal(size=(50, 2)) * 0.1
     x = torch.tensor(np.concatenate([small, -small, small, 100 + small]))
-    found = gmm.fit(lambda: [x], GmmOptions(clusters=2, regularization=1e-3, tolerance=0.0, max_iterations=10))
+    found = fit(lambda: [x], GmmOptions(clusters=2, regularization=1e-3, tolerance=0.0, max_iterations=10))
     order = found.weights.argsort(descending=True)
     assert found.weights[order].tolist() == pytest.approx([0.75, 0.25])
     blob = torch.tensor(np.concatenate([small, -small, small])).var(0, unbiased=False) + 1e-3
@@ -76,7 +82,7 @@ def test_equals_scikit_learns_from_the_same_start(covariance: Any):
     )  # fmt: skip
     with pytest.warns(UserWarning, match="converge"):
         theirs.fit(x.numpy())
-    mine = gmm.fit(lambda: x.split(17), options, seed=1)
+    mine = fit(lambda: x.split(17), options, seed=1)
     np.testing.assert_allclose(mine.means, theirs.means_, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(mine.weights, theirs.weights_, rtol=1e-6)
     np.testing.assert_allclose(mine.log_joint(x).softmax(1), theirs.predict_proba(x.numpy()), atol=1e-7)
@@ -104,7 +110,7 @@ def _sharded(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
     x = planted()
     own = x[:150] if rank == 0 else x[150:]
     rows = x if world == 1 else own
-    found = gmm.fit(lambda: [rows], GmmOptions(clusters=3, restarts=1), seed=2)
+    found = fit(lambda: [rows], GmmOptions(clusters=3, restarts=1), seed=2)
     return found.weights, found.means, found.variances
 
 

@@ -230,12 +230,12 @@ def test_of_equally_near_centres_the_first_is_taken():
     assert nearest(torch.tensor([[0.0, 3.0], [2.0, 0.0], [-2.0, 0.0]]), centers, bias)[1].tolist() == [[0], [0], [1]]
 
 
-@pytest.mark.parametrize("always", ["_add_rows", "_add_product", None])
+@pytest.mark.parametrize("by_product", [False, True, None])
 @pytest.mark.parametrize("block", [1, 33, 300])
-def test_sums_stay_right_while_centres_move(always: str | None, block: int, monkeypatch: pytest.MonkeyPatch):
-    if always is not None:
-        for name in ("_add_rows", "_add_product"):
-            monkeypatch.setattr(Partitions, name, getattr(Partitions, always))
+def test_sums_stay_right_while_centres_move(by_product: bool | None, block: int, monkeypatch: pytest.MonkeyPatch):
+    if by_product is not None:
+        add = Partitions._add
+        monkeypatch.setattr(Partitions, "_add", lambda *moved, **_: add(*moved, by_product=by_product))
     monkeypatch.setattr(kmeans, "_MOVED_AT_ONCE", 7)
     monkeypatch.setattr(kmeans, "_MULTIPLIED_AT_ONCE", 50)
     x, centers = rows_and_centers()
@@ -252,15 +252,15 @@ def test_sums_stay_right_while_centres_move(always: str | None, block: int, monk
 
 
 def test_both_ways_to_add_agree_and_are_both_taken(monkeypatch: pytest.MonkeyPatch):
-    taken = []
-    for name in ("_add_rows", "_add_product"):
-        way = getattr(Partitions, name)
-        monkeypatch.setattr(Partitions, name, lambda *a, way=way, name=name: (taken.append(name), way(*a)))
+    taken, add = list[bool](), Partitions._add
+    monkeypatch.setattr(
+        Partitions, "_add", lambda *a, by_product: (taken.append(by_product), add(*a, by_product=by_product))
+    )
     x, centers = rows_and_centers()
     partitions = Partitions(centers)
     for step in (0.0, 0.01):
         sums, _, _ = partitions.assign_and_sum(lambda: [x], centers + step, ZERO)
-    assert taken == ["_add_product", "_add_rows"]
+    assert taken == [True, False]
     labels = nearest(x, centers + 0.01, half_squares(centers + 0.01, ZERO))[1]
     assert torch.allclose(sums, slow_sums(x, labels, 5)[0], atol=1e-12)
 

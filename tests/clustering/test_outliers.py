@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rayclust.clustering.outliers import distance_ratios, knn_distances, outlier_ranks, prune, robust_z, top_share
+from rayclust.clustering.outliers import distance_ratios, knn_distances, oddest, prune, robust_z
 
 
 def test_three_near_rows_and_one_apart():
@@ -15,10 +15,10 @@ def test_three_near_rows_and_one_apart():
     np.testing.assert_allclose(d, [3.807e-4, 1.523e-4, 3.807e-4, 0.973824], rtol=1e-3)
     ratio = distance_ratios(d, d, neighbors)
     np.testing.assert_allclose(ratio, [1.42855, 0.40002, 1.42855, 3653.8], rtol=1e-4)
-    rank = outlier_ranks(d, d)
-    np.testing.assert_allclose(rank, [0.625, 0.25, 0.625, 1.0])
-    assert top_share(rank, 0.25).tolist() == [False, False, False, True]
-    assert top_share(rank, 0.5).tolist() == [True, False, False, True]
+    for share, wanted in ((0.25, [False, False, False, True]), (0.5, [True, False, False, True])):
+        rank, flagged = oddest(d, d, share)
+        np.testing.assert_allclose(rank, [0.625, 0.25, 0.625, 1.0])
+        assert flagged.tolist() == wanted
 
 
 def test_identical_neighbours_do_not_count():
@@ -26,7 +26,7 @@ def test_identical_neighbours_do_not_count():
     d = knn_distances(np.array([[1.0, 0.5], [1.0, 1.0]], np.float16), counted)
     assert d[0] == 0.5
     assert np.isnan(d[1])
-    assert outlier_ranks(d, np.array([0.0, 0.0])).argmax() == 0
+    assert oddest(d, np.array([0.0, 0.0]), 0.5)[0].argmax() == 0
 
 
 def test_robust_z_of_one_group_and_of_many():

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from rayclust.arrays import unit_rows
-from rayclust.metrics.nulls import gaussian_like, null_silhouettes, permuted_columns, resampled_silhouettes
+from rayclust.metrics import nulls
+from rayclust.metrics.nulls import null_silhouettes, resampled_silhouettes
 
 
 def blobs(clusters: int, rows: int = 400, width: int = 16) -> np.ndarray:
@@ -14,16 +16,27 @@ def blobs(clusters: int, rows: int = 400, width: int = 16) -> np.ndarray:
     return unit_rows(x).astype(np.float32)
 
 
-def test_permuted_columns_keep_each_dimensions_values_and_lose_the_rows():
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """The rows of which silhouettes are taken: the sample, its columns permuted, normal ones."""
+    taken, silhouette = list[np.ndarray](), nulls.silhouette
+    monkeypatch.setattr(nulls, "silhouette", lambda x, labels: (taken.append(x), silhouette(x, labels))[1])
+    return taken
+
+
+def test_permuted_columns_keep_each_dimensions_values_and_lose_the_rows(measured: list[np.ndarray]):
     x = blobs(3)
-    found = permuted_columns(x, seed=0)
+    null_silhouettes(x, 3)
+    same, found, _ = measured
+    assert np.array_equal(same, x)
     assert np.array_equal(np.sort(found, axis=0), np.sort(x, axis=0))
     assert np.abs(np.corrcoef(found.T) - np.eye(16)).max() < 0.2 < np.abs(np.corrcoef(x.T) - np.eye(16)).max()
 
 
-def test_gaussian_rows_have_the_covariance_and_no_clusters():
+def test_gaussian_rows_have_the_covariance_and_no_clusters(measured: list[np.ndarray]):
     x = blobs(3, rows=2_000)
-    found = gaussian_like(x, seed=0)
+    null_silhouettes(x, 3, rows=2_000)
+    found = measured[2]
     assert found.shape == x.shape
     assert np.allclose(found.mean(axis=0), x.mean(axis=0), atol=0.03)
     scale = np.abs(np.cov(x.T)).max()
