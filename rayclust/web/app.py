@@ -12,7 +12,8 @@ import json
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -135,48 +136,49 @@ def create_app(opening: Opening, *, hosts: set[str], token: str | None) -> ASGIA
         hosts: names that the machine is asked for by, besides localhost and bare addresses.
         token: that every request must carry; None asks for none.
     """
-    paths: dict[str, tuple[str, Callable[[Request, Explorer, bytes], Any]]] = {
-        "/api/run": ("GET", lambda request, explorer, body: explorer.facts()),
-        "/api/clusters": ("GET", _clusters),
-        "/api/clusters/{number:int}": ("GET", lambda request, explorer, body: explorer.cluster(**request.path_params)),
-        "/api/clusters/{number:int}/images": ("GET", _images),
-        "/api/records": ("GET", _records),
-        "/api/map": ("GET", lambda request, explorer, body: explorer.map()),
-        "/api/images/{row:int}": ("GET", lambda request, explorer, body: explorer.image(**request.path_params)),
-        "/api/images/{row:int}/picture": ("GET", _picture),
-        "/api/search": ("GET", lambda request, explorer, body: explorer.search(text=_text(request), top=_top(request))),
-        "/api/search/image": ("POST", lambda request, explorer, body: explorer.search(data=body, top=_top(request))),
-        "/api/edits": ("POST", lambda request, explorer, body: explorer.edit(_object(body))),
-        "/api/edits/undo": ("POST", lambda request, explorer, body: explorer.undo()),
-        "/api/table.csv": ("POST", _table),
-        "/api/compare": ("GET", lambda request, explorer, body: explorer.compare()),
-        "/api/compare/{source:int}/{target:int}": ("GET", _flow),
-        "/api/selections": ("GET", lambda request, explorer, body: explorer.selections()),
-        "/api/selections/{name}": ("GET", lambda request, explorer, body: explorer.selected(**request.path_params)),
-        "/api/selections/{name}/set": ("POST", _select),
+    none, page = dict[str, Any](), {"offset": 0, "limit": 100}
+    sorting = {"sort": "size", "descending": True, "query": ""}
+    # Method, what answers, and the keys of the query that it is given with their defaults, beside those of the path.
+    paths: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
+        "/api/run": ("GET", Explorer.facts, none),
+        "/api/clusters": ("GET", Explorer.clusters, sorting | page),
+        "/api/clusters/{number:int}": ("GET", Explorer.cluster, none),
+        "/api/clusters/{number:int}/images": ("GET", Explorer.images, {"odd_first": False} | page),
+        "/api/records": ("GET", _records, {"rows": ""}),
+        "/api/map": ("GET", Explorer.map, none),
+        "/api/images/{row:int}": ("GET", Explorer.image, none),
+        "/api/images/{row:int}/picture": ("GET", _picture, {"size": 160}),
+        "/api/search": ("GET", Explorer.search, {"text": "", "top": 100}),
+        "/api/search/image": ("POST", lambda explorer, body, top: explorer.search(data=body, top=top), {"top": 100}),
+        "/api/edits": ("POST", lambda explorer, body: explorer.edit(_object(body)), none),
+        "/api/edits/undo": ("POST", lambda explorer, body: explorer.undo(), none),
+        "/api/table.csv": ("POST", _table, none),
+        "/api/compare": ("GET", Explorer.compare, none),
+        "/api/compare/{source:int}/{target:int}": ("GET", Explorer.flow, page),
+        "/api/selections": ("GET", Explorer.selections, none),
+        "/api/selections/{name}": ("GET", Explorer.selected, none),
+        "/api/selections/{name}/set": ("POST", _select, none),
     }
-
-    def with_explorer(work: Callable[[Request, Explorer, bytes], Any]) -> Callable[[Request, bytes], Any]:
-        return lambda request, body: work(request, opening.explorer(), body)
-
     routes = [
-        Route(path, partial(_answer, work=with_explorer(work)), methods=[method])
-        for path, (method, work) in paths.items()
+        Route(path, partial(_answer, of=opening.explorer, work=work, keys=keys), methods=[method])
+        for path, (method, work, keys) in paths.items()
     ]
-    routes.append(Route("/api/progress", partial(_answer, work=lambda request, body: progress(opening.run))))
+    routes.append(Route("/api/progress", partial(_answer, of=lambda: opening.run, work=progress, keys=none)))
     routes += [Route(f"/{name}", _static, methods=["GET"]) for name in STATIC]
-    return _Guard(Starlette(routes=routes), hosts, token)
+    return _Guard(Starlette(routes=routes), hosts | {"localhost"}, token)
 
 
+@dataclass(frozen=True)
 class _Guard:
     """Refuse requests that do not come from the page, by their headers; add the headers that bind the page."""
 
-    def __init__(self, app: ASGIApp, hosts: set[str], token: str | None) -> None:
-        self._app, self._hosts, self._token = app, hosts | {"localhost"}, token
+    app: ASGIApp
+    hosts: set[str]
+    token: str | None = field(repr=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
             return
@@ -187,14 +189,21 @@ class _Guard:
             await send(message)
 
         request = Request(scope)
-        await (self._answer(request) or self._app)(scope, receive, send_with_headers)
+        await (self._answer(request) or self.app)(scope, receive, send_with_headers)
 
     def _answer(self, request: Request) -> Response | None:
         """Return why a request is refused, or to the address with its token a cookie; None for one that is let in."""
         headers: Headers = request.headers
         host = headers.get("host", "")
-        # 1. A Host that is a name of another's may lead here today and have led elsewhere when the page was loaded.
-        if not self._is_known(host):
+        # 1. A Host that is a name of another's may lead here today and have led elsewhere when the page was loaded. An
+        # address is nobody's name, so none that somebody else may point here.
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+            is_known = True
+        except ValueError:
+            is_known = name.lower() in self.hosts
+        if not is_known:
             return PlainTextResponse(f"rayclust: the host {host!r} is not this machine's\n", 421)
         # 2. Requests that another site's page makes.
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and request.url.path != "/":
@@ -204,39 +213,56 @@ class _Guard:
             if OWN_PAGE not in headers or origin not in (None, f"http://{host}", f"https://{host}"):
                 return PlainTextResponse("rayclust: only its own page may change anything\n", 403)
         # 3. Requests from elsewhere need the token; the address with it becomes one without, and a cookie.
-        if self._token is None:
+        if self.token is None:
             return None
         shown = request.query_params.get("token", "") if request.url.path == "/" else ""
-        if secrets.compare_digest(shown.encode(), self._token.encode()):
+        if secrets.compare_digest(shown.encode(), self.token.encode()):
             answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
             return answer
         given = request.cookies.get(COOKIE) or headers.get("authorization", "").removeprefix("Bearer ")
-        if secrets.compare_digest(given.encode(), self._token.encode()):
+        if secrets.compare_digest(given.encode(), self.token.encode()):
             return None
         return PlainTextResponse("rayclust: open the address with its token, as the command showed it\n", 401)
 
-    def _is_known(self, host: str) -> bool:
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
-            return name.lower() in self._hosts
-        return True  # an address is nobody's name, so none that somebody else may point here
 
+async def _answer(
+    request: Request, *, of: Callable[[], Any], work: Callable[..., Any], keys: Mapping[str, Any]
+) -> Response:
+    """Answer by a function that may take time, with its errors as JSON.
 
-async def _answer(request: Request, *, work: Callable[[Request, bytes], Any]) -> Response:
-    """Answer by a function that may take time, with its errors as JSON."""
+    Args:
+        request: whose body the function is given where it is a POST.
+        of: gives the function's first argument.
+        work: the function.
+        keys: of the query that it is given, with their defaults.
+    """
     body = b""
     async for piece in request.stream():
         body += piece
         if len(body) > MAX_BODY:
             return JSONResponse({"error": f"more than {MAX_BODY >> 20} MB"}, 413)
     try:
-        found = await run_in_threadpool(work, request, body)
+        values = request.path_params | _values(request, keys) | ({"body": body} if request.method == "POST" else {})
+        found = await run_in_threadpool(lambda: work(of(), **values))
     except RayclustError as error:
         return JSONResponse({"error": str(error)}, 400)
     return found if isinstance(found, Response) else JSONResponse(found, headers={"cache-control": "no-store"})
+
+
+def _values(request: Request, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return some keys of the query as what their defaults are; numbers of items are at most a page."""
+    values = dict(keys)
+    for name, given in request.query_params.items():
+        if isinstance(keys.get(name), bool):
+            values[name] = given == "1"
+        elif isinstance(keys.get(name), str):
+            values[name] = given
+        elif name in keys and given:
+            if not (given.isascii() and given.isdigit() and len(given) < 16):
+                raise ConfigError(f"{name} = {given}: must be a whole number")
+            values[name] = min(PAGE, int(given)) if name in ("limit", "top") else int(given)
+    return values
 
 
 async def _static(request: Request) -> Response:
@@ -245,39 +271,19 @@ async def _static(request: Request) -> Response:
     return Response(text, media_type=kind, headers={"cache-control": "no-cache"})
 
 
-def _clusters(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
-    asked = request.query_params
-    return explorer.clusters(
-        sort=asked.get("sort", "size"),
-        descending=asked.get("descending", "1") == "1",
-        query=asked.get("query", ""),
-        offset=_number(request, "offset", 0),
-        limit=min(PAGE, _number(request, "limit", 100)),
-    )
-
-
-def _images(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
-    return explorer.images(
-        request.path_params["number"],
-        odd_first=request.query_params.get("odd_first") == "1",
-        offset=_number(request, "offset", 0),
-        limit=min(PAGE, _number(request, "limit", 100)),
-    )
-
-
-def _records(request: Request, explorer: Explorer, body: bytes) -> list[dict[str, Any]]:
-    rows = request.query_params.get("rows", "").split(",")
-    if len(rows) > PAGE or not all(row.isascii() and row.isdigit() and len(row) < 16 for row in rows):
+def _records(explorer: Explorer, rows: str) -> list[dict[str, Any]]:
+    numbers = rows.split(",")
+    if len(numbers) > PAGE or not all(row.isascii() and row.isdigit() and len(row) < 16 for row in numbers):
         raise ConfigError(f"rows: must be at most {PAGE} numbers, separated by commas")
-    return explorer.records([int(row) for row in rows])
+    return explorer.records([int(row) for row in numbers])
 
 
-def _picture(request: Request, explorer: Explorer, body: bytes) -> Response:
-    data = explorer.picture(request.path_params["row"], _number(request, "size", 160))
+def _picture(explorer: Explorer, row: int, size: int) -> Response:
+    data = explorer.picture(row, size)
     return Response(data, media_type="image/webp", headers={"cache-control": "private, max-age=3600"})
 
 
-def _table(request: Request, explorer: Explorer, body: bytes) -> Response:
+def _table(explorer: Explorer, body: bytes) -> Response:
     asked = _object(body)
     clusters, rows = asked.get("clusters", []), asked.get("rows", [])
     if not all(isinstance(number, int) for number in [*clusters, *rows]):
@@ -287,16 +293,11 @@ def _table(request: Request, explorer: Explorer, body: bytes) -> Response:
     return StreamingResponse(explorer.table(clusters, rows), media_type="text/csv; charset=utf-8", headers=headers)
 
 
-def _flow(request: Request, explorer: Explorer, body: bytes) -> dict[str, Any]:
-    offset, limit = _number(request, "offset", 0), min(PAGE, _number(request, "limit", 100))
-    return explorer.flow(request.path_params["source"], request.path_params["target"], offset=offset, limit=limit)
-
-
-def _select(request: Request, explorer: Explorer, body: bytes) -> dict[str, int]:
+def _select(explorer: Explorer, name: str, body: bytes) -> dict[str, int]:
     rows = _object(body).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, int) for row in rows):
         raise ConfigError("rows must be a list of numbers")
-    return explorer.select(request.path_params["name"], rows)
+    return explorer.select(name, rows)
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -307,21 +308,3 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError("a JSON object is needed")
     return found
-
-
-def _text(request: Request) -> str:
-    text = request.query_params.get("text", "").strip()
-    if not text or len(text) > 1000:
-        raise ConfigError("text: give some words, at most 1,000 letters")
-    return text
-
-
-def _top(request: Request) -> int:
-    return min(PAGE, max(1, _number(request, "top", 100)))
-
-
-def _number(request: Request, name: str, default: int) -> int:
-    given = request.query_params.get(name, "")
-    if given and not (given.isascii() and given.isdigit() and len(given) < 16):
-        raise ConfigError(f"{name} = {given}: must be a whole number")
-    return int(given) if given else default

@@ -140,16 +140,16 @@ class _Flows:
                 flows.append(Flow(i, j, int(table[i, j]), **look))
             else:
                 flows.append(Flow(i, j, int(table[i, j]), is_faint=True))
-        sources, targets = _titles(ids, names), _titles(other_ids, other_names)
-        for groups, clusters, images in ((sources, self.source, table[-1]), (targets, self.target, table[:, -1])):
-            groups += [f"{len(np.unique(clusters)) - len(groups):,} more"] if images.any() else []
-        return sankey(flows, sources, targets, "Clusters of this run at the left, of the other run at the right")
+        titles = list[list[str]]()
+        for drawn, known, clusters, others in (
+            (ids, names, self.source, table[-1]),
+            (other_ids, other_names, self.target, table[:, -1]),
+        ):
+            titles.append([known.get(cluster) or f"Cluster {cluster}" for cluster in drawn.tolist()])
+            titles[-1] += [f"{len(np.unique(clusters)) - len(drawn):,} more"] if others.any() else []
+        return sankey(flows, titles[0], titles[1], "Clusters of this run at the left, of the other run at the right")
 
 
 def _places(clusters: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the place of each cluster among some sorted ones, their number for one that is none of them."""
     return np.where(np.isin(clusters, known), np.searchsorted(known, clusters), len(known))
-
-
-def _titles(clusters: NDArray[np.int64], names: Names) -> list[str]:
-    return [names.get(cluster) or f"Cluster {cluster}" for cluster in clusters.tolist()]

@@ -29,7 +29,7 @@ from rayclust.store import storage, tables
 from rayclust.store.sources import fetch_many
 from rayclust.web.comparison import Comparison
 from rayclust.web.encoding import QueryEncoder
-from rayclust.web.rows import RowIndex, without
+from rayclust.web.rows import RowIndex
 
 SIZES = (160, 1024)
 """Pixels on the shorter side of pictures: of a list, and of one alone."""
@@ -139,8 +139,16 @@ class Explorer:
         """
         if sort not in SORTS:
             raise ConfigError(f"sort = {sort}: must be one of {', '.join(SORTS)}")
-        words = query.casefold().split()
-        found = [each for each in self._state.clusters.values() if all(_fits(each, word) for word in words)]
+        found = list(self._state.clusters.values())
+        for word in query.casefold().split():
+            bound = _BOUND.fullmatch(word)
+            if bound is None:
+                found = [each for each in found if word in each["search"]]
+                continue
+            name, sign, figure = bound.groups()
+            bounding = int(figure) / (1 if name == "size" else 100)
+            found = [each for each in found if each[name] is not None]
+            found = [each for each in found if (each[name] > bounding if sign == ">" else each[name] < bounding)]
         known = [each for each in found if each[sort] is not None]
         known.sort(key=lambda each: (each[sort], -each["number"]), reverse=descending)
         known += [each for each in found if each[sort] is None]
@@ -163,8 +171,12 @@ class Explorer:
         """Return the rows of a shown cluster, Int64[n]: of each cluster that went into it, the most certain first."""
         self.cluster(number)
         state, edited = self._state, self._state.shown.edited
-        own = np.flatnonzero(edited.final[: edited.clusters] == number).tolist()
-        pieces = [without(self._index.members(cluster), state.moved_rows) for cluster in own]
+        moved = np.fromiter(state.moved_rows, np.int64, len(state.moved_rows))
+        pieces = []
+        for cluster in np.flatnonzero(edited.final[: edited.clusters] == number).tolist():
+            rows = self._index.members(cluster)
+            kept = ~np.isin(rows, moved) if len(moved) else np.True_
+            pieces.append(rows if kept.all() else rows[kept])  # all of them stay mapped
         pieces += [state.moved[number]] if number in state.moved else []
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int64), *pieces])
 
@@ -225,14 +237,18 @@ class Explorer:
         """Return the images nearest to words, or to an encoded image, with their cosines.
 
         Raises:
-            ConfigError: the encoder reads no text.
+            ConfigError: the encoder reads no text, or there are no words, or too many.
             DataError: the data is no image.
             RayclustError: the run is not indexed.
         """
+        if text is not None:
+            text = text.strip()
+            if not text or len(text) > 1000:
+                raise ConfigError("text: give some words, at most 1,000 letters")
         with self._searching:  # one encoder, and its memory, at a time
             [space] = self._searcher.resolve(None, has_text=text is not None)
             query = self._encoder.encode(data or b"" if text is None else text, space)
-            near = self._searcher.nearest(query, space, top)
+            near = self._searcher.nearest(query, space, max(1, top))
         records = self._records(np.array(list(near), np.int64))
         return [record | {"similarity": round(near[record["row"]], 4)} for record in records]
 
@@ -413,8 +429,17 @@ class Explorer:
         for cell in self._cells:
             found = classes.setdefault(int(edited.final[cell["cluster"]]), {})
             found[cell["label"]] = found.get(cell["label"], 0) + cell["count"]
-        state = _State(shown, {}, moved, frozenset(rows.tolist()))
-        typical = self._typical(edited.final, moved, state.moved_rows)
+        # 4. The rows that stand for each, in turn from all that went into it.
+        state, groups = _State(shown, {}, moved, frozenset(rows.tolist())), dict[int, list[list[int]]]()
+        for each in self._own:
+            own = [row for row in each["exemplars"] if row not in state.moved_rows]
+            groups.setdefault(int(edited.final[each["cluster"]]), []).append(own)
+        for number, here in moved.items():
+            groups.setdefault(number, []).append(here[:TYPICAL].tolist())
+        typical = {
+            number: [group[i] for i in range(TYPICAL) for group in some if i < len(group)][:TYPICAL]
+            for number, some in groups.items()
+        }
         for number in sorted(edited.shown, key=lambda number: (-sizes[number], number)):
             if not sizes[number]:
                 continue
@@ -432,28 +457,3 @@ class Explorer:
                 "search": " ".join(filter(None, (name, f"#{number}", mark, label))).casefold(),
             }
         return state
-
-    def _typical(
-        self, final: NDArray[np.int32], moved: Mapping[int, NDArray[np.int64]], moved_rows: frozenset[int]
-    ) -> dict[int, list[int]]:
-        """Return the rows that stand for each shown cluster, in turn from all that went into it."""
-        groups = dict[int, list[list[int]]]()
-        for each in self._own:
-            own = [row for row in each["exemplars"] if row not in moved_rows]
-            groups.setdefault(int(final[each["cluster"]]), []).append(own)
-        for number, rows in moved.items():
-            groups.setdefault(number, []).append(rows[:TYPICAL].tolist())
-        return {
-            number: [group[i] for i in range(TYPICAL) for group in some if i < len(group)][:TYPICAL]
-            for number, some in groups.items()
-        }
-
-
-def _fits(cluster: Mapping[str, Any], word: str) -> bool:
-    """Return whether a cluster of the list fits one word of a filter."""
-    bound = _BOUND.fullmatch(word)
-    if bound is None:
-        return word in cluster["search"]
-    name, sign, number = bound.groups()
-    value, limit = cluster[name], int(number) / (1 if name == "size" else 100)
-    return value is not None and (value > limit if sign == ">" else value < limit)

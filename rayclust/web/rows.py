@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,11 @@ class RowIndex:
         if not (folder / "done").exists():
             _build(rows, folder)
         self._starts = np.array(rows.starts)
-        self._keys = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow")))
+        file = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow")))
         # One batch a part; empty parts have theirs as well.
-        self._batches = [self._keys.get_batch(part) for part in range(self._keys.num_record_batches)]
+        self._batches = [file.get_batch(part) for part in range(file.num_record_batches)]
+        self.keys = pa.chunked_array([batch.column(0) for batch in self._batches], pa.string())
+        """Keys of all rows, mapped."""
         self.clusters: NDArray[np.int32] = np.load(folder / "clusters.npy", mmap_mode="r")
         """Int32[N], the method's own cluster of each row."""
         self.confidence: NDArray[np.float32] = np.load(folder / "confidence.npy", mmap_mode="r")
@@ -52,11 +53,6 @@ class RowIndex:
         for start in range(0, rows.count, BLOCK):
             block = slice(start, start + BLOCK)
             self.confidence_sums += np.bincount(self.clusters[block], self.confidence[block], len(sizes))
-
-    @property
-    def keys(self) -> pa.ChunkedArray:
-        """Keys of all rows, mapped."""
-        return pa.chunked_array([batch.column(0) for batch in self._batches], pa.string())
 
     def members(self, cluster: int) -> NDArray[np.int64]:
         """Return the rows of one of the method's own clusters, Int64[n], the most certain first; mapped."""
@@ -81,14 +77,6 @@ class RowIndex:
                 rows.append(start + places)
                 found.append(batch.column(0).take(pa.array(places)))
         return np.concatenate(rows), pa.concat_arrays(found)
-
-
-def without(rows: NDArray[np.int64], others: Collection[int]) -> NDArray[np.int64]:
-    """Return rows in their order without some others; the same array where none of them is among the rows."""
-    if not others:
-        return rows
-    kept = ~np.isin(rows, np.fromiter(others, np.int64, len(others)))
-    return rows if kept.all() else rows[kept]
 
 
 def _build(rows: RunRows, folder: Path) -> None:
