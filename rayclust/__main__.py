@@ -12,10 +12,10 @@ def main() -> None:
     # other programs then takes many times as long. Read once, when the first library with threads is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from rayclust.cli import main as run
+        from rayclust.cli import run_command
     except ModuleNotFoundError as error:
         sys.exit(f"rayclust: commands need {error.name}: pip install 'rayclust[ray]'")
-    run()
+    sys.exit(run_command(sys.argv[1:]))
 
 
 if __name__ == "__main__":

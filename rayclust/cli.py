@@ -54,11 +54,6 @@ INTERRUPTED = 130
 FIRST_WORD_SECONDS = 0.3
 
 
-def main() -> None:
-    """Run the command line and exit."""
-    sys.exit(run_command(sys.argv[1:]))
-
-
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     verbose = bool({"-v", "--verbose"} & set(arguments))

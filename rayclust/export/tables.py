@@ -29,6 +29,8 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 ATLAS_COLUMNS = ("--x", "x", "--y", "y", "--neighbors", "neighbors", "--image", "image")
 """Arguments of embedding-atlas that name the table's columns."""
+_KEYS_FILE = "{:05d}.txt"
+"""Name of a cluster's list of keys."""
 
 
 def write_table(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
@@ -114,10 +116,12 @@ def write_keys(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
             numbers, first = np.unique(clusters, return_index=True)
             for cluster, start, stop in zip(numbers.tolist(), first, [*first[1:], len(keys)], strict=True):
                 sizes[cluster] = sizes.get(cluster, 0) + int(stop - start)
-                with (Path(folder) / _name(cluster)).open("a", encoding="utf-8") as file:
+                with (Path(folder) / _KEYS_FILE.format(cluster)).open("a", encoding="utf-8") as file:
                     file.writelines(f"{key}\n" for key in keys[start:stop])
         for cluster in sizes:
-            storage.write_bytes(storage.join(out, _name(cluster)), (Path(folder) / _name(cluster)).read_bytes())
+            storage.write_bytes(
+                storage.join(out, _KEYS_FILE.format(cluster)), (Path(folder) / _KEYS_FILE.format(cluster)).read_bytes()
+            )
     shown = [cluster for cluster in rows.shown.edited.shown if cluster in sizes]
     names, marks = rows.shown.names, rows.shown.edited.marks
     summary = {
@@ -125,14 +129,10 @@ def write_keys(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
         "name": pa.array([names.get(cluster) for cluster in shown], pa.string()),
         "mark": pa.array([marks.get(cluster) for cluster in shown], pa.string()),
         "size": pa.array([sizes[cluster] for cluster in shown], pa.int64()),
-        "file": pa.array([_name(cluster) for cluster in shown], pa.string()),
+        "file": pa.array([_KEYS_FILE.format(cluster) for cluster in shown], pa.string()),
     }
     _write(storage.join(out, "clusters.csv"), iter([pa.table(summary)]))
     return {"files": len(sizes) + 1}
-
-
-def _name(cluster: int) -> str:
-    return f"{cluster:05d}.txt"
 
 
 def _write(out: str, found: Iterator[pa.Table]) -> None:

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from rayclust.report import charts, formats, payload, thumbnails
 from rayclust.report.formats import number, percent
-from rayclust.report.model import MethodResult, Picture, ReportData
+from rayclust.report.model import MethodResult, ReportData
 
 logger = logging.getLogger(__name__)
 
@@ -171,16 +171,29 @@ def write(report: ReportData, put: Callable[[str, bytes], None]) -> None:
         report: what to show; `report.gallery` is asked for each cluster once.
         put: writes a file, given its path below the page's folder and its content.
     """
-    # 1. Clusters and the map.
-    files, ranked = payload.DataFiles(put), payload.rank(report.clusters)
+    # 1. Clusters that have images, the largest first, and the map.
+    files, ranked = payload.DataFiles(put), sorted(report.clusters, key=lambda cluster: (-cluster.size, cluster.id))
+    ranked = [cluster for cluster in ranked if cluster.size > 0]
     packs = payload.add_clusters(report, ranked, files)
     points = payload.add_points(report.points, ranked, files) if report.points and len(report.points.row) else None
-    # 2. What the page itself says.
+    # 2. The numbers on the first screen: label, value, hint.
+    tiles = [("Images", formats.count(report.images), ""), ("Clusters", formats.count(len(report.clusters)), "")]
+    measured = columns(report.methods[:1])
+    wanted = [score for score in measured if score.key in ("accuracy", "nmi", "ari", "silhouette")]
+    tiles += [(s.short, s.write(report.methods[0].metrics.get(s.key)), s.meaning) for s in wanted[:3]]
+    if report.rejected or report.images:
+        share = report.rejected / max(1, report.rejected + report.images)
+        hint = f"{percent(share)} of the inputs could not be used" if report.rejected else ""
+        tiles.append(("Rejected", formats.count(report.rejected), hint))
+    seconds = sum(stage.seconds for stage in report.stages)
+    if seconds:
+        tiles.append(("Time", formats.duration(seconds), "all stages together"))
+    # 3. All that the page itself says.
     groups = sorted(report.rejects, key=lambda group: (-group.count, group.reason))
     context: dict[str, Any] = {
         "report": report,
         "title": report.title or formats.last_part(report.run) or "run",
-        "headline": _headline(report),
+        "headline": tiles,
         "columns": columns(report.methods),
         "charts": _charts(report),
         "choice": [drawing for drawing in report.drawings if drawing.key == CHOICE],
@@ -202,22 +215,6 @@ def write(report: ReportData, put: Callable[[str, bytes], None]) -> None:
     html = _environment().get_template("page.html.j2").render(context).encode()
     put("index.html", html)
     logger.info("report: %d clusters in %d packs, first page %.1f MB", len(ranked), len(packs), len(html) / 1e6)
-
-
-def _headline(report: ReportData) -> list[tuple[str, str, str]]:
-    """Return (label, value, hint) of the numbers on the first screen."""
-    tiles = [("Images", formats.count(report.images), ""), ("Clusters", formats.count(len(report.clusters)), "")]
-    measured = columns(report.methods[:1])
-    wanted = [score for score in measured if score.key in ("accuracy", "nmi", "ari", "silhouette")]
-    tiles += [(s.short, s.write(report.methods[0].metrics.get(s.key)), s.meaning) for s in wanted[:3]]
-    if report.rejected or report.images:
-        share = report.rejected / max(1, report.rejected + report.images)
-        hint = f"{percent(share)} of the inputs could not be used" if report.rejected else ""
-        tiles.append(("Rejected", formats.count(report.rejected), hint))
-    seconds = sum(stage.seconds for stage in report.stages)
-    if seconds:
-        tiles.append(("Time", formats.duration(seconds), "all stages together"))
-    return tiles
 
 
 def _charts(report: ReportData) -> dict[str, list[tuple[str, Markup]]]:
@@ -254,16 +251,5 @@ def _environment() -> Environment:
     )
     filters = ("count", "percent", "short_percent", "number", "duration", "shorten", "last_part", "flatten")
     environment.filters.update({name: getattr(formats, name) for name in filters})
-    environment.globals.update(rate=formats.rate, best=best, image=_image)
+    environment.globals.update(rate=formats.rate, best=best, data_url=thumbnails.data_url)
     return environment
-
-
-def _image(picture: Picture) -> Markup | None:
-    """Return the picture as an `img` tag; None where there is none, or none that a page may show."""
-    header = picture.thumbnail and thumbnails.describe(picture.thumbnail)
-    if not picture.thumbnail or not header:
-        return None
-    media_type, width, height = header
-    source = f"data:{media_type};base64,{base64.b64encode(picture.thumbnail).decode('ascii')}"
-    tag = '<img src="{}" alt="{}" width="{}" height="{}" decoding="async">'
-    return Markup(tag).format(source, formats.clean(formats.shorten(picture.key)), width, height)  # noqa: S704 - a constant

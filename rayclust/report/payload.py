@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,11 +56,6 @@ class DataFiles:
 def encode(value: Any) -> str:
     """Return JSON in ASCII that ends no script element, whatever strings it holds."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def rank(clusters: Iterable[Cluster]) -> list[Cluster]:
-    """Return the clusters that have images, largest first, the smaller id first among equals."""
-    return sorted((c for c in clusters if c.size > 0), key=lambda cluster: (-cluster.size, cluster.id))
 
 
 def add_clusters(report: ReportData, ranked: Sequence[Cluster], files: DataFiles) -> list[int]:
@@ -160,11 +155,7 @@ def index(report: ReportData, ranked: Sequence[Cluster], packs: list[int], point
 
 def _picture(picture: Picture) -> list[Any]:
     """Return key, row, confidence, label, URI, neighbours, and the thumbnail's data URL, width and height."""
-    header = picture.thumbnail and thumbnails.describe(picture.thumbnail)
-    shown: list[Any] = [None, 0, 0]
-    if picture.thumbnail and header:
-        data = base64.b64encode(picture.thumbnail).decode("ascii")
-        shown = [f"data:{header[0]};base64,{data}", header[1], header[2]]
+    shown = thumbnails.data_url(picture.thumbnail) or (None, 0, 0)
     near = [[row, cluster, _number(cosine)] for row, cluster, cosine in picture.neighbors]
     key, uri = formats.shorten(formats.clean(picture.key), KEY_LENGTH), formats.clean(picture.uri)
     uri = uri if len(uri) <= URI_LENGTH else ""  # a link that was cut leads nowhere

@@ -216,8 +216,22 @@ def _inlined_shape(node: ET.Element, tag: str) -> ET.Element:
     attributes = {
         name: attributes[name] for name in _ATTRIBUTES if name in attributes and attributes[name] != _DEFAULTS.get(name)
     }
-    if tag == "image":
-        attributes |= _small_image(node)
+    if tag == "image":  # a heat-map, in half a byte a pixel; matplotlib takes four
+        # 1. Levels, from the alpha channel of matplotlib's image.
+        encoded = node.attrib[_HREF].partition(",")[2]
+        alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).getchannel("A"))
+        step, buffer = 255 // (SHADES - 1), io.BytesIO()
+        # 2. The same levels as a palette of one colour with 16 opacities.
+        picture = Image.fromarray(alpha // step).convert("P")
+        picture.putpalette(bytes.fromhex(HEAT[1:]) * SHADES)
+        picture.save(buffer, "PNG", optimize=True, bits=4, transparency=bytes(range(0, 256, step)))
+        source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        # 3. Place and size, from the matrix that matplotlib scales a pixel with.
+        across, _, _, down, x, y = map(float, re.findall(r"[-.\d]+", node.attrib["transform"]))
+        box = {"x": x, "y": y, "width": across * alpha.shape[1], "height": down * alpha.shape[0]}
+        attributes |= {name: _short(f"{value:f}") for name, value in box.items()}
+        attributes |= {"href": source, "class": "heat", "preserveAspectRatio": "none"}
+        attributes["image-rendering"] = "pixelated" if len(alpha) < 100 else "auto"
     else:
         attributes |= {name: _short(node.attrib[name]) for name in ("d", "x", "y", "transform") if name in node.attrib}
         if attributes.get("transform", "").startswith("rotate(0 "):
@@ -227,24 +241,6 @@ def _inlined_shape(node: ET.Element, tag: str) -> ET.Element:
     shape = ET.Element(tag, attributes)
     shape.text = node.text if tag == "text" else None
     return shape
-
-
-def _small_image(node: ET.Element) -> dict[str, str]:
-    """Return the attributes of a heat-map's image in half a byte a pixel; matplotlib takes four."""
-    # 1. Levels, from the alpha channel of matplotlib's image.
-    encoded = node.attrib[_HREF].partition(",")[2]
-    alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).getchannel("A"))
-    step, buffer = 255 // (SHADES - 1), io.BytesIO()
-    # 2. The same levels as a palette of one colour with 16 opacities.
-    picture = Image.fromarray(alpha // step).convert("P")
-    picture.putpalette(bytes.fromhex(HEAT[1:]) * SHADES)
-    picture.save(buffer, "PNG", optimize=True, bits=4, transparency=bytes(range(0, 256, step)))
-    # 3. Place and size, from the matrix that matplotlib scales a pixel with.
-    across, _, _, down, x, y = map(float, re.findall(r"[-.\d]+", node.attrib["transform"]))
-    box = {"x": x, "y": y, "width": across * alpha.shape[1], "height": down * alpha.shape[0]}
-    attributes = {name: _short(f"{value:f}") for name, value in box.items()}
-    attributes |= {"href": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), "class": "heat"}
-    return attributes | {"preserveAspectRatio": "none", "image-rendering": "pixelated" if len(alpha) < 100 else "auto"}
 
 
 def _short(text: str) -> str:

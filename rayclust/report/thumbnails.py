@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from functools import lru_cache, partial
@@ -84,12 +85,15 @@ def placeholder(size: int = 128) -> bytes:
     return buffer.getvalue()
 
 
-def describe(data: bytes) -> tuple[str, int, int] | None:
-    """Return a thumbnail's media type, width and height in pixels, from its header; None unless webp, jpeg or png."""
+def data_url(data: bytes | None) -> tuple[str, int, int] | None:
+    """Return a thumbnail as a data URL, its width and height in pixels; None unless it is webp, jpeg or png."""
+    if not data:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=tuple(_MEDIA_TYPES)) as image:
-                return _MEDIA_TYPES[image.format or ""], image.width, image.height
+                source = f"data:{_MEDIA_TYPES[image.format or '']};base64,{base64.b64encode(data).decode('ascii')}"
+                return source, image.width, image.height
     except (*_DECODING, *_REFUSED):
         return None

@@ -97,7 +97,8 @@ class Explorer:
             some = np.unique(np.linspace(0, self._rows.count - 1, LOOKED_AT, dtype=np.int64))
             found = fetch_many([record["uri"] for record in self._index.records(some)], config.images.columns)
             self._has_pictures = any(data is not None for _, data in found)
-        self._plane = lru_cache(1)(self._read_plane)
+        self._plane: tuple[NDArray[np.int64], dict[str, str]] | None = None
+        """The rows of the map, Int64[n] sorted, and their places."""
         self._own = tables.read_table(self._run.clusters).to_pylist()
         cells = self._run.contingency
         self._cells = tables.read_table(cells).to_pylist() if storage.exists(cells) else []
@@ -202,7 +203,15 @@ class Explorer:
         Raises:
             ArtefactError: the run has no map.
         """
-        rows, columns = self._plane()
+        if self._plane is None:
+            if not self._rows.is_mapped:
+                raise ArtefactError(f"{self._run.uri}: has no map: run `rayclust map RUN.yaml` first")
+            rows = np.arange(self._rows.count)
+            if len(rows) > MAP_POINTS:
+                rows = np.sort(np.random.default_rng(0).choice(len(rows), MAP_POINTS, replace=False))
+            places = table_at(self._run.map, self._rows.starts, rows, ["x", "y"])
+            self._plane = rows, map_columns(places["x"].to_numpy(), places["y"].to_numpy())
+        rows, columns = self._plane
         state, now = self._state, self._now()[rows]
         place_of = np.zeros(len(state.shown.edited.final), "<u4")
         place_of[list(state.clusters)] = np.arange(len(state.clusters))
@@ -392,16 +401,6 @@ class Explorer:
             record | {"cluster": cluster, "name": shown.names.get(cluster)}
             for record, cluster in zip(found, clusters, strict=True)
         ]
-
-    def _read_plane(self) -> tuple[NDArray[np.int64], dict[str, str]]:
-        """Return the rows of the map, Int64[n] sorted, and their places."""
-        if not self._rows.is_mapped:
-            raise ArtefactError(f"{self._run.uri}: has no map: run `rayclust map RUN.yaml` first")
-        rows = np.arange(self._rows.count)
-        if len(rows) > MAP_POINTS:
-            rows = np.sort(np.random.default_rng(0).choice(len(rows), MAP_POINTS, replace=False))
-        places = table_at(self._run.map, self._rows.starts, rows, ["x", "y"])
-        return rows, map_columns(places["x"].to_numpy(), places["y"].to_numpy())
 
     def _read_neighbors(self, part: int) -> tuple[NDArray[Any], NDArray[Any]]:
         table = tables.read_table(self._run.neighbors(part), ["neighbors", "similarity"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -101,7 +102,7 @@ def test_cuts_at_any_place_never_raise() -> None:
     for form in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
         data = photo(1, form=form)
         for share in range(20):
-            assert thumbnails.describe(thumbnails.thumbnail(data[: len(data) * share // 20], 16)) is not None
+            assert thumbnails.data_url(thumbnails.thumbnail(data[: len(data) * share // 20], 16)) is not None
 
 
 def test_real_photographs_stay_small_and_true(shared_data: Path) -> None:
@@ -115,12 +116,17 @@ def test_real_photographs_stay_small_and_true(shared_data: Path) -> None:
         assert difference.mean() < 12
 
 
-def test_describe_reads_the_header_of_web_pictures_alone() -> None:
-    assert thumbnails.describe(photo(0)) == ("image/jpeg", 64, 48)
-    assert thumbnails.describe(photo(0, form="PNG")) == ("image/png", 64, 48)
-    assert thumbnails.describe(thumbnails.placeholder(32)) == ("image/webp", 32, 32)
-    assert thumbnails.describe(photo(0, form="TIFF")) is None
-    assert thumbnails.describe(b"<svg onload=alert(1)>") is None
+def test_a_data_url_is_made_of_web_pictures_alone() -> None:
+    for data, kind, size in (
+        (photo(0), "image/jpeg", (64, 48)),
+        (photo(0, form="PNG"), "image/png", (64, 48)),
+        (thumbnails.placeholder(32), "image/webp", (32, 32)),
+    ):
+        found = thumbnails.data_url(data)
+        assert found == (f"data:{kind};base64,{base64.b64encode(data).decode()}", *size)
+    assert thumbnails.data_url(photo(0, form="TIFF")) is None
+    assert thumbnails.data_url(b"<svg onload=alert(1)>") is None
+    assert thumbnails.data_url(None) is None
 
 
 def test_a_long_picture_is_cropped_as_far_as_is_asked_for():
