@@ -223,23 +223,23 @@ def run(config: str, overrides: tuple[str, ...], *, force: bool, as_json: bool) 
     _show_result(settings.run, as_json)
 
 
-def _stage_command(name: str) -> click.Command:
-    @click.argument("config")
-    @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
-    @_FORCE
-    @_VERBOSE
-    def command(config: str, overrides: tuple[str, ...], force: bool) -> None:
-        from rayclust.runtime.api import load_config
-        from rayclust.runtime.pipeline import run_stage
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@_FORCE
+@_VERBOSE
+@click.pass_context
+def _stage(context: click.Context, config: str, overrides: tuple[str, ...], force: bool) -> None:
+    from rayclust.runtime.api import load_config
+    from rayclust.runtime.pipeline import run_stage
 
-        run_stage(name, load_config(config, overrides), force=force)
-
-    about = f": {IN_A_WORD[name]}" if name in IN_A_WORD else ""
-    return click.command(name, help=f"Run the stage {name} of the run in CONFIG (RUN.yaml){about}.")(command)
+    run_stage(str(context.command.name), load_config(config, overrides), force=force)
 
 
 for _name in STAGE_COMMANDS:
-    commands.add_command(_stage_command(_name))
+    _about = f": {IN_A_WORD[_name]}" if _name in IN_A_WORD else ""
+    _help = f"Run the stage {_name} of the run in CONFIG (RUN.yaml){_about}."
+    commands.add_command(click.Command(_name, callback=_stage.callback, params=_stage.params, help=_help))
 
 
 @commands.command(short_help="Refuse a bad run before it costs money.")

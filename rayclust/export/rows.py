@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
@@ -74,10 +72,3 @@ class RunRows:
         while some := list(islice(left, IMAGES_AT_ONCE)):
             found = dict(fetch_many(some, self.config.images.columns))
             yield from ((uri, found.get(uri)) for uri in some)
-
-    def places(self, part: int) -> NDArray[np.float32]:
-        """Return Float32[B 2], the places of one part's rows on the map; raise `ArtefactError` in a run without one."""
-        if not self.is_mapped:
-            raise ArtefactError(f"{self.run.uri}: has no map: run `rayclust map RUN.yaml` first")
-        table = tables.read_table(self.run.map(part), ["x", "y"])
-        return np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)

@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rayclust.config import RunConfig
-from rayclust.errors import ConfigError, DataError
+from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.export.rows import RunRows
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.spaces import learnt_index
@@ -49,14 +49,16 @@ def write_atlas(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
     """
     if not out.endswith(".parquet"):
         raise ConfigError(f"--out {out}: must end in .parquet")
+    if not rows.is_mapped:
+        raise ArtefactError(f"{rows.run.uri}: has no map: run `rayclust map RUN.yaml` first")
     found: dict[str, Any] = {"files": 1, "missing": 0}
     learnt = learnt_index(rows.config)
 
     def tables() -> Iterator[pa.Table]:
         for part in rows.parts:
-            table, places = rows.table(part), rows.places(part)
-            for column, name in enumerate("xy"):
-                table = table.append_column(name, pa.array(places[:, column]))
+            table, places = rows.table(part), stored.read_table(rows.run.map(part), ["x", "y"])
+            for name in ("x", "y"):
+                table = table.append_column(name, pa.array(places[name].to_numpy()))
             if rows.neighbors is not None:
                 if learnt is not None:
                     ids, cosines = learnt.neighbors(

@@ -40,7 +40,17 @@ def thumbnail(data: bytes, size: int = 128, max_aspect: float = MAX_ASPECT) -> b
                 if image.width * image.height > MAX_PIXELS:
                     return placeholder(size)
                 image.draft("RGB", (4 * size, 4 * size))  # JPEG decodes at a fraction of its size
-                upright = _rgb(ImageOps.exif_transpose(image))
+                upright: Image.Image = ImageOps.exif_transpose(image)
+                if upright.mode.startswith(("I", "F")):
+                    # Stretch deep greys over the range that they fill: a 16-bit scan that uses 12 bits is not black.
+                    values = np.nan_to_num(np.asarray(upright, dtype=np.float64), posinf=0.0, neginf=0.0)
+                    low, high = values.min(), values.max()
+                    grey = np.zeros_like(values) if high == low else (values - low) / (high - low)
+                    upright = Image.fromarray((grey * 255).round().astype(np.uint8))
+                elif upright.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in upright.info:
+                    ground = Image.new("RGBA", upright.size, "white")
+                    upright = Image.alpha_composite(ground, upright.convert("RGBA"))
+                upright = upright.convert("RGB")
             # Scale by the shorter side; of a long image the middle is kept.
             short, long = sorted(upright.size)
             scale = min(1.0, size / short)
@@ -53,19 +63,6 @@ def thumbnail(data: bytes, size: int = 128, max_aspect: float = MAX_ASPECT) -> b
             return buffer.getvalue()
     except (*_DECODING, *_REFUSED):
         return placeholder(size)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        # Stretch deep greys over the range that they fill: a 16-bit scan that uses 12 bits is not shown black.
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-        low, high = values.min(), values.max()
-        grey = np.zeros_like(values) if high == low else (values - low) / (high - low)
-        return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
-    return image.convert("RGB")
 
 
 @lru_cache(maxsize=8)

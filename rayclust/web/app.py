@@ -243,26 +243,22 @@ async def _answer(
         if len(body) > MAX_BODY:
             return JSONResponse({"error": f"more than {MAX_BODY >> 20} MB"}, 413)
     try:
-        values = request.path_params | _values(request, keys) | ({"body": body} if request.method == "POST" else {})
+        # Keys of the query as what their defaults are; numbers of items are at most a page.
+        values = dict(keys)
+        for name, given in request.query_params.items():
+            if isinstance(keys.get(name), bool):
+                values[name] = given == "1"
+            elif isinstance(keys.get(name), str):
+                values[name] = given
+            elif name in keys and given:
+                if not (given.isascii() and given.isdigit() and len(given) < 16):
+                    raise ConfigError(f"{name} = {given}: must be a whole number")
+                values[name] = min(PAGE, int(given)) if name in ("limit", "top") else int(given)
+        values |= request.path_params | ({"body": body} if request.method == "POST" else {})
         found = await run_in_threadpool(lambda: work(of(), **values))
     except RayclustError as error:
         return JSONResponse({"error": str(error)}, 400)
     return found if isinstance(found, Response) else JSONResponse(found, headers={"cache-control": "no-store"})
-
-
-def _values(request: Request, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return some keys of the query as what their defaults are; numbers of items are at most a page."""
-    values = dict(keys)
-    for name, given in request.query_params.items():
-        if isinstance(keys.get(name), bool):
-            values[name] = given == "1"
-        elif isinstance(keys.get(name), str):
-            values[name] = given
-        elif name in keys and given:
-            if not (given.isascii() and given.isdigit() and len(given) < 16):
-                raise ConfigError(f"{name} = {given}: must be a whole number")
-            values[name] = min(PAGE, int(given)) if name in ("limit", "top") else int(given)
-    return values
 
 
 async def _static(request: Request) -> Response:

@@ -125,7 +125,11 @@ class _Flows:
         # 2. Images by pairs of groups, those of the others in the last row and column.
         ids, other_ids = (np.array(sorted(clusters)) for clusters in (left, right))
         table = np.zeros((len(ids) + 1, len(other_ids) + 1), np.int64)
-        np.add.at(table, (_places(self.source, ids), _places(self.target, other_ids)), self.images)
+        places = [
+            np.where(np.isin(clusters, known), np.searchsorted(known, clusters), len(known))
+            for clusters, known in ((self.source, ids), (self.target, other_ids))
+        ]
+        np.add.at(table, tuple(places), self.images)
         table[-1, -1] = 0
         # 3. Large clusters first, and opposite each the clusters that most of it went to.
         order = np.argsort(-table[:-1].sum(1), kind="stable")
@@ -148,8 +152,3 @@ class _Flows:
             titles.append([known.get(cluster) or f"Cluster {cluster}" for cluster in drawn.tolist()])
             titles[-1] += [f"{len(np.unique(clusters)) - len(drawn):,} more"] if others.any() else []
         return sankey(flows, titles[0], titles[1], "Clusters of this run at the left, of the other run at the right")
-
-
-def _places(clusters: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the place of each cluster among some sorted ones, their number for one that is none of them."""
-    return np.where(np.isin(clusters, known), np.searchsorted(known, clusters), len(known))
