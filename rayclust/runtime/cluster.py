@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
@@ -27,7 +27,7 @@ import yaml
 
 from rayclust.config import PlacementConfig, RunConfig, format_labels
 from rayclust.errors import ConfigError, RayclustError
-from rayclust.runtime.progress import timed_section
+from rayclust.runtime.progress import context_value, timed_section
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ CONNECT_SECONDS = 10.0
 TaskKind = Literal["tasks", "train"]
 """Key of `resources.placement` that says on which nodes a task runs."""
 task_labels: ContextVar[dict[str, dict[str, str]]] = ContextVar("task_labels", default={})  # noqa: B039 - stays as it is
-"""Labels of the tasks that are submitted here, by kind; {} outside of `scheduling`."""
+"""Labels of the tasks that are submitted here, by kind; {} outside of a stage."""
 
 
 def connect() -> None:
@@ -63,29 +63,35 @@ def connect() -> None:
     # A laptop's cluster serves this process only: no dashboard, nothing left behind.
     target: dict[str, Any] = {"address": "local", "namespace": OWN, "include_dashboard": False}
     if address:
-        refuse_unreachable(address)
+        # 1. Refuse an address where nobody answers; words such as `auto` pass.
+        place = urlsplit("//" + address.rpartition("://")[2])
+        try:
+            host, port = place.hostname, place.port
+        except ValueError:
+            raise ConfigError(
+                f"RAY_ADDRESS = {address}: is no address; write HOST:PORT, ray://HOST:PORT or auto"
+            ) from None
+        if host is not None and port is not None and (refusal := unreachable(host, port)) is not None:
+            raise ConfigError(
+                f"RAY_ADDRESS = {address}: no Ray cluster answers there ({refusal}); unset it to work on this machine"
+            )
         target = {"address": address}
+    # 2. Join.
     try:
         with _without_core_messages():
             ray.init(**target, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error})") from None
+    # 3. Say what is there: the GPUs such as "2 × NVIDIA H100".
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cores = sum(node.get("CPU", 0) for node in nodes)
-    logger.info("ray: %d node(s), %g CPUs, %s", len(nodes), cores, describe_gpus(nodes))
-
-
-def refuse_unreachable(address: str) -> None:
-    """Raise `ConfigError` if nobody answers at the value of RAY_ADDRESS; words such as `auto` pass."""
-    place = urlsplit("//" + address.rpartition("://")[2])
-    try:
-        host, port = place.hostname, place.port
-    except ValueError:
-        raise ConfigError(f"RAY_ADDRESS = {address}: is no address; write HOST:PORT, ray://HOST:PORT or auto") from None
-    if host is not None and port is not None and (error := unreachable(host, port)) is not None:
-        raise ConfigError(
-            f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error}); unset it to work on this machine"
-        )
+    cores, gpus = sum(node.get("CPU", 0) for node in nodes), Counter[str]()
+    for node in nodes:
+        kinds = [key.partition(":")[2] for key in node if key.startswith("accelerator_type:")]
+        kind = kinds[0] if kinds else "GPU"
+        maker = "" if kind.startswith(("AMD", "Intel", "GPU")) else "NVIDIA "  # Ray names these alone by their maker
+        gpus[maker + kind] += int(node.get("GPU", 0))
+    described = ", ".join(f"{count} × {kind}" for kind, count in gpus.items() if count) or "CPU only"
+    logger.info("ray: %d node(s), %g CPUs, %s", len(nodes), cores, described)
 
 
 def unreachable(host: str, port: int) -> OSError | None:
@@ -113,16 +119,6 @@ def _without_core_messages() -> Iterator[None]:
         os.close(terminal)
         os.close(nowhere)
         del os.environ["RAY_BACKEND_LOG_LEVEL"]
-
-
-@contextmanager
-def scheduling(placement: PlacementConfig) -> Iterator[None]:
-    """Give the tasks that are submitted in this block the labels of `placement.tasks`; with GPUs, those of `train`."""
-    token = task_labels.set({"tasks": placement.tasks, "train": placement.train})
-    try:
-        yield
-    finally:
-        task_labels.reset(token)
 
 
 def task_options(gpus: float, kind: TaskKind = "tasks") -> tuple[dict[str, Any], Mapping[str, str]]:
@@ -190,24 +186,6 @@ def cpus(labels: Mapping[str, str]) -> int:
     return max(1, int(sum(node.get("CPU", 0) for node in live_nodes(labels))))
 
 
-def cores_per_worker(workers: int, labels: Mapping[str, str]) -> int:
-    """Return the most CPUs, at least 1, that each of so many workers can have on one node with some labels."""
-    nodes = [int(node.get("CPU", 0)) for node in live_nodes(labels)]
-    shares = range(max(nodes, default=1), 1, -1)
-    return next((share for share in shares if sum(cores // share for cores in nodes) >= workers), 1)
-
-
-def describe_gpus(nodes: Sequence[Mapping[str, float]]) -> str:
-    """Return the GPUs of nodes by their resources, such as "2 × NVIDIA H100"; "CPU only" without any."""
-    counts = Counter[str]()
-    for node in nodes:
-        kinds = [key.partition(":")[2] for key in node if key.startswith("accelerator_type:")]
-        kind = kinds[0] if kinds else "GPU"
-        maker = "" if kind.startswith(("AMD", "Intel", "GPU")) else "NVIDIA "  # Ray names these alone by their maker
-        counts[maker + kind] += int(node.get("GPU", 0))
-    return ", ".join(f"{count} × {kind}" for kind, count in counts.items() if count) or "CPU only"
-
-
 def with_gpus(config: RunConfig, kind: Literal["encode", "train", "trials"]) -> RunConfig:
     """Return the config with `resources.gpus_per_worker: auto` as a number for one kind of work; connects to find it.
 
@@ -270,10 +248,19 @@ def worker_count(config: RunConfig, work: Literal["encode", "train"]) -> int:
     return 1 if work == "train" else cpus(labels)
 
 
-def worker_range(config: RunConfig) -> tuple[int, int]:
-    """Return the smallest allowed and the wanted number of training workers; equal unless `min_workers` is set."""
+def training_workers(config: RunConfig) -> tuple[int, int, int]:
+    """Return the smallest allowed and the wanted number of training workers, and the CPUs of each.
+
+    The numbers are equal unless `min_workers` is set. With a GPU a worker has one CPU, else the most, at least 1, that
+    each of the wanted ones can have on one node.
+    """
     most, fewest = worker_count(config, "train"), config.resources.min_workers
-    return (most, most) if fewest is None else (fewest, max(fewest, most))
+    fewest, most = (most, most) if fewest is None else (fewest, max(fewest, most))
+    if config.resources.gpus:
+        return fewest, most, 1
+    nodes = [int(node.get("CPU", 0)) for node in live_nodes(config.resources.placement.train)]
+    shares = range(max(nodes, default=1), 1, -1)
+    return fewest, most, next((share for share in shares if sum(cores // share for cores in nodes) >= most), 1)
 
 
 def run_remotely(
@@ -409,11 +396,8 @@ def sees_gpu() -> bool:
 @contextmanager
 def use_driver(is_used: bool) -> Iterator[None]:
     """Say for the block whether what it would send to workers is done in this process."""
-    token = _in_driver.set(is_used)
-    try:
+    with context_value(_in_driver, is_used):
         yield
-    finally:
-        _in_driver.reset(token)
 
 
 def in_driver() -> bool:

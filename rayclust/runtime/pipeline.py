@@ -12,8 +12,8 @@ from typing import Any, Literal
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.report.formats import duration
-from rayclust.runtime.cluster import is_small, may_use_driver, scheduling, use_driver, with_gpus
-from rayclust.runtime.progress import collect_timings, keep_progress
+from rayclust.runtime.cluster import is_small, may_use_driver, task_labels, use_driver, with_gpus
+from rayclust.runtime.progress import Timing, context_value, keep_progress, stage_timings
 from rayclust.store import storage
 from rayclust.store.lock import RunLock, run_lock
 from rayclust.store.manifest import (
@@ -357,11 +357,14 @@ def _run(stage: Stage, context: StageContext, lease: RunLock) -> Manifest:
         if encode is not None and may_use_driver(context.config):
             rows = encode.outputs_of(EncodeOutputs)
             small = is_small(sum(rows.parts), rows.dimension)
+        # Tasks go to the nodes for `tasks`, with GPUs to those for `train`.
+        places, timings = context.config.resources.placement, list[Timing]()
+        labels = {"tasks": places.tasks, "train": places.train}
         with (
-            scheduling(context.config.resources.placement),
+            context_value(task_labels, labels),
+            context_value(stage_timings, timings),
             use_driver(small),
             keep_progress(context.run),
-            collect_timings() as timings,
         ):
             result = stage.run(context)
     except ArtefactError as error:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from rich.console import Console
@@ -49,17 +49,26 @@ METRICS = {
 console = Console(stderr=True)
 """Shared by bars and log lines, so that neither breaks the other."""
 
+Value = TypeVar("Value")
+
 _run: ContextVar[Run | None] = ContextVar("run", default=None)
+
+
+@contextmanager
+def context_value(variable: ContextVar[Value], value: Value) -> Iterator[Value]:
+    """Give a context variable a value for the block."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
 
 
 @contextmanager
 def keep_progress(run: Run) -> Iterator[None]:
     """Keep what the stage of the block has done in the run's `progress.json`, which stays where it is interrupted."""
-    token = _run.set(run)
-    try:
+    with context_value(_run, run):
         yield
-    finally:
-        _run.reset(token)
     storage.remove(run.progress)
 
 
@@ -217,18 +226,8 @@ class Timing:
         )
 
 
-_timings: ContextVar[list[Timing] | None] = ContextVar("timings", default=None)
-
-
-@contextmanager
-def collect_timings() -> Iterator[list[Timing]]:
-    """Collect the timings of a stage."""
-    found: list[Timing] = []
-    token = _timings.set(found)
-    try:
-        yield found
-    finally:
-        _timings.reset(token)
+stage_timings: ContextVar[list[Timing] | None] = ContextVar("stage_timings", default=None)
+"""Gets the timings of the stage under way; None outside of a stage, where nobody reads them."""
 
 
 @contextmanager
@@ -237,7 +236,7 @@ def timed_section(name: str, workers: int = 0, unit: str = "rows") -> Iterator[T
 
     0 workers count those that were seen; `unit` is that of the counts.
     """
-    timings = _timings.get()
+    timings = stage_timings.get()
     timing = next((timing for timing in timings or [] if timing.name == name), None) or Timing(name, workers, unit)
     if timings is not None and timing not in timings:
         timings.append(timing)

@@ -30,13 +30,12 @@ from rayclust.methods.base import CheckpointInterval, Method, RowTable
 from rayclust.runtime.cluster import (
     connect,
     cores,
-    cores_per_worker,
     in_driver,
     on_every_node,
     plain_errors,
     require_label,
     run_remotely,
-    worker_range,
+    training_workers,
 )
 from rayclust.runtime.members import RowsWithMembers, row_table
 from rayclust.runtime.models import save_method
@@ -127,12 +126,11 @@ def _fit(job: Job, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
 
     A single worker is a task: Ray Train would start a controller and a process of its own first, for seconds.
     """
-    resources, (fewest, workers) = job.config.resources, worker_range(job.config)
+    resources, (fewest, workers, cpus) = job.config.resources, training_workers(job.config)
     if fewest < workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
         _check_every_worker_count(job, fewest, workers)
     labels, gpus = resources.placement.train, resources.gpus
-    cpus = 1 if gpus else cores_per_worker(workers, labels)
     settings = {"job": job, "report": report}
     if workers == 1:
         retries = resources.max_failures

@@ -16,15 +16,14 @@ from rayclust.errors import ConfigError, DataError, RayclustError
 from rayclust.runtime import cluster
 from rayclust.runtime.cluster import (
     connect,
-    cores_per_worker,
     cpus,
     plain_errors,
-    refuse_unreachable,
     run_remotely,
+    training_workers,
     worker_count,
-    worker_range,
 )
 from rayclust.runtime.pipeline import run_all
+from rayclust.runtime.progress import context_value
 from tests.chaos.nodes import Nodes
 from tests.stages.runs import tree, write_folder
 
@@ -90,32 +89,52 @@ def test_an_interrupt_is_no_error():
 )  # fmt: skip
 def test_a_workers_cpus_lie_on_one_node(nodes: list[int], workers: int, cores: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cluster, "live_nodes", lambda labels: [{"CPU": cpus} for cpus in nodes])
-    assert cores_per_worker(workers, {}) == cores
+    resources = {"workers": workers, "gpus_per_worker": 0}
+    assert training_workers(validate(tree("run", "images", resources=resources))) == (workers, workers, cores)
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Addresses that Ray joins; no cluster is there."""
+    found = list[str]()
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address, **options: found.append(address))
+    monkeypatch.setattr(ray, "nodes", list)
+    return found
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_an_address_where_nobody_answers_is_one_line_at_once(scheme: str):
+def test_an_address_where_nobody_answers_is_one_line_at_once(
+    scheme: str, joined: list[str], monkeypatch: pytest.MonkeyPatch
+):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # bound, so nobody else's; not listening, so nobody answers
         address = f"{scheme}127.0.0.1:{probe.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(ConfigError, match=f"RAY_ADDRESS = {address}: no Ray cluster answers there"):
-            refuse_unreachable(address)
+            connect()
+    assert joined == []
 
 
-def test_an_address_that_is_none_is_refused_and_words_pass():
+def test_an_address_that_is_none_is_refused_and_words_pass(joined: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "head:port")
     with pytest.raises(ConfigError, match="is no address"):
-        refuse_unreachable("head:port")
-    for word in ("auto", "local"):
-        refuse_unreachable(word)
+        connect()
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        refuse_unreachable(f"ray://127.0.0.1:{server.getsockname()[1]}")
+        places = ["auto", "local", f"ray://127.0.0.1:{server.getsockname()[1]}"]
+        for place in places:
+            monkeypatch.setenv("RAY_ADDRESS", place)
+            connect()
+    assert joined == places
 
 
-def test_the_fewest_workers_are_all_unless_fewer_are_allowed():
+def test_the_fewest_workers_are_all_unless_fewer_are_allowed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "live_nodes", lambda labels: [{"CPU": 2}])
+
     def wanted(**resources: int) -> tuple[int, int]:
-        return worker_range(validate(tree("run", "images", resources=resources)))
+        return training_workers(validate(tree("run", "images", resources=resources)))[:2]
 
     assert wanted(workers=4) == (4, 4)
     assert wanted(workers=4, min_workers=1) == (1, 4)
@@ -129,7 +148,8 @@ def test_the_local_cluster_is_joined_described_and_used():
     connect()
     assert cpus({}) == 2
     auto = validate(tree("run", "images"))
-    assert (worker_count(auto, "encode"), worker_count(auto, "train"), cores_per_worker(1, {})) == (2, 1, 2)
+    auto = auto.model_copy(update={"resources": auto.resources.model_copy(update={"gpus_per_worker": 0.0})})
+    assert (worker_count(auto, "encode"), training_workers(auto)) == (2, (1, 1, 2))
     three = validate(tree("run", "images", resources={"workers": 3}))
     assert (worker_count(three, "encode"), worker_count(three, "train")) == (3, 3)
 
@@ -197,14 +217,14 @@ def test_a_cluster_of_our_own_will_never_have_the_label(
 
 def test_tasks_carry_the_labels_of_the_run_that_sends_them():
     assert cluster.task_labels.get() == {}
-    with cluster.scheduling(PlacementConfig(tasks=CPU)):
+    with context_value(cluster.task_labels, {"tasks": CPU}):
         assert cluster.task_labels.get()["tasks"] == CPU
     assert cluster.task_labels.get() == {}
 
 
 def test_tasks_with_gpus_go_where_trainings_go(cluster_nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
     in_namespace(monkeypatch, "anonymous")
-    with cluster.scheduling(PlacementConfig(tasks=CPU, train=GPU)):
+    with context_value(cluster.task_labels, {"tasks": CPU, "train": GPU}):
         assert cluster.task_options(0) == ({"label_selector": CPU}, CPU)
         assert cluster.task_options(0.5) == cluster.task_options(0, "train") == ({"label_selector": GPU}, GPU)
     assert cluster.task_options(1) == ({}, {})
@@ -222,12 +242,34 @@ def gpu_node(labels: dict[str, str], kind: str = "H100", gpus: float = 1) -> dic
     return found
 
 
-def test_gpus_are_said_by_their_kind():
-    nodes = [gpu_node({})["Resources"], gpu_node({}, gpus=4)["Resources"], gpu_node({}, "AMD-Instinct-MI300X-OAM")]
-    assert cluster.describe_gpus(nodes[:2]) == "5 × NVIDIA H100"
-    assert cluster.describe_gpus([*nodes[:2], nodes[2]["Resources"]]) == "5 × NVIDIA H100, 1 × AMD-Instinct-MI300X-OAM"
-    assert cluster.describe_gpus([{"CPU": 4, "GPU": 2}]) == "2 × GPU"
-    assert cluster.describe_gpus([{"CPU": 4}]) == "CPU only"
+NVIDIA = [gpu_node({}), gpu_node({}, gpus=4)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "described"),
+    [
+        (NVIDIA, "2 node(s), 4 CPUs, 5 × NVIDIA H100"),
+        (
+            [*NVIDIA, gpu_node({}, "AMD-Instinct-MI300X-OAM")],
+            "3 node(s), 6 CPUs, 5 × NVIDIA H100, 1 × AMD-Instinct-MI300X-OAM",
+        ),
+        ([{"Alive": True, "Resources": {"CPU": 4, "GPU": 2}}], "1 node(s), 4 CPUs, 2 × GPU"),
+        ([{"Alive": True, "Resources": {"CPU": 4}}, {"Alive": False}], "1 node(s), 4 CPUs, CPU only"),
+    ],
+)
+def test_gpus_are_said_by_their_kind(
+    nodes: list[dict[str, Any]],
+    described: str,
+    joined: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    with caplog.at_level(logging.INFO):
+        connect()
+    assert joined == ["local"]
+    assert caplog.messages == [f"ray: {described}"]
 
 
 @pytest.fixture

@@ -159,7 +159,10 @@ def test_rays_metrics_get_what_is_measured(clock: Clock, tmp_path: Path, monkeyp
 
 
 def test_what_workers_are_busy_with_adds_up_by_kind():
-    with progress.collect_timings() as found, progress.timed_section("decoders", unit="images") as measured:
+    with (
+        progress.context_value(progress.stage_timings, []) as found,
+        progress.timed_section("decoders", unit="images") as measured,
+    ):
         measured.add("reading", 1.0, "a:1")
         measured.add("decoding", 2.0, "a:1")
         with progress.timed_section("decoders") as again:
@@ -171,7 +174,7 @@ def test_what_workers_are_busy_with_adds_up_by_kind():
 
 
 def test_a_known_number_of_workers_counts_those_that_did_nothing():
-    with progress.collect_timings() as found, progress.timed_section("writers", 3) as measured:
+    with progress.context_value(progress.stage_timings, []) as found, progress.timed_section("writers", 3) as measured:
         measured.add("writing", 1.0, "")
     assert found[0].section().workers == 3
 
@@ -179,7 +182,7 @@ def test_a_known_number_of_workers_counts_those_that_did_nothing():
 def test_one_of_the_same_name_goes_on(monkeypatch: pytest.MonkeyPatch):
     ticks = iter([0.0, 2.0, 10.0, 13.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
-    with progress.collect_timings() as found:
+    with progress.context_value(progress.stage_timings, []) as found:
         for _ in range(2):
             with progress.timed_section("parts") as measured:
                 measured.add("working", 1.0, "a:1")
@@ -191,7 +194,7 @@ def test_one_of_the_same_name_goes_on(monkeypatch: pytest.MonkeyPatch):
 def test_outside_of_a_stage_nothing_is_kept():
     with progress.timed_section("parts") as measured:
         measured.add("working", 1.0, "a:1")
-    with progress.collect_timings() as found:
+    with progress.context_value(progress.stage_timings, []) as found:
         pass
     assert found == []
 
