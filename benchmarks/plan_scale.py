@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from rayclust.runtime.shards import moments_of
+from rayclust.runtime.shards import pack_moments
 from rayclust.runtime.tasks import LARGEST_TASK_BYTES, Task, TaskResult, search_task_rows
 from rayclust.search.ivf import list_count, ranked_lists, train_centers
 from rayclust.stages.neighbors_ivf import FAN_IN, QUERIES, SAMPLE_BYTES, SAMPLED_PARTS, SAMPLED_PER_LIST
@@ -265,7 +265,7 @@ def limits(i: Inputs, per_shard: float) -> list[tuple[str, float, float]]:
 
 def driver_bytes(width: int, *, with_moments: bool, count: int = 2000) -> float:
     """Bytes that the driver keeps for each shard of encode: shard, unit, result, and its line in the manifest."""
-    moments = moments_of(np.ones((2, width), np.float16))
+    moments = pack_moments(2, np.full((2, width), 2.0))
     text = json.dumps({"row_start": 0, "reasons": {}} | ({"moments": moments} if with_moments else {}))
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]

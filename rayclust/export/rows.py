@@ -60,7 +60,7 @@ class RunRows:
         """
         known = tables.read_table(self.run.rows(part), ["row", "key", "uri", "label"])
         assigned = tables.read_table(self.run.assignments(part), ["cluster", "confidence", *self.levels])
-        clusters = self.shown.of(assigned["cluster"].to_numpy(), known["key"])
+        clusters = self.shown.edited.of(assigned["cluster"].to_numpy(), known["key"])
         columns = {name: known[name] for name in known.column_names}
         columns |= {"cluster": pa.array(clusters), "name": self.shown.names_at(clusters)}
         columns |= {name: assigned[name] for name in ("confidence", *self.levels)}

@@ -162,7 +162,21 @@ def export(name: str, cache: str | None = None) -> str:
     marker = storage.join(folder, "dataset.json")
     if storage.exists(marker) and storage.read_json(marker).get("format") == _FORMAT:
         return folder
-    path = _fetch(name, dataset, cache)
+    # 1. The archive on this machine, checked against its MD5; it is downloaded if it is missing.
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    local, file = cache, dataset.url.rpartition("/")[2]
+    if storage.is_remote(cache):
+        local = storage.absolute("~/.cache/rayclust")
+    path = Path(local) / "archives" / file
+    if not check_integrity(str(path), dataset.md5):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download_url(dataset.url, str(path.parent), file, dataset.md5)
+        except (OSError, RuntimeError) as error:
+            advice = f"put {file} (MD5 {dataset.md5}) into {path.parent} and run again"
+            raise DataError(f"{SCHEME}{name}: cannot fetch {dataset.url} ({error}); {advice}") from error
+    # 2. Its images as Parquet.
     logger.info("%s%s: writing its images to %s", SCHEME, name, folder)
     counts = {}
     try:
@@ -185,24 +199,6 @@ def export(name: str, cache: str | None = None) -> str:
         raise DataError(f"{path}: does not hold {name} as published ({error}); remove it and run again") from error
     storage.write_json(marker, {"format": _FORMAT, "name": name, "images": counts})
     return folder
-
-
-def _fetch(name: str, archive: Dataset, cache: str) -> Path:
-    """Return the archive on this machine, checked against its MD5, downloading it if it is missing."""
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    local = cache if not storage.is_remote(cache) else storage.absolute("~/.cache/rayclust")
-    file = archive.url.rpartition("/")[2]
-    path = Path(local) / "archives" / file
-    if check_integrity(str(path), archive.md5):
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        download_url(archive.url, str(path.parent), file, archive.md5)
-    except (OSError, RuntimeError) as error:
-        advice = f"put {file} (MD5 {archive.md5}) into {path.parent} and run again"
-        raise DataError(f"{SCHEME}{name}: cannot fetch {archive.url} ({error}); {advice}") from error
-    return path
 
 
 def write_digits(folder: str) -> None:

@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from rayclust.arrays import IntArray
 from rayclust.errors import ArtefactError, ConfigError
 from rayclust.runtime.pipeline import content_digest
 from rayclust.runtime.rows import row_starts, table_at
-from rayclust.runtime.vocabularies import cluster_names
 from rayclust.settings import format_error
 from rayclust.store import storage, tables
-from rayclust.store.manifest import AssignOutputs, Manifest, digest_of, read_manifest
+from rayclust.store.manifest import AssignOutputs, Manifest, read_manifest
 from rayclust.store.overlay import (
     Edit,
     Edited,
@@ -45,12 +43,9 @@ class ShownClusters:
     overlay: Overlay
     """Fitted to the run's assignments."""
     edited: Edited
+    """Its `of` gives the shown clusters of rows."""
     own_names: Mapping[int, str | None]
     """By the stage label, by cluster; {} before it."""
-
-    def of(self, clusters: IntArray, keys: pa.Array | pa.ChunkedArray | None = None) -> NDArray[np.int32]:
-        """Return the shown clusters of rows; see `Edited.of`."""
-        return self.edited.of(clusters, keys)
 
     @cached_property
     def names(self) -> dict[int, str | None]:
@@ -77,7 +72,12 @@ def shown_clusters(run: Run) -> ShownClusters | None:
     if assign is None:
         return None
     overlay, _ = _fitted(run, assign)
-    return ShownClusters(overlay, Edited.by(overlay.edits, overlay.clusters), cluster_names(run))
+    # Names hold only for the assignment that they were given to.
+    label, own_names = read_manifest(run, "label"), dict[int, str | None]()
+    if label is not None and label.inputs.get("assign") == content_digest(assign):
+        named = tables.read_table(run.clusters, ["cluster", "name"])
+        own_names = dict(zip(named["cluster"].to_pylist(), named["name"].to_pylist(), strict=True))
+    return ShownClusters(overlay, Edited.by(overlay.edits, overlay.clusters), own_names)
 
 
 def edit_clusters(run: Run, content: Edit | dict[str, Any]) -> None:
@@ -115,12 +115,6 @@ def undo_edit(run: Run) -> None:
         overlay, version = _fitted(run, assign)
         if overlay.edits:
             write_overlay(run, overlay.model_copy(update={"edits": overlay.edits[:-1]}), version)
-
-
-def overlay_digest(run: Run) -> str | None:
-    """Return the digest of a run's edits, for stages that show them; None without edits."""
-    overlay, _ = read_overlay(run)
-    return digest_of(overlay.model_dump(mode="json")) if overlay.edits else None
 
 
 def _fitted(run: Run, assign: Manifest) -> tuple[Overlay, str | None]:

@@ -184,7 +184,11 @@ class RunEncoders:
 
 
 def encoder_shape(config: RunConfig, settings: EncoderConfig | None = None) -> tuple[Preprocess, int, float]:
-    """Load an encoder on this machine's CPU; return its preprocessing, its width D and its seconds per image."""
+    """Load an encoder on this machine's CPU, for as long as this takes.
+
+    Returns:
+        Its preprocessing, its width D and its seconds per image.
+    """
     settings = config.encoder if settings is None else settings
     plain = settings.model_copy(update={"precision": "fp32", "compile": False})
     encoder = load_run_encoder(config, "cpu", plain)

@@ -37,13 +37,10 @@ class InputPlan:
     digests: tuple[str, ...]
     """By shard: of all that its embeddings depend on."""
     packed: tuple[bytes, ...]
-    """By shard: compressed JSON of the whole shard, some bytes per image of a folder."""
+    """By shard: JSON of the shard with the names of its images, as `Shard.from_json` reads it, compressed by zlib to
+    some bytes per image of a folder."""
     ready: tuple[ReadySpace, ...] = ()
     """Ready embeddings of further spaces."""
-
-    def shard_json(self, index: int) -> bytes:
-        """Return a shard with the names of its images, as JSON that `Shard.from_json` reads."""
-        return zlib.decompress(self.packed[index])
 
 
 def plan_inputs(config: RunConfig, settings: dict[str, Any]) -> InputPlan:
@@ -142,7 +139,25 @@ def with_encoder(config: RunConfig, has_gpus: Callable[[], bool]) -> RunConfig:
         has_gpus: asked only where images are encoded for the first time.
     """
     if config.encoders:
-        return _with_encoders(config)
+        # Of several encoders: ready embeddings are of an unknown one, and those of images need a name.
+        is_ready = next(input_shards(config)).has_embeddings
+        encoders = []
+        for place, encoder in enumerate(config.encoders):
+            key = f"encoders.{place}"
+            if is_ready and place == 0 and encoder.embeddings is not None:
+                raise ConfigError(f"{key}.embeddings: those of the first space are images.uri = {config.images.uri}")
+            if is_ready and place > 0 and encoder.embeddings is None:
+                raise ConfigError(
+                    f"{key}.embeddings: is missing; images.uri = {config.images.uri} holds no images to encode"
+                )
+            is_encoded = not is_ready and encoder.embeddings is None
+            if is_encoded and encoder.name in ("auto", "unknown"):
+                raise ConfigError(
+                    f"{key}.name: is missing; one of several encoders needs a name, such as open_clip/ViT-B-32"
+                )
+            encoders.append(encoder.model_copy(update={"name": "unknown"}) if encoder.name == "auto" else encoder)
+        return config.model_copy(update={"encoders": tuple(encoders)})
+    # The only one: as this run began, else by the input.
     if config.encoder.name != "auto":
         return config
     chosen, why = {"name": "unknown"}, "the rows are ready embeddings: no names for clusters, no search by text"
@@ -160,27 +175,6 @@ def with_encoder(config: RunConfig, has_gpus: Callable[[], bool]) -> RunConfig:
     logger.info("encoder: %s, %s; encoder.name takes another", chosen["name"], why)
     settings = config.encoder.model_dump(exclude_unset=True) | chosen
     return config.model_copy(update={"encoder": EncoderConfig.model_validate(settings)})
-
-
-def _with_encoders(config: RunConfig) -> RunConfig:
-    """Return the config with each `auto` of `encoders` resolved: ready embeddings are of an unknown encoder."""
-    is_ready = next(input_shards(config)).has_embeddings
-    encoders = []
-    for place, encoder in enumerate(config.encoders):
-        key = f"encoders.{place}"
-        if is_ready and place == 0 and encoder.embeddings is not None:
-            raise ConfigError(f"{key}.embeddings: those of the first space are images.uri = {config.images.uri}")
-        if is_ready and place > 0 and encoder.embeddings is None:
-            raise ConfigError(
-                f"{key}.embeddings: is missing; images.uri = {config.images.uri} holds no images to encode"
-            )
-        is_encoded = not is_ready and encoder.embeddings is None
-        if is_encoded and encoder.name in ("auto", "unknown"):
-            raise ConfigError(
-                f"{key}.name: is missing; one of several encoders needs a name, such as open_clip/ViT-B-32"
-            )
-        encoders.append(encoder.model_copy(update={"name": "unknown"}) if encoder.name == "auto" else encoder)
-    return config.model_copy(update={"encoders": tuple(encoders)})
 
 
 def weights_stamp(config: RunConfig, settings: EncoderConfig | None = None) -> str:

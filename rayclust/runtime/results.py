@@ -109,7 +109,7 @@ class RunTables:
         shown = shown_clusters(self._run)
         names = pa.nulls(assigned.num_rows, pa.string())
         if shown is not None:
-            clusters = shown.of(assigned["cluster"].to_numpy(), table["key"])
+            clusters = shown.edited.of(assigned["cluster"].to_numpy(), table["key"])
             assigned, names = assigned.set_column(0, "cluster", pa.array(clusters)), shown.names_at(clusters)
         assigned = assigned.append_column("name", names)
         frame = pa.table({name: t[name] for t in (table, assigned) for name in t.column_names}).to_pandas()
@@ -203,7 +203,7 @@ class RunTables:
         stage = import_module("rayclust.stages.assign")
         clusters, confidence = stage.assign(method, features)
         shown = shown_clusters(self._run)
-        clusters = clusters if shown is None else shown.of(clusters)
+        clusters = clusters if shown is None else shown.edited.of(clusters)
         names = [None] * len(clusters) if shown is None else shown.names_at(clusters).to_pylist()
         found = {"cluster": clusters.tolist(), "name": names}
         found["confidence"] = stage.calibration_of(self.config, encode, train)(confidence).tolist()

@@ -23,14 +23,8 @@ from rayclust.store.manifest import put_table
 from rayclust.store.run import Run
 
 
-def moments_of(embeddings: np.ndarray) -> dict[str, Any]:
-    """Return count, sum and sum of squares of Float16[N D] rows, in float64, for centring and z-scores; see `_pack`."""
-    rows = embeddings.astype(np.float64)
-    return _pack(len(rows), np.stack([rows.sum(0), (rows**2).sum(0)]))
-
-
-def _pack(count: int, sums: np.ndarray) -> dict[str, Any]:
-    """Return exact JSON of Float64[2 D]: sums and squares as base64 of their little-endian float64s."""
+def pack_moments(count: int, sums: np.ndarray) -> dict[str, Any]:
+    """Return exact JSON of rows' count, sums and sums of squares, Float64[2 D]: as base64 of little-endian float64s."""
     total, squares = (base64.b64encode(values.astype("<f8").tobytes()).decode() for values in sums)
     return {"count": count, "total": total, "squares": squares}
 
@@ -64,7 +58,7 @@ class MomentsInOrder:
         """Moments of all rows; `ArtefactError` if a part before the last one seen is missing, or none has rows."""
         if self._sums is None or self._waiting:
             raise ArtefactError("encode: the moments of a part are missing; run encode again")
-        return _pack(self._count, self._sums)
+        return pack_moments(self._count, self._sums)
 
 
 @dataclass(frozen=True)
@@ -161,8 +155,10 @@ def write_shard(
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     counts = {"rows": len(kept), "rejects": len(rejects), "labelled": sum(r["label"] is not None for r in kept)}
     counts |= {} if split is None else {"test": int(aside.sum())}
-    joint = np.concatenate(list(spaces.values()), axis=1)
-    extra = {"row_start": row_start, "reasons": reasons, "moments": moments_of(joint[~aside])}
+    # Moments in float64, for centring and z-scores.
+    fitted = np.concatenate(list(spaces.values()), axis=1)[~aside].astype(np.float64)
+    moments = pack_moments(len(fitted), np.stack([fitted.sum(0), (fitted**2).sum(0)]))
+    extra = {"row_start": row_start, "reasons": reasons, "moments": moments}
     if run.spaces:
         extra["widths"] = [values.shape[1] for values in spaces.values()]
     return TaskResult(outputs, counts, extra)

@@ -1,4 +1,4 @@
-"""Read a run's vocabulary with its embeddings, and the names that its clusters were given."""
+"""Read a run's vocabulary with its embeddings."""
 
 from __future__ import annotations
 
@@ -19,22 +19,12 @@ from rayclust.language import vocabulary
 from rayclust.language.naming import encode_words
 from rayclust.language.vocabulary import Candidates, Vocabulary
 from rayclust.runtime.inputs import weights_stamp
-from rayclust.runtime.pipeline import content_digest
 from rayclust.store import storage, tables
-from rayclust.store.manifest import digest_of, read_manifest
+from rayclust.store.manifest import digest_of
 from rayclust.store.run import PART, Run
 
 if TYPE_CHECKING:  # brings torch
     from rayclust.encoders.base import Encoder
-
-
-def cluster_names(run: Run) -> dict[int, str | None]:
-    """Return names by cluster; {} before the stage label, and after another assignment."""
-    label, assign = read_manifest(run, "label"), read_manifest(run, "assign")
-    if label is None or assign is None or label.inputs.get("assign") != content_digest(assign):
-        return {}
-    table = tables.read_table(run.clusters, ["cluster", "name"])
-    return dict(zip(table["cluster"].to_pylist(), table["name"].to_pylist(), strict=True))
 
 
 WORDNET_FOLDERS = ("/usr/share/wordnet", "/usr/local/share/wordnet", "/opt/homebrew/share/wordnet")

@@ -72,11 +72,10 @@ def compare(uri: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
 def as_lines(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield the scores as lines of a table; a score that an input does not have has no column."""
     names = list(dict.fromkeys(name for row in found for name in row))
-    cells = [names, *([_text(row.get(name)) for name in names] for row in found)]
+    cells = [names]
+    for each in found:
+        values = ("" if each.get(name) is None else each[name] for name in names)
+        cells.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in values])
     widths = [max(len(row[place]) for row in cells) for place in range(len(names))]
     for row in cells:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)

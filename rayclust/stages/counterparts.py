@@ -56,26 +56,6 @@ class Guidance:
     method: TacConfig
     """The method's settings, written out for the run's rows."""
 
-    @classmethod
-    def of(cls, context: StageContext) -> Guidance:
-        """Build it from a stage's context.
-
-        Raises:
-            ConfigError: the words do not lie where the method sees images.
-        """
-        config, encode = context.config, context.inputs["encode"]
-        count, method = fitted_count(encode), config.method
-        if not isinstance(method, TacConfig):
-            raise ConfigError(f"method.name = {method.name}: reads no words")
-        if config.needs_selection:  # one choice of nouns serves all candidates
-            method = method.model_copy(update={"clusters": config.select_k.bounds(count)[1]})
-        return cls(context.run, config, encode, method.resolved(count))
-
-    @property
-    def starts(self) -> list[int]:
-        """First row of each part, and N."""
-        return row_starts(self.encode)
-
     def bank(self) -> WordBank | None:
         """Return the words that the encoder has to read; None if they come with embeddings.
 
@@ -117,7 +97,7 @@ class Guidance:
             The file, and the numbers of `words`, `centers` and `nouns`.
         """
         # 1. Semantic centres of a sample of the fitted rows.
-        c, starts = self.method, self.starts
+        c, starts = self.method, row_starts(self.encode)
         aside = kept_aside(self.run, self.encode.outputs_of(EncodeOutputs))
         fitted = np.arange(starts[-1]) if aside is None else np.flatnonzero(~aside)
         places = even_sample(len(fitted), c.center_rows * int(c.centers or 1), seed).numpy()
@@ -145,7 +125,7 @@ class Guidance:
     def retrieve(self, task: Task) -> TaskResult:
         """Write the counterparts of one part's rows."""
         torch.set_num_threads(1)
-        device, start = worker_device(self.config), self.starts[task.index]
+        device, start = worker_device(self.config), row_starts(self.encode)[task.index]
         chosen = tables.matrix(tables.read_table(self.run.nouns, ["embedding"])["embedding"])
         transform = transform_of(self.encode, self.config.features)
         x = unit_rows(torch.from_numpy(part_features(self.run, task.index, transform))).to(device)
@@ -158,7 +138,7 @@ class Guidance:
     def search(self, task: Task) -> TaskResult:
         """Write the neighbours in text space of the rows of a task's parts, among the fitted rows."""
         torch.set_num_threads(1)
-        starts, aside = self.starts, kept_aside(self.run, self.encode.outputs_of(EncodeOutputs))
+        starts, aside = row_starts(self.encode), kept_aside(self.run, self.encode.outputs_of(EncodeOutputs))
         queries = torch.cat([self._texts(part) for part in task.payload]).to(worker_device(self.config))
         rows = torch.cat([torch.arange(starts[part], starts[part + 1]) for part in task.payload])
         best = RunningTopK(queries, rows, min(self.method.neighbors, fitted_count(self.encode) - 1))
@@ -187,9 +167,16 @@ class Guidance:
 
 def run(context: StageContext) -> StageResult:
     """Encode the vocabulary, choose nouns, and make counterparts part by part and their neighbours task by task."""
-    work, config = Guidance.of(context), context.config
-    encoded, gpus = context.inputs["encode"].outputs_of(EncodeOutputs), config.resources.gpus
-    parts, count, method, searched = encoded.parts, sum(encoded.parts), work.method, ""
+    config, encode = context.config, context.inputs["encode"]
+    encoded, gpus = encode.outputs_of(EncodeOutputs), config.resources.gpus
+    if not isinstance(config.method, TacConfig):
+        raise ConfigError(f"method.name = {config.method.name}: reads no words")
+    fitted, method = fitted_count(encode), config.method
+    if config.needs_selection:  # one choice of nouns serves all candidates
+        method = method.model_copy(update={"clusters": config.select_k.bounds(fitted)[1]})
+    method = method.resolved(fitted)
+    work = Guidance(context.run, config, encode, method)
+    parts, count, searched = encoded.parts, sum(encoded.parts), ""
     is_approximate = config.neighbors.method == "ivf"
     if config.neighbors.method == "auto":
         is_approximate = count > config.neighbors.exact_rows and not encoded.test
@@ -217,7 +204,7 @@ def run(context: StageContext) -> StageResult:
         if is_approximate:
             groups, k = [task.payload for task in tasks], min(method.neighbors, count - 1)
             layout = IvfLayout(
-                *(context.run, digest, work.starts, groups, rows, encoded.dimension, k, work.texts),
+                *(context.run, digest, encoded.starts, groups, rows, encoded.dimension, k, work.texts),
                 table=context.run.text_neighbors,
                 stage="counterparts",
                 first=first,

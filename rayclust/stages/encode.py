@@ -14,6 +14,7 @@ import logging
 import math
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,19 +117,17 @@ def run(context: StageContext) -> StageResult:
     most = DRIVER_IMAGES if is_network and not shards[0].has_embeddings and cores() > DRIVER_CORES else DRIVER_ROWS
     count = 0
     for shard in shards:
-        count += TAR_IMAGES if shard.count is None and not shard.has_embeddings else _row_count(shard)
+        if shard.count is not None:
+            count += shard.count
+        elif not shard.has_embeddings:
+            count += TAR_IMAGES
+        elif (found := storage.stat(shard.uri)) is not None:
+            # A file of tensors must be read to count its rows: an estimate by its bytes.
+            count += 1 + found.size // TENSOR_ROW_BYTES
         if count > most:
             break
     with use_driver(count <= most and may_use_driver(context.config)):
         return _encode(context)
-
-
-def _row_count(shard: Shard) -> int:
-    """Return the rows of a shard; of a file of tensors, which must be read to count them, an estimate by its bytes."""
-    if shard.count is not None:
-        return shard.count
-    found = storage.stat(shard.uri)
-    return 1 + found.size // TENSOR_ROW_BYTES if found is not None else 0
 
 
 def _encode(context: StageContext) -> StageResult:
@@ -348,7 +347,7 @@ def chunks_in_driver(encode: EncodeChunks, context: StageContext, todo: Sequence
     widths = [encoder.dimension for encoder in encode.encoders.encoders]
     encode.writers[:] = [ShardWriter(*writer_arguments(context, widths))]
     has_batches = any(encoder.batch_size for encoder in encoding(config))  # their cut may show in the last bit
-    decode = ReadAndDecode(chunk_rows(config) if has_batches else DRIVER_CHUNK, *encode.encoders.preprocesses)
+    decode = ReadAndDecode(chunk_rows(config) if has_batches else DRIVER_CHUNK, encode.encoders.preprocesses)
 
     def encoded(read: dict[str, Any]) -> dict[str, Any]:
         name = f"{worker_name()}/{threading.current_thread().name}"
@@ -393,7 +392,7 @@ def chunks_on_ray(
     # 2. Shards to chunks of pixels, on CPUs.
     chunks = ray.data.from_items(_items(context, todo), override_num_blocks=len(todo)).map_batches(
         ReadAndDecode,
-        fn_constructor_args=(chunk_rows(config), *preprocesses),
+        fn_constructor_args=(chunk_rows(config), preprocesses),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pools.decoders),
         num_cpus=pools.share if not gpus else 1,
         **label_selector("decode", places.decode),
@@ -453,7 +452,7 @@ def _items(context: StageContext, todo: Sequence[Task]) -> list[dict[str, str]]:
 
     def item(task: Task) -> dict[str, str]:
         uri = context.run.at("manifests", "encode-inputs", f"{task.index:05d}.json")
-        storage.write_bytes(uri, context.plan.shard_json(task.index))
+        storage.write_bytes(uri, zlib.decompress(context.plan.packed[task.index]))
         named = {"index": task.index, "digest": task.digest, "row_start": task.payload.first}
         return {"task": json.dumps(named), "shard": uri}
 
@@ -467,11 +466,14 @@ def chunk_rows(config: RunConfig) -> int:
     return max(encoder.batch_size or usual for encoder in encoding(config))
 
 
+@dataclass(frozen=True)
 class ReadAndDecode:
     """Ray Data operator: shards to chunks of pixels, on a CPU and without torch. Undecodable images become rejects."""
 
-    def __init__(self, rows: int, *preprocesses: Preprocess) -> None:
-        self._rows, self._preprocesses = rows, preprocesses
+    rows: int
+    """Of a chunk."""
+    preprocesses: tuple[Preprocess, ...]
+    """Each gives one kind of pixels."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Yield the chunks of the shard named in `batch`, a row of one task, in order."""
@@ -481,10 +483,10 @@ class ReadAndDecode:
     def read(self, item: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         """Yield the chunks of a shard, in order, before they are decoded: records with bytes."""
         started, shard = time.monotonic(), Shard.from_json(storage.read_json(item["shard"]))
-        records = iter(read_records(shard, self._preprocesses[0].max_bytes))
-        group, number = list(islice(records, self._rows)), 0
+        records = iter(read_records(shard, self.preprocesses[0].max_bytes))
+        group, number = list(islice(records, self.rows)), 0
         while True:
-            following = list(islice(records, self._rows))
+            following = list(islice(records, self.rows))
             seconds = time.monotonic() - started
             yield {"task": item["task"], "chunk": number, "last": not following, "records": group, "reading": seconds}
             if not following:
@@ -499,7 +501,7 @@ class ReadAndDecode:
             reason, detail = record.reason, record.detail
             if reason is None:
                 try:
-                    pixels.append([decode(record.data or b"", kind) for kind in self._preprocesses])
+                    pixels.append([decode(record.data or b"", kind) for kind in self.preprocesses])
                     kept.append({"key": record.key, "uri": record.uri, "label": record.label})
                 except Undecodable as error:
                     reason, detail = error.reason, error.detail
@@ -526,7 +528,17 @@ class EncodeChunks:
         """Encode a chunk, a table of one row; return it with `embeddings` in the place of pixels."""
         started = time.monotonic()
         [chunk] = batch.drop_columns(["pixels"]).to_pylist()
-        chunk["embeddings"] = self._embeddings(batch["pixels"][0], len(chunk["records"]))
+        count, kinds, start = len(chunk["records"]), list[np.ndarray](), 0
+        chunk["embeddings"] = np.zeros((0, self.encoders.dimension), np.float16)
+        if count:
+            # All images in the one kind of pixels, then all in the next.
+            values = np.frombuffer(batch["pixels"][0].as_buffer(), np.uint8)
+            for preprocess in self.encoders.preprocesses:
+                size = count * math.prod(preprocess.shape)
+                kinds.append(values[start : start + size].reshape(count, *preprocess.shape))
+                start += size
+            with np.errstate(over="ignore"):  # what overflows becomes a reject
+                chunk["embeddings"] = self.encoders.encode(kinds).astype(np.float16)
         return chunk | {"encoder": worker_name(), "encoding": time.monotonic() - started}
 
     def write(self, chunk: dict[str, Any]) -> pa.Table:
@@ -543,18 +555,6 @@ class EncodeChunks:
             written = ray.get(writer.add.remote(*content))
         counts = {"images": len(content[3]), "rejected": len(content[4]), "writer": place, "writing": written}
         return pa.Table.from_pylist([chunk | counts])
-
-    def _embeddings(self, pixels: pa.Scalar, count: int) -> np.ndarray:
-        if not count:
-            return np.zeros((0, self.encoders.dimension), np.float16)
-        kinds, start = list[np.ndarray](), 0
-        values = np.frombuffer(pixels.as_buffer(), np.uint8)
-        for preprocess in self.encoders.preprocesses:
-            size = count * math.prod(preprocess.shape)
-            kinds.append(values[start : start + size].reshape(count, *preprocess.shape))
-            start += size
-        with np.errstate(over="ignore"):  # what overflows becomes a reject
-            return self.encoders.encode(kinds).astype(np.float16)
 
 
 class ShardWriter:
@@ -575,25 +575,24 @@ class ShardWriter:
     ) -> float:
         """Add one chunk of the shard that `task` names; return the seconds that this took."""
         started = time.monotonic()
-        if task not in self._written:
-            chunks = self._open.setdefault(task, {})
-            chunks[chunk] = (records, rejects, np.array(embeddings))
-            if last:
-                self._lengths[task] = chunk + 1
-            if len(chunks) == self._lengths.get(task):
-                self._write(task, [chunks[number] for number in range(len(chunks))])
-                self._written.add(task)
-                del self._open[task], self._lengths[task]
+        if task in self._written:
+            return time.monotonic() - started
+        found = self._open.setdefault(task, {})
+        found[chunk] = (records, rejects, np.array(embeddings))
+        if last:
+            self._lengths[task] = chunk + 1
+        if len(found) == self._lengths.get(task):
+            # All chunks are here: write the shard.
+            chunks = [found[number] for number in range(len(found))]
+            named = json.loads(task)
+            shard, start = Task(named["index"], named["digest"]), named["row_start"]
+            records = [record for kept, _, _ in chunks for record in kept]
+            rejects = [reject for _, rejected, _ in chunks for reject in rejected]
+            rows: Any = np.concatenate([rows for _, _, rows in chunks])
+            if self._spaces is not None:
+                rows = self._spaces.divide(rows, [record["key"] for record in records], start)
+            write = partial(write_shard, self._run, shard, start, records, rows, rejects, split=self._split)
+            run_and_mark(self._run.mark(shard.index), shard, write)
+            self._written.add(task)
+            del self._open[task], self._lengths[task]
         return time.monotonic() - started
-
-    def _write(self, task: str, chunks: list[tuple[list[Any], list[Any], np.ndarray]]) -> None:
-        named = json.loads(task)
-        shard = Task(named["index"], named["digest"])
-        records = [record for kept, _, _ in chunks for record in kept]
-        rejects = [reject for _, rejects, _ in chunks for reject in rejects]
-        embeddings: Any = np.concatenate([embeddings for _, _, embeddings in chunks])
-        start, split = named["row_start"], self._split
-        if self._spaces is not None:
-            embeddings = self._spaces.divide(embeddings, [record["key"] for record in records], start)
-        write = partial(write_shard, self._run, shard, start, records, embeddings, rejects, split=split)
-        run_and_mark(self._run.mark(shard.index), shard, write)

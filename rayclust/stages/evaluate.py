@@ -71,7 +71,7 @@ class _Scoring:
 
     def score(self) -> tuple[dict[str, Any], pa.Table | None]:
         """Return the metrics, and the contingency table where there are labels."""
-        from rayclust.metrics import external, internal
+        from rayclust.metrics import external, geometry, internal
 
         levels, codes, classes = _columns(self.run, self.encode.starts, self.levels)
         clusters, labelled, is_labelled = levels[0], codes >= 0, len(classes) > 1
@@ -79,7 +79,10 @@ class _Scoring:
         counts, aside = None, kept_aside(self.run, self.encode)
         if is_labelled:
             metrics |= {"classes": len(classes), "labelled": int(labelled.sum())}
-            counts = _contingency(codes[labelled], clusters[labelled], classes)
+            # The cells that are not empty, by class and cluster.
+            pairs, sizes = np.unique(np.stack([codes[labelled], clusters[labelled]]), axis=1, return_counts=True)
+            cells = {"label": [classes[code] for code in pairs[0]], "cluster": pairs[1], "count": sizes}
+            counts = pa.table(cells)
         # 1. The partition, against the labels of those rows that have one: of all rows, or of each split.
         if aside is None:
             metrics |= self._partition(levels, codes, np.ones(len(codes), bool), is_labelled=is_labelled)
@@ -109,17 +112,31 @@ class _Scoring:
                 metrics["silhouette_rows"] = len(sample)
         (metrics if aside is None else metrics["test"]).update(found)
         metrics |= self._members(codes, is_labelled=is_labelled)
+        # 3. The membership Π of a sample of rows, labelled ones where there are.
         if isinstance(method, Membership):
-            metrics |= self._membership(method, codes, is_labelled=is_labelled)
+            places = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
+            drawn = places[_sample(len(places), MEMBERSHIP_ROWS, self.config.seed)]
+            x = torch.from_numpy(features_at(self.run, self.encode.starts, self.transform, drawn))
+            with torch.inference_mode():
+                matrix, least = method.membership(x).double().numpy(), EDGE / len(drawn)
+            measured = geometry.membership_scores(matrix, codes[drawn] if is_labelled else None, least)
+            metrics |= {f"membership_{name}": value for name, value in measured.items()}
         return metrics, counts
 
     def _partition(
         self, levels: np.ndarray, codes: np.ndarray, rows: np.ndarray, *, is_labelled: bool
     ) -> dict[str, Any]:
         """Score the clusters and the coarser levels, Int32[1 + L, N], of some rows, Bool[N]."""
+        from rayclust.metrics import external
+
         labelled = rows & (codes >= 0)
-        scored = is_labelled and bool(labelled.any())
-        found = [_against_labels(codes[labelled], level[labelled]) if scored else {} for level in levels]
+        truth, found = codes[labelled], [dict[str, float]() for _ in levels]
+        for scores, level in zip(found, levels, strict=True):
+            if is_labelled and len(truth):
+                scores |= external.scores(truth, level[labelled])
+                if len(np.unique(level[labelled])) > len(np.unique(truth)):
+                    scores["accuracy_held_out"] = external.halves_accuracy(truth, level[labelled])
+                    scores["accuracy_in_sample"] = external.in_sample_accuracy(truth, level[labelled])
         if not self.levels:
             return found[0]
         occupied = [len(np.unique(level[rows])) for level in levels[1:]]
@@ -253,34 +270,6 @@ class _Scoring:
             view, codes[own], method.read(z).float().numpy(), codes[others], epochs=self.config.evaluate.linear_epochs
         )
         return {"linear_evaluation": found[1], "linear_evaluation_top5": found[5]}
-
-    def _membership(self, method: Membership, codes: np.ndarray, *, is_labelled: bool) -> dict[str, float]:
-        """Measure the membership Π of a sample of rows (labelled ones where there are)."""
-        from rayclust.metrics import geometry
-
-        known = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
-        rows = known[_sample(len(known), MEMBERSHIP_ROWS, self.config.seed)]
-        with torch.inference_mode():
-            found = method.membership(torch.from_numpy(features_at(self.run, self.encode.starts, self.transform, rows)))
-        matrix, least = found.double().numpy(), EDGE / len(rows)
-        scores = geometry.membership_scores(matrix, codes[rows] if is_labelled else None, least)
-        return {f"membership_{name}": value for name, value in scores.items()}
-
-
-def _against_labels(codes: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    from rayclust.metrics import external
-
-    found = external.scores(codes, clusters)
-    if len(np.unique(clusters)) > len(np.unique(codes)):
-        found["accuracy_held_out"] = external.halves_accuracy(codes, clusters)
-        found["accuracy_in_sample"] = external.in_sample_accuracy(codes, clusters)
-    return found
-
-
-def _contingency(codes: np.ndarray, clusters: np.ndarray, classes: list[str]) -> pa.Table:
-    """Return the cells that are not empty, by class and cluster."""
-    pairs, counts = np.unique(np.stack([codes, clusters]), axis=1, return_counts=True)
-    return pa.table({"label": [classes[code] for code in pairs[0]], "cluster": pairs[1], "count": counts})
 
 
 def _columns(run: Run, starts: list[int], levels: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray, list[str]]:

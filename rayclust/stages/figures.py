@@ -84,11 +84,8 @@ class Sample:
     """Int64[m], sorted: evenly from all rows."""
     members: dict[int, np.ndarray]
     """Cluster → Int64[m], sorted: rows of the clusters drawn."""
-
-    @property
-    def rows(self) -> np.ndarray:
-        """All rows, sorted, each once."""
-        return np.unique(np.concatenate([self.spread, *self.members.values()]))
+    rows: np.ndarray
+    """Int64[m], sorted: all of these, each once."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -114,7 +111,7 @@ def sample(clusters: np.ndarray, seed: int) -> Sample:
     for cluster in np.sort(rng.choice(occupied, min(CLUSTERS, len(occupied)), replace=False)).tolist():
         rows = np.flatnonzero(clusters == cluster)
         members[cluster] = np.sort(rng.choice(rows, min(CLUSTER_ROWS, len(rows)), replace=False))
-    return Sample(spread, members)
+    return Sample(spread, members, np.unique(np.concatenate([spread, *members.values()])))
 
 
 def _measure(

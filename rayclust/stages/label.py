@@ -95,15 +95,18 @@ class Labeling:
         tables.write_table(
             self._at("words.parquet"), pa.table(columns | {WITHOUT_CLASSES: is_blind, CLASSES: is_class})
         )
-        # 2. The voters, and those of them that are shuffled.
-        voters = self._voters(len(words.words))
-        if voters is not None:
-            tables.write_table(self._at("voters.parquet"), pa.table({"row": voters}))
+        # 2. The voters, where not all vote, and those of them that are shuffled: so many of each cluster.
+        most, samples = self.config.label.voters, dict[str, int]()
+        if most == "auto" and len(words.words) > FEW_WORDS:
+            samples["voters.parquet"] = VOTERS
+        elif isinstance(most, int):
+            samples["voters.parquet"] = most
         if self.config.label.distinct:
             few = min(NULL_VOTERS, max(20, NULL_IMAGES // self.config.method.clusters))
-            if isinstance(self.config.label.voters, int):
-                few = min(few, self.config.label.voters)
-            tables.write_table(self._at("shuffled.parquet"), pa.table({"row": self._sample(few)}))
+            samples["shuffled.parquet"] = min(few, most) if isinstance(most, int) else few
+        for name, count in samples.items():
+            rows = sample_of_each(all_clusters(self.run, self.starts), count, self.config.seed)
+            tables.write_table(self._at(name), pa.table({"row": rows}))
         return len(words.words)
 
     def vote(self, task: Task) -> TaskResult:
@@ -172,8 +175,16 @@ class Labeling:
             if not label.distinct:
                 names[naming] = name_clusters(total, voters, words, runners_up=label.runners_up)
                 continue
-            images, clusters = self._image_votes(naming, len(words))
-            null = shuffled_null(images, clusters, count, specificity=label.specificity, seed=self.config.seed)
+            # Of the images that are shuffled, their votes, sparse Float64[B V], and their clusters, Int32[B].
+            images, of_images = [], [np.empty(0, np.int32)]
+            for part in range(len(self.starts) - 1):
+                places = self._places("shuffled.parquet", part)
+                of_images.append(part_clusters(self.run, part)[places])
+                table = tables.read_table(self._at(f"{naming}-images-{part:05d}.parquet"))
+                place = (table["image"].to_numpy(), table["word"].to_numpy())
+                images.append(sparse.csr_array((table["mass"].to_numpy(), place), shape=(len(places), len(words))))
+            shuffled = sparse.vstack(images, format="csr"), np.concatenate(of_images)
+            null = shuffled_null(*shuffled, count, specificity=label.specificity, seed=self.config.seed)
             names[naming] = name_distinctly(
                 total,
                 voters,
@@ -184,19 +195,6 @@ class Labeling:
                 runners_up=label.runners_up,
             )
         return names, int(voters.sum())
-
-    def _image_votes(self, naming: str, words: int) -> tuple[Any, np.ndarray]:
-        """Return the votes of the images that are shuffled, sparse Float64[B V], and their clusters, Int32[B]."""
-        from scipy import sparse
-
-        votes, clusters = [], [np.empty(0, np.int32)]
-        for part in range(len(self.starts) - 1):
-            places = self._places("shuffled.parquet", part)
-            clusters.append(part_clusters(self.run, part)[places])
-            table = tables.read_table(self._at(f"{naming}-images-{part:05d}.parquet"))
-            place = (table["image"].to_numpy(), table["word"].to_numpy())
-            votes.append(sparse.csr_array((table["mass"].to_numpy(), place), shape=(len(places), words)))
-        return sparse.vstack(votes, format="csr"), np.concatenate(clusters)
 
     def named_as_classes(self, names: list[str | None]) -> float | None:
         """Return the share of the labelled images whose cluster has their class's name; None without labels."""
@@ -251,9 +249,14 @@ class Labeling:
             typical.update(rows, clusters, typicality(features, clusters, sums))
             odd.update(rows, clusters, certain)
         exemplars = [typical.of(cluster) for cluster in range(count)]
+        outliers = [odd.of(cluster) for cluster in range(count)]
+        for cluster, shown in enumerate(exemplars):
+            # What is both is an exemplar, but one outlier stays: small clusters would show the same images twice.
+            others = [row for row in outliers[cluster] if row not in shown]
+            outliers[cluster] = others or outliers[cluster][:1]
         return {
             "exemplars": exemplars,
-            "outliers": [_apart(odd.of(cluster), exemplars[cluster]) for cluster in range(count)],
+            "outliers": outliers,
             "mean_confidence": [float(c / n) if n else None for c, n in zip(confidence, sizes, strict=True)],
             "confidence": histogram.tolist(),
         }
@@ -273,17 +276,6 @@ class Labeling:
         rows = _read_scratch(self._at(name))["row"].to_numpy()
         start, stop = np.searchsorted(rows, self.starts[part : part + 2])
         return rows[start:stop] - self.starts[part]
-
-    def _voters(self, words: int) -> np.ndarray | None:
-        """Return the rows that vote, Int64[n], sorted; None if all do."""
-        most = self.config.label.voters
-        if most == "all" or (most == "auto" and words <= FEW_WORDS):
-            return None
-        return self._sample(VOTERS if most == "auto" else most)
-
-    def _sample(self, most: int) -> np.ndarray:
-        """Return a seeded sample of at most so many rows of each cluster, Int64[n], sorted."""
-        return sample_of_each(all_clusters(self.run, self.starts), most, self.config.seed)
 
     def _at(self, name: str) -> str:
         return storage.join(self.folder, name)
@@ -336,12 +328,6 @@ def run(context: StageContext) -> StageResult:
         summary += ", with the data set's own class names among the words"
     extra = {name: extremes[name] for name in ("confidence", "mean_confidence")} | facts
     return StageResult(outputs, {"clusters": len(rows), "named": count}, extra, summary)
-
-
-def _apart(outliers: list[int], exemplars: list[int]) -> list[int]:
-    """Drop outliers that are exemplars as well, but keep one: small clusters would show the same images twice."""
-    others = [row for row in outliers if row not in set(exemplars)]
-    return others or outliers[:1]
 
 
 def _names(context: StageContext, work: Labeling) -> tuple[dict[str, list[ClusterName]], dict[str, Any]]:

@@ -44,10 +44,10 @@ def run(context: StageContext) -> StageResult:
     count, drawn = starts[-1], min(config.map.rows, starts[-1])
     drop_stale_parts(run.map_folder, len(starts) - 1)
     if drawn == count:
-        outputs = run_remotely(work.lay_out_all)
+        outputs = run_remotely(work.lay_out, count)
     else:
         if not storage.exists(scratch):
-            run_remotely(work.lay_out_sample)
+            run_remotely(work.lay_out, drawn)
         rows = search_task_rows(count, encoded.dimension, PLACED_BY)
         tasks = group_parts(encoded.parts, context.digest, rows)
         results = run_tasks(run, "map", tasks, work.place_others, gpus=config.resources.gpus)
@@ -83,21 +83,34 @@ class _Mapping:
     scratch: str
     """URI of the sample."""
 
-    def lay_out_all(self) -> Outputs:
-        """Write the places of all rows, laid out together."""
-        sample = self._lay_out(np.arange(self.starts[-1]))
-        outputs: Outputs = {}
-        for part, (start, stop) in enumerate(pairwise(self.starts)):
-            outputs |= self._write(part, sample.places[start:stop])
-        return outputs
+    def lay_out(self, drawn: int) -> Outputs:
+        """Lay out all rows, or a sample drawn by the seed, by PaCMAP of their exact neighbours among themselves.
 
-    def lay_out_sample(self) -> None:
-        """Write a sample of the rows, drawn by the seed, with its places."""
-        rng = np.random.default_rng(self.config.seed)
-        sample = self._lay_out(np.sort(rng.choice(self.starts[-1], self.config.map.rows, replace=False, shuffle=False)))
-        buffer = io.BytesIO()
-        np.savez(buffer, rows=sample.rows, x=sample.x.numpy(), places=sample.places.numpy())
-        storage.write_bytes(self.scratch, buffer.getvalue())
+        The places of all are written part by part, a sample and its places for `place_others`.
+        """
+        torch.set_num_threads(1)
+        rows = np.arange(self.starts[-1])
+        if drawn < len(rows):
+            rng = np.random.default_rng(self.config.seed)
+            rows = np.sort(rng.choice(len(rows), drawn, replace=False, shuffle=False))
+        # 1. The neighbours.
+        x = self._rows(features_at(self.run, self.starts, self.transform, rows))
+        ids, wanted = torch.arange(len(x)), min(len(x) - 1, near_pairs(len(x)) + CANDIDATES)
+        near, similarity = torch.zeros((len(x), wanted), dtype=torch.int64), torch.zeros((len(x), wanted))
+        for some in torch.split(ids, BLOCK) if wanted else ():
+            best = RunningTopK(x[some], some, wanted)
+            best.update(x, ids)
+            near[some], similarity[some] = best.result()
+        # 2. The places.
+        places, outputs = torch.from_numpy(planar_map(x, near, similarity, self.config.seed)), Outputs()
+        if drawn < self.starts[-1]:
+            buffer = io.BytesIO()
+            np.savez(buffer, rows=rows, x=x.numpy(), places=places.numpy())
+            storage.write_bytes(self.scratch, buffer.getvalue())
+            return outputs
+        for part, (start, stop) in enumerate(pairwise(self.starts)):
+            outputs |= self._write(part, places[start:stop])
+        return outputs
 
     def place_others(self, task: Task) -> TaskResult:
         """Write the places of the rows of a task's parts: their own in the sample, else among their nearest there."""
@@ -118,18 +131,6 @@ class _Mapping:
                 places[torch.from_numpy(sample.rows[low:high] - start)] = sample.places[low:high]
             outputs |= self._write(part, places)
         return TaskResult(outputs, {"rows": task.size})
-
-    def _lay_out(self, rows: NDArray[np.int64]) -> _Sample:
-        """Lay out some rows, Int64[n] sorted, by PaCMAP of their exact neighbours among themselves."""
-        torch.set_num_threads(1)
-        x = self._rows(features_at(self.run, self.starts, self.transform, rows))
-        ids, wanted = torch.arange(len(x)), min(len(x) - 1, near_pairs(len(x)) + CANDIDATES)
-        near, similarity = torch.zeros((len(x), wanted), dtype=torch.int64), torch.zeros((len(x), wanted))
-        for some in torch.split(ids, BLOCK) if wanted else ():
-            best = RunningTopK(x[some], some, wanted)
-            best.update(x, ids)
-            near[some], similarity[some] = best.result()
-        return _Sample(rows, x, torch.from_numpy(planar_map(x, near, similarity, self.config.seed)))
 
     def _rows(self, features: NDArray[np.float32]) -> Tensor:
         """Return Float32[B D], unit rows of the method's own space where it has one, else of the features."""

@@ -95,7 +95,7 @@ def predict(config: RunConfig, images: str, out: str, *, evaluate: bool = False)
             table = tables.read_table(uri, ["key", "uri", "label"])
             own, confidence = assign(method, method_inputs(method, transform, part_embeddings(scratch, part)))
             # Splits are lists of the run's own images: new ones follow renames and merges alone.
-            clusters = own if shown is None else shown.of(own)
+            clusters = own if shown is None else shown.edited.of(own)
             if evaluate:
                 scored.append((table["label"], clusters))
             named = pa.nulls(len(own), pa.string()) if shown is None else shown.names_at(clusters)
@@ -128,7 +128,7 @@ def _scores(
         cells = tables.read_table(run.contingency)
         own = cells["cluster"].to_numpy()
         counts = cells["count"].to_numpy()
-        pairs = (cells["label"].to_numpy(zero_copy_only=False), own if shown is None else shown.of(own))
+        pairs = (cells["label"].to_numpy(zero_copy_only=False), own if shown is None else shown.edited.of(own))
         commonest = external.majority_map(*(np.repeat(np.asarray(values), counts) for values in pairs))
         if set(truth.tolist()).isdisjoint(commonest.values()):
             logger.warning("predict: no label of these images is one of the run's: accuracy_held_out is left out")

@@ -12,7 +12,6 @@ from typing import Any
 
 from rayclust.config import RunConfig
 from rayclust.runtime.cluster import with_gpus
-from rayclust.runtime.edits import overlay_digest
 from rayclust.runtime.inputs import plan_inputs, with_encoder
 from rayclust.runtime.pipeline import (
     CHOSEN,
@@ -37,7 +36,9 @@ from rayclust.store.manifest import (
     MapOutputs,
     NeighborsOutputs,
     SelectKOutputs,
+    digest_of,
 )
+from rayclust.store.overlay import read_overlay
 from rayclust.store.run import Run
 
 
@@ -160,8 +161,9 @@ def _in_learnt_space(settings: Callable[[RunConfig], dict[str, Any]]) -> Callabl
 
 
 def _report_settings(config: RunConfig) -> dict[str, Any]:
-    edits = overlay_digest(Run(config.run))
-    return {"report": settings_of(config.report)} | ({"overlay": edits} if edits else {})
+    overlay, _ = read_overlay(Run(config.run))  # the page shows the edits
+    edits = {"overlay": digest_of(overlay.model_dump(mode="json"))} if overlay.edits else {}
+    return {"report": settings_of(config.report)} | edits
 
 
 def _plan_members(config: RunConfig) -> Any:

@@ -257,7 +257,7 @@ def _hits(run: Run, encode: Manifest, wanted: set[int], *, is_assigned: bool) ->
         clusters: list[int | None] = [None] * len(positions)
         if shown is not None:
             own = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_numpy()
-            clusters = shown.of(own, pa.array([record["key"] for record in records], pa.string())).tolist()
+            clusters = shown.edited.of(own, pa.array([record["key"] for record in records], pa.string())).tolist()
         for row, record, cluster in zip((starts[part] + positions).tolist(), records, clusters, strict=True):
             name = None if shown is None or cluster is None else shown.names.get(cluster)
             found[row] = Hit(row, math.nan, record["key"], record["uri"], cluster, name)

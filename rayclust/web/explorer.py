@@ -396,7 +396,7 @@ class Explorer:
         """Return what is shown of rows: row, key, uri, label, confidence, cluster and its name."""
         shown, found = self._state.shown, self._index.records(rows)
         keys = pa.array([record["key"] for record in found], pa.string())
-        clusters = shown.of(self._index.clusters[rows], keys).tolist()
+        clusters = shown.edited.of(self._index.clusters[rows], keys).tolist()
         return [
             record | {"cluster": cluster, "name": shown.names.get(cluster)}
             for record, cluster in zip(found, clusters, strict=True)
@@ -411,7 +411,7 @@ class Explorer:
         edited = shown.edited
         # 1. Rows that splits moved, by where they are now.
         rows, keys = self._index.find(edited.split_keys)
-        now = shown.of(self._index.clusters[rows], keys) if len(rows) else np.zeros(0, np.int32)
+        now = shown.edited.of(self._index.clusters[rows], keys) if len(rows) else np.zeros(0, np.int32)
         stay = edited.final[self._index.clusters[rows]] if len(rows) else now
         rows, now, stay = rows[now != stay], now[now != stay], stay[now != stay]
         moved = {int(number): rows[now == number] for number in np.unique(now)}

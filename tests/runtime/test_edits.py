@@ -11,11 +11,12 @@ import pytest
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError
 from rayclust.runtime.api import load_run
-from rayclust.runtime.edits import edit_clusters, overlay_digest, shown_clusters, undo_edit
+from rayclust.runtime.edits import edit_clusters, shown_clusters, undo_edit
 from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.results import RunTables
 from rayclust.stages.predict import predict
 from rayclust.stages.search import search
+from rayclust.store import storage
 from rayclust.store.manifest import Manifest, read_manifest, write_manifest
 from rayclust.store.overlay import Merge, Rename, Split, clusters_named, read_overlay
 from rayclust.store.run import Run
@@ -76,7 +77,7 @@ def test_the_report_is_made_again_with_the_names(edited: RunConfig):
     assert "3 edits in overlay.json" in page
     for _ in range(3):
         undo_edit(run)
-    assert overlay_digest(run) is None
+    assert read_overlay(run)[0].edits == ()
     assert run_stage("report", edited).digest == before.digest
 
 
@@ -100,6 +101,21 @@ def test_edits_survive_another_numbering_of_the_clusters(edited: RunConfig, capl
     assert [clusters_named(edit) for edit in shown.overlay.edits] == [(1, 2), (1,), (0,)]
     assert clusters_named(read_overlay(run)[0].edits[1]) == (0,), "reading writes nothing"
     assert not caplog.records
+
+
+def test_names_hold_only_for_the_assignment_that_they_were_given_to(pictures_run: Sealed, tmp_path: Path):
+    named = shown_clusters(pictures_run.run)
+    assert named is not None
+    assert named.own_names == {0: None, 1: None, 2: None}
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    run = Run(str(tmp_path / "run"))
+    manifest = pictures_run.manifest("assign")
+    write_manifest(run, Manifest.model_validate(manifest.model_dump() | {"extra": {"sizes": [24, 0, 0]}}))
+    other = shown_clusters(run)
+    assert other is not None
+    assert other.own_names == {}
+    storage.remove(run.manifest("assign"))
+    assert shown_clusters(run) is None
 
 
 def test_a_run_without_typical_images_is_not_edited(pictures_run: Sealed, tmp_path: Path):

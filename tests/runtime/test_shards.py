@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rayclust.errors import ArtefactError
-from rayclust.runtime.shards import MomentsInOrder, moments_of, renumber, write_shard
+from rayclust.runtime.shards import MomentsInOrder, pack_moments, renumber, write_shard
 from rayclust.runtime.tasks import Task, TaskResult, read_mark, write_mark
 from rayclust.store import storage, tables
 from rayclust.store.run import Run
@@ -118,6 +118,11 @@ def test_a_part_without_a_marker_is_not_renumbered(run: Run):
 def unpacked(moments: dict[str, Any]) -> tuple[int, np.ndarray, np.ndarray]:
     total, squares = (np.frombuffer(base64.b64decode(moments[name]), "<f8") for name in ("total", "squares"))
     return moments["count"], total, squares
+
+
+def moments_of(embeddings: np.ndarray) -> dict[str, Any]:
+    rows = embeddings.astype(np.float64)
+    return pack_moments(len(rows), np.stack([rows.sum(0), (rows**2).sum(0)]))
 
 
 def test_moments_are_summed_in_order_of_the_parts_and_not_kept():

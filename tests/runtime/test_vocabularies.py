@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,7 @@ from rayclust.errors import ConfigError, DataError
 from rayclust.language.vocabulary import Vocabulary, merged
 from rayclust.runtime import encoder as run_encoder
 from rayclust.runtime import vocabularies as words_module
-from rayclust.runtime.vocabularies import check_classes, cluster_names, read_lists, vocabulary_kinds, word_embeddings
-from rayclust.store import storage
-from rayclust.store.run import Run
-from tests.sealed import Sealed
+from rayclust.runtime.vocabularies import check_classes, read_lists, vocabulary_kinds, word_embeddings
 from tests.stages.runs import tree
 
 
@@ -83,17 +79,6 @@ def test_a_table_of_words_that_cannot_be_used_is_one_line(name: str, tmp_path: P
         read_lists(config(str(path)))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
-
-
-def test_names_hold_only_for_the_assignment_that_they_were_given_to(pictures_run: Sealed, tmp_path: Path):
-    assert cluster_names(pictures_run.run) == {0: None, 1: None, 2: None}
-    shutil.copytree(pictures_run.folder, tmp_path / "run")
-    run = Run(str(tmp_path / "run"))
-    manifest = storage.read_json(run.manifest("assign"))
-    storage.write_json(run.manifest("assign"), manifest | {"extra": {"sizes": [24, 0, 0]}})
-    assert cluster_names(run) == {}
-    storage.remove(run.manifest("assign"))
-    assert cluster_names(run) == {}
 
 
 def test_classes_are_a_list_only_for_whoever_knows_the_labels():

@@ -109,7 +109,7 @@ def chunks(source: Path, rows: int, shard_size: int = 512) -> list[dict[str, Any
         uri = str(source.parent / f"{shard.index}.json")
         storage.write_json(uri, asdict(shard))
         batch = pa.table({"task": [json.dumps(shard.index)], "shard": [uri]})
-        for table in ReadAndDecode(rows, PREPROCESS)(batch):
+        for table in ReadAndDecode(rows, (PREPROCESS,))(batch):
             assert table.schema.equals(CHUNK)
             found += table.to_pylist()
     return found
@@ -154,7 +154,7 @@ def test_an_image_that_vanished_or_grew_since_it_was_listed_is_a_reject(tmp_path
     (images / "c.png").write_bytes(bytes(100_001))
     storage.write_json(str(tmp_path / "s.json"), asdict(shard))
     batch = pa.table({"task": ["u"], "shard": [str(tmp_path / "s.json")]})
-    [chunk] = [row for table in ReadAndDecode(10, PREPROCESS)(batch) for row in table.to_pylist()]
+    [chunk] = [row for table in ReadAndDecode(10, (PREPROCESS,))(batch) for row in table.to_pylist()]
     assert [record["key"] for record in chunk["records"]] == ["b.png"]
     assert {reject["key"] for reject in chunk["rejects"]} == {"a.png", "c.png"}
     assert all(reject["detail"] for reject in chunk["rejects"])
@@ -181,27 +181,29 @@ def test_a_chunk_is_a_pass_of_the_network():
     assert chunk_rows(config(encoder={"batch_size": None}, resources={"gpus_per_worker": 0.5})) == GPU_BATCH
 
 
-def chunk(pixels: np.ndarray) -> pa.Scalar:
-    row = {"task": "u", "chunk": 0, "last": True, "records": [], "rejects": [], "pixels": pixels.tobytes()}
-    return pa.Table.from_pylist([row], schema=CHUNK)["pixels"][0]
+def encoded(worker: EncodeChunks, pixels: np.ndarray) -> np.ndarray:
+    """What the worker makes of a chunk of these images, UInt8[B H W C]."""
+    records = [{"key": str(i), "uri": "/k", "label": None} for i in range(len(pixels))]
+    row = {"task": "u", "chunk": 0, "last": True, "records": records, "rejects": [], "pixels": pixels.tobytes()}
+    return worker.encode(pa.Table.from_pylist([row], schema=CHUNK))["embeddings"]
 
 
 def test_embeddings_are_the_encoders_rows_as_halves():
     worker = EncodeChunks(config(), [])
     pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), np.uint8)
-    found = worker._embeddings(chunk(pixels), 3)
+    found = encoded(worker, pixels)
     assert found.dtype == np.float16
     np.testing.assert_allclose(np.linalg.norm(found.astype(float), axis=1), 1, atol=1e-3)
     flat = pixels.reshape(3, -1) / 255
     np.testing.assert_allclose(found, flat / np.linalg.norm(flat, axis=1, keepdims=True), atol=2e-3)
-    assert worker._embeddings(chunk(pixels[:0]), 0).shape == (0, 192)
+    assert encoded(worker, pixels[:0]).shape == (0, 192)
 
 
 def test_an_embedding_depends_on_its_image_alone():
     worker = EncodeChunks(config(), [])
     pixels = np.random.default_rng(1).integers(0, 255, (20, 8, 8, 3), np.uint8)
-    together = worker._embeddings(chunk(pixels), 20)
-    alone = np.concatenate([worker._embeddings(chunk(pixels[i : i + 1]), 1) for i in range(20)])
+    together = encoded(worker, pixels)
+    alone = np.concatenate([encoded(worker, pixels[i : i + 1]) for i in range(20)])
     assert together.tobytes() == alone.tobytes()
 
 

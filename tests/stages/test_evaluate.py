@@ -12,9 +12,10 @@ from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform
 from rayclust.metrics import probes
 from rayclust.runtime.pipeline import run_all, run_stage
-from rayclust.runtime.rows import row_starts
+from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.stages import evaluate
-from rayclust.stages.evaluate import _against_labels, _columns, _contingency, _sample
+from rayclust.stages.evaluate import _columns, _sample, _Scoring
+from rayclust.store.manifest import EncodeOutputs
 from rayclust.store.run import Run
 from tests.stages.conftest import Sealed
 from tests.stages.own_space import AllAlike, EachAlone, OneDirection, use
@@ -49,15 +50,14 @@ def test_columns_join_the_parts_and_a_missing_label_is_minus_one(vectors_run: Se
     assert [names[code] for code in codes] == ["amber", "blue", "green"] * 8
 
 
-def test_a_single_row_with_a_label_is_scored():
-    found = _against_labels(np.zeros(1, np.int32), np.zeros(1, np.int32))
+def test_a_single_row_with_a_label_is_scored(vectors_run: Sealed):
+    encode = vectors_run.manifest("encode")
+    transform = transform_of(encode, vectors_run.config.features)
+    scoring = _Scoring(vectors_run.run, encode.outputs_of(EncodeOutputs), transform, vectors_run.config, (), None)
+    clusters = np.zeros((1, 1), np.int32)
+    found = scoring._partition(clusters, clusters[0], np.ones(1, bool), is_labelled=True)
     assert found["accuracy"] == 1
     assert "accuracy_held_out" not in found
-
-
-def test_the_contingency_holds_the_cells_that_are_not_empty():
-    table = _contingency(np.array([0, 0, 1, 1]), np.array([2, 2, 0, 2]), ["a", "b"])
-    assert sorted(map(tuple, (row.values() for row in table.to_pylist()))) == [("a", 2, 2), ("b", 0, 1), ("b", 2, 1)]
 
 
 def test_the_sample_is_seeded_in_order_and_without_repeats():
@@ -88,6 +88,14 @@ def copied(vectors_run: Sealed, tmp_path: Path, in_process: None, monkeypatch: p
     use(OneDirection, monkeypatch)
     shutil.copytree(vectors_run.folder, tmp_path / "run")
     return vectors_run.config.model_copy(update={"run": str(tmp_path / "run")})
+
+
+def test_the_contingency_holds_the_cells_that_are_not_empty(copied: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    clusters, codes = np.array([[1, 1, 0, 1, 0, 0, 1]], np.int32), np.array([0, 0, 1, 1, -1, -1, -1], np.int32)
+    monkeypatch.setattr(evaluate, "_columns", lambda *given: (clusters, codes, ["a", "b"]))
+    run_stage("evaluate", copied, force=True)
+    table = pq.read_table(Run(copied.run).contingency)
+    assert sorted(map(tuple, (row.values() for row in table.to_pylist()))) == [("a", 1, 2), ("b", 0, 1), ("b", 1, 1)]
 
 
 def measured(config: RunConfig) -> dict[str, float]:

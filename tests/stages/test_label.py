@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +15,10 @@ import pytest
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError, DataError
 from rayclust.runtime.pipeline import run_stage
-from rayclust.runtime.rows import row_starts, transform_of
+from rayclust.runtime.rows import part_clusters, row_starts, transform_of
 from rayclust.runtime.tasks import Task
 from rayclust.stages import label
-from rayclust.stages.label import FEW_WORDS, VOTERS, WITHOUT_CLASSES, Labeling, sample_of_each
+from rayclust.stages.label import VOTERS, WITHOUT_CLASSES, Labeling, sample_of_each
 from rayclust.store import storage
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
@@ -52,10 +54,14 @@ def test_confidence_is_counted_in_bins_and_averaged_by_cluster(vectors_run: Seal
         assert extra["mean_confidence"][cluster] == pytest.approx(confidence[number == cluster].mean())
 
 
-def test_outliers_are_no_exemplars_where_there_are_others():
-    assert label._apart([1, 2, 3], [2]) == [1, 3]
-    assert label._apart([1, 2], [2, 1, 0]) == [1]
-    assert label._apart([], [0]) == []
+def test_outliers_are_no_exemplars_where_there_are_others(vectors_run: Sealed, tmp_path: Path):
+    work = votes(vectors_run, tmp_path, exemplars=1, outliers=7)
+    found = replace(work, config=work.config.with_clusters(3)).extremes()
+    number = np.concatenate([part_clusters(vectors_run.run, part) for part in range(2)])
+    for cluster in range(2):
+        [exemplar], outliers = found["exemplars"][cluster], found["outliers"][cluster]
+        assert sorted([exemplar, *outliers]) == np.flatnonzero(number == cluster).tolist()
+    assert (found["exemplars"][2], found["outliers"][2]) == ([], []), "an empty cluster has neither"
 
 
 WORDS = {"word": ["right", "up", "down"], "embedding": [[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]}
@@ -241,14 +247,20 @@ def test_classes_beside_other_lists_make_two_namings(
     assert both.named_as_classes([None, None]) == 0
 
 
-def test_who_votes_depends_on_the_number_of_words(vectors_run: Sealed, tmp_path: Path) -> None:
-    auto = votes(vectors_run, tmp_path)
-    assert auto._voters(FEW_WORDS) is None
-    assert auto._voters(FEW_WORDS + 1).tolist() == list(range(7))  # type: ignore[union-attr]
-    assert votes(vectors_run, tmp_path, voters="all")._voters(10**6) is None
-    some = votes(vectors_run, tmp_path, voters=2)._voters(3)
-    assert some is not None
-    assert len(some) == 4
+@pytest.mark.parametrize(("voters", "few", "count"), [("auto", 3, None), ("auto", 2, 7), ("all", 2, None), (2, 3, 4)])
+def test_who_votes_depends_on_the_number_of_words(
+    voters: object,
+    few: int,
+    count: int | None,
+    vectors_run: Sealed,
+    tmp_path: Path,
+    lists: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(label, "FEW_WORDS", few)
+    assert votes(vectors_run, tmp_path / "v", vocabulary=lists, voters=voters).prepare() == 3
+    file = tmp_path / "v" / "voters.parquet"
+    assert (pq.read_table(file).num_rows if file.exists() else None) == count
     assert VOTERS >= 100
 
 
@@ -263,16 +275,23 @@ def test_distinct_names_are_refused_where_shuffled_images_would_have_them(named:
 
 
 def test_images_that_are_shuffled_vote_by_themselves(
-    vectors_run: Sealed, tmp_path: Path, lists: tuple[str, ...]
+    vectors_run: Sealed, tmp_path: Path, lists: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = votes(vectors_run, tmp_path / "v", vocabulary=lists, distinct=True, voters=3)
     assert work.prepare() == 3
     for part in range(2):
         work.vote(Task(part, "d"))
-    images, clusters = work._image_votes("all", 3)
+    shuffled, null = [], label.shuffled_null
+
+    def note(images: Any, clusters: np.ndarray, *others: Any, **options: Any) -> Any:
+        shuffled.append((images, clusters))
+        return null(images, clusters, *others, **options)
+
+    monkeypatch.setattr(label, "shuffled_null", note)
+    names, voters = work.count()
+    [(images, clusters)] = shuffled
     assert images.shape == (6, 3)
     assert np.bincount(clusters).tolist() == [3, 3]
     np.testing.assert_allclose(images.sum(axis=1), 1, atol=1e-6)
-    names, voters = work.count()
     assert voters == 6
     assert len(names["all"]) == 2
