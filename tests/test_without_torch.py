@@ -42,7 +42,7 @@ images = explorer.images(number)["images"]
 picture = explorer.picture(images[0]["row"], 160)
 before = [name for name in heavy if name in sys.modules]
 [(_, data)] = fetch_many([explorer.image(15)["uri"]])
-explorer._encoder._idle = 0.1
+explorer._encoder.idle = 0.1
 hits = explorer.search(data=data, top=2)
 started = time.monotonic()
 while multiprocessing.active_children() and time.monotonic() < started + 30:

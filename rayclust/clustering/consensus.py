@@ -74,15 +74,19 @@ class SoftLabels:
     """Float[N S], their probabilities."""
 
     @classmethod
-    def of(cls, probabilities: Tensor, columns: int = 4) -> SoftLabels:
-        """Keep the largest entries of each row of Float[N K], whatever they sum to."""
-        shares, clusters = probabilities.cpu().topk(min(columns, probabilities.shape[1]), dim=1)
+    def of(cls, member: Tensor | SoftLabels, columns: int = 4) -> SoftLabels:
+        """Return a member on the CPU: labels Int64[N] as they are, or of Float[N K] the largest entries of each row."""
+        if isinstance(member, SoftLabels):
+            return member
+        if member.dim() == 1:
+            return cls(member.cpu()[:, None], torch.ones(()).expand(len(member), 1))
+        shares, clusters = member.cpu().topk(min(columns, member.shape[1]), dim=1)
         return cls(clusters, shares)
 
 
 def hard_labels(member: Tensor | SoftLabels) -> Tensor:
     """Return Int64[N], the most probable cluster of each row; of labels the same labels, on the CPU."""
-    return _as_soft(member).clusters[:, 0]
+    return SoftLabels.of(member).clusters[:, 0]
 
 
 def match_clusters(overlaps: sparse.csr_array) -> IntArray:
@@ -141,7 +145,7 @@ def vote(
     shares = np.ones(len(members)) if weights is None else np.asarray(weights, dtype=np.float64)
     if len(members) == 0 or float(shares.sum()) <= 0:
         raise DataError("members = 0: a vote needs at least one with a weight above 0")
-    soft = [_as_soft(member) for member in members]
+    soft = [SoftLabels.of(member) for member in members]
     for member in soft:
         if len(member.clusters) != len(start):
             given = tuple(member.clusters[:, 0].shape)
@@ -178,13 +182,6 @@ def vote(
         if not changed or done >= rounds:
             total = float(confidence.sum(dtype=torch.float64)) * float(shares.sum())
             return Vote(labels.to(start.device), confidence, margin, total, tuple(names), done)
-
-
-def _as_soft(member: Tensor | SoftLabels) -> SoftLabels:
-    """Return a member in the form of soft labels, on the CPU."""
-    if isinstance(member, SoftLabels):
-        return member
-    return SoftLabels(member.cpu()[:, None], torch.ones(()).expand(len(member), 1))
 
 
 def _cluster_count(member: SoftLabels) -> int:
@@ -253,12 +250,12 @@ def agreements(members: Sequence[Tensor]) -> Tensor:
     Takes Int64[N] each, −1 left out, to Float64[H H], symmetric with a diagonal of 1; on a sample of many rows.
     """
     stride = max(1, len(members[0]) // COMPARED_ROWS)
-    soft = [_as_soft(member[::stride].contiguous()) for member in members]
+    soft = [SoftLabels.of(member[::stride].contiguous()) for member in members]
     sizes = [_cluster_count(member) for member in soft]
     shared = torch.eye(len(members), dtype=torch.float64)
     for g, h in itertools.combinations(range(len(members)), 2):
         small, large = (g, h) if sizes[g] <= sizes[h] else (h, g)
-        table = _overlaps(soft[small], hard_labels(soft[large]), sizes[small], sizes[large])
+        table = _overlaps(soft[small], soft[large].clusters[:, 0], sizes[small], sizes[large])
         matched = table[np.arange(sizes[small]), match_clusters(table)].sum() if sizes[small] else 0.0
         shared[g, h] = shared[h, g] = float(matched) / max(float(table.sum()), 1.0)
     return shared
@@ -453,7 +450,7 @@ def anmi(labels: Tensor, members: Sequence[Tensor]) -> float:
     """
     terms = []
     for member in members:
-        soft = _as_soft(member)
+        soft = SoftLabels.of(member)
         table = _overlaps(soft, labels.cpu(), _cluster_count(soft), int(labels.max()) + 1)
         joint = table.toarray() / max(table.sum(), 1)
         p, q = joint.sum(axis=1), joint.sum(axis=0)

@@ -19,17 +19,15 @@ def clean(text: str) -> str:
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
-def shorten(text: str, limit: int = 120) -> str:
-    """Cut to `limit` characters, with an ellipsis in the middle, so that the end of a path stays readable."""
+def shorten(text: str, limit: int = 120, *, at_end: bool = False) -> str:
+    """Cut to `limit` characters, with an ellipsis in the middle, so that the end of a path stays readable.
+
+    `at_end` puts it at the end: for names, whose beginning matters most.
+    """
     if len(text) <= limit:
         return text
-    tail = (limit - 1) // 2
+    tail = 0 if at_end else (limit - 1) // 2
     return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
-
-
-def abbreviate(text: str, limit: int = 24) -> str:
-    """Cut to `limit` characters, with an ellipsis at the end: for names, whose beginning matters most."""
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def last_part(path: str) -> str:

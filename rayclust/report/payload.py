@@ -10,6 +10,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,27 +31,25 @@ KEY_LENGTH, URI_LENGTH, NAME_LENGTH = 300, 1000, 120
 """Characters; longer ones are cut in the middle."""
 
 
+@dataclass
 class DataFiles:
-    """Values by name: in the page while there is room, then each in a file of its own.
+    """Values by name: in the page while there is room, then each in a file of its own."""
 
-    Args:
-        put: writes a file beside the page, given its name and content.
-        room: characters that the page takes.
-    """
-
-    def __init__(self, put: Callable[[str, bytes], None], room: int = INLINE_BYTES) -> None:
-        self._put, self._room = put, room
-        self.inline = dict[str, str]()
-        """JSON that goes into the page, safe inside of a script element."""
+    put: Callable[[str, bytes], None]
+    """Writes a file beside the page, given its name and content."""
+    room: int = INLINE_BYTES
+    """Characters that the page still takes."""
+    inline: dict[str, str] = field(default_factory=dict, init=False)
+    """JSON that goes into the page, safe inside of a script element."""
 
     def add(self, name: str, text: str) -> None:
         """Keep or write one value, given as `encode` makes it; once one is too long, all later ones are files."""
-        if len(text) <= self._room:
-            self._room -= len(text)
+        if len(text) <= self.room:
+            self.room -= len(text)
             self.inline[name] = text
         else:
-            self._room = -1
-            self._put(f"data/{name}.js", f'rayclust("{name}",{text});\n'.encode("ascii"))
+            self.room = -1
+            self.put(f"data/{name}.js", f'rayclust("{name}",{text});\n'.encode("ascii"))
 
 
 def encode(value: Any) -> str:

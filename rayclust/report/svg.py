@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from rayclust.arrays import FloatArray
-from rayclust.report.formats import abbreviate, clean, number, shorten
+from rayclust.report.formats import clean, number, shorten
 
 if TYPE_CHECKING:  # imported where a chart is drawn: it takes half a second
     from matplotlib.axes import Axes
@@ -154,7 +154,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 def one_line(text: str, limit: int = 24) -> str:
     """Return a name as one short line that XML can hold."""
-    return abbreviate(" ".join(clean(text).split()), limit)
+    return shorten(" ".join(clean(text).split()), limit, at_end=True)
 
 
 def tooltip(text: str) -> str:

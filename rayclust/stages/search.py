@@ -16,7 +16,7 @@ from rayclust.arrays import require_matrix, unit_rows
 from rayclust.config import RunConfig
 from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.report.formats import abbreviate, shorten
+from rayclust.report.formats import shorten
 from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.pipeline import Manifests, content_digest
 from rayclust.runtime.rows import part_embeddings, row_starts, rows_by_part, space_widths, transform_of
@@ -243,7 +243,7 @@ def _short(hit: Hit | None) -> str:
     if hit is None:
         return ""
     cluster = "" if hit.cluster is None else hit.name or f"cluster {hit.cluster}"
-    head = f"{hit.similarity:.4f}  {abbreviate(cluster, 18):<18}  "
+    head = f"{hit.similarity:.4f}  {shorten(cluster, 18, at_end=True):<18}  "
     return head + shorten(hit.key, _COLUMN_WIDTH - len(head))
 
 

@@ -63,26 +63,23 @@ _HEADERS = {
 }
 
 
+@dataclass
 class Opening:
-    """A run's explorer, opened when it is first asked for: a run that still works has none until it is labelled.
+    """A run's explorer, opened when it is first asked for: a run that still works has none until it is labelled."""
 
-    Args:
-        config: the run's.
-        against: of a run to compare with.
-    """
-
-    def __init__(self, config: RunConfig, against: RunConfig | None = None) -> None:
-        self.run = config.run
-        """URI of the run."""
-        self._against, self._lock = against, threading.Lock()
-        self._found: Explorer | None = None
+    config: RunConfig
+    """The run's."""
+    against: RunConfig | None = None
+    """Of a run to compare with."""
+    found: Explorer | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def explorer(self) -> Explorer:
         """Return it; raise `ArtefactError` while the run is not labelled."""
-        with self._lock:
-            if self._found is None:
-                self._found = Explorer(load_run(self.run), self._against)
-            return self._found
+        with self.lock:
+            if self.found is None:
+                self.found = Explorer(load_run(self.config.run), self.against)
+            return self.found
 
 
 def serve(
@@ -163,7 +160,7 @@ def create_app(opening: Opening, *, hosts: set[str], token: str | None) -> ASGIA
         Route(path, partial(_answer, of=opening.explorer, work=work, keys=keys), methods=[method])
         for path, (method, work, keys) in paths.items()
     ]
-    routes.append(Route("/api/progress", partial(_answer, of=lambda: opening.run, work=progress, keys=none)))
+    routes.append(Route("/api/progress", partial(_answer, of=lambda: opening.config.run, work=progress, keys=none)))
     routes += [Route(f"/{name}", _static, methods=["GET"]) for name in STATIC]
     return _Guard(Starlette(routes=routes), hosts | {"localhost"}, token)
 

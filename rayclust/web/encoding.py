@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
 
@@ -20,21 +21,21 @@ IDLE_SECONDS = 300.0
 """Time without a query after which the process ends."""
 
 
+@dataclass
 class QueryEncoder:
     """Encodes words and images as a run's encoder does.
 
     torch and the encoder take hundreds of MB: they live in a process that the first query starts, and that is ended
     `idle` seconds after the last one. A program that has torch in memory already encodes in its own process.
-
-    Args:
-        config: the run's.
-        idle: seconds.
     """
 
-    def __init__(self, config: RunConfig, idle: float = IDLE_SECONDS) -> None:
-        self._config, self._idle, self._lock = config.model_dump_json(exclude_unset=True), idle, threading.Lock()
-        self._process: ProcessPoolExecutor | None = None
-        self._timer: threading.Timer | None = None
+    config: RunConfig
+    """The run's."""
+    idle: float = IDLE_SECONDS
+    """Seconds."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    process: ProcessPoolExecutor | None = None
+    timer: threading.Timer | None = None
 
     def encode(self, query: str | bytes, space: str) -> np.ndarray:
         """Return the embedding of words or of an encoded image, Float32[1 D].
@@ -43,32 +44,33 @@ class QueryEncoder:
             ConfigError: the encoder reads no text.
             DataError: the data is no image, or the process was killed.
         """
+        config = self.config.model_dump_json(exclude_unset=True)
         if "torch" in sys.modules:
-            return _encode(self._config, query, space)
-        with self._lock:  # one query at a time: the encoder has one thread
-            if self._timer is not None:
-                self._timer.cancel()
-            if self._process is None:
-                self._process = ProcessPoolExecutor(
+            return _encode(config, query, space)
+        with self.lock:  # one query at a time: the encoder has one thread
+            if self.timer is not None:
+                self.timer.cancel()
+            if self.process is None:
+                self.process = ProcessPoolExecutor(
                     1,
                     mp_context=get_context("spawn"),
                     initializer=signal.signal,
                     initargs=(signal.SIGINT, signal.SIG_IGN),
                 )
             try:
-                return self._process.submit(_encode, self._config, query, space).result()
+                return self.process.submit(_encode, config, query, space).result()
             except BrokenProcessPool:
-                self._process = None
+                self.process = None
                 raise DataError("the encoder's process has ended, perhaps for want of memory; ask again") from None
             finally:
-                self._timer = threading.Timer(self._idle, self.close)
-                self._timer.daemon = True
-                self._timer.start()
+                self.timer = threading.Timer(self.idle, self.close)
+                self.timer.daemon = True
+                self.timer.start()
 
     def close(self) -> None:
         """End the process, if there is one; the next query starts another."""
-        with self._lock:
-            process, self._process = self._process, None
+        with self.lock:
+            process, self.process = self.process, None
         if process is not None:
             process.shutdown()
 

@@ -67,7 +67,7 @@ def test_shorten_keeps_both_ends_within_the_limit() -> None:
     assert formats.shorten("abcdefghij", 10) == "abcdefghij"
     assert formats.shorten("abcdefghij", 5) == "ab…ij"
     assert all(len(formats.shorten("x" * 99, limit)) == limit for limit in range(1, 99))
-    assert formats.abbreviate("abcdefghij", 5) == "abcd…"
+    assert formats.shorten("abcdefghij", 5, at_end=True) == "abcd…"
 
 
 def test_last_part() -> None:

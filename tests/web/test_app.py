@@ -42,16 +42,8 @@ def page(config: RunConfig) -> Iterator[TestClient]:
         yield found
 
 
-class Opened(Opening):
-    """An explorer that is there."""
-
-    def __init__(self, explorer: Explorer) -> None:
-        super().__init__(explorer.config)
-        self._found = explorer
-
-
 def client(explorer: Explorer, token: str | None = None) -> TestClient:
-    application = create_app(Opened(explorer), hosts={"127.0.0.1"}, token=token)
+    application = create_app(Opening(explorer.config, found=explorer), hosts={"127.0.0.1"}, token=token)
     return TestClient(application, base_url="http://127.0.0.1:8008", follow_redirects=False)
 
 
