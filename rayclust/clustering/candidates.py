@@ -234,7 +234,12 @@ def make_candidates(
         labels = heads(space.basis, choose(candidates))
         candidates.append(space.candidate(HEADS, *ridge_classifier(p, labels, K, RIDGE * n)))
     if learn is not None:
-        candidates.append(space.moved(LEARNT, choose(candidates).labels, learn(space.basis)))
+        options = KMeansOptions(clusters=K, metric="euclidean", max_iterations=MAX_ITERATIONS)
+        best, learnt = choose(candidates).labels, learn(space.basis)
+        own = kmeans.fit_all(learnt, options, 0, unit_means(learnt, best, K))[0][0]
+        distances = kmeans.squared_distances(learnt, unit_means(learnt, own, K)).clamp(min=0).sqrt()
+        nearest = distances.topk(2, dim=1, largest=False).values
+        candidates.append(space.classified(LEARNT, own, -nearest[:, 0], nearest[:, 1] - nearest[:, 0]))
     return candidates
 
 
@@ -269,22 +274,15 @@ class _Space:
         """Spread labels over the graph, and classify by the surest rows."""
         shares = _propagate(labels, graph, self._clusters)
         top = shares.topk(2, dim=1).values
-        return self._classified(name, shares.argmax(1), top[:, 0], top[:, 0] - top[:, 1])
+        return self.classified(name, shares.argmax(1), top[:, 0], top[:, 0] - top[:, 1])
 
     def voted(self, name: str, voters: list[Tensor]) -> Candidate:
         """Let partitions vote, from the first on, and classify by the surest rows."""
         result = vote(voters, self._clusters, voters[0])
-        return self._classified(name, result.labels, result.confidence, result.margin)
+        return self.classified(name, result.labels, result.confidence, result.margin)
 
-    def moved(self, name: str, labels: Tensor, learnt: Tensor) -> Candidate:
-        """Go on with k-means among unit rows Float[n L] of a learnt space, and classify by the surest rows."""
-        options = KMeansOptions(clusters=self._clusters, metric="euclidean", max_iterations=MAX_ITERATIONS)
-        own = kmeans.fit_all(learnt, options, 0, unit_means(learnt, labels, self._clusters))[0][0]
-        distances = kmeans.squared_distances(learnt, unit_means(learnt, own, self._clusters)).clamp(min=0).sqrt()
-        nearest = distances.topk(2, dim=1, largest=False).values
-        return self._classified(name, own, -nearest[:, 0], nearest[:, 1] - nearest[:, 0])
-
-    def _classified(self, name: str, labels: Tensor, confidence: Tensor, margin: Tensor) -> Candidate:
+    def classified(self, name: str, labels: Tensor, confidence: Tensor, margin: Tensor) -> Candidate:
+        """Classify by the surest rows of each cluster."""
         kept = surest_rows(labels, confidence, margin, SUREST_SHARE).to(self.p.device)
         penalty = RIDGE * int(kept.sum())
         return self.candidate(name, *ridge_classifier(self.p[kept], labels[kept], self._clusters, penalty))

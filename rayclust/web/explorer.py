@@ -7,7 +7,7 @@ import io
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -175,7 +175,7 @@ class Explorer:
         moved = np.fromiter(state.moved_rows, np.int64, len(state.moved_rows))
         pieces = []
         for cluster in np.flatnonzero(edited.final[: edited.clusters] == number).tolist():
-            rows = self._index.members(cluster)
+            rows = self._index.order[self._index.bounds[cluster] : self._index.bounds[cluster + 1]]
             kept = ~np.isin(rows, moved) if len(moved) else np.True_
             pieces.append(rows if kept.all() else rows[kept])  # all of them stay mapped
         pieces += [state.moved[number]] if number in state.moved else []
@@ -185,13 +185,22 @@ class Explorer:
         """Return images of a page of a cluster, and how many it has in all."""
         rows = self.members(number)
         rows = rows[::-1] if odd_first else rows
-        return {"total": len(rows), "images": self._records(np.array(rows[offset : offset + limit]))}
+        return {"total": len(rows), "images": self.records(rows[offset : offset + limit])}
 
-    def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Return some images as lists show them, in their order; raise `ConfigError` if there is no such row."""
-        for row in rows:
-            self._check(row)
-        return self._records(np.array(rows, np.int64))
+    def records(self, rows: Sequence[int] | NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return some images as lists show them, in their order; raise `ConfigError` if there is no such row.
+
+        Each has row, key, uri, label, confidence, cluster and its name.
+        """
+        self._check(rows)
+        rows = np.array(rows, np.int64)
+        shown, found = self._state.shown, self._index.records(rows)
+        keys = pa.array([record["key"] for record in found], pa.string())
+        clusters = shown.edited.of(self._index.clusters[rows], keys).tolist()
+        return [
+            record | {"cluster": cluster, "name": shown.names.get(cluster)}
+            for record, cluster in zip(found, clusters, strict=True)
+        ]
 
     def map(self) -> dict[str, Any]:
         """Return the map of all rows, or of an even sample of many, with the clusters as edited.
@@ -228,8 +237,7 @@ class Explorer:
         Raises:
             ConfigError: there is no such row.
         """
-        self._check(row)
-        [found] = self._records(np.array([row]))
+        [found] = self.records([row])
         part = int(np.searchsorted(self._rows.starts, row, side="right")) - 1
         ids, similarity = np.zeros(0, np.int64), np.zeros(0, np.float32)
         if self._learnt is not None:
@@ -238,7 +246,7 @@ class Explorer:
             ids, similarity = (column[row - self._rows.starts[part]][:NEIGHBORS] for column in self._neighbors(part))
         near = [
             record | {"similarity": round(float(s), 4)}
-            for record, s in zip(self._records(np.array(ids[ids >= 0])), similarity[ids >= 0], strict=True)
+            for record, s in zip(self.records(ids[ids >= 0]), similarity[ids >= 0], strict=True)
         ]
         return found | {"neighbors": near}
 
@@ -258,12 +266,12 @@ class Explorer:
             [space] = self._searcher.resolve(None, has_text=text is not None)
             query = self._encoder.encode(data or b"" if text is None else text, space)
             near = self._searcher.nearest(query, space, max(1, top))
-        records = self._records(np.array(list(near), np.int64))
+        records = self.records(list(near))
         return [record | {"similarity": round(near[record["row"]], 4)} for record in records]
 
     def picture(self, row: int, size: int) -> bytes:
         """Return an image as webp, at one of `SIZES`; a placeholder where it cannot be read. Recent ones are kept."""
-        self._check(row)
+        self._check([row])
         if size not in SIZES:
             raise ConfigError(f"size = {size}: must be one of {', '.join(map(str, SIZES))}")
         with self._lock:
@@ -293,8 +301,7 @@ class Explorer:
             rows = content.pop("rows")
             if not isinstance(rows, list) or not all(isinstance(row, int) for row in rows):
                 raise ConfigError("edit: rows must be a list of numbers")
-            for row in rows:
-                self._check(row)
+            self._check(rows)
             content["keys"] = [record["key"] for record in self._index.records(np.array(rows, np.int64))]
         edit_clusters(self._run, content)
         return self._reload()
@@ -306,8 +313,7 @@ class Explorer:
 
     def table(self, clusters: Sequence[int], rows: Sequence[int]) -> Iterator[str]:
         """Yield CSV of all images of some clusters and of some rows besides, a line per image."""
-        for row in rows:
-            self._check(row)
+        self._check(rows)
         groups = [self.members(number) for number in clusters] + [np.array(rows, np.int64)]
         names = ("row", "key", "uri", "label", "cluster", "name", "confidence")
 
@@ -317,7 +323,7 @@ class Explorer:
                 for start in range(0, len(group), CSV_ROWS):
                     buffer = io.StringIO()
                     writer = csv.DictWriter(buffer, names)
-                    writer.writerows(self._records(np.array(group[start : start + CSV_ROWS])))
+                    writer.writerows(self.records(group[start : start + CSV_ROWS]))
                     yield buffer.getvalue()
 
         return lines()
@@ -331,7 +337,7 @@ class Explorer:
         other = self._other()
         rows = np.flatnonzero((self._now() == source) & (other.clusters == target))
         names = {"from_name": self._state.shown.names.get(source), "to_name": other.names.get(target)}
-        return {"total": len(rows), "images": self._records(rows[offset : offset + limit])} | names
+        return {"total": len(rows), "images": self.records(rows[offset : offset + limit])} | names
 
     def selections(self) -> dict[str, int]:
         """Return the number of images of each saved selection, by name."""
@@ -345,8 +351,7 @@ class Explorer:
             ConfigError: the name has other characters than letters, digits, spaces, - and _, or there is no such row.
         """
         uri = self._selection(name)
-        for row in rows:
-            self._check(row)
+        self._check(rows)
         keys = [record["key"] for record in self._index.records(np.unique(np.array(rows, np.int64)))]
         if any("\n" in key for key in keys):
             raise ConfigError("selection: a key holds a line break; save the table instead")
@@ -362,7 +367,7 @@ class Explorer:
             keys = storage.read_bytes(self._selection(name)).decode().splitlines()
         except storage.MissingError:
             raise ConfigError(f"there is no selection {name}") from None
-        return self._records(self._index.find(pa.array(keys, pa.string()))[0])
+        return self.records(self._index.find(pa.array(keys, pa.string()))[0])
 
     def _selection(self, name: str) -> str:
         if not _SELECTION.fullmatch(name):
@@ -388,19 +393,10 @@ class Explorer:
             self._state = self._load(shown)
         return self.facts()
 
-    def _check(self, row: int) -> None:
-        if not 0 <= row < self._rows.count:
-            raise ConfigError(f"there is no row {row} among {self._rows.count:,}")
-
-    def _records(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Return what is shown of rows: row, key, uri, label, confidence, cluster and its name."""
-        shown, found = self._state.shown, self._index.records(rows)
-        keys = pa.array([record["key"] for record in found], pa.string())
-        clusters = shown.edited.of(self._index.clusters[rows], keys).tolist()
-        return [
-            record | {"cluster": cluster, "name": shown.names.get(cluster)}
-            for record, cluster in zip(found, clusters, strict=True)
-        ]
+    def _check(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            if not 0 <= row < self._rows.count:
+                raise ConfigError(f"there is no row {row} among {self._rows.count:,}")
 
     def _read_neighbors(self, part: int) -> tuple[NDArray[Any], NDArray[Any]]:
         table = tables.read_table(self._run.neighbors(part), ["neighbors", "similarity"])

@@ -45,18 +45,16 @@ class RowIndex:
         """Int32[N], the method's own cluster of each row."""
         self.confidence: NDArray[np.float32] = np.load(folder / "confidence.npy", mmap_mode="r")
         """Float32[N]."""
-        self._order = np.load(folder / "order.npy", mmap_mode="r")
+        self.order: NDArray[np.int64] = np.load(folder / "order.npy", mmap_mode="r")
+        """Int64[N], the rows by these clusters, of each the most certain first; mapped."""
         sizes = assign.outputs_of(AssignOutputs).sizes if assign else ()
-        self._bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        self.bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        """Int64[K + 1], the place in `order` at which each cluster begins, and N."""
         self.confidence_sums = np.zeros(len(sizes))
         """Float64[K], of each of the method's own clusters."""
         for start in range(0, rows.count, BLOCK):
             block = slice(start, start + BLOCK)
             self.confidence_sums += np.bincount(self.clusters[block], self.confidence[block], len(sizes))
-
-    def members(self, cluster: int) -> NDArray[np.int64]:
-        """Return the rows of one of the method's own clusters, Int64[n], the most certain first; mapped."""
-        return self._order[self._bounds[cluster] : self._bounds[cluster + 1]]
 
     def records(self, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return row, key, uri, label and confidence of rows, in their order."""
