@@ -287,7 +287,7 @@ def test_the_files_on_disk_are_made_once(config: RunConfig, tmp_path: Path):
     before = done.stat().st_mtime_ns
     explorer = Explorer(config)
     assert done.stat().st_mtime_ns == before
-    assert isinstance(explorer._index._order, np.memmap)
+    assert isinstance(explorer._index.order, np.memmap)
     assert sorted(path.name for path in done.parent.iterdir()) == [
         "clusters.npy", "confidence.npy", "done", "order.npy", "rows.arrow",
     ]  # fmt: skip
