@@ -132,15 +132,25 @@ def cluster_votes(
         )
     words = unit_rows(nouns.astype(np.float32)).T
     votes = sparse.csr_array((count, len(nouns)), dtype=np.float64)
-    block = max(1, _BLOCK // len(nouns))
+    block, wanted = max(1, _BLOCK // len(nouns)), min(top, len(nouns))
     member = np.flatnonzero(clusters >= 0)
     for start in range(0, len(member), block):
         rows = member[start : start + block]
         x = embeddings[rows].astype(np.float32)
         logits = scale * ((unit_rows(x) if transform is None else transform(x)) @ words)
-        image, word, mass = _largest(logits, min(top, len(nouns)))
-        cells = (clusters[rows][image], word)
-        votes = votes + sparse.csr_array((mass, cells), shape=votes.shape)
+        # 1. The `top` words of each image. Where more share the last place than there are places, the first get it.
+        least = np.partition(logits, -wanted, axis=1)[:, -wanted]
+        image, word = np.nonzero(logits >= least[:, None])
+        level = logits[image, word] == least[image]
+        free = wanted - np.bincount(image[~level], minlength=len(logits))
+        before = np.concatenate([[0], np.cumsum(level)])
+        place = before[:-1] - before[np.searchsorted(image, image)]
+        kept = ~level | (place < free[image])
+        image, word = image[kept], word[kept]
+        # 2. Their probabilities among all words, counted for the image's cluster.
+        mass = np.exp(logits - logits.max(1, keepdims=True))
+        votes_cast = mass[image, word].astype(np.float64) / mass.sum(1, dtype=np.float64)[image]
+        votes = votes + sparse.csr_array((votes_cast, (clusters[rows][image], word)), shape=votes.shape)
     return votes
 
 
@@ -296,21 +306,6 @@ def name_distinctly(
         changed = bool(ranked) and name != words[ranked[0][0]]
         found.append(ClusterName(name, share, shown[:runners_up], margins[cluster], changed))
     return found
-
-
-def _largest(logits: FloatArray, top: int) -> tuple[IntArray, IntArray, FloatArray]:
-    """Return row, column and value of the `top` largest softmax probabilities of each row, of equal ones the first."""
-    least = np.partition(logits, -top, axis=1)[:, -top]
-    row, column = np.nonzero(logits >= least[:, None])
-    level = logits[row, column] == least[row]
-    # Where more words share the last place than there are places left, the first of them get it.
-    free = top - np.bincount(row[~level], minlength=len(logits))
-    before = np.concatenate([[0], np.cumsum(level)])
-    place = before[:-1] - before[np.searchsorted(row, row)]
-    kept = ~level | (place < free[row])
-    row, column = row[kept], column[kept]
-    mass = np.exp(logits - logits.max(1, keepdims=True))
-    return row, column, mass[row, column].astype(np.float64) / mass.sum(1, dtype=np.float64)[row]
 
 
 def _ranked(votes: sparse.csr_array, sizes: IntArray, width: int) -> list[list[tuple[int, float]]]:

@@ -66,6 +66,20 @@ def from_text(data: bytes, source: str, *, verbatim: bool = False) -> Vocabulary
         except csv.Error as error:
             raise DataError(f"label.vocabulary = {source}: line {rows.line_num} cannot be read ({error})") from error
     names = (line for line in lines if not line.lstrip().startswith("#"))
+    return from_names(names, source, verbatim=verbatim)
+
+
+def from_names(names: Iterable[str], source: str, *, verbatim: bool = False) -> Vocabulary:
+    """Make a vocabulary of names alone.
+
+    Args:
+        names: as they are written; of those that differ in case only the first counts.
+        source: their path or URI, or the name of the list, for messages.
+        verbatim: keep names that come again, and underscores.
+
+    Raises:
+        DataError: one is too long to be a name, or there is none.
+    """
     return Vocabulary(tuple(_listed(names, source, verbatim=verbatim).values()))
 
 
@@ -141,17 +155,6 @@ def from_rows(
     return Vocabulary(tuple(kept.values()), embeddings[list(kept)].astype(np.float32), above)
 
 
-def from_labels(labels: Iterable[str]) -> Vocabulary:
-    """Make a vocabulary of the data set's own classes, sorted.
-
-    Raises:
-        DataError: there is no label.
-    """
-    if not (names := sorted(set(labels))):
-        raise DataError("label.vocabulary = classes: no image has a label; name a list of words")
-    return Vocabulary(tuple(_listed(names, "classes").values()))
-
-
 @dataclass(frozen=True)
 class Candidates:
     """The distinct names of several lists: a name that came twice would share its probability with itself."""
@@ -200,13 +203,6 @@ def merged(lists: Sequence[Vocabulary], *, verbatim: bool = False) -> Candidates
 def same_name(one: str | None, other: str | None) -> bool:
     """Return whether two names are equal but for case, spaces and underscores; nothing is equal to no name."""
     return one is not None and other is not None and _shown(one).casefold() == _shown(other).casefold()
-
-
-def imagenet() -> Vocabulary:
-    """Return the names of ImageNet's 1,000 classes as open_clip words them; equal names count once."""
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return Vocabulary(tuple(_listed(IMAGENET_CLASSNAMES, "imagenet").values()))
 
 
 def _listed(names: Iterable[str], source: str, longest: float = LONGEST, *, verbatim: bool = False) -> dict[int, str]:

@@ -25,7 +25,6 @@ from rayclust.store.overlay import (
     Edited,
     Overlay,
     Split,
-    add,
     clusters_named,
     read_overlay,
     refit,
@@ -97,15 +96,18 @@ def edit_clusters(run: Run, content: Edit | dict[str, Any]) -> None:
         raise ArtefactError(f"{run.uri}: has no typical images yet: run `rayclust label RUN.yaml` first")
     overlay, version = _fitted(run, assign)
     exemplars = tables.read_table(run.clusters, ["cluster", "exemplars"]).to_pylist()
-    # Only of the clusters that take part: a cluster's page must open at once among many thousands.
-    edited = Edited.by((*overlay.edits, edit), overlay.clusters)
-    ends = {int(edited.final[k]) for k in clusters_named(edit)}
-    wanted = {each["cluster"]: each["exemplars"] for each in exemplars if int(edited.final[each["cluster"]]) in ends}
+    # Only of the clusters that take part: a cluster's page must open at once among many thousands. A merged cluster is
+    # found again by the images of all that went into it.
+    edits = (*overlay.edits, edit)
+    final = Edited.by(edits, overlay.clusters).final
+    ends = {int(final[k]) for k in clusters_named(edit)}
+    wanted = {each["cluster"]: each["exemplars"] for each in exemplars if int(final[each["cluster"]]) in ends}
     rows = np.unique(np.array([row for some in wanted.values() for row in some], np.int64))
     found = table_at(run.rows, row_starts(encode), rows, ["key"])["key"].to_pylist()
     keys = dict(zip(rows.tolist(), found, strict=True))
-    typical = {cluster: [keys[row] for row in some] for cluster, some in wanted.items()}
-    write_overlay(run, add(overlay, edit, typical), version)
+    typical = {cluster: tuple(keys[row] for row in some) for cluster, some in wanted.items()}
+    update = {"edits": edits, "fingerprints": typical | overlay.fingerprints}
+    write_overlay(run, overlay.model_copy(update=update), version)
 
 
 def undo_edit(run: Run) -> None:

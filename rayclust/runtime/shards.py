@@ -174,7 +174,7 @@ def renumber(run: Run, index: int, row_start: int) -> TaskResult:
     # Until the part is whole its mark names no row: after a kill half-way it could name one that the part has not.
     result.extra["row_start"] = None
     write_mark(mark_uri, Task(index, digest), result)
-    for uri in run.encoded(index):
+    for uri in (run.rows(index), *(run.embeddings(index, space) for space in run.spaces)):
         table = tables.read_table(uri)
         rows = pa.array(np.arange(row_start, row_start + table.num_rows, dtype=np.int64))
         table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)

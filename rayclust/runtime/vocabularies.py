@@ -89,14 +89,19 @@ def read_lists(
             lists.append(_read_embeddings(name, verbatim))
         elif kind == "classes":
             if labels is not None:
-                lists.append(vocabulary.from_labels(labels()))
+                classes = sorted(set(labels()))
+                if not classes:
+                    raise DataError("label.vocabulary = classes: no image has a label; name a list of words")
+                lists.append(vocabulary.from_names(classes, "classes"))
         elif config.text_encoder.family != "open_clip":
             raise ConfigError(
                 f"label.vocabulary = {name}: the encoder {config.text_encoder.name} reads no text; take an open_clip "
                 "one, a parquet of words with embeddings, or none"
             )
         elif kind == "imagenet":
-            lists.append(vocabulary.imagenet())
+            from open_clip import IMAGENET_CLASSNAMES  # its 1,000 classes, of which some share a name
+
+            lists.append(vocabulary.from_names(IMAGENET_CLASSNAMES, "imagenet"))
         elif kind == "wordnet":
             uri = _wordnet(name)
             if uri is None:

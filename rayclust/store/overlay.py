@@ -8,7 +8,7 @@ of its typical images, and says which edits no longer fit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -197,25 +197,6 @@ def write_overlay(run: Run, overlay: Overlay, version: str | None) -> str:
     return written
 
 
-def add(overlay: Overlay, edit: Edit, typical: Mapping[int, Sequence[str]]) -> Overlay:
-    """Return the overlay with one more edit.
-
-    Args:
-        overlay: with its K and digest set.
-        edit: the last one.
-        typical: keys of the typical images of each of the K clusters.
-
-    Raises:
-        ConfigError: the edit names a cluster that is not shown.
-    """
-    edits = (*overlay.edits, edit)
-    final = Edited.by(edits, overlay.clusters).final
-    # A merged cluster is found again by the images of all that went into it.
-    ends = {int(final[cluster]) for cluster in clusters_named(edit)}
-    origins = {cluster: tuple(keys) for cluster, keys in typical.items() if int(final[cluster]) in ends}
-    return overlay.model_copy(update={"edits": edits, "fingerprints": origins | overlay.fingerprints})
-
-
 def refit(overlay: Overlay, assign: str, clusters: int, cluster_of: Mapping[str, int]) -> Overlay:
     """Return the overlay for another assignment of the rows; what no longer fits goes to `unfit` with the reason.
 
@@ -228,13 +209,21 @@ def refit(overlay: Overlay, assign: str, clusters: int, cluster_of: Mapping[str,
         clusters: K of the new one.
         cluster_of: cluster of each key of fingerprints and splits in the new one; keys that are gone are missing.
     """
-    now, owner = _found_again(overlay, cluster_of)
+    # 1. Where each old cluster lies, and to which old cluster each of these places belongs above all.
+    now, owner, most = dict[int, int](), dict[int, int](), dict[int, int]()
+    for cluster, keys in sorted(overlay.fingerprints.items()):
+        counts = Counter(cluster_of[key] for key in keys if key in cluster_of)
+        where, images = counts.most_common(1)[0] if counts else (0, 0)
+        if images > MAJORITY * len(keys):
+            now[cluster] = where
+            if images > most.get(where, 0):
+                owner[where], most[where] = cluster, images
+    # 2. The edits, as far as they fit.
     final = Edited.by(overlay.edits, overlay.clusters).final
     kept, unfit, old_split, new_split = list[Edit](), list(overlay.unfit), overlay.clusters, clusters
     for edit in overlay.edits:
         current = Edited.by(kept, clusters)
         try:
-            # 1. The new numbers of the clusters that the edit names.
             lost = [k for k in clusters_named(edit) if k not in now]
             if lost:
                 raise ConfigError(f"the typical images of cluster {lost[0]} no longer lie together")
@@ -247,10 +236,10 @@ def refit(overlay: Overlay, assign: str, clusters: int, cluster_of: Mapping[str,
             if edit.cluster < overlay.clusters and final[owner[where]] != final[edit.cluster]:
                 raise ConfigError(f"cluster {edit.cluster} lies in cluster {where} with cluster {owner[where]}")
             cluster = int(current.final[where])
-            # 2. A split needs some of its images there.
             if isinstance(edit, Split):
-                keys = [key for key in edit.keys if key in cluster_of]
-                inside = current.of(np.array([cluster_of[key] for key in keys], np.int32), pa.array(keys, pa.string()))
+                there = [key for key in edit.keys if key in cluster_of]
+                places = np.array([cluster_of[key] for key in there], np.int32)
+                inside = current.of(places, pa.array(there, pa.string()))
                 if not (inside == cluster).any():
                     raise ConfigError(f"none of its {len(edit.keys)} images lies in cluster {cluster} any more")
                 now[old_split] = new_split
@@ -260,20 +249,9 @@ def refit(overlay: Overlay, assign: str, clusters: int, cluster_of: Mapping[str,
             unfit.append(Unfit(edit=edit, reason=str(error)))
         finally:
             old_split += isinstance(edit, Split)
+    # 3. The images by which each is found after the next assignment.
     fingerprints = dict[int, tuple[str, ...]]()
     for cluster, own in overlay.fingerprints.items():
         if cluster in now:
             fingerprints[now[cluster]] = fingerprints.get(now[cluster], ()) + own
     return Overlay(assign=assign, clusters=clusters, fingerprints=fingerprints, edits=tuple(kept), unfit=tuple(unfit))
-
-
-def _found_again(overlay: Overlay, cluster_of: Mapping[str, int]) -> tuple[dict[int, int], dict[int, int]]:
-    """Return where each old cluster lies, and to which old cluster each of these places belongs above all."""
-    now, votes = dict[int, int](), dict[int, tuple[int, int]]()
-    for cluster, keys in sorted(overlay.fingerprints.items()):
-        counts = Counter(cluster_of[key] for key in keys if key in cluster_of)
-        where, most = counts.most_common(1)[0] if counts else (0, 0)
-        if most > MAJORITY * len(keys):
-            now[cluster] = where
-            votes[where] = max(votes.get(where, (0, cluster)), (most, cluster), key=lambda vote: vote[0])
-    return now, {where: cluster for where, (_, cluster) in votes.items()}

@@ -93,10 +93,6 @@ class Run:
         """Return the embeddings of an input shard; in one of several spaces, if it is named."""
         return self._part("embeddings" if space is None else storage.join("embeddings", space), index)
 
-    def encoded(self, index: int) -> tuple[str, ...]:
-        """Return every table of an input shard: that of its rows first."""
-        return (self.rows(index), *(self.embeddings(index, space) for space in self.spaces))
-
     rejects = partialmethod(_part, "rejects")
     """Takes the index of an input shard and returns its rejects."""
     neighbors = partialmethod(_part, "neighbors")

@@ -510,7 +510,14 @@ def _walk_local(uri: str) -> Iterator[FileStat]:
         path, key = Path(os.fsdecode(name)), name[len(base) :].decode("utf-8", "backslashreplace")
         place = f"{uri.rstrip('/')}/{key}".rstrip("/")
         if not name.endswith(b"/"):
-            yield from _visit(path, key, place)
+            try:
+                found = path.stat()
+            except OSError:
+                if path.is_symlink():  # a broken link is listed, so that reading it becomes a reject
+                    yield FileStat(key, place, 0, "broken-link")
+                continue
+            if modes.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+                yield _local_stat(key, place, found)
             continue
         # A folder; what it holds comes next, a folder in it among its neighbours as its name with `/`.
         try:
@@ -527,17 +534,6 @@ def _walk_local(uri: str) -> Iterator[FileStat]:
                 continue
             linked.add(identity)
         pending += [(name + each, above | {identity}) for each in below]
-
-
-def _visit(path: Path, key: str, uri: str) -> Iterator[FileStat]:
-    try:
-        found = path.stat()
-    except OSError:
-        if path.is_symlink():  # a broken link is listed, so that reading it becomes a reject
-            yield FileStat(key, uri, 0, "broken-link")
-        return
-    if modes.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-        yield _local_stat(key, uri, found)
 
 
 def _list_local(path: bytes) -> tuple[tuple[int, int], list[bytes]]:

@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from open_clip import IMAGENET_CLASSNAMES
 
 from rayclust.config import LabelConfig, kind_of, validate
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.language.vocabulary import (
     LONGEST,
     Vocabulary,
-    from_labels,
+    from_names,
     from_rows,
     from_text,
     from_wordnet,
-    imagenet,
     merged,
     same_name,
 )
@@ -71,7 +71,7 @@ def test_bad_lists_give_one_clear_line(data: bytes, source: str, message: str) -
 
 
 def test_imagenet_has_its_classes() -> None:
-    words = imagenet().words
+    words = from_names(IMAGENET_CLASSNAMES, "imagenet").words
     assert {"tench", "golf ball", "parachute"} <= set(words)
     assert 990 <= len(words) <= 1000
 
@@ -110,12 +110,6 @@ def test_rows_of_two_widths_are_refused() -> None:
     one, two = Vocabulary(("a",), np.ones((1, 2), np.float32)), Vocabulary(("b",), np.ones((1, 3), np.float32))
     with pytest.raises(DataError, match="rows of 2 and of 3 values"):
         merged([one, two])
-
-
-def test_classes_are_sorted_names_each_once() -> None:
-    assert from_labels(["tench", "gas_pump", "tench"]).words == ("gas pump", "tench")
-    with pytest.raises(DataError, match="no image has a label"):
-        from_labels([])
 
 
 @pytest.mark.parametrize(

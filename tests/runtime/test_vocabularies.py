@@ -84,7 +84,9 @@ def test_a_table_of_words_that_cannot_be_used_is_one_line(name: str, tmp_path: P
 def test_classes_are_a_list_only_for_whoever_knows_the_labels():
     settings = config("classes", "open_clip/ViT-B-32")
     assert read_lists(settings) == []
-    assert read_lists(settings, lambda: ["dog", "cat", "dog"])[0].words == ("cat", "dog")
+    assert read_lists(settings, lambda: ["tench", "gas_pump", "tench"])[0].words == ("gas pump", "tench")
+    with pytest.raises(DataError, match="no image has a label"):
+        read_lists(settings, list)
 
 
 @pytest.mark.parametrize(

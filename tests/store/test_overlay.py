@@ -17,7 +17,6 @@ from rayclust.store.overlay import (
     Overlay,
     Rename,
     Split,
-    add,
     clusters_named,
     read_overlay,
     refit,
@@ -31,10 +30,10 @@ TYPICAL = {0: ["a0", "a1"], 1: ["b0", "b1"], 2: ["c0", "c1"]}
 
 
 def overlay(*edits: Edit) -> Overlay:
-    found = Overlay(assign="first", clusters=3)
-    for edit in edits:
-        found = add(found, edit, TYPICAL)
-    return found
+    final = Edited.by(edits, 3).final
+    ends = {int(final[k]) for edit in edits for k in clusters_named(edit)}
+    typical = {k: tuple(keys) for k, keys in TYPICAL.items() if int(final[k]) in ends}
+    return Overlay(assign="first", clusters=3, fingerprints=typical, edits=edits)
 
 
 def shown(*edits: Edit) -> list[int]:

@@ -79,6 +79,7 @@ def detect_format(uri: str, columns: Mapping[Any, str] | None = None) -> str:
     root = storage.absolute(uri)
     first: dict[str, FileStat] = {}
     tables = []
+    # 1. Formats by the names of the first files.
     unread, known = "", 0
     for file in storage.walk(root):
         kind = file_kind(file.key)
@@ -92,8 +93,24 @@ def detect_format(uri: str, columns: Mapping[Any, str] | None = None) -> str:
         known += 1
         if known == _SAMPLE:
             break
-    # Of the tables only the columns decide; those beside other formats may be metadata.
-    first |= _table_format(tables, columns or {}, is_alone=not first)
+    # 2. Of the tables only the columns of the first that can be read decide; beside other formats it may be metadata.
+    readable = ((file, footer) for file in tables if (footer := parquet.read_footer(file)) is not None)
+    table, footer = next(readable, (None, None))
+    if table is not None and footer is not None:
+        named = parquet.Columns.find(footer.schema, where=table.uri, named=columns)
+        if named.embedding is not None and "image" not in (columns or {}):
+            first["embeddings"] = table
+        elif named.image is not None:
+            first["parquet"] = table
+        elif not first:
+            have = parquet.describe_columns(footer.schema)
+            mend = "images.columns names them where they are called otherwise"
+            if sum(pa.types.is_floating(field.type) for field in footer.schema) >= _MANY_NUMBERS:
+                mend = "a row of numbers is read from one column of lists, or as .npy: put these columns together"
+            raise DataError(f"{table.uri}: has neither a column of images nor one of embeddings; it has {have}; {mend}")
+    elif tables and not first:
+        raise DataError(f"{tables[0].uri}: cannot be read as Parquet, nor can any table beside it; check the files")
+    # 3. One format; arrays beside images were computed from them.
     if len(first) == 2 and "embeddings" in first:
         arrays_beside = first.pop("embeddings")
         log.info("%s: takes the images; images.format: embeddings takes %s instead", root, arrays_beside.key)
@@ -124,31 +141,6 @@ def file_kind(key: str) -> str | None:
         return "embeddings"
     _, dot, suffix = name.rpartition(".")
     return "folder" if dot and suffix in IMAGE_SUFFIXES else None
-
-
-def _table_format(tables: list[FileStat], named: Mapping[str, str], *, is_alone: bool) -> dict[str, FileStat]:
-    """Return the format of the first readable table with its file; a table of neither is an error if it is alone."""
-    footers = ((file, footer) for file in tables if (footer := parquet.read_footer(file)) is not None)
-    found = next(footers, None)
-    if found is None:
-        if tables and is_alone:
-            raise DataError(f"{tables[0].uri}: cannot be read as Parquet, nor can any table beside it; check the files")
-        return {}
-    file, footer = found
-    columns = parquet.Columns.find(footer.schema, where=file.uri, named=named)
-    if columns.embedding is not None and "image" not in named:
-        return {"embeddings": file}
-    if columns.image is not None:
-        return {"parquet": file}
-    if is_alone:
-        have, mend = (
-            parquet.describe_columns(footer.schema),
-            "images.columns names them where they are called otherwise",
-        )
-        if sum(pa.types.is_floating(field.type) for field in footer.schema) >= _MANY_NUMBERS:
-            mend = "a row of numbers is read from one column of lists, or as .npy: put these columns together"
-        raise DataError(f"{file.uri}: has neither a column of images nor one of embeddings; it has {have}; {mend}")
-    return {}
 
 
 def plan_shards(
