@@ -71,12 +71,11 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Stage:
-    """Declaration of a stage: its work, its inputs, and the settings that its results depend on."""
+    """Declaration of a stage: its inputs, and the settings that its results depend on. Its work is in its own file."""
 
     name: str
     settings: Callable[[RunConfig], dict[str, Any]]
     """Select the part of the config that goes into the stage's digest."""
-    run: Callable[[StageContext], StageResult]
     needs: tuple[str, ...] = ()
     """Stages that it reads in every run."""
     revision: int = 1
@@ -101,6 +100,11 @@ class Stage:
     """Fill in what the config leaves to the run, before any digest."""
     plan: Callable[[RunConfig], Any] | None = None
     """List the inputs of the stage from outside of the run; the plan's `digest` goes into the stage's."""
+
+    def run(self, context: StageContext) -> StageResult:
+        """Run the stage by the `run` of its file, which is imported only now."""
+        result: StageResult = importlib.import_module(f"rayclust.stages.{self.name.replace('-', '_')}").run(context)
+        return result
 
     def inputs(self, config: RunConfig) -> tuple[str, ...]:
         """Return the stages that it reads in a run with this config."""

@@ -5,9 +5,7 @@ Apart from the stages' own files, which bring torch: `status` and a run with not
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from rayclust.config import RunConfig
@@ -19,8 +17,6 @@ from rayclust.runtime.pipeline import (
     CURATE,
     SELECT_K,
     Stage,
-    StageContext,
-    StageResult,
     method_settings,
     settings_of,
 )
@@ -40,16 +36,6 @@ from rayclust.store.manifest import (
 )
 from rayclust.store.overlay import read_overlay
 from rayclust.store.run import Run
-
-
-def _run(name: str, context: StageContext) -> StageResult:
-    """Run a stage by the `run` of its file, which is imported only now."""
-    result: StageResult = importlib.import_module(f"rayclust.stages.{name.replace('-', '_')}").run(context)
-    return result
-
-
-def _stage(name: str, settings: Callable[[RunConfig], dict[str, Any]], **declared: Any) -> Stage:
-    return Stage(name, settings, partial(_run, name), **declared)
 
 
 def _encode_settings(config: RunConfig) -> dict[str, Any]:
@@ -118,9 +104,15 @@ def _select_k_settings(config: RunConfig) -> dict[str, Any]:
     return {"candidate": candidate_settings(config), "search": search}
 
 
+LEARNT_SPACE = {"learnt_space": 2}
+"""Of stages that measure, for methods that learn from pixels, what was learnt: a revision of its own, so that a change
+there leaves all other runs as they are."""
+
+
 def _assign_settings(config: RunConfig) -> dict[str, Any]:
     levels = {"levels": config.assign.levels, "seed": config.seed} if config.assign.levels else {}
-    return {"features": settings_of(config.features)} | levels
+    learnt = LEARNT_SPACE if config.method.reads_pixels else {}
+    return {"features": settings_of(config.features)} | levels | learnt
 
 
 def _label_settings(config: RunConfig) -> dict[str, Any]:
@@ -147,19 +139,6 @@ def _curate_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _index_settings(config: RunConfig) -> dict[str, Any]:
-    features = {"features": settings_of(config.features)} if config.method.has_own_space else {}
-    return {"index": settings_of(config.index), "seed": config.seed} | features
-
-
-def _in_learnt_space(settings: Callable[[RunConfig], dict[str, Any]]) -> Callable[[RunConfig], dict[str, Any]]:
-    """Return the settings of a stage that measures, for methods that learn from pixels, what was learnt.
-
-    Their revision is one of its own, so that a change there leaves all other runs as they are.
-    """
-    return lambda config: settings(config) | ({"learnt_space": 2} if config.method.reads_pixels else {})
-
-
 def _report_settings(config: RunConfig) -> dict[str, Any]:
     overlay, _ = read_overlay(Run(config.run))  # the page shows the edits
     edits = {"overlay": digest_of(overlay.model_dump(mode="json"))} if overlay.edits else {}
@@ -175,13 +154,24 @@ def _plan_members(config: RunConfig) -> Any:
     return plan_members(config)
 
 
-def _seeded(*groups: str) -> Callable[[RunConfig], dict[str, Any]]:
-    """Return the settings of a stage that depends on whole groups and the seed."""
-    return lambda config: {name: settings_of(getattr(config, name)) for name in groups} | {"seed": config.seed}
+def _seeded(
+    *groups: str, of_own_space: tuple[str, ...] = (), measures_learnt: bool = False
+) -> Callable[[RunConfig], dict[str, Any]]:
+    """Return the settings of a stage that depends on the seed and on whole groups, some only with a space of its own.
+
+    `measures_learnt` adds `LEARNT_SPACE`.
+    """
+
+    def settings(config: RunConfig) -> dict[str, Any]:
+        names = (*groups, *(of_own_space if config.method.has_own_space else ()))
+        learnt = LEARNT_SPACE if measures_learnt and config.method.reads_pixels else {}
+        return {name: settings_of(getattr(config, name)) for name in names} | {"seed": config.seed} | learnt
+
+    return settings
 
 
 _DECLARED = (
-    _stage(
+    Stage(
         "encode",
         _encode_settings,
         revision=2,
@@ -190,9 +180,9 @@ _DECLARED = (
         resolve=lambda config: with_encoder(config, lambda: with_gpus(config, "encode").resources.gpus > 0),
         plan=lambda config: plan_inputs(config, _encode_settings(config)),
     ),
-    _stage("neighbors", _neighbors_settings, needs=("encode",), revision=2, on_gpu="train", outputs=NeighborsOutputs),
-    _stage(COUNTERPARTS, _counterparts_settings, needs=("encode",), on_gpu="train", outputs=CounterpartsOutputs),
-    _stage(
+    Stage("neighbors", _neighbors_settings, needs=("encode",), revision=2, on_gpu="train", outputs=NeighborsOutputs),
+    Stage(COUNTERPARTS, _counterparts_settings, needs=("encode",), on_gpu="train", outputs=CounterpartsOutputs),
+    Stage(
         SELECT_K,
         _select_k_settings,
         needs=("encode", "neighbors"),
@@ -201,7 +191,7 @@ _DECLARED = (
         on_gpu="trials",
         outputs=SelectKOutputs,
     ),
-    _stage(
+    Stage(
         "train",
         lambda config: _seeded("features")(config) | {"method": method_settings(config)},
         needs=("encode",),
@@ -212,32 +202,32 @@ _DECLARED = (
         on_gpu="train",
         plan=_plan_members,
     ),
-    _stage(
+    Stage(
         "assign",
-        _in_learnt_space(_assign_settings),
+        _assign_settings,
         needs=("encode", "train"),
         revision=4,
         on_gpu="train",
         outputs=AssignOutputs,
     ),
-    _stage("label", _label_settings, needs=("encode", "assign"), outputs=LabelOutputs),
-    _stage(CURATE, _curate_settings, needs=("encode", "neighbors", "assign"), outputs=CurateOutputs),
-    _stage(
+    Stage("label", _label_settings, needs=("encode", "assign"), outputs=LabelOutputs),
+    Stage(CURATE, _curate_settings, needs=("encode", "neighbors", "assign"), outputs=CurateOutputs),
+    Stage(
         "index",
-        _index_settings,
+        _seeded("index", of_own_space=("features",)),
         needs=("encode",),
         own_space_needs=("train",),
         on_gpu="train",
         outputs=IndexOutputs,
     ),
-    _stage(
+    Stage(
         "evaluate",
-        _in_learnt_space(_seeded("evaluate", "features")),
+        _seeded("evaluate", "features", measures_learnt=True),
         needs=("encode", "neighbors", "assign"),
         own_space_needs=("train",),
         revision=4,
     ),
-    _stage(
+    Stage(
         "map",
         _seeded("map", "features"),
         needs=("encode",),
@@ -245,8 +235,8 @@ _DECLARED = (
         on_gpu="train",
         outputs=MapOutputs,
     ),
-    _stage("figures", _in_learnt_space(_seeded("features")), needs=("encode", "train", "assign", "map"), revision=3),
-    _stage(
+    Stage("figures", _seeded("features", measures_learnt=True), needs=("encode", "train", "assign", "map"), revision=3),
+    Stage(
         "report",
         _report_settings,
         needs=("encode", "neighbors", "train", "assign", "label", "evaluate", "map", "figures"),
