@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayclust.report import model
-from rayclust.report.formats import last_part, percent
+from rayclust.report.formats import last_part
 from rayclust.report.page import write
 from rayclust.runtime.api import as_yaml, load_run
 from rayclust.runtime.edits import shown_clusters
@@ -18,7 +18,7 @@ from rayclust.runtime.pipeline import CURATE, SELECT_K, StageContext, StageResul
 from rayclust.runtime.spaces import ENCODER, OWN
 from rayclust.runtime.trackers import Trackers
 from rayclust.stages.curate import FACTS, FOLDER
-from rayclust.stages.figures import PRECISION_AT, TITLES, drawings, numbers
+from rayclust.stages.figures import drawings
 from rayclust.stages.index import RETRIEVAL
 from rayclust.stages.report_rows import ShownRows, map_points, nearest_clusters, show_rows
 from rayclust.store import storage, tables
@@ -69,7 +69,14 @@ def run(context: StageContext) -> StageResult:
         counts = tables.read_table(run.contingency)
     selection = read_json_output(run, SELECT_K, run.selection) if SELECT_K in context.inputs else None
     history = tables.read_table(storage.join(run.model_folder, "metrics.parquet"))
-    stages = {name: manifest for name in stages_of(written) if (manifest := read_manifest(run, name)) is not None}
+    # 3. What each stage took.
+    times = list[model.StageTime]()
+    for name in stages_of(written):
+        manifest = read_manifest(run, name)
+        if manifest is not None and name != "report":
+            workers = max((section.workers for section in manifest.measured), default=0)
+            busy, count = sum(sum(section.busy.values()) for section in manifest.measured), manifest.counts.get("rows")
+            times.append(model.StageTime(name=name, seconds=manifest.seconds, count=count, workers=workers, busy=busy))
     data = model.ReportData(
         run=run.uri,
         title=last_part(config.images.uri),
@@ -77,12 +84,12 @@ def run(context: StageContext) -> StageResult:
         encoder=" + ".join(encoder.name for encoder in config.each_encoder),
         dimension=encode.outputs_of(EncodeOutputs).dimension,
         methods=tuple(_methods(context, metrics)),
-        clusters=tuple(_clusters(context, clusters, extremes, shown, {} if counts is None else _majorities(counts))),
+        clusters=tuple(_clusters(context, clusters, extremes, shown, counts)),
         gallery=lambda cluster: shown.gallery(*extremes.get(cluster, ((), ()))),
         levels=context.inputs["assign"].outputs_of(AssignOutputs).levels,
-        points=_points(context, shown),
+        points=map_points(context, shown.rows),
         classes=metrics.get("classes"),
-        stages=tuple(_stage_time(name, manifest) for name, manifest in stages.items() if name != "report"),
+        stages=tuple(times),
         versions=encode.versions,
         config=as_yaml(written),
         curves=tuple(_curves(history)),
@@ -95,7 +102,7 @@ def run(context: StageContext) -> StageResult:
         rejects=tuple(_rejects(run, encode)),
         notes=tuple(_notes(context, history)),
     )
-    # 3. The page, and what lies beside it; an earlier report may have left more files.
+    # 4. The page, and what lies beside it; an earlier report may have left more files.
     outputs, folder = Outputs(), run.report.rpartition("/")[0]
     write(data, lambda name, content: outputs.update(put_bytes(run, storage.join(folder, name), content)))
     for file in list(storage.walk(storage.join(folder, "data"), missing_ok=True)):
@@ -123,30 +130,12 @@ def pictured(clusters: Sequence[dict[str, Any]], most: int) -> dict[int, tuple[l
     return found
 
 
-def _points(context: StageContext, shown: ShownRows) -> model.MapPoints:
-    """Return the map with how to read it."""
-    summary = read_json_output(context.run, "figures", numbers(context.run, "summary.json"))
-    space = TITLES[summary["spaces"][-1]]
-    text = (
-        f"PaCMAP of {space}, in the colours of the clusters. Neighbours are alike; far groups' distances mean little."
-    )
-    if summary["precision"]:
-        shares = ", ".join(f"{percent(share)} for {TITLES[name]}" for name, share in summary["precision"].items())
-        text += f" Of the {PRECISION_AT} nearest images of a sample, so many have the image's own class: {shares}."
-    return map_points(context, shown.rows, f"Map of {space}", text)
-
-
-def _stage_time(name: str, manifest: Manifest) -> model.StageTime:
-    """Return what a stage took."""
-    workers = max((section.workers for section in manifest.measured), default=0)
-    busy = sum(sum(section.busy.values()) for section in manifest.measured)
-    count = manifest.counts.get("rows")
-    return model.StageTime(name=name, seconds=manifest.seconds, count=count, workers=workers, busy=busy)
-
-
 def _notes(context: StageContext, history: pa.Table) -> Iterator[str]:
-    """Yield what the reader should know first."""
-    yield from _health(history)
+    """Yield what the reader should know first: how the training went, and where the names come from."""
+    last = history.slice(max(0, history.num_rows - 1)).to_pylist()
+    if last and last[0].get("collapsed"):
+        live, heads = last[0]["live_clusters"], last[0]["collapsed_heads"]
+        yield f"Clusters collapsed in {heads} of the heads; the best one has {live:,} live clusters. Lower method.beta."
     if context.inputs["label"].outputs_of(LabelOutputs).true_names:
         yield (
             "The names of the clusters were chosen among words that hold the data set's own class names "
@@ -231,9 +220,19 @@ def _clusters(
     clusters: Sequence[dict[str, Any]],
     extremes: dict[int, tuple[list[int], list[int]]],
     shown: ShownRows,
-    majorities: dict[int, tuple[str, float]],
+    counts: pa.Table | None,
 ) -> Iterator[model.Cluster]:
-    """Convert the rows of `clusters.parquet` to clusters of the page."""
+    """Convert the rows of `clusters.parquet` to clusters of the page; `counts` are those of classes in clusters."""
+    # 1. Each cluster's commonest class and that class's share; of equals, the first in the table.
+    majorities = dict[int, tuple[str, float]]()
+    if counts is not None and counts.num_rows:
+        owners, sizes = counts["cluster"].to_numpy(), counts["count"].to_numpy()
+        order = np.lexsort((-sizes, owners))  # stable
+        keys, first = np.unique(owners[order], return_index=True)
+        shares = (sizes[order[first]] / np.add.reduceat(sizes[order], first)).tolist()
+        classes = counts["label"].take(order[first]).to_pylist()
+        majorities = dict(zip(keys.tolist(), zip(classes, shares, strict=True), strict=True))
+    # 2. The clusters.
     typical = {k: rows for k, (rows, _) in extremes.items() if rows}
     nearest = nearest_clusters(context, typical, shown.learnt)
     columns = [tables.level_column(size) for size in context.inputs["assign"].outputs_of(AssignOutputs).levels]
@@ -258,17 +257,6 @@ def _clusters(
             nearest=nearest.get(k, ()),
             parents=tuple(-1 if place is None else shown.records[name][place].as_py() for name in columns),
         )
-
-
-def _majorities(counts: pa.Table) -> dict[int, tuple[str, float]]:
-    """Return cluster → its commonest class and that class's share; of equals, the first in the table."""
-    clusters, sizes = counts["cluster"].to_numpy(), counts["count"].to_numpy()
-    order = np.lexsort((-sizes, clusters))  # stable
-    keys, first = np.unique(clusters[order], return_index=True)
-    totals = np.add.reduceat(sizes[order], first) if len(first) else sizes
-    classes = counts["label"].take(order[first]).to_pylist()
-    shares = (sizes[order[first]] / totals).tolist()
-    return dict(zip(keys.tolist(), zip(classes, shares, strict=True), strict=True))
 
 
 def _contingency(counts: pa.Table, clusters: int) -> model.Contingency | None:
@@ -321,15 +309,6 @@ def _candidates(history: pa.Table, metrics: dict[str, Any]) -> Iterator[dict[str
             evidence = {title: row.get(name) for name, title in shown.items()}
             note = {"note": row["note"]} if row.get("note") else {}
             yield {"name": row["candidate"], "chosen": bool(row["chosen"]), "evidence": evidence} | note
-
-
-def _health(history: pa.Table) -> list[str]:
-    """Return warnings about the training, shown first on the page."""
-    last = history.slice(max(0, history.num_rows - 1)).to_pylist()
-    if not last or not last[0].get("collapsed"):
-        return []
-    live, heads = last[0]["live_clusters"], last[0]["collapsed_heads"]
-    return [f"Clusters collapsed in {heads} of the heads; the best one has {live:,} live clusters. Lower method.beta."]
 
 
 def _rejects(run: Run, encode: Manifest) -> list[model.RejectGroup]:

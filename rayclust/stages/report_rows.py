@@ -6,7 +6,7 @@ Memory holds some hundred bytes for each; thumbnails lie in a temporary file.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,17 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from rayclust.arrays import IntArray, unit_rows
+from rayclust.arrays import unit_rows
 from rayclust.report import model
+from rayclust.report.formats import percent
 from rayclust.report.thumbnails import thumbnail
 from rayclust.runtime.pipeline import StageContext
 from rayclust.runtime.rows import part_features, row_starts, rows_by_part, table_at, transform_of
 from rayclust.runtime.spaces import learnt_index
 from rayclust.search.knn import top_k
+from rayclust.stages.figures import PRECISION_AT, TITLES, numbers
 from rayclust.store import tables
-from rayclust.store.manifest import AssignOutputs
+from rayclust.store.manifest import AssignOutputs, read_json_output
 from rayclust.store.remote import prefetch
 from rayclust.store.sources import fetch_many
 
@@ -138,28 +140,24 @@ def show_rows(context: StageContext, rows: NDArray[np.int64]) -> ShownRows:
     of = table_at(run.assignments, starts, others, ["cluster"])["cluster"].to_numpy()
     clusters = np.full(near.shape, -1, np.int32)
     clusters[near >= 0] = of[np.searchsorted(others, near[near >= 0])]
-    thumbnails = Thumbnails()
-    for row, data in _thumbnails(context, rows, records["uri"]):
-        thumbnails.add(row, data)
-    return ShownRows(rows, records, near, cosines, clusters, thumbnails, learnt)
-
-
-def _thumbnails(context: StageContext, rows: IntArray, uris: pa.ChunkedArray) -> Iterator[tuple[int, bytes]]:
-    """Yield rows with their thumbnails; none for ready embeddings, or images that have been moved since."""
-    # Files side by side, what lies in one tar or table together, so many at once that memory holds them.
+    # Thumbnails: none for ready embeddings, or images that have been moved since. Files are fetched side by side, what
+    # lies in one tar or table together, so many at once that memory holds them.
     together: dict[str, list[tuple[str, int]]] = {}
-    for uri, row in zip(uris.to_pylist(), rows.tolist(), strict=True):
+    for uri, row in zip(records["uri"].to_pylist(), rows.tolist(), strict=True):
         file, inside, _ = uri.partition("#")
         together.setdefault(file if inside else "", []).append((uri, row))
     chunks = [group[i : i + FETCHED] for group in together.values() for i in range(0, len(group), FETCHED)]
-    config = context.config
+    config, thumbnails = context.config, Thumbnails()
 
     def fetch(chunk: list[tuple[str, int]]) -> dict[str, bytes]:
         found = fetch_many([uri for uri, _ in chunk], config.images.columns)
         return {uri: thumbnail(data, config.report.thumbnail) for uri, data in found if data is not None}
 
     for chunk, found in prefetch(fetch, chunks, READERS):
-        yield from ((row, found[uri]) for uri, row in chunk if uri in found)
+        for uri, row in chunk:
+            if uri in found:
+                thumbnails.add(row, found[uri])
+    return ShownRows(rows, records, near, cosines, clusters, thumbnails, learnt)
 
 
 def nearest_clusters(
@@ -199,16 +197,24 @@ def nearest_clusters(
     return {k: tuple(zip(*pair, strict=True)) for k, pair in zip(ids.tolist(), pairs, strict=True)}
 
 
-def map_points(context: StageContext, shown: NDArray[np.int64], title: str, text: str) -> model.MapPoints:
-    """Return the map of all rows; of many, of those that have pictures and an even sample of the others.
+def map_points(context: StageContext, shown: NDArray[np.int64]) -> model.MapPoints:
+    """Return the map of all rows with how to read it; of many, of those with pictures and an even sample of the others.
 
     Args:
         context: of the stage.
         shown: Int64[n] sorted, rows with pictures.
-        title: of the map.
-        text: how to read it.
     """
+    # 1. How to read it.
     run, starts = context.run, row_starts(context.inputs["encode"])
+    summary = read_json_output(run, "figures", numbers(run, "summary.json"))
+    space = TITLES[summary["spaces"][-1]]
+    text = (
+        f"PaCMAP of {space}, in the colours of the clusters. Neighbours are alike; far groups' distances mean little."
+    )
+    if summary["precision"]:
+        shares = ", ".join(f"{percent(share)} for {TITLES[name]}" for name, share in summary["precision"].items())
+        text += f" Of the {PRECISION_AT} nearest images of a sample, so many have the image's own class: {shares}."
+    # 2. Its points.
     if starts[-1] <= MAP_POINTS:
         rows = np.arange(starts[-1])
     else:
@@ -222,6 +228,6 @@ def map_points(context: StageContext, shown: NDArray[np.int64], title: str, text
         x=places["x"].to_numpy(),
         y=places["y"].to_numpy(),
         keys=table_at(run.rows, starts, rows, ["key"])["key"].to_pylist(),
-        title=title,
+        title=f"Map of {space}",
         text=text,
     )

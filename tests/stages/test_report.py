@@ -4,6 +4,7 @@ import base64
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,9 +173,22 @@ def test_the_same_artefacts_give_the_same_page(copied: RunConfig):
 COUNTS = pa.table({"label": ["a", "b", "a", "c"], "cluster": [0, 0, 1, 1], "count": [3, 1, 2, 2]})
 
 
-def test_the_majority_of_a_cluster_and_its_share():
-    assert report._majorities(COUNTS) == {0: ("a", 0.75), 1: ("a", 0.5)}
-    assert report._majorities(COUNTS.slice(0, 0)) == {}
+@pytest.mark.parametrize(
+    ("counts", "majorities"),
+    [
+        (COUNTS, {0: ("a", 0.75), 1: ("a", 0.5), 2: (None, None)}),
+        (COUNTS.slice(0, 0), dict.fromkeys(range(3), (None, None))),
+        (None, dict.fromkeys(range(3), (None, None))),
+    ],
+    ids=["some", "none", "no labels"],
+)
+def test_the_majority_of_a_cluster_and_its_share(pictures_run: Sealed, counts: pa.Table | None, majorities: Any):
+    inputs = {stage: pictures_run.manifest(stage) for stage in ("encode", "assign", "label")}
+    context = StageContext(pictures_run.config, pictures_run.run, "", inputs)
+    clusters = pq.read_table(pictures_run.run.clusters).to_pylist()
+    shown: Any = SimpleNamespace(learnt=None)
+    found = report._clusters(context, clusters, {k: ([], []) for k in range(3)}, shown, counts)
+    assert {cluster.id: (cluster.majority, cluster.purity) for cluster in found} == majorities
 
 
 def test_the_table_of_counts_is_drawn_while_it_can_be_read():
@@ -205,12 +219,12 @@ def test_levels_stand_below_their_method(pictures_run: Sealed):
     ]
 
 
-def test_a_collapse_is_the_first_thing_to_read():
-    rows = {"collapsed": [0, 1], "collapsed_heads": [2, 3], "live_clusters": [90, 2]}
-    [note] = report._health(pa.table(rows))
+def test_a_collapse_is_the_first_thing_to_read(pictures_run: Sealed):
+    rows, context = {"collapsed": [0, 1], "collapsed_heads": [2, 3], "live_clusters": [90, 2]}, pictures_run.config
+    [note] = report._notes(context_of(context), pa.table(rows))
     assert "3 of the heads; the best one has 2 live clusters" in note
-    assert report._health(pa.table(rows).slice(0, 1)) == []
-    assert report._health(pa.table({"inertia": [1.0]})) == []
+    assert list(report._notes(context_of(context), pa.table(rows).slice(0, 1))) == []
+    assert list(report._notes(context_of(context), pa.table({"inertia": [1.0]}))) == []
 
 
 def test_a_choice_among_partitions_is_a_table_and_no_curve():
