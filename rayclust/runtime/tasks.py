@@ -128,13 +128,6 @@ def run_and_mark(uri: str, task: Task, work: Callable[[], TaskResult]) -> TaskRe
     return result
 
 
-def done_marks(run: Run, stage: str) -> list[tuple[int, str]]:
-    """Return index and digest of every mark of a stage, valid or not."""
-    files = storage.walk(run.at("manifests", stage), suffixes=(".json",), missing_ok=True)
-    read = [(int(file.key[5:-5]), read_mark(file.uri)) for file in files if file.key.startswith("part-")]
-    return [(index, mark[0]) for index, mark in read if mark is not None]
-
-
 def finished_tasks(
     run: Run, stage: str, tasks: Sequence[Task], on_result: OnResult | None = None
 ) -> dict[int, TaskResult]:

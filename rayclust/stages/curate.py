@@ -58,6 +58,7 @@ from rayclust.runtime.rows import (
     kept_aside,
     part_clusters,
     part_embeddings,
+    table_at,
     transform_of,
     unit_transform,
 )
@@ -311,8 +312,14 @@ class Curation:
             "unscored": int(np.isnan(columns.scores["knn"]).sum()),
             "examples": _examples(decision, columns),
             **searched,
-            **self._work(facts, int((first == np.arange(len(rows))).sum())),
+            "compared": facts["compared"],
         }
+        if not self.by_neighbors:
+            # Probes wanted by a row, and the skew of the clusters' sizes.
+            unique = int((first == np.arange(len(rows))).sum())
+            lengths = np.diff(tables.read_table(self._scratch("lists.parquet"))["end"].to_numpy(), prepend=0)
+            found["probes_wanted"] = facts["wanted"] / unique
+            found["skew"] = float((lengths.astype(float) ** 2).sum() / (unique**2 / len(lengths)))
         return self._write(x, columns, decision, sample, found), found
 
     def _part_columns(self, name: str, rows: IntArray) -> Iterator[pa.ChunkedArray]:
@@ -320,14 +327,6 @@ class Curation:
         for part, (start, stop) in enumerate(pairwise(self.encode.starts)):
             low, high = np.searchsorted(rows, [start, stop])
             yield tables.read_table(self.run.rows(part), [name])[name].take(pa.array(rows[low:high] - start))
-
-    def _keys_of(self, rows: IntArray, places: IntArray) -> pa.ChunkedArray:
-        """Return the keys of sorted places among the rows, in one pass over the parts."""
-        found = list[pa.Array]()
-        for keys, (start, stop) in zip(self._part_columns("key", rows), pairwise(self.encode.starts), strict=True):
-            low, high = np.searchsorted(rows, [start, stop])
-            found += keys.take(pa.array(places[(places >= low) & (places < high)] - low)).chunks
-        return pa.chunked_array(found, pa.string())
 
     def _scored(self, x: Tensor, rows: IntArray, first: IntArray) -> Columns:
         """Compute distances to the run's clusters, and the outlier scores; identical rows count as one."""
@@ -444,15 +443,6 @@ class Curation:
         quota = allocate(levels, options.rows, hashes, options.copies)
         return Sample(levels, draw(levels, quota[0], hashes, options.draw, points), quota)
 
-    def _work(self, facts: dict[str, int], unique: int) -> dict[str, Any]:
-        """Return how much was compared: for clusters also the probes wanted by a row, and the skew of the sizes."""
-        found: dict[str, Any] = {"compared": facts["compared"]}
-        if not self.by_neighbors:
-            sizes = np.diff(tables.read_table(self._scratch("lists.parquet"))["end"].to_numpy(), prepend=0)
-            found["probes_wanted"] = facts["wanted"] / unique
-            found["skew"] = float((sizes.astype(float) ** 2).sum() / (unique**2 / len(sizes)))
-        return found
-
     def _write(self, x: Tensor, columns: Columns, decision: Decision, sample: Sample, facts: dict[str, Any]) -> Outputs:
         """Write the tables part by part, the lists of keys, the levels and the facts."""
         rows, first, group = columns.rows, columns.first, decision.group
@@ -464,7 +454,8 @@ class Curation:
         outputs: Outputs = {}
         kept, removed, broken = list[str](), list[str](), 0
         standing = np.unique(decision.keeper[sizes[group] > 1])
-        standing_keys = self._keys_of(rows, standing)  # they lie in any part
+        # They lie in any part.
+        standing_keys = table_at(self.run.rows, self.encode.starts, rows[standing], ["key"])["key"]
         spans = [np.searchsorted(rows, span) for span in pairwise(self.encode.starts)]
         for part, (keys, (low, high)) in enumerate(zip(self._part_columns("key", rows), spans, strict=True)):
             names, own = keys.combine_chunks(), np.arange(low, high)

@@ -89,10 +89,22 @@ def search(
             query = searcher.encode_image(data, wanted, f"--image {image}")
         near = searcher.nearest(query, wanted, top + (own is not None))
         found[wanted] = dict([(row, cosine) for row, cosine in near.items() if row != own][:top])
-    is_assigned = searcher.manifests.of("assign") is not None
-    hits = _hits(searcher.run, searcher.encode, set().union(*found.values()), is_assigned=is_assigned)
+    # What is known of these rows; each part that holds one is read once.
+    run, starts, known = searcher.run, row_starts(searcher.encode), dict[int, Hit]()
+    shown = shown_clusters(run) if searcher.manifests.of("assign") is not None else None
+    for part, positions in rows_by_part(starts, np.array(sorted(set().union(*found.values())), np.int64)):
+        places = pa.array(positions)
+        records = tables.read_table(run.rows(part), ["key", "uri"]).take(places).to_pylist()
+        clusters: list[int | None] = [None] * len(positions)
+        if shown is not None:
+            assigned = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_numpy()
+            keys = pa.array([record["key"] for record in records], pa.string())
+            clusters = shown.edited.of(assigned, keys).tolist()
+        for row, record, cluster in zip((starts[part] + positions).tolist(), records, clusters, strict=True):
+            name = None if shown is None or cluster is None else shown.names.get(cluster)
+            known[row] = Hit(row, math.nan, record["key"], record["uri"], cluster, name)
     return {
-        wanted: [replace(hits[row], similarity=cosine) for row, cosine in near.items()]
+        wanted: [replace(known[row], similarity=cosine) for row, cosine in near.items()]
         for wanted, near in found.items()
     }
 
@@ -245,20 +257,3 @@ def _short(hit: Hit | None) -> str:
     cluster = "" if hit.cluster is None else hit.name or f"cluster {hit.cluster}"
     head = f"{hit.similarity:.4f}  {shorten(cluster, 18, at_end=True):<18}  "
     return head + shorten(hit.key, _COLUMN_WIDTH - len(head))
-
-
-def _hits(run: Run, encode: Manifest, wanted: set[int], *, is_assigned: bool) -> dict[int, Hit]:
-    """Return hits by row, without their cosines; each part that holds one is read once."""
-    shown, starts = shown_clusters(run) if is_assigned else None, row_starts(encode)
-    found: dict[int, Hit] = {}
-    for part, positions in rows_by_part(starts, np.array(sorted(wanted), np.int64)):
-        places = pa.array(positions)
-        records = tables.read_table(run.rows(part), ["key", "uri"]).take(places).to_pylist()
-        clusters: list[int | None] = [None] * len(positions)
-        if shown is not None:
-            own = tables.read_table(run.assignments(part), ["cluster"])["cluster"].take(places).to_numpy()
-            clusters = shown.edited.of(own, pa.array([record["key"] for record in records], pa.string())).tolist()
-        for row, record, cluster in zip((starts[part] + positions).tolist(), records, clusters, strict=True):
-            name = None if shown is None or cluster is None else shown.names.get(cluster)
-            found[row] = Hit(row, math.nan, record["key"], record["uri"], cluster, name)
-    return found

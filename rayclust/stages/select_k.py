@@ -41,7 +41,7 @@ from rayclust.runtime.pipeline import (
 )
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
-from rayclust.runtime.tasks import Task, TaskResult, done_marks, finished_tasks, read_mark, report_resume, run_and_mark
+from rayclust.runtime.tasks import Task, TaskResult, finished_tasks, read_mark, report_resume, run_and_mark
 from rayclust.runtime.tensors import BLOCK, StoredRows
 from rayclust.stages.registry import candidate_settings
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
@@ -245,11 +245,11 @@ def run_trials(search: Search, candidates: Sequence[int], on_change: Callable[[S
     require_label("trials", labels)
     bundle = {"CPU": options.cpus_per_trial} | ({"GPU": search.gpus} if search.gpus else {})
     resources = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [dict(labels)]} if labels else {}))
-    # As many trials at a time as the nodes have room for.
+    # As many trials at a time as the nodes have room for, each by its scarcest resource.
     most = options.max_concurrent
     if most == "auto":
         nodes = cluster.live_nodes(labels)
-        most = max(1, sum(_trials_of_node(node, options.cpus_per_trial, search.gpus) for node in nodes))
+        most = max(1, sum(min(int(node.get(name, 0) / each) for name, each in bundle.items()) for node in nodes))
     stopper, watcher = _callbacks(on_change)
     with tempfile.TemporaryDirectory(prefix="rayclust-select-k-", ignore_cleanup_errors=True) as folder:
         tuner = tune.Tuner(
@@ -286,12 +286,6 @@ def _trial(search: Search, space: dict[str, Any]) -> None:
 def _examine_and_mark(search: Search, clusters: int) -> None:
     task = search.task(clusters)
     run_and_mark(search.run.mark(clusters, SELECT_K), task, lambda: examine(search, clusters))
-
-
-def _trials_of_node(node: dict[str, float], cpus: float, gpus: float) -> int:
-    """Return how many trials a node's resources allow at a time."""
-    fits = int(node.get("CPU", 0) / cpus)
-    return min(fits, int(node.get("GPU", 0) / gpus)) if gpus else fits
 
 
 def _raise_failure(k: int, result: Any) -> None:
@@ -367,8 +361,10 @@ def run(context: StageContext) -> StageResult:
         outputs |= done[FIT].outputs
     tried, choice = _search(search, rows)
     # Candidates of other settings are removed; those of these settings from another list are kept for reuse.
-    for k, marked in done_marks(run, SELECT_K):
-        if k != FIT and k not in tried and marked != search.task(k).digest:
+    for file in list(storage.walk(run.at("manifests", SELECT_K), suffixes=(".json",), missing_ok=True)):
+        found = read_mark(file.uri) if file.key.startswith("part-") else None
+        k = int(file.key[5:-5]) if found is not None else FIT
+        if found is not None and k != FIT and k not in tried and found[0] != search.task(k).digest:
             storage.remove_tree(run.candidate(k))
             storage.remove(run.candidate(k) + ".json")
             storage.remove(run.mark(k, SELECT_K))

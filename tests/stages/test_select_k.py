@@ -30,7 +30,7 @@ from rayclust.runtime.results import load
 from rayclust.runtime.status import lines
 from rayclust.runtime.tasks import TaskResult
 from rayclust.stages import select_k, train
-from rayclust.stages.select_k import Search, _raise_failure, _trials_of_node, examine
+from rayclust.stages.select_k import Search, _raise_failure, examine, run_trials
 from rayclust.stages.train import StoredCheckpoints
 from rayclust.store import storage
 from rayclust.store.run import Run
@@ -348,9 +348,30 @@ def test_a_crash_is_one_line(text: str):
     ],
 )
 def test_a_node_holds_as_many_trials_as_its_scarcest_resource_allows(
-    node: dict[str, float], cpus: int, gpus: float, room: int
+    node: dict[str, float],
+    cpus: int,
+    gpus: float,
+    room: int,
+    found_run: Sealed,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    assert _trials_of_node(node, cpus, gpus) == room
+    at_once = []
+
+    class Tuner:
+        def __init__(self, trainable: Any, tune_config: Any, **others: Any) -> None:
+            at_once.append(tune_config.max_concurrent_trials)
+
+        def fit(self) -> list[Any]:
+            return []
+
+    monkeypatch.setattr("ray.tune.Tuner", Tuner)
+    monkeypatch.setattr(select_k, "connect", lambda: None)
+    monkeypatch.setattr(select_k, "in_driver", lambda: False)
+    monkeypatch.setattr("rayclust.runtime.cluster.live_nodes", lambda labels: [node, node])
+    config = other(found_run, select_k={"cpus_per_trial": cpus})
+    search = Search(config, found_run.manifest("encode"), "digest", "settings", TRUE, gpus)
+    run_trials(search, [2, 3], lambda running, ended: None)
+    assert at_once == [max(1, 2 * room)]
 
 
 def read_choice(folder: Path) -> dict[str, Any]:
