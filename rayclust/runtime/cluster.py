@@ -204,8 +204,20 @@ def with_gpus(config: RunConfig, kind: Literal["encode", "train", "trials"]) -> 
     if has_gpus and is_own() and not sees_gpu():
         _warn_once(_IDLE_GPU.format(version("torch")))
         has_gpus = False
-    count = float(has_gpus or ((not nodes or not labels) and _may_add_gpus()))
-    return config.model_copy(update={"resources": resources.model_copy(update={"gpus_per_worker": count})})
+    if not has_gpus and (not nodes or not labels):
+        # Whether the cluster's autoscaler knows of nodes with GPUs, as far as it can be asked.
+        from ray._private.state import state
+
+        found: Any = {}
+        with suppress(Exception):  # of a cluster of another version
+            found = state.get_max_resources_from_cluster_config() or {}
+        has_gpus = bool(found.get("GPU"))
+        # Else the file that `ray up` leaves on the head, where a job's driver runs.
+        with suppress(OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+            tree = yaml.safe_load(Path(BOOTSTRAP).expanduser().read_text())
+            kinds = tree["available_node_types"].values()
+            has_gpus |= any((kind.get("resources") or {}).get("GPU") and kind.get("max_workers", 1) for kind in kinds)
+    return config.model_copy(update={"resources": resources.model_copy(update={"gpus_per_worker": float(has_gpus)})})
 
 
 def is_own() -> bool:
@@ -213,24 +225,6 @@ def is_own() -> bool:
     import ray
 
     return bool(ray.get_runtime_context().namespace == OWN)
-
-
-def _may_add_gpus() -> bool:
-    """Return whether the cluster's autoscaler knows of nodes with GPUs, as far as it can be asked."""
-    from ray._private.state import state
-
-    found: Any = {}
-    with suppress(Exception):  # of a cluster of another version
-        found = state.get_max_resources_from_cluster_config() or {}
-    if found.get("GPU"):
-        return True
-    # The file that `ray up` leaves on the head, where a job's driver runs.
-    try:
-        tree = yaml.safe_load(Path(BOOTSTRAP).expanduser().read_text())
-        kinds = tree["available_node_types"].values()
-        return any((kind.get("resources") or {}).get("GPU") and kind.get("max_workers", 1) for kind in kinds)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def worker_count(config: RunConfig, work: Literal["encode", "train"]) -> int:

@@ -71,7 +71,23 @@ def load_run_encoder(config: RunConfig, device: str | None = None, settings: Enc
     if is_graph and settings.family != "pixels":
         encoder = _graph_encoder(config, settings)
     elif settings.family == "run":
-        encoder = _network_of_run(settings, device)
+        # The network that a run has learnt from pixels, without the projector in whose space it was compared. Only such
+        # runs need torchvision's networks.
+        from rayclust.encoders.network import TorchEncoder
+        from rayclust.methods.pixels.base import PixelMethod
+        from rayclust.methods.pixels.cpp import CppPixels
+        from rayclust.runtime.models import read_method
+
+        run = Run(settings.run_uri)
+        method = read_method(run.model_folder, "train")
+        if not isinstance(method, PixelMethod | CppPixels) or method.channels != 3:
+            raise ConfigError(
+                f"encoder.pretrained = {settings.pretrained}: its method, {method.config.name}, has no network that "
+                "learnt from pixels in colour"
+            )
+        pixels = PixelEncoder(EncoderConfig.model_validate(storage.read_json(run.config)["encoder"]))
+        mean, std = (tuple(moments.tolist()) for moments in (method.mean, method.std))
+        encoder = TorchEncoder(method.trunk, settings, pixels.preprocess, mean=mean, std=std, device=device)
     else:
         with storage.local_copy(uri) if uri is not None else nullcontext() as path:
             encoder = load_encoder(settings, weights=path, device=device)
@@ -102,26 +118,6 @@ def _graph_encoder(
         converted.write(folder)
         graph = openvino.Graph.read(folder) or converted
     return openvino.GraphEncoder(graph, settings, load_whole)
-
-
-def _network_of_run(settings: EncoderConfig, device: str) -> Encoder:
-    """Load the network that a run has learnt from pixels, without the projector in whose space it was compared."""
-    # Only such runs need torchvision's networks.
-    from rayclust.encoders.network import TorchEncoder
-    from rayclust.methods.pixels.base import PixelMethod
-    from rayclust.methods.pixels.cpp import CppPixels
-    from rayclust.runtime.models import read_method
-
-    run = Run(settings.run_uri)
-    method = read_method(run.model_folder, "train")
-    if not isinstance(method, PixelMethod | CppPixels) or method.channels != 3:
-        raise ConfigError(
-            f"encoder.pretrained = {settings.pretrained}: its method, {method.config.name}, has no network that learnt "
-            "from pixels in colour"
-        )
-    pixels = PixelEncoder(EncoderConfig.model_validate(storage.read_json(run.config)["encoder"]))
-    mean, std = (tuple(moments.tolist()) for moments in (method.mean, method.std))
-    return TorchEncoder(method.trunk, settings, pixels.preprocess, mean=mean, std=std, device=device)
 
 
 def worker_device(config: RunConfig) -> str:

@@ -83,8 +83,20 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        headers = auth_headers(address)
-        place = urlsplit(address)
+        # 1. The cluster's token as a header, found where Ray finds it; none leaves it to Ray's other modes.
+        place, headers = urlsplit(address), None
+        mode, token = os.environ.get("RAY_AUTH_MODE", "").lower(), os.environ.get("RAY_AUTH_TOKEN", "").strip()
+        path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        if mode == "token" or (not mode and (token or path)):
+            if not token:
+                with suppress(OSError):
+                    token = Path(path or "~/.ray/auth_token").expanduser().read_text().strip()
+            if not token:
+                raise ConfigError(f"RAY_AUTH_MODE = token: no token is found; {_TOKEN_ADVICE}")
+            if place.scheme == "http" and not is_here(address):
+                logger.warning("%s: the token travels unencrypted: use https, or a tunnel", address)
+            headers = {"Authorization": f"Bearer {token}"}
+        # 2. Whether anybody answers, which the client would find out only after minutes.
         has_proxy = any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} for name in os.environ)
         error = None if has_proxy and not is_here(address) else unreachable(place.hostname or "", place.port or 443)
         if error is not None:
@@ -92,6 +104,7 @@ class JobServer:
                 f"--address {address}: nobody answers there ({error}); is the cluster up, and its dashboard's port "
                 "open?"
             )
+        # 3. The client.
         before = os.environ.get(ADDRESS_VARIABLE)
         os.environ[ADDRESS_VARIABLE] = address  # the client prefers the variable to its argument
         try:
@@ -163,25 +176,6 @@ class JobServer:
         while not (info := self.job(submission)).status.is_terminal() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         return info
-
-
-def auth_headers(address: str) -> dict[str, str] | None:
-    """Return the cluster's token as a header, found where Ray finds it; None leaves it to Ray's other modes.
-
-    Raise `ConfigError` if a token is required and none is set.
-    """
-    mode, token = os.environ.get("RAY_AUTH_MODE", "").lower(), os.environ.get("RAY_AUTH_TOKEN", "").strip()
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if mode not in ("", "token") or (not mode and not token and not path):
-        return None
-    if not token:
-        with suppress(OSError):
-            token = Path(path or "~/.ray/auth_token").expanduser().read_text().strip()
-    if not token:
-        raise ConfigError(f"RAY_AUTH_MODE = token: no token is found; {_TOKEN_ADVICE}")
-    if urlsplit(address).scheme == "http" and not is_here(address):
-        logger.warning("%s: the token travels unencrypted: use https, or a tunnel", address)
-    return {"Authorization": f"Bearer {token}"}
 
 
 class Submission:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -23,12 +23,12 @@ from rayclust.runtime.cluster import describe_placement, has_idle_gpu
 from rayclust.runtime.encoder import RunEncoders, encoding, refuse_other_width
 from rayclust.runtime.inputs import input_shards, refuse_misplaced, source_shards, with_encoder
 from rayclust.runtime.members import plan_members
-from rayclust.runtime.spaces import ReadySpace, plan_ready
+from rayclust.runtime.spaces import plan_ready
 from rayclust.runtime.trackers import refuse_missing
 from rayclust.runtime.vocabularies import check_classes, noun_lists, read_lists, vocabulary_kinds
 from rayclust.store import storage
 from rayclust.store.lock import check_conditional_puts
-from rayclust.store.sources import Shard, read_records, read_rows
+from rayclust.store.sources import read_records, read_rows
 
 HOUR = 3600.0
 NEIGHBOR_BYTES = 10
@@ -88,7 +88,7 @@ def check(config: RunConfig) -> list[Finding]:
         ),
         "work": lambda: work(config, checks.images, checks.sample),
         "placement": lambda: describe_placement(config.resources.placement),
-        "cost": checks.cost,
+        "cost": lambda: cost(config, checks.images, checks.sample),
     }
     findings = []
     for subject, step in subjects.items():
@@ -167,7 +167,21 @@ class _Checks:
         if len({shard.has_embeddings for shard in firsts.values()}) > 1:
             raise DataError(f"images.test = {self.config.images.test}: one input holds images and the other embeddings")
         if shards[0].has_embeddings:
-            width = self._ready_width(firsts, list(ready.values()))
+            # Ready embeddings, of which the first shard of each input is read.
+            width = 0
+            for source, shard in firsts.items():
+                rows = read_rows(shard, load_tensors=load_tensors)
+                if not rows.keys:
+                    raise DataError(f"{shard.uri}: none of the first {len(rows.rejects)} embeddings can be used")
+                found = int(rows.embeddings.shape[1])
+                width = width or found
+                if found != width:
+                    others = f"embeddings of {found} values; those of images.uri have {width}"
+                    raise DataError(f"images.test = {source}: {others}")
+                for space in ready.values() if source == self.sources[0] else ():
+                    space.rows(rows.keys, 0)
+            self.dimension += width
+            refuse_other_width(self.config, width)
             name = self.config.each_encoder[0].name
             none = ": no names, no search by text or image" if name == "unknown" and not ready else ""
             return "; ".join([f"{name}, ready embeddings of {width} values{none}", *described])
@@ -183,23 +197,6 @@ class _Checks:
             rejected += f", {where}{len(reasons)} of the first {good + len(reasons)} images rejected" if reasons else ""
         named = [f"{encoder.name}, {encoder.dimension} values an image" for encoder in encoders.encoders]
         return "; ".join([*named, *described]) + rejected
-
-    def _ready_width(self, firsts: Mapping[str, Shard], ready: Sequence[ReadySpace]) -> int:
-        """Return the width of ready embeddings, of which the first shard of each input is read."""
-        widths = list[int]()
-        for source, shard in firsts.items():
-            rows = read_rows(shard, load_tensors=load_tensors)
-            if not rows.keys:
-                raise DataError(f"{shard.uri}: none of the first {len(rows.rejects)} embeddings can be used")
-            widths.append(int(rows.embeddings.shape[1]))
-            if widths[-1] != widths[0]:
-                others = f"embeddings of {widths[-1]} values; those of images.uri have {widths[0]}"
-                raise DataError(f"images.test = {source}: {others}")
-            for space in ready if source == self.sources[0] else ():
-                space.rows(rows.keys, 0)
-        self.dimension += widths[0]
-        refuse_other_width(self.config, widths[0])
-        return widths[0]
 
     def _encode_sample(self, encoders: RunEncoders, source: str) -> tuple[int, list[str]]:
         """Decode and encode the first images; return how many were good, and the reasons of the rejects."""
@@ -278,14 +275,6 @@ class _Checks:
             shown += f"; {self.config.method.name} chooses among {len(nouns.words):,} nouns"
         return shown
 
-    def cost(self) -> str:
-        if not self.config.prices:
-            return "not known: give prices, such as prices: {g6.4xlarge: {dollars_per_hour: …, cpus: 16, gpus: 1}}"
-        if self.sample is None:
-            return "nothing is encoded"
-        each = "" if self.images else ", each 1,000 images"
-        return f"encode{each} on " + "; on ".join(costs(self.config, self.images or THOUSAND, self.sample))
-
 
 def traffic(config: RunConfig, images: int, dimension: int, sample: Sample | None) -> str:
     """Return bytes read and written, and those on a training node, in one line; embeddings have `dimension` values."""
@@ -316,27 +305,34 @@ def work(config: RunConfig, images: int, sample: Sample | None) -> str:
     )
 
 
-def costs(config: RunConfig, images: int, sample: Sample) -> Iterator[str]:
-    """Yield hours and dollars of encode on each kind of node in `prices`, and whether its CPUs or GPUs bound it."""
-    needs_gpus = bool(config.resources.gpus)
+def cost(config: RunConfig, images: int, sample: Sample | None) -> str:
+    """Return hours and dollars of encode on each kind of node in `prices`, and whether its CPUs or GPUs bound it."""
+    if not config.prices:
+        return "not known: give prices, such as prices: {g6.4xlarge: {dollars_per_hour: …, cpus: 16, gpus: 1}}"
+    if sample is None:
+        return "nothing is encoded"
+    count, needs_gpus, found = images or THOUSAND, bool(config.resources.gpus), list[str]()
     for name, node in config.prices.items():
-        hours, before, after = images * sample.decode_seconds / HOUR / node.cpus, "", ""
+        hours, before, after = count * sample.decode_seconds / HOUR / node.cpus, "", ""
         rate = node.images_per_second  # of one GPU, or one CPU
         if rate is None and needs_gpus == sample.on_gpu:
             rate = 1 / sample.encode_seconds
         if needs_gpus and not node.gpus:
             before = "decoding alone takes "
         elif rate is None:
-            yield f"{name}: not known, set prices.{name}.images_per_second: no GPU is here to see how fast one encodes"
+            unknown = f"set prices.{name}.images_per_second: no GPU is here to see how fast one encodes"
+            found.append(f"{name}: not known, {unknown}")
             continue
         elif not needs_gpus:
-            hours = images * (sample.decode_seconds + 1 / rate) / HOUR / node.cpus
+            hours = count * (sample.decode_seconds + 1 / rate) / HOUR / node.cpus
         else:
             # The node's own CPUs decode: the slower of the two bounds it.
-            encode = images / rate / HOUR / node.gpus
+            encode = count / rate / HOUR / node.gpus
             needed, there = sample.decode_seconds * rate, node.cpus / node.gpus
             bound = f"its GPUs bound it, {needed:.1f} of {there:.1f} CPUs a GPU are busy"
             if encode < hours:
                 bound = f"its CPUs bound it, {needed:.1f} a GPU are needed and {there:.1f} are there: add CPU nodes"
             hours, after = max(encode, hours), f", {encode * node.gpus:.2f} GPU hours; {bound}"
-        yield f"{name}: {before}{hours:.2f} node hours, ${hours * node.dollars_per_hour:,.2f}{after}"
+        found.append(f"{name}: {before}{hours:.2f} node hours, ${hours * node.dollars_per_hour:,.2f}{after}")
+    each = "" if images else ", each 1,000 images"
+    return f"encode{each} on " + "; on ".join(found)

@@ -197,7 +197,17 @@ class RunTables:
                 raise DataError(f"images: row {is_usable.argmin()} is zero or not finite, and belongs to no cluster")
         else:
             uris = [str(path) for path in images]
-            rows, reasons = self._encode(uris, dimension)
+            # Single images: the rows of those that can be read, and why each of the others cannot.
+            encoders, encoded = RunEncoders(with_run_engines(self.config)), [np.zeros((0, dimension), np.float32)]
+            for uri in uris:
+                try:
+                    pixels = encoders.decode(storage.read_bytes(uri))
+                except (Undecodable, DataError) as error:
+                    reasons.append(error.reason if isinstance(error, Undecodable) else "missing")
+                else:
+                    encoded.append(encoders.encode([kind[None] for kind in pixels]))
+                    reasons.append(None)
+            rows = np.concatenate(encoded)
         method = load_method(self._run.uri, content_digest(train))
         features = method_inputs(method, transform_of(encode, self.config.features), rows)
         stage = import_module("rayclust.stages.assign")
@@ -213,20 +223,6 @@ class RunTables:
             found = {name: [None if at is None else values[at] for at in places] for name, values in found.items()}
             found = {"key": [Path(uri).name for uri in uris], "uri": uris, **found, "reason": reasons}
         return pa.table(found).to_pandas()
-
-    def _encode(self, uris: Sequence[str], width: int) -> tuple[NDArray[np.float32], list[str | None]]:
-        """Encode single images: rows Float32[B D] of those that can be read, and why each of the others cannot."""
-        encoders = RunEncoders(with_run_engines(self.config))
-        rows, reasons = list[NDArray[np.float32]](), list[str | None]()
-        for uri in uris:
-            try:
-                pixels = encoders.decode(storage.read_bytes(uri))
-            except (Undecodable, DataError) as error:
-                reasons.append(error.reason if isinstance(error, Undecodable) else "missing")
-            else:
-                rows.append(encoders.encode([kind[None] for kind in pixels]))
-                reasons.append(None)
-        return np.concatenate([np.zeros((0, width), np.float32), *rows]), reasons
 
     def iter(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the parts of a table (embeddings, rejects, neighbors or assignments) in order, all columns or some.

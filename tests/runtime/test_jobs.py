@@ -537,10 +537,16 @@ def test_a_token_that_is_asked_for_and_missing_is_said_before_anything_is_sent(
 def test_a_token_over_an_open_line_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: Any):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", OPEN_TOKEN)
-    module.auth_headers("https://head")
-    module.auth_headers("http://127.0.0.1:1")
+    monkeypatch.setattr(module, "unreachable", lambda host, port: OSError("nobody"))
+
+    def asked(address: str) -> None:
+        with pytest.raises(ConfigError, match="nobody answers there"):
+            JobServer(address)
+
+    asked("https://head")
+    asked("http://127.0.0.1:1")
     assert caplog.text == ""
-    module.auth_headers("http://head:8265")
+    asked("http://head:8265")
     assert "travels unencrypted" in caplog.text
     assert OPEN_TOKEN not in caplog.text
 

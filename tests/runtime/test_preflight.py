@@ -11,7 +11,7 @@ import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.runtime import preflight
-from rayclust.runtime.preflight import Sample, check, costs, traffic, work
+from rayclust.runtime.preflight import Sample, check, cost, traffic, work
 from rayclust.store import storage
 from tests.stages.runs import picture, tree, write_folder, write_tars
 from tests.store.inputs import s3_connection
@@ -211,14 +211,12 @@ def test_the_slower_of_cpus_and_gpus_bounds_a_node():
         "fast": {"dollars_per_hour": 8, "cpus": 16, "gpus": 4, "images_per_second": 8000},
         "plain": {"dollars_per_hour": 1, "cpus": 32},
     }
-    assert list(costs(priced(1, **prices), IMAGES, GPU)) == [
-        "wide: 1.00 node hours, $3.00, 1.00 GPU hours; its GPUs bound it, 2.0 of 16.0 CPUs a GPU are busy",
-        "narrow: 2.00 node hours, $4.00, 1.00 GPU hours; its CPUs bound it, 2.0 a GPU are needed and 1.0 are there: "
-        "add CPU nodes",
-        "fast: 0.12 node hours, $1.00, 0.25 GPU hours; its CPUs bound it, 8.0 a GPU are needed and 4.0 are there: "
-        "add CPU nodes",
-        "plain: decoding alone takes 0.06 node hours, $0.06",
-    ]
+    assert cost(priced(1, **prices), IMAGES, GPU) == (
+        "encode on wide: 1.00 node hours, $3.00, 1.00 GPU hours; its GPUs bound it, 2.0 of 16.0 CPUs a GPU are busy; "
+        "on narrow: 2.00 node hours, $4.00, 1.00 GPU hours; its CPUs bound it, 2.0 a GPU are needed and 1.0 are there: "
+        "add CPU nodes; on fast: 0.12 node hours, $1.00, 0.25 GPU hours; its CPUs bound it, 8.0 a GPU are needed and "
+        "4.0 are there: add CPU nodes; on plain: decoding alone takes 0.06 node hours, $0.06"
+    )
 
 
 def test_without_gpus_the_cpus_do_both():
@@ -226,16 +224,16 @@ def test_without_gpus_the_cpus_do_both():
         "plain": {"dollars_per_hour": 1.5, "cpus": 10},
         "known": {"dollars_per_hour": 1, "cpus": 10, "images_per_second": 1000},
     }
-    assert list(costs(priced(0, **prices), IMAGES, CPU)) == [
-        "plain: 2.00 node hours, $3.00",
-        "known: 0.40 node hours, $0.40",
-    ]
+    text = cost(priced(0, **prices), IMAGES, CPU)
+    assert text == "encode on plain: 2.00 node hours, $3.00; on known: 0.40 node hours, $0.40"
+    assert cost(priced(0, **prices), 0, CPU).startswith("encode, each 1,000 images on plain: ")
+    assert cost(priced(0, **prices), IMAGES, None) == "nothing is encoded"
 
 
 def test_a_gpu_that_is_not_here_is_not_guessed():
     prices = {"far": {"dollars_per_hour": 1, "cpus": 16, "gpus": 1}}
-    [line] = costs(priced(1, **prices), IMAGES, CPU)
-    assert line.startswith("far: not known, set prices.far.images_per_second")
+    line = cost(priced(1, **prices), IMAGES, CPU)
+    assert line.startswith("encode on far: not known, set prices.far.images_per_second")
     assert "$" not in line
 
 
