@@ -50,7 +50,7 @@ NAMED = 40
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 20.0, 14.0, 40.0
 
 
-@styled
+@styled()
 def size_histogram(sizes: Sequence[int], names: Sequence[str] | None = None) -> Markup:
     """Draw the sizes of the clusters: one named bar each, largest first, or counts per range of sizes for many.
 
@@ -90,7 +90,7 @@ def size_histogram(sizes: Sequence[int], names: Sequence[str] | None = None) -> 
     return write(figure, "Images per cluster")
 
 
-@styled
+@styled()
 def confidence_histogram(counts: Sequence[int]) -> Markup:
     """Draw how many images lie in each equal bin of the assignments' confidence over [0, 1]."""
     bins = max(1, len(counts))
@@ -100,7 +100,7 @@ def confidence_histogram(counts: Sequence[int]) -> Markup:
     return _columns(counts, labels, marks, **words)
 
 
-@styled
+@styled()
 def curve(
     series: Mapping[str, Sequence[float]], title: str, x_label: str = "epoch", *, start: float = 1, step: float = 1
 ) -> Markup:
@@ -138,7 +138,7 @@ def curve(
     return write(figure, title)
 
 
-@styled
+@styled()
 def contingency(counts: IntArray, classes: Sequence[str], clusters: Sequence[str]) -> Markup:
     """Draw the share of each true class that each cluster holds, clusters ordered so that a good match is a diagonal.
 
@@ -191,7 +191,7 @@ class Group:
     hue: int = 0
 
 
-@styled
+@styled()
 def heatmap(panels: Mapping[str, FloatArray], groups: Sequence[Group], *, ceiling: float, title: str) -> Markup:
     """Draw matrices over the same rows below each other, with the groups' names at the left and one scale below.
 
@@ -240,7 +240,7 @@ def heatmap(panels: Mapping[str, FloatArray], groups: Sequence[Group], *, ceilin
     return write(figure, title)
 
 
-@styled
+@styled()
 def scatter(points: FloatArray, clusters: IntArray, names: Mapping[int, str], *, title: str) -> Markup:
     """Draw a map of rows: dots in the colours of their clusters, names at the centres.
 
@@ -322,7 +322,7 @@ class Spectrum:
     is_dashed: bool = False
 
 
-@styled
+@styled()
 def spectra(series: Sequence[Spectrum], title: str) -> Markup:
     """Draw singular values over their logarithmic places: of all rows above, cluster by cluster below."""
     from matplotlib.ticker import LogLocator
@@ -371,7 +371,7 @@ class Criterion:
     """Where the curve bends, marked beside the best."""
 
 
-@styled
+@styled()
 def criteria(found: Sequence[Criterion], chosen: int | None, title: str) -> Markup:
     """Draw the criteria in a grid over one axis, the number of clusters; a line marks the one that was chosen."""
     columns, width, height, row, column = 2, 150.0, 104.0, 172.0, WIDTH / 2
@@ -427,7 +427,7 @@ class Flow:
     """Where a click leads; empty makes it no link."""
 
 
-@styled
+@styled()
 def sankey(flows: Sequence[Flow], sources: Sequence[str], targets: Sequence[str], title: str) -> Markup:
     """Draw how groups at the left divide among groups at the right: bands as thick as their counts.
 

@@ -13,9 +13,9 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -74,23 +74,18 @@ _SETTINGS: dict[str, Any] = {
     "lines.solid_capstyle": "round",
 }
 _DRAWING = threading.Lock()  # matplotlib's settings are global while a chart is drawn
-_P = ParamSpec("_P")
 
 
-def styled(draw: Callable[_P, Markup]) -> Callable[_P, Markup]:
-    """Run a chart function under matplotlib's defaults and our settings, and restore those of the process."""
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw under matplotlib's defaults and our settings, and restore those of the process; decorates charts."""
+    import matplotlib as mpl
 
-    @wraps(draw)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Markup:
-        import matplotlib as mpl
-
-        with _DRAWING, mpl.rc_context(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font lacks: the reader's browser has them
-            mpl.rcdefaults()
-            mpl.rcParams.update(_SETTINGS)
-            return draw(*args, **kwargs)
-
-    return wrapped
+    with _DRAWING, mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks: the reader's browser has them
+        mpl.rcdefaults()
+        mpl.rcParams.update(_SETTINGS)
+        yield
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
+from itertools import chain
 from typing import Any
 from urllib.parse import quote
 
@@ -283,7 +284,9 @@ def _table(explorer: Explorer, body: bytes) -> Response:
         raise ConfigError("clusters and rows must be lists of numbers")
     name = quote(f"{'-'.join(map(str, clusters[:5])) or 'images'}.csv")
     headers = {"content-disposition": f'attachment; filename="{name}"'}
-    return StreamingResponse(explorer.table(clusters, rows), media_type="text/csv; charset=utf-8", headers=headers)
+    lines = explorer.table(clusters, rows)
+    first = next(lines)  # raises what is refused, before the answer begins
+    return StreamingResponse(chain([first], lines), media_type="text/csv; charset=utf-8", headers=headers)
 
 
 def _select(explorer: Explorer, name: str, body: bytes) -> dict[str, int]:

@@ -312,21 +312,21 @@ class Explorer:
         return self._reload()
 
     def table(self, clusters: Sequence[int], rows: Sequence[int]) -> Iterator[str]:
-        """Yield CSV of all images of some clusters and of some rows besides, a line per image."""
+        """Yield CSV of all images of some clusters and of some rows besides, a line per image.
+
+        Raises:
+            ConfigError: at its first line, if there is no such cluster or row.
+        """
         self._check(rows)
         groups = [self.members(number) for number in clusters] + [np.array(rows, np.int64)]
         names = ("row", "key", "uri", "label", "cluster", "name", "confidence")
-
-        def lines() -> Iterator[str]:
-            yield ",".join(names) + "\r\n"
-            for group in groups:
-                for start in range(0, len(group), CSV_ROWS):
-                    buffer = io.StringIO()
-                    writer = csv.DictWriter(buffer, names)
-                    writer.writerows(self.records(group[start : start + CSV_ROWS]))
-                    yield buffer.getvalue()
-
-        return lines()
+        yield ",".join(names) + "\r\n"
+        for group in groups:
+            for start in range(0, len(group), CSV_ROWS):
+                buffer = io.StringIO()
+                writer = csv.DictWriter(buffer, names)
+                writer.writerows(self.records(group[start : start + CSV_ROWS]))
+                yield buffer.getvalue()
 
     def compare(self) -> dict[str, Any]:
         """Return how far the run agrees with the other one, see `Comparison.facts`; raise `ConfigError` without one."""
