@@ -27,7 +27,7 @@ from rayclust.errors import ShapeError
 from rayclust.search.knn import top_k
 
 MEASURED_ROWS, MOST_ROWS, ROWS_PER_CLUSTER = 4096, 65_536, 8
-"""Rows of the sample: 8 per cluster, at least 4,096 and at most 65,536; 4,096 at most are measured."""
+"""Rows that `calibrate` needs to see: 8 per cluster, at least 4,096 and at most 65,536; 4,096 at most are measured."""
 MOST_CLUSTERS = 64
 """Of more clusters, one and those nearest to it are measured."""
 NEAREST, MIN_GRAPH_NEIGHBORS = 10, 5
@@ -89,11 +89,6 @@ class Evidence:
     def level(self) -> float:
         """Return the share of rows that is expected to be right."""
         return float(1 / (1 + np.exp(-(INTERCEPT + self.inputs() @ [SUPPORT, CROWDING]))))
-
-
-def sample_size(count: int, clusters: int) -> int:
-    """Return how many of N rows `calibrate` needs to see for K clusters."""
-    return min(count, MOST_ROWS, max(MEASURED_ROWS, ROWS_PER_CLUSTER * clusters))
 
 
 def calibrate(x: Tensor, clusters: Tensor, probability: Tensor, count: int, seed: int = 0) -> Calibration:

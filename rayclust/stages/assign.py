@@ -16,7 +16,7 @@ from rayclust.errors import ConfigError
 from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Method, Prototypes
 from rayclust.methods.settings import EMBEDDINGS
-from rayclust.metrics.calibration import Calibration, calibrate, sample_size
+from rayclust.metrics.calibration import MEASURED_ROWS, MOST_ROWS, ROWS_PER_CLUSTER, Calibration, calibrate
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
 from rayclust.runtime.models import load_method, method_inputs, transform_rows
@@ -88,7 +88,8 @@ def calibrated(run: Run, starts: list[int], transform: SpaceTransforms, model: s
     method, rng = load_method(run.uri, model), np.random.default_rng(0)
     clusters, spans = method.config.clusters, [np.arange(*span) for span in pairwise(starts) if span[1] > span[0]]
     rows = np.concatenate([spans[i] for i in rng.permutation(len(spans))[:CALIBRATION_PARTS]])
-    rows = np.sort(rng.permutation(rows)[: sample_size(len(rows), clusters)])
+    count = min(len(rows), MOST_ROWS, max(MEASURED_ROWS, ROWS_PER_CLUSTER * clusters))
+    rows = np.sort(rng.permutation(rows)[:count])
     embeddings = np.concatenate([part_embeddings(run, part)[local] for part, local in rows_by_part(starts, rows)])
     embeddings = embeddings[rng.permutation(len(rows))]
     blocks = np.array_split(embeddings, -(-len(embeddings) // 4096))

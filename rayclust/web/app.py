@@ -99,13 +99,20 @@ def serve(
         DataError: the port is taken, or the host is not this machine.
         ArtefactError: the run has no labelled clusters, and nobody works on it.
     """
-    opening, token = Opening(config, against), None if is_loopback(host) else secrets.token_urlsafe(24)
+    # 1. A host that other machines reach needs a token.
+    try:
+        is_alone = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_alone = host.lower() == "localhost"
+    opening, token = Opening(config, against), None if is_alone else secrets.token_urlsafe(24)
+    # 2. A run without clusters is shown while somebody works on it.
     try:
         opening.explorer()
     except ArtefactError:
         holder = lock_owner(Run(config.run))
         if holder is None or holder.has_ended():
             raise
+    # 3. The server.
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
@@ -116,14 +123,6 @@ def serve(
     show(f"http://{shown}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else ""))
     application = create_app(opening, hosts=known, token=token)
     uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False)).run(sockets=[listener])
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches a host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def create_app(opening: Opening, *, hosts: set[str], token: str | None) -> ASGIApp:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rayclust.errors import ShapeError
 from rayclust.metrics import calibration
-from rayclust.metrics.calibration import Calibration, Evidence, calibrate, crowding, measure, rising_map, sample_size
+from rayclust.metrics.calibration import Calibration, Evidence, calibrate, crowding, measure, rising_map
 
 
 def planted(count: int, groups: int, spread: float, width: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -141,12 +141,6 @@ def test_of_many_clusters_some_that_lie_together_are_measured(monkeypatch: pytes
     # Rows beyond a number are left out.
     monkeypatch.setattr(calibration, "MEASURED_ROWS", 500)
     assert measure(x, labels % 10, 10) == measure(x[:500], labels[:500] % 10, 10)
-
-
-def test_size_of_the_sample():
-    assert [sample_size(*pair) for pair in ((300, 10), (10**6, 10), (10**6, 5000), (10**9, 10**6))] == [
-        300, 4096, 40_000, 65_536,
-    ]  # fmt: skip
 
 
 def test_a_single_row_or_other_lengths_are_refused():

@@ -14,7 +14,8 @@ from rayclust.errors import ConfigError
 from rayclust.methods import build
 from rayclust.methods.kmeans import KMeans
 from rayclust.methods.settings import KMeansConfig
-from rayclust.runtime.pipeline import run_all, run_stage
+from rayclust.runtime.pipeline import content_digest, run_all, run_stage
+from rayclust.runtime.rows import row_starts, transform_of
 from rayclust.stages import assign as stage
 from rayclust.stages.assign import assign
 from rayclust.store.manifest import AssignOutputs
@@ -60,6 +61,19 @@ def test_every_part_keeps_its_rows_and_keys_and_the_sizes_add_up(pictures_run: S
     calibration = manifest.outputs_of(AssignOutputs).calibration
     assert calibration is not None
     assert len(calibration["probabilities"]) == len(calibration["shares"])
+
+
+def test_as_many_rows_are_calibrated_on_as_clusters_need(pictures_run: Sealed, monkeypatch: pytest.MonkeyPatch):
+    seen, config, encode = [], pictures_run.config, pictures_run.manifest("encode")
+    monkeypatch.setattr(stage, "calibrate", lambda x, labels, probability, clusters: seen.append((len(x), clusters)))
+    assert (stage.MEASURED_ROWS, stage.MOST_ROWS, stage.ROWS_PER_CLUSTER) == (4096, 65_536, 8)
+    for least, most, each in ((4096, 65_536, 8), (10, 65_536, 2), (10, 65_536, 4), (10, 11, 4)):
+        monkeypatch.setattr(stage, "MEASURED_ROWS", least)
+        monkeypatch.setattr(stage, "MOST_ROWS", most)
+        monkeypatch.setattr(stage, "ROWS_PER_CLUSTER", each)
+        transform, model = transform_of(encode, config.features), content_digest(pictures_run.manifest("train"))
+        stage.calibrated(pictures_run.run, row_starts(encode), transform, model)
+    assert seen == [(24, 3), (10, 3), (12, 3), (11, 3)]
 
 
 def _fine(sealed: Sealed, folder: Path, levels: tuple[int, ...]) -> Sealed:

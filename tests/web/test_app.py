@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from rayclust.store.overlay import Merge, Split
 from rayclust.store.run import Run
 from rayclust.store.sources import fetch_many
 from rayclust.web import app as web
-from rayclust.web.app import Opening, create_app, is_loopback
+from rayclust.web.app import Opening, create_app, serve
 from rayclust.web.comparison import DRAWN, _Flows
 from rayclust.web.explorer import Explorer
 from tests.sealed import Sealed
@@ -251,8 +252,17 @@ def test_from_elsewhere_a_token_is_needed(config: RunConfig):
         assert (answer.status_code, answer.headers["location"]) == (303, "/")
         assert {"HttpOnly", "SameSite=strict"} <= set(answer.headers["set-cookie"].split("; "))
         assert page.get("/api/run").status_code == 200, "with the cookie"
-    hosts = ("127.0.0.1", "::1", "localhost", "192.168.0.7", "box")
-    assert [is_loopback(host) for host in hosts] == [True, True, True, False, False]
+
+
+def test_the_address_has_a_token_where_other_machines_reach_it(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    listener = SimpleNamespace(getsockname=lambda: ("", 8008))
+    monkeypatch.setattr(web.socket, "create_server", lambda *address, **_: listener)
+    monkeypatch.setattr(web.uvicorn, "Server", lambda _: SimpleNamespace(run=lambda **_: None))
+    shown = list[str]()
+    for host in ("127.0.0.1", "::1", "localhost", "192.168.0.7", "box"):
+        serve(config, host=host, port=0, show=shown.append)
+    assert shown[:3] == ["http://127.0.0.1:8008/", "http://[::1]:8008/", "http://localhost:8008/"]
+    assert all(re.fullmatch(r"http://(192\.168\.0\.7|box):8008/\?token=[\w-]{32}", address) for address in shown[3:])
 
 
 def test_nothing_but_the_pages_own_files_is_served(page: TestClient):
