@@ -35,6 +35,8 @@ from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from rayclust.clustering import kmeans
+from rayclust.clustering.settings import KMeansOptions
 from rayclust.methods import build
 from rayclust.methods.base import Batch
 from rayclust.methods.pixels.augment import SIMCLR, draw, random_view
@@ -137,6 +139,7 @@ def propos_epochs(backbone: str, rows: int, batch: int, rounds: int, device: str
     print(f"ProPos, {backbone}, {rows} images of {SIDE} pixels, batch {batch}, {device}; images/s")
     print(f"E-steps of {e_step_rows}")
     print("  epoch     steps    E-step  as trained   k-means   E-step's share     loss   NMI", flush=True)
+    options = KMeansOptions(clusters=method.config.clusters)
     for epoch in range(rounds + 1):
         training, loss = our_epoch(stepper, x, epoch)
         whole = seconds_of(method.e_step)
@@ -147,7 +150,7 @@ def propos_epochs(backbone: str, rows: int, batch: int, rounds: int, device: str
             float(z[0, 0])
         plain = now() - started
         method.train()
-        cut = seconds_of(lambda z=z: method._cut(z, goes_on=True).tolist())
+        cut = seconds_of(lambda z=z: kmeans.fit(lambda: [z], options, init=method.centers).inertia)
         shares.append(whole / training)
         rates = "".join(f"{rows / seconds:10.0f}" for seconds in (training, whole, plain, cut))
         agreement = nmi(labels.numpy(), method.labels.cpu().numpy())

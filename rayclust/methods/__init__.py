@@ -144,6 +144,16 @@ def build_for(rows: Rows, config: BaseMethodConfig, seed: int) -> Method:
 
 
 def load(state: MethodState) -> Method:
-    """Build a fitted method from its state."""
-    method: Method = find(state.settings["config"]["name"]).from_state(state)
-    return method
+    """Build a fitted method from its state.
+
+    Raises:
+        KeyError: settings are missing.
+        ValueError: settings are not valid.
+    """
+    settings = state.settings
+    kind = find(settings["config"]["name"])
+    method: Method = kind(
+        kind.config_type.model_validate(settings["config"]), settings["dimension"], settings["count"], seed=0
+    )
+    method.load_tensors(dict(state.tensors))
+    return method.eval()

@@ -24,9 +24,9 @@ from rayclust.clustering.candidates import (
     make_candidates,
 )
 from rayclust.clustering.consensus import match_confidence
-from rayclust.methods.base import BaseTrainer, Method, Pairing, Rows
+from rayclust.methods.base import BaseTrainer, Method, Rows
 from rayclust.methods.cpp import SPACE_ROWS, Cpp, CppConfig
-from rayclust.methods.graph import ComponentRows, sample_with_neighbors
+from rayclust.methods.graph import DerivedRows, sample_with_neighbors
 from rayclust.methods.linear import LinearMethod
 from rayclust.methods.settings import AutoConfig
 from rayclust.methods.temi_settings import TemiConfig
@@ -71,7 +71,7 @@ class _Trainings:
 
     def _fitted(self, method: M, basis: Tensor) -> M:
         with torch.enable_grad():
-            method.fit(ComponentRows(self.rows, basis), self.trainer.without_checkpoints())
+            method.fit(DerivedRows(self.rows, basis), self.trainer.without_checkpoints())
         return method
 
 
@@ -99,10 +99,6 @@ class Auto(LinearMethod):
     """Of the fit, the floor first; their labels are those of the sample."""
     report: list[dict[str, Any]]
     """Of the fit, for each candidate: `candidate`, its name; `chosen`, 0 or 1; its evidence, or why there is none."""
-
-    def __init__(self, config: AutoConfig, dimension: int, count: int, seed: int) -> None:
-        super().__init__(config, dimension, count, seed)
-        self.pairing = Pairing(columns=config.neighbors)
 
     def refusals(self) -> dict[str, str]:
         """Return the candidates that are not trained, each with the reason."""

@@ -305,6 +305,9 @@ class Method(nn.Module):
     config_type: ClassVar[type[BaseMethodConfig]]
     """Class of its config."""
 
+    kept: ClassVar[tuple[str, ...]] = ("",)
+    """Prefixes of the tensors of its `state_dict` that a fitted method holds; by default all."""
+
     config: BaseMethodConfig
     plan: Plan
     """Set by methods that are trained by gradient."""
@@ -370,9 +373,9 @@ class Method(nn.Module):
             metrics: means of `training_step`'s entries over all rows and workers; of all heads, for `HeadParallel`.
 
         Returns:
-            More for the epoch's row of metrics: numbers or lists of numbers.
+            More for the epoch's row of metrics: numbers or lists of numbers; by default all but the loss.
         """
-        return {}
+        return {name: value.tolist() for name, value in metrics.items() if name != "loss"}
 
     def predict_proba(self, x: Any) -> Tensor:
         """Return probabilities of the clusters, Float[B K]; rows sum to 1.
@@ -402,28 +405,13 @@ class Method(nn.Module):
 
     def state(self) -> MethodState:
         """Return the fitted method as data."""
-        return MethodState(self._settings(), {n: x.detach().cpu().clone() for n, x in self.state_dict().items()})
+        config = self.config.model_dump(mode="json")
+        tensors = {n: x.detach().cpu().clone() for n, x in self.state_dict().items() if n.startswith(self.kept)}
+        return MethodState({"config": config, "dimension": self.dimension, "count": self.count}, tensors)
 
-    @classmethod
-    def from_state(cls, state: MethodState) -> Self:
-        """Build a fitted method from what `state` gave.
-
-        Raises:
-            KeyError: settings are missing.
-            ValueError: settings are not valid.
-        """
-        settings = state.settings
-        config = cls.config_type.model_validate(settings["config"])
-        method = cls(config, settings["dimension"], settings["count"], seed=0)
-        method._load_tensors(dict(state.tensors))
-        return method.eval()
-
-    def _settings(self) -> dict[str, Any]:
-        return {"config": self.config.model_dump(mode="json"), "dimension": self.dimension, "count": self.count}
-
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Load the tensors of a state."""
-        self.load_state_dict(tensors)
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Load the tensors of a state, which may be taken out of the dict."""
+        self.load_state_dict(tensors, strict=self.kept == Method.kept)
 
 
 @runtime_checkable
@@ -473,8 +461,8 @@ class ManyHeads(Protocol):
 class RowTable(Protocol):
     """A method that knows more of the rows that it was fitted to than their clusters, until it is stored."""
 
-    def row_table(self) -> dict[str, Tensor]:
-        """Return columns [N], in the order of the fitted rows."""
+    row_table: dict[str, Tensor]
+    """Columns [N], in the order of the fitted rows; set by a fit."""
 
 
 @runtime_checkable

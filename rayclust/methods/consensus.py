@@ -49,7 +49,7 @@ from rayclust.clustering.consensus import (
 )
 from rayclust.clustering.settings import KMeansOptions
 from rayclust.methods.base import BaseTrainer, Batch, Method, Pairing, Rows
-from rayclust.methods.graph import RowsOnGraph
+from rayclust.methods.graph import DerivedRows
 from rayclust.methods.layers import ema_update
 from rayclust.methods.linear import LinearMethod
 from rayclust.methods.settings import ConsensusConfig, Plan, TrainedConfig
@@ -112,7 +112,8 @@ class VoteHead(Method):
     def __init__(self, config: VoteHeadConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
         self.plan, self.pairing = Plan.of(config, count), Pairing(columns=config.columns)
-        self.student = _head(config.clusters, dimension, seed)
+        shape = HeadShape(heads=1, dimension=dimension, clusters=config.clusters)
+        self.student = Heads(shape, seed, "fp32")
         self.average = copy.deepcopy(self.student).requires_grad_(False)
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -183,12 +184,16 @@ class Consensus(LinearMethod):
     report: list[dict[str, Any]]
     """Of the fit, a row for each member, one for the vote and one for the classifier: `candidate`, its name; `chosen`,
     0 or 1; `note`; and the evidence."""
+    row_table: dict[str, Tensor]
+    """What members say of each fitted row: the vote's cluster, its share of the voters and how far it is before the
+    next; voters for it and against it; and of how many of its neighbours most voters say that they are in its
+    cluster."""
     head: Heads | None
     """Where its scores are the result; the linear classifier is not used then."""
 
     def __init__(self, config: ConsensusConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
-        self.pairing, self.head = Pairing(columns=config.neighbors), None
+        self.head = None
 
     @torch.no_grad()
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
@@ -225,7 +230,7 @@ class Consensus(LinearMethod):
         voters = [members[h] for h in found.voters]
         shared, opinions = shared_neighbors(voters, neighbors).sum(1), torch.stack([one >= 0 for one in voters]).sum(0)
         votes_for = found.vote.confidence * len(voters)
-        self._row_table = {
+        self.row_table = {
             "vote": found.vote.labels.int(),
             "confidence": found.vote.confidence,
             "margin": found.vote.margin,
@@ -274,8 +279,11 @@ class Consensus(LinearMethod):
         # 2. The head, where it is asked for or where members are not linear.
         if kind == "head" or (kind == "auto" and (refused or loss > MAX_LOSS)):
             voters = [hard_labels(members[h]) for h in found.voters] if target.is_vote else [target.labels]
-            near = _kept_first(target.neighbors, shared_neighbors(voters, target.neighbors))
-            self.head = self._train_head(RowsOnGraph(rows, near), target, _votes_of(members, found, target), trainer)
+            # Beside a row stand those of its neighbours that most voters say are in its cluster, in their order.
+            shared = shared_neighbors(voters, target.neighbors)
+            order = shared.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+            near = target.neighbors.masked_fill(~shared, -1).gather(1, order)
+            self.head = self._train_head(DerivedRows(rows, neighbors=near), target, found, members, trainer)
             by_head = self._labels(x)
             head_loss = target.loss(by_head, K)
             if no := broken_guard(target.labels, by_head, K):
@@ -298,15 +306,38 @@ class Consensus(LinearMethod):
         logger.warning("consensus: the classifier %s; a member's own clusters may be better", note)
         return trained, how, note
 
-    def _train_head(self, rows: Rows, target: Target, votes: SoftLabels, trainer: BaseTrainer) -> Heads:
-        """Train a head on votes, and return its moving average, the same on all workers.
+    def _train_head(
+        self,
+        rows: Rows,
+        target: Target,
+        found: ConsensusResult,
+        members: Sequence[Tensor | SoftLabels],
+        trainer: BaseTrainer,
+    ) -> Heads:
+        """Train a head on the votes of the voters, or on the labels of the best member; return its moving average.
 
         Args:
             rows: all workers', with the neighbours that stand beside them.
             target: the clusters at which it starts.
-            votes: of each row.
+            found: who votes, and the names of their clusters.
+            members: all of them.
             trainer: runs the steps.
+
+        Returns:
+            The same head on all workers.
         """
+        # 1. What it learns, of each row: labels and their shares.
+        if target.is_vote:
+            renamed, shares = list[Tensor](), list[Tensor]()
+            for h, name in zip(found.voters, found.vote.names, strict=True):
+                member = members[h]
+                clusters = member.clusters if isinstance(member, SoftLabels) else member[:, None]
+                renamed.append(torch.from_numpy(name)[clusters.clamp(min=0)].masked_fill(clusters < 0, -1))
+                shares.append(member.shares if isinstance(member, SoftLabels) else torch.ones(clusters.shape))
+            votes = SoftLabels(torch.cat(renamed, dim=1), torch.cat(shares, dim=1))
+        else:
+            votes = SoftLabels(target.labels[:, None], torch.ones(len(target.labels), 1))
+        # 2. Its training, from the target's clusters.
         batch = min(HEAD_BATCH, rows.count)
         config = VoteHeadConfig(
             clusters=self.config.clusters,
@@ -317,17 +348,12 @@ class Consensus(LinearMethod):
             warmup_steps=0,
             columns=target.neighbors.shape[1],
         )
-        method = VoteHead(config, self.dimension, rows.count, self.seed)
-        method.votes = votes
-
-        @torch.no_grad()
-        def start() -> None:
-            like = method.student.direction
-            solve_last_hidden(method.student, rows.tensor().to(like), target.labels[None].to(like.device))
-            method.average.load_state_dict(method.student.state_dict())
-
+        method = VoteHead(config, self.dimension, rows.count, self.seed).to(trainer.device)
+        method.votes, like = votes, method.student.direction
+        solve_last_hidden(method.student, rows.tensor().to(like), target.labels[None].to(like.device))
+        method.average.load_state_dict(method.student.state_dict())
         with torch.enable_grad():
-            trainer.without_checkpoints().fit(method, rows, start)
+            trainer.without_checkpoints().fit(method, rows)
         for parameter in method.average.parameters():
             parameter.copy_(distributed.data_group().broadcast(parameter))  # rounding may differ between processors
         return method.average
@@ -336,22 +362,16 @@ class Consensus(LinearMethod):
         """Return the scores of the head where one was trained, else of the linear classifier."""
         return super().scores(x) if self.head is None else self.head(x.to(self.weight))[0]
 
-    def row_table(self) -> dict[str, Tensor]:
-        """Return what members say of each fitted row.
-
-        The vote's cluster, its share of the voters and how far it is before the next; voters for it and against it; and
-        of how many of its neighbours most voters say that they are in its cluster.
-        """
-        return self._row_table
-
     def _labels(self, x: Tensor) -> Tensor:
         """Return the clusters of all rows, Int64[N], on the CPU."""
         return torch.cat([self.scores(part).argmax(1).cpu() for part in torch.split(x, BLOCK)])
 
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Load the classifier, and the head if there is one."""
         if "head.direction" in tensors:
-            self.head = _head(self.config.clusters, self.dimension, self.seed).requires_grad_(False)
-        super()._load_tensors(tensors)
+            shape = HeadShape(heads=1, dimension=self.dimension, clusters=self.config.clusters)
+            self.head = Heads(shape, self.seed, "fp32").requires_grad_(False)
+        super().load_tensors(tensors)
 
     def _report(
         self, found: ConsensusResult, names: Sequence[str], evidence_of: dict[str, MemberEvidence], refused: str
@@ -432,33 +452,3 @@ def _means(x: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, float]:
     sizes = torch.bincount(labels, minlength=clusters).to(x.device)
     length = squares / len(x) - float((sums.sum(0) / len(x)).square().sum())
     return (sums / sizes.clamp(min=1)[:, None]).to(x.dtype), max(length, 0.0)
-
-
-def _head(clusters: int, dimension: int, seed: int) -> Heads:
-    """Return a head of the published size."""
-    return Heads(HeadShape(heads=1, dimension=dimension, clusters=clusters), seed, "fp32")
-
-
-def _kept_first(neighbors: Tensor, kept: Tensor) -> Tensor:
-    """Return the kept neighbours of each row in their order, −1 behind the last one: Int64[N M] for Bool[N M]."""
-    order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    return neighbors.masked_fill(~kept, -1).gather(1, order)
-
-
-def _votes_of(members: Sequence[Tensor | SoftLabels], found: ConsensusResult, target: Target) -> SoftLabels:
-    """Return what a head learns: of the vote its voters' shares, of the best member its labels; of all rows.
-
-    Args:
-        members: all of them.
-        found: who votes, and the names of their clusters.
-        target: the partition.
-    """
-    if not target.is_vote:
-        return SoftLabels(target.labels[:, None], torch.ones(len(target.labels), 1))
-    renamed, shares = list[Tensor](), list[Tensor]()
-    for h, name in zip(found.voters, found.vote.names, strict=True):
-        member = members[h]
-        clusters = member.clusters if isinstance(member, SoftLabels) else member[:, None]
-        renamed.append(torch.from_numpy(name)[clusters.clamp(min=0)].masked_fill(clusters < 0, -1))
-        shares.append(member.shares if isinstance(member, SoftLabels) else torch.ones(clusters.shape))
-    return SoftLabels(torch.cat(renamed, dim=1), torch.cat(shares, dim=1))

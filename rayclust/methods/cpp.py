@@ -22,7 +22,7 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import row_stats, spectral
 from rayclust.clustering.candidates import Bounds, choose, evidence, is_supported, make_candidates
 from rayclust.clustering.consensus import match_confidence
-from rayclust.clustering.row_stats import Blocks, even_sample, gather_rows
+from rayclust.clustering.row_stats import even_sample, gather_rows
 from rayclust.clustering.spectral import Spectral
 from rayclust.kernels.screening import accum_dtype
 from rayclust.losses.coding_rate import CompressionOptions, coding_rate, compression_rate, membership_energy
@@ -93,14 +93,15 @@ class CppNetwork(nn.Module):
         Returns:
             Unit rows Float[B d] each, in float32 or wider.
         """
-        x = self._affine(self.first, x, training)
+        x = self.affine(self.first, x, training)
         x = functional.relu(self.norm(x.to(accum_dtype(x.dtype))[None], training)[0])
-        x = functional.relu(self._affine(self.second, x, training))
-        heads = [self._affine(head, x, training) for head in (self.features, self.codes) if head is not None]
+        x = functional.relu(self.affine(self.second, x, training))
+        heads = [self.affine(head, x, training) for head in (self.features, self.codes) if head is not None]
         units = [functional.normalize(y.to(accum_dtype(y.dtype)), dim=1) for y in heads]
         return units[0], units[-1]
 
-    def _affine(self, layer: nn.Linear, x: Tensor, training: bool) -> Tensor:
+    def affine(self, layer: nn.Linear, x: Tensor, training: bool) -> Tensor:
+        """Apply a layer to rows Float[B I], in training in the training's precision."""
         if not training:
             return functional.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
         dtype = torch.float16 if self.precision == "fp16" else matmul_dtype(self.precision, layer.weight)
@@ -157,25 +158,6 @@ class CppNetwork(nn.Module):
             self.features.bias[rank] = 1.0 / math.sqrt(self.clusters - 1)
         self.copy_features_to_codes()
 
-    @torch.no_grad()
-    def recompute_running_moments(self, blocks: Callable[[], Iterator[Tensor]]) -> None:
-        """Replace the running statistics by those of all workers' rows: after few steps they lag behind.
-
-        Args:
-            blocks: yields this worker's rows, Float[B D]s.
-        """
-        weight = self.first.weight
-        total = torch.zeros(3, self.norm.running_mean.shape[1], dtype=torch.float64, device=weight.device)
-        for block in blocks():
-            for part in torch.split(block.to(weight), 4096):
-                x = self._affine(self.first, part, False).double() - self.norm.running_mean[0]
-                total += torch.stack([x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))])
-        sums, squares, rows = distributed.all_reduce(total)
-        shift = sums / rows
-        variance = (squares / rows - shift.square()) * rows / (rows - 1).clamp(min=1)
-        self.norm.running_mean += shift.to(weight)
-        self.norm.running_var.copy_(variance[None])
-
 
 class Cpp(SpectralMethod):
     """CPP on rows of width `dimension`.
@@ -188,9 +170,10 @@ class Cpp(SpectralMethod):
     """
 
     config_type = CppConfig
+    kept = ("network.",)
     config: CppConfig
     progress: Tensor
-    kept: tuple[Tensor, Tensor] | None = None
+    start: tuple[Tensor, Tensor] | None = None
     """Float[D K] and Float[K] of the linear classifier that gives the clusters, where the start was kept."""
 
     def __init__(self, config: CppConfig, dimension: int, count: int, seed: int) -> None:
@@ -249,7 +232,7 @@ class Cpp(SpectralMethod):
         Returns:
             The epoch's mean "rate", "compressed" and "energy".
         """
-        terms = {name: float(metrics[name]) for name in ("rate", "compressed", "energy")}
+        terms = super().on_epoch_end(metrics)
         if self.config.patience is not None and terms["compressed"] > 0.0:
             total, steps, before = self.progress.tolist()
             total += float(metrics["loss"]) * self.plan.steps_per_epoch
@@ -261,43 +244,50 @@ class Cpp(SpectralMethod):
             self.progress.copy_(torch.tensor([total, steps, before], dtype=torch.float64))
         return terms
 
+    @torch.no_grad()
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Train the network and cut all rows' membership into clusters."""
-        clusters, principal = self.config.clusters, self.config.start == "principal"
-        start = (lambda: self.network.start_from_principal(self.inputs(rows))) if principal else None
-        trainer.fit(self, rows, start=start)
-        blocks = self.inputs(rows)
-        self.network.recompute_running_moments(blocks)
+        c, K = self.config, self.config.clusters
+        principal = (lambda: self.network.start_from_principal(self.inputs(rows))) if c.start == "principal" else None
+        with torch.enable_grad():
+            trainer.fit(self, rows, start=principal)
+        blocks, network = self.inputs(rows), self.network
+        # 1. Running statistics over all workers' rows: after few steps they lag behind.
+        weight = network.first.weight
+        total = torch.zeros(3, network.norm.running_mean.shape[1], dtype=torch.float64, device=weight.device)
+        for block in blocks():
+            for part in torch.split(block.to(weight), 4096):
+                units = network.affine(network.first, part, False).double() - network.norm.running_mean[0]
+                total += torch.stack([units.sum(0), units.square().sum(0), torch.full_like(units[0], len(units))])
+        sums, squares, count = distributed.all_reduce(total)
+        shift = sums / count
+        variance = (squares / count - shift.square()) * count / (count - 1).clamp(min=1)
+        network.norm.running_mean += shift.to(weight)
+        network.norm.running_var.copy_(variance[None])
+        # 2. The membership of all rows, cut into clusters.
         fitted = spectral.partition(
-            lambda: (self._forward(block)[1] for block in blocks()),
-            clusters,
-            self.config.spectral_options(),
-            self.seed,
+            lambda: (self._forward(block)[1] for block in blocks()), K, c.spectral_options(), self.seed
         )
-        if self.config.final_start == "auto":
-            self._go_on_from_auto(fitted, blocks)
-        self.partition = fitted.cut(clusters)
-        logger.info("spectral clusters: %d of %d rows", clusters, self.count)
-
-    @torch.no_grad()
-    def _go_on_from_auto(self, fitted: Spectral, blocks: Blocks) -> None:
-        """Start the final k-means at `auto`'s partition; keep that one where the graph speaks against the result."""
-        K, stats = self.config.clusters, row_stats.compute(blocks, "euclidean")
-        x = gather_rows(stats, even_sample(stats.count, self.config.dense_rows, self.seed)).float()
-        neighbors = nearest_others(x, min(EVIDENCE_NEIGHBORS, len(x) - 1))
-        start = choose(make_candidates(x, neighbors, K, self.seed))
-        fitted.cut(K, start=start.labels)
-        if stats.count < SPACE_ROWS * K:
-            reason = f"{stats.count / K:.0f} rows a cluster are too few for"
-        else:
-            new, old = evidence(x, fitted.labels(K), neighbors, K), start.evidence
-            gain = sum(new[name] - old[name] for name in ("modularity", "neighbor_agreement"))
-            if is_supported(new, old, K, GUARD) and gain >= GAIN:
-                return
-            reason = "the neighbour graph speaks against"
-        logger.warning("cpp: %s the learnt clusters, those of %s are kept", reason, start.name)
-        sharpness = match_confidence(x @ start.weight + start.bias, start.evidence["neighbor_agreement"])
-        self.kept = start.weight / sharpness, start.bias / sharpness
+        # 3. From `auto`'s partition, which is kept where the graph speaks against the result.
+        if c.final_start == "auto":
+            stats = row_stats.compute(blocks, "euclidean")
+            x = gather_rows(stats, even_sample(stats.count, c.dense_rows, self.seed)).float()
+            neighbors = nearest_others(x, min(EVIDENCE_NEIGHBORS, len(x) - 1))
+            start, reason = choose(make_candidates(x, neighbors, K, self.seed)), ""
+            fitted.cut(K, start=start.labels)
+            if stats.count < SPACE_ROWS * K:
+                reason = f"{stats.count / K:.0f} rows a cluster are too few for"
+            else:
+                new, old = evidence(x, fitted.labels(K), neighbors, K), start.evidence
+                gain = sum(new[name] - old[name] for name in ("modularity", "neighbor_agreement"))
+                if not is_supported(new, old, K, GUARD) or gain < GAIN:
+                    reason = "the neighbour graph speaks against"
+            if reason:
+                logger.warning("cpp: %s the learnt clusters, those of %s are kept", reason, start.name)
+                sharpness = match_confidence(x @ start.weight + start.bias, start.evidence["neighbor_agreement"])
+                self.start = start.weight / sharpness, start.bias / sharpness
+        self.partition = fitted.cut(K)
+        logger.info("spectral clusters: %d of %d rows", K, self.count)
 
     def read(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """Return what the network reads of rows Float[B D]: the rows.
@@ -338,9 +328,9 @@ class Cpp(SpectralMethod):
 
     def predict_proba(self, x: Tensor) -> Tensor:
         """Return probabilities of the clusters: Float[B D] to Float[B K]; each row's depend on it alone."""
-        if self.kept is not None:
+        if self.start is not None:
             require_matrix(x, "x", self.dimension)
-            weight, bias = (part.to(self.device) for part in self.kept)
+            weight, bias = (part.to(self.device) for part in self.start)
             return (self.read(x).to(weight) @ weight + bias).softmax(dim=1)
         return self.fitted().assign(self._infer(x)[1], self.config.clusters)
 
@@ -352,7 +342,7 @@ class Cpp(SpectralMethod):
         """Return the same eigenvectors cut into another number of clusters, or from another seed; see `Recuttable`."""
         other = super().recut(clusters, seed)
         if clusters != self.config.clusters or seed not in (None, self.seed):
-            other.kept = None
+            other.start = None
         return other
 
     def prototypes(self) -> Tensor:
@@ -362,17 +352,19 @@ class Cpp(SpectralMethod):
 
     def state(self) -> MethodState:
         """Return network and spectral partition, and the start where that was kept."""
-        tensors = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+        fitted = super().state()
+        tensors = {name.removeprefix("network."): value for name, value in fitted.tensors.items()}
         tensors |= {SPECTRAL + name: value for name, value in self.fitted().tensors().items()}
         tensors["seed"] = torch.tensor(self.fitted().seed)
-        if self.kept is not None:
-            tensors |= {KEPT + name: x.cpu() for name, x in zip(("weight", "bias"), self.kept, strict=True)}
-        return MethodState(self._settings(), tensors)
+        if self.start is not None:
+            tensors |= {KEPT + name: x.cpu() for name, x in zip(("weight", "bias"), self.start, strict=True)}
+        return MethodState(fitted.settings, tensors)
 
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Load network, partition, and the start where that was kept."""
         self.seed = int(tensors.pop("seed"))
         partition = {n.removeprefix(SPECTRAL): value for n, value in tensors.items() if n.startswith(SPECTRAL)}
         weight, bias = tensors.pop(KEPT + "weight", None), tensors.pop(KEPT + "bias", None)
-        self.kept = None if weight is None or bias is None else (weight, bias)
+        self.start = None if weight is None or bias is None else (weight, bias)
         self.network.load_state_dict({n: value for n, value in tensors.items() if not n.startswith(SPECTRAL)})
         self.partition = Spectral.from_tensors(partition, self.config.spectral_options(), self.seed)

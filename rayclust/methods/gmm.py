@@ -61,14 +61,10 @@ class Gmm(Method):
             row = {"epoch": passes - 1, "step": passes, "loss": -mixture.log_likelihood}
             trainer.report(row | {"smallest_weight": float(mixture.weights.min()), "seconds": trainer.seconds()})
             if trainer.is_due(passes):
-                trainer.save(passes, self._parts(mixture))
+                trainer.save(passes, {name: getattr(mixture, name) for name, _ in self.named_buffers()})
         self.to(trainer.device)
-        for name, value in self._parts(mixture).items():
-            self.get_buffer(name).copy_(value)
-
-    @staticmethod
-    def _parts(mixture: gmm.Mixture) -> dict[str, Tensor]:
-        return {"weights": mixture.weights, "means": mixture.means, "variances": mixture.variances}
+        for name, buffer in self.named_buffers():
+            buffer.copy_(getattr(mixture, name))
 
     @torch.no_grad()
     def predict_proba(self, x: Tensor) -> Tensor:

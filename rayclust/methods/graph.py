@@ -1,6 +1,6 @@
-"""Rows as methods look at them before or instead of a training: a sample with its neighbours, components along axes.
+"""Rows as methods look at them before or instead of a training: a sample with its neighbours, other axes or neighbours.
 
-A file of its own, because TEMI and the default method share it.
+A file of its own, because TEMI, the default method and the consensus share it.
 """
 
 from __future__ import annotations
@@ -51,50 +51,23 @@ def sample_with_neighbors(rows: Rows, clusters: int, columns: int, seed: int, li
     return x, nearest_others(x, columns)
 
 
-class RowsOnGraph(Rows):
-    """Rows with other neighbours than the run's.
+class DerivedRows(Rows):
+    """Rows as rows of one space, along a few axes or with other neighbours.
 
     Args:
         rows: the rows.
-        neighbors: Int[N M], −1 behind the last one of a row that has fewer.
+        basis: Float[D P], orthonormal axes; None: the rows' own.
+        neighbors: Int[N M], −1 behind the last one of a row that has fewer; None: the rows' own.
     """
 
-    def __init__(self, rows: Rows, neighbors: Tensor) -> None:
-        self.count, self.dimension = rows.count, rows.dimension
-        self.spaces, self.dimensions = rows.spaces, rows.dimensions
-        self._rows, self._neighbors = rows, neighbors
-
-    def tensor(self, space: str | None = None) -> Tensor:
-        """Return Float[N D]."""
-        return self._rows.tensor(space)
-
-    def blocks(self, space: str | None = None) -> Iterator[Tensor]:
-        """Yield Float[B D] blocks of this worker's rows."""
-        yield from self._rows.blocks(space)
-
-    def neighbors(self) -> Tensor:
-        """Return those that were given."""
-        return self._neighbors
-
-
-class ComponentRows(Rows):
-    """Rows along a few axes, as rows of one space.
-
-    Args:
-        rows: the rows.
-        basis: Float[D P], orthonormal axes.
-    """
-
-    def __init__(self, rows: Rows, basis: Tensor) -> None:
-        self.count, self.dimension = rows.count, basis.shape[1]
+    def __init__(self, rows: Rows, basis: Tensor | None = None, neighbors: Tensor | None = None) -> None:
+        self.count, self.dimension = rows.count, rows.dimension if basis is None else basis.shape[1]
         self.spaces: tuple[str, ...] = (EMBEDDINGS,)
         self.dimensions = {EMBEDDINGS: self.dimension}
-        self._rows, self._basis = rows, basis
-        parts = [self._on_axes(block) for block in torch.split(rows.tensor(), _BLOCK)]
-        self._x = torch.cat(parts)
-
-    def _on_axes(self, x: Tensor) -> Tensor:
-        return x.to(self._basis) @ self._basis
+        self._rows, self._basis, self._neighbors = rows, basis, neighbors
+        self._x = rows.tensor()
+        if basis is not None:
+            self._x = torch.cat([block.to(basis) @ basis for block in torch.split(self._x, _BLOCK)])
 
     def tensor(self, space: str | None = None) -> Tensor:
         """Return Float[N P]."""
@@ -102,8 +75,9 @@ class ComponentRows(Rows):
 
     def blocks(self, space: str | None = None) -> Iterator[Tensor]:
         """Yield Float[B P] blocks of this worker's rows."""
-        yield from map(self._on_axes, self._rows.blocks())
+        for block in self._rows.blocks():
+            yield block if self._basis is None else block.to(self._basis) @ self._basis
 
     def neighbors(self) -> Tensor:
-        """Return those of the rows."""
-        return self._rows.neighbors()
+        """Return those that were given, or those of the rows."""
+        return self._rows.neighbors() if self._neighbors is None else self._neighbors

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.distributed import data_group
-from rayclust.methods.base import Method
-from rayclust.methods.settings import BaseMethodConfig
+from rayclust.methods.base import Method, Pairing
+from rayclust.methods.settings import AutoConfig, ConsensusConfig
 
 
 class LinearMethod(Method):
@@ -27,8 +27,9 @@ class LinearMethod(Method):
     centers: Tensor
     temperature: Tensor
 
-    def __init__(self, config: BaseMethodConfig, dimension: int, count: int, seed: int) -> None:
+    def __init__(self, config: AutoConfig | ConsensusConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)
+        self.pairing = Pairing(columns=config.neighbors)
         self.register_buffer("weight", torch.zeros(dimension, config.clusters))
         self.register_buffer("bias", torch.zeros(config.clusters))
         self.register_buffer("centers", torch.zeros(config.clusters, dimension))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -41,6 +41,9 @@ class BaseMethodConfig(Config):
     """Whether the method learns from pixels instead of embeddings."""
     pixel_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of the encoder `pixels` of a method that reads pixels, unless the run's config has its own."""
+    selection_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the many fits in `select-k` that are not the config's own; where they differ, train fits the chosen
+    number anew."""
     fast_rows: ClassVar[float] = 0
     """Most rows of a small set of which a fit takes about a second of one core; a number of clusters is then chosen
     without workers."""
@@ -52,10 +55,6 @@ class BaseMethodConfig(Config):
     def partitions(self) -> tuple[str, ...]:
         """Return where other partitions of the rows lie that a fit reads (`Rows.members`): URIs; none by default."""
         return ()
-
-    def for_selection(self) -> Self:
-        """Return the settings of the fits in `select-k`; where they differ, train fits the chosen number anew."""
-        return self
 
     def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
         """Describe in a few words how the rows will be fitted; may be empty.
@@ -109,7 +108,7 @@ class TrainedConfig(BaseMethodConfig):
         """
         peak, end = self.rates_for(plan.batch_size)
         if step < plan.warmup_steps:
-            return plan.warmed_up(peak, step)
+            return peak * step / max(plan.warmup_steps - 1, 1)
         return cosine_schedule(peak, end, step - plan.warmup_steps, plan.steps - plan.warmup_steps)
 
     def rates_for(self, batch_size: int) -> tuple[float, float]:
@@ -166,15 +165,12 @@ class Plan:
         """Epochs begun."""
         return -(-self.steps // self.steps_per_epoch)
 
-    def warmed_up(self, rate: float, step: int) -> float:
-        """Return the rate at a step of the warm-up, which ends at `rate`."""
-        return rate * step / max(self.warmup_steps - 1, 1)
-
 
 class AutoConfig(BaseMethodConfig):
     """A consensus of k-means and spectral partitions, moved by what trainings find where evidence says so."""
 
     fast_rows: ClassVar[float] = 1000
+    selection_settings: ClassVar[Mapping[str, Any]] = {"budget": 0.0}
     revision: ClassVar[int] = 6
     draws_pairs: ClassVar[bool] = True
     name: Literal["auto"] = "auto"
@@ -190,10 +186,6 @@ class AutoConfig(BaseMethodConfig):
     budget: float = Field(40.0, ge=0)
     """Seconds of one core that trainings may take: a head of TEMI, then CPP, where they fit in. It is a count of
     multiplications and no clock, so that a run gives the same on any machine. 0 trains nothing."""
-
-    def for_selection(self) -> Self:
-        """Return the settings with nothing trained: there are many fits."""
-        return self.model_copy(update={"budget": 0.0})
 
 
 class KMeansConfig(KMeansOptions, BaseMethodConfig):
@@ -226,10 +218,6 @@ class SpectralConfig(SpectralOptions, BaseMethodConfig):
     """K-means of the leading eigenvectors."""
     clusters: int = Field(ge=2)
     """K."""
-
-    def options(self) -> SpectralOptions:
-        """Return the settings of the partition."""
-        return SpectralOptions.model_validate(self.model_dump(include=set(SpectralOptions.model_fields)))
 
 
 class ConsensusConfig(BaseMethodConfig):

@@ -42,10 +42,6 @@ class SpectralMethod(Method):
         other.config = self.config.model_copy(update={"clusters": clusters})
         return other
 
-    def eigengap(self) -> float:
-        """Return ln(ln λ_{K+1} / ln λ_K): how much slower the walk leaves clusters than it mixes within; or NaN."""
-        return self.fitted().eigengap(self.config.clusters)
-
 
 class SpectralClustering(SpectralMethod):
     """Spectral clustering of rows of width `dimension`.
@@ -64,7 +60,7 @@ class SpectralClustering(SpectralMethod):
         """Solve one eigenproblem, on the trainer's device."""
         clusters, device = self.config.clusters, trainer.device
         fitted = spectral.partition(
-            lambda: (block.to(device) for block in rows.blocks()), clusters, self.config.options(), self.seed
+            lambda: (block.to(device) for block in rows.blocks()), clusters, self.config, self.seed
         )
         self.partition = fitted.cut(clusters)
 
@@ -82,8 +78,9 @@ class SpectralClustering(SpectralMethod):
     def state(self) -> MethodState:
         """Return sites, eigenvectors and centres."""
         fitted = self.fitted()
-        return MethodState(self._settings(), fitted.tensors() | {"seed": torch.tensor(fitted.seed)})
+        return MethodState(super().state().settings, fitted.tensors() | {"seed": torch.tensor(fitted.seed)})
 
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Load sites, eigenvectors and centres."""
         self.seed = int(tensors.pop("seed"))
-        self.partition = Spectral.from_tensors(tensors, self.config.options(), self.seed)
+        self.partition = Spectral.from_tensors(tensors, self.config, self.seed)

@@ -170,10 +170,6 @@ class Tac(Method):
         """Return all parameters with the published β of Adam; matrices decay where that is asked for."""
         return [{**group, "betas": (0.9, 0.99)} for group in super().parameter_groups()]
 
-    def on_epoch_end(self, metrics: dict[str, Tensor]) -> dict[str, Any]:
-        """Return the epoch's mean terms."""
-        return {name: float(metrics[name]) for name in ("distillation", "consistency", "balance")}
-
     def counterparts(self, x: Tensor) -> Tensor:
         """Return the counterparts in text of images: Float[B D] to unit rows Float[B D]."""
         unit = functional.normalize(x.to(self.nouns), dim=1)
@@ -200,6 +196,7 @@ class Tac(Method):
         head = self.text_head if self.config.predict == "text" else self.image_head
         return functional.normalize(head.last.weight.detach(), dim=1)
 
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Load a state with any number of nouns."""
         self.nouns = torch.zeros_like(tensors["nouns"])
-        super()._load_tensors(tensors)
+        super().load_tensors(tensors)

@@ -162,6 +162,7 @@ class Temi(Method):
     """
 
     config_type = TemiConfig
+    kept = ("teacher.", "best_head")
     config: TemiConfig
     best_head: Tensor
     head_losses: Tensor
@@ -343,18 +344,18 @@ class Temi(Method):
 
     def state(self) -> MethodState:
         """Return the teacher's best head alone, or all of them with `keep_heads`."""
-        settings = self._settings()
-        del settings["config"]["components"]  # heads take rows again
-        if self.config.keep_heads:
-            kept = {name: x.detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
-            return MethodState(settings, kept | {"best_head": self.best_head.cpu().clone()})
-        best = int(self.best_head)
-        tensors = {name: x[best : best + 1].detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
-        tensors["best_head"] = torch.tensor(0)
-        del settings["config"]["keep_heads"]  # a model of one head has the bytes that it had without this setting
-        return MethodState({**settings, "config": {**settings["config"], "heads": 1}}, tensors)
+        fitted = super().state()
+        config, tensors = fitted.settings["config"], {n.removeprefix("teacher."): x for n, x in fitted.tensors.items()}
+        del config["components"]  # heads take rows again
+        if not self.config.keep_heads:
+            best = int(tensors.pop("best_head"))
+            tensors = {name: x[best : best + 1].clone() for name, x in tensors.items()} | {"best_head": torch.tensor(0)}
+            del config["keep_heads"]  # a model of one head has the bytes that it had without this setting
+            config["heads"] = 1
+        return MethodState(fitted.settings, tensors)
 
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Load a state, whose heads are both teacher and student."""
         self.best_head.copy_(tensors.pop("best_head"))
         self.teacher.load_state_dict(tensors)
         self.student.load_state_dict(tensors)

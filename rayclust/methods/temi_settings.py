@@ -282,8 +282,9 @@ class TemiConfig(TrainedConfig):
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> TemiConfig:
         shallow = "there is no hidden layer to act on, set layers above 1"
-        # A saved config has all fields set, β too, whatever the loss.
-        is_written = "beta" in self.model_fields_set and not type(self).model_fields.keys() <= self.model_fields_set
+        # The config of a stored model has all fields set but these two, β too, whatever the loss.
+        is_stored = type(self).model_fields.keys() - {"components", "keep_heads"} <= self.model_fields_set
+        is_written = "beta" in self.model_fields_set and not is_stored
         refused = (
             ("entropy_weight", self.loss in ("temi", "pmi") and self.entropy_weight, "is for loss: wmi and scan"),
             ("beta", self.loss == "scan" and is_written, "is not for loss: scan"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,9 @@ from rayclust.clustering.candidates import (
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.row_stats import even_sample
 from rayclust.clustering.settings import KMeansOptions
-from rayclust.distributed import all_reduce, data_group, own_slice
+from rayclust.distributed import all_reduce, data_group, data_parallel, own_slice
 from rayclust.methods.base import BaseTrainer, Rows
-from rayclust.methods.graph import ComponentRows, sample_ids, sample_rows, sample_with_neighbors
+from rayclust.methods.graph import DerivedRows, sample_ids, sample_rows, sample_with_neighbors
 from rayclust.methods.temi import Heads, Temi
 from rayclust.methods.temi_settings import TemiConfig
 
@@ -73,75 +72,66 @@ class StartedTemi(Temi):
     start: Start | None = None
     """What heads start from with `warm_start: auto`, on the sample of that seed; None: what `auto` chooses."""
 
+    @torch.no_grad()
     def fit(self, rows: Rows, trainer: BaseTrainer) -> None:
         """Start warm, where asked for, take the plan's steps, and choose a head; then every worker holds all heads.
 
         A start from `auto` comes back where the neighbour graph speaks against what training has made of it.
         """
-        c = self.config
+        c, K = self.config, self.config.clusters
+        # 1. Heads for the leading components alone, where asked for: the first layer's products are most of a step's.
         if c.trained_width(self.dimension) < self.dimension:
-            rows = self._on_components(rows, trainer)
-
-        @cache  # what the heads start from is also what the guard compares with
-        def start() -> Start:
-            return self.start or choose_start(rows, c.clusters, c.start_neighbors, self.seed, self.student.direction)
-
-        def warm_start() -> None:
-            if c.warm_start == "auto":
-                start_from_partition(self.student, rows, start(), self.seed)
-            elif c.warm_start == "kmeans":
-                start_from_kmeans(self.student, rows, c, self.seed)
-            self.teacher.load_state_dict(self.student.state_dict())
-
-        self.train_heads(rows, trainer, warm_start)
+            checkpoint, like = trainer.restore(), self.student.direction
+            if checkpoint is None:
+                x, ids = rows.tensor(), even_sample(rows.count, max(_AXES_ROWS, K), self.seed)
+                self.basis = leading_components(x[ids.to(x.device)].float(), c.components).to(like)
+            else:  # a resumed training keeps its axes
+                self.basis = checkpoint[0]["method.basis"].to(like)
+            self._build_heads(self.mesh)
+            rows = DerivedRows(rows, self.basis)
+        # 2. The partition that heads start at, chosen as `auto` does but that a vote needs no evidence of its own:
+        # training moves a start in any case, and from where k-means stopped it goes further astray than from a vote.
+        start = self.start if c.warm_start == "auto" else None
+        if c.warm_start == "auto" and start is None:
+            like = self.to(trainer.device).student.direction
+            with data_parallel(self.mesh.data):
+                x, near = sample_with_neighbors(rows, K, c.start_neighbors, self.seed, like)
+                start = Start(near, choose(make_candidates(x.float(), near, K, self.seed), other_gain=0.0))
+        # 3. The plan's steps, and the head that is kept.
+        with torch.enable_grad():
+            self.train_heads(rows, trainer, lambda: self._start_heads(rows, start))
         if c.selection == "modularity":
             best, values = best_by_modularity(self.teacher, rows, c.start_neighbors, self.seed)
             self.best_head.fill_(best)
             logger.info("best head: %d, modularity %.3f", best, float(values[best]))
-        best = int(self.best_head)
-        if c.warm_start == "auto" and not may_replace_start(self.teacher, best, rows, start(), self.seed):
-            logger.warning("temi: training has left the neighbour graph's clusters; the start is kept")
-            self._build_heads(self.mesh)
-            warm_start()
-            self.best_head.zero_()
+        # 4. The start, where its clusters are better: training pulls towards even sizes and can leave classes that the
+        # start had found. The first worker decides.
+        if start is not None:
+            x, best = sample_rows(rows, K, self.seed, self.teacher.direction), int(self.best_head)
+            labels = torch.cat([self.teacher(part, head=best)[0].argmax(1) for part in torch.split(x, _BLOCK)])
+            is_good = is_supported(evidence(x, labels, start.neighbors, K), start.partition.evidence, K, GUARD)
+            if not data_group().broadcast(torch.tensor(is_good, device=x.device)):
+                logger.warning("temi: training has left the neighbour graph's clusters; the start is kept")
+                self._build_heads(self.mesh)
+                self._start_heads(rows, start)
+                self.best_head.zero_()
+        # 5. Heads that take rows again: the axes V go into the first layers, ⟨w, Vᵀx⟩ = ⟨Vw, x⟩.
         if self.basis is not None:
-            # The axes V go into the first layers: ⟨w, Vᵀx⟩ = ⟨Vw, x⟩, the same heads on rows.
             for heads in (self.student, self.teacher):
                 weight = heads.weights[0]
                 heads.weights[0] = nn.Parameter((weight @ self.basis.T).detach(), weight.requires_grad)
                 heads.shape = replace(heads.shape, dimension=self.dimension)
             self.basis = None
 
-    def _on_components(self, rows: Rows, trainer: BaseTrainer) -> Rows:
-        """Build heads for the leading components alone, and return the rows on them.
-
-        The first layer's products are most of a step's. A resumed training keeps its checkpoint's axes.
-        """
-        c, checkpoint, like = self.config, trainer.restore(), self.student.direction
-        if checkpoint is None:
-            self.basis = principal_axes(rows, c.components, c.clusters, self.seed, like)
-        else:
-            self.basis = checkpoint[0]["method.basis"].to(like)
-        self._build_heads(self.mesh)
-        return ComponentRows(rows, self.basis)
-
-
-@torch.no_grad()
-def principal_axes(rows: Rows, width: int, clusters: int, seed: int, like: Tensor) -> Tensor:
-    """Return the leading principal axes of a sample of the rows around zero, equal on all workers.
-
-    Args:
-        rows: read once.
-        width: P.
-        clusters: K; more of them want more rows.
-        seed: of the sample.
-        like: gives dtype and device.
-
-    Returns:
-        Float[D P'], P' = min(P, D, n − 1) for n rows.
-    """
-    x, ids = rows.tensor(), even_sample(rows.count, max(_AXES_ROWS, clusters), seed)
-    return leading_components(x[ids.to(x.device)].float(), width).to(like)
+    @torch.no_grad()
+    def _start_heads(self, rows: Rows, start: Start | None) -> None:
+        """Set each head's layers before the last logits so that its clusters are those of a partition."""
+        if start is not None:
+            x = sample_rows(rows, self.config.clusters, self.seed, self.student.direction)
+            solve_last_hidden(self.student, x, start.partition.labels.expand(self.student.shape.heads, -1))
+        elif self.config.warm_start == "kmeans":
+            start_from_kmeans(self.student, rows, self.config, self.seed)
+        self.teacher.load_state_dict(self.student.state_dict())
 
 
 @torch.no_grad()
@@ -171,61 +161,6 @@ def start_from_kmeans(heads: Heads, rows: Rows, config: TemiConfig, seed: int) -
     places = heads.shape.first + torch.arange(heads.shape.heads, device=order.device)
     # 4. Heads that predict them.
     solve_last_hidden(heads, x, labels[order[places % len(order)]])
-
-
-@torch.no_grad()
-def choose_start(rows: Rows, clusters: int, columns: int, seed: int, like: Tensor) -> Start:
-    """Choose the partition at which all heads start, as `auto` does, but that a vote needs no evidence of its own.
-
-    Training moves a start in any case, and from where k-means stopped it goes further astray than from a vote.
-
-    Args:
-        rows: read once.
-        clusters: K.
-        columns: M, nearest neighbours that count.
-        seed: of the sample and of all candidates.
-        like: gives dtype and device.
-    """
-    x, neighbors = sample_with_neighbors(rows, clusters, columns, seed, like)
-    return Start(neighbors, choose(make_candidates(x.float(), neighbors, clusters, seed), other_gain=0.0))
-
-
-@torch.no_grad()
-def start_from_partition(heads: Heads, rows: Rows, start: Start, seed: int) -> None:
-    """Set each head's layers before the last logits so that its clusters are those of `start`.
-
-    Args:
-        heads: on any device, changed in place.
-        rows: those of the start.
-        start: the same on all workers.
-        seed: of the start.
-    """
-    x = sample_rows(rows, heads.shape.clusters, seed, heads.direction)
-    solve_last_hidden(heads, x, start.partition.labels.expand(heads.shape.heads, -1))
-
-
-@torch.no_grad()
-def may_replace_start(heads: Heads, head: int, rows: Rows, start: Start, seed: int) -> bool:
-    """Return whether a head's clusters may replace the partition that the heads started from.
-
-    Training pulls towards even sizes and can leave classes that the start had found.
-
-    Args:
-        heads: all of them, the same on all workers.
-        head: its number.
-        rows: those of the start.
-        start: what the heads started from.
-        seed: of the start.
-
-    Returns:
-        The first worker's answer, on all workers.
-    """
-    K = heads.shape.clusters
-    x = sample_rows(rows, K, seed, heads.direction)
-    labels = torch.cat([heads(part, head=head)[0].argmax(1) for part in torch.split(x, _BLOCK)])
-    found = evidence(x, labels, start.neighbors, K)
-    is_kept = is_supported(found, start.partition.evidence, K, GUARD)
-    return bool(data_group().broadcast(torch.tensor(int(is_kept), device=x.device)))
 
 
 @torch.no_grad()

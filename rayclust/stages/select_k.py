@@ -155,8 +155,9 @@ def _fits(search: Search, config: RunConfig, rows: StoredRows) -> Iterator[tuple
             yield fitted.recut(clusters, config.seed + seed), history
         return
     device = "cuda" if search.gpus else "cpu"
+    settings = config.method.model_copy(update=config.method.selection_settings)
     for seed in range(config.select_k.seeds):
-        method = build_for(rows, config.method.for_selection(), config.seed + seed)
+        method = build_for(rows, settings, config.seed + seed)
         store = StoredCheckpoints(search.run, _fit_digest(search, clusters, seed))
         every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
         trainer = Trainer(config.seed + seed, device, None, store, every)
@@ -195,7 +196,7 @@ def _criteria(config: RunConfig, method: Method, rows: StoredRows, labels: list[
     if blocks:  # a space of its own spreads what is a subspace among the features over more dimensions
         found["feature_coding_length"] = coding_length(unit, kept[0], options.distortion) / len(unit)
     if isinstance(method, SpectralMethod):
-        found["eigengap"] = method.eigengap()
+        found["eigengap"] = method.fitted().eigengap(config.method.clusters)
     found |= null_silhouettes(z, config.method.clusters, seed=config.seed)
     if options.resamples:
         found |= resampled_silhouettes(z, kept[0], options.resamples, seed=config.seed)

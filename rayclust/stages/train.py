@@ -64,7 +64,8 @@ def run(context: StageContext) -> StageResult:
     rows = fitted_count(encode)
     if rows < config.method.clusters:  # refused here, not after every worker has tried
         raise ConfigError(f"method.clusters = {config.method.clusters}: must be at most the number of rows, {rows}")
-    if SELECT_K in context.inputs and config.method.for_selection() == config.method:
+    is_own = config.method.model_copy(update=config.method.selection_settings) == config.method
+    if SELECT_K in context.inputs and is_own:
         # The chosen candidate's model has the same settings and seed.
         chosen, outputs = context.inputs[SELECT_K].extra[CHOSEN], Outputs()
         for path, digest in chosen["outputs"].items():
@@ -215,7 +216,7 @@ def write_fit(rows: StoredRows, folder: str, method: Method, history: list[dict[
     outputs = save_method(rows.run, method.state(), folder)
     outputs |= put_table(rows.run, storage.join(folder, "metrics.parquet"), table)
     if isinstance(method, RowTable):
-        said = row_table(rows, method.row_table())
+        said = row_table(rows, method.row_table)
         outputs |= put_table(rows.run, storage.join(folder, "rows.parquet"), said)
     last = history[-1] if history else {}
     return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}

@@ -264,6 +264,5 @@ def _fitted(rank: int, workers: int) -> Tensor:
 
 
 def test_nothing_is_trained_while_a_number_of_clusters_is_chosen():
-    assert AutoConfig(clusters=3).for_selection().budget == 0
-    config = AutoConfig(clusters=3, budget=0)
-    assert config.for_selection() == config
+    config = AutoConfig(clusters=3)
+    assert config.model_copy(update=config.selection_settings) == AutoConfig(clusters=3, budget=0) != config

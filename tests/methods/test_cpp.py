@@ -293,7 +293,7 @@ def test_the_final_clusters_go_on_from_autos_and_give_way_to_them_on_evidence(
     found = made.predict_proba(x)
     assert found.sum(1).allclose(torch.ones(240))
     assert accuracy(labels.numpy(), found.argmax(1).numpy()) > 0.9
-    assert (made.kept is None) == is_right
+    assert (made.start is None) == is_right
     assert load(made.state()).predict_proba(x).allclose(found, atol=1e-5)
     again = made.recut(3).predict_proba(x)
     assert again.equal(found)

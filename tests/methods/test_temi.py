@@ -471,8 +471,9 @@ def test_the_best_head_is_the_one_with_the_lowest_mean_loss_and_its_teacher_pred
         method.predict_proba(x[:, :5])
 
 
-def test_a_loaded_state_is_the_best_head_alone_and_predicts_as_the_method_did():
-    method = _method(batch_norm=True).float()
+@pytest.mark.parametrize("loss", ["temi", "scan"])
+def test_a_loaded_state_is_the_best_head_alone_and_predicts_as_the_method_did(loss: str):
+    method = _method(batch_norm=True, loss=loss).float()
     method.on_epoch_end(_means([0.3, 0.4, -0.1]))
     state = method.state()
     loaded = load(state)

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from rayclust.clustering.neighborhood import modularity, modularity_terms
 from rayclust.methods import graph, temi_start
+from rayclust.methods.base import BaseTrainer, Method
 from rayclust.methods.temi import Heads
 from rayclust.methods.temi_settings import HeadShape, TemiConfig
-from rayclust.methods.temi_start import (
-    best_by_modularity,
-    choose_start,
-    may_replace_start,
-    start_from_kmeans,
-    start_from_partition,
-)
+from rayclust.methods.temi_start import StartedTemi, best_by_modularity, start_from_kmeans
 from rayclust.search.knn import top_k
 from rayclust.training.sampling import ArrayRows
 from tests.workers import on_two_workers
@@ -95,14 +93,28 @@ def test_choice_is_the_modularity_of_all_rows_when_they_are_few():
     assert best == int(values.argmax())
 
 
-def test_a_head_replaces_the_start_unless_the_graph_speaks_against_it():
-    """One head says what the start says; another, left at chance, cuts through neighbours."""
-    _, rows = planted()
-    chance, started = new_heads(), new_heads()
-    start = choose_start(rows, K, CONFIG.start_neighbors, 0, started.direction)
-    start_from_partition(started, rows, start, seed=0)
-    assert may_replace_start(started, 0, rows, start, seed=0)
-    assert not may_replace_start(chance, 0, rows, start, seed=0)
+class StartAlone(BaseTrainer):
+    """Starts a method where asked for, and takes no step."""
+
+    def __init__(self, starts: bool) -> None:
+        super().__init__(0)
+        self.starts = starts
+
+    def fit(self, method: Method, data: Any, start: Callable[[], None] | None = None) -> None:
+        if self.starts and start is not None:
+            start()
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_head_replaces_the_start_unless_the_graph_speaks_against_it(starts: bool, caplog: pytest.LogCaptureFixture):
+    """Heads say what the start says; left at chance they cut through neighbours, and the start comes back."""
+    labels, rows = planted()
+    config = TemiConfig(clusters=K, preset="none", heads=3, warm_start="auto", start_neighbors=5)
+    method = StartedTemi(config, 8, rows.count, seed=0).double()
+    method.fit(rows, StartAlone(starts))
+    assert ("the start is kept" in caplog.text) is not starts
+    assert agreement(labels, method.predict_proba(rows.tensor()).argmax(1)) > 0.97
+    assert all(agreement(labels, found) > 0.97 for found in method.predict_heads(rows.tensor()))
 
 
 def test_rows_that_are_all_alike_leave_heads_as_they_are():

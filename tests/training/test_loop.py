@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from rayclust import distributed
+from rayclust.clustering.candidates import leading_components
 from rayclust.errors import ArtefactError, ConfigError, DataError, RayclustError
 from rayclust.methods import build, load
 from rayclust.methods.base import Batch, CheckpointInterval, Method
-from rayclust.methods.graph import ComponentRows
+from rayclust.methods.graph import DerivedRows
 from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig, Plan, TrainedConfig
 from rayclust.methods.temi import Temi
 from rayclust.methods.temi_settings import TemiConfig
-from rayclust.methods.temi_start import principal_axes
 from rayclust.training import loop
 from rayclust.training.loop import (
     Lars,
@@ -165,22 +165,22 @@ def test_heads_on_components_are_heads_on_rows_that_do_without_the_others(monkey
 
     method, x = fitted(), _rows().tensor().float()
     assert method.student.weights[0].shape == (2, 8, D)
-    axes = principal_axes(_rows(), 4, K, 0, x)
+    axes = leading_components(x, 4)
     assert method.predict_proba(x).allclose(method.predict_proba(x @ axes @ axes.T), rtol=0, atol=1e-5)
     assert load(method.state()).predict_proba(x).equal(method.predict_proba(x))
     # 2. The same to the bit after a stop, on the axes of the checkpoint.
     store = MemoryStore(1)
     with pytest.raises(KeyboardInterrupt):
         fitted(store)
-    monkeypatch.setattr("rayclust.methods.temi_start.principal_axes", None)
+    monkeypatch.setattr("rayclust.methods.temi_start.leading_components", None)
     assert fitted(store).predict_proba(x).equal(method.predict_proba(x))
 
 
 def test_all_components_of_rows_of_low_rank_lose_nothing():
     x = torch.randn(N, 3, generator=torch.Generator().manual_seed(1)) @ torch.randn(3, D)
     rows = ArrayRows(x, (torch.arange(N)[:, None] + torch.arange(1, 6)) % N)
-    axes = principal_axes(rows, 3, K, 0, x)
-    on_axes = ComponentRows(rows, axes)
+    axes = leading_components(x, 3)
+    on_axes = DerivedRows(rows, axes)
     assert (on_axes.count, on_axes.dimension) == (N, 3)
     assert (on_axes.tensor() @ axes.T).allclose(x, rtol=0, atol=1e-5)
     assert torch.cat(list(on_axes.blocks())).equal(on_axes.tensor())

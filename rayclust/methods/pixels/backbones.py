@@ -102,15 +102,6 @@ class _PreActivation(nn.Module):
         return out
 
 
-def _preactivation_resnet18(channels: int) -> nn.Module:
-    layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False)]
-    width = 64
-    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [_PreActivation(width, outputs, stride), _PreActivation(outputs, outputs, 1)]
-        width = outputs
-    return nn.Sequential(*layers, SyncedBatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
 def build_backbone(name: str, side: int, channels: int, seed: int) -> tuple[nn.Module, int]:
     """Build a network without its classifier, with random weights that depend on the seed alone.
 
@@ -150,7 +141,10 @@ def _build(name: str, side: int, channels: int) -> nn.Module:
     if name == "small":
         return _Small(channels)
     if name == "preact_resnet18":
-        return _preactivation_resnet18(channels)
+        layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False)]
+        for inputs, outputs, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
+            layers += [_PreActivation(inputs, outputs, stride), _PreActivation(outputs, outputs, 1)]
+        return nn.Sequential(*layers, SyncedBatchNorm2d(512), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if name not in RESIDUAL:
         known = ", ".join(["small", *RESIDUAL, "preact_resnet18", "timm/<architecture>"])
         raise ConfigError(f"method.backbone = {name}: must be one of {known}")

@@ -24,7 +24,7 @@ from rayclust.clustering.settings import GmmOptions, KMeansOptions
 from rayclust.distributed import all_reduce, data_group, differentiable_all_gather, own_slice
 from rayclust.errors import ConfigError
 from rayclust.kernels.screening import accum_dtype
-from rayclust.methods.base import BaseTrainer, Batch, Method, MethodState, Rows
+from rayclust.methods.base import BaseTrainer, Batch, Method, Rows
 from rayclust.methods.layers import ema_update, matmul_dtype
 from rayclust.methods.pixels.augment import FAMILIES, SquareImages, batch_view, keyed_seed
 from rayclust.methods.pixels.backbones import SyncedBatchNorm2d, build_backbone, folded
@@ -35,6 +35,8 @@ BLOCK, CPU_BLOCK = 512, 128
 """Images that go through a network at once outside of training; on a CPU as many as stay in its cache."""
 MIXTURE = ("weights", "means", "variances")
 """Parts of a `gmm.Mixture`, in its order."""
+PIXEL_STATE = ("mean", "std", "centers", "mixture_")
+"""Prefixes of what every fitted method holds beside the networks that features need."""
 TEMPERATURE = 0.1
 """Of the probabilities when assigning: the softmax of cosines to the centres divided by it."""
 
@@ -67,8 +69,7 @@ class PixelMethod(Method):
     projector: nn.Module
     reads_first_clusters: bool = False
     """Whether steps read clusters before the first E-step that an epoch ends with."""
-    exported: ClassVar[tuple[str, ...]] = ("backbone.", "projector.")
-    """Prefixes of the networks that `embed` needs; a fitted method holds no others."""
+    kept: ClassVar[tuple[str, ...]] = (*PIXEL_STATE, "backbone.", "projector.")
 
     def __init__(self, config: PixelConfig, dimension: int, count: int, seed: int) -> None:
         config = config.resolved(count)
@@ -93,11 +94,6 @@ class PixelMethod(Method):
         """Images that go through a network at once outside of training."""
         return CPU_BLOCK if self.mean.device.type == "cpu" else BLOCK
 
-    @property
-    def trunk(self) -> nn.Module:
-        """The network below the projector, Float[B C H W] to Float[B F], which serves as an encoder."""
-        return self.backbone
-
     @contextmanager
     def keyed_weights(self) -> Iterator[None]:
         """Let the layers that are built in the block start from weights that depend on the method's seed alone."""
@@ -106,9 +102,14 @@ class PixelMethod(Method):
             yield
 
     @property
-    def embedder(self) -> nn.Module:
+    def embedder(self) -> nn.Sequential:
         """The network from normalised images to the space of clusters: Float[B C H W] to Float[B d], of any length."""
         return nn.Sequential(self.backbone, self.projector)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The network below the projector, Float[B C H W] to Float[B F], which serves as an encoder."""
+        return self.embedder[0]
 
     # Views.
 
@@ -175,10 +176,25 @@ class PixelMethod(Method):
             "inertia": mean 2·(1 − cosine) to the centre; "feature_std": deviation of the features' components, times
             √d: 1 where they fill all directions, 0 where they have collapsed.
         """
-        is_last = int(self.epochs_done) == self.plan.epochs
+        c, is_last = self.config, int(self.epochs_done) == self.plan.epochs
         z = self.own_features(exactly=is_last)
-        goes_on = self.config.warm_start and not is_last and bool(self.centers.any())
-        labels = self._mix(z, goes_on=goes_on) if self.config.e_step == "mixture" else self._cut(z, goes_on=goes_on)
+        goes_on = c.warm_start and not is_last and bool(self.centers.any())
+        if c.e_step == "mixture":
+            options = GmmOptions(clusters=c.clusters, covariance="spherical", restarts=c.restarts)
+            mixture = self.mixture() if goes_on else gmm.start(lambda: [z], options, self.seed)
+            for reached in gmm.advance(lambda: [z], options, mixture):
+                mixture = reached
+            for name in MIXTURE:
+                self.get_buffer(f"mixture_{name}").copy_(getattr(mixture, name))
+            self.centers.copy_(functional.normalize(mixture.means, dim=1))
+            labels = mixture.log_joint(z).argmax(1)
+        else:
+            init = self.centers if goes_on else None
+            result = kmeans.fit(
+                lambda: [z], KMeansOptions(clusters=c.clusters, restarts=c.restarts), seed=self.seed, init=init
+            )
+            self.centers.copy_(result.centers)
+            labels, _ = kmeans.assign(z, self.centers)
         self.labels.copy_(data_group().all_gather_cat(labels, self.count))
         inertia = all_reduce((z - self.centers[labels]).square().sum(dtype=torch.float64)) / self.count
         moments = all_reduce(torch.stack([z.sum(0), z.square().sum(0)]).double()) / self.count
@@ -188,29 +204,11 @@ class PixelMethod(Method):
 
     def own_features(self, *, exactly: bool) -> Tensor:
         """Map this worker's rows to features, Float[n d]: exactly as rows are assigned, or as training computes."""
-        network = copy.deepcopy(self.embedder).eval().requires_grad_()  # such weights autocast casts once
+        network: nn.Module = copy.deepcopy(self.embedder).eval().requires_grad_()  # such weights autocast casts once
         if not (exactly or self.config.backbone.startswith("timm/")):  # whose forward may depend on what it is given
             network = folded(network)
         with nullcontext() if exactly else self.autocast():
             return torch.cat([self.centers[:0], *(self._features(network, block) for block in self._blocks())])
-
-    def _cut(self, z: Tensor, *, goes_on: bool) -> Tensor:
-        """Cluster this worker's features by k-means; return their labels."""
-        options = KMeansOptions(clusters=self.config.clusters, restarts=self.config.restarts)
-        result = kmeans.fit(lambda: [z], options, seed=self.seed, init=self.centers if goes_on else None)
-        self.centers.copy_(result.centers)
-        return kmeans.assign(z, self.centers)[0]
-
-    def _mix(self, z: Tensor, *, goes_on: bool) -> Tensor:
-        """Fit the mixture to this worker's features; return their most probable components."""
-        options = GmmOptions(clusters=self.config.clusters, covariance="spherical", restarts=self.config.restarts)
-        mixture = self.mixture() if goes_on else gmm.start(lambda: [z], options, self.seed)
-        for reached in gmm.advance(lambda: [z], options, mixture):
-            mixture = reached
-        for name in MIXTURE:
-            self.get_buffer(f"mixture_{name}").copy_(getattr(mixture, name))
-        self.centers.copy_(functional.normalize(mixture.means, dim=1))
-        return mixture.log_joint(z).argmax(1)
 
     def mixture(self) -> gmm.Mixture:
         """Return the Gaussians of the last E-step, with `e_step: mixture`."""
@@ -223,7 +221,7 @@ class PixelMethod(Method):
     def on_epoch_end(self, metrics: dict[str, Tensor]) -> dict[str, Any]:
         """Run the E-step where it is due; returns its metrics and the epoch's."""
         self.epochs_done += 1
-        row: dict[str, Any] = {name: float(value) for name, value in metrics.items() if name != "loss"}
+        row = super().on_epoch_end(metrics)
         done = int(self.epochs_done)
         if done % self.config.reassign == 0 or done == self.plan.epochs:
             row |= self.e_step()
@@ -274,20 +272,11 @@ class PixelMethod(Method):
         """Return the clusters' centres among the features, unit rows Float[K d]."""
         return self.centers
 
-    def state(self) -> MethodState:
-        """Return the networks that features need, the pixels' moments and the centres."""
-        kept = ("mean", "std", "centers", "mixture_", *self.exported)
-        tensors = {n: x.detach().cpu().clone() for n, x in self.state_dict().items() if n.startswith(kept)}
-        return MethodState(self._settings(), tensors)
-
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.load_state_dict(tensors, strict=False)
-
 
 class MomentumMethod(PixelMethod):
     """A method with a slowly moving copy of its network, in whose features rows are clustered."""
 
-    exported = ("target.",)
+    kept = (*PIXEL_STATE, "target.")
     config: MomentumConfig
     online: nn.Sequential
     target: nn.Sequential
@@ -349,11 +338,6 @@ class MomentumMethod(PixelMethod):
         order = torch.randperm(self.plan.batch_size, generator=generator)
         return batch.own(in_batch_order(x)[(order.argsort() if back else order).to(x.device)])
 
-    @property
-    def trunk(self) -> nn.Module:
-        """The copy's network below the projector, Float[B C H W] to Float[B F], which serves as an encoder."""
-        return self.target[0]
-
     def update_target(self, batch: Batch, momentum: float, final: float) -> None:
         """θ' ← m θ' + (1 − m) θ before every step but the first, m on half a cosine from `momentum` to `final`.
 
@@ -367,7 +351,7 @@ class MomentumMethod(PixelMethod):
             ema_update(self.target, self.online, m)
 
     @property
-    def embedder(self) -> nn.Module:
+    def embedder(self) -> nn.Sequential:
         """The copy, Float[B C H W] to Float[B d]."""
         return self.target
 

@@ -34,7 +34,7 @@ class Cc(PixelMethod):
 
     config_type = CcConfig
     config: CcConfig
-    exported = ("backbone.", "projector.", "cluster_head.")
+    kept = (*PixelMethod.kept, "cluster_head.")
 
     def __init__(self, config: CcConfig, dimension: int, count: int, seed: int) -> None:
         super().__init__(config, dimension, count, seed)

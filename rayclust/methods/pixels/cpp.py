@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rayclust.encoders.load import load_encoder
 from rayclust.encoders.network import TorchEncoder
-from rayclust.encoders.settings import EncoderConfig
 from rayclust.errors import ConfigError
 from rayclust.kernels.screening import accum_dtype
 from rayclust.methods.base import Batch, MethodState, Rows
@@ -56,7 +55,10 @@ class CppPixels(Cpp):
         shape = SquareImages.of(dimension, config.name)
         if shape.channels != 3:
             raise ConfigError(f"method = {config.name}: its backbone reads colour; set encoder.grayscale: false")
-        encoder = _read_backbone(config.encoder(shape.side))
+        settings = config.encoder(shape.side)
+        uri = settings.weights_uri
+        with storage.local_copy(uri) if uri is not None else nullcontext() as path:
+            encoder = cast(TorchEncoder, load_encoder(settings, weights=path))
         super().__init__(config, encoder.dimension, count, seed)
         self.dimension, self.shape, self.channels = dimension, shape, 3
         # Without a text tower.
@@ -66,9 +68,15 @@ class CppPixels(Cpp):
         self.register_buffer("std", torch.tensor(encoder.std))
         self.tuned: dict[str, nn.Parameter] = {}
         """The backbone's trained parameters by name."""
-        for prefix, block in _last_blocks(self.trunk, config.tuned_blocks) if config.tune == "last_blocks" else ():
-            block.requires_grad_(True)
-            self.tuned |= {f"{prefix}.{name}": parameter for name, parameter in block.named_parameters()}
+        if config.tune == "last_blocks":  # of the sequence of layers that holds most parameters
+            layers = self.trunk.named_modules()
+            sequences = {name: m for name, m in layers if name and isinstance(m, nn.Sequential | nn.ModuleList)}
+            if not sequences:
+                raise ConfigError("method.tune = last_blocks: the backbone has no sequence of blocks; set tune: none")
+            longest = max(sequences, key=lambda each: sum(p.numel() for p in sequences[each].parameters()))
+            for place, block in list(sequences[longest].named_children())[-config.tuned_blocks :]:
+                block.requires_grad_(True)
+                self.tuned |= {f"{longest}.{place}.{name}": parameter for name, parameter in block.named_parameters()}
 
     def train(self, mode: bool = True) -> CppPixels:
         """Set the mode of all but the backbone, whose norms and dropout stay as they are at inference."""
@@ -127,24 +135,9 @@ class CppPixels(Cpp):
         trained = {BACKBONE + name: parameter.detach().cpu().clone() for name, parameter in self.tuned.items()}
         return MethodState(fitted.settings, fitted.tensors | trained)
 
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take the trained blocks, and the rest as CPP does."""
         with torch.no_grad():
             for name, parameter in self.tuned.items():
                 parameter.copy_(tensors.pop(BACKBONE + name))
-        super()._load_tensors(tensors)
-
-
-def _read_backbone(settings: EncoderConfig) -> TorchEncoder:
-    uri = settings.weights_uri
-    with storage.local_copy(uri) if uri is not None else nullcontext() as path:
-        return cast(TorchEncoder, load_encoder(settings, weights=path))
-
-
-def _last_blocks(network: nn.Module, count: int) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the last layers, with their names, of the sequence of layers that holds most parameters."""
-    sequences = {n: m for n, m in network.named_modules() if n and isinstance(m, nn.Sequential | nn.ModuleList)}
-    if not sequences:
-        raise ConfigError("method.tune = last_blocks: the backbone has no sequence of blocks; set tune: none")
-    name = max(sequences, key=lambda each: sum(p.numel() for p in sequences[each].parameters()))
-    blocks = list(sequences[name].named_children())
-    yield from ((f"{name}.{place}", block) for place, block in blocks[-count:])
+        super().load_tensors(tensors)

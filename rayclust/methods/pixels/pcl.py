@@ -57,7 +57,11 @@ class Pcl(MoCo):
         if batch.epoch >= c.warmup_epochs and c.prototype_weight:
             for m in self.granularities:
                 own = self.get_buffer(f"labels_{m}")[batch.rows]
-                negatives = self._negatives(own, m, batch.step)
+                # Negatives: clusters, with repeats, that are no row's own in the batch of all workers.
+                others = (all_reduce(torch.bincount(own, minlength=m)) == 0).nonzero()[:, 0]
+                generator = torch.Generator().manual_seed(keyed_seed(self.seed, batch.step, 4, m))
+                drawn = torch.rand(c.queue, generator=generator).to(own.device)
+                negatives = others[(drawn * len(others)).long()] if len(others) else others
                 buffers = self.get_buffer(f"prototypes_{m}"), self.get_buffer(f"phi_{m}")
                 prototype = prototype + prototype_contrast(q, own, *buffers, negatives) / len(self.granularities)
         return {
@@ -65,13 +69,6 @@ class Pcl(MoCo):
             "instance": instance,
             "prototype": prototype,
         }
-
-    def _negatives(self, own: Tensor, clusters: int, step: int) -> Tensor:
-        """Draw Int64[Q] clusters, with repeats, that are no row's own in the batch of all workers."""
-        others = (all_reduce(torch.bincount(own, minlength=clusters)) == 0).nonzero()[:, 0]
-        generator = torch.Generator().manual_seed(keyed_seed(self.seed, step, 4, clusters))
-        drawn = torch.rand(self.config.queue, generator=generator).to(own.device)
-        return others[(drawn * len(others)).long()] if len(others) else others
 
     def after_e_step(self, z: Tensor) -> None:
         """Cluster the features into each number of prototypes."""

@@ -21,6 +21,8 @@ of which a copy averages the last."""
 SHORT_PREDICTION = {"optimizer": "sgd", "learning_rate": 0.2, "weight_decay": 5e-4, "final_weight_decay": 5e-4}
 """Of short trainings by prediction without negatives: SGD as published, four times as fast, in smaller batches and with
 a predictor ten times faster, since they learn only as well as the predictor follows."""
+SHORT_CONTRAST = {"temperature": 0.2}
+"""Of short trainings by contrast: a lower temperature, which weighs near negatives more. MoCo v2's on ImageNet."""
 
 
 class PixelConfig(TrainedConfig):
@@ -29,6 +31,10 @@ class PixelConfig(TrainedConfig):
     revision: ClassVar[int] = 3
     has_own_space: ClassVar[bool] = True
     reads_pixels: ClassVar[bool] = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings of each preset but `none` and `short`, where they are not the defaults."""
+    short: ClassVar[dict[str, Any]] = {}
+    """Settings of the method's own in a short training."""
     short_batch: ClassVar[int] = 128
     """Rows of a step of a short training."""
     preset: Literal["none", "short"] = "none"
@@ -87,46 +93,40 @@ class PixelConfig(TrainedConfig):
         """Return the learning rate: a warm-up, then a cosine as long as all steps whose end it cuts off, or steps."""
         peak, end = self.rates_for(plan.batch_size)
         epoch, warmup = step // plan.steps_per_epoch, plan.warmup_steps
-        if self.cosine_by_epochs:
-            meeting = cosine_schedule(peak, end, warmup, plan.steps)
-            return plan.warmed_up(meeting, step) if step < warmup else cosine_schedule(peak, end, epoch, plan.epochs)
         if step < warmup:
-            return plan.warmed_up(peak, step)
+            top = cosine_schedule(peak, end, warmup, plan.steps) if self.cosine_by_epochs else peak
+            return top * step / max(warmup - 1, 1)
+        if self.cosine_by_epochs:
+            return cosine_schedule(peak, end, epoch, plan.epochs)
         if self.milestones:
             return peak * STEP_FACTOR ** sum(epoch >= milestone for milestone in self.milestones)
         return cosine_schedule(peak, end, step - warmup, plan.steps)
 
     def resolved(self, count: int) -> Self:
-        """Return this config with its preset written out for N = `count` rows; `preset` is then `none`."""
-        written = {key: getattr(self, key) for key in self.model_fields_set}
-        return type(self).model_validate(self.preset_settings(count) | written | {"preset": "none"})
+        """Return this config with its preset written out for N = `count` rows; `preset` is then `none`.
 
-    def preset_settings(self, count: int) -> dict[str, Any]:
-        """Return what the preset stands for: for `short` what few steps need, whatever the images.
-
-        AdamW in place of SGD, whose published rates move little in few steps; the whole of a cosine to 0, a tenth of it
-        warm-up; and a copy that averages the last sixteenth of the steps, at most as many as published.
+        `short` is what few steps need, whatever the images: AdamW in place of SGD, whose published rates move little in
+        few steps; the whole of a cosine to 0, a tenth of it warm-up; and a copy that averages the last sixteenth of the
+        steps, at most as many as published.
         """
-        if self.preset != "short":
-            return {}
-        batch = self.batch_size if "batch_size" in self.model_fields_set else self.short_batch
-        per_epoch = max(1, count // min(batch, count))
-        epochs = self.epochs if "epochs" in self.model_fields_set else math.ceil(SHORT_STEPS / per_epoch)
-        epochs = epochs if self.steps is None else math.ceil(self.steps / per_epoch)
-        settings = {
-            "batch_size": batch, "epochs": epochs, "warmup_epochs": epochs // 10, "augmentation": "simclr_small",
-            "optimizer": "adamw", "learning_rate": SHORT_RATE, "min_learning_rate": 0.0,
-            "weight_decay": 0.01, "final_weight_decay": 0.01,
-        }  # fmt: skip
-        return settings | self.short_settings(count, self.steps or epochs * per_epoch)
+        chosen = dict(self.presets.get(self.preset, {}))
+        if self.preset == "short":
+            batch = self.batch_size if "batch_size" in self.model_fields_set else self.short_batch
+            per_epoch = max(1, count // min(batch, count))
+            epochs = self.epochs if "epochs" in self.model_fields_set else math.ceil(SHORT_STEPS / per_epoch)
+            epochs = epochs if self.steps is None else math.ceil(self.steps / per_epoch)
+            chosen = {
+                "batch_size": batch, "epochs": epochs, "warmup_epochs": epochs // 10, "augmentation": "simclr_small",
+                "optimizer": "adamw", "learning_rate": SHORT_RATE, "min_learning_rate": 0.0,
+                "weight_decay": 0.01, "final_weight_decay": 0.01,
+            }  # fmt: skip
+            chosen |= self.short_settings(count, self.steps or epochs * per_epoch)
+        written = {key: getattr(self, key) for key in self.model_fields_set}
+        return type(self).model_validate(chosen | written | {"preset": "none"})
 
     def short_settings(self, count: int, steps: int) -> dict[str, Any]:
         """Return the method's own settings of a short training of N = `count` rows."""
-        return {}
-
-    def short_momentum(self, steps: int, published: float) -> float:
-        """Return the momentum of a copy that averages a sixteenth of the steps, or fewer if so published."""
-        return max(0.0, min(published, 1 - SHORT_AVERAGE / steps))
+        return self.short
 
 
 class MomentumConfig(PixelConfig):
@@ -145,10 +145,18 @@ class MomentumConfig(PixelConfig):
             raise ValueError("norm_groups, accumulation: only one of them; parts of a batch have norms of their own")
         return self
 
+    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
+        """Return those of the method, with a copy that averages a sixteenth of the steps, or fewer if so published."""
+        fields = type(self).model_fields
+        momentum = max(0.0, min(fields["momentum"].default, 1 - SHORT_AVERAGE / steps))
+        return self.short | dict.fromkeys({"momentum", "final_momentum"} & fields.keys(), momentum)
+
 
 class PredictorConfig(MomentumConfig):
     """Settings of BYOL and of what is built on it."""
 
+    short: ClassVar[dict[str, Any]] = SHORT_PREDICTION | {"hidden": 1024}
+    """Narrower heads, and a copy that follows to the end."""
     short_batch: ClassVar[int] = 64
     hidden: int = Field(4096, ge=1)
     """Width of the hidden layer of projector and predictor."""
@@ -162,11 +170,6 @@ class PredictorConfig(MomentumConfig):
     """Whether the predictor's learning rate stays at the peak, without warm-up and cosine."""
     joint_views: bool = False
     """Whether both views go through the network as one batch, whose statistics they then share."""
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return narrower heads, and a copy that follows to the end."""
-        momentum = self.short_momentum(steps, 0.996)
-        return SHORT_PREDICTION | {"hidden": 1024, "momentum": momentum, "final_momentum": momentum}
 
 
 class ByolConfig(PredictorConfig):
@@ -183,6 +186,7 @@ class ByolConfig(PredictorConfig):
 class CcConfig(PixelConfig):
     """Contrastive clustering (arXiv 2009.09687)."""
 
+    short: ClassVar[dict[str, Any]] = SHORT_CONTRAST
     name: Literal["cc"] = "cc"
     """Contrast of images and of clusters."""
     features: int = Field(128, ge=2)
@@ -208,14 +212,11 @@ class CcConfig(PixelConfig):
     reassign: int = Field(10, ge=1)
     """Epochs between two E-steps, which CC does not learn from."""
 
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return a lower temperature, which weighs near negatives more."""
-        return {"temperature": 0.2}
-
 
 class QueueConfig(MomentumConfig):
     """Settings of MoCo and of what is built on it."""
 
+    short: ClassVar[dict[str, Any]] = SHORT_CONTRAST
     features: int = Field(128, ge=2)
     """d, width of the space in which rows are compared and clustered."""
     momentum: float = Field(0.999, ge=0, le=1)
@@ -230,9 +231,8 @@ class QueueConfig(MomentumConfig):
     """Epochs between two E-steps."""
 
     def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return MoCo v2's temperature on ImageNet, a queue of at most half the rows, and a copy that follows."""
-        momentum = self.short_momentum(steps, type(self).model_fields["momentum"].default)
-        return {"temperature": 0.2, "queue": max(1, min(4096, count // 2)), "momentum": momentum}
+        """Return a queue of at most half the rows besides."""
+        return super().short_settings(count, steps) | {"queue": max(1, min(4096, count // 2))}
 
 
 class MoCoConfig(QueueConfig):
@@ -294,6 +294,9 @@ OURS: dict[str, dict[str, Any]] = {
 class ProPosConfig(PredictorConfig):
     """ProPos (arXiv 2111.11821): BYOL with prototype scattering. A key that is written wins over the preset."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PUBLISHED | OURS
+    short: ClassVar[dict[str, Any]] = PredictorConfig.short | {"e_step_rows": "views"}
+    """BYOL's, and E-steps that take no pass of their own: there is one after every epoch."""
     revision: ClassVar[int] = 4
     name: Literal["propos"] = "propos"
     """BYOL with prototypes that scatter."""
@@ -323,18 +326,11 @@ class ProPosConfig(PredictorConfig):
     resample: bool = False
     """Whether epochs draw each cluster equally often."""
 
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return BYOL's, and E-steps that take no pass of their own: there is one after every epoch."""
-        return super().short_settings(count, steps) | {"e_step_rows": "views"}
-
-    def preset_settings(self, count: int) -> dict[str, Any]:
-        """Return what the preset stands for."""
-        return (PUBLISHED | OURS).get(self.preset) or super().preset_settings(count)
-
 
 class SimClrConfig(PixelConfig):
     """SimCLR (arXiv 2002.05709), clustered by k-means."""
 
+    short: ClassVar[dict[str, Any]] = SHORT_CONTRAST
     name: Literal["simclr"] = "simclr"
     """Contrast of all images of a batch."""
     features: int = Field(128, ge=2)
@@ -344,15 +340,15 @@ class SimClrConfig(PixelConfig):
     reassign: int = Field(10, ge=1)
     """Epochs between two E-steps, which SimCLR does not learn from."""
 
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return a lower temperature, which weighs near negatives more."""
-        return {"temperature": 0.2}
-
 
 class SimSiamConfig(PixelConfig):
     """SimSiam (arXiv 2011.10566), clustered by k-means."""
 
     revision: ClassVar[int] = 4
+    short: ClassVar[dict[str, Any]] = SHORT_PREDICTION | {
+        "features": 512, "bottleneck": 128, "predictor_rate": 10.0, "fix_predictor_rate": False
+    }  # fmt: skip
+    """Narrower heads, and a predictor that follows."""
     short_batch: ClassVar[int] = 64
     name: Literal["simsiam"] = "simsiam"
     """Prediction of the network's own output, without negatives or a copy."""
@@ -370,11 +366,6 @@ class SimSiamConfig(PixelConfig):
     """Peak learning rate per 256 rows of batch: the rate used is this × batch_size / 256."""
     reassign: int = Field(50, ge=1)
     """Epochs between two E-steps, which SimSiam does not learn from."""
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return narrower heads, and a predictor that follows."""
-        narrow = {"features": 512, "bottleneck": 128}
-        return SHORT_PREDICTION | narrow | {"predictor_rate": 10.0, "fix_predictor_rate": False}
 
 
 class CppPixelsConfig(CppConfig):
