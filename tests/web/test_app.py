@@ -118,6 +118,15 @@ def test_the_list_is_sorted_filtered_and_cut(page: TestClient):
     assert {query: get(page, "/api/clusters", query=query)["total"] for query in bounds} == bounds
     certain = [each["confidence"] for each in get(page, "/api/clusters", sort="confidence")["clusters"]]
     assert certain == sorted(certain, reverse=True)
+    for path, asked, wanted in (
+        ("clusters", {"limit": "x"}, "limit = x: must be a whole number"),
+        ("records", {"rows": "1,a"}, "rows: must be at most 500 numbers, separated by commas"),
+        ("records", {}, "rows: must be at most 500 numbers, separated by commas"),
+        ("search", {"text": " "}, "text: give some words, at most 1,000 letters"),
+        ("search", {"text": "a", "top": "-1"}, "top = -1: must be a whole number"),
+    ):
+        assert page.get(f"/api/{path}", params=asked).json() == {"error": wanted}
+    assert len(get(page, "/api/clusters", limit="", offset="")["clusters"]) == 3
 
 
 def test_an_image_shows_its_neighbours_and_pictures(page: TestClient, config: RunConfig):
