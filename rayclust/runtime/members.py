@@ -7,7 +7,7 @@ model that was trained with `keep_heads`), or by a table *.parquet with the colu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
 
 from rayclust.arrays import IntArray
 from rayclust.config import RunConfig, validate
@@ -23,8 +22,7 @@ from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods.base import ManyHeads, as_member
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import content_digest
-from rayclust.runtime.rows import part_features, row_starts, transform_of
-from rayclust.runtime.tensors import StoredRows, mapped
+from rayclust.runtime.rows import part_features, row_keys, row_starts, transform_of
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, digest_of, read_manifest
 from rayclust.store.run import Run, parts
@@ -34,14 +32,44 @@ HEADS = "#heads"
 
 
 @dataclass(frozen=True)
-class MembersPlan:
-    """The members of a run, as they are now."""
+class Members:
+    """The partitions that a run's method reads, as they are when its fit begins (`runtime.tensors.Partitions`)."""
 
+    uris: tuple[str, ...]
+    """Their names."""
     digest: str
     """Of their content, in order."""
 
+    def count(self) -> int:
+        """Return the number of partitions: a name may stand for all heads of a model.
 
-def plan_members(config: RunConfig) -> MembersPlan | None:
+        Raises:
+            ConfigError: a model holds one head alone.
+        """
+        total = 0
+        for uri in self.uris:
+            heads = 1
+            if uri.endswith(HEADS):
+                stored = storage.join(Run(uri.removesuffix(HEADS)).model_folder, "config.json")
+                heads = int(storage.read_json(stored)["config"].get("heads", 1))
+                if heads < 2:
+                    raise ConfigError(
+                        f"method.members: {uri}: the model holds one head; train it with method.keep_heads: true"
+                    )
+            total += heads
+        return total
+
+    def labels(self, run: Run, parts: int) -> Iterator[IntArray]:
+        """Yield each partition, Int32[N] in the order of the rows of a run with so many parts.
+
+        −1 where one has no opinion; raises as `read_member` does.
+        """
+        own = row_keys(run, parts)
+        for uri in self.uris:
+            yield from read_member(uri, own)
+
+
+def plan_members(config: RunConfig) -> Members | None:
     """Digest the partitions that the method reads; None if it reads none.
 
     Raises:
@@ -55,11 +83,7 @@ def plan_members(config: RunConfig) -> MembersPlan | None:
         raise ConfigError(f"method.members = {list(uris)}: needs one number of clusters; set method.clusters")
     if any(uri.removesuffix(HEADS).rstrip("/") == config.run.rstrip("/") for uri in uris):
         raise ConfigError(f"method.members: {config.run} is this run itself, which each fit would change")
-    return MembersPlan(_content_of_all(uris))
-
-
-def _content_of_all(uris: Sequence[str]) -> str:
-    return digest_of([_content(uri) for uri in uris])
+    return Members(tuple(uris), digest_of([_content(uri) for uri in uris]))
 
 
 def _content(uri: str) -> Any:
@@ -79,58 +103,6 @@ def _finished(uri: str, stage: str) -> Manifest:
     if manifest is None:
         raise DataError(f"method.members: {uri}: no run there has finished its stage {stage}")
     return manifest
-
-
-class RowsWithMembers(StoredRows):
-    """Rows of a run with the partitions that its method reads; one worker of a node reads them, all map the file.
-
-    Args:
-        partitions: names of members.
-        args: of `StoredRows`.
-    """
-
-    def __init__(self, partitions: Sequence[str], *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._partitions = partitions
-
-    def members(self) -> list[Tensor] | None:
-        """Return Int32[N] each, mapped; None without members.
-
-        Raises:
-            ConfigError: a model holds one head alone.
-            DataError: a member has other rows.
-        """
-        if not self._partitions:
-            return None
-        # 1. How many there are: a name may stand for all heads of a model.
-        count = 0
-        for uri in self._partitions:
-            heads = 1
-            if uri.endswith(HEADS):
-                stored = storage.join(Run(uri.removesuffix(HEADS)).model_folder, "config.json")
-                heads = int(storage.read_json(stored)["config"].get("heads", 1))
-                if heads < 2:
-                    raise ConfigError(
-                        f"method.members: {uri}: the model holds one head; train it with method.keep_heads: true"
-                    )
-            count += heads
-        # 2. Their labels of the fitted rows.
-        fitted = slice(None) if self._aside is None else ~self._aside
-        labels = member_labels(self.run, len(self.starts) - 1, self._partitions)
-        found = (each[fitted][None] for each in labels)
-        # Named by its content: a fit that was killed may have read a member as it was before.
-        name = f"members-{_content_of_all(self._partitions)}.npy"
-        return list(mapped(self.cache / name, (count, self.count), np.int32, found))
-
-
-def member_labels(run: Run, count: int, partitions: Sequence[str]) -> Iterator[IntArray]:
-    """Yield each partition of some members, Int32[N] in the order of the rows of a run with so many parts.
-
-    −1 where one has no opinion; raises as `read_member` does.
-    """
-    own = _keys(run, count)
-    for uri in partitions:
-        yield from read_member(uri, own)
 
 
 def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:
@@ -159,7 +131,7 @@ def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:
             raise ConfigError(f"method.members: {uri}: {config.method.name} has no heads")
         transform = transform_of(encode, config.features)
         features = (torch.from_numpy(part_features(run, part, transform)) for part in range(count))
-        keys, columns = _keys(run, count), torch.cat([method.predict_heads(x) for x in features], dim=1)
+        keys, columns = row_keys(run, count), torch.cat([method.predict_heads(x) for x in features], dim=1)
     else:
         assigned = [tables.read_table(part, ["key", "cluster"]) for _, part in parts(Run(uri).assignments_folder)]
         joined = pa.concat_tables(assigned)
@@ -177,23 +149,3 @@ def read_member(uri: str, own: pa.ChunkedArray) -> Iterator[IntArray]:
     for column in columns:
         labels = as_member(np.asarray(column)).numpy().astype(np.int32)
         yield labels if positions is None else labels[positions]
-
-
-def _keys(run: Run, count: int) -> pa.ChunkedArray:
-    """Return the keys of all rows of a run with so many parts, in order."""
-    columns = [tables.read_table(run.rows(part), ["key"])["key"] for part in range(count)]
-    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
-
-
-def row_table(rows: StoredRows, columns: Mapping[str, Tensor]) -> pa.Table:
-    """Build the table of what a method says of the rows that it was fitted to, in their order, with their keys.
-
-    Args:
-        rows: of the run.
-        columns: [N] each, by name.
-    """
-    parts, numbers = range(len(rows.starts) - 1), np.arange(rows.starts[-1])
-    keys = _keys(rows.run, len(parts))
-    fitted = np.concatenate([rows.fitted(part, numbers[rows.starts[part] : rows.starts[part + 1]]) for part in parts])
-    named = {name: column.cpu().numpy() for name, column in columns.items()}
-    return pa.table({"row": fitted, "key": keys.take(pa.array(fitted))} | named).combine_chunks()

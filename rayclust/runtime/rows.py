@@ -93,6 +93,12 @@ def part_features(run: Run, index: int, transform: SpaceTransforms) -> np.ndarra
     return transform(part_embeddings(run, index, transform.transforms))
 
 
+def row_keys(run: Run, parts: int) -> pa.ChunkedArray:
+    """Return the keys of all rows of a run with so many parts, in order."""
+    columns = [tables.read_table(run.rows(part), ["key"])["key"] for part in range(parts)]
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+
+
 def rows_by_part(starts: list[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each part that holds some of the rows, Int64[n] sorted, with their positions in it."""
     for part, (first, end) in enumerate(pairwise(np.searchsorted(rows, starts).tolist())):

@@ -5,19 +5,30 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from rayclust.arrays import IntArray
 from rayclust.errors import DataError
 from rayclust.features import FeaturesConfig, SpaceTransforms
 from rayclust.methods.base import Rows
 from rayclust.methods.settings import EMBEDDINGS, NO_NEIGHBOR
-from rayclust.runtime.rows import fitted_count, kept_aside, part_features, row_starts, space_widths, transform_of
+from rayclust.runtime.rows import (
+    fitted_count,
+    kept_aside,
+    part_features,
+    row_keys,
+    row_starts,
+    space_widths,
+    transform_of,
+)
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs, Manifest
 from rayclust.store.run import Run
@@ -46,6 +57,19 @@ def blocks(
             yield unit_rows(features), torch.from_numpy(rows)
 
 
+class Partitions(Protocol):
+    """Partitions of a run's rows from outside of it, for a method that reads some; sent to every worker."""
+
+    digest: str
+    """Of their content."""
+
+    def count(self) -> int:
+        """Return how many there are."""
+
+    def labels(self, run: Run, parts: int) -> Iterator[IntArray]:
+        """Yield each, Int32[N] in the order of the rows of a run with so many parts; −1 where it has no opinion."""
+
+
 class StoredRows(Rows):
     """Rows of a run that are not kept aside, for the methods, mapped from a file on the node.
 
@@ -59,6 +83,7 @@ class StoredRows(Rows):
         cache: folder for this training's files on this node.
         worker, workers: rank of this worker, and their number.
         are_bytes: whether rows are bytes over 255, as those of the encoder `pixels`: the file then holds the bytes.
+        partitions: that the method reads; one worker of a node reads them, all map the file.
     """
 
     def __init__(
@@ -71,11 +96,12 @@ class StoredRows(Rows):
         workers: int = 1,
         *,
         are_bytes: bool = False,
+        partitions: Partitions | None = None,
     ) -> None:
         self.run, self.cache = run, cache
         self._transform = transform_of(encode, features)
         self.starts = row_starts(encode)
-        self._worker, self._workers, self._are_bytes = worker, workers, are_bytes
+        self._worker, self._workers, self._are_bytes, self._partitions = worker, workers, are_bytes, partitions
         self._aside = kept_aside(run, encode.outputs_of(EncodeOutputs))
         self.count = fitted_count(encode)
         """Number of rows, N."""
@@ -138,6 +164,24 @@ class StoredRows(Rows):
         """
         column = tables.read_table(self.run.nouns, ["embedding"])["embedding"]
         return torch.from_numpy(tables.matrix(column).copy())
+
+    def members(self) -> list[Tensor] | None:
+        """Return the partitions, Int32[N] each, mapped; None without any."""
+        if self._partitions is None:
+            return None
+        fitted = slice(None) if self._aside is None else ~self._aside
+        found = (each[fitted][None] for each in self._partitions.labels(self.run, len(self.starts) - 1))
+        path = self.cache / f"members-{self._partitions.digest}.npy"
+        return list(mapped(path, (self._partitions.count(), self.count), np.int32, found))
+
+    def table(self, columns: Mapping[str, Tensor]) -> pa.Table:
+        """Return a table of values of the rows, [N] each by name, with the numbers and keys of the rows."""
+        numbers = np.arange(self.starts[-1])
+        parts = range(len(self.starts) - 1)
+        fitted = [self.fitted(part, numbers[self.starts[part] : self.starts[part + 1]]) for part in parts]
+        rows, keys = np.concatenate(fitted), row_keys(self.run, len(parts))
+        named = {name: column.cpu().numpy() for name, column in columns.items()}
+        return pa.table({"row": rows, "key": keys.take(pa.array(rows))} | named).combine_chunks()
 
     def counterparts(self) -> StoredCounterparts:
         """Return the rows' counterparts in text."""

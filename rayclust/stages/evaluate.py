@@ -17,7 +17,7 @@ from rayclust.config import RunConfig
 from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Membership
 from rayclust.runtime.cluster import run_remotely
-from rayclust.runtime.members import member_labels
+from rayclust.runtime.members import plan_members
 from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
 from rayclust.runtime.rows import features_at, kept_aside, row_starts, transform_of
@@ -150,12 +150,11 @@ class _Scoring:
         """
         from rayclust.metrics import external
 
-        uris = self.config.method.partitions() if is_labelled else ()
-        found = list[float | None]()
-        for labels in member_labels(self.run, len(self.encode.parts), uris) if uris else ():
+        members, found = plan_members(self.config) if is_labelled else None, list[float | None]()
+        for labels in members.labels(self.run, len(self.encode.parts)) if members else ():
             known = (codes >= 0) & (labels >= 0)
             found.append(external.accuracy(codes[known], labels[known]) if known.any() else None)
-        return {"members": found} if uris else {}
+        return {"members": found} if members else {}
 
     def _probes(self, codes: np.ndarray, aside: np.ndarray | None) -> dict[str, float]:
         """Return the accuracy of a linear probe and of the k-NN vote, over rows with labels.

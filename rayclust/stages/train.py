@@ -37,12 +37,11 @@ from rayclust.runtime.cluster import (
     run_remotely,
     training_workers,
 )
-from rayclust.runtime.members import RowsWithMembers, row_table
 from rayclust.runtime.models import save_method
 from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
 from rayclust.runtime.progress import Progress, watch_metrics
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
-from rayclust.runtime.tensors import StoredRows
+from rayclust.runtime.tensors import Partitions, StoredRows
 from rayclust.runtime.trackers import Trackers
 from rayclust.store import manifest, storage
 from rayclust.store.manifest import EncodeOutputs, Manifest, Outputs, put_bytes, put_table, read_unchanged
@@ -73,7 +72,7 @@ def run(context: StageContext) -> StageResult:
             outputs |= put_bytes(context.run, storage.join(context.run.model_folder, path.rpartition("/")[2]), data)
         summary = f"{config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
         return StageResult(outputs, {"rows": rows, "steps": chosen["steps"]}, {}, summary)
-    result = fit(Job("train", config, context.digest, encode, context.run.model_folder))
+    result = fit(Job("train", config, context.digest, encode, context.run.model_folder, context.plan))
     summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
     if result["loss"] is not None:
         summary += f", loss {result['loss']:.4f}"
@@ -92,6 +91,8 @@ class Job:
     encode: Manifest
     folder: str
     """Folder of the model, below the run."""
+    partitions: Partitions | None = None
+    """That the method reads."""
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -182,11 +183,10 @@ def _train(settings: dict[str, Any]) -> dict[str, Any] | None:
     config, run = job.config, Run(job.config.run, job.config.spaces)
     group = distributed.data_group()
     device = torch.device("cuda", torch.cuda.current_device()) if config.resources.gpus else "cpu"
-    cache, partitions = cache_folder(job.digest), config.method.partitions()
-    place = cache, group.rank, group.size
     # Rows that are the bytes over 255, and nothing else was done to them.
     are_bytes = config.method.reads_pixels and config.encoder.mean is None and config.encoder.std is None
-    rows = RowsWithMembers(partitions, run, job.encode, config.features, *place, are_bytes=are_bytes)
+    place = cache_folder(job.digest), group.rank, group.size
+    rows = StoredRows(run, job.encode, config.features, *place, are_bytes=are_bytes, partitions=job.partitions)
     method = build_for(rows, config.method, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
     trackers = Trackers(config, job.digest) if group.rank == 0 and job.stage == "train" else None
@@ -216,8 +216,7 @@ def write_fit(rows: StoredRows, folder: str, method: Method, history: list[dict[
     outputs = save_method(rows.run, method.state(), folder)
     outputs |= put_table(rows.run, storage.join(folder, "metrics.parquet"), table)
     if isinstance(method, RowTable):
-        said = row_table(rows, method.row_table)
-        outputs |= put_table(rows.run, storage.join(folder, "rows.parquet"), said)
+        outputs |= put_table(rows.run, storage.join(folder, "rows.parquet"), rows.table(method.row_table))
     last = history[-1] if history else {}
     return {"outputs": outputs, "steps": int(last.get("step", 0)), "loss": last.get("loss")}
 
