@@ -205,21 +205,6 @@ class Submission:
         return {f"{self.name}-{number}": jobs[f"{self.name}-{number}"] for number in numbers}
 
 
-def refuse_far_paths(config: RunConfig, address: str, *, shared_paths: bool = False) -> None:
-    """Raise `ConfigError` if a config with absolute paths names local ones that the nodes of a cluster do not see."""
-    local = {key: path for key, path in local_paths(config).items() if not storage.is_remote(path)}
-    if not local or shared_paths:
-        return
-    key, path = next(iter(local.items()))
-    others = f", like {', '.join(list(local)[1:])}" if len(local) > 1 else ""
-    if not is_here(address):
-        raise ConfigError(
-            f"{key} = {path}: is local{others}, and the nodes of {address} do not see it: use s3://, or give "
-            "--shared-paths if they mount the same file system"
-        )
-    logger.warning("%s = %s: is local%s: right if %s is this machine and no tunnel", key, path, others, address)
-
-
 def submit(server: JobServer, submission: Submission) -> str:
     """Submit the run's next attempt, unless one is under way; return the id of the attempt that is under way now.
 
@@ -327,8 +312,19 @@ def submit_run(
         ConfigError: the config or the address cannot be used, or there is no attempt to follow or stop.
         DataError: the job server is away for too long, or the attempt does not end.
     """
-    if action not in ("follow", "stop"):
-        refuse_far_paths(submission.config, address, shared_paths=shared_paths)
+    # 1. Local paths, which the nodes of a cluster elsewhere do not see.
+    paths = {} if shared_paths or action in ("follow", "stop") else local_paths(submission.config)
+    local = [(key, path) for key, path in paths.items() if not storage.is_remote(path)]
+    if local:
+        (key, path), *more = local
+        others = f", like {', '.join(other for other, _ in more)}" if more else ""
+        if not is_here(address):
+            raise ConfigError(
+                f"{key} = {path}: is local{others}, and the nodes of {address} do not see it: use s3://, or give "
+                "--shared-paths if they mount the same file system"
+            )
+        logger.warning("%s = %s: is local%s: right if %s is this machine and no tunnel", key, path, others, address)
+    # 2. The job: stopped, submitted, or the last one.
     server = JobServer(address)
     if action == "stop":
         job = newest(server, submission)
@@ -344,6 +340,7 @@ def submit_run(
     job = newest(server, submission) if action == "follow" else submit(server, submission)
     if action == "no-wait":
         return 0
+    # 3. Its log.
     try:
         return follow(server, job, show)
     except KeyboardInterrupt:

@@ -139,18 +139,14 @@ class Progress:
             self._resumed += done
             self._show(None)
 
-    def at(self, done: int, total: int | None = None, note: str | None = None, **measured: float) -> None:
-        """Set the number done, and the total if it has become known. What is measured goes to Ray's metrics."""
-        with self._lock:
-            self.done = done
-            self.measured |= measured
-            self.total = total if total is not None else self.total
-            self._show(note)
-
     def show_metrics(self, row: dict[str, Any]) -> None:
-        """Show a row of a training's metrics: its step, the number of steps where it has one, and its loss."""
-        loss = {} if row.get("loss") is None else {"loss": float(row["loss"])}
-        self.at(int(row.get("step", 0)), row.get("steps"), f"loss {loss['loss']:.4f}" if loss else "", **loss)
+        """Show a row of a training's metrics: its step, the number of steps where it is known, and its loss."""
+        with self._lock:
+            self.done, self.total, note = int(row.get("step", 0)), row.get("steps", self.total), ""
+            if row.get("loss") is not None:
+                self.measured["loss"] = float(row["loss"])
+                note = f"loss {self.measured['loss']:.4f}"
+            self._show(note)
 
     def rate(self) -> float:
         """Return units per second since the stage began, without those of earlier runs."""

@@ -367,7 +367,11 @@ class ListSearch:
         most = max(1024, PAIRS_AT_ONCE // self.nprobe)
         for start in range(low, high, most):
             places, lists = self._pairs(own, known, start, min(high, start + most))
-            halo += _outside(lists.unique(), known["bounds"], low, high)
+            # The rows of these lists that lie in other shards.
+            opened = lists.unique()
+            first, end = known["bounds"][opened], known["bounds"][opened + 1]
+            inside = (end.clamp(max=high) - first.clamp(min=low)).clamp(min=0)
+            halo += int((end - first - inside).sum())
             for some, rows, units in _blocks(layout, own, places, lists, known["bounds"]):
                 for queries in some.split(QUERIES_AT_ONCE):
                     best.update(queries, own.units[queries].float(), own.rows[queries], units, rows)
@@ -469,13 +473,6 @@ def _blocks(
                 block = other = _read(layout, low, stop)
             part = slice(low - block.low, high - block.low)
             yield some, block.rows[part], block.units[part].float()
-
-
-def _outside(lists: Tensor, bounds: Tensor, low: int, high: int) -> int:
-    """Count the rows of lists, Int64[l], that lie outside these positions."""
-    first, end = bounds[lists], bounds[lists + 1]
-    inside = (end.clamp(max=high) - first.clamp(min=low)).clamp(min=0)
-    return int((end - first - inside).sum())
 
 
 def collect(layout: IvfLayout, summary: dict[str, Any], files: Sequence[SortedFile], task: Task) -> TaskResult:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from rayclust.cli import run_command
-from rayclust.config import parse, validate
+from rayclust.config import RunConfig, parse, validate
 from rayclust.errors import ConfigError, DataError
 from rayclust.runtime import jobs as module
 from rayclust.runtime.api import with_absolute_paths
@@ -32,7 +32,6 @@ from rayclust.runtime.jobs import (
     follow,
     is_here,
     newest,
-    refuse_far_paths,
     submit,
     submit_run,
 )
@@ -136,20 +135,28 @@ def test_the_shell_hands_the_config_on_as_it_is(tmp_path: Path):
     assert done.returncode == 3
 
 
-def test_local_paths_are_refused_by_a_cluster_elsewhere_and_warned_of_here(caplog: Any):
-    local = with_absolute_paths(validate(tree("/runs/one", "/photos", label={"vocabulary": "/words.txt"})))
+def test_local_paths_are_refused_by_a_cluster_elsewhere_and_warned_of_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+):
+    monkeypatch.setattr(module, "JobServer", lambda address: Server(address))
+    local = validate(tree("/runs/one", "/photos", label={"vocabulary": "/words.txt"}))
+
+    def sent(config: RunConfig, address: str, *, shared_paths: bool = False) -> int:
+        one = Submission(with_absolute_paths(config))
+        return submit_run(one, address, lambda text: None, action="no-wait", shared_paths=shared_paths)
+
     with pytest.raises(
         ConfigError, match=r"^run = /runs/one: is local, like images.uri, label.vocabulary, and"
     ) as caught:
-        refuse_far_paths(local, "http://head:8265")
+        sent(local, "http://head:8265")
     assert "--shared-paths" in str(caught.value)
     assert caplog.text == ""
-    refuse_far_paths(local, "http://127.0.0.1:8265")
+    assert sent(local, "http://127.0.0.1:8265") == 0
     assert "no tunnel" in caplog.text
     caplog.clear()
-    refuse_far_paths(local, "http://head:8265", shared_paths=True)
-    refuse_far_paths(with_absolute_paths(validate(FAR)), "http://head:8265")
-    refuse_far_paths(with_absolute_paths(validate(tree("s3://b/run", "dataset:digits"))), "http://head:8265")
+    assert sent(local, "http://head:8265", shared_paths=True) == 0
+    assert sent(validate(FAR), "http://head:8265") == 0
+    assert sent(validate(tree("s3://b/run", "dataset:digits")), "http://head:8265") == 0
     assert caplog.text == ""
 
 

@@ -58,7 +58,7 @@ def test_the_rate_leaves_out_what_an_earlier_run_did(clock: Clock):
     clock.now += 20
     shown.advance(100)
     assert shown.rate() == 5
-    shown.at(600)
+    shown.show_metrics({"step": 600})
     assert shown.rate() == 10
 
 
@@ -78,15 +78,15 @@ def test_a_log_gets_one_line_every_interval_with_rate_note_and_time_left(clock: 
 def test_without_a_total_or_a_rate_no_time_left_is_made_up(clock: Clock, lines: pytest.LogCaptureFixture):
     shown = Progress("train", "steps")
     clock.now += LOG_INTERVAL
-    shown.at(60, note="loss 1.5")
+    shown.show_metrics({"step": 60, "loss": 1.5})
     clock.now += LOG_INTERVAL
-    shown.at(60, total=120)
+    shown.show_metrics({"step": 60, "steps": 120, "loss": 1.5})
     resumed = Progress("assign", "rows", total=10, done=10)
     clock.now += LOG_INTERVAL
     resumed.advance(0)
     assert lines.messages == [
-        "train: 60 steps, 2 steps/s, loss 1.5",
-        "train: 60 of 120 steps, 1 steps/s, loss 1.5, 1 min 00 s left",
+        "train: 60 steps, 2 steps/s, loss 1.5000",
+        "train: 60 of 120 steps, 1 steps/s, loss 1.5000, 1 min 00 s left",
         "assign: 10 of 10 rows, 0 rows/s",
     ]
 
@@ -120,7 +120,7 @@ def test_a_stage_keeps_what_it_has_done_in_the_run_until_it_ends(clock: Clock, t
 
     def interrupted() -> None:
         with progress.keep_progress(run), Progress("train", "steps") as shown:
-            shown.at(7)
+            shown.show_metrics({"step": 7})
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -150,7 +150,7 @@ def test_rays_metrics_get_what_is_measured(clock: Clock, tmp_path: Path, monkeyp
     with progress.keep_progress(Run(str(tmp_path))):
         shown = Progress("train", "steps")
         clock.now += 10
-        shown.at(50, note="loss 0.5", loss=0.5)
+        shown.show_metrics({"step": 50, "loss": 0.5})
     progress._gauge.cache_clear()
     assert {name: value for name, (value, _) in sent.items()} == {
         "rayclust_done": 50, "rayclust_per_second": 5, "rayclust_loss": 0.5,

@@ -501,11 +501,26 @@ def test_a_row_that_no_shard_has_found_is_an_error(tmp_path: Path):
         collect(layout, {}, [SortedFile(layout.at("found", 0), 0, 1)], Task(0, "d", (0,), 3))
 
 
-def test_rows_outside_a_shard_are_counted_once():
-    bounds = torch.tensor([0, 4, 4, 10, 12])
-    assert neighbors_ivf._outside(torch.tensor([0, 1, 2, 3]), bounds, 0, 12) == 0
-    assert neighbors_ivf._outside(torch.tensor([0, 1, 2, 3]), bounds, 3, 6) == 3 + 4 + 2
-    assert neighbors_ivf._outside(torch.tensor([0, 3]), bounds, 4, 10) == 6
+@pytest.mark.parametrize("opened", [[0, 1, 2, 3, 4, 5, 6], [0, 3], [5]])
+@pytest.mark.parametrize("name", HOMES)
+def test_rows_outside_a_shard_are_counted_once(
+    name: str, opened: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    layout, lists = sorted_groups(tmp_path, HOMES[name], 13)
+    known = kept_tensors(layout.at("lists"), lists.digest)
+    nothing = {"query": torch.zeros(0, dtype=torch.int64), "keys": torch.zeros((0, 1), dtype=torch.int64)}
+    monkeypatch.setattr(neighbors_ivf, "kept_tensors", lambda *of: known | nothing)
+    # Every row of a shard looks into the same lists.
+    pairs = torch.cartesian_prod(torch.tensor(opened), torch.arange(13))
+    for shard in range(layout.shards):
+        lists.shard(by_list(layout), shard)
+    for shard in range(layout.shards):
+        low, high = layout.places(shard)
+        some = pairs[pairs[:, 1] < high - low]
+        monkeypatch.setattr(ListSearch, "_pairs", lambda *given, found=some: (found[:, 1], found[:, 0]))
+        homes = np.sort(HOMES[name])
+        wanted = np.isin(homes, opened).sum() - np.isin(homes[low:high], opened).sum()
+        assert lists.search(shard).counts["halo"] == wanted
 
 
 def layout(run: Run) -> IvfLayout:
