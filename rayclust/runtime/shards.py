@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,19 @@ def pack_moments(count: int, sums: np.ndarray) -> dict[str, Any]:
     return {"count": count, "total": total, "squares": squares}
 
 
+@dataclass
 class MomentsInOrder:
     """Sum of the moments of all parts in the order of the parts, whatever order they end in: same rows, same bytes.
 
     Moments are removed from the results that pass: about 21 D bytes a part would be most of the driver's memory.
     """
 
-    def __init__(self) -> None:
-        self._waiting: dict[int, dict[str, Any]] = {}
-        self._next = self._count = self.dimension = 0
-        self._sums: np.ndarray | None = None
+    dimension: int = 0
+    """D, once a part with rows was seen."""
+    _count: int = 0
+    _sums: np.ndarray | None = None
+    _next: int = 0
+    _waiting: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def take(self, task: Task, result: TaskResult) -> None:
         """Add one part's moments (an `OnResult`); a part that comes again changes nothing."""

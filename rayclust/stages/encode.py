@@ -136,13 +136,23 @@ def _encode(context: StageContext) -> StageResult:
         Task(shard.index, digest, shard, shard.count or 1)
         for shard, digest in zip(listed.shards, listed.digests, strict=True)
     ]
-    _drop_stale(context.run, len(tasks))
-    # 1. The shards.
+    # 1. Remove tables of shards that are no more, and of spaces that the run no longer has: with such there is a rows/.
+    run = context.run
+    spaces = [storage.join(run.embeddings_folder, name) for name in run.spaces]
+    for folder in (run.rows_folder, run.rejects_folder, *spaces):
+        drop_stale_parts(folder, len(tasks))
+    has_rows = bool(spaces) or next(storage.walk(run.at("rows"), missing_ok=True), None) is not None
+    if has_rows and not spaces:
+        storage.remove_tree(run.at("rows"))
+    for file in storage.walk(run.embeddings_folder, missing_ok=True) if has_rows else ():
+        if file.key.rpartition("/")[0] not in (run.spaces or ("",)):
+            storage.remove(file.uri)
+    # 2. The shards.
     work = _import_rows if listed.shards[0].has_embeddings else _encode_images
     moments = MomentsInOrder()
     results = work(context, tasks, moments)
-    storage.remove_tree(context.run.at("manifests", "encode-inputs"))
-    # 2. Totals; too many rejects stop the run here.
+    storage.remove_tree(run.at("manifests", "encode-inputs"))
+    # 3. Totals; too many rejects stop the run here.
     has_split = Split.of(config) is not None
     names = ("rows", "rejects", "labelled", *(("test",) if has_split else ()))
     counts = {name: sum(result.counts[name] for result in results) for name in names}
@@ -165,9 +175,9 @@ def _encode(context: StageContext) -> StageResult:
     if labels not in ("auto", "none") and not counts["labelled"]:
         logger.warning("images.labels = %s: gives no row a label; labels are text or whole numbers", labels)
     for space in listed.ready if config.images.classes is None else ():
-        space.refuse_surplus(context.run, len(tasks), total)
-    # 3. Row numbers, now that all counts are known.
-    results = _number_rows(context.run, results)
+        space.refuse_surplus(run, len(tasks), total)
+    # 4. Row numbers, now that all counts are known.
+    results = _number_rows(run, results)
     extra = {
         "dimension": moments.dimension,
         "parts": [result.counts["rows"] for result in results],
@@ -182,20 +192,6 @@ def _encode(context: StageContext) -> StageResult:
     outputs = {path: written for result in results for path, written in result.outputs.items()}
     summary = f"{counts['rows']:,} images in {len(results)} parts, {counts['rejects']:,} rejects"
     return StageResult(outputs, counts, extra, summary)
-
-
-def _drop_stale(run: Run, count: int) -> None:
-    """Remove tables of shards from `count` on, and those of spaces that the run no longer has."""
-    spaces = [storage.join(run.embeddings_folder, name) for name in run.spaces]
-    for folder in (run.rows_folder, run.rejects_folder, *spaces):
-        drop_stale_parts(folder, count)
-    if not run.spaces:
-        if next(storage.walk(run.at("rows"), missing_ok=True), None) is None:
-            return
-        storage.remove_tree(run.at("rows"))
-    for file in storage.walk(run.embeddings_folder, missing_ok=True):
-        if file.key.rpartition("/")[0] not in (run.spaces or ("",)):
-            storage.remove(file.uri)
 
 
 def _import_rows(context: StageContext, tasks: list[Task], moments: MomentsInOrder) -> list[TaskResult]:

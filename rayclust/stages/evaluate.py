@@ -111,8 +111,14 @@ class _Scoring:
                 metrics["silhouette"] = internal.silhouette(features, clusters[sample])
                 metrics["silhouette_rows"] = len(sample)
         (metrics if aside is None else metrics["test"]).update(found)
-        metrics |= self._members(codes, is_labelled=is_labelled)
-        # 3. The membership Π of a sample of rows, labelled ones where there are.
+        # 3. The accuracy of each partition that the method read, on the labelled rows of which it says something.
+        members = plan_members(self.config) if is_labelled else None
+        if members is not None:
+            metrics["members"] = list[float | None]()
+            for labels in members.labels(self.run, len(self.encode.parts)):
+                both = (codes >= 0) & (labels >= 0)
+                metrics["members"].append(external.accuracy(codes[both], labels[both]) if both.any() else None)
+        # 4. The membership Π of a sample of rows, labelled ones where there are.
         if isinstance(method, Membership):
             places = np.flatnonzero(codes >= 0) if is_labelled else np.arange(len(codes))
             drawn = places[_sample(len(places), MEMBERSHIP_ROWS, self.config.seed)]
@@ -142,19 +148,6 @@ class _Scoring:
         occupied = [len(np.unique(level[rows])) for level in levels[1:]]
         sizes = [{"clusters": k, "occupied": used} for k, used in zip(self.levels, occupied, strict=True)]
         return found[0] | {"levels": [size | scores for size, scores in zip(sizes, found[1:], strict=True)]}
-
-    def _members(self, codes: np.ndarray, *, is_labelled: bool) -> dict[str, list[float | None]]:
-        """Return the accuracy of each partition that the method read, on the labelled rows of which it says something.
-
-        Nothing without labels, or for methods that read none.
-        """
-        from rayclust.metrics import external
-
-        members, found = plan_members(self.config) if is_labelled else None, list[float | None]()
-        for labels in members.labels(self.run, len(self.encode.parts)) if members else ():
-            known = (codes >= 0) & (labels >= 0)
-            found.append(external.accuracy(codes[known], labels[known]) if known.any() else None)
-        return {"members": found} if members else {}
 
     def _probes(self, codes: np.ndarray, aside: np.ndarray | None) -> dict[str, float]:
         """Return the accuracy of a linear probe and of the k-NN vote, over rows with labels.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,7 +23,7 @@ from rayclust.runtime.tensors import blocks
 from rayclust.search.index import build_index
 from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, Outputs, digest_of, put_bytes, put_json, put_table
-from rayclust.store.run import Run
+from rayclust.store.run import PART, Run
 
 RETRIEVAL = "retrieval.json"
 """A few rows with their nearest others in either space."""
@@ -32,7 +32,6 @@ QUERIES, SHOWN = 4, 8
 UNIT = FeatureTransform(normalize=True)
 """To unit rows."""
 
-Blocks = Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
 Nearest = list[list[dict[str, Any]]]
 """Each query's nearest rows, itself left out, with their cosines."""
 
@@ -48,10 +47,10 @@ def run(context: StageContext) -> StageResult:
     gpus = config.resources.gpus
     work = _Indexing(run, config, encode.outputs_of(EncodeOutputs), queries, transform, model, scratch)
     first, *others = config.spaces or (None,)
-    outputs, extra, nearest = run_remotely(work.index_encoder, first, gpus=gpus)
+    outputs, extra, nearest = run_remotely(work.index, first, gpus=gpus)
     summary = f"{extra['kind']} over {starts[-1]:,} rows{_recall(extra)}"
     for space in others:
-        more, found, _ = run_remotely(work.index_encoder, space, gpus=gpus)
+        more, found, _ = run_remotely(work.index, space, gpus=gpus)
         outputs |= more
         extra["spaces"] = extra.get("spaces", {}) | {space: found}
         summary += f"; in {space}: {found['kind']}{_recall(found)}"
@@ -59,7 +58,7 @@ def run(context: StageContext) -> StageResult:
         # All rows in the method's own space part by part, then their index in one worker.
         tasks = [Task(i, digest_of([context.digest, i]), size=n) for i, n in enumerate(work.encode.parts)]
         run_tasks(run, "index", tasks, work.represent)
-        more, extra[OWN], own_nearest = run_remotely(work.index_own, gpus=gpus)
+        more, extra[OWN], own_nearest = run_remotely(work.index, OWN, gpus=gpus)
         # Marks first: without marks the rows are made again, marks without rows would be wrong.
         storage.remove_tree(run.at("manifests", "index"))
         storage.remove_tree(run.at("index", "scratch"))
@@ -88,46 +87,49 @@ class _Indexing:
     folder: str
     """Scratch folder of rows in the own space, part by part: building the index may read them three times."""
 
-    def index_encoder(self, space: str | None) -> tuple[Outputs, dict[str, Any], Nearest]:
-        """Build the index over an encoder's space, None for the only one, and search it for the queries."""
-        unit = unit_transform(self.encode, space)
-        return self._build(
-            lambda: ((block.numpy(), ids.numpy()) for block, ids in blocks(self.run, self.encode.starts, unit)),
-            index_file(space, self.run.spaces),
-            features_at(self.run, self.encode.starts, unit, self.queries),
-        )
-
     def represent(self, task: Task) -> TaskResult:
         """Write the rows of one part in the own space."""
         torch.set_num_threads(1)
         method = load_method(self.run.uri, self.model)
         rows = transform_rows(method, part_features(self.run, task.index, self.transform))
         table = pa.table({"z": tables.fixed_list(rows.astype(np.float16))})
-        return TaskResult(put_table(self.run, self._at(task.index), table), {"rows": len(rows)})
-
-    def index_own(self) -> tuple[Outputs, dict[str, Any], Nearest]:
-        """Build the index over the own space and search it for the queries."""
-        features = features_at(self.run, self.encode.starts, self.transform, self.queries)
-        return self._build(
-            lambda: (
-                (UNIT(tables.matrix(tables.read_table(self._at(part), ["z"])["z"])), np.arange(start, stop))
-                for part, (start, stop) in enumerate(pairwise(self.encode.starts))
-                if stop > start
-            ),
-            OWN_INDEX,
-            transform_rows(load_method(self.run.uri, self.model), features),
+        return TaskResult(
+            put_table(self.run, storage.join(self.folder, PART.format(task.index)), table), {"rows": len(rows)}
         )
 
-    def _at(self, part: int) -> str:
-        return storage.join(self.folder, f"part-{part:05d}.parquet")
+    def index(self, space: str | None) -> tuple[Outputs, dict[str, Any], Nearest]:
+        """Build and write the index over a space, and search it for the queries.
 
-    def _build(self, stream: Blocks, name: str, queries: np.ndarray) -> tuple[Outputs, dict[str, Any], Nearest]:
-        """Build and write the index `name` over Float32[B d] unit rows, and search it for queries, Float32[q d]."""
+        Args:
+            space: of an encoder, None for the only one; `OWN` is the method's.
+        """
+        # 1. The queries, and a stream of the rows: building may read them several times.
+        starts = self.encode.starts
+        if space == OWN:
+            features = features_at(self.run, starts, self.transform, self.queries)
+            name, queries = OWN_INDEX, transform_rows(load_method(self.run.uri, self.model), features)
+        else:
+            unit = unit_transform(self.encode, space)
+            name, queries = index_file(space, self.run.spaces), features_at(self.run, starts, unit, self.queries)
+
+        def stream() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            """Yield Float32[B d] unit rows with their numbers."""
+            if space != OWN:
+                for block, ids in blocks(self.run, starts, unit):
+                    yield block.numpy(), ids.numpy()
+                return
+            for part, (start, stop) in enumerate(pairwise(starts)):
+                if stop > start:
+                    table = tables.read_table(storage.join(self.folder, PART.format(part)), ["z"])
+                    yield UNIT(tables.matrix(table["z"])), np.arange(start, stop)
+
+        # 2. The index.
         kind = self.config.index.kind
         if kind == "auto":
-            kind = "ivf" if self.encode.starts[-1] > self.config.index.flat_rows else "flat"
-        index = build_index(stream, count=self.encode.starts[-1], kind=kind, seed=self.config.seed, k=10)
+            kind = "ivf" if starts[-1] > self.config.index.flat_rows else "flat"
+        index = build_index(stream, count=starts[-1], kind=kind, seed=self.config.seed, k=10)
         outputs = put_bytes(self.run, storage.join(self.run.index_folder, name), index.to_bytes())
+        # 3. The nearest to the queries.
         ids, similarity = index.search(queries, SHOWN + 1)
         nearest = [
             [

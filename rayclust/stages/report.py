@@ -69,14 +69,6 @@ def run(context: StageContext) -> StageResult:
         counts = tables.read_table(run.contingency)
     selection = read_json_output(run, SELECT_K, run.selection) if SELECT_K in context.inputs else None
     history = tables.read_table(storage.join(run.model_folder, "metrics.parquet"))
-    # 3. What each stage took.
-    times = list[model.StageTime]()
-    for name in stages_of(written):
-        manifest = read_manifest(run, name)
-        if manifest is not None and name != "report":
-            workers = max((section.workers for section in manifest.measured), default=0)
-            busy, count = sum(sum(section.busy.values()) for section in manifest.measured), manifest.counts.get("rows")
-            times.append(model.StageTime(name=name, seconds=manifest.seconds, count=count, workers=workers, busy=busy))
     data = model.ReportData(
         run=run.uri,
         title=last_part(config.images.uri),
@@ -89,7 +81,7 @@ def run(context: StageContext) -> StageResult:
         levels=context.inputs["assign"].outputs_of(AssignOutputs).levels,
         points=map_points(context, shown.rows),
         classes=metrics.get("classes"),
-        stages=tuple(times),
+        stages=tuple(_stage_times(run, stages_of(written))),
         versions=encode.versions,
         config=as_yaml(written),
         curves=tuple(_curves(history)),
@@ -102,7 +94,7 @@ def run(context: StageContext) -> StageResult:
         rejects=tuple(_rejects(run, encode)),
         notes=tuple(_notes(context, history)),
     )
-    # 4. The page, and what lies beside it; an earlier report may have left more files.
+    # 3. The page, and what lies beside it; an earlier report may have left more files.
     outputs, folder = Outputs(), run.report.rpartition("/")[0]
     write(data, lambda name, content: outputs.update(put_bytes(run, storage.join(folder, name), content)))
     for file in list(storage.walk(storage.join(folder, "data"), missing_ok=True)):
@@ -128,6 +120,16 @@ def pictured(clusters: Sequence[dict[str, Any]], most: int) -> dict[int, tuple[l
         few = min(len(uncertain), max(each // 3, each - len(typical)))
         found[cluster["cluster"]] = (typical[: each - few], uncertain[:few])
     return found
+
+
+def _stage_times(run: Run, names: Sequence[str]) -> Iterator[model.StageTime]:
+    """Yield what each stage took, but for the report."""
+    for name in names:
+        manifest = read_manifest(run, name)
+        if manifest is not None and name != "report":
+            workers = max((section.workers for section in manifest.measured), default=0)
+            busy, count = sum(sum(section.busy.values()) for section in manifest.measured), manifest.counts.get("rows")
+            yield model.StageTime(name=name, seconds=manifest.seconds, count=count, workers=workers, busy=busy)
 
 
 def _notes(context: StageContext, history: pa.Table) -> Iterator[str]:

@@ -5,10 +5,11 @@ Memory holds some hundred bytes for each; thumbnails lie in a temporary file.
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,28 +47,27 @@ MAP_POINTS = 200_000
 """Most points of the map."""
 
 
+@dataclass(frozen=True)
 class Thumbnails:
     """Thumbnails by row, in an unnamed temporary file."""
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object, at the end of the stage
-        self._spans = dict[int, slice]()
-        self._end = 0
+    file: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+    """Closed with the object, at the end of the stage."""
+    spans: dict[int, slice] = field(default_factory=dict)
+    """Where each lies in the file."""
 
     def add(self, row: int, data: bytes) -> None:
         """Store the thumbnail of a row."""
-        self._file.seek(self._end)
-        self._file.write(data)
-        self._spans[row] = slice(self._end, self._end + len(data))
-        self._end += len(data)
+        start = self.file.seek(0, io.SEEK_END)
+        self.spans[row] = slice(start, start + self.file.write(data))
 
     def get(self, row: int) -> bytes | None:
         """Return the thumbnail of a row; None where it has none."""
-        span = self._spans.get(row)
+        span = self.spans.get(row)
         if span is None:
             return None
-        self._file.seek(span.start)
-        return self._file.read(span.stop - span.start)
+        self.file.seek(span.start)
+        return self.file.read(span.stop - span.start)
 
 
 @dataclass(frozen=True)
