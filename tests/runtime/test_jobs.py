@@ -138,6 +138,7 @@ def test_the_shell_hands_the_config_on_as_it_is(tmp_path: Path):
 def test_local_paths_are_refused_by_a_cluster_elsewhere_and_warned_of_here(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ):
+    caplog.set_level("WARNING", "rayclust")
     monkeypatch.setattr(module, "JobServer", lambda address: Server(address))
     local = validate(tree("/runs/one", "/photos", label={"vocabulary": "/words.txt"}))
 
