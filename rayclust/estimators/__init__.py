@@ -39,6 +39,10 @@ from rayclust.training.sampling import ArrayRows, WordedArrayRows
 __all__ = ["CPP", "TAC", "TEMI", "TURTLE", "Auto", "Consensus", "KMeans"]
 
 
+_WEIGHTS: dict[str, Any] = {"dtype": np.float64, "ensure_non_negative": True}
+"""What the weights of rows must be, for scikit-learn's check."""
+
+
 class KMeans(
     Transformer,
     config=KMeansOptions,
@@ -69,12 +73,12 @@ class KMeans(
         A row counts as often as its weight, Float[N], says; those of weight 0 get a label and change nothing.
         """
         config = self._config()
-        weights = None if sample_weight is None else self._weights(X, sample_weight)
+        weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, **_WEIGHTS)
         if weights is not None and self.n_clusters > (count := np.count_nonzero(weights)):
             at_hand = f"the number of rows with a weight above 0, {count}"
             raise ConfigError(f"n_clusters = {self.n_clusters}: at most {at_hand}")
         is_cosine = self.metric == "cosine"
-        x = self._fit_features(X, normalize=self.normalize or is_cosine, weights=weights).to(self._device())
+        x = self._fit_features(X, {}, normalize=self.normalize or is_cosine, weights=weights).to(self._device())
         rows, counts = x, None
         if weights is not None:
             counts = torch.from_numpy(weights).to(x.device)
@@ -89,9 +93,6 @@ class KMeans(
         self.labels_ = kmeans.assign(x, result.centers)[0].cpu().numpy()
         self.inertia_, self.n_iter_ = result.inertia / self._feature_scale / self._feature_scale, result.n_iter
         return self
-
-    def _weights(self, X: ArrayLike, sample_weight: ArrayLike) -> NDArray[np.float64]:
-        return np.asarray(_check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True))
 
     def _scaled_centers(self) -> Tensor:
         return torch.from_numpy((self.cluster_centers_ * self._feature_scale).astype(np.float32))
@@ -109,7 +110,8 @@ class KMeans(
     def score(self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None) -> float:
         """Return minus the inertia of rows X, weighted; larger is better. `y` is not used."""
         squares = np.asarray(kmeans.assign(self._features(X), self._scaled_centers())[1].double())
-        squares = squares if sample_weight is None else squares * self._weights(X, sample_weight)
+        if sample_weight is not None:
+            squares = squares * _check_sample_weight(sample_weight, X, **_WEIGHTS)
         return -float(squares.sum()) / self._feature_scale / self._feature_scale
 
 
@@ -312,10 +314,9 @@ class TURTLE(
 
     def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
         """Find labels of rows X, Float[N D] or a list of them; `y` is not used, and a `sample_weight` is refused."""
-        self._refuse(unsupported)
-        spaces = _spaces(X)
-        rows = self._fit_rows(_side_by_side(X))
-        widths = tuple(np.shape(space)[1] for space in spaces) if len(spaces) > 1 else (rows.shape[1],)
+        together, widths = _side_by_side(X)
+        rows = self._fit_rows(together, unsupported)
+        widths = widths or (rows.shape[1],)
         bounds = np.cumsum(widths)[:-1]
         options = {"center": self.center, "standardize": self.standardize, "normalize": self.normalize}
         parts = enumerate(np.split(rows, bounds, axis=1))
@@ -331,7 +332,7 @@ class TURTLE(
         return self
 
     def _features(self, X: ArrayLike) -> Tensor:
-        return self._joined(self._rows(_side_by_side(X)))
+        return self._joined(self._rows(_side_by_side(X)[0]))
 
     def _joined(self, rows: NDArray[Any]) -> Tensor:
         """Return each space's features side by side."""
@@ -342,19 +343,15 @@ class TURTLE(
         return dict(zip(self.spaces_.transforms, torch.split(x, list(self.spaces_.widths), dim=1), strict=True))
 
 
-def _spaces(X: Any) -> list[Any]:
-    """Return the arrays of several spaces, or the only one."""
-    several = isinstance(X, list | tuple) and len(X) > 0 and all(np.ndim(space) == 2 for space in X)
-    return list(X) if several else [X]
-
-
-def _side_by_side(X: Any) -> Any:
-    """Return the spaces as one array, for scikit-learn's checks."""
-    spaces = _spaces(X)
+def _side_by_side(X: Any) -> tuple[Any, tuple[int, ...]]:
+    """Return the rows as one array, for scikit-learn's checks, and the width of each space; () for rows as they are."""
+    if not (isinstance(X, list | tuple) and len(X) > 0 and all(np.ndim(space) == 2 for space in X)):
+        return X, ()
+    spaces = [np.asarray(as_array(space)) for space in X]
     counts = {len(space) for space in spaces}
     if len(counts) > 1:
         raise ShapeError(f"X has spaces of {sorted(counts)} rows: all must have the same rows, in the same order")
-    return spaces[0] if len(spaces) == 1 else np.concatenate([np.asarray(as_array(space)) for space in spaces], axis=1)
+    return np.concatenate(spaces, axis=1), tuple(space.shape[1] for space in spaces)
 
 
 class CPP(
@@ -386,8 +383,7 @@ class CPP(
 
     def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
         """Train on rows X, Float[N D], and cut them into clusters; `y` is not used, a `sample_weight` is refused."""
-        self._refuse(unsupported)
-        x = self._fit_features(X, normalize=self.normalize)
+        x = self._fit_features(X, unsupported, normalize=self.normalize)
         self.method_, self.n_steps_ = None, 0
         # For a single cluster features are learned all the same; their partition, which needs two, is not used.
         config = self._config(**({"clusters": 2} if self.n_clusters == 1 else {}))

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, Signature
 from numbers import Integral, Real
@@ -128,15 +128,28 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             field, separator, rest = text.partition(" = ")
             raise ConfigError(f"{names.get(field, field)}{separator}{rest}") from None
 
-    def _fit_features(self, X: ArrayLike, *, normalize: bool, weights: NDArray[np.float64] | None = None) -> Tensor:
-        x = self._fit_rows(X)
+    def _fit_features(
+        self,
+        X: ArrayLike,
+        unsupported: Mapping[str, Any],
+        *,
+        normalize: bool,
+        weights: NDArray[np.float64] | None = None,
+    ) -> Tensor:
+        x = self._fit_rows(X, unsupported)
         self.features_ = FeatureTransform.fitted(
             x, weights, center=self.center, standardize=self.standardize, normalize=normalize
         )
         return torch.from_numpy(self.features_(x))
 
-    def _fit_rows(self, X: ArrayLike) -> NDArray[Any]:
-        """Check the rows and return them, Float[N D], times a power of two where they are far from 1."""
+    def _fit_rows(self, X: ArrayLike, unsupported: Mapping[str, Any]) -> NDArray[Any]:
+        """Check what `fit` is given; return the rows, Float[N D], times a power of two where they are far from 1."""
+        for name, value in unsupported.items():
+            if name != "sample_weight":
+                raise TypeError(f"fit() got an unexpected keyword argument {name!r}")
+            if value is not None:
+                kind = type(self).__name__
+                raise ConfigError(f"sample_weight: {kind} counts all rows alike: leave it out, or repeat rows")
         x = validate_data(self, as_array(X), dtype=[np.float64, np.float32])
         if self.n_clusters != "auto" and not isinstance(self.n_clusters, Real):
             raise ConfigError(f"n_clusters = {self.n_clusters!r}: should be a whole number")
@@ -160,14 +173,6 @@ class Estimator(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     def _features(self, X: ArrayLike) -> Tensor:
         rows = self._rows(X)
         return torch.from_numpy(self.features_(rows))
-
-    def _refuse(self, unsupported: dict[str, Any]) -> None:
-        for name, value in unsupported.items():
-            if name != "sample_weight":
-                raise TypeError(f"fit() got an unexpected keyword argument {name!r}")
-            if value is not None:
-                kind = type(self).__name__
-                raise ConfigError(f"sample_weight: {kind} counts all rows alike: leave it out, or repeat rows")
 
     @contextmanager
     def _progress(self) -> Iterator[None]:
@@ -259,8 +264,7 @@ class PairEstimator(ProbabilisticEstimator):
 
     def fit(self, X: ArrayLike, y: Any = None, **unsupported: Any) -> Self:
         """Fit the method to rows X, Float[N D]; `y` is not used, and a `sample_weight` is refused."""
-        self._refuse(unsupported)
-        x = self._fit_features(X, normalize=self.normalize)
+        x = self._fit_features(X, unsupported, normalize=self.normalize)
         self.method_, self.n_steps_, self.n_clusters_ = None, 0, 1
         if self.n_clusters != 1 and len(x) > 1:
             config = self._config(**({"clusters": 2} if self.n_clusters == "auto" else {}))

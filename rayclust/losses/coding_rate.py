@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,12 +129,6 @@ def compression_rate(
     return result
 
 
-def truncated_mass(membership: Tensor, top: int) -> Tensor:
-    """Return the share of Π's mass outside the `top` largest entries of each column: Float[] in [0, 1]."""
-    kept = membership.topk(min(top, len(membership)), dim=0).values.sum()
-    return (1.0 - kept / membership.sum()).clamp(min=0.0)
-
-
 class _CompressionRate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, membership: Tensor, distortion: float, options: CompressionOptions) -> Tensor:
@@ -142,17 +137,20 @@ class _CompressionRate(torch.autograd.Function):
         count, width = z.shape
         sums = membership.sum(0) + GROUP_OFFSET  # t
         groups = Groups(z, membership, width / (distortion * sums), with_gradient)
-        top = options.top
-        if top is not None and float(truncated_mass(membership, top)) > options.max_truncated:
-            top = None
+        # 1. The route: that of fewest operations, or by the largest entries alone where they hold enough of Π's mass.
+        route = by_rows if 2 * count**3 < 3 * count * width**2 + 2 * width**3 else by_width
+        if options.top is not None:
+            top = min(options.top, count)
+            truncated = 1.0 - membership.topk(top, dim=0).values.sum() / membership.sum()
+            if float(truncated) <= options.max_truncated:
+                route = partial(by_top, top)
+        # 2. The terms, with more on the diagonals where Cholesky breaks down.
         workspace = options.memory // z.element_size()
         for jitter in JITTERS:
-            if top is not None:
-                terms = by_top(groups, min(top, count), workspace, jitter)
-            else:
-                terms = (by_rows if prefers_rows(count, width) else by_width)(groups, workspace, jitter)
+            terms = route(groups, workspace, jitter)
             if bool(terms.logs.isfinite().all()):
                 break
+        # 3. The gradient, kept until backward.
         if with_gradient:
             kappa = width / (2.0 * count * distortion)
             through_sums = terms.logs - groups.scales * (membership * terms.forms).sum(0)
@@ -191,11 +189,6 @@ class Terms:
         """Float[n m], q_ij; empty without gradient."""
         self.pulls = torch.zeros_like(groups.z)
         """Float[n d], Σ_j Π_ij A_j⁻¹ z_i; zeros without gradient."""
-
-
-def prefers_rows(count: int, width: int) -> bool:
-    """Return whether n × n factorisations take fewer operations than d × d ones and the products around them."""
-    return 2 * count**3 < 3 * count * width**2 + 2 * width**3
 
 
 def by_width(groups: Groups, workspace: int, jitter: float) -> Terms:
@@ -247,7 +240,7 @@ def by_rows(groups: Groups, workspace: int, jitter: float) -> Terms:
     return terms
 
 
-def by_top(groups: Groups, top: int, workspace: int, jitter: float) -> Terms:
+def by_top(top: int, groups: Groups, workspace: int, jitter: float) -> Terms:
     """Compute the terms of the `top` largest entries of each column, the others as zeros in M_j but not in t_j."""
     terms = Terms(groups)
     shares, rows = groups.membership.topk(top, dim=0)
@@ -334,37 +327,6 @@ def outer_products_backward(slopes: Tensor, columns: Tensor, slab: slice, gradie
             gradient[other] += slope.mul_(columns[stretch]).sum(0)
 
 
-def unpack_blocks(rectangles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the blocks A₁₁, A₁₂, A₂₂ as views, Float[C k k] each.
-
-    Args:
-        rectangles: Float[C k d + 1].
-
-    Returns:
-        A₁₁ and A₂₂, valid on and above the diagonal only; A₁₂ is valid everywhere.
-    """
-    half = rectangles.shape[1]
-    return rectangles[:, :, 1 : half + 1], rectangles[:, :, half + 1 :], rectangles[:, :, :half].mT
-
-
-def pack_form(rectangles: Tensor, first: Tensor, across: Tensor, last: Tensor) -> None:
-    """Write a symmetric matrix as the weights with which Σ R ∘ z zᵀ is zᵀ A z: entries off the diagonal count twice.
-
-    Args:
-        rectangles: Float[C k d + 1], overwritten.
-        first: A₁₁, Float[C k k].
-        across: A₁₂.
-        last: A₂₂.
-    """
-    half = rectangles.shape[1]
-    ones = torch.ones_like(rectangles[0, :, :half])
-    doubled = ones.triu() + ones.triu(1)  # 1 on the diagonal, 2 above, 0 below
-    torch.mul(last, doubled.mT, out=rectangles[:, :, :half])
-    rectangles[:, :, half].zero_()
-    rectangles[:, :, 1 : half + 1].addcmul_(first, doubled)
-    torch.mul(across, 2.0, out=rectangles[:, :, half + 1 :])
-
-
 # Inverses and log-determinants by halves: with the Schur complement S = C − Bᵀ A⁻¹ B of [[A, B], [Bᵀ, C]] the
 # log-determinant is log|A| + log|S|, and the inverse follows by products. So nearly all work is in batched matrix
 # products, which LAPACK's factorisations of small matrices, one by one, are not.
@@ -382,14 +344,21 @@ def invert_rectangles(rectangles: Tensor, scales: Tensor, jitter: float = 0.0) -
     Returns:
         Float[C].
     """
-    logs = torch.empty_like(scales)
-    is_small = rectangles.device.type == "cpu" and 2 * rectangles.shape[1] <= CACHED_WIDTH
+    logs, half = torch.empty_like(scales), rectangles.shape[1]
+    ones = torch.ones_like(rectangles[0, :, :half])
+    doubled = ones.triu() + ones.triu(1)  # 1 on the diagonal, 2 above, 0 below
+    eye = torch.eye(half, dtype=ones.dtype, device=ones.device) * (1.0 + jitter)
+    is_small = rectangles.device.type == "cpu" and 2 * half <= CACHED_WIDTH
     for some in _slices(len(rectangles), CACHED_MATRICES if is_small else len(rectangles)):
         part = rectangles[some].mul_(scales[some, None, None])
-        first, across, last = unpack_blocks(part)
-        eye = torch.eye(part.shape[1], dtype=part.dtype, device=part.device) * (1.0 + jitter)
-        *blocks, logs[some] = _invert_blocks(first + eye, across.contiguous(), last + eye)
-        pack_form(part, *blocks)
+        # A₁₁ and A₂₂ are valid on and above the diagonal only, A₁₂ everywhere.
+        first, across, last = part[:, :, 1 : half + 1], part[:, :, half + 1 :], part[:, :, :half].mT
+        first, across, last, logs[some] = _invert_blocks(first + eye, across.contiguous(), last + eye)
+        # The weights with which Σ R ∘ z zᵀ is zᵀ A⁻¹ z: entries off the diagonal count twice.
+        torch.mul(last, doubled.mT, out=part[:, :, :half])
+        part[:, :, half].zero_()
+        part[:, :, 1 : half + 1].addcmul_(first, doubled)
+        torch.mul(across, 2.0, out=part[:, :, half + 1 :])
     return logs
 
 

@@ -91,11 +91,6 @@ class LastLayer:
         fitting = max(1, max_bytes // self.row_bytes)
         return even_slices(heads, -(-heads // max(1, fitting // rows))), even_slices(rows, -(-rows // fitting))
 
-    def log_probabilities(self) -> Tensor:
-        """Return Accum[H V B K] of the whole batch at once, with gradient in rows and layers."""
-        weights = functional.normalize(self.direction, dim=-1) * (self.scale / self.temperature)[..., None]
-        return log_probabilities(self.logits(weights.to(self.dtype))[0], 1.0)
-
 
 class Marginal(nn.Module):
     """p̂, the running share of each cluster under the teacher, for H heads.
@@ -115,8 +110,8 @@ class Marginal(nn.Module):
 
     def __init__(self, heads: int, clusters: int, momentum: float = 0.9) -> None:
         super().__init__()
-        self.momentum, self.even = momentum, 1.0 / clusters
-        self.register_buffer("shares", torch.full((heads, clusters), self.even))
+        self.momentum = momentum
+        self.register_buffer("shares", torch.full((heads, clusters), 1.0 / clusters))
 
     @torch.no_grad()
     def update(self, sums: Tensor, rows: int) -> Tensor:
@@ -127,25 +122,13 @@ class Marginal(nn.Module):
             rows: how many were summed.
 
         Returns:
-            Float[H K], ln p̂, finite; the same bits on every worker.
+            Float[H K], ln p̂; the same bits on every worker. The share of a dead cluster counts as the smallest normal
+            number.
         """
         total = all_reduce(torch.cat([sums.flatten(), sums.new_full((1,), float(rows))]))
         mean = (total[:-1] / total[-1]).view_as(sums)
         self.shares.lerp_(mean.to(self.shares.dtype), 1.0 - self.momentum)
-        return self.log()
-
-    def log(self) -> Tensor:
-        """Return ln p̂, Float[H K]; the share of a dead cluster counts as the smallest normal number."""
         return self.shares.clamp(min=torch.finfo(self.shares.dtype).tiny).log()
-
-    def entropy(self) -> Tensor:
-        """Return the entropy of p̂, Float[H], nats, in [0, ln K]; ln K when the clusters are even."""
-        entropy: Tensor = torch.special.entr(self.shares).sum(-1)
-        return entropy
-
-    def live(self) -> Tensor:
-        """Return the number of clusters whose share is above a tenth of an even one, Int[H]."""
-        return (self.shares > 0.1 * self.even).sum(-1)
 
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -204,7 +187,10 @@ def information_losses(
         student.units, student.direction, student.scale, student, teacher_outputs, inputs
     )
     if options.entropy_weight and options.loss in ("wmi", "scan"):
-        log_q = student.log_probabilities()
+        # Of the whole batch at once, Accum[H V B K], with gradient in rows and layers.
+        lengths = (student.scale / student.temperature)[..., None]
+        whole = functional.normalize(student.direction, dim=-1) * lengths
+        log_q = log_probabilities(student.logits(whole.to(student.dtype))[0], 1.0)
         if options.loss == "wmi":
             negative_entropy = (log_q.exp() * log_q).sum(-1).mean((1, 2))
         else:

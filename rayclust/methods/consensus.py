@@ -119,37 +119,24 @@ class VoteHead(Method):
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the loss of one worker's part of a batch."""
         logits = self.student(batch.x.flatten(0, 1), training=True)[0] / HEAD_TEMPERATURE
-        targets = self.targets(batch.rows)
+        # 1. Shares of the votes of each row, Float[B K]; they sum to 1, without votes to 0.
+        rows, votes = batch.rows, self.votes
+        clusters, shares = (part[rows.cpu()].to(rows.device) for part in (votes.clusters, votes.shares))
+        targets = torch.zeros((len(rows), self.config.clusters), device=rows.device)
+        targets.scatter_add_(1, clusters.clamp(min=0), shares * (clusters >= 0))
+        targets = targets / targets.sum(1, keepdim=True).clamp(min=torch.finfo(targets.dtype).tiny)
         each = -(targets * logits.log_softmax(1).view(len(batch.x), *targets.shape)).sum(2).mean(0)
-        weights, present = class_weights(targets)
-        # The worker's share of a sum over the whole batch, since losses are averaged by rows over workers.
+        # 2. A row weighs one over the rows of its class, that of the largest share, in the batch of all workers.
+        top, classes = targets.max(1)
+        counts = distributed.all_reduce(torch.zeros_like(targets[0]).index_add_(0, classes, (top > 0).to(targets)))
+        weights, present = (top > 0) / counts[classes].clamp(min=1), (counts > 0).sum().clamp(min=1)
+        # 3. The worker's share of a sum over the whole batch, since losses are averaged by rows over workers.
         share = distributed.data_group().size / batch.weight
         return {"loss": share * (weights * each).sum() / present}
-
-    def targets(self, rows: Tensor) -> Tensor:
-        """Return the shares of the votes of some rows, Int64[B], as Float[B K]; they sum to 1, without votes to 0."""
-        clusters, shares = (part[rows.cpu()].to(rows.device) for part in (self.votes.clusters, self.votes.shares))
-        summed = torch.zeros((len(rows), self.config.clusters), device=rows.device)
-        summed.scatter_add_(1, clusters.clamp(min=0), shares * (clusters >= 0))
-        return summed / summed.sum(1, keepdim=True).clamp(min=torch.finfo(summed.dtype).tiny)
 
     def on_step_end(self, step: int) -> None:
         """Move the average towards the head, the faster the fewer steps were made."""
         ema_update(self.average, self.student, min(HEAD_MOMENTUM, (1 + step) / (10 + step)))
-
-
-def class_weights(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what each row of a batch weighs so that classes weigh alike, and how many classes the batch has.
-
-    Args:
-        targets: Float[B K], this worker's rows; their largest entry is the class, and rows of zeros have none.
-
-    Returns:
-        Float[B], one over the rows of the class in the batch of all workers, and Float[], at least 1.
-    """
-    top, classes = targets.max(1)
-    counts = distributed.all_reduce(torch.zeros_like(targets[0]).index_add_(0, classes, (top > 0).to(targets)))
-    return (top > 0) / counts[classes].clamp(min=1), (counts > 0).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)

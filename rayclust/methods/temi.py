@@ -136,19 +136,6 @@ class Heads(nn.Module):
         return x
 
 
-def collapsed_heads(entropy: Tensor, live: Tensor, clusters: int) -> Tensor:
-    """Return which heads have put most rows into few clusters: Bool[H].
-
-    Low entropy alone is no collapse: classes may be of very different size. Half of the clusters must be dead as well.
-
-    Args:
-        entropy: Float[H], nats, of the clusters' shares.
-        live: Int[H], clusters with more than a tenth of an even share.
-        clusters: K.
-    """
-    return (entropy < COLLAPSE_ENTROPY * math.log(clusters)) & (2 * live <= clusters)
-
-
 class Temi(Method):
     """TEMI on rows of width `dimension`.
 
@@ -237,11 +224,6 @@ class Temi(Method):
         length = self.config.warmup_teacher_temperature_epochs
         return end if epoch >= length - 1 else start + (end - start) * epoch / (length - 1)
 
-    def teacher_momentum(self, step: int) -> float:
-        """Return the momentum m after step number `step`: a cosine over the whole training."""
-        c = self.config
-        return cosine_schedule(c.teacher_momentum, c.final_teacher_momentum, step, self.plan.steps)
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the last layer, frozen in the first epochs; the other matrices; and biases and norms without decay.
 
@@ -257,8 +239,9 @@ class Temi(Method):
         ]
 
     def on_step_end(self, step: int) -> None:
-        """Move the teacher towards the student."""
-        self._momentum = self.teacher_momentum(step)
+        """Move the teacher towards the student, by a momentum m that follows a cosine over the whole training."""
+        c = self.config
+        self._momentum = cosine_schedule(c.teacher_momentum, c.final_teacher_momentum, step, self.plan.steps)
         ema_update(self.teacher, self.student, self._momentum)
 
     def on_epoch_end(self, metrics: dict[str, Tensor]) -> dict[str, Any]:
@@ -267,10 +250,14 @@ class Temi(Method):
         self.head_losses.copy_(metrics["head_loss"])
         self.best_head.copy_(self.head_losses.argmin())
         best = int(self.best_head)
-        health = {"entropy": self.marginal.entropy(), "live": self.marginal.live()}
-        health = self.gather_state({**health, "largest": self.marginal.shares.amax(1)})
+        # 1. Of the clusters' shares: entropy, clusters with more than a tenth of an even share, and the largest.
+        shares = self.marginal.shares
+        health = {"entropy": torch.special.entr(shares).sum(1), "live": (shares > 0.1 / c.clusters).sum(1)}
+        health = self.gather_state({**health, "largest": shares.amax(1)})
         entropy, live, largest = health["entropy"], health["live"], health["largest"]
-        collapsed = collapsed_heads(entropy, live, c.clusters)
+        # 2. Heads that have put most rows into few clusters. Low entropy alone is no collapse, since classes may be of
+        # very different size: half of the clusters must be dead as well.
+        collapsed = (entropy < COLLAPSE_ENTROPY * math.log(c.clusters)) & (2 * live <= c.clusters)
         if bool(collapsed[best]) and not self._warned_of_collapse:
             self._warned_of_collapse = True
             lower = max(0.51, round(c.beta - BETA_STEP, 2))

@@ -80,12 +80,6 @@ class Layout:
         """W."""
         return self.head_parts * self.row_parts
 
-    def __str__(self) -> str:
-        if self.workers == 1:
-            return "one worker"
-        parts = {"heads": self.head_parts, "rows of a batch": self.row_parts}
-        return " and ".join(f"{what} over {count}" for what, count in parts.items() if count > 1) + " workers"
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -350,8 +344,11 @@ class TemiConfig(TrainedConfig):
         shape, plan = config.head_shape(config.trained_width(dimension)), Plan.of(config, count)
         layout = config.layout(count, dimension, workers)
         cost = estimate_cost(shape, plan, layout, device)
+        parts = {"heads": layout.head_parts, "rows of a batch": layout.row_parts}
+        over = " and ".join(f"{what} over {count}" for what, count in parts.items() if count > 1)
+        division = f"{over} workers" if over else "one worker"
         return (
-            f"{layout}: {cost.state_bytes / GIGABYTE:.2f} GB of weights and optimiser, "
+            f"{division}: {cost.state_bytes / GIGABYTE:.2f} GB of weights and optimiser, "
             f"{cost.logits_bytes / GIGABYTE:.2f} GB of logits and {cost.passing_bytes / GIGABYTE:.2f} GB in passing "
             f"a worker, {cost.sent_bytes / 1e6:.3g} MB sent a step, {plan.steps:,} steps of "
             f"{cost.operations / 1e12:.3g} TFLOP ({cost.operations * plan.steps / 1e15:.3g} PFLOP a worker)"

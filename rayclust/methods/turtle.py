@@ -195,13 +195,10 @@ class Runs:
     ) -> None:
         self.config, self.seed, self.taken = config, seed, 0
         self._widths, self._starts, self._like = tuple(widths), [start for _, start in runs], like
-
-        def of_runs(values: list[float]) -> Tensor:
-            return like.new_tensor(values).view(-1, 1, 1)
-
-        self._inner_rates = of_runs([setting.inner_rate for setting, _ in runs])
-        self._outer_rates = of_runs([setting.outer_rate for setting, _ in runs])
-        self._is_cold = of_runs([setting.start == "cold" for setting, _ in runs]) > 0
+        rates = like.new_tensor([[setting.inner_rate, setting.outer_rate] for setting, _ in runs])
+        self._inner_rates, self._outer_rates = rates.T[:, :, None, None]
+        is_cold = [setting.start == "cold" for setting, _ in runs]
+        self._is_cold = torch.tensor(is_cold, device=like.device)[:, None, None]
         self.loss = like.new_zeros(len(runs))
         """Float[R], of the last step, before it."""
         self.theta: list[Adam] = []

@@ -249,28 +249,26 @@ class RowSource:
             first = epoch * plan.steps_per_epoch
             for step in range(max(start, first), min(first + plan.steps_per_epoch, plan.steps)):
                 end = (step - first + 1) * plan.batch_size
-                yield self._batch(order[end - plan.batch_size + rank : end : workers], plan, step, epoch, rank, workers)
-
-    def _batch(self, rows: Tensor, plan: Plan, step: int, epoch: int, rank: int, workers: int) -> Batch:
-        spaces: dict[str, Tensor] = {}
-        views = [rows]
-        for number, (name, tensor) in enumerate(self._x.items()):
-            if number < len(self._neighbors):  # else the rows and neighbours of the first space
-                neighbors = self._neighbors[number]
-                seed = derive_seed(self.seed, number) if number else self.seed
-                views = [rows, draw_neighbors(neighbors, rows.to(neighbors.device), seed, epoch).to(rows.device)]
-            chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
-            x = as_floats(gather_rows(tensor, chosen.to(tensor.device), self.device), self.dtype)
-            x = x.view(-1, len(rows), x.shape[1])
-            if self.pairing.noise:
-                # Noise is drawn for the whole batch, of which each worker takes its own rows.
-                stream = (NOISE_STREAM, step) if number == 0 else (NOISE_STREAM, step, number)
-                generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, *stream))
-                shape = (x.shape[0], plan.batch_size, x.shape[2])
-                noise = torch.randn(shape, generator=generator, device=self.device, dtype=x.dtype)
-                x = x + self.pairing.noise * noise[:, rank::workers]
-            spaces[name] = x
-        return Batch(spaces, rows, step, epoch, workers * len(rows) / plan.batch_size)
+                rows = order[end - plan.batch_size + rank : end : workers]
+                spaces: dict[str, Tensor] = {}
+                views = [rows]
+                for number, (name, tensor) in enumerate(self._x.items()):
+                    # 1. The rows and a neighbour of each; without its own, a space takes those of the first.
+                    if number < len(self._neighbors):
+                        near, seed = self._neighbors[number], derive_seed(self.seed, number) if number else self.seed
+                        views = [rows, draw_neighbors(near, rows.to(near.device), seed, epoch).to(rows.device)]
+                    chosen = torch.cat([view for view in views for _ in range(self.pairing.repeats)])
+                    x = as_floats(gather_rows(tensor, chosen.to(tensor.device), self.device), self.dtype)
+                    x = x.view(-1, len(rows), x.shape[1])
+                    # 2. Noise, drawn for the whole batch, of which each worker takes its own rows.
+                    if self.pairing.noise:
+                        stream = (NOISE_STREAM, step) if number == 0 else (NOISE_STREAM, step, number)
+                        generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, *stream))
+                        shape = (x.shape[0], plan.batch_size, x.shape[2])
+                        noise = torch.randn(shape, generator=generator, device=self.device, dtype=x.dtype)
+                        x = x + self.pairing.noise * noise[:, rank::workers]
+                    spaces[name] = x
+                yield Batch(spaces, rows, step, epoch, workers * len(rows) / plan.batch_size)
 
 
 def place_for(size: int, gpu_free: int, host_free: int) -> Literal["gpu", "pinned", "mapped"]:

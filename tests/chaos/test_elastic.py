@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import safetensors.numpy
-import torch
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 from rayclust.config import parse
@@ -98,14 +97,17 @@ def undisturbed(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def with_half_batches(table: Path, run: Path) -> Path:
     """What comes of it when the lost worker's share of the batches is lost as well."""
-    line, whole = prepared(table, run), RowSource._batch
+    line, whole = prepared(table, run), RowSource.batches
 
-    def half(self: RowSource, rows: torch.Tensor, plan: Any, step: int, *where: Any) -> Batch:
-        return replace(whole(self, rows[::2] if step >= STEPS // 2 else rows, plan, step, *where), weight=1.0)
+    def half(self: RowSource, plan: Any, rank: int, start: int = 0) -> Iterator[Batch]:
+        for batch in whole(self, plan, rank, start):
+            each = 2 if batch.step >= STEPS // 2 else 1
+            views = {space: x[:, ::each] for space, x in batch.views.items()}
+            yield replace(batch, views=views, rows=batch.rows[::each], weight=1.0)
 
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        patch.setattr(RowSource, "_batch", half)
+        patch.setattr(RowSource, "batches", half)
         run_all(parse(line.read_text()), stop_after="train")
     return run
 

@@ -34,6 +34,12 @@ def layer(logits: Tensor, temperature: float = 1.0) -> LastLayer:
     return LastLayer(logits, eye, torch.ones(heads, clusters, dtype=logits.dtype), temperature, logits.dtype)
 
 
+def log_q_of(last: LastLayer) -> Tensor:
+    """Log-probabilities Float[H V B K] of a whole batch, with gradient in rows and layers."""
+    weights = torch.nn.functional.normalize(last.direction, dim=-1) * (last.scale / last.temperature)[..., None]
+    return log_probabilities(last.logits(weights.to(last.dtype))[0], 1.0)
+
+
 def losses_of(student: Tensor, teacher: Tensor, log_marginal: Tensor, **options: Any) -> Tensor:
     """Float[H], from logits Float[H V B K] and a p̂ that the batch does not change."""
     return information_losses(layer(student), layer(teacher), _fixed(log_marginal), InformationOptions(**options))[0]
@@ -115,7 +121,7 @@ def test_matching_one_hot_pairs_give_minus_log_k():
 def test_matching_one_hot_pairs_see_the_marginal_after_its_update():
     views, marginal = layer(_one_hot([0, 1, 2, 3, 4, 5, 6, 7])), Marginal(1, K).double()
     loss, _ = information_losses(views, views, marginal, InformationOptions())
-    assert marginal.log()[0, 0].exp().item() == pytest.approx(0.1025)
+    assert marginal.shares.log()[0, 0].exp().item() == pytest.approx(0.1025)
     assert loss.item() == pytest.approx(-2.2779, abs=1e-4)
 
 
@@ -138,12 +144,11 @@ def test_marginal_after_equal_steps_is_the_closed_form_and_sums_to_one():
         assert shares.sum(1).allclose(torch.ones(3, dtype=torch.float64))
 
 
-def test_marginal_counts_live_clusters_and_measures_its_entropy():
+def test_the_share_of_a_dead_cluster_has_a_logarithm():
     marginal = Marginal(1, K, momentum=0.0)
-    marginal.update(_one_hot([0, 1, 1, 0]).float().exp().sum((1, 2)), 8)
-    assert marginal.live().tolist() == [2]
-    assert marginal.entropy().item() == pytest.approx(math.log(2))
-    assert marginal.log().isfinite().all()
+    logs = marginal.update(_one_hot([0, 1, 1, 0]).float().exp().sum((1, 2)), 8)
+    assert (marginal.shares > 0).sum() == 2
+    assert logs.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -286,8 +291,8 @@ def test_chunks_have_the_losses_and_gradients_of_the_plain_form(
     layers = [LastLayer(x[0], x[1], x[2], 0.4, dtype) for x in (student, teacher)]
     marginal = Marginal(H, CLUSTERS).to(student[0].dtype)
     losses, found_agreement = information_losses(*layers, marginal, InformationOptions())
-    log_q, log_p = (one.log_probabilities() for one in layers)
-    wanted = plain(log_q, log_p, marginal.log(), InformationOptions())
+    log_q, log_p = (log_q_of(one) for one in layers)
+    wanted = plain(log_q, log_p, marginal.shares.log(), InformationOptions())
     _close(_differentiated(losses, student), _differentiated(wanted, student), tolerance)
     _close([found_agreement], [(log_p[:, 0] + log_p[:, 1]).exp().sum(-1)], tolerance)
     assert found_agreement.max() <= 1
@@ -303,7 +308,7 @@ def test_each_loss_is_its_plain_form_in_value_and_gradient(name: LossName, posit
     layers = [LastLayer(x[0], x[1], x[2], 0.2, torch.float64) for x in (student, teacher)]
     options, marginal = InformationOptions(name, 0.9, positive, entropy_weight=0.7), Marginal(H, CLUSTERS).double()
     losses, _ = information_losses(*layers, marginal, options)
-    wanted = plain(layers[0].log_probabilities(), layers[1].log_probabilities(), marginal.log(), options)
+    wanted = plain(log_q_of(layers[0]), log_q_of(layers[1]), marginal.shares.log(), options)
     _close(_differentiated(losses, student), _differentiated(wanted, student), 1e-11)
 
 
@@ -336,7 +341,7 @@ def _losses_of_a_share(rank: int, world: int) -> dict[str, tuple[Tensor, Tensor,
         share = world * mine.shape[2] / 7
         (losses.mean() * share).backward()
         assert mine.grad is not None
-        found[name] = (losses.detach() * share, mine.grad / world, marginal.log())
+        found[name] = (losses.detach() * share, mine.grad / world, marginal.shares.log())
     return found
 
 

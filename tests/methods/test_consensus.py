@@ -140,12 +140,16 @@ def test_a_head_is_taken_wherever_it_is_asked_for():
 
 def test_classes_weigh_alike_in_what_a_head_learns():
     """Three rows of one class and one of another, with losses 1, 1, 1, 3: 2, the mean of the classes' means."""
-    targets = functional.one_hot(torch.tensor([0, 0, 0, 1]), 3).float()
-    weights, present = consensus.class_weights(targets)
-    assert float((weights * torch.tensor([1.0, 1.0, 1.0, 3.0])).sum() / present) == 2.0
-    weights, present = consensus.class_weights(torch.zeros(2, 3))  # rows without votes
-    assert weights.tolist() == [0.0, 0.0]
-    assert float(present) == 1.0
+    labels, losses = torch.tensor([0, 0, 0, 1]), torch.tensor([1.0, 1.0, 1.0, 3.0])
+    own = (-losses).exp()
+    shares = ((1 - own) / 2)[:, None].expand(-1, 3).scatter(1, labels[:, None], own[:, None])
+    batch = Batch({"embeddings": (consensus.HEAD_TEMPERATURE * shares.log())[None]}, torch.arange(4), 0, 0)
+    method = consensus.VoteHead(consensus.VoteHeadConfig(clusters=3, batch_size=4), 3, 4, seed=0)
+    method.student.forward = lambda x, training: x[None]  # type: ignore[method-assign,assignment]
+    method.votes = SoftLabels(labels[:, None], torch.ones(4, 1))
+    assert float(method.training_step(batch)["loss"]) == pytest.approx(2.0)
+    method.votes = SoftLabels(torch.full((4, 1), -1), torch.ones(4, 1))  # rows without votes
+    assert float(method.training_step(batch)["loss"]) == 0.0
 
 
 def test_a_heads_loss_and_gradient_do_not_depend_on_the_workers():

@@ -11,11 +11,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from rayclust.errors import ConfigError, ShapeError
-from rayclust.losses.information import Marginal
 from rayclust.methods import AnyMethodConfig, build, load, temi_start
 from rayclust.methods.base import Batch
 from rayclust.methods.settings import EMBEDDINGS, Plan
-from rayclust.methods.temi import Heads, Temi, collapsed_heads
+from rayclust.methods.temi import Heads, Temi
 from rayclust.methods.temi_settings import HeadShape, Layout, TemiConfig, auto_settings, choose_layout, estimate_cost
 from rayclust.methods.temi_start import StartedTemi
 from rayclust.metrics.external import accuracy
@@ -240,19 +239,13 @@ def test_a_layout_can_be_asked_for():
         choose_layout(*PUBLISHED, 32, "heads")
 
 
-def _health(marginal: Marginal) -> list[bool]:
-    return collapsed_heads(marginal.entropy(), marginal.live(), marginal.shares.shape[1]).tolist()
-
-
-def test_a_collapsed_head_has_low_entropy_and_few_live_clusters():
-    marginal = Marginal(2, 20)
-    marginal.shares[1] = 0.01 / 19
-    marginal.shares[1, 3] = 0.99
-    assert _health(marginal) == [False, True]
-    uneven = Marginal(1, 10)  # classes of very different size are no collapse
-    uneven.shares[0], uneven.shares[0, 0] = 0.1 / 9, 0.9
-    assert float(uneven.entropy()[0]) < 0.5 * math.log(10)
-    assert _health(uneven) == [False]
+def test_classes_of_very_different_size_are_no_collapse():
+    method = build(TemiConfig(clusters=10, preset="none", heads=1), D, 50, seed=0)
+    assert isinstance(method, Temi)
+    method.marginal.shares[0], method.marginal.shares[0, 0] = 0.1 / 9, 0.9
+    row = method.on_epoch_end({"head_loss": torch.tensor([0.1]), "head_agreement": torch.tensor([0.9])})
+    assert row["marginal_entropy"] < 0.5 * math.log(10)
+    assert (row["collapsed_heads"], row["live_clusters"]) == (0, 10)
 
 
 @pytest.mark.parametrize(
@@ -437,8 +430,9 @@ def test_momentum_and_temperature_follow_their_schedules_even_for_few_epochs():
         warmup_teacher_temperature_epochs=4,
     )
     assert [method.teacher_temperature(epoch) for epoch in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
-    assert method.teacher_momentum(0) == pytest.approx(0.996)
-    assert method.teacher_momentum(method.plan.steps // 2) == pytest.approx(0.998)
+    for step, momentum in ((0, 0.996), (method.plan.steps // 2, 0.998)):
+        method.on_step_end(step)
+        assert method.on_epoch_end(_means([0.3, -0.2, 0.1]))["teacher_momentum"] == pytest.approx(momentum)
     assert _method(epochs=3).teacher_temperature(2) == pytest.approx(0.1)
     assert _method(warmup_teacher_temperature_epochs=0).teacher_temperature(0) == 0.1
 
