@@ -104,9 +104,13 @@ class Labeling:
         if self.config.label.distinct:
             few = min(NULL_VOTERS, max(20, NULL_IMAGES // self.config.method.clusters))
             samples["shuffled.parquet"] = min(few, most) if isinstance(most, int) else few
-        for name, count in samples.items():
-            rows = sample_of_each(all_clusters(self.run, self.starts), count, self.config.seed)
-            tables.write_table(self._at(name), pa.table({"row": rows}))
+        if samples:
+            # Rows in random order within each cluster: a sample is the first of these.
+            clusters = all_clusters(self.run, self.starts)
+            order = np.lexsort((np.random.default_rng(self.config.seed).random(len(clusters)), clusters))
+            rank = np.arange(len(order)) - np.searchsorted(clusters[order], clusters[order])
+            for name, most_of_each in samples.items():
+                tables.write_table(self._at(name), pa.table({"row": np.sort(order[rank < most_of_each])}))
         return len(words.words)
 
     def vote(self, task: Task) -> TaskResult:
@@ -279,13 +283,6 @@ class Labeling:
 
     def _at(self, name: str) -> str:
         return storage.join(self.folder, name)
-
-
-def sample_of_each(clusters: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Draw at most `most` rows of each cluster of Int[N] rows; return them as Int64[n], sorted."""
-    order = np.lexsort((np.random.default_rng(seed).random(len(clusters)), clusters))
-    rank = np.arange(len(order)) - np.searchsorted(clusters[order], clusters[order])
-    return np.sort(order[rank < most])
 
 
 _read_scratch = lru_cache(3)(tables.read_table)

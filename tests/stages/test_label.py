@@ -18,7 +18,7 @@ from rayclust.runtime.pipeline import run_stage
 from rayclust.runtime.rows import part_clusters, row_starts, transform_of
 from rayclust.runtime.tasks import Task
 from rayclust.stages import label
-from rayclust.stages.label import VOTERS, WITHOUT_CLASSES, Labeling, sample_of_each
+from rayclust.stages.label import VOTERS, WITHOUT_CLASSES, Labeling
 from rayclust.store import storage
 from tests.stages.conftest import VECTORS, Sealed
 from tests.stages.runs import tree
@@ -191,15 +191,6 @@ def test_few_images_vote_where_asked_and_scores_are_means_over_them(named: RunCo
     assert all(0.9 < row["score"] <= 1 for row in found)
 
 
-def test_each_cluster_has_a_seeded_sample() -> None:
-    clusters = np.array([0] * 100 + [1] * 3 + [2] * 50)
-    rows = sample_of_each(clusters, 10, seed=0)
-    assert np.bincount(clusters[rows]).tolist() == [10, 3, 10]
-    assert (np.diff(rows) > 0).all()
-    np.testing.assert_array_equal(rows, sample_of_each(clusters, 10, seed=0))
-    assert not np.array_equal(rows, sample_of_each(clusters, 10, seed=1))
-
-
 def votes(sealed: Sealed, folder: Path, **label: object) -> Labeling:
     config: RunConfig = sealed.config.model_copy(update={"label": sealed.config.label.model_copy(update=label)})
     encode = sealed.manifest("encode")
@@ -262,6 +253,24 @@ def test_who_votes_depends_on_the_number_of_words(
     file = tmp_path / "v" / "voters.parquet"
     assert (pq.read_table(file).num_rows if file.exists() else None) == count
     assert VOTERS >= 100
+
+
+def test_each_cluster_has_a_seeded_sample(
+    vectors_run: Sealed, tmp_path: Path, lists: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clusters = np.array([0] * 100 + [1] * 3 + [2] * 50)
+    monkeypatch.setattr(label, "all_clusters", lambda run, starts: clusters)
+
+    def drawn(seed: int) -> np.ndarray:
+        work = votes(vectors_run, tmp_path / "v", vocabulary=lists, voters=10)
+        replace(work, config=work.config.model_copy(update={"seed": seed})).prepare()
+        return pq.read_table(tmp_path / "v" / "voters.parquet")["row"].to_numpy()
+
+    rows = drawn(0)
+    assert np.bincount(clusters[rows]).tolist() == [10, 3, 10]
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, drawn(0))
+    assert not np.array_equal(rows, drawn(1))
 
 
 def test_distinct_names_are_refused_where_shuffled_images_would_have_them(named: RunConfig):
