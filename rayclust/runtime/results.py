@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rayclust.arrays import require_matrix
 from rayclust.config import RunConfig, validate
-from rayclust.encoders.decode import Undecodable
+from rayclust.encoders.decode import Undecodable, flatten
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime import log
 from rayclust.runtime.api import load_config, load_run, with_absolute_paths
@@ -137,7 +137,7 @@ class RunTables:
         self,
         text: str | None = None,
         *,
-        image: str | Path | None = None,
+        image: str | Path | Image.Image | None = None,
         like: str | None = None,
         top: int = 10,
         space: str | None = None,
@@ -146,7 +146,7 @@ class RunTables:
 
         Args:
             text: words, for encoders that read text; or
-            image: a path or URI; or
+            image: a path or URI, or a Pillow image; or
             like: the key of one of the run's images, which needs no encoder.
             top: how many.
             space: `encoder`, or `z` for methods that learn a space of their own; of several encoders the name of one.
@@ -160,8 +160,12 @@ class RunTables:
             raise ConfigError(f"space = {space!r}: must be {', '.join(map(repr, known))} or 'z'")
         # Stages lie above this module, so they are imported by name, as the pipeline does.
         stage = import_module("rayclust.stages.search")
-        image = None if image is None else str(image)
-        [hits] = stage.search(self.config, image=image, text=text, like=like, top=top, space=space).values()
+        query: str | bytes | None = None if image is None else str(image)
+        if isinstance(image, Image.Image):
+            buffer = io.BytesIO()
+            flatten(ImageOps.exif_transpose(image), "RGB").save(buffer, "PNG")
+            query = buffer.getvalue()
+        [hits] = stage.search(self.config, image=query, text=text, like=like, top=top, space=space).values()
         names = [field.name for field in fields(stage.Hit)]
         return pa.table({name: [getattr(hit, name) for hit in hits] for name in names}).to_pandas()
 

@@ -51,7 +51,7 @@ class Hit:
 def search(
     config: RunConfig,
     *,
-    image: str | None = None,
+    image: str | bytes | None = None,
     text: str | None = None,
     like: str | None = None,
     top: int,
@@ -61,7 +61,7 @@ def search(
 
     Args:
         config: the run's.
-        image: a path or URI of an image; or
+        image: a path or URI of an image, or the bytes of its file; or
         text: words, for encoders that read text; or
         like: the key of one of the run's images, which is left out; no encoder is needed for it.
         top: how many.
@@ -78,7 +78,8 @@ def search(
     spaces = searcher.resolve(space, has_text=text is not None)
     if sum(given is not None for given in (image, text, like)) != 1:
         raise ConfigError("search: give one of --image FILE, --text WORDS and --like KEY")
-    data, found = b"" if image is None else storage.read_bytes(image), {}
+    source = f"--image {image}" if isinstance(image, str) else "image"
+    data, found = storage.read_bytes(image) if isinstance(image, str) else image or b"", {}
     own = None if like is None else searcher.row_of(like)
     for wanted in spaces:
         if own is not None:
@@ -86,7 +87,7 @@ def search(
         elif text is not None:
             query = searcher.encode_text(text, wanted)
         else:
-            query = searcher.encode_image(data, wanted, f"--image {image}")
+            query = searcher.encode_image(data, wanted, source)
         near = searcher.nearest(query, wanted, top + (own is not None))
         found[wanted] = dict([(row, cosine) for row, cosine in near.items() if row != own][:top])
     # What is known of these rows; each part that holds one is read once.

@@ -81,6 +81,13 @@ def test_new_images_by_folder_by_path_and_by_embedding(pictures_run: Sealed, tmp
         found.predict(VECTORS)
 
 
+def turned(image: Image.Image) -> Image.Image:
+    """The image on its side, with the orientation that sets it upright."""
+    image = image.transpose(Image.Transpose.ROTATE_90)
+    image.getexif()[0x0112] = 6
+    return image
+
+
 def test_a_search_is_a_frame(pictures_run: Sealed, tmp_path: Path):
     found = load(pictures_run.folder)
     found.images([9])[0].save(tmp_path / "query.png")
@@ -88,6 +95,10 @@ def test_a_search_is_a_frame(pictures_run: Sealed, tmp_path: Path):
     assert list(frame) == ["row", "similarity", "key", "uri", "cluster", "name"]
     assert frame["similarity"].is_monotonic_decreasing
     assert frame["cluster"].tolist() == [found.frame()["cluster"][9]] * 3
+    # The same image in memory, in any mode and lying on its side as a camera writes it.
+    image = found.images([9])[0]
+    for query in (image, image.convert("RGBA"), turned(image)):
+        assert found.search(image=query, top=3).equals(frame)
     with pytest.raises(ConfigError, match="has no text tower"):
         found.search("a dog")
     with pytest.raises(ConfigError, match="must be 'encoder' or 'z'"):
