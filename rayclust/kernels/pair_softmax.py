@@ -72,7 +72,18 @@ def teacher_forward(logits: Tensor, clusters: int) -> TeacherStats:
         Normalisers, agreement and summed probabilities, in the accumulation dtype.
     """
     if _has_kernels(logits):
-        return _triton_teacher_forward(logits, clusters)
+        heads, _, rows, stride = logits.shape
+        normalizer = logits.new_empty(heads, 2, rows, dtype=torch.float32)
+        agreement, sums = (logits.new_empty(heads, n, dtype=torch.float32) for n in (rows, clusters))
+        _teacher_pairs_kernel[(triton.cdiv(rows, TEACHER_PAIRS), heads)](
+            logits, normalizer, agreement, rows, clusters, stride, rows * stride,
+            pair_block=TEACHER_PAIRS, cluster_block=TEACHER_CLUSTERS, num_warps=TEACHER_WARPS,
+        )  # fmt: skip
+        _cluster_sums_kernel[(triton.cdiv(clusters, SUM_CLUSTERS), heads)](
+            logits, normalizer, sums, 2 * rows, clusters, stride,
+            row_block=SUM_PAIRS, cluster_block=SUM_CLUSTERS, num_warps=SUM_WARPS,
+        )  # fmt: skip
+        return TeacherStats(normalizer, agreement, sums)
     wide = logits[..., :clusters].to(accum_dtype(logits.dtype))
     normalizer = torch.logsumexp(wide, dim=-1)
     probabilities = (wide - normalizer[..., None]).exp_()
@@ -100,9 +111,25 @@ def student_forward_backward(student: Tensor, teacher: Tensor, inputs: PairLossI
 
     Source: arXiv 2303.17896, eq. 5 and 8.
     """
-    if _has_kernels(student) and not inputs.positive:
-        return _triton_student_forward_backward(student, teacher, inputs, with_gradient)
     clusters = inputs.log_marginal.shape[1]
+    if _has_kernels(student) and not inputs.positive:
+        heads, _, pairs, stride = student.shape
+        own, joint = student.new_empty(2, heads, 2, pairs, dtype=torch.float32)
+        log_marginal = inputs.log_marginal.contiguous()
+        blocks = {"pair_block": STUDENT_PAIRS, "cluster_block": STUDENT_CLUSTERS, "num_warps": STUDENT_WARPS}
+        rows = triton.cdiv(pairs, STUDENT_PAIRS)
+        _student_pairs_kernel[(rows, heads)](
+            student, teacher, log_marginal, own, joint, pairs, clusters, stride, pairs * stride, inputs.beta, **blocks
+        )
+        losses = inputs.beta * (own + inputs.normalizer.flip(1)) - joint
+        if with_gradient:
+            gains = (inputs.scale * inputs.beta * inputs.weights).expand(heads, -1).contiguous()
+            _student_backward_kernel[(rows, triton.cdiv(stride, STUDENT_CLUSTERS), heads)](
+                student, teacher, log_marginal, own, joint, gains,
+                pairs, clusters, stride, pairs * stride, inputs.beta, **blocks,
+            )  # fmt: skip
+        total: Tensor = inputs.scale * (inputs.weights[:, None] * losses).sum((1, 2))
+        return total
     logits = student[..., :clusters].to(accum_dtype(student.dtype))
     softmax = torch.softmax(logits, dim=-1)
     normalizer = _normalizer(logits, softmax)
@@ -291,43 +318,3 @@ if triton is not None:
             student + row + view_stride + columns[None, :],
             tl.where(valid[None, :], slope_b, 0.0).to(dtype), mask=mask,
         )  # fmt: skip
-
-
-def _triton_teacher_forward(logits: Tensor, clusters: int) -> TeacherStats:
-    """Run `teacher_forward` as two kernels, on BFloat16 or Float32[H 2 B P], contiguous."""
-    heads, _, pairs, stride = logits.shape
-    normalizer = logits.new_empty(heads, 2, pairs, dtype=torch.float32)
-    agreement, sums = (logits.new_empty(heads, n, dtype=torch.float32) for n in (pairs, clusters))
-    _teacher_pairs_kernel[(triton.cdiv(pairs, TEACHER_PAIRS), heads)](
-        logits, normalizer, agreement, pairs, clusters, stride, pairs * stride,
-        pair_block=TEACHER_PAIRS, cluster_block=TEACHER_CLUSTERS, num_warps=TEACHER_WARPS,
-    )  # fmt: skip
-    _cluster_sums_kernel[(triton.cdiv(clusters, SUM_CLUSTERS), heads)](
-        logits, normalizer, sums, 2 * pairs, clusters, stride,
-        row_block=SUM_PAIRS, cluster_block=SUM_CLUSTERS, num_warps=SUM_WARPS,
-    )  # fmt: skip
-    return TeacherStats(normalizer, agreement, sums)
-
-
-def _triton_student_forward_backward(
-    student: Tensor, teacher: Tensor, inputs: PairLossInputs, with_gradient: bool
-) -> Tensor:
-    """Run `student_forward_backward` as one kernel forward and one backward, on BFloat16 or Float32[H 2 B P]."""
-    heads, _, pairs, stride = student.shape
-    own, joint = student.new_empty(2, heads, 2, pairs, dtype=torch.float32)
-    log_marginal, clusters = inputs.log_marginal.contiguous(), inputs.log_marginal.shape[1]
-    blocks = {"pair_block": STUDENT_PAIRS, "cluster_block": STUDENT_CLUSTERS, "num_warps": STUDENT_WARPS}
-    _student_pairs_kernel[(triton.cdiv(pairs, STUDENT_PAIRS), heads)](
-        student, teacher, log_marginal, own, joint, pairs, clusters, stride, pairs * stride, inputs.beta, **blocks
-    )
-    losses = inputs.beta * (own + inputs.normalizer.flip(1)) - joint
-    if with_gradient:
-        gains = (inputs.scale * inputs.beta * inputs.weights).expand(heads, -1).contiguous()
-        _student_backward_kernel[
-            (triton.cdiv(pairs, STUDENT_PAIRS), triton.cdiv(stride, STUDENT_CLUSTERS), heads)
-        ](
-            student, teacher, log_marginal, own, joint, gains,
-            pairs, clusters, stride, pairs * stride, inputs.beta, **blocks,
-        )  # fmt: skip
-    total: Tensor = inputs.scale * (inputs.weights[:, None] * losses).sum((1, 2))
-    return total

@@ -311,9 +311,6 @@ class Cpp(SpectralMethod):
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         like = self.network.first.weight
         parts = [self.network(part.to(like)) for part in torch.split(inputs, PREDICT_ROWS)]
-        if not parts:
-            empty = like.new_zeros((0, self.config.width))
-            return empty, empty
         z, codes = zip(*parts, strict=True)
         return torch.cat(z), torch.cat(codes)
 

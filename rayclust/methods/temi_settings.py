@@ -75,11 +75,6 @@ class Layout:
     row_parts: int
     """Parts into which the rows of a batch are divided."""
 
-    @property
-    def workers(self) -> int:
-        """W."""
-        return self.head_parts * self.row_parts
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -154,9 +149,9 @@ def choose_layout(
     if wanted != "auto":
         words = {"data": (1, workers), "heads": (workers, 1)}
         layout = Layout(*words.get(wanted) or (int(number) for number in wanted.split("x")))
-        if layout.workers != workers:
+        if (found := layout.head_parts * layout.row_parts) != workers:
             raise ConfigError(
-                f"method.parallel = {wanted}: is for {layout.workers} workers, there are {workers}; "
+                f"method.parallel = {wanted}: is for {found} workers, there are {workers}; "
                 "set resources.workers, or auto"
             )
         if layout.head_parts > shape.heads:

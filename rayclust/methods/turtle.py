@@ -377,11 +377,6 @@ class SpaceMap:
         mapped = centered @ self.basis if self.basis.dim() else centered * self.basis
         return functional.pad(mapped, (0, 1), value=1.0)
 
-    def fold(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights Float[C D] and bias Float[C] for rows as they come, from a linear map Float[C d+1] of z."""
-        weight = weights[:, :-1] @ self.basis.mT if self.basis.dim() else weights[:, :-1] * self.basis
-        return weight, weights[:, -1] - weight @ self.mean
-
 
 class Turtle(Method):
     """TURTLE in spaces of some widths.
@@ -448,12 +443,13 @@ class Turtle(Method):
         if most > 1:
             runs = Runs(c, settings, widths, self.seed, like)
             runs.load(state, c.steps)
-        # 3. The run that is kept, as linear maps of rows as they come.
+        # 3. The run that is kept, as linear maps of rows as they come: those of z behind the map from rows to z.
         chosen = self._choose(runs, take, trainer) if len(settings) > 1 else 0
         for name, theta, space_map in zip(self.dimension, runs.theta, maps, strict=True):
-            weight, bias = space_map.fold(task_weights(theta.value[chosen]))
+            of_z, basis = task_weights(theta.value[chosen]), space_map.basis
+            weight = of_z[:, :-1] @ basis.mT if basis.dim() else of_z[:, :-1] * basis
             self.get_buffer(f"weight_{name}").copy_(weight)
-            self.get_buffer(f"bias_{name}").copy_(bias)
+            self.get_buffer(f"bias_{name}").copy_(of_z[:, -1] - weight @ space_map.mean)
 
     def _advance(
         self,

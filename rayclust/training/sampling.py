@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -271,25 +270,18 @@ class RowSource:
                 yield Batch(spaces, rows, step, epoch, workers * len(rows) / plan.batch_size)
 
 
-def place_for(size: int, gpu_free: int, host_free: int) -> Literal["gpu", "pinned", "mapped"]:
-    """Return where so many bytes go: the first place of which they take no more than `MEMORY_FRACTION`.
-
-    `mapped` leaves them where they are, which for the rows of a run is a file mapped into memory.
-    """
-    if size <= MEMORY_FRACTION * gpu_free:
-        return "gpu"
-    return "pinned" if size <= MEMORY_FRACTION * host_free else "mapped"
-
-
 def place_on_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor where batches for `device` can be gathered from it: on the GPU, pinned, or as it is."""
+    """Return the tensor where batches for `device` can be gathered from it: on the GPU, pinned, or as it is.
+
+    It goes to the first of these of which it takes no more than `MEMORY_FRACTION`; as they are, the rows of a run are a
+    file mapped into memory.
+    """
     if device.type != "cuda" or x.device == device:
         return x
-    free, _ = torch.cuda.mem_get_info(device)
-    place = place_for(x.numel() * x.element_size(), free, free_host_bytes())
-    if place == "gpu":
+    size, (free, _) = x.numel() * x.element_size(), torch.cuda.mem_get_info(device)
+    if size <= MEMORY_FRACTION * free:
         return x.to(device)
-    return x.pin_memory() if place == "pinned" else x
+    return x.pin_memory() if size <= MEMORY_FRACTION * free_host_bytes() else x
 
 
 def gather_rows(x: Tensor, rows: Tensor, device: torch.device) -> Tensor:

@@ -21,7 +21,6 @@ from rayclust.training.sampling import (
     draw_neighbors,
     free_host_bytes,
     gather_rows,
-    place_for,
     place_on_device,
     row_hash,
 )
@@ -195,10 +194,22 @@ def test_unfit_arrays_are_refused_in_one_line():
         ArrayRows(x).neighbors()
 
 
-def test_rows_go_to_the_first_place_that_holds_them_well():
-    assert place_for(50, gpu_free=100, host_free=0) == "gpu"
-    assert place_for(51, gpu_free=100, host_free=102) == "pinned"
-    assert place_for(52, gpu_free=100, host_free=102) == "mapped"
+@pytest.mark.parametrize(("size", "host", "place"), [(50, 0, "gpu"), (51, 102, "pinned"), (52, 102, "mapped")])
+def test_rows_go_to_the_first_place_that_holds_them_well(
+    size: int, host: int, place: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Half of 100 bytes of a GPU, of those of the host; no GPU is needed to tell where they went."""
+    _with_memory(monkeypatch, 100, host)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: "gpu")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: "pinned")
+    x = torch.zeros(size, dtype=torch.uint8)
+    found = place_on_device(x, torch.device("cuda", 0))
+    assert found is x if place == "mapped" else found == place
+
+
+def _with_memory(monkeypatch: pytest.MonkeyPatch, gpu: int, host: int) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu, gpu))
+    monkeypatch.setattr(sampling, "free_host_bytes", lambda: host)
 
 
 def test_workers_on_the_cpu_take_rows_from_where_they_are():
@@ -212,7 +223,7 @@ def test_workers_on_the_cpu_take_rows_from_where_they_are():
 def test_the_same_rows_reach_the_gpu_from_every_place(place: str, monkeypatch: pytest.MonkeyPatch):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    monkeypatch.setattr(sampling, "place_for", lambda *_: place)
+    _with_memory(monkeypatch, 1 << 30 if place == "gpu" else 0, 1 << 30 if place == "pinned" else 0)
     device, x = torch.device("cuda", 0), torch.randn(1000, 7)
     kept = place_on_device(x, device)
     assert (kept.is_cuda, kept.is_pinned()) == (place == "gpu", place == "pinned")

@@ -71,5 +71,4 @@ class Cc(PixelMethod):
     @torch.no_grad()
     def predict_proba(self, x: Tensor) -> Tensor:
         """Return the cluster head's probabilities, Float[B K] for Float[B D]; rows sum to 1."""
-        parts = [self.cluster_head(self.backbone(images)).softmax(1) for images in self.normalized_parts(x)]
-        return torch.cat(parts) if parts else self.centers.new_zeros((0, self.config.clusters))
+        return torch.cat([self.cluster_head(self.backbone(images)).softmax(1) for images in self.normalized_parts(x)])
