@@ -1,19 +1,17 @@
 """RUN.yaml as a tree of frozen models: every setting of a run, in the order of the stages.
 
 Settings of methods stand in `methods/`, each paper's in its own file, those of encoders in `encoders/settings.py`,
-`features` in `features.py`; all others are here. `parse` is the one reader. It refuses unknown keys and bad values in
-one line, with the full key, the value, the bound and the nearest known key.
+`features` in `features.py`; all others are here. `validate` is the one way to a config; `runtime.api` reads the text.
+Unknown keys and bad values are refused in one line, with the full key, the value, the bound and the nearest known key.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -30,8 +28,8 @@ from rayclust.encoders.settings import PIXEL_CEILING, EncoderConfig, SpaceConfig
 from rayclust.errors import ConfigError
 from rayclust.features import FeaturesConfig
 from rayclust.methods import AnyMethodConfig, config_type, config_types, reads_pixels
-from rayclust.methods.settings import EMBEDDINGS, BaseMethodConfig
-from rayclust.settings import Config, Template, YamlLoader, format_error, read_yaml
+from rayclust.methods.settings import EMBEDDINGS
+from rayclust.settings import Config, Template, format_error
 
 MEBIBYTE = 1 << 20
 
@@ -760,79 +758,12 @@ def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
     return rest | {"method": method} | ({"select_k": group} if group else {})
 
 
-def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") -> RunConfig:
-    """Read a run's config.
-
-    Args:
-        text: YAML.
-        overrides: `KEY=VALUE` items; KEY is dotted, VALUE is YAML. They win over `text`.
-        source: name of `text` in messages.
-
-    Raises:
-        ConfigError: the text is not a YAML mapping, or a key or value is refused; one line.
-    """
-    tree = read_yaml(text, source)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        *groups, last = key.split(".")
-        if not equals or not all((*groups, last)):
-            beside = "" if equals else "; what is read is one folder, file or URI"  # a shell has made many of *.jpg
-            raise ConfigError(f"override {override!r}: write KEY=VALUE, for example method.clusters=20{beside}")
-        node = tree
-        for group in groups:
-            if not isinstance(node.get(group), dict):
-                node[group] = {}
-            node = node[group]
-        node[last] = _override_value(key, value)
-    return validate(tree)
-
-
 def validate(tree: dict[str, Any]) -> RunConfig:
     """Return the config of a tree; raise `ConfigError`, in one line, if a key or value is refused."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(format_error(error, known_keys())) from None
-
-
-def yaml_value(key: str, text: str) -> Any:
-    """Return what an override of a key says as YAML; raise `ConfigError`, in one line, if that is nothing."""
-    try:
-        return yaml.load(text, YamlLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ConfigError, ValueError):
-        raise ConfigError(f"override {key}: {text!r} is not a YAML value") from None
-
-
-def _override_value(key: str, text: str) -> Any:
-    """Return the value of an override: text as it is given where the key takes text, else what it is as YAML."""
-    # The types that the key takes; several methods may share its name.
-    found: set[Any] = {RunConfig}
-    for part in key.split("."):
-        fields, found = found, set()
-        for kind in fields:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                is_own = kind is BaseMethodConfig and part not in kind.model_fields
-                models = config_types().values() if is_own else (kind,)
-                annotations = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-            else:
-                annotations = list(get_args(kind)[1:]) if get_origin(kind) is dict else []
-            for annotation in annotations:
-                found |= _alternatives(annotation)
-    kinds = {get_origin(kind) or kind for kind in found}
-    takes_text = str in kinds and kinds <= {str, tuple, type(None)}
-    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if takes_text and not is_quoted and not (tuple in kinds and text.startswith("[")):
-        return None if type(None) in kinds and text in ("null", "~") else text
-    return yaml_value(key, text)
-
-
-def _alternatives(annotation: Any) -> set[Any]:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return {kind for part in get_args(annotation) for kind in _alternatives(part)}
-    return {annotation}
 
 
 def known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[str]:

@@ -1,16 +1,12 @@
-"""Base class of all groups of settings, one-line messages for validation errors, and the reader of YAML."""
+"""Base class of all groups of settings, a type that several use, and one-line messages for validation errors."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
-
-from rayclust.errors import ConfigError
 
 
 class Config(BaseModel):
@@ -103,63 +99,3 @@ def closest(word: str, words: Iterable[str]) -> str:
     """Return a hint at the word that a mistyped one most resembles, "" if none is near."""
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
-
-
-class YamlLoader(yaml.SafeLoader):
-    """YAML's safe loader, with the scalars of YAML 1.2: 010 is ten, and 1:30, no and 2024-01-01 are text.
-
-    It refuses a key given twice: the second would silently win.
-    """
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - none of YAML 1.1's
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping of text to values; raise `ConfigError` for a key of another kind, or one given twice."""
-        self.flatten_mapping(node)
-        seen = set[Any]()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            where = f"line {key_node.start_mark.line + 1}: the key"
-            if not isinstance(key, str):
-                raise ConfigError(f"{where} {key!r} is not text")
-            if key in seen:
-                raise ConfigError(f"{where} {key} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep=True)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Return a whole number; 0x and 0o mark other bases, a leading 0 does not."""
-        text = node.value.lower()
-        return int(text, 16 if "x" in text else 8 if "o" in text else 10)
-
-
-YamlLoader.add_constructor("tag:yaml.org,2002:int", YamlLoader.construct_yaml_int)
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+0123456789.")),
-    ("merge", r"<<", ["<"]),
-):
-    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def read_yaml(text: str, source: str) -> dict[str, Any]:
-    """Return the mapping that a YAML text holds; raise `ConfigError`, in one line with its place, if it holds none."""
-    try:
-        tree = yaml.load(text, YamlLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        if isinstance(error, yaml.reader.ReaderError):
-            problem = f"{error.reason}; a RUN.yaml is text in UTF-8"
-        raise ConfigError(f"{source}{where}: {problem}") from None
-    except RecursionError:
-        raise ConfigError(f"{source}: nested too deeply") from None
-    except (ConfigError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}") from None
-    if not isinstance(tree, dict):
-        found = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError(f"{source}: {found} where a mapping of keys is needed, such as `run: …`")
-    return tree
