@@ -228,8 +228,7 @@ def by_rows(groups: Groups, workspace: int, jitter: float) -> Terms:
     terms = Terms(groups)
     gram = groups.z @ groups.z.T
     pairs = torch.zeros_like(gram)
-    at_once = min(workspace // (WORK_FACTOR * gram.numel()), _batch_of(len(gram)))
-    for some in _slices(groups.membership.shape[1], at_once):
+    for some in _slices(groups.membership.shape[1], workspace // (WORK_FACTOR * gram.numel()), len(gram)):
         share = groups.membership[:, some].T.clamp(min=MIN_SHARE)
         terms.logs[some], coupling = _couplings(gram, share, groups.scales[some], jitter)
         if groups.with_gradient:
@@ -245,7 +244,7 @@ def by_top(top: int, groups: Groups, workspace: int, jitter: float) -> Terms:
     terms = Terms(groups)
     shares, rows = groups.membership.topk(top, dim=0)
     each = WORK_FACTOR * top * top + 2 * top * groups.z.shape[1]
-    for some in _slices(shares.shape[1], min(workspace // each, _batch_of(top))):
+    for some in _slices(shares.shape[1], workspace // each, top):
         share, chosen = shares[:, some].T.clamp(min=MIN_SHARE), rows[:, some].T
         z = groups.z[chosen]
         gram = torch.bmm(z, z.mT)
@@ -266,16 +265,13 @@ def _couplings(gram: Tensor, share: Tensor, scales: Tensor, jitter: float) -> tu
     return logs, inverse.mul_(outer)
 
 
-def _slices(count: int, size: int) -> Iterator[slice]:
-    """Yield consecutive slices of at most `size`, at least 1."""
+def _slices(count: int, size: int, width: int | None = None) -> Iterator[slice]:
+    """Yield consecutive slices of at most `size`, at least 1; of matrices of a width, as many as to invert at once."""
+    if width is not None:
+        size = min(size, CACHED_MATRICES if width <= CACHED_WIDTH else CACHED_NUMBERS // width**2)
     size = max(1, size)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def _batch_of(width: int) -> int:
-    """Return how many matrices of a width to invert at once."""
-    return CACHED_MATRICES if width <= CACHED_WIDTH else max(1, CACHED_NUMBERS // width**2)
 
 
 # Outer products z zᵀ of many rows, each kept as half a matrix in a full rectangle, and sums of them as matrix products.

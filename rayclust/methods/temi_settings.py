@@ -306,14 +306,11 @@ class TemiConfig(TrainedConfig):
             config = TemiConfig.model_validate({**chosen, "warm_start": "kmeans", **written, "preset": "none"})
         return config
 
-    def trained_width(self, dimension: int) -> int:
-        """Return the width of what heads train on for rows of width `dimension`."""
-        return min(self.components or dimension, dimension)
-
     def head_shape(self, dimension: int) -> HeadShape:
-        """Return the sizes and parts of the heads on rows of width `dimension`."""
+        """Return the sizes and parts of the heads in training, on rows of width `dimension` or their components."""
         shared = {field.name for field in fields(HeadShape)} & TemiConfig.model_fields.keys()
-        return HeadShape(dimension=dimension, **{name: getattr(self, name) for name in shared})
+        width = min(self.components or dimension, dimension)
+        return HeadShape(dimension=width, **{name: getattr(self, name) for name in shared})
 
     def layout(self, count: int, dimension: int, workers: int) -> Layout:
         """Return how workers divide the training of this resolved config.
@@ -323,20 +320,20 @@ class TemiConfig(TrainedConfig):
         """
         if self.clip_norm is not None and self.parallel not in ("auto", "data"):
             raise ConfigError(f"method.parallel = {self.parallel}: clip_norm needs every head's gradient, set data")
-        shape, plan = self.head_shape(self.trained_width(dimension)), Plan.of(self, count)
+        shape, plan = self.head_shape(dimension), Plan.of(self, count)
         layout = choose_layout(shape, plan, workers, self.parallel, self.worker_memory * GIGABYTE)
         return layout if self.clip_norm is None else Layout(1, workers)
 
     def multiplications(self, count: int, dimension: int) -> float:
         """Return about how many multiplications the steps for `count` rows of width `dimension` take."""
         config = self.resolved(count, dimension)
-        plan, shape = Plan.of(config, count), config.head_shape(config.trained_width(dimension))
+        plan, shape = Plan.of(config, count), config.head_shape(dimension)
         return 0.5 * plan.steps * estimate_cost(shape, plan, Layout(1, 1), "cpu").operations
 
     def describe_plan(self, count: int, dimension: int, workers: int, device: str = "cpu") -> str:
         """Describe the layout and its costs in a line; see `BaseMethodConfig`."""
         config = self.resolved(count, dimension)
-        shape, plan = config.head_shape(config.trained_width(dimension)), Plan.of(config, count)
+        shape, plan = config.head_shape(dimension), Plan.of(config, count)
         layout = config.layout(count, dimension, workers)
         cost = estimate_cost(shape, plan, layout, device)
         parts = {"heads": layout.head_parts, "rows of a batch": layout.row_parts}

@@ -80,7 +80,7 @@ class StartedTemi(Temi):
         """
         c, K = self.config, self.config.clusters
         # 1. Heads for the leading components alone, where asked for: the first layer's products are most of a step's.
-        if c.trained_width(self.dimension) < self.dimension:
+        if 0 < c.components < self.dimension:
             checkpoint, like = trainer.restore(), self.student.direction
             if checkpoint is None:
                 x, ids = rows.tensor(), even_sample(rows.count, max(_AXES_ROWS, K), self.seed)

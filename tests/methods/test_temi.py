@@ -196,7 +196,7 @@ def test_few_heads_are_for_small_sets_in_few_clusters_that_start_warm():
     sizes = ((3_000, 1280, 10), (3_000, 64, 64), (3_000, 1280, 65), (70_000, 768, 10), (1_281_167, 768, 25_000))
     found = [_resolved(*size) for size in sizes]
     assert [(c.heads, c.components) for c in found] == [(2, 512), (2, 512), (16, 0), (16, 0), (16, 0)]
-    assert [c.trained_width(size[1]) for c, size in zip(found, sizes, strict=True)] == [512, 64, 1280, 768, 768]
+    assert [c.head_shape(size[1]).dimension for c, size in zip(found, sizes, strict=True)] == [512, 64, 1280, 768, 768]
 
 
 PUBLISHED = HeadShape(heads=16, dimension=768, clusters=25_000), Plan(1024, 1250, 1250, 0)

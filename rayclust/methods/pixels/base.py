@@ -153,20 +153,15 @@ class PixelMethod(Method):
 
     def _start(self) -> None:
         sums = self.mean.new_zeros((3, self.channels), dtype=torch.float64)
-        for block in self._blocks():
-            values = self.shape.images(block).double().transpose(0, 1).flatten(1)
-            sums += torch.stack([values.sum(1), values.square().sum(1), torch.full_like(sums[0], values.shape[1])])
+        for block in cast(Rows, self._rows).blocks():
+            for part in torch.split(block, self.block):
+                values = self.shape.images(part.to(self.mean)).double().transpose(0, 1).flatten(1)
+                sums += torch.stack([values.sum(1), values.square().sum(1), torch.full_like(sums[0], values.shape[1])])
         total, squares, count = all_reduce(sums)
         self.mean.copy_(total / count)
         self.std.copy_((squares / count - (total / count).square()).clamp(min=1e-6).sqrt())
         if self.reads_first_clusters:
             self.e_step()
-
-    def _blocks(self) -> Iterator[Tensor]:
-        """Yield this worker's rows on the method's device, some at a time."""
-        for block in cast(Rows, self._rows).blocks():
-            for part in torch.split(block, self.block):
-                yield part.to(self.mean)
 
     @torch.no_grad()
     def e_step(self) -> dict[str, float]:
@@ -208,7 +203,8 @@ class PixelMethod(Method):
         if not (exactly or self.config.backbone.startswith("timm/")):  # whose forward may depend on what it is given
             network = folded(network)
         with nullcontext() if exactly else self.autocast():
-            return torch.cat([self.centers[:0], *(self._features(network, block) for block in self._blocks())])
+            parts = [self._features(network, block) for block in cast(Rows, self._rows).blocks()]
+            return torch.cat([self.centers[:0], *parts])
 
     def mixture(self) -> gmm.Mixture:
         """Return the Gaussians of the last E-step, with `e_step: mixture`."""

@@ -106,8 +106,8 @@ class PixelConfig(TrainedConfig):
         """Return this config with its preset written out for N = `count` rows; `preset` is then `none`.
 
         `short` is what few steps need, whatever the images: AdamW in place of SGD, whose published rates move little in
-        few steps; the whole of a cosine to 0, a tenth of it warm-up; and a copy that averages the last sixteenth of the
-        steps, at most as many as published.
+        few steps; the whole of a cosine to 0, a tenth of it warm-up; a copy that averages the last sixteenth of the
+        steps, at most as many as published; and a queue of at most half the rows.
         """
         chosen = dict(self.presets.get(self.preset, {}))
         if self.preset == "short":
@@ -120,13 +120,14 @@ class PixelConfig(TrainedConfig):
                 "optimizer": "adamw", "learning_rate": SHORT_RATE, "min_learning_rate": 0.0,
                 "weight_decay": 0.01, "final_weight_decay": 0.01,
             }  # fmt: skip
-            chosen |= self.short_settings(count, self.steps or epochs * per_epoch)
+            chosen |= self.short
+            if "queue" in self.short:
+                chosen["queue"] = max(1, min(self.short["queue"], count // 2))
+            fields, steps = type(self).model_fields, self.steps or epochs * per_epoch
+            for name in {"momentum", "final_momentum"} & fields.keys():
+                chosen[name] = max(0.0, min(fields["momentum"].default, 1 - SHORT_AVERAGE / steps))
         written = {key: getattr(self, key) for key in self.model_fields_set}
         return type(self).model_validate(chosen | written | {"preset": "none"})
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return the method's own settings of a short training of N = `count` rows."""
-        return self.short
 
 
 class MomentumConfig(PixelConfig):
@@ -144,12 +145,6 @@ class MomentumConfig(PixelConfig):
         if self.norm_groups > 1 and self.accumulation > 1:
             raise ValueError("norm_groups, accumulation: only one of them; parts of a batch have norms of their own")
         return self
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return those of the method, with a copy that averages a sixteenth of the steps, or fewer if so published."""
-        fields = type(self).model_fields
-        momentum = max(0.0, min(fields["momentum"].default, 1 - SHORT_AVERAGE / steps))
-        return self.short | dict.fromkeys({"momentum", "final_momentum"} & fields.keys(), momentum)
 
 
 class PredictorConfig(MomentumConfig):
@@ -216,7 +211,7 @@ class CcConfig(PixelConfig):
 class QueueConfig(MomentumConfig):
     """Settings of MoCo and of what is built on it."""
 
-    short: ClassVar[dict[str, Any]] = SHORT_CONTRAST
+    short: ClassVar[dict[str, Any]] = SHORT_CONTRAST | {"queue": 4096}
     features: int = Field(128, ge=2)
     """d, width of the space in which rows are compared and clustered."""
     momentum: float = Field(0.999, ge=0, le=1)
@@ -229,10 +224,6 @@ class QueueConfig(MomentumConfig):
     """Whether either view is query once."""
     reassign: int = Field(10, ge=1)
     """Epochs between two E-steps."""
-
-    def short_settings(self, count: int, steps: int) -> dict[str, Any]:
-        """Return a queue of at most half the rows besides."""
-        return super().short_settings(count, steps) | {"queue": max(1, min(4096, count // 2))}
 
 
 class MoCoConfig(QueueConfig):
