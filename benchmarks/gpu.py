@@ -549,7 +549,7 @@ def _operations(encoder: Any, image: Any) -> float:
     x = torch.zeros(1, 3, *image.shape[1:3], device=device())
     torch.backends.mha.set_fastpath_enabled(False)  # it is one operation that nobody counts
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encoder._network.encode_image(x)
+        encoder.network.encode_image(x)
     torch.backends.mha.set_fastpath_enabled(True)
     return float(counter.get_total_flops())
 

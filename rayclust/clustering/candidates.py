@@ -228,15 +228,17 @@ def make_candidates(
         cut, cut_inertia = kmeans.fit_all(embedded, options, seeds[3])
         spectral = [space.refined("", one, graph).labels for one in cut[_better_half(cut_inertia)]]
         candidates.append(space.voted("consensus with spectral clusters", [first, *voters[::2], *spectral]))
-    # 6. The best of these as heads trained on pairs of neighbours have it, and moved by k-means in a learnt space.
+    # 6. The best of these as heads trained on pairs of neighbours have it. The classifier is fitted to all rows: labels
+    # that are near linear already lose some by the surest alone.
     if heads is not None:
-        # By all rows: labels that are near linear already lose some by the surest alone.
         labels = heads(space.basis, choose(candidates))
         candidates.append(space.candidate(HEADS, *ridge_classifier(p, labels, K, RIDGE * n)))
+    # 7. The best of these after k-means that goes on from it in a learnt space; the surest rows are those nearest to
+    # their mean there.
     if learn is not None:
-        options = KMeansOptions(clusters=K, metric="euclidean", max_iterations=MAX_ITERATIONS)
-        best, learnt = choose(candidates).labels, learn(space.basis)
-        own = kmeans.fit_all(learnt, options, 0, unit_means(learnt, best, K))[0][0]
+        one_start = KMeansOptions(clusters=K, metric="euclidean", max_iterations=MAX_ITERATIONS)
+        labels, learnt = choose(candidates).labels, learn(space.basis)
+        own = kmeans.fit_all(learnt, one_start, 0, unit_means(learnt, labels, K))[0][0]
         distances = kmeans.squared_distances(learnt, unit_means(learnt, own, K)).clamp(min=0).sqrt()
         nearest = distances.topk(2, dim=1, largest=False).values
         candidates.append(space.classified(LEARNT, own, -nearest[:, 0], nearest[:, 1] - nearest[:, 0]))

@@ -75,7 +75,10 @@ class SoftLabels:
 
     @classmethod
     def of(cls, member: Tensor | SoftLabels, columns: int = 4) -> SoftLabels:
-        """Return a member on the CPU: labels Int64[N] as they are, or of Float[N K] the largest entries of each row."""
+        """Return a member on the CPU: labels Int64[N] as they are, or of Float[N K] the largest few of each row.
+
+        `columns` says how many; they are kept whatever they sum to.
+        """
         if isinstance(member, SoftLabels):
             return member
         if member.dim() == 1:

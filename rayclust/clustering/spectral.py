@@ -426,9 +426,9 @@ class Spectral:
 
         Those of the own seed are kept; `start` makes them anew, see `cut`.
         """
-        if not 1 <= clusters <= self.functions.shape[1]:
-            bound = self.functions.shape[1]
-            raise ConfigError(f"clusters = {clusters}: from 1 to {bound}, what the partition was made for")
+        most = self.functions.shape[1]
+        if not 1 <= clusters <= most:
+            raise ConfigError(f"clusters = {clusters}: from 1 to {most}, what the partition was made for")
         centers = self.centers.get(clusters) if seed == self.seed and start is None else None
         if centers is None:  # k-means of the sites' rows, Float32[S K]
             rows = functional.normalize(self.functions[:, :clusters], dim=1)

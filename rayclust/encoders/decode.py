@@ -416,8 +416,8 @@ def visible_box(size: tuple[int, int], preprocess: Preprocess, orientation: int 
         tall = wide * height // width
     # 2. Its centre, back on the scale of the upright image.
     x, y = width / wide, height / tall
-    first, above = round((wide - columns) / 2), round((tall - rows) / 2)
-    left, top, right, bottom = first * x, above * y, min((first + columns) * x, width), min((above + rows) * y, height)
+    column, row = round((wide - columns) / 2), round((tall - rows) / 2)
+    left, top, right, bottom = column * x, row * y, min((column + columns) * x, width), min((row + rows) * y, height)
     # 3. On the axes of the file.
     if is_swapped:
         left, top, right, bottom = top, left, bottom, right

@@ -118,12 +118,10 @@ def write_keys(rows: RunRows, out: str, images: bool) -> dict[str, Any]:
             numbers, first = np.unique(clusters, return_index=True)
             for cluster, start, stop in zip(numbers.tolist(), first, [*first[1:], len(keys)], strict=True):
                 sizes[cluster] = sizes.get(cluster, 0) + int(stop - start)
-                with (Path(folder) / _KEYS_FILE.format(cluster)).open("a", encoding="utf-8") as file:
+                with Path(folder, _KEYS_FILE.format(cluster)).open("a", encoding="utf-8") as file:
                     file.writelines(f"{key}\n" for key in keys[start:stop])
-        for cluster in sizes:
-            storage.write_bytes(
-                storage.join(out, _KEYS_FILE.format(cluster)), (Path(folder) / _KEYS_FILE.format(cluster)).read_bytes()
-            )
+        for name in map(_KEYS_FILE.format, sizes):
+            storage.write_bytes(storage.join(out, name), Path(folder, name).read_bytes())
     shown = [cluster for cluster in rows.shown.edited.shown if cluster in sizes]
     names, marks = rows.shown.names, rows.shown.edited.marks
     summary = {

@@ -276,11 +276,11 @@ def name_distinctly(
             continue
         free = [other for other in scores[cluster] if other < len(words) and other not in taken]
         own = containers[cluster] if word >= len(words) else words[word].casefold()
-        more = taxonomy.above(own)
+        broader = taxonomy.above(own)
         rivals = [
             scores[cluster][other]
             for other in free
-            if words[other].casefold() not in more and own not in taxonomy.above(words[other].casefold())
+            if words[other].casefold() not in broader and own not in taxonomy.above(words[other].casefold())
         ]
         margins[cluster] = scores[cluster][word] - max(rivals) if rivals else None
         # Without hypernyms nobody knows which words are related: a pump beside a gas pump does not speak against it.

@@ -72,15 +72,15 @@ class Opening:
     """The run's."""
     against: RunConfig | None = None
     """Of a run to compare with."""
-    found: Explorer | None = None
+    opened: Explorer | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def explorer(self) -> Explorer:
         """Return it; raise `ArtefactError` while the run is not labelled."""
         with self.lock:
-            if self.found is None:
-                self.found = Explorer(load_run(self.config.run), self.against)
-            return self.found
+            if self.opened is None:
+                self.opened = Explorer(load_run(self.config.run), self.against)
+            return self.opened
 
 
 def serve(

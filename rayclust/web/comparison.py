@@ -144,6 +144,7 @@ class _Flows:
                 flows.append(Flow(i, j, int(table[i, j]), **look))
             else:
                 flows.append(Flow(i, j, int(table[i, j]), is_faint=True))
+        # 4. The groups' titles; that of the others says how many clusters they are.
         titles = list[list[str]]()
         for drawn, known, clusters, others in (
             (ids, names, self.source, table[-1]),

@@ -142,14 +142,14 @@ class Explorer:
             raise ConfigError(f"sort = {sort}: must be one of {', '.join(SORTS)}")
         found = list(self._state.clusters.values())
         for word in query.casefold().split():
-            bound = _BOUND.fullmatch(word)
-            if bound is None:
+            parsed = _BOUND.fullmatch(word)
+            if parsed is None:
                 found = [each for each in found if word in each["search"]]
                 continue
-            name, sign, figure = bound.groups()
-            bounding = int(figure) / (1 if name == "size" else 100)
+            name, sign, number = parsed.groups()
+            bound = int(number) / (1 if name == "size" else 100)
             found = [each for each in found if each[name] is not None]
-            found = [each for each in found if (each[name] > bounding if sign == ">" else each[name] < bounding)]
+            found = [each for each in found if (each[name] > bound if sign == ">" else each[name] < bound)]
         known = [each for each in found if each[sort] is not None]
         known.sort(key=lambda each: (each[sort], -each["number"]), reverse=descending)
         known += [each for each in found if each[sort] is None]
@@ -176,8 +176,9 @@ class Explorer:
         pieces = []
         for cluster in np.flatnonzero(edited.final[: edited.clusters] == number).tolist():
             rows = self._index.order[self._index.bounds[cluster] : self._index.bounds[cluster + 1]]
-            kept = ~np.isin(rows, moved) if len(moved) else np.True_
-            pieces.append(rows if kept.all() else rows[kept])  # all of them stay mapped
+            if len(moved) and (is_moved := np.isin(rows, moved)).any():  # else they stay mapped
+                rows = rows[~is_moved]
+            pieces.append(rows)
         pieces += [state.moved[number]] if number in state.moved else []
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int64), *pieces])
 
@@ -407,7 +408,7 @@ class Explorer:
         edited = shown.edited
         # 1. Rows that splits moved, by where they are now.
         rows, keys = self._index.find(edited.split_keys)
-        now = shown.edited.of(self._index.clusters[rows], keys) if len(rows) else np.zeros(0, np.int32)
+        now = edited.of(self._index.clusters[rows], keys) if len(rows) else np.zeros(0, np.int32)
         stay = edited.final[self._index.clusters[rows]] if len(rows) else now
         rows, now, stay = rows[now != stay], now[now != stay], stay[now != stay]
         moved = {int(number): rows[now == number] for number in np.unique(now)}
@@ -435,6 +436,7 @@ class Explorer:
             number: [group[i] for i in range(TYPICAL) for group in some if i < len(group)][:TYPICAL]
             for number, some in groups.items()
         }
+        # 5. The list, large clusters first.
         for number in sorted(edited.shown, key=lambda number: (-sizes[number], number)):
             if not sizes[number]:
                 continue

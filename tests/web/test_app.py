@@ -44,7 +44,7 @@ def page(config: RunConfig) -> Iterator[TestClient]:
 
 
 def client(explorer: Explorer, token: str | None = None) -> TestClient:
-    application = create_app(Opening(explorer.config, found=explorer), hosts={"127.0.0.1"}, token=token)
+    application = create_app(Opening(explorer.config, opened=explorer), hosts={"127.0.0.1"}, token=token)
     return TestClient(application, base_url="http://127.0.0.1:8008", follow_redirects=False)
 
 

@@ -94,13 +94,16 @@ def detect_format(uri: str, columns: Mapping[Any, str] | None = None) -> str:
         if known == _SAMPLE:
             break
     # 2. Of the tables only the columns of the first that can be read decide; beside other formats it may be metadata.
-    readable = ((file, footer) for file in tables if (footer := parquet.read_footer(file)) is not None)
-    table, footer = next(readable, (None, None))
-    if table is not None and footer is not None:
-        named = parquet.Columns.find(footer.schema, where=table.uri, named=columns)
-        if named.embedding is not None and "image" not in (columns or {}):
+    footer = None
+    for table in tables:
+        footer = parquet.read_footer(table)
+        if footer is not None:
+            break
+    if footer is not None:
+        holds = parquet.Columns.find(footer.schema, where=table.uri, named=columns)
+        if holds.embedding is not None and "image" not in (columns or {}):
             first["embeddings"] = table
-        elif named.image is not None:
+        elif holds.image is not None:
             first["parquet"] = table
         elif not first:
             have = parquet.describe_columns(footer.schema)
