@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig
-from rayclust.errors import ArtefactError
+from rayclust.errors import ArtefactError, ConfigError
 from rayclust.runtime.api import load_run
 from rayclust.runtime.edits import edit_clusters, shown_clusters, undo_edit
 from rayclust.runtime.pipeline import run_stage
@@ -18,7 +19,7 @@ from rayclust.stages.predict import predict
 from rayclust.stages.search import search
 from rayclust.store import storage
 from rayclust.store.manifest import Manifest, read_manifest, write_manifest
-from rayclust.store.overlay import Merge, Rename, Split, clusters_named, read_overlay
+from rayclust.store.overlay import Mark, Merge, Rename, Split, clusters_named, read_overlay
 from rayclust.store.run import Run
 from tests.sealed import Sealed
 
@@ -116,6 +117,36 @@ def test_names_hold_only_for_the_assignment_that_they_were_given_to(pictures_run
     assert other.own_names == {}
     storage.remove(run.manifest("assign"))
     assert shown_clusters(run) is None
+
+
+def test_clusters_that_edits_name_are_known_by_their_typical_images(pictures_run: Sealed, tmp_path: Path):
+    shutil.copytree(pictures_run.folder, tmp_path / "run")
+    run, rows = Run(str(tmp_path / "run")), RunTables(pictures_run.config).frame()
+    named = pq.read_table(run.clusters, columns=["cluster", "exemplars"]).to_pylist()
+    typical = {each["cluster"]: tuple(rows["key"].to_numpy()[each["exemplars"]]) for each in named}
+    edit_clusters(run, Rename(cluster=1, name="x"))
+    assert read_overlay(run)[0].fingerprints == {1: typical[1]}
+    # A merged cluster is known by those of all that went into it.
+    edit_clusters(run, Merge(clusters=(2, 1)))
+    edit_clusters(run, Mark(cluster=2, mark="checked"))
+    assert read_overlay(run)[0].fingerprints == {1: typical[1], 2: typical[2]}
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ({"do": "drop", "cluster": 1}, "drop"),
+        ({"do": "rename", "cluster": 1, "name": ""}, "at least 1 character"),
+        ({"do": "merge", "clusters": [1]}, "at least 2 items"),
+        ({"do": "mark", "cluster": -1, "mark": "x"}, "greater than or equal to 0"),
+        ({"do": "rename", "cluster": 1, "name": "x", "path": "/etc"}, "unknown key"),
+        ("rename", "should be a group of keys"),
+    ],
+)
+def test_what_is_no_edit_is_one_line(content: Any, wanted: str):
+    with pytest.raises(ConfigError, match=wanted) as refused:
+        edit_clusters(Run("nowhere"), content)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_run_without_typical_images_is_not_edited(pictures_run: Sealed, tmp_path: Path):

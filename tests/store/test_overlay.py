@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from rayclust.errors import ArtefactError, ConfigError, HeldError
-from rayclust.runtime.edits import ShownClusters, edit_clusters
+from rayclust.runtime.edits import ShownClusters
 from rayclust.store.overlay import (
     Edit,
     Edited,
@@ -87,23 +87,6 @@ def test_names_and_marks_belong_to_what_is_shown():
 def test_edits_of_clusters_that_are_not_there_are_refused(edits: tuple[Edit, ...], wanted: str):
     with pytest.raises(ConfigError, match=wanted):
         Edited.by(edits, 3)
-
-
-@pytest.mark.parametrize(
-    ("content", "wanted"),
-    [
-        ({"do": "drop", "cluster": 1}, "drop"),
-        ({"do": "rename", "cluster": 1, "name": ""}, "at least 1 character"),
-        ({"do": "merge", "clusters": [1]}, "at least 2 items"),
-        ({"do": "mark", "cluster": -1, "mark": "x"}, "greater than or equal to 0"),
-        ({"do": "rename", "cluster": 1, "name": "x", "path": "/etc"}, "unknown key"),
-        ("rename", "should be a group of keys"),
-    ],
-)
-def test_what_is_no_edit_is_one_line(content: object, wanted: str):
-    with pytest.raises(ConfigError, match=wanted) as refused:
-        edit_clusters(Run("nowhere"), content)
-    assert "\n" not in str(refused.value)
 
 
 def test_after_another_assignment_clusters_are_found_by_their_typical_images():
