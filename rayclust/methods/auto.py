@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from rayclust.clustering.candidates import (
     make_candidates,
 )
 from rayclust.clustering.consensus import match_confidence
-from rayclust.methods.base import BaseTrainer, Method, Rows
+from rayclust.methods.base import BaseTrainer, Rows
 from rayclust.methods.cpp import SPACE_ROWS, Cpp, CppConfig
 from rayclust.methods.graph import DerivedRows, sample_with_neighbors
 from rayclust.methods.linear import LinearMethod
@@ -40,8 +40,6 @@ MAX_BATCH, MIN_BATCH = 256, 64
 """Pairs in a batch of TEMI's; a quarter of the rows between these."""
 MAX_PARTNERS = 10
 """Nearest neighbours of a row among which its partner is drawn, at most."""
-
-M = TypeVar("M", bound=Method)
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,17 @@ class _Trainings:
         config = heads_config(self.config, self.rows.count)
         temi = StartedTemi(config, basis.shape[1], self.rows.count, self.trainer.seed)
         temi.start = Start(self.neighbors, start)
-        return self._fitted(temi, basis).predict_proba(self.x @ basis).argmax(1)
+        with torch.enable_grad():
+            temi.fit(DerivedRows(self.rows, basis), self.trainer.without_checkpoints())
+        return temi.predict_proba(self.x @ basis).argmax(1)
 
     def space(self, basis: Tensor) -> Tensor:
         """Train CPP; return the sample among the leading eigenvectors of its membership."""
         config = CppConfig(clusters=self.config.clusters, final_start="kmeans")
         cpp = Cpp(config, basis.shape[1], self.rows.count, self.trainer.seed)
-        return self._fitted(cpp, basis).embed(self.x @ basis)
-
-    def _fitted(self, method: M, basis: Tensor) -> M:
         with torch.enable_grad():
-            method.fit(DerivedRows(self.rows, basis), self.trainer.without_checkpoints())
-        return method
+            cpp.fit(DerivedRows(self.rows, basis), self.trainer.without_checkpoints())
+        return cpp.embed(self.x @ basis)
 
 
 def heads_config(config: AutoConfig, count: int) -> TemiConfig:

@@ -34,7 +34,6 @@ from rayclust.clustering.consensus import (
     ConsensusResult,
     MemberEvidence,
     SoftLabels,
-    Vote,
     agreements,
     anmi,
     broken_guard,
@@ -203,8 +202,12 @@ class Consensus(LinearMethod):
         evidence_of = {"vote": evidence(labels, neighbors, K, found.vote.agreement / len(labels) / len(found.voters))}
         if found.best is not None:
             best, name = members[found.best], torch.from_numpy(found.vote.names[found.voters.index(found.best)])
-            agreement = float(agreements([best, labels])[0, 1])
-            if not _may_replace(evidence_of["vote"], found.members[found.best], agreement, K):
+            # A vote that moves few rows must keep more neighbours together, at little less modularity, as by the bounds
+            # of the default method; one that cuts the rows otherwise must have clearly more: which of two cuts is right
+            # is a matter of chance where the graph hardly tells.
+            moves_few = float(agreements([best, labels])[0, 1]) >= SAME_SHARE
+            bounds = TRAINED[HEADS] if moves_few else Bounds(modularity_loss=-OTHER_GAIN)
+            if not is_supported(asdict(evidence_of["vote"]), asdict(found.members[found.best]), K, bounds):
                 labels, is_vote = torch.where(best >= 0, name[best], labels), False
         target = Target(labels, is_vote, neighbors, evidence(labels, neighbors, K).modularity)
         # 3. One round of self-training.
@@ -256,20 +259,31 @@ class Consensus(LinearMethod):
         """
         K, x, kind = self.config.clusters, rows.tensor(), self.config.classifier
         centers, lengths = _means(x, target.labels, K)
-        chosen = _fitted_rows(target.labels, found.vote if target.is_vote else None, target.neighbors)
-        # 1. Ridge regression.
+        # 1. The surest rows of each cluster. Members agree on most: neighbours tell which of these lie inside one, but
+        # not among few rows.
+        count = len(target.labels)
+        is_few = count < FEW_ROWS
+        inside = torch.zeros(count) if is_few else neighbor_shares(target.labels, target.neighbors)
+        if target.is_vote:
+            is_sure = surest_rows(target.labels, found.vote.confidence + inside, found.vote.margin, SUREST_SHARE)
+        elif is_few:
+            is_sure = torch.ones(count, dtype=torch.bool)
+        else:
+            is_sure = surest_rows(target.labels, inside, inside, FLOOR_SHARE)
+        chosen = is_sure.nonzero()[:, 0]
+        # 2. Ridge regression.
         penalty = max(RIDGE * lengths * len(chosen), torch.finfo(torch.float32).tiny)
         weight, bias = ridge_classifier(x, target.labels, K, penalty, chosen)
         self.keep(trainer.device, weight, bias, centers, torch.ones(()))
         trained, how = self._labels(x), "self-training"
         refused, loss = broken_guard(target.labels, trained, K), target.loss(trained, K)
-        # 2. The head, where it is asked for or where members are not linear.
+        # 3. The head, where it is asked for or where members are not linear.
         if kind == "head" or (kind == "auto" and (refused or loss > MAX_LOSS)):
             voters = [hard_labels(members[h]) for h in found.voters] if target.is_vote else [target.labels]
             # Beside a row stand those of its neighbours that most voters say are in its cluster, in their order.
             shared = shared_neighbors(voters, target.neighbors)
-            order = shared.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-            near = target.neighbors.masked_fill(~shared, -1).gather(1, order)
+            near = target.neighbors.masked_fill(~shared, -1)
+            near = near.gather(1, shared.to(torch.int8).argsort(dim=1, descending=True, stable=True))
             self.head = self._train_head(DerivedRows(rows, neighbors=near), target, found, members, trainer)
             by_head = self._labels(x)
             head_loss = target.loss(by_head, K)
@@ -280,7 +294,7 @@ class Consensus(LinearMethod):
                 self.head = None
             else:
                 trained, how, refused, loss = by_head, "head", "", head_loss
-        # 3. The mean rows.
+        # 4. The mean rows.
         if refused:
             logger.warning("consensus: the classifier is not kept: %s; rows go to the nearest mean row", refused)
             empty = (torch.bincount(target.labels, minlength=K) == 0).to(x.device)
@@ -322,6 +336,7 @@ class Consensus(LinearMethod):
                 renamed.append(torch.from_numpy(name)[clusters.clamp(min=0)].masked_fill(clusters < 0, -1))
                 shares.append(member.shares if isinstance(member, SoftLabels) else torch.ones(clusters.shape))
             votes = SoftLabels(torch.cat(renamed, dim=1), torch.cat(shares, dim=1))
+            del renamed, shares  # as large as the votes
         else:
             votes = SoftLabels(target.labels[:, None], torch.ones(len(target.labels), 1))
         # 2. Its training, from the target's clusters.
@@ -382,41 +397,6 @@ class Consensus(LinearMethod):
             *(len(found.voters), len(found.members), found.vote.rounds, float(found.vote.confidence.mean())),
             self.report[-1]["candidate"],
         )
-
-
-def _may_replace(vote: MemberEvidence, best: MemberEvidence, agreement: float, clusters: int) -> bool:
-    """Return whether a vote may replace the best member; the bounds are those of the default method.
-
-    A vote that moves few rows must keep more neighbours together, at little less modularity; one that cuts the rows
-    otherwise must have clearly more: which of two cuts is right is a matter of chance where the graph hardly tells.
-
-    Args:
-        vote: its evidence.
-        best: that of the voter with the largest modularity.
-        agreement: share of rows on which the two say the same.
-        clusters: K.
-    """
-    bounds = TRAINED[HEADS] if agreement >= SAME_SHARE else Bounds(modularity_loss=-OTHER_GAIN)
-    return is_supported(asdict(vote), asdict(best), clusters, bounds)
-
-
-def _fitted_rows(labels: Tensor, vote: Vote | None, neighbors: Tensor) -> Tensor:
-    """Return the rows to which the classifier is fitted, Int64[n]: the surest of each cluster.
-
-    Members agree on most rows: neighbours tell which of these lie inside a cluster, but not among few rows.
-
-    Args:
-        labels: Int64[N].
-        vote: whose labels they are; None for those of one member.
-        neighbors: Int64[N M], −1 where a row has fewer.
-    """
-    is_few = len(labels) < FEW_ROWS
-    if is_few and vote is None:
-        return torch.arange(len(labels))
-    inside = torch.zeros(len(labels)) if is_few else neighbor_shares(labels, neighbors)
-    if vote is None:
-        return surest_rows(labels, inside, inside, FLOOR_SHARE).nonzero()[:, 0]
-    return surest_rows(labels, vote.confidence + inside, vote.margin, SUREST_SHARE).nonzero()[:, 0]
 
 
 def kmeans_members(x: Tensor, clusters: int, restarts: int, seed: int) -> list[Tensor]:

@@ -83,8 +83,9 @@ class StartedTemi(Temi):
         if 0 < c.components < self.dimension:
             checkpoint, like = trainer.restore(), self.student.direction
             if checkpoint is None:
-                x, ids = rows.tensor(), even_sample(rows.count, max(_AXES_ROWS, K), self.seed)
-                self.basis = leading_components(x[ids.to(x.device)].float(), c.components).to(like)
+                x = rows.tensor()
+                x = x[even_sample(rows.count, max(_AXES_ROWS, K), self.seed).to(x.device)].float()
+                self.basis = leading_components(x, c.components).to(like)
             else:  # a resumed training keeps its axes
                 self.basis = checkpoint[0]["method.basis"].to(like)
             self._build_heads(self.mesh)
@@ -97,6 +98,7 @@ class StartedTemi(Temi):
             with data_parallel(self.mesh.data):
                 x, near = sample_with_neighbors(rows, K, c.start_neighbors, self.seed, like)
                 start = Start(near, choose(make_candidates(x.float(), near, K, self.seed), other_gain=0.0))
+                del x  # the memory is wanted in training
         # 3. The plan's steps, and the head that is kept.
         with torch.enable_grad():
             self.train_heads(rows, trainer, lambda: self._start_heads(rows, start))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rayclust import distributed, methods
-from rayclust.clustering.consensus import MemberEvidence, SoftLabels
+from rayclust.clustering.consensus import ConsensusResult, MemberEvidence, SoftLabels
 from rayclust.distributed import DeviceMesh, data_parallel
 from rayclust.methods import consensus
 from rayclust.methods.base import Batch
@@ -82,23 +85,43 @@ def test_the_best_member_stands_where_the_vote_has_less_modularity():
     ],
 )
 def test_a_vote_that_cuts_otherwise_needs_more_evidence(
-    agreement: float, modularity: float, kept_together: float, wanted: bool
+    agreement: float, modularity: float, kept_together: float, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    _, labels, _ = planted()
     best = MemberEvidence(4, 4, 1.0, 0.6, 0.8, 0.9, "")
     vote = MemberEvidence(4, 4, 1.0, 0.6 + modularity, 0.8 + kept_together, 0.9, "")
-    assert consensus._may_replace(vote, best, agreement, 4) is wanted
+    vote_of = consensus.consensus
+
+    def with_best(*arguments: Any) -> ConsensusResult:
+        found = vote_of(*arguments)
+        return replace(found, best=found.voters[0], members=[best] * len(found.members))
+
+    monkeypatch.setattr(consensus, "consensus", with_best)
+    monkeypatch.setattr(consensus, "evidence", lambda *arguments: vote)
+    monkeypatch.setattr(consensus, "agreements", lambda members: torch.full((2, 2), agreement))
+    kept = fitted([noisy(labels, 0.05, seed) for seed in range(3)]).report[-1]["candidate"]
+    assert kept.startswith("vote") is wanted
 
 
-def test_rows_among_those_of_other_clusters_do_not_teach():
+def test_rows_among_those_of_other_clusters_do_not_teach(monkeypatch: pytest.MonkeyPatch):
     """A tenth of each cluster has neighbours of the other alone; it is left out, but not where rows are few."""
+    taught, ridge = list[Tensor](), consensus.ridge_classifier
+
+    def recorded(*arguments: Any) -> tuple[Tensor, Tensor]:
+        taught.append(arguments[-1])
+        return ridge(*arguments)
+
+    monkeypatch.setattr(consensus, "ridge_classifier", recorded)
+    monkeypatch.setattr(consensus, "is_supported", lambda *arguments: False)  # the member's labels, not the vote's
     for count, fitted_to in ((400, 360), (200, 200)):
         labels = torch.arange(count) // (count // 2)
         inside = torch.arange(count) % (count // 2) >= count // 20
         own, other = labels * (count // 2) + count // 4, (1 - labels) * (count // 2) + count // 4
         neighbors = torch.where(inside, own, other)[:, None]
-        chosen = consensus._fitted_rows(labels, None, neighbors)
-        assert len(chosen) == fitted_to
-        assert inside[chosen].all() or fitted_to == count
+        method = fit_arrays(torch.eye(2)[labels], neighbors, ConsensusConfig(clusters=2), members=[labels])
+        assert method.report[-1]["candidate"].startswith("best member")
+        assert len(taught[-1]) == fitted_to
+        assert inside[taught[-1]].all() or fitted_to == count
 
 
 def test_a_classifier_that_breaks_a_guard_is_not_kept(monkeypatch: pytest.MonkeyPatch):
