@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn.cluster
 import torch
@@ -401,3 +402,5 @@ def test_turtle_takes_the_same_rows_in_several_spaces():
     with pytest.raises(ValueError, match="features"):
         found.predict(x[:, :4])
     assert rc.TURTLE(1).fit(spaces).labels_.sum() == 0
+    frame = pd.DataFrame(x, columns=list("abcdefgh"))
+    assert "".join(rc.TURTLE(1).fit([frame]).feature_names_in_) == "abcdefgh", "one space is rows as they are"

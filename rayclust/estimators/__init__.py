@@ -344,9 +344,11 @@ class TURTLE(
 
 
 def _side_by_side(X: Any) -> tuple[Any, tuple[int, ...]]:
-    """Return the rows as one array, for scikit-learn's checks, and the width of each space; () for rows as they are."""
+    """Return the rows as one array, for scikit-learn's checks, and the width of each space; () for a single one."""
     if not (isinstance(X, list | tuple) and len(X) > 0 and all(np.ndim(space) == 2 for space in X)):
         return X, ()
+    if len(X) == 1:
+        return X[0], ()
     spaces = [np.asarray(as_array(space)) for space in X]
     counts = {len(space) for space in spaces}
     if len(counts) > 1:

@@ -280,7 +280,7 @@ class Cpp(SpectralMethod):
             else:
                 new, old = evidence(x, fitted.labels(K), neighbors, K), start.evidence
                 gain = sum(new[name] - old[name] for name in ("modularity", "neighbor_agreement"))
-                if not is_supported(new, old, K, GUARD) or gain < GAIN:
+                if not (is_supported(new, old, K, GUARD) and gain >= GAIN):
                     reason = "the neighbour graph speaks against"
             if reason:
                 logger.warning("cpp: %s the learnt clusters, those of %s are kept", reason, start.name)

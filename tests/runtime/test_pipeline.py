@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -335,7 +336,9 @@ def test_training_waits_for_neighbors_only_where_the_method_draws_them(name: str
 
 
 def test_every_stage_has_its_file():
-    assert all(stage.name == name for name, stage in STAGES.items())
+    for name, stage in STAGES.items():
+        assert stage.name == name
+        assert callable(importlib.import_module(f"rayclust.stages.{name.replace('-', '_')}").run)
     with pytest.raises(KeyError):
         STAGES["dreams"]
 
