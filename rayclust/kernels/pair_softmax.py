@@ -71,7 +71,7 @@ def teacher_forward(logits: Tensor, clusters: int) -> TeacherStats:
     Returns:
         Normalisers, agreement and summed probabilities, in the accumulation dtype.
     """
-    if _has_kernels(logits):
+    if _has_kernels(logits):  # two of them, for contiguous BFloat16 or Float32[H 2 B P]
         heads, _, rows, stride = logits.shape
         normalizer = logits.new_empty(heads, 2, rows, dtype=torch.float32)
         agreement, sums = (logits.new_empty(heads, n, dtype=torch.float32) for n in (rows, clusters))
@@ -112,7 +112,7 @@ def student_forward_backward(student: Tensor, teacher: Tensor, inputs: PairLossI
     Source: arXiv 2303.17896, eq. 5 and 8.
     """
     clusters = inputs.log_marginal.shape[1]
-    if _has_kernels(student) and not inputs.positive:
+    if _has_kernels(student) and not inputs.positive:  # one forward and one backward, for BFloat16 or Float32[H 2 B P]
         heads, _, pairs, stride = student.shape
         own, joint = student.new_empty(2, heads, 2, pairs, dtype=torch.float32)
         log_marginal = inputs.log_marginal.contiguous()

@@ -266,7 +266,10 @@ def _couplings(gram: Tensor, share: Tensor, scales: Tensor, jitter: float) -> tu
 
 
 def _slices(count: int, size: int, width: int | None = None) -> Iterator[slice]:
-    """Yield consecutive slices of at most `size`, at least 1; of matrices of a width, as many as to invert at once."""
+    """Yield consecutive slices of at most `size`, at least 1.
+
+    With the width of the matrices that they count, also of no more of these than are inverted well at once.
+    """
     if width is not None:
         size = min(size, CACHED_MATRICES if width <= CACHED_WIDTH else CACHED_NUMBERS // width**2)
     size = max(1, size)

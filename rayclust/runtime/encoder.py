@@ -180,7 +180,7 @@ class RunEncoders:
 
 
 def encoder_shape(config: RunConfig, settings: EncoderConfig | None = None) -> tuple[Preprocess, int, float]:
-    """Load an encoder on this machine's CPU, for as long as this takes.
+    """Load an encoder on this machine's CPU and measure its speed; the encoder is not kept.
 
     Returns:
         Its preprocessing, its width D and its seconds per image.

@@ -136,7 +136,8 @@ def _encode(context: StageContext) -> StageResult:
         Task(shard.index, digest, shard, shard.count or 1)
         for shard, digest in zip(listed.shards, listed.digests, strict=True)
     ]
-    # 1. Remove tables of shards that are no more, and of spaces that the run no longer has: with such there is a rows/.
+    # 1. Remove tables of shards that are gone, and of spaces that the run no longer has. Only several encoders write
+    # the folder rows/; without it there are no such spaces.
     run = context.run
     spaces = [storage.join(run.embeddings_folder, name) for name in run.spaces]
     for folder in (run.rows_folder, run.rejects_folder, *spaces):

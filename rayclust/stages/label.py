@@ -187,8 +187,8 @@ class Labeling:
                 table = tables.read_table(self._at(f"{naming}-images-{part:05d}.parquet"))
                 place = (table["image"].to_numpy(), table["word"].to_numpy())
                 images.append(sparse.csr_array((table["mass"].to_numpy(), place), shape=(len(places), len(words))))
-            shuffled = sparse.vstack(images, format="csr"), np.concatenate(of_images)
-            null = shuffled_null(*shuffled, count, specificity=label.specificity, seed=self.config.seed)
+            shuffled, clusters = sparse.vstack(images, format="csr"), np.concatenate(of_images)
+            null = shuffled_null(shuffled, clusters, count, specificity=label.specificity, seed=self.config.seed)
             names[naming] = name_distinctly(
                 total,
                 voters,

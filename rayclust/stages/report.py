@@ -133,7 +133,7 @@ def _stage_times(run: Run, names: Sequence[str]) -> Iterator[model.StageTime]:
 
 
 def _notes(context: StageContext, history: pa.Table) -> Iterator[str]:
-    """Yield what the reader should know first: how the training went, and where the names come from."""
+    """Yield what the reader should know first: a collapse in training, names among the classes' own, edits by hand."""
     last = history.slice(max(0, history.num_rows - 1)).to_pylist()
     if last and last[0].get("collapsed"):
         live, heads = last[0]["live_clusters"], last[0]["collapsed_heads"]

@@ -363,9 +363,11 @@ def run(context: StageContext) -> StageResult:
     tried, choice = _search(search, rows)
     # Candidates of other settings are removed; those of these settings from another list are kept for reuse.
     for file in list(storage.walk(run.at("manifests", SELECT_K), suffixes=(".json",), missing_ok=True)):
-        found = read_mark(file.uri) if file.key.startswith("part-") else None
-        k = int(file.key[5:-5]) if found is not None else FIT
-        if found is not None and k != FIT and k not in tried and found[0] != search.task(k).digest:
+        marked = read_mark(file.uri) if file.key.startswith("part-") else None
+        if marked is None:
+            continue
+        k, (digest, _) = int(file.key[5:-5]), marked
+        if k != FIT and k not in tried and digest != search.task(k).digest:
             storage.remove_tree(run.candidate(k))
             storage.remove(run.candidate(k) + ".json")
             storage.remove(run.mark(k, SELECT_K))
