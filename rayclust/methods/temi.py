@@ -149,7 +149,6 @@ class Temi(Method):
     """
 
     config_type = TemiConfig
-    kept = ("teacher.", "best_head")
     config: TemiConfig
     best_head: Tensor
     head_losses: Tensor
@@ -331,15 +330,15 @@ class Temi(Method):
 
     def state(self) -> MethodState:
         """Return the teacher's best head alone, or all of them with `keep_heads`."""
-        fitted = super().state()
-        config, tensors = fitted.settings["config"], {n.removeprefix("teacher."): x for n, x in fitted.tensors.items()}
+        config, best, kept = self.config.model_dump(mode="json"), self.best_head.cpu().clone(), slice(None)
         del config["components"]  # heads take rows again
         if not self.config.keep_heads:
-            best = int(tensors.pop("best_head"))
-            tensors = {name: x[best : best + 1].clone() for name, x in tensors.items()} | {"best_head": torch.tensor(0)}
+            kept, best = slice(int(best), int(best) + 1), torch.tensor(0)
             del config["keep_heads"]  # a model of one head has the bytes that it had without this setting
             config["heads"] = 1
-        return MethodState(fitted.settings, tensors)
+        tensors = {name: x[kept].detach().cpu().clone() for name, x in self.teacher.state_dict().items()}
+        settings = {"config": config, "dimension": self.dimension, "count": self.count}
+        return MethodState(settings, tensors | {"best_head": best})
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Load a state, whose heads are both teacher and student."""
