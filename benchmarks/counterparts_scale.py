@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.language import nouns
+from rayclust.settings import KMeansOptions
 
 WIDTH, PART, GROUPS = 512, 8192, 2000
 ROWS_PER_CENTER = 64

@@ -369,7 +369,7 @@ def kmeans(small: bool) -> None:
     from rayclust.clustering import kmeans as library
     from rayclust.clustering.row_stats import compute
     from rayclust.clustering.seeding import kmeans_plusplus
-    from rayclust.clustering.settings import KMeansOptions
+    from rayclust.settings import KMeansOptions
 
     rates = matmul_rates(small)
     shapes = ((2000, 16, 10),) if small else ((500_000, 256, 1000), (200_000, 768, 10_000))

@@ -25,7 +25,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
+from rayclust.settings import KMeansOptions
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.methods import build
 from rayclust.methods.base import Batch
 from rayclust.methods.pixels.augment import SIMCLR, draw, random_view
@@ -46,6 +45,7 @@ from rayclust.methods.pixels.propos import ProPos
 from rayclust.methods.pixels.settings import ByolConfig, PixelConfig, ProPosConfig, SimClrConfig
 from rayclust.methods.settings import EMBEDDINGS
 from rayclust.metrics.external import nmi
+from rayclust.settings import KMeansOptions
 from rayclust.training.loop import Stepper
 from rayclust.training.sampling import ArrayRows, batch_order
 

@@ -29,7 +29,6 @@ from temi_accuracy import FILES, planted, varied
 from threadpoolctl import threadpool_limits
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions, SpectralOptions
 from rayclust.clustering.spectral import partition
 from rayclust.config import SelectKConfig
 from rayclust.features import FeatureTransform
@@ -37,6 +36,7 @@ from rayclust.metrics.internal import measure
 from rayclust.metrics.nulls import null_silhouettes
 from rayclust.metrics.selection import CRITERIA, Choice, choose, geometric_grid, refine
 from rayclust.search.knn import top_k
+from rayclust.settings import KMeansOptions, SpectralOptions
 
 NEIGHBORS = 50
 ZOO_SETS = [f"{name}-{encoder}" for name in ZOO for encoder in "ab"]

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rayclust.clustering.settings import SpectralOptions
 from rayclust.clustering.spectral import Spectral, partition
 from rayclust.metrics.external import accuracy, ari
+from rayclust.settings import SpectralOptions
 
 BLOCK = 10_000
 FILES = {

@@ -33,8 +33,8 @@ from cases import planted_rows
 from threadpoolctl import threadpool_limits
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.search.knn import top_k
+from rayclust.settings import KMeansOptions
 
 HERE = Path(__file__).resolve().parent
 SCRIPT_LIMIT = 300

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rayclust.arrays import FloatArray, IntArray
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError
+from rayclust.settings import KMeansOptions
 
 Draw = Literal["random", "nearest", "diverse"]
 

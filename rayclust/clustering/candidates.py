@@ -35,9 +35,9 @@ from rayclust.clustering.neighborhood import (
     modularity_terms,
     smooth,
 )
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.clustering.spectral import unit_means
 from rayclust.distributed import data_group
+from rayclust.settings import KMeansOptions
 
 HEADS, LEARNT = "trained heads", "k-means in a learnt space"
 """Names of the candidates that trainings make."""

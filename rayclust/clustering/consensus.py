@@ -25,8 +25,8 @@ from torch import Tensor
 from rayclust.arrays import IntArray, require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.neighborhood import modularity, modularity_terms
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import DataError, ShapeError
+from rayclust.settings import KMeansOptions
 
 NO_OPINION = -1
 """Label of a member that leaves a row out."""

@@ -19,7 +19,7 @@ from torch.nn import functional
 from rayclust import distributed
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import Blocks
-from rayclust.clustering.settings import GmmOptions, KMeansOptions
+from rayclust.settings import GmmOptions, KMeansOptions
 
 SMALLEST_MASS = 1e-8
 """Share of a row below which a component keeps its mean and variances."""

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError
+from rayclust.settings import KMeansOptions
 
 RESTARTS = 4
 """k-means starts of a level; the best is kept."""

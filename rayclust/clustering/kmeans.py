@@ -15,9 +15,9 @@ from rayclust.arrays import require_matrix
 from rayclust.clustering import row_stats
 from rayclust.clustering.row_stats import Blocks, RowStats, even_sample, gather_rows
 from rayclust.clustering.seeding import kmeans_plusplus
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.kernels.screening import MIN_COLUMNS, RoundedRows, has_fast_bf16, pair_products, screen
+from rayclust.settings import KMeansOptions
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from rayclust import distributed
 from rayclust.arrays import require_matrix
-from rayclust.clustering.settings import Metric
 from rayclust.errors import DataError
+from rayclust.settings import Metric
 
 Blocks = Callable[[], Iterable[Tensor]]
 """Returns this worker's rows as Float[B D] blocks: the same blocks in the same order at every call."""

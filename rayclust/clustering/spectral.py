@@ -26,8 +26,8 @@ from rayclust import distributed
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans, row_stats
 from rayclust.clustering.row_stats import Blocks, even_sample, gather_rows
-from rayclust.clustering.settings import KMeansOptions, SpectralOptions
 from rayclust.errors import ArtefactError, ConfigError
+from rayclust.settings import KMeansOptions, SpectralOptions
 
 logger = logging.getLogger(__name__)
 

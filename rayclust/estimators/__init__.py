@@ -17,7 +17,6 @@ from torch.nn import functional
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import even_sample
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ConfigError, ShapeError
 from rayclust.estimators.base import SCORED_NEIGHBORS, PairEstimator, ProbabilisticEstimator, Transformer, as_array
 from rayclust.features import FeatureTransform, SpaceTransforms
@@ -33,6 +32,7 @@ from rayclust.metrics import internal, selection
 from rayclust.metrics.nulls import null_silhouettes
 from rayclust.metrics.selection import geometric_grid
 from rayclust.search.knn import nearest_others
+from rayclust.settings import KMeansOptions
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows, WordedArrayRows
 

@@ -46,7 +46,6 @@ from rayclust.clustering.consensus import (
     shared_neighbors,
     surest_rows,
 )
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.methods.base import BaseTrainer, Batch, Method, Pairing, Rows
 from rayclust.methods.graph import DerivedRows
 from rayclust.methods.layers import ema_update
@@ -55,6 +54,7 @@ from rayclust.methods.settings import ConsensusConfig, Plan, TrainedConfig
 from rayclust.methods.temi import Heads
 from rayclust.methods.temi_settings import HeadShape
 from rayclust.methods.temi_start import solve_last_hidden
+from rayclust.settings import KMeansOptions
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rayclust.clustering.settings import SpectralOptions
 from rayclust.methods.settings import RATE_ROWS, Plan, TrainedConfig
+from rayclust.settings import SpectralOptions
 
 PUBLISHED_RATE = 1e-4
 """Learning rate of every data set, whatever its batch."""

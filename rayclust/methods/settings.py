@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rayclust.clustering.settings import GmmOptions, KMeansOptions, SpectralOptions
-from rayclust.settings import Config
+from rayclust.settings import Config, GmmOptions, KMeansOptions, SpectralOptions
 
 Precision = Literal["auto", "fp32", "bf16"]
 """Of matrix products in training. auto: bf16 where the processor multiplies it fast, else float32."""

@@ -27,12 +27,12 @@ from rayclust.clustering.candidates import (
 )
 from rayclust.clustering.neighborhood import modularity, modularity_terms, smooth
 from rayclust.clustering.row_stats import even_sample
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.distributed import all_reduce, data_group, data_parallel, own_slice
 from rayclust.methods.base import BaseTrainer, Rows
 from rayclust.methods.graph import DerivedRows, sample_ids, sample_rows, sample_with_neighbors
 from rayclust.methods.temi import Heads, Temi
 from rayclust.methods.temi_settings import TemiConfig
+from rayclust.settings import KMeansOptions
 
 logger = logging.getLogger(__name__)
 

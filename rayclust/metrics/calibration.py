@@ -22,9 +22,9 @@ from torch.nn import functional
 from rayclust.arrays import FloatArray, require_matrix
 from rayclust.clustering import kmeans
 from rayclust.clustering.neighborhood import graph_eigenpairs, mean_of_neighbors
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ShapeError
 from rayclust.search.knn import top_k
+from rayclust.settings import KMeansOptions
 
 MEASURED_ROWS, MOST_ROWS, ROWS_PER_CLUSTER = 4096, 65_536, 8
 """Rows that `calibrate` needs to see: 8 per cluster, at least 4,096 and at most 65,536; 4,096 at most are measured."""

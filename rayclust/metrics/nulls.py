@@ -12,8 +12,8 @@ import torch
 
 from rayclust.arrays import FloatArray, IntArray, require_matrix, unit_rows
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.metrics.internal import coclustering_silhouettes, silhouette
+from rayclust.settings import KMeansOptions
 
 _LEAST_ROWS = 4
 """Rows per cluster below which the silhouettes of k-means are those of chance."""

@@ -76,7 +76,7 @@ def load_run_encoder(config: RunConfig, device: str | None = None, settings: Enc
         from rayclust.encoders.network import TorchEncoder
         from rayclust.methods.pixels.base import PixelMethod
         from rayclust.methods.pixels.cpp import CppPixels
-        from rayclust.runtime.models import read_method
+        from rayclust.runtime.tensors import read_method
 
         run = Run(settings.run_uri)
         method = read_method(run.model_folder, "train")

@@ -20,9 +20,9 @@ from rayclust.arrays import IntArray
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.methods.base import ManyHeads, as_member
-from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import content_digest
 from rayclust.runtime.rows import part_features, row_keys, row_starts, transform_of
+from rayclust.runtime.tensors import load_method
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Manifest, digest_of, read_manifest
 from rayclust.store.run import Run, parts

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rayclust.config import RunConfig
 from rayclust.errors import ArtefactError, ConfigError
@@ -69,6 +69,16 @@ class StageResult:
     """End of the log line, "" for none."""
 
 
+class MetricsListener(Protocol):
+    """Is shown the metrics of a training while it runs."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Take the next row."""
+
+    def close(self) -> None:
+        """Finish: the training is over."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """Declaration of a stage: its inputs, and the settings that its results depend on. Its work is in its own file."""
@@ -100,6 +110,8 @@ class Stage:
     """Fill in what the config leaves to the run, before any digest."""
     plan: Callable[[RunConfig], Any] | None = None
     """List the inputs of the stage from outside of the run; the plan's `digest` goes into the stage's."""
+    listener: Callable[[RunConfig, str], MetricsListener] | None = None
+    """Open, in worker 0, what is shown the metrics of a training; takes the config and the digest of the fit."""
 
     def run(self, context: StageContext) -> StageResult:
         """Run the stage by the `run` of its file, which is imported only now."""

@@ -27,9 +27,9 @@ from rayclust.runtime import log
 from rayclust.runtime.api import load_config, load_run, with_absolute_paths
 from rayclust.runtime.edits import shown_clusters
 from rayclust.runtime.encoder import RunEncoders, with_run_engines
-from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import content_digest, run_all
 from rayclust.runtime.rows import transform_of
+from rayclust.runtime.tensors import load_method, method_inputs
 from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, read_json_output, read_manifest
 from rayclust.store.run import Run, parts

@@ -19,8 +19,8 @@ from rayclust.features import FeaturesConfig, FeatureTransform, SpaceTransforms
 from rayclust.methods.settings import EMBEDDINGS
 from rayclust.store import tables
 from rayclust.store.manifest import EncodeOutputs, Manifest
-from rayclust.store.remote import prefetch
 from rayclust.store.run import Run
+from rayclust.store.storage import prefetch
 
 READ_AHEAD = 8
 """Parts that are read at once."""

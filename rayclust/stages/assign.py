@@ -19,10 +19,10 @@ from rayclust.methods.settings import EMBEDDINGS
 from rayclust.metrics.calibration import MEASURED_ROWS, MOST_ROWS, ROWS_PER_CLUSTER, Calibration, calibrate
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
-from rayclust.runtime.models import load_method, method_inputs, transform_rows
 from rayclust.runtime.pipeline import Manifests, StageContext, StageResult, content_digest
 from rayclust.runtime.rows import part_embeddings, row_starts, rows_by_part, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
+from rayclust.runtime.tensors import load_method, method_inputs, transform_rows
 from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs, EncodeOutputs, Manifest, digest_of, drop_stale_parts, put_table
 from rayclust.store.run import Run

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from rayclust.clustering import kmeans
 from rayclust.clustering.row_stats import even_sample
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.config import RunConfig
 from rayclust.errors import ConfigError, DataError
 from rayclust.language import nouns
@@ -32,6 +31,7 @@ from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, sea
 from rayclust.runtime.tensors import unit_rows
 from rayclust.runtime.vocabularies import WordBank, noun_lists, read_lists
 from rayclust.search.knn import RunningTopK
+from rayclust.settings import KMeansOptions
 from rayclust.stages.neighbors_ivf import IvfLayout, drop_scratch, search_ivf
 from rayclust.store import storage, tables
 from rayclust.store.manifest import (

@@ -72,9 +72,9 @@ from rayclust.runtime.tasks import (
 )
 from rayclust.store import storage
 from rayclust.store.manifest import drop_stale_parts
-from rayclust.store.remote import prefetch
 from rayclust.store.run import Run
 from rayclust.store.sources import Shard, read_records, read_rows
+from rayclust.store.storage import prefetch
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from rayclust.features import SpaceTransforms
 from rayclust.methods.base import Membership
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.members import plan_members
-from rayclust.runtime.models import load_method
 from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
 from rayclust.runtime.rows import features_at, kept_aside, row_starts, transform_of
+from rayclust.runtime.tensors import load_method
 from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs, EncodeOutputs, put_json, put_table
 from rayclust.store.run import Run

@@ -26,7 +26,6 @@ from rayclust.report.formats import count, percent
 from rayclust.report.model import Drawing
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.edits import shown_clusters
-from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import (
     SELECT_K,
     Manifests,
@@ -36,6 +35,7 @@ from rayclust.runtime.pipeline import (
     run_stage,
 )
 from rayclust.runtime.rows import all_clusters, features_at, row_starts, table_at, transform_of
+from rayclust.runtime.tensors import load_method, transform_rows
 from rayclust.store import storage, tables
 from rayclust.store.manifest import Outputs, put_json, put_table, read_json_output
 from rayclust.store.run import Run

@@ -14,12 +14,11 @@ import torch
 from rayclust.config import RunConfig
 from rayclust.features import FeatureTransform, SpaceTransforms
 from rayclust.runtime.cluster import run_remotely
-from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
 from rayclust.runtime.rows import features_at, part_features, row_starts, transform_of, unit_transform
 from rayclust.runtime.spaces import ENCODER, OWN, OWN_INDEX, index_file
 from rayclust.runtime.tasks import Task, TaskResult, run_tasks
-from rayclust.runtime.tensors import blocks
+from rayclust.runtime.tensors import blocks, load_method, transform_rows
 from rayclust.search.index import build_index
 from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, Outputs, digest_of, put_bytes, put_json, put_table

@@ -18,11 +18,10 @@ from rayclust.config import RunConfig
 from rayclust.features import SpaceTransforms
 from rayclust.runtime.cluster import run_remotely
 from rayclust.runtime.encoder import worker_device
-from rayclust.runtime.models import load_method, transform_rows
 from rayclust.runtime.pipeline import StageContext, StageResult, content_digest
 from rayclust.runtime.rows import features_at, part_features, row_starts, transform_of
 from rayclust.runtime.tasks import Task, TaskResult, group_parts, run_tasks, search_task_rows
-from rayclust.runtime.tensors import unit_rows
+from rayclust.runtime.tensors import load_method, transform_rows, unit_rows
 from rayclust.search.knn import RunningTopK
 from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, Outputs, drop_stale_parts, put_table

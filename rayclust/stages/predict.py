@@ -14,9 +14,9 @@ from rayclust.errors import ArtefactError, ConfigError, DataError
 from rayclust.runtime.datasets import SCHEME
 from rayclust.runtime.edits import ShownClusters, shown_clusters
 from rayclust.runtime.encoder import with_run_engines
-from rayclust.runtime.models import load_method, method_inputs
 from rayclust.runtime.pipeline import Manifests, content_digest, run_stage
 from rayclust.runtime.rows import part_embeddings, transform_of
+from rayclust.runtime.tensors import load_method, method_inputs
 from rayclust.stages.assign import assign, calibration_of
 from rayclust.store import storage, tables
 from rayclust.store.manifest import EncodeOutputs, digest_of

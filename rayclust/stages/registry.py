@@ -20,6 +20,7 @@ from rayclust.runtime.pipeline import (
     method_settings,
     settings_of,
 )
+from rayclust.runtime.trackers import Trackers
 from rayclust.runtime.vocabularies import word_stamps
 from rayclust.store import storage
 from rayclust.store.manifest import (
@@ -201,6 +202,7 @@ _DECLARED = (
         reads_entry={SELECT_K: CHOSEN},
         on_gpu="train",
         plan=_plan_members,
+        listener=Trackers,
     ),
     Stage(
         "assign",

@@ -27,8 +27,8 @@ from rayclust.search.knn import top_k
 from rayclust.stages.figures import PRECISION_AT, TITLES, numbers
 from rayclust.store import tables
 from rayclust.store.manifest import AssignOutputs, read_json_output
-from rayclust.store.remote import prefetch
 from rayclust.store.sources import fetch_many
+from rayclust.store.storage import prefetch
 
 if TYPE_CHECKING:
     from rayclust.search.index import VectorIndex  # brings faiss

@@ -207,7 +207,7 @@ class Searcher:
         if space != OWN or train is None:
             query = unit_rows(query)
         else:
-            from rayclust.runtime.models import load_method, transform_rows
+            from rayclust.runtime.tensors import load_method, transform_rows
 
             method = load_method(self.config.run, content_digest(train))
             query = transform_rows(method, transform_of(encode, self.config.features)(query))

@@ -31,7 +31,6 @@ from rayclust.metrics import selection
 from rayclust.metrics.selection import Choice
 from rayclust.runtime import cluster
 from rayclust.runtime.cluster import connect, in_driver, on_every_node, require_label, threads
-from rayclust.runtime.models import read_method
 from rayclust.runtime.pipeline import (
     CHOSEN,
     SELECT_K,
@@ -42,7 +41,7 @@ from rayclust.runtime.pipeline import (
 from rayclust.runtime.progress import Progress
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
 from rayclust.runtime.tasks import Task, TaskResult, finished_tasks, read_mark, report_resume, run_and_mark
-from rayclust.runtime.tensors import BLOCK, StoredRows
+from rayclust.runtime.tensors import BLOCK, StoredRows, read_method
 from rayclust.stages.registry import candidate_settings
 from rayclust.stages.train import Job, StoredCheckpoints, drop_rows_on_error, fit, write_fit
 from rayclust.store import storage, tables

@@ -37,12 +37,10 @@ from rayclust.runtime.cluster import (
     run_remotely,
     training_workers,
 )
-from rayclust.runtime.models import save_method
-from rayclust.runtime.pipeline import CHOSEN, SELECT_K, StageContext, StageResult
+from rayclust.runtime.pipeline import CHOSEN, SELECT_K, STAGES, MetricsListener, StageContext, StageResult
 from rayclust.runtime.progress import Progress, watch_metrics
 from rayclust.runtime.rows import cache_folder, drop_cache, fitted_count
-from rayclust.runtime.tensors import Partitions, StoredRows
-from rayclust.runtime.trackers import Trackers
+from rayclust.runtime.tensors import Partitions, StoredRows, save_method
 from rayclust.store import manifest, storage
 from rayclust.store.manifest import EncodeOutputs, Manifest, Outputs, put_bytes, put_table, read_unchanged
 from rayclust.store.run import Run
@@ -72,7 +70,8 @@ def run(context: StageContext) -> StageResult:
             outputs |= put_bytes(context.run, storage.join(context.run.model_folder, path.rpartition("/")[2]), data)
         summary = f"{config.method.name} with {chosen['clusters']} clusters, as fitted by select-k"
         return StageResult(outputs, {"rows": rows, "steps": chosen["steps"]}, {}, summary)
-    result = fit(Job("train", config, context.digest, encode, context.run.model_folder, context.plan))
+    folder, listener = context.run.model_folder, STAGES["train"].listener
+    result = fit(Job("train", config, context.digest, encode, folder, context.plan, listener))
     summary = f"{config.method.name} with {config.method.clusters} clusters, {result['steps']:,} steps"
     if result["loss"] is not None:
         summary += f", loss {result['loss']:.4f}"
@@ -93,6 +92,8 @@ class Job:
     """Folder of the model, below the run."""
     partitions: Partitions | None = None
     """That the method reads."""
+    listener: Callable[[RunConfig, str], MetricsListener] | None = None
+    """Opens what is shown the rows of metrics in worker 0."""
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -189,19 +190,19 @@ def _train(settings: dict[str, Any]) -> dict[str, Any] | None:
     rows = StoredRows(run, job.encode, config.features, *place, are_bytes=are_bytes, partitions=job.partitions)
     method = build_for(rows, config.method, config.seed)
     total = {"steps": method.plan.steps} if hasattr(method, "plan") else {}
-    trackers = Trackers(config, job.digest) if group.rank == 0 and job.stage == "train" else None
+    listener = job.listener(config, job.digest) if group.rank == 0 and job.listener is not None else None
 
     def on_row(row: dict[str, Any]) -> None:
         settings["report"](row | total)
-        if trackers is not None:
-            trackers.log(row)
+        if listener is not None:
+            listener.log(row)
 
     every = CheckpointInterval(epochs=None, seconds=config.resources.checkpoint_seconds)
     store = StoredCheckpoints(run, job.digest)
     trainer = Trainer(config.seed, device, on_row if group.rank == 0 else None, store, every)
     method.fit(rows, trainer)
-    if trackers is not None:
-        trackers.close()
+    if listener is not None:
+        listener.close()
     distributed.barrier()
     drop_cache(job.digest)
     return None if group.rank else write_fit(rows, job.folder, method, trainer.history)

@@ -19,21 +19,28 @@ import socket
 import stat as modes
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from rayclust.errors import ArtefactError, DataError
 from rayclust.store.failures import MissingError, UnreadableError, names, translate, translated
-from rayclust.store.remote import FileStat, check_scheme, filesystem, info_of, list_objects, remote_stat
 
-__all__ = ["FileStat", "MissingError", "UnreadableError"]
+__all__ = ["MissingError", "UnreadableError"]
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+SCHEMES = ("s3", "gs", "abfs", "hf", "memory")
+"""Schemes of remote storage. The extras of rayclust that bring `gs`, `abfs` and `hf` are named after them."""
 IGNORED_NAMES = frozenset(
     {
         *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found"),
@@ -59,6 +66,20 @@ _REFUSED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412",
 """Answers to a conditional put whose condition does not hold."""
 
 
+@dataclass(frozen=True)
+class FileStat:
+    """One file or object as a listing shows it."""
+
+    key: str
+    """Path relative to the folder that was listed, with `/` between its parts."""
+    uri: str
+    """Where to read it."""
+    size: int
+    """Bytes; `CLOSED_FOLDER` for a folder that may not be listed."""
+    stamp: str
+    """Changes whenever the content does: size with the ETag, or with the time of change in nanoseconds."""
+
+
 def is_hidden(key: str) -> bool:
     """Return whether listings leave `key` out: a part starts with a dot or is one of `IGNORED_NAMES`."""
     parts = (part for part in key.split("/") if part not in {".", ".."})
@@ -74,7 +95,7 @@ def is_remote(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """Return `uri` without a trailing `/`, and a local one as an absolute path, which means the same from anywhere."""
     if is_remote(uri):
-        check_scheme(uri)
+        _check_scheme(uri)
         return uri.rstrip("/") if not uri.rstrip("/").endswith(":") else uri
     path = os.path.abspath(to_path(uri))  # noqa: PTH100 - resolves `..` without following links
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -109,8 +130,8 @@ def to_path(uri: str) -> Path:
 def stat(uri: str) -> FileStat | None:
     """Return the file at `uri`, or None where there is none; a folder has none."""
     if is_remote(uri):
-        info, name = info_of(uri), uri.rpartition("/")[2]
-        return remote_stat(name, uri, info) if info and info["type"] == "file" and name else None
+        info, name = _info_of(uri), uri.rpartition("/")[2]
+        return _remote_stat(name, uri, info) if info and info["type"] == "file" and name else None
     path = to_path(uri)
     with translated(uri, "read"):
         try:
@@ -122,7 +143,7 @@ def stat(uri: str) -> FileStat | None:
 
 def exists(uri: str) -> bool:
     """Return whether `uri` is a file, or a folder (in object storage: one with something in it)."""
-    return info_of(uri) is not None if is_remote(uri) else to_path(uri).exists()
+    return _info_of(uri) is not None if is_remote(uri) else to_path(uri).exists()
 
 
 def read_bytes(uri: str, start: int = 0, end: int | None = None) -> bytes:
@@ -169,7 +190,7 @@ def write_bytes(uri: str, data: bytes) -> str:
             fs, where = filesystem(uri)
             answer = fs.pipe_file(where, data)
             info = {**answer, "size": len(data)} if uri.startswith("s3://") else fs.info(where)
-        return remote_stat("", uri, info).stamp
+        return _remote_stat("", uri, info).stamp
     path = to_path(uri)
     with translated(uri, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -394,7 +415,7 @@ def remove_tree(uri: str) -> None:
         if not uri.partition("://")[2].partition("/")[2].strip("/"):
             raise DataError(f"{uri}: a whole bucket is not removed; name a folder in it")
         remove(uri.rstrip("/"))
-        below = list_objects(uri)
+        below = _list_objects(uri)
         with ThreadPoolExecutor(_DELETES) as threads:
             while batch := [found.uri for found in islice(below, 1000)]:
                 list(threads.map(remove, batch))
@@ -552,7 +573,7 @@ def _list_local(path: bytes) -> tuple[tuple[int, int], list[bytes]]:
 def _walk_remote(uri: str) -> Iterator[FileStat]:
     """Yield visible files, or the one at `uri`."""
     is_missing = "/" in uri.partition("://")[2].rstrip("/")  # an empty bucket is there
-    for found in list_objects(uri):
+    for found in _list_objects(uri):
         is_missing = False
         if found.key and not found.key.endswith("/") and not is_hidden(found.key):
             yield found
@@ -561,3 +582,110 @@ def _walk_remote(uri: str) -> Iterator[FileStat]:
         if single is None:
             raise MissingError(f"{uri}: no such object or folder; check the bucket and path")
         yield single
+
+
+# Remote storage, by fsspec.
+
+
+def _check_scheme(uri: str) -> None:
+    """Refuse a remote URI of another scheme, or with a login in it.
+
+    Raises:
+        DataError: it is one.
+    """
+    scheme, _, path = uri.partition("://")
+    bucket = path.partition("/")[0]
+    if scheme not in SCHEMES:
+        raise DataError(
+            f"{uri}: {scheme}:// is not supported; only local paths, file://, s3://, gs://, abfs:// and hf:// are"
+        )
+    if scheme == "s3" and ("@" in bucket or ":" in bucket):  # not repeated in the message: it may hold a secret
+        raise DataError("s3://…@…: a bucket's name holds no login; credentials come from the AWS variables and files")
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """Return the fsspec filesystem of a remote URI and the path in it.
+
+    Raises:
+        DataError: it names no bucket, or its scheme's extra is not installed.
+    """
+    _check_scheme(uri)
+    scheme, _, path = uri.partition("://")
+    if not path.partition("/")[0]:
+        raise DataError(f"{uri}: names no bucket; write {scheme}://bucket/path")
+    if scheme == "s3":
+        from rayclust.store import s3  # takes every process half a second, so only where there is S3
+
+        variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        return s3.connect(os.getpid(), tuple(sorted(variables.items()))), path
+    import fsspec
+
+    try:
+        fs = fsspec.filesystem(scheme, use_listings_cache=False)  # another worker may have written since
+    except ImportError as error:
+        raise DataError(f"{uri}: install rayclust[{scheme}] to use {scheme}://") from error
+    return fs, fs._strip_protocol(uri)
+
+
+def _info_of(uri: str) -> dict[str, Any] | None:
+    """Return fsspec's properties of a remote file or folder; None where there is neither."""
+    with translated(uri, "read"):
+        fs, path = filesystem(uri)
+        try:
+            return cast(dict[str, Any], fs.info(path))
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in names(error):
+                raise
+            return None
+
+
+def _remote_stat(key: str, uri: str, info: dict[str, Any]) -> FileStat:
+    """Return the entry of a listing for fsspec's properties of an object."""
+    version = next((info[name] for name in ("ETag", "etag", "blob_id", "created") if info.get(name)), "")
+    version = version.timestamp() if isinstance(version, datetime) else str(version).strip('"')
+    return FileStat(key, uri, int(info["size"]), f"{info['size']}-{version}")
+
+
+def _list_objects(uri: str) -> Iterator[FileStat]:
+    """Yield every object below a remote folder in order of the keys' UTF-8 bytes, as S3 lists them."""
+    base = uri.rstrip("/")
+    with translated(uri, "list"):
+        fs, folder = filesystem(base)
+        if base.startswith("s3://"):
+            found = fs.list_objects(folder)
+        else:
+            found = iter(sorted(fs.find(folder, detail=True).items(), key=lambda item: item[0].encode()))
+        for path, info in found:
+            if path.startswith(f"{folder}/"):
+                key = path[len(folder) + 1 :]
+                yield _remote_stat(key, f"{base}/{key}", info)
+
+
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int, *, threads: int | None = None
+) -> Iterator[tuple[Item, Result]]:
+    """Yield `(item, function(item))` in order of `items`, computed ahead in threads to hide the latency of storage.
+
+    Args:
+        function: may be called from several threads at once; its errors are raised at the place of their item.
+        items: taken lazily.
+        ahead: bound on calls under way and results held, together; 1 calls in the caller's thread, one by one.
+        threads: that call; as many as `ahead` if absent.
+    """
+    if ahead <= 1:
+        for item in items:
+            yield item, function(item)
+        return
+    pool = ThreadPoolExecutor(threads or ahead, thread_name_prefix="prefetch")
+    running: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            running.append((item, pool.submit(function, item)))
+            if len(running) == ahead:
+                first, result = running.popleft()
+                yield first, result.result()
+        while running:
+            first, result = running.popleft()
+            yield first, result.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

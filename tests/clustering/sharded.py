@@ -15,8 +15,8 @@ from torch import Tensor
 from rayclust import distributed
 from rayclust.clustering import kmeans, row_stats
 from rayclust.clustering.kmeans import Partitions, relocate
-from rayclust.clustering.settings import KMeansOptions, SpectralOptions
 from rayclust.clustering.spectral import Affinity, NormalizedMembership, balance, partition, unit
+from rayclust.settings import KMeansOptions, SpectralOptions
 
 LINE = torch.tensor([[0.0], [1], [2], [3], [9], [-5], [-5]])
 

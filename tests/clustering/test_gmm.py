@@ -15,11 +15,11 @@ from torch import Tensor
 from rayclust.clustering import gmm
 from rayclust.clustering.gmm import Mixture
 from rayclust.clustering.row_stats import Blocks
-from rayclust.clustering.settings import GmmOptions
 from rayclust.errors import ArtefactError
 from rayclust.methods import build, load
 from rayclust.methods.base import CheckpointInterval
 from rayclust.methods.settings import GmmConfig
+from rayclust.settings import GmmOptions
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.stores import MemoryStore

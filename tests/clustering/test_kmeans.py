@@ -9,10 +9,10 @@ from torch import Tensor
 from rayclust.clustering import kmeans, row_stats, seeding
 from rayclust.clustering.kmeans import KMeansResult, Partitions, half_squares, in_parts, nearest
 from rayclust.clustering.seeding import kmeans_plusplus
-from rayclust.clustering.settings import KMeansOptions, Metric
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.features import FeatureTransform
 from rayclust.metrics import external
+from rayclust.settings import KMeansOptions, Metric
 from tests.clustering.sharded import LINE, moved, planted
 from tests.references import greedy_seeds, lloyd
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rayclust.clustering import spectral
-from rayclust.clustering.settings import SpectralOptions
 from rayclust.clustering.spectral import (
     Affinity,
     NormalizedMembership,
@@ -23,6 +22,7 @@ from rayclust.clustering.spectral import (
 )
 from rayclust.errors import ArtefactError, ConfigError, DataError, ShapeError
 from rayclust.metrics.external import accuracy, ari
+from rayclust.settings import SpectralOptions
 from tests import references
 from tests.clustering.sharded import subspaces
 

@@ -13,10 +13,10 @@ from torch.nn import functional
 from rayclust import distributed, methods
 from rayclust.arrays import require_matrix
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.methods.base import BaseTrainer, Batch, Method, Rows
 from rayclust.methods.settings import Plan, TrainedConfig
 from rayclust.metrics.external import accuracy
+from rayclust.settings import KMeansOptions
 from rayclust.training.loop import fit_arrays
 from tests.workers import on_two_workers
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rayclust.clustering import kmeans as clustering
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import ArtefactError, ConfigError, ShapeError
 from rayclust.methods import build, load
 from rayclust.methods.base import CheckpointInterval
 from rayclust.methods.kmeans import KMeans
 from rayclust.methods.settings import KMeansConfig
+from rayclust.settings import KMeansOptions
 from rayclust.training.loop import Trainer
 from rayclust.training.sampling import ArrayRows
 from tests.stores import MemoryStore

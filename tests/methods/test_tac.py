@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from rayclust import methods
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.errors import DataError
 from rayclust.language.nouns import center_count, choose_nouns, counterparts, score_nouns
 from rayclust.methods.base import Batch, Method, Pairing, Prototypes
@@ -18,7 +17,7 @@ from rayclust.methods.tac import COUNTERPARTS, Tac, side_by_side
 from rayclust.methods.tac_settings import PAPER, TacConfig
 from rayclust.metrics.external import accuracy
 from rayclust.search.knn import nearest_others
-from rayclust.settings import Config
+from rayclust.settings import Config, KMeansOptions
 from rayclust.training.loop import Trainer, fit_arrays
 from rayclust.training.sampling import ArrayRows, RowSource, WordedArrayRows
 from tests.workers import on_workers

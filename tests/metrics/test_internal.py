@@ -8,7 +8,6 @@ import pytest
 import torch
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, silhouette_score
 
-from rayclust.clustering.settings import SpectralOptions
 from rayclust.clustering.spectral import partition
 from rayclust.errors import ConfigError, DataError, ShapeError
 from rayclust.metrics import internal
@@ -24,6 +23,7 @@ from rayclust.metrics.internal import (
 )
 from rayclust.metrics.selection import choose
 from rayclust.search.knn import top_k
+from rayclust.settings import SpectralOptions
 from tests.references import coding_length as plain_coding_length
 
 PAIRS = np.array([[1], [0], [3], [2]])

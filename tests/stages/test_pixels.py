@@ -14,9 +14,9 @@ from rayclust.errors import ConfigError
 from rayclust.export import export
 from rayclust.metrics.internal import silhouette
 from rayclust.runtime.encoder import load_run_encoder
-from rayclust.runtime.models import read_method, transform_rows
 from rayclust.runtime.pipeline import run_all
 from rayclust.runtime.rows import features_at, row_starts, table_at, transform_of
+from rayclust.runtime.tensors import read_method, transform_rows
 from rayclust.stages import evaluate
 from rayclust.stages.figures import numbers
 from rayclust.stages.predict import predict

@@ -23,12 +23,12 @@ from rayclust.methods import METHODS
 from rayclust.methods.kmeans import KMeans
 from rayclust.metrics.internal import coding_length
 from rayclust.metrics.selection import geometric_grid
-from rayclust.runtime import models, pipeline
-from rayclust.runtime.models import read_method
+from rayclust.runtime import pipeline, tensors
 from rayclust.runtime.pipeline import Manifests, StageContext, run_all, run_stage, stages_of
 from rayclust.runtime.results import load
 from rayclust.runtime.status import lines
 from rayclust.runtime.tasks import TaskResult
+from rayclust.runtime.tensors import read_method
 from rayclust.stages import select_k, train
 from rayclust.stages.select_k import Search, _raise_failure, examine, run_trials
 from rayclust.stages.train import StoredCheckpoints
@@ -466,7 +466,7 @@ def search(sealed: Sealed, run: Path, **changes: Any) -> Search:
 def test_criteria_are_those_of_the_first_seeds_partition(rows_run: Sealed, tmp_path: Path):
     found = examine(search(rows_run, tmp_path / "run"), 3).extra["criteria"]
     x = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
-    method = models.read_method(str(tmp_path / "run" / "selection" / "k-00003"), "select-k")
+    method = tensors.read_method(str(tmp_path / "run" / "selection" / "k-00003"), "select-k")
     labels = method.predict_proba(select_k.torch.from_numpy(x)).argmax(1).numpy()
     assert np.bincount(labels).tolist() == [25, 25, 25]
     assert found["coding_length"] == pytest.approx(coding_length(x, labels, 0.1) / len(x), rel=1e-3)

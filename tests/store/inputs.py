@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from rayclust.store import remote, storage
+from rayclust.store import storage
 
 
 def image(number: int = 0, form: str = "PNG") -> bytes:
@@ -99,4 +99,4 @@ def write(base: str, files: Mapping[str, bytes]) -> str:
 
 def s3_connection() -> Any:
     """This process's connection by the AWS variables, for what `storage` does not do."""
-    return remote.filesystem("s3://any")[0]
+    return storage.filesystem("s3://any")[0]

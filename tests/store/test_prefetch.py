@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rayclust.store.remote import prefetch
+from rayclust.store.storage import prefetch
 
 
 @pytest.mark.parametrize("ahead", [1, 3])

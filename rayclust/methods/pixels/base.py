@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from rayclust.arrays import require_matrix
 from rayclust.clustering import gmm, kmeans
-from rayclust.clustering.settings import GmmOptions, KMeansOptions
 from rayclust.distributed import all_reduce, data_group, differentiable_all_gather, own_slice
 from rayclust.errors import ConfigError
 from rayclust.kernels.screening import accum_dtype
@@ -30,6 +29,7 @@ from rayclust.methods.pixels.augment import FAMILIES, SquareImages, batch_view, 
 from rayclust.methods.pixels.backbones import SyncedBatchNorm2d, build_backbone, folded
 from rayclust.methods.pixels.settings import MomentumConfig, PixelConfig
 from rayclust.methods.settings import Plan
+from rayclust.settings import GmmOptions, KMeansOptions
 
 BLOCK, CPU_BLOCK = 512, 128
 """Images that go through a network at once outside of training; on a CPU as many as stay in its cache."""

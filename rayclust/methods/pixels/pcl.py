@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rayclust.clustering import kmeans
-from rayclust.clustering.settings import KMeansOptions
 from rayclust.distributed import all_reduce, data_group
 from rayclust.losses.representation import concentration, prototype_contrast
 from rayclust.methods.base import Batch
 from rayclust.methods.pixels.augment import keyed_seed
 from rayclust.methods.pixels.moco import MoCo
 from rayclust.methods.pixels.settings import PclConfig, PixelConfig
+from rayclust.settings import KMeansOptions
 
 
 class Pcl(MoCo):

@@ -27,11 +27,10 @@ from numpy.typing import NDArray
 
 from rayclust.errors import DataError
 from rayclust.store import storage
-from rayclust.store.remote import prefetch
 from rayclust.store.sources import parquet
 from rayclust.store.sources.base import Rows, Shard, enumerated, escape_invalid, label_text
 from rayclust.store.sources.parquet import EMBEDDING_NAMES, Columns, Footer, RowNames, describe_columns
-from rayclust.store.storage import FileStat, UnreadableError
+from rayclust.store.storage import FileStat, UnreadableError, prefetch
 from rayclust.store.tables import in_storage
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from itertools import chain
 
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of
-from rayclust.store.remote import prefetch
 from rayclust.store.sources.base import (
     DECODED_SUFFIXES,
     RAW_SUFFIXES,
@@ -21,7 +20,7 @@ from rayclust.store.sources.base import (
     folder_label,
     log_once,
 )
-from rayclust.store.storage import CLOSED_FOLDER, FileStat, MissingError, UnreadableError
+from rayclust.store.storage import CLOSED_FOLDER, FileStat, MissingError, UnreadableError, prefetch
 
 log = logging.getLogger(__name__)
 

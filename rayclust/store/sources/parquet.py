@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 
 from rayclust.errors import DataError
 from rayclust.store import storage
-from rayclust.store.remote import prefetch
 from rayclust.store.sources.base import (
     LABEL_NAMES,
     TOO_LARGE,
@@ -31,7 +30,7 @@ from rayclust.store.sources.base import (
     folder_label,
     label_text,
 )
-from rayclust.store.storage import FileStat, UnreadableError
+from rayclust.store.storage import FileStat, UnreadableError, prefetch
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture", "data", "content")
 EMBEDDING_NAMES = ("embedding", "embeddings", "image_embedding", "img_emb", "features", "feature", "vector", "emb")

@@ -15,11 +15,10 @@ import pyarrow as pa
 
 from rayclust.errors import ConfigError, DataError
 from rayclust.store import storage
-from rayclust.store.remote import prefetch
 from rayclust.store.sources import embeddings, folder, parquet, webdataset
 from rayclust.store.sources.base import IMAGE_SUFFIXES, MAX_RECORD_BYTES, RAW_SUFFIXES, Record, Rows, Shard, log_once
 from rayclust.store.sources.embeddings import LoadTensors
-from rayclust.store.storage import FileStat, UnreadableError
+from rayclust.store.storage import FileStat, UnreadableError, prefetch
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from rayclust.methods import build
 from rayclust.methods.settings import KMeansConfig
 from rayclust.runtime.encoder import encoder_shape, load_run_encoder, worker_device
 from rayclust.runtime.inputs import weights_stamp
-from rayclust.runtime.models import load_method, save_method
+from rayclust.runtime.tensors import load_method, save_method
 from rayclust.store.manifest import Manifest, Output, write_manifest
 from rayclust.store.run import Run
 from tests.stages.runs import tree
