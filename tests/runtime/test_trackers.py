@@ -8,16 +8,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from rayclust.config import RunConfig, validate
 from rayclust.errors import ConfigError
 from rayclust.runtime import trackers as module
+from rayclust.runtime.pipeline import run_all
 from rayclust.runtime.trackers import Trackers, flat_numbers, flat_settings, refuse_missing
 from rayclust.store import storage
 from rayclust.store.manifest import read_manifest
 from rayclust.store.run import Run
 from tests.sealed import Sealed
+from tests.stages.planted import planted_tree
 from tests.stages.runs import tree
 
 ROW = {"epoch": 3, "step": 40, "loss": 0.5, "head_losses": [0.25, 0.75], "note": "text"}
@@ -190,3 +194,18 @@ def test_a_run_sends_its_losses_and_then_its_scores(pictures_run: Sealed):
     metrics = storage.read_json(pictures_run.run.metrics)
     assert scores["final/silhouette"] == pytest.approx(metrics["silhouette"])
     assert {name for name, _, _ in found} >= {"final/rows", "inertia"}
+
+
+def test_a_run_shows_its_training_alone_and_not_the_fits_of_its_search(tmp_path: Path):
+    rows = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    method = {"name": "cpp", "clusters": [2, 3], "preset": "none", "steps": 6, "batch_size": 30}
+    content = planted_tree(tmp_path, rows, method=method, tracking={"to": ["tensorboard"]})
+    for group in ({"select_k": {"seeds": 1, "rounds": 0}}, {"method": method | {"clusters": 2, "steps": 8}}):
+        config = validate(content | group)
+        run_all(config, stop_after="train")
+        shown = [event for file in (tmp_path / "run").rglob("*tfevents*") for event in _events(file)]
+        history = pq.read_table(Run(config.run).at("model", "metrics.parquet"))
+        losses = zip(history["step"].to_pylist(), history["loss"].to_pylist(), strict=True)
+        # The chosen candidate's model is copied; what is trained afterwards is shown step by step.
+        wanted = [] if config.needs_selection else [("loss", step, pytest.approx(loss)) for step, loss in losses]
+        assert sorted(event for event in shown if event[0] == "loss") == wanted
