@@ -1,4 +1,4 @@
-"""RUN.yaml as a tree of frozen models: every setting of a run, in the order of the stages.
+"""RUN.yaml as a tree of frozen models: every setting of a run, in the order of its keys.
 
 Settings of methods stand in `methods/`, each paper's in its own file, those of encoders in `encoders/settings.py`,
 `features` in `features.py`; all others are here. `validate` is the one way to a config; `runtime.api` reads the text.
@@ -8,7 +8,6 @@ Unknown keys and bad values are refused in one line, with the full key, the valu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -48,12 +47,6 @@ def _few_gpus(value: float | str) -> float | str:
 
 CountOrAuto = Annotated[int | Literal["auto"], AfterValidator(_at_least_one)]
 GpusOrAuto = Annotated[float | Literal["auto"], AfterValidator(_few_gpus)]
-
-_WORD = r"[A-Za-z0-9]([A-Za-z0-9_.\-]{0,61}[A-Za-z0-9])?"
-_Key = Annotated[str, StringConstraints(pattern=rf"^([a-z0-9.\-]{{1,253}}/)?{_WORD}$")]
-_Value = Annotated[str, StringConstraints(pattern=rf"^{_WORD}$")]
-Labels = dict[_Key, _Value]
-"""Label and value, as `ray start --labels` and cluster files write them; a node must carry all of them."""
 
 
 class ImagesConfig(Config):
@@ -295,13 +288,6 @@ class IndexConfig(Config):
     """Rows up to which `auto` is flat: a query reads all of them, 0.4 GB at a width of 512."""
 
 
-class MapConfig(Config):
-    """The map: a place on the plane for every row."""
-
-    rows: int = Field(20_000, ge=2)
-    """Rows that are laid out together; of more, so many are drawn, and the others lie among their nearest of these."""
-
-
 class EvaluateConfig(Config):
     """Measures of the partition."""
 
@@ -315,6 +301,13 @@ class EvaluateConfig(Config):
     linear_epochs: int = Field(0, ge=0)
     """Epochs of the linear evaluation of a network that was learnt from pixels: as published 100, over all labelled
     images of the train rows, or of one half, each time in another view. 0 leaves it out."""
+
+
+class MapConfig(Config):
+    """The map: a place on the plane for every row."""
+
+    rows: int = Field(20_000, ge=2)
+    """Rows that are laid out together; of more, so many are drawn, and the others lie among their nearest of these."""
 
 
 Preset = Literal["none", "list", "semdedup", "d4", "hierarchical"]
@@ -482,6 +475,13 @@ class TrackingConfig(Config):
     """Project or experiment that the services file the run under."""
 
 
+_WORD = r"[A-Za-z0-9]([A-Za-z0-9_.\-]{0,61}[A-Za-z0-9])?"
+_Key = Annotated[str, StringConstraints(pattern=rf"^([a-z0-9.\-]{{1,253}}/)?{_WORD}$")]
+_Value = Annotated[str, StringConstraints(pattern=rf"^{_WORD}$")]
+Labels = dict[_Key, _Value]
+"""Label and value, as `ray start --labels` and cluster files write them; a node must carry all of them."""
+
+
 class PlacementConfig(Config):
     """Labels that a node must carry to get a kind of work; {} is any node. Changes no result."""
 
@@ -495,16 +495,6 @@ class PlacementConfig(Config):
     """select-k's trials."""
     tasks: Labels = Field(default_factory=dict)
     """All other work: writers, neighbours, assignments, names, indexes, measures."""
-
-
-def are_disjoint(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
-    """Return whether no node can carry both sets of labels."""
-    return any(others.get(key, value) != value for key, value in some.items())
-
-
-def format_labels(labels: Mapping[str, str]) -> str:
-    """Return labels in the form market=spot,pool=cpu."""
-    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
 class ResourcesConfig(Config):
@@ -561,19 +551,6 @@ class NodePrice(Config):
     images_per_second: float | None = Field(None, gt=0)
     """Images that one of its GPUs (without GPUs: one of its CPUs) encodes in a second, as an earlier run shows.
     None: as many as on the machine that checks, if that has a GPU as well."""
-
-
-def _with_pixels(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree with the encoder and the features of a method that learns from pixels, where they are open."""
-    method = tree.get("method")
-    if not isinstance(method, dict) or not reads_pixels(method.get("name", "auto")) or "encoders" in tree:
-        return tree
-    images = dict(config_type(method["name"]).pixel_settings)
-    filled = {"encoder": {"name": "pixels", "normalize": False} | images, "features": {"normalize": False}}
-    given = {key: tree[key] for key in filled if isinstance(tree.get(key), dict)}
-    if given.get("encoder", {}).get("name") == "auto":
-        given["encoder"] = {key: value for key, value in given["encoder"].items() if key != "name"}
-    return tree | {key: value | given.get(key, {}) for key, value in filled.items() if key in given or key not in tree}
 
 
 class RunConfig(Config):
@@ -756,6 +733,19 @@ def denormalize_clusters(tree: dict[str, Any]) -> dict[str, Any]:
     method = tree["method"] | {"clusters": candidates if candidates == "auto" else list(candidates)}
     rest = {key: value for key, value in tree.items() if key != "select_k"}
     return rest | {"method": method} | ({"select_k": group} if group else {})
+
+
+def _with_pixels(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with the encoder and the features of a method that learns from pixels, where they are open."""
+    method = tree.get("method")
+    if not isinstance(method, dict) or not reads_pixels(method.get("name", "auto")) or "encoders" in tree:
+        return tree
+    images = dict(config_type(method["name"]).pixel_settings)
+    filled = {"encoder": {"name": "pixels", "normalize": False} | images, "features": {"normalize": False}}
+    given = {key: tree[key] for key in filled if isinstance(tree.get(key), dict)}
+    if given.get("encoder", {}).get("name") == "auto":
+        given["encoder"] = {key: value for key, value in given["encoder"].items() if key != "name"}
+    return tree | {key: value | given.get(key, {}) for key, value in filled.items() if key in given or key not in tree}
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:

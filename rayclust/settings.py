@@ -1,4 +1,4 @@
-"""Base class of all groups of settings, those that clusterings and methods share, and one line for what is refused.
+"""Base class of all groups of settings, options that clusterings and methods share, one-line messages of refusals.
 
 Options of k-means, mixtures and spectral clustering stand here, apart from the arithmetic, so that a config is read
 without torch.

@@ -12,9 +12,7 @@ from rayclust.config import (
     Rule,
     RunConfig,
     SelectKConfig,
-    are_disjoint,
     denormalize_clusters,
-    format_labels,
     known_keys,
     normalize_clusters,
     validate,
@@ -307,20 +305,6 @@ def test_other_settings_of_the_group_stay():
 def test_the_stability_of_one_fit_cannot_choose():
     with pytest.raises(ValueError, match=r"rule = stability: needs select_k\.seeds of at least 2"):
         SelectKConfig(rule="stability", seeds=1)
-
-
-def test_work_is_apart_where_no_node_can_carry_both_labels():
-    assert are_disjoint({"pool": "cpu"}, {"pool": "gpu", "market": "spot"})
-    assert not are_disjoint({"pool": "cpu"}, {"market": "spot"})
-    assert not are_disjoint({}, {"pool": "gpu"})
-
-
-def test_labels_are_shown_in_one_order():
-    assert (
-        format_labels({"pool": "cpu", "market": "spot"})
-        == format_labels({"market": "spot", "pool": "cpu"})
-        == "market=spot,pool=cpu"
-    )
 
 
 def test_by_default_any_node_will_do():

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from rayclust.config import PlacementConfig, RunConfig, format_labels
+from rayclust.config import PlacementConfig, RunConfig
 from rayclust.errors import ConfigError, RayclustError
 from rayclust.runtime.progress import context_value, timed_section
 
@@ -156,6 +156,11 @@ def require_label(key: str, labels: Mapping[str, str]) -> None:
             f"{text}. A cluster on this machine has no labels: leave the placement out, or set RAY_ADDRESS"
         )
     _warn_once(f"{text}. The work waits until such a node joins; where none is to come, stop and mend the label")
+
+
+def format_labels(labels: Mapping[str, str]) -> str:
+    """Return labels in the form market=spot,pool=cpu."""
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
 @lru_cache(64)

@@ -33,12 +33,12 @@ HEADS = "#heads"
 
 @dataclass(frozen=True)
 class Members:
-    """The partitions that a run's method reads, as they are when its fit begins (`runtime.tensors.Partitions`)."""
+    """The partitions that a run's method reads: the plan of its stage train (`runtime.tensors.Partitions`)."""
 
     uris: tuple[str, ...]
     """Their names."""
     digest: str
-    """Of their content, in order."""
+    """Of their content, in order, as it was when the stage was planned."""
 
     def count(self) -> int:
         """Return the number of partitions: a name may stand for all heads of a model.

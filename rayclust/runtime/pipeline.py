@@ -70,7 +70,7 @@ class StageResult:
 
 
 class MetricsListener(Protocol):
-    """Is shown the metrics of a training while it runs."""
+    """Receiver of the metrics of a training while it runs."""
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Take the next row."""
@@ -111,7 +111,7 @@ class Stage:
     plan: Callable[[RunConfig], Any] | None = None
     """List the inputs of the stage from outside of the run; the plan's `digest` goes into the stage's."""
     listener: Callable[[RunConfig, str], MetricsListener] | None = None
-    """Open, in worker 0, what is shown the metrics of a training; takes the config and the digest of the fit."""
+    """Open the receiver of a training's metrics, in worker 0, from the config and the digest of the fit."""
 
     def run(self, context: StageContext) -> StageResult:
         """Run the stage by the `run` of its file, which is imported only now."""

@@ -1,4 +1,4 @@
-"""What of a run is torch: rows that a method is fitted to, mapped from a file of the node, and the fitted method."""
+"""Rows of a run as tensors, mapped from a file of the node, and the fitted method: written, read, applied."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class StoredRows(Rows):
         cache: folder for this training's files on this node.
         worker, workers: rank of this worker, and their number.
         are_bytes: whether rows are bytes over 255, as those of the encoder `pixels`: the file then holds the bytes.
-        partitions: that the method reads; one worker of a node reads them, all map the file.
+        partitions: those that the method reads; one worker of a node reads them, all map the file.
     """
 
     def __init__(

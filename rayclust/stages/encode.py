@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayclust.config import RunConfig, are_disjoint
+from rayclust.config import RunConfig
 from rayclust.encoders.base import GPU_BATCH, Encoder
 from rayclust.encoders.decode import Preprocess, Undecodable, decode
 from rayclust.encoders.settings import SpaceConfig
@@ -433,8 +433,9 @@ class ActorPools:
     def of(cls, config: RunConfig) -> ActorPools:
         """Return the sizes for the nodes that are there now; kinds of work with their own nodes use all CPUs there."""
         places, wanted = config.resources.placement, config.resources.decode_workers
-        # Labels that differ may still share nodes: decoders with whole CPUs there would leave an encoder no place.
-        apart = are_disjoint(places.decode, places.encode)
+        # Apart where no node can carry both sets of labels. Others may share nodes, though they differ: decoders with
+        # whole CPUs there would leave an encoder no place.
+        apart = any(places.encode.get(key, value) != value for key, value in places.decode.items())
         decoding, encoding, encoders = cpus(places.decode), cpus(places.encode), worker_count(config, "encode")
         decoders = max(1, decoding if apart else decoding // 2) if wanted == "auto" else wanted
         if apart:

@@ -91,9 +91,9 @@ class Job:
     folder: str
     """Folder of the model, below the run."""
     partitions: Partitions | None = None
-    """That the method reads."""
+    """Those that the method reads, if any."""
     listener: Callable[[RunConfig, str], MetricsListener] | None = None
-    """Opens what is shown the rows of metrics in worker 0."""
+    """Opens the receiver of the rows of metrics, in worker 0."""
 
 
 def fit(job: Job) -> dict[str, Any]:

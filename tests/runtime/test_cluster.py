@@ -234,6 +234,8 @@ def test_the_plan_names_every_kind_of_work():
     assert cluster.describe_placement(PlacementConfig()) == "all work on any node"
     text = cluster.describe_placement(PlacementConfig(decode=CPU, encode=GPU))
     assert text.startswith("decode on pool=cpu, encode on pool=gpu, train on any node, trials on any node")
+    for labels in ({"pool": "cpu", "market": "spot"}, {"market": "spot", "pool": "cpu"}):  # in one order
+        assert cluster.describe_placement(PlacementConfig(decode=labels)).startswith("decode on market=spot,pool=cpu,")
 
 
 def gpu_node(labels: dict[str, str], kind: str = "H100", gpus: float = 1) -> dict[str, Any]:

@@ -89,12 +89,15 @@ def test_shards_of_a_folder_name_their_images_again(tmp_path: Path):
         ({"decode": {"pool": "cpu"}, "encode": {"pool": "gpu"}}, ActorPools(1, 1, 1.0)),
         ({"encode": {"pool": "gpu"}}, ActorPools(1, 1, 0.5)),  # decoders may be on the encoder's node
         ({"decode": {"pool": "gpu"}, "encode": {"pool": "gpu"}}, ActorPools(1, 1, 0.5)),
+        ({"decode": {"pool": "cpu"}, "encode": {"market": "spot"}}, ActorPools(1, 2, 0.33)),
+        ({"decode": {"pool": "cpu"}, "encode": {"pool": "gpu", "market": "spot"}}, ActorPools(1, 1, 1.0)),
     ],
 )
 def test_actors_that_may_share_a_node_all_have_a_place_there(
     monkeypatch: pytest.MonkeyPatch, placement: dict[str, Any], pools: ActorPools
 ):
-    nodes = [{"Labels": {"pool": pool}, "Resources": {"CPU": 1}, "Alive": True} for pool in ("cpu", "gpu")]
+    labels = [{"pool": pool, "market": "spot"} for pool in ("cpu", "gpu")]
+    nodes = [{"Labels": each, "Resources": {"CPU": 1}, "Alive": True} for each in labels]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert ActorPools.of(validate(tree("/run", "/images", resources={"placement": placement}))) == pools
 
