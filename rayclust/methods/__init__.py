@@ -148,7 +148,7 @@ def load(state: MethodState) -> Method:
 
     Raises:
         KeyError: settings are missing.
-        ValueError: settings are not valid.
+        ValueError: settings are not valid, or tensors are missing.
     """
     settings = state.settings
     kind = find(settings["config"]["name"])

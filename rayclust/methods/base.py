@@ -410,8 +410,15 @@ class Method(nn.Module):
         return MethodState({"config": config, "dimension": self.dimension, "count": self.count}, tensors)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Load the tensors of a state, which may be taken out of the dict."""
-        self.load_state_dict(tensors, strict=self.kept == Method.kept)
+        """Load the tensors of a state, which may be taken out of the dict.
+
+        Raises:
+            ValueError: one that `kept` names is missing, or there are others.
+        """
+        found = self.load_state_dict(tensors, strict=False)
+        missing = [name for name in found.missing_keys if name.startswith(self.kept)]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"tensors missing: {missing}, unknown: {found.unexpected_keys}")
 
 
 @runtime_checkable

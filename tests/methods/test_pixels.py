@@ -72,7 +72,11 @@ def test_a_fitted_method_gives_the_same_after_it_was_stored(name: str):
     again = load(method.state())
     assert torch.equal(again.predict_proba(x), expected)
     assert again.predict_proba(x[:0]).shape == (0, K)
-    assert not [key for key in method.state().tensors if key.startswith(("online", "predictor", "queue", "labels"))]
+    state = method.state()
+    assert not [key for key in state.tensors if key.startswith(("online", "predictor", "queue", "labels"))]
+    first = next(iter(state.tensors))
+    with pytest.raises(ValueError, match=first):
+        load(replace(state, tensors={key: x for key, x in state.tensors.items() if key != first}))
 
 
 def _states_of_all(rank: int, world: int) -> dict[str, dict[str, Tensor]]:

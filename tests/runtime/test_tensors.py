@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ def test_a_damaged_model_is_one_line(tmp_path: Path, damage: Any):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ArtefactError, match="the model is damaged"):
         load_method(run.uri, "d")
+
+
+def test_a_model_that_lacks_a_tensor_or_has_one_too_many_is_one_line(tmp_path: Path):
+    run, state = Run(str(tmp_path)), kmeans(0).state()
+    for tensors in ({}, state.tensors | {"more": torch.zeros(1)}):
+        save_method(run, replace(state, tensors=tensors), run.model_folder)
+        with pytest.raises(ArtefactError, match="the model is damaged"):
+            load_method(run.uri, str(len(tensors)))
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
