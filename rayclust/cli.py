@@ -189,9 +189,9 @@ def quick(images: str, overrides: tuple[str, ...], *, out: str, as_json: bool, *
 @_VERBOSE
 def init(config: str, **settings: str) -> None:
     """Write CONFIG (RUN.yaml) with every key as a comment, and its JSON schema for editors beside it."""
-    from rayclust.config import RunConfig
+    from rayclust.config import RunConfig, parse
     from rayclust.methods import METHODS
-    from rayclust.runtime.api import SCHEMA_FILE, parse, starter, with_absolute_paths
+    from rayclust.runtime.api import SCHEMA_FILE, starter, with_absolute_paths
     from rayclust.store import storage
 
     path = Path(config)

@@ -15,11 +15,11 @@ from rayclust.config import (
     denormalize_clusters,
     known_keys,
     normalize_clusters,
+    parse,
     validate,
 )
 from rayclust.errors import ConfigError
 from rayclust.metrics.selection import CRITERIA, RULES, geometric_grid
-from rayclust.runtime.api import parse
 from tests.stages.runs import tree
 
 GOOD = """

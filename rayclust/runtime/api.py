@@ -1,23 +1,20 @@
-"""Read configs, of YAML texts with overrides, of files and of runs, and run everything in one line (`quick`)."""
+"""Read configs, of files and of runs, and run everything in one line (`quick`)."""
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from rayclust.config import RunConfig, kind_of, validate
+from rayclust.config import RunConfig, kind_of, parse, validate, yaml_value
 from rayclust.errors import ArtefactError, ConfigError
-from rayclust.methods import config_types, reads_pixels
-from rayclust.methods.settings import BaseMethodConfig
+from rayclust.methods import reads_pixels
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
 from rayclust.store.lock import run_lock
@@ -39,132 +36,6 @@ def load_config(uri: str, overrides: Sequence[str] = ()) -> RunConfig:
     data = sys.stdin.buffer.read() if uri == "-" else storage.read_bytes(uri)
     source = "standard input" if uri == "-" else uri
     return with_absolute_paths(parse(data.decode("utf-8", "replace"), overrides, source))
-
-
-def parse(text: str, overrides: Sequence[str] = (), source: str = "RUN.yaml") -> RunConfig:
-    """Read a run's config.
-
-    Args:
-        text: YAML.
-        overrides: `KEY=VALUE` items; KEY is dotted, VALUE is YAML. They win over `text`.
-        source: name of `text` in messages.
-
-    Raises:
-        ConfigError: the text is not a YAML mapping, or a key or value is refused; one line.
-    """
-    tree = _read_yaml(text, source)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        *groups, last = key.split(".")
-        if not equals or not all((*groups, last)):
-            beside = "" if equals else "; what is read is one folder, file or URI"  # a shell has made many of *.jpg
-            raise ConfigError(f"override {override!r}: write KEY=VALUE, for example method.clusters=20{beside}")
-        node = tree
-        for group in groups:
-            if not isinstance(node.get(group), dict):
-                node[group] = {}
-            node = node[group]
-        node[last] = _override_value(key, value)
-    return validate(tree)
-
-
-def _override_value(key: str, text: str) -> Any:
-    """Return the value of an override: text as it is given where the key takes text, else what it is as YAML."""
-    # The types that the key takes; several methods may share its name.
-    found: set[Any] = {RunConfig}
-    for part in key.split("."):
-        fields, found = found, set()
-        for kind in fields:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                is_own = kind is BaseMethodConfig and part not in kind.model_fields
-                models = config_types().values() if is_own else (kind,)
-                annotations = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-            else:
-                annotations = list(get_args(kind)[1:]) if get_origin(kind) is dict else []
-            for annotation in annotations:
-                found |= _alternatives(annotation)
-    kinds = {get_origin(kind) or kind for kind in found}
-    takes_text = str in kinds and kinds <= {str, tuple, type(None)}
-    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if takes_text and not is_quoted and not (tuple in kinds and text.startswith("[")):
-        return None if type(None) in kinds and text in ("null", "~") else text
-    return yaml_value(key, text)
-
-
-def _alternatives(annotation: Any) -> set[Any]:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return {kind for part in get_args(annotation) for kind in _alternatives(part)}
-    return {annotation}
-
-
-def yaml_value(key: str, text: str) -> Any:
-    """Return what an override of a key says as YAML; raise `ConfigError`, in one line, if that is nothing."""
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ConfigError, ValueError):
-        raise ConfigError(f"override {key}: {text!r} is not a YAML value") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, with the scalars of YAML 1.2: 010 is ten, and 1:30, no and 2024-01-01 are text.
-
-    It refuses a key given twice: the second would silently win.
-    """
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - none of YAML 1.1's
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping of text to values; raise `ConfigError` for a key of another kind, or one given twice."""
-        self.flatten_mapping(node)
-        seen = set[Any]()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            where = f"line {key_node.start_mark.line + 1}: the key"
-            if not isinstance(key, str):
-                raise ConfigError(f"{where} {key!r} is not text")
-            if key in seen:
-                raise ConfigError(f"{where} {key} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep=True)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Return a whole number; 0x and 0o mark other bases, a leading 0 does not."""
-        text = node.value.lower()
-        return int(text, 16 if "x" in text else 8 if "o" in text else 10)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+0123456789.")),
-    ("merge", r"<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _read_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        if isinstance(error, yaml.reader.ReaderError):
-            problem = f"{error.reason}; a RUN.yaml is text in UTF-8"
-        raise ConfigError(f"{source}{where}: {problem}") from None
-    except RecursionError:
-        raise ConfigError(f"{source}: nested too deeply") from None
-    except (ConfigError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}") from None
-    if not isinstance(tree, dict):
-        found = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise ConfigError(f"{source}: {found} where a mapping of keys is needed, such as `run: …`")
-    return tree
 
 
 def load_run(uri: str) -> RunConfig:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rayclust.config import validate
+from rayclust.config import validate, yaml_value
 from rayclust.errors import ConfigError
-from rayclust.runtime.api import load_config, yaml_value
+from rayclust.runtime.api import load_config
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
 from rayclust.store.manifest import digest_of

@@ -18,7 +18,7 @@ from tests.chaos.trial import LAST
 from tests.stages.runs import descendants, kill
 
 DRIVER = (
-    "import logging, sys; from rayclust.runtime.api import parse; from rayclust.runtime.pipeline import run_all; "
+    "import logging, sys; from rayclust.config import parse; from rayclust.runtime.pipeline import run_all; "
     "logging.basicConfig(); logging.getLogger('rayclust').setLevel('INFO'); "
     "run_all(parse(open(sys.argv[1]).read()), stop_after=sys.argv[2])"
 )

@@ -19,9 +19,9 @@ import ray
 import safetensors.numpy
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
+from rayclust.config import parse
 from rayclust.errors import ArtefactError
 from rayclust.methods.base import Batch
-from rayclust.runtime.api import parse
 from rayclust.runtime.cluster import connect
 from rayclust.runtime.pipeline import run_all
 from rayclust.stages import train

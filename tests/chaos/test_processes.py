@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rayclust.config import parse
 from rayclust.errors import RayclustError
-from rayclust.runtime.api import parse
 from rayclust.runtime.pipeline import run_all
 from rayclust.store import storage
 from tests.chaos.faults import artefacts
@@ -20,7 +20,7 @@ from tests.stages.in_process import without_ray
 from tests.stages.runs import tree, write_folder, write_yaml
 
 DRIVER = (
-    "import logging, sys, pytest; from rayclust.runtime.api import parse; from rayclust.errors import RayclustError; "
+    "import logging, sys, pytest; from rayclust.config import parse; from rayclust.errors import RayclustError; "
     "from rayclust.runtime.pipeline import run_all; from tests.stages.in_process import without_ray; "
     "logging.basicConfig(level=logging.DEBUG); logging.getLogger('botocore').setLevel(logging.INFO); "
     "without_ray(pytest.MonkeyPatch())\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rayclust.runtime.api import parse
+from rayclust.config import parse
 from rayclust.runtime.pipeline import run_all
 from tests.chaos.faults import artefacts
 from tests.chaos.nodes import Nodes, start

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayclust.runtime.api import parse
+from rayclust.config import parse
 from tests.cluster_configs.rendered import ACCOUNT, FOLDER, ROOT, script, text
 
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rayclust.runtime.api import local_paths, parse, with_absolute_paths
+from rayclust.config import parse
+from rayclust.runtime.api import local_paths, with_absolute_paths
 from rayclust.store import storage
 from tests.cluster_configs import rendered
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rayclust.config import RunConfig
+from rayclust.config import RunConfig, parse
 from rayclust.methods.cpp_settings import CppConfig
 from rayclust.methods.settings import Plan
 from rayclust.methods.temi_settings import TemiConfig
 from rayclust.methods.turtle_settings import TurtleConfig
-from rayclust.runtime.api import parse
 from tests.cluster_configs import rendered
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 import rayclust
-from rayclust.config import validate
+from rayclust.config import parse, validate
 from rayclust.errors import ArtefactError, ConfigError, DataError
-from rayclust.runtime.api import as_yaml, load_config, load_run, parse, quick, with_absolute_paths
+from rayclust.runtime.api import as_yaml, load_config, load_run, quick, with_absolute_paths
 from rayclust.runtime.results import load, run
 from rayclust.store import storage
 from tests.sealed import Sealed

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from rayclust.cli import run_command
-from rayclust.config import RunConfig, validate
+from rayclust.config import RunConfig, parse, validate
 from rayclust.errors import ConfigError, DataError
 from rayclust.runtime import jobs as module
-from rayclust.runtime.api import parse, with_absolute_paths
+from rayclust.runtime.api import with_absolute_paths
 from rayclust.runtime.jobs import (
     JobServer,
     Submission,

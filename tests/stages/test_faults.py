@@ -13,7 +13,7 @@ import torch
 from ray._private.utils import get_num_cpus
 from safetensors.torch import save_file
 
-from rayclust.runtime.api import parse
+from rayclust.config import parse
 from rayclust.runtime.pipeline import run_all
 from tests.stages.in_process import without_ray
 from tests.stages.runs import (
