@@ -284,7 +284,19 @@ class Consensus(LinearMethod):
             shared = shared_neighbors(voters, target.neighbors)
             near = target.neighbors.masked_fill(~shared, -1)
             near = near.gather(1, shared.to(torch.int8).argsort(dim=1, descending=True, stable=True))
-            self.head = self._train_head(DerivedRows(rows, neighbors=near), target, found, members, trainer)
+            # It learns the voters' clusters by their names in the vote, or the best member's labels.
+            if target.is_vote:
+                renamed, shares = list[Tensor](), list[Tensor]()
+                for h, name in zip(found.voters, found.vote.names, strict=True):
+                    member = members[h]
+                    clusters = member.clusters if isinstance(member, SoftLabels) else member[:, None]
+                    renamed.append(torch.from_numpy(name)[clusters.clamp(min=0)].masked_fill(clusters < 0, -1))
+                    shares.append(member.shares if isinstance(member, SoftLabels) else torch.ones(clusters.shape))
+                votes = SoftLabels(torch.cat(renamed, dim=1), torch.cat(shares, dim=1))
+                del renamed, shares  # as large as the votes
+            else:
+                votes = SoftLabels(target.labels[:, None], torch.ones(len(target.labels), 1))
+            self.head = self._train_head(DerivedRows(rows, neighbors=near), target, votes, trainer)
             by_head = self._labels(x)
             head_loss = target.loss(by_head, K)
             if no := broken_guard(target.labels, by_head, K):
@@ -307,39 +319,18 @@ class Consensus(LinearMethod):
         logger.warning("consensus: the classifier %s; a member's own clusters may be better", note)
         return trained, how, note
 
-    def _train_head(
-        self,
-        rows: Rows,
-        target: Target,
-        found: ConsensusResult,
-        members: Sequence[Tensor | SoftLabels],
-        trainer: BaseTrainer,
-    ) -> Heads:
-        """Train a head on the votes of the voters, or on the labels of the best member; return its moving average.
+    def _train_head(self, rows: Rows, target: Target, votes: SoftLabels, trainer: BaseTrainer) -> Heads:
+        """Train a head on votes, and return its moving average.
 
         Args:
             rows: all workers', with the neighbours that stand beside them.
             target: the clusters at which it starts.
-            found: who votes, and the names of their clusters.
-            members: all of them.
+            votes: what it learns of each row.
             trainer: runs the steps.
 
         Returns:
             The same head on all workers.
         """
-        # 1. What it learns, of each row: labels and their shares.
-        if target.is_vote:
-            renamed, shares = list[Tensor](), list[Tensor]()
-            for h, name in zip(found.voters, found.vote.names, strict=True):
-                member = members[h]
-                clusters = member.clusters if isinstance(member, SoftLabels) else member[:, None]
-                renamed.append(torch.from_numpy(name)[clusters.clamp(min=0)].masked_fill(clusters < 0, -1))
-                shares.append(member.shares if isinstance(member, SoftLabels) else torch.ones(clusters.shape))
-            votes = SoftLabels(torch.cat(renamed, dim=1), torch.cat(shares, dim=1))
-            del renamed, shares  # as large as the votes
-        else:
-            votes = SoftLabels(target.labels[:, None], torch.ones(len(target.labels), 1))
-        # 2. Its training, from the target's clusters.
         batch = min(HEAD_BATCH, rows.count)
         config = VoteHeadConfig(
             clusters=self.config.clusters,
